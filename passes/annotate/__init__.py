@@ -1,0 +1,6 @@
+"""Annotations that lowerings read."""
+
+from vlcache_fx.passes.annotate.declare_inputs import DeclareInputs
+from vlcache_fx.passes.annotate.tag_segments import TagSegments
+
+__all__ = ["DeclareInputs", "TagSegments"]

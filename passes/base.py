@@ -1,0 +1,85 @@
+"""What a pass is: requires, run, ensures."""
+
+import abc
+import hashlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from vlcache_fx.analysis import DecoderFacts
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Program:
+    """A graph under rewriting, with the inputs and outputs that passes added to it.
+
+    Attributes:
+        graph_module: changed in place by the passes.
+        facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
+        row_inputs: per level 0..L, the placeholder with the active rows (int64 [n]), or None where all tokens are
+            active. Level i is what enters layer i, level L what leaves the last one.
+        slots: name -> placeholder of every input that passes added, in input order behind the graph's own.
+        recorded: names of the outputs that passes appended, in order.
+        properties: what the passes that ran ensure; a pass may require some.
+    """
+
+    graph_module: fx.GraphModule
+    facts: DecoderFacts | None = None
+    row_inputs: tuple[Node | None, ...] = ()
+    slots: dict[str, Node] = field(default_factory=dict)
+    recorded: list[str] = field(default_factory=list)
+    properties: set[str] = field(default_factory=set)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of ``graph_module``."""
+        return self.graph_module.graph
+
+    @property
+    def decoder(self) -> DecoderFacts:
+        """The facts; a pass that uses them lists ``facts`` under ``requires``."""
+        assert self.facts is not None
+        return self.facts
+
+    def add_input(self, slot: str) -> Node:
+        """A new placeholder behind all others (the same one when the slot exists already)."""
+        if slot not in self.slots:
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                self.slots[slot] = self.graph.placeholder(slot.replace(".", "_"))
+        return self.slots[slot]
+
+    def add_outputs(self, named: Iterable[tuple[str, Node]]) -> None:
+        """Append results behind the graph's own."""
+        output = next(iter(reversed(self.graph.nodes)))
+        named = list(named)
+        results = output.args[0]
+        assert isinstance(results, tuple | list)
+        output.args = ((*results, *(node for _, node in named)),)
+        self.recorded.extend(slot for slot, _ in named)
+
+
+class Pass(abc.ABC):
+    """One rewrite. A subclass lives in a file of its name and holds no state but its configuration."""
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Properties that must hold before; ``facts`` stands for a finished analysis."""
+    ensures: ClassVar[frozenset[str]] = frozenset()
+    """Properties that hold afterwards."""
+
+    @abc.abstractmethod
+    def run(self, program: Program) -> bool:
+        """Change the program in place; True where something was changed."""
+
+    @classmethod
+    def fingerprint(cls) -> str:
+        """Identifies the pass's code; part of the key of everything compiled behind it."""
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]

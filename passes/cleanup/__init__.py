@@ -1,0 +1,7 @@
+"""Lossless clean-up that makes graphs from different tracers look alike."""
+
+from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
+from vlcache_fx.passes.cleanup.drop_merge_checks import DropMergeChecks
+from vlcache_fx.passes.cleanup.drop_noops import DropNoops
+
+__all__ = ["DropEmptyCats", "DropMergeChecks", "DropNoops"]

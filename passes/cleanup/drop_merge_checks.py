@@ -1,0 +1,47 @@
+"""Drop in-graph checks that placeholders and encoder features agree in number."""
+
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.merge import MERGE_OPS
+from vlcache_fx.passes.base import Pass, Program
+
+ASSERT = torch.ops.aten._assert_scalar.default
+
+
+class DropMergeChecks(Pass):
+    """Assertions about what flows into a merge read a number from a tensor, which no compiled segment should wait for.
+
+    The runtime makes the same comparison before it runs a program, and leaves a call that does not pass it to the
+    unmodified model, which then raises its own error. Other assertions stay.
+    """
+
+    name: ClassVar[str] = "drop_merge_checks"
+
+    def run(self, program: Program) -> bool:
+        """Erase the assertions; dead-code elimination takes what computed their conditions."""
+        inputs: set[Node] = set()
+        for node in program.graph.nodes:
+            if node.target in MERGE_OPS:
+                inputs |= _ancestors(node)
+        dropped = False
+        for node in list(program.graph.nodes):
+            if node.target is not ASSERT:
+                continue
+            placeholders = {p for p in _ancestors(node) if p.op == "placeholder"}
+            if inputs and placeholders <= inputs:
+                program.graph.erase_node(node)
+                dropped = True
+        return dropped
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen, stack = {node}, [node]
+    while stack:
+        for parent in stack.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return seen

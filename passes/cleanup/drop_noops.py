@@ -1,0 +1,37 @@
+"""Drop nodes that compute nothing: metadata assertions, detach, alias, slices that keep everything."""
+
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.token_axis import is_full_slice
+from vlcache_fx.passes.base import Pass, Program
+
+aten = torch.ops.aten
+
+ASSERTIONS = frozenset({aten._assert_tensor_metadata.default})
+IDENTITIES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default})
+
+
+class DropNoops(Pass):
+    """Identities are forwarded; assertions of dtype and device, which capture has resolved, are erased."""
+
+    name: ClassVar[str] = "drop_noops"
+    ensures: ClassVar[frozenset[str]] = frozenset({"no_noops"})
+
+    def run(self, program: Program) -> bool:
+        """Forward identities and erase assertions."""
+        changed = False
+        for node in list(program.graph.nodes):
+            if node.target in ASSERTIONS:
+                program.graph.erase_node(node)
+            elif node.target in IDENTITIES or (node.target is aten.slice.Tensor and is_full_slice(node)):
+                source = node.args[0]
+                assert isinstance(source, Node)
+                node.replace_all_uses_with(source)
+                program.graph.erase_node(node)
+            else:
+                continue
+            changed = True
+        return changed

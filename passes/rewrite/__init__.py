@@ -1,0 +1,19 @@
+"""Rewrites that record and reuse donors."""
+
+from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
+from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
+from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
+from vlcache_fx.passes.rewrite.record_donors import RecordDonors
+from vlcache_fx.passes.rewrite.restrict_rows import RestrictRows
+from vlcache_fx.passes.rewrite.splice_rows import SpliceRows
+from vlcache_fx.passes.rewrite.trim_tail import TrimTail
+
+__all__ = [
+    "HoistLookups",
+    "InsertLookups",
+    "KvOnlyRows",
+    "RecordDonors",
+    "RestrictRows",
+    "SpliceRows",
+    "TrimTail",
+]

@@ -1,0 +1,36 @@
+"""Insert the cache-lookup nodes: where each layer's stored keys and values come into the graph."""
+
+from typing import ClassVar
+
+import torch
+
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.passes.base import Pass, Program
+
+
+class InsertLookups(Pass):
+    """One ``vlcache.lookup`` beside every K and V frontier; one for the last residual where results need all rows.
+
+    A lookup gives the donor table of its slot: the rows of all hit spans, one behind the other, in the form of
+    the frontier. Nothing reads the lookups yet.
+    """
+
+    name: ClassVar[str] = "insert_lookups"
+    requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"lookups"})
+
+    def run(self, program: Program) -> bool:
+        """Insert the nodes; their slots are ``<layer>.k``, ``<layer>.v`` and ``residual``."""
+        facts = program.decoder
+        for index, layer in enumerate(facts.layers):
+            for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
+                _insert(program, f"{index}.{letter}", frontier, facts.steps[frontier].axis, f"layer.{index}")
+        if facts.tail_rows.selection is None:
+            _insert(program, "residual", facts.stream.boundaries[-1], facts.tail_rows.axis, "tail")
+        return True
+
+
+def _insert(program: Program, slot: str, frontier: torch.fx.Node, dim: int, segment: str) -> None:
+    with program.graph.inserting_after(frontier):
+        node = program.graph.call_function(torch.ops.vlcache.lookup.default, (frontier, slot, dim))
+    node.meta.update(segment=segment, slot=slot, frontier=frontier)

@@ -1,0 +1,25 @@
+"""Let the cold program return what is stored as a donor."""
+
+from typing import ClassVar
+
+from vlcache_fx.passes.base import Pass, Program
+
+
+class RecordDonors(Pass):
+    """Append every K and V frontier to the results (and the last residual, where results need all rows).
+
+    No second computation: these tensors exist in the program anyway.
+    """
+
+    name: ClassVar[str] = "record_donors"
+    requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"recorded"})
+
+    def run(self, program: Program) -> bool:
+        """Append the outputs; their names are the slots that ``insert_lookups`` reads."""
+        facts = program.decoder
+        for index, layer in enumerate(facts.layers):
+            program.add_outputs([(f"{index}.k", layer.key_frontier), (f"{index}.v", layer.value_frontier)])
+        if facts.tail_rows.selection is None:
+            program.add_outputs([("residual", facts.stream.boundaries[-1])])
+        return True

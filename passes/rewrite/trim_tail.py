@@ -1,0 +1,51 @@
+"""After the last layer, only the rows that the results need."""
+
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.rewrite.rows import restrict_node
+
+aten = torch.ops.aten
+
+
+class TrimTail(Pass):
+    """Where the results take some tokens (``hidden[:, -1:]``), run what follows the last layer on those alone.
+
+    Level L then holds exactly the rows of the selection (and perhaps one more, see ``plan``), so the selection
+    itself becomes a gather of their places among them, the input ``results``.
+    """
+
+    name: ClassVar[str] = "trim_tail"
+    requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"tail_trimmed"})
+
+    def run(self, program: Program) -> bool:
+        """Restrict the tail up to the selection and replace the selection."""
+        facts = program.decoder
+        rows, selection = program.row_inputs[-1], facts.tail_rows.selection
+        if rows is None or selection is None:
+            return False
+        for node, step in facts.tail_rows.steps.items():
+            restrict_node(program, node, step, rows, facts.layers[-1].site, "tail")
+        source = selection.args[0]
+        assert isinstance(source, Node)
+        axis = _axis_of(program, source)
+        with program.graph.inserting_before(selection):
+            taken = program.graph.call_function(
+                aten.index_select.default, (source, axis, program.add_input("results"))
+            )
+            if selection.target is aten.select.int:
+                taken = program.graph.call_function(aten.squeeze.dim, (taken, axis))
+        taken.meta["segment"] = "tail"
+        selection.replace_all_uses_with(taken)
+        program.graph.erase_node(selection)
+        return True
+
+
+def _axis_of(program: Program, source: Node) -> int:
+    facts = program.decoder
+    step = facts.tail_rows.steps.get(source)
+    return facts.tail_rows.axis if step is None else step.axis

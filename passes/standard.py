@@ -1,0 +1,82 @@
+"""The standard pipelines, first pass to last."""
+
+from torch import fx
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.capture import Captured
+from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
+from vlcache_fx.passes.base import Program
+from vlcache_fx.passes.cleanup import DropEmptyCats, DropMergeChecks, DropNoops
+from vlcache_fx.passes.pipeline import Pipeline
+from vlcache_fx.passes.rewrite import (
+    HoistLookups,
+    InsertLookups,
+    KvOnlyRows,
+    RecordDonors,
+    RestrictRows,
+    SpliceRows,
+    TrimTail,
+)
+
+CLEANUP = Pipeline((DropMergeChecks(), DropNoops(), DropEmptyCats()))
+"""Before analysis."""
+
+COLD = Pipeline(
+    (
+        RecordDonors(),
+        RestrictRows(),
+        KvOnlyRows(),
+        TrimTail(),
+        TagSegments(),
+        DeclareInputs(),
+    )
+)
+"""Computes everything and records donors; dead rows of the last layer are cut."""
+
+WARM = Pipeline(
+    (
+        InsertLookups(),
+        SpliceRows(),
+        HoistLookups(),
+        RestrictRows(),
+        KvOnlyRows(),
+        TrimTail(),
+        TagSegments(),
+        DeclareInputs(),
+    )
+)
+"""Looks donors up and computes only the active rows."""
+
+
+def copy_captured(captured: Captured) -> Captured:
+    """The same captured graph with nodes of its own."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
+    return Captured(fx.GraphModule(captured.graph_module, graph), captured.kinds, captured.specialised)
+
+
+def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
+    """The cold program of a captured, cleaned graph; ``captured`` stays as it is.
+
+    Raises:
+        UnsupportedGraphError: the graph cannot be analysed.
+    """
+    own = copy_captured(captured)
+    program = Program(own.graph_module, analyze(own))
+    last = None if program.decoder.tail_rows.selection is None else program.add_input(f"rows.{program.decoder.num_layers}")
+    program.row_inputs = (*[None] * program.decoder.num_layers, last)
+    pipeline.run(program)
+    return program
+
+
+def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
+    """The warm program of a captured, cleaned graph; ``captured`` stays as it is.
+
+    Raises:
+        UnsupportedGraphError: the graph cannot be analysed.
+    """
+    own = copy_captured(captured)
+    program = Program(own.graph_module, analyze(own))
+    program.row_inputs = tuple(program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1))
+    pipeline.run(program)
+    return program

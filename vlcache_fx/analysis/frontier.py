@@ -1,0 +1,141 @@
+"""The K/V frontier: the last tensors before positions enter, and the parts of a layer around them.
+
+*Position taint* is everything that depends on the request but not on the residual stream: position ids, cos and
+sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads on the
+way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout ops. So the
+stored K is free of positions whatever the position scheme is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.dataflow import (
+    NodeSet,
+    ancestors,
+    articulation_points,
+    data_inputs,
+    descendants,
+)
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.sites import Site
+from vlcache_fx.analysis.token_axis import is_full_slice
+from vlcache_fx.errors import Reason
+
+aten = torch.ops.aten
+
+LAYOUT = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten._unsafe_view,
+        aten.transpose,
+        aten.permute,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.expand,
+        aten.clone,
+        aten.contiguous,
+        aten.detach,
+        aten.alias,
+        aten.slice,
+    }
+)
+"""Ops that move or repeat values without computing any."""
+
+INDEX_GENERATORS = frozenset({aten.arange})
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer, split by what its nodes are computed for.
+
+    Attributes:
+        site: the layer's attention call.
+        key_frontier, value_frontier: where K and V are stored and spliced.
+        kv_part: nodes needed for the frontiers (these included): run on the rows whose K/V is recomputed.
+        full_part: from the frontiers to the attention call: run on all tokens.
+        q_part: queries, attention, MLP: run on the rows that the next layer needs.
+    """
+
+    site: Site
+    key_frontier: Node
+    value_frontier: Node
+    kv_part: NodeSet
+    full_part: NodeSet
+    q_part: NodeSet
+
+
+def packet_of(node: Node) -> object:
+    """The overload packet of the node's target (``aten.view`` for ``aten.view.default``)."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Graph) -> NodeSet:
+    """Everything outside ``stream`` that depends on request data or on an index generator."""
+    generators = [node for node in graph.nodes if packet_of(node) in INDEX_GENERATORS]
+    return {node: None for node in descendants([*placeholders, *generators]) if node not in stream}
+
+
+def split_layer(
+    site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
+) -> LayerParts:
+    """Find the frontiers of one layer and split its members around them.
+
+    Raises:
+        UnsupportedGraphError: POSITION_IN_STREAM where K (or V) has no position-free form inside the layer,
+            TOKEN_AXIS_LOST where the parts cannot be told apart.
+    """
+    inside = dict.fromkeys(members)
+    key = _frontier(site, site.key, entering, inside, taint, position)
+    value = _frontier(site, site.value, entering, inside, taint, position)
+    kv_part = ancestors([key, value], inside)
+    behind = descendants([key, value], {n: None for n in inside if n is not site.node})
+    before_site = ancestors([site.key, site.value], inside)
+    full_part = {node: None for node in behind if node not in kv_part and node in before_site}
+    # What a cache returns hangs off the full keys and values without leading to the attention.
+    for node in members:
+        if node in behind and node not in kv_part and node not in full_part:
+            parents = [parent for parent in data_inputs(node) if parent in inside or parent is entering]
+            if all(parent in full_part or parent in (key, value) for parent in parents):
+                full_part[node] = None
+    q_part = {node: None for node in members if node not in kv_part and node not in full_part}
+    for node in full_part:
+        for parent in data_inputs(node):
+            if (parent in inside or parent is entering) and parent not in full_part and parent not in (key, value):
+                raise refuse(Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier")
+    for node in q_part:
+        if node is not site.node and any(parent in full_part for parent in data_inputs(node)):
+            raise refuse(Reason.TOKEN_AXIS_LOST, node, "it reads full keys or values outside the attention")
+    return LayerParts(site, key, value, kv_part, full_part, q_part)
+
+
+def _frontier(
+    site: Site, operand: Node, entering: Node, inside: NodeSet, taint: NodeSet, position: dict[Node, int]
+) -> Node:
+    path = ancestors([operand], inside)
+    tainted: NodeSet = {}
+    for node in sorted(path, key=position.__getitem__):
+        if any(parent in taint or parent in tainted for parent in data_inputs(node)):
+            tainted[node] = None
+    clean = {node: None for node in path if node not in tainted}
+    if operand in clean:
+        point = operand
+    else:
+        edge = [node for node in clean if any(user in tainted for user in node.users)]
+        points = articulation_points([entering], edge, position, {entering: None, **clean}) if edge else []
+        if not points or points[-1] is entering:
+            raise refuse(Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected")
+        point = points[-1]
+    return _before_layout(point, clean)
+
+
+def _before_layout(node: Node, clean: NodeSet) -> Node:
+    while packet_of(node) in LAYOUT:
+        parents = [parent for parent in data_inputs(node) if parent in clean]
+        partial = packet_of(node) is aten.slice and not is_full_slice(node)
+        if partial or len(parents) != 1 or len(list(data_inputs(node))) != 1:
+            break
+        node = parents[0]
+    return node

@@ -1,0 +1,48 @@
+"""The merge site: where encoder features enter the token embeddings."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from vlcache_fx.analysis.dataflow import ancestors, descendants
+from vlcache_fx.analysis.sites import Site
+
+MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge: ``embeddings`` where ``mask`` is true are replaced by the rows of ``features``, in order.
+
+    Attributes:
+        node: the call; [batch, tokens, hidden].
+        embeddings: the tensor merged into, same shape.
+        mask: bool, broadcastable to the embeddings; constant along the last dimension.
+        features: rows of the encoder's output, [items' rows, hidden] (or any shape with the same elements).
+    """
+
+    node: Node
+    embeddings: Node
+    mask: Node
+    features: Node
+
+
+def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
+    """The merges that lead to attention sites, in graph order (one per modality)."""
+    needed = ancestors([site.node for site in sites])
+    merges = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in MERGE_OPS and node in needed:
+            embeddings, mask, features = node.args
+            assert isinstance(embeddings, Node) and isinstance(mask, Node) and isinstance(features, Node)
+            merges.append(Merge(node, embeddings, mask, features))
+    return tuple(merges)
+
+
+def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
+    """The decoder's sites: those behind the last merge (all of them where there is none)."""
+    if not merges:
+        return sites
+    behind = descendants([merges[-1].node])
+    return tuple(site for site in sites if site.node in behind)

@@ -1,0 +1,26 @@
+"""Typed refusals that name the node and its source line."""
+
+from torch.fx import Node
+
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+
+
+def source_line(node: Node) -> str | None:
+    """``file:line in function: code`` of the user code that the node was traced from, where tracing kept it."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    lines = [line.strip() for line in str(trace).splitlines() if line.strip()]
+    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return None
+    last = places[-1]
+    code = lines[last + 1] if last + 1 < len(lines) else ""
+    return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
+
+
+def refuse(reason: Reason, node: Node | None, detail: str) -> UnsupportedGraphError:
+    """The error to raise for a graph that cannot be handled because of ``node``."""
+    if node is None:
+        return UnsupportedGraphError(reason, detail)
+    return UnsupportedGraphError(reason, detail, node=node.name, source_line=source_line(node))

@@ -1,0 +1,101 @@
+"""From the GraphModule that Dynamo hands to a backend to the IR.
+
+Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own
+(``torch._functorch.aot_autograd.aot_export_module``); here are only the two things it needs on the way:
+module floats that arrive as 0-d tensors are folded in as numbers, and inputs are classified by their source.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+
+from vlcache_fx.capture.captured import Captured, InputKind
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+
+
+def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    """Bring a Dynamo graph to the IR. ``graph_module`` is left as it is.
+
+    Args:
+        graph_module: the graph as Dynamo calls a backend with it; placeholders carry ``example_value``.
+        example_inputs: the real inputs of the call that is being compiled.
+
+    Raises:
+        UnsupportedGraphError: the graph mutates its inputs, or torch cannot export it.
+    """
+    module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    kinds = tuple(
+        _kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True)
+    )
+    specialised = _fold_numbers(module, placeholders, example_inputs)
+    fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
+    try:
+        with torch.no_grad():
+            exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+    except Exception as error:  # torch raises many kinds here; all mean the same to the caller
+        raise UnsupportedGraphError(Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}") from error
+    mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
+    if mutated:
+        raise UnsupportedGraphError(
+            Reason.MUTATED_INPUTS, f"the graph writes to {len(mutated)} of its inputs", node=str(mutated[0])
+        )
+    exported.graph.lint()
+    return Captured(exported, kinds, specialised)
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def _kind(node: fx.Node, example: Any) -> InputKind:
+    if not isinstance(example, torch.Tensor):
+        return InputKind.SIZE
+    graph_arg = node.meta.get("grapharg")
+    source = getattr(graph_arg, "source", None)
+    if isinstance(example, torch.nn.Parameter) or (source is not None and _is_module_source(source)):
+        return InputKind.WEIGHT
+    return InputKind.DATA
+
+
+def _is_module_source(source: Any) -> bool:
+    guard_source = source.guard_source
+    if callable(guard_source):  # a method before torch 2.12
+        guard_source = guard_source()
+    return bool(guard_source.is_unspecialized_nn_module() or guard_source.is_specialized_nn_module())
+
+
+def _fake(node: fx.Node, example: Any) -> Any:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return example if value is None else value
+
+
+def _fold_numbers(
+    module: fx.GraphModule, placeholders: list[fx.Node], example_inputs: Sequence[Any]
+) -> tuple[tuple[int, Any], ...]:
+    """Replace ``input.item()`` of 0-d inputs by the number: dynamic=True turns module floats into such inputs."""
+    folded = []
+    for index, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if not isinstance(example, torch.Tensor) or example.dim() != 0:
+            continue
+        reads = [user for user in node.users if user.op == "call_method" and user.target == "item"]
+        if not reads:
+            continue
+        value = example.item()
+        for read in reads:
+            read.replace_all_uses_with(value)  # type: ignore[arg-type]
+            module.graph.erase_node(read)
+        folded.append((index, value))
+    module.recompile()
+    return tuple(folded)
+
+
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))

@@ -1,0 +1,63 @@
+"""Fake inputs of a program in a shape environment of its own.
+
+Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not know, and guards about them must
+not reach the environment that Dynamo makes its guards from.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+FIRST_HINT = 1009  # hints are distinct and large, so that no guard is added by a coincidence of sizes
+
+
+class FakeInputs:
+    """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self._sizes: dict[str, torch.SymInt] = {}
+
+    def size(self, name: str) -> torch.SymInt:
+        """The symbolic size called ``name``, at least 2."""
+        if name not in self._sizes:
+            hint = FIRST_HINT + 101 * len(self._sizes)
+            source = ConstantSource(f"vlcache_{name}")
+            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            made = self.env.create_symintnode(symbol, hint=hint, source=source)
+            assert isinstance(made, torch.SymInt)
+            self._sizes[name] = made
+        return self._sizes[name]
+
+    def tensor(self, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A contiguous fake tensor."""
+        with self.mode:
+            return torch.empty(tuple(sizes), dtype=dtype, device=device)
+
+    def like(self, value: Any) -> Any:
+        """The counterpart of another environment's fake tensor or SymInt, with its strides."""
+        if isinstance(value, torch.Tensor):
+            sizes = [self._translate(size) for size in value.shape]
+            strides = [self._translate(stride) for stride in value.stride()]
+            with self.mode:
+                return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        if isinstance(value, torch.SymInt):
+            return self._translate(value)
+        return value
+
+    def _translate(self, size: int | torch.SymInt) -> int | torch.SymInt:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if isinstance(expression, sympy.Integer):
+            return int(expression)
+        symbols = sorted(expression.free_symbols, key=str)
+        function = sympy.lambdify(symbols, expression)
+        result: int | torch.SymInt = function(*(self.size(str(symbol)) for symbol in symbols))
+        return result
