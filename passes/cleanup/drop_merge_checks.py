@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.merge import MERGE_OPS
+from vlcache_fx.capture.subgraph import needed_for
 from vlcache_fx.passes.base import Pass, Program
 
 ASSERT = torch.ops.aten._assert_scalar.default
@@ -25,23 +26,14 @@ class DropMergeChecks(Pass):
         inputs: set[Node] = set()
         for node in program.graph.nodes:
             if node.target in MERGE_OPS:
-                inputs |= _ancestors(node)
+                inputs |= needed_for([node])
         dropped = False
         for node in list(program.graph.nodes):
             if node.target is not ASSERT:
                 continue
-            placeholders = {p for p in _ancestors(node) if p.op == "placeholder"}
+            placeholders = {p for p in needed_for([node]) if p.op == "placeholder"}
             if inputs and placeholders <= inputs:
                 program.graph.erase_node(node)
                 dropped = True
         return dropped
 
-
-def _ancestors(node: Node) -> set[Node]:
-    seen, stack = {node}, [node]
-    while stack:
-        for parent in stack.pop().all_input_nodes:
-            if parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return seen

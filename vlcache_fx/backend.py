@@ -1,0 +1,147 @@
+"""The ``torch.compile`` backend: ``torch.compile(model, backend="vlcache", options={...})``.
+
+For every graph that Dynamo hands over::
+
+    capture -> clean up -> [split off the encoder] -> analyse, rewrite -> lower -> run
+
+A graph that cannot be rewritten runs unmodified, for a typed reason.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis.encoder import is_encoder
+from vlcache_fx.capture import Captured, InputKind, capture_dynamo
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.options import Options
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.split_encoder import split_encoder
+from vlcache_fx.passes.standard import CLEANUP
+from vlcache_fx.runtime.decoder import DecoderRunner
+from vlcache_fx.runtime.encoder import EncoderRunner
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.report import Report
+
+Compiled = Callable[..., Sequence[Any]]
+
+NOT_A_PREFILL = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS, Reason.NO_MERGE})
+"""Graphs that simply have nothing to reuse, such as a decoding step: neither logged nor raised."""
+
+
+def vlcache(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """The backend as ``torch.compile`` calls it, found through the entry point ``vlcache``.
+
+    Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do not
+    mix. ``engine_for(options)`` gives it.
+
+    Raises:
+        OptionError: an option is unknown or has a bad value.
+        UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
+    """
+    return compile_graph(graph_module, example_inputs, engine_for(options))
+
+
+def engine_for(options: Mapping[str, Any] | None = None) -> Engine:
+    """The engine that ``torch.compile(backend="vlcache")`` uses for these options in this process."""
+    return _engine(Options.parse(options))
+
+
+@functools.lru_cache(maxsize=32)
+def _engine(options: Options) -> Engine:
+    # A backend is a bare function to Dynamo; per process and options is the only place where state can live.
+    return Engine(options)
+
+
+def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
+    """Compile one graph for ``engine``. The result takes the graph's inputs and returns its outputs."""
+    unmodified = _Unmodified(graph_module, example_inputs, engine)
+    try:
+        _check_gradients(example_inputs)
+        captured = capture_dynamo(graph_module, example_inputs)
+        CLEANUP.run(Program(captured.graph_module))
+        compiled = _rewrite(captured, engine, unmodified)
+    except UnsupportedGraphError as refusal:
+        if refusal.reason in NOT_A_PREFILL:
+            return unmodified.prepare()
+        engine.refuse(refusal)
+        return _reporting(unmodified.prepare(), engine, refusal)
+    return _guarded(compiled, captured, unmodified)
+
+
+def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
+    if is_encoder(captured):
+        kinds = captured.kinds
+        data = [index for index, kind in enumerate(kinds) if kind is not InputKind.WEIGHT]
+        weights = [index for index, kind in enumerate(kinds) if kind is InputKind.WEIGHT]
+        encoder = EncoderRunner(unmodified.prepare(), data, weights, engine)
+        return lambda *args: encoder(args)[0]
+    facts = analyze(captured)
+    if not facts.merges:
+        raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
+    split = split_encoder(captured, facts)
+    if split is None:
+        decoder = DecoderRunner(captured, engine, unmodified)
+        return lambda *args: decoder(args)
+    run_encoder = EncoderRunner(_module(split.encoder, engine), split.inputs, split.weights, engine)
+    original = len(captured.kinds)
+    decoder = DecoderRunner(split.decoder, engine, lambda *args: unmodified(*args[:original]))
+
+    def run(*args: Any) -> Sequence[Any]:
+        features, hit = run_encoder(args)
+        return decoder([*args, *features], encoder_hit=hit)
+
+    return run
+
+
+def _module(module: fx.GraphModule, engine: Engine) -> Compiled:
+    lowered = engine.lowering.lower(module, name="encoder")
+    return lambda *args: lowered(args)
+
+
+def _check_gradients(example_inputs: Sequence[Any]) -> None:
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
+        raise UnsupportedGraphError(Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()")
+
+
+def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:
+    if not captured.specialised:
+        return compiled
+    return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
+
+
+def _reporting(compiled: Compiled, engine: Engine, refusal: UnsupportedGraphError) -> Compiled:
+    def run(*args: Any) -> Sequence[Any]:
+        engine.report(Report("bypass", str(refusal)))
+        return compiled(*args)
+
+    return run
+
+
+class _Unmodified:
+    """The graph as it was captured, compiled as ``torch.compile`` would, when first needed."""
+
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> None:
+        self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine
+        self._compiled: Compiled | None = None
+
+    def prepare(self) -> Compiled:
+        """Compile now, while Dynamo's compilation context is there."""
+        if self._engine.options.lowering == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            self._compiled = compile_fx(self._graph_module, list(self._example_inputs))
+        else:
+            self._compiled = self._graph_module
+        self._example_inputs = ()
+        return self._compiled
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        # A call that comes here was meant to be rewritten; compiling the graph once more for it would not pay.
+        return (self._compiled or self._graph_module)(*args)

@@ -1,0 +1,1 @@
+"""Runtime: what happens in every request."""

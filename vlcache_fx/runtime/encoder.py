@@ -1,0 +1,68 @@
+"""Keeps encoder outputs under the content of the encoder's inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.keys import Part, content_digest
+
+
+class EncoderRunner:
+    """Runs an encoder, or takes what it gave for the same bytes before. Reuse here is exact.
+
+    Args:
+        run: from the graph's inputs to its results.
+        inputs: indices of the inputs whose content the results depend on.
+        weights: indices of the weights that they depend on.
+        engine: what it shares with the model's other graphs.
+    """
+
+    def __init__(
+        self, run: Callable[..., Sequence[Any]], inputs: Sequence[int], weights: Sequence[int], engine: Engine
+    ) -> None:
+        self._run, self._inputs, self._weights, self._engine = run, tuple(inputs), tuple(weights), engine
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
+        """``(results, hit)`` for the graph's inputs."""
+        key = self._key(args)
+        stored = self._get(key)
+        if stored is not None:
+            self._engine.count("encoder_hits")
+            return stored, True
+        results = self._run(*args)
+        self._engine.count("encoder_misses")
+        self._put(key, results)
+        return results, False
+
+    def _key(self, args: Sequence[Any]) -> str:
+        weights = self._engine.weights_fingerprint([args[index] for index in self._weights])
+        content: list[Part] = [args[index] for index in self._inputs]
+        return content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
+
+    def _get(self, key: str) -> list[Any] | None:
+        try:
+            entry = self._engine.store.get(key)
+        except StoreError as error:
+            self._engine.store_failed(error)
+            return None
+        if entry is None:
+            return None
+        others = entry.info["others"]
+        assert isinstance(others, list)
+        # A caller may write to what it gets; a copy is small beside running an encoder.
+        return [
+            entry.tensors[str(index)].clone() if str(index) in entry.tensors else other
+            for index, other in enumerate(others)
+        ]
+
+    def _put(self, key: str, results: Sequence[Any]) -> None:
+        tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
+        others = [None if isinstance(value, Tensor) else value for value in results]
+        try:
+            self._engine.store.put(key, Entry(tensors, {"kind": "encoder", "others": others}))
+        except StoreError as error:
+            self._engine.store_failed(error)

@@ -1,0 +1,137 @@
+"""The engine: what the graphs of one compiled model share."""
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.errors import UnsupportedGraphError, VlcacheError
+from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
+from vlcache_fx.ops import splice_rows_reference
+from vlcache_fx.options import Options
+from vlcache_fx.policies.base import Profile
+from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.report import Report
+from vlcache_fx.store import open_store
+from vlcache_fx.store.weights import WeightsFingerprint
+
+log = logging.getLogger("vlcache_fx")
+
+MISSES_REMEMBERED = 4096
+WEIGHT_SETS_REMEMBERED = 16
+
+
+class Engine:
+    """Store, policy, lowering, reports and counts of one compiled model. Safe to share between graphs and threads.
+
+    Args:
+        options: checked options.
+
+    Raises:
+        OptionError, PolicyError: an option names something that does not exist.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        import torch
+
+        self.options = options or Options()
+        self.policy = get_policy(self.options.policy)
+        self.profile = None if self.options.profile is None else Profile.load(self.options.profile)
+        self.store = open_store(self.options.store, self.options.capacity_bytes)
+        self.compile_cache = CompileCache()
+        self.lowering: Lowering
+        if self.options.lowering == "eager":
+            self.lowering = EagerLowering()
+        else:
+            decompositions = {torch.ops.vlcache.splice_rows.default: splice_rows_reference}
+            self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
+        self.refusals: list[UnsupportedGraphError] = []
+        self._report: Report | None = None
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._fingerprints: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
+        self._missed: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def last_report(self) -> dict[str, Any] | None:
+        """What the last prefill did, as plain data; None before the first call."""
+        report = self._report
+        return None if report is None else report.as_dict()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start: calls per mode, store, compilations, refusals by reason."""
+        with self._lock:
+            counts = dict(self._counts)
+        store = self.store.stats()
+        compiled = self.compile_cache.stats
+        return {
+            "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
+            "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
+            "store_failures": counts.get("store_failures", 0),
+            "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
+            "compilations": len(compiled.compilations),
+            "compile_seconds": round(compiled.seconds, 3),
+            "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
+        }
+
+    def clear(self) -> None:
+        """Drop every donor and encoder output."""
+        self.store.clear()
+        with self._lock:
+            self._missed.clear()
+
+    def close(self) -> None:
+        """Release the store; the compiled model goes on without reuse."""
+        self.store.close()
+
+    # The methods below are for the runtime.
+
+    def report(self, report: Report) -> None:
+        """Keep the report of a call and count it."""
+        with self._lock:
+            self._report = report
+            self._counts[report.mode] += 1
+
+    def count(self, what: str) -> None:
+        """Add one to a count."""
+        with self._lock:
+            self._counts[what] += 1
+
+    def refuse(self, refusal: UnsupportedGraphError) -> None:
+        """Log a refusal, or raise it in strict mode."""
+        if self.options.strict:
+            raise refusal
+        with self._lock:
+            self.refusals.append(refusal)
+        log.info("runs unmodified: %s", refusal)
+
+    def store_failed(self, error: Exception) -> None:
+        """A store that fails costs reuse, never the request."""
+        if self.options.strict and isinstance(error, VlcacheError):
+            raise error
+        self.count("store_failures")
+        log.warning("store failed, computing instead: %s", error)
+
+    def weights_fingerprint(self, tensors: Sequence[Tensor]) -> str:
+        """Fingerprint of these weights now; shared by all graphs that use the same tensors."""
+        key = tuple(id(tensor) for tensor in tensors)
+        with self._lock:
+            known = self._fingerprints.get(key)
+            if known is None:
+                known = self._fingerprints[key] = WeightsFingerprint(tensors)
+                while len(self._fingerprints) > WEIGHT_SETS_REMEMBERED:
+                    self._fingerprints.popitem(last=False)
+            return known.current(tensors)
+
+    def missed_before(self, key: str) -> bool:
+        """Remember a miss; True where the same item has missed already."""
+        with self._lock:
+            before = key in self._missed
+            self._missed[key] = None
+            self._missed.move_to_end(key)
+            while len(self._missed) > MISSES_REMEMBERED:
+                self._missed.popitem(last=False)
+            return before

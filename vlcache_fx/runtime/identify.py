@@ -1,0 +1,93 @@
+"""Which spans a request has, and the keys of what fills them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.dataflow import ancestors
+from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.store.keys import Part, content_digest
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of consecutive tokens that one merge fills: position of the first, length, and its feature rows."""
+
+    start: int
+    length: int
+    content: Tensor
+
+
+@dataclass(frozen=True)
+class Identifier:
+    """Finds runs and their position patterns in the inputs of one graph.
+
+    Attributes:
+        masks: a small graph from the graph's inputs to the mask of each merge.
+        features: per merge, the index of the input that holds its feature rows.
+        position_inputs: indices of inputs that positions are computed from.
+    """
+
+    masks: fx.GraphModule
+    features: tuple[int, ...]
+    position_inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, facts: DecoderFacts, data_inputs: Sequence[int]) -> "Identifier":
+        """Build it from the facts of ``module``; every merge's features must be an input."""
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        index = {node: i for i, node in enumerate(placeholders)}
+        used = {parent for step in facts.steps for parent in step.all_input_nodes if parent in facts.taint}
+        used |= {p for layer in facts.layers for node in layer.full_part for p in node.all_input_nodes if p in facts.taint}
+        reached = ancestors(used)
+        return cls(
+            masks=extract(module, [merge.mask for merge in facts.merges]),
+            features=tuple(index[merge.features] for merge in facts.merges),
+            position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
+        )
+
+    def runs(self, args: Sequence[Any]) -> tuple[int, list[Run]] | None:
+        """``(number of tokens, runs in order)``, or None where placeholders and features do not agree."""
+        num_tokens, found = 0, []
+        for mask, index in zip(self.masks(*args), self.features, strict=True):
+            flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
+            num_tokens = flags.shape[0]
+            places = flags.nonzero().flatten().tolist()
+            features = args[index].reshape(-1, args[index].shape[-1])
+            if len(places) != features.shape[0]:
+                return None
+            found.extend(_runs(places, features))
+        return num_tokens, sorted(found, key=lambda run: run.start)
+
+    def positions(self, args: Sequence[Any], run: Run, num_tokens: int) -> list[Part]:
+        """The positions of the run relative to its first token, for the key: the same pixels laid out in another
+        grid attend to each other differently."""
+        parts: list[Part] = []
+        for index in self.position_inputs:
+            value = args[index]
+            dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
+            if len(dims) != 1:
+                continue  # masks over pairs of tokens, and inputs without a token axis
+            own = value.narrow(dims[0], run.start, run.length)
+            # Absolute where differences of positions are not meaningful (cos and sin given as inputs).
+            parts.append(own if own.is_floating_point() or own.dtype == torch.bool else own - own.narrow(dims[0], 0, 1))
+        return parts
+
+
+def _runs(places: list[int], features: Tensor) -> list[Run]:
+    runs, first = [], 0
+    for index in range(1, len(places) + 1):
+        if index == len(places) or places[index] != places[index - 1] + 1:
+            runs.append(Run(places[first], index - first, features[first:index]))
+            first = index
+    return runs
+
+
+
+def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:
+    """The complete key of a donor: feature bytes, relative positions, weights, salt."""
+    return content_digest(["donor", salt, weights, run.content, tuple(positions)])

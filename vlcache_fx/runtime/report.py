@@ -1,0 +1,49 @@
+"""What one call did, as plain data."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Mode = Literal["cold", "warm", "bypass"]
+
+
+@dataclass(frozen=True)
+class SpanReport:
+    """One span: where it is (token positions), the key of its item, whether a donor was found and in which tier."""
+
+    start: int
+    length: int
+    key: str
+    hit: bool
+    donor_tier: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call did.
+
+    Attributes:
+        mode: ``cold`` (everything computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (the graph ran
+            without reuse, for ``reason``).
+        reason: why, in words; None for a warm call.
+        num_tokens: sequence length, 0 where it is not known.
+        spans: the media spans found.
+        rows_per_layer: rows computed at each layer, and after the last one.
+        token_layer_fraction: recomputed share of the reused spans' token-layers; 1.0 in a cold call.
+        encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.
+        timings_ms: milliseconds per step of the call.
+        explanations: repairs that the plan made.
+    """
+
+    mode: Mode
+    reason: str | None
+    num_tokens: int = 0
+    spans: tuple[SpanReport, ...] = ()
+    rows_per_layer: tuple[int, ...] = ()
+    token_layer_fraction: float = 1.0
+    encoder_hit: bool | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    explanations: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)
