@@ -29,18 +29,21 @@ class SplitEncoder:
         inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
         weights: indices of its weights.
         decoder: the rest; the encoder's results are data inputs behind the original ones.
+        computes: False where the region only joins or converts what an encoder outside the graph gave.
     """
 
     encoder: fx.GraphModule
     inputs: tuple[int, ...]
     weights: tuple[int, ...]
     decoder: Captured
+    computes: bool
 
 
 def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | None:
-    """Split ``captured`` (which stays as it is) along the encoder region; None where it holds no computation."""
+    """Split ``captured`` (which stays as it is) along the encoder region; None where features are
+    graph inputs already."""
     region = dict.fromkeys(facts.encoder)
-    if not any(packet_of(node) in COMPUTES for node in region):
+    if not region:
         return None
     results = [node for node in region if any(user not in region and user.op != "output" for user in node.users)]
     results += [n for n in region if n not in results and any(user.op == "output" for user in n.users)]
@@ -53,6 +56,7 @@ def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | Non
         inputs=tuple(index for index in used if kinds[index] is not InputKind.WEIGHT),
         weights=tuple(index for index in used if kinds[index] is InputKind.WEIGHT),
         decoder=_rest(captured, results),
+        computes=any(packet_of(node) in COMPUTES for node in region),
     )
 
 

@@ -89,20 +89,22 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
     if split is None:
         decoder = DecoderRunner(captured, engine, unmodified)
         return lambda *args: decoder(args)
-    run_encoder = EncoderRunner(_module(split.encoder, engine), split.inputs, split.weights, engine)
     original = len(captured.kinds)
     decoder = DecoderRunner(split.decoder, engine, lambda *args: unmodified(*args[:original]))
+    if not split.computes:
+        return lambda *args: decoder([*args, *split.encoder(*args)])
+    encoder = EncoderRunner(_lowered(split.encoder, engine), split.inputs, split.weights, engine)
 
     def run(*args: Any) -> Sequence[Any]:
-        features, hit = run_encoder(args)
+        features, hit = encoder(args)
         return decoder([*args, *features], encoder_hit=hit)
 
     return run
 
 
-def _module(module: fx.GraphModule, engine: Engine) -> Compiled:
-    lowered = engine.lowering.lower(module, name="encoder")
-    return lambda *args: lowered(args)
+def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
+    run = engine.lowering.lower(encoder, name="encoder")
+    return lambda *args: run(args)
 
 
 def _check_gradients(example_inputs: Sequence[Any]) -> None:

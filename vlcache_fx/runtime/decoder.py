@@ -69,6 +69,8 @@ class DecoderRunner:
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
         clock = _Clock()
+        noted = self.engine.take_encoder_note()
+        encoder_hit = noted if encoder_hit is None else encoder_hit
         with clock.measure("identify"):
             identified = self._identifier.runs(args)
             if identified is None:

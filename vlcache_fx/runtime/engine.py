@@ -54,6 +54,7 @@ class Engine:
         self._lock = threading.Lock()
         self._fingerprints: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
         self._missed: OrderedDict[str, None] = OrderedDict()
+        self._call = threading.local()
 
     @property
     def last_report(self) -> dict[str, Any] | None:
@@ -99,6 +100,17 @@ class Engine:
         """Add one to a count."""
         with self._lock:
             self._counts[what] += 1
+
+    def note_encoder(self, *, hit: bool) -> None:
+        """An encoder outside the decoder's graph was skipped (or ran); the call's report will say so."""
+        self._call.encoder_hit = hit
+        self.count("encoder_hits" if hit else "encoder_misses")
+
+    def take_encoder_note(self) -> bool | None:
+        """What ``note_encoder`` said since the last prefill of this thread."""
+        hit: bool | None = getattr(self._call, "encoder_hit", None)
+        self._call.encoder_hit = None
+        return hit
 
     def refuse(self, refusal: UnsupportedGraphError) -> None:
         """Log a refusal, or raise it in strict mode."""

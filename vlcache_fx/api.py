@@ -1,0 +1,48 @@
+"""The public functions beside the backend."""
+
+import functools
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vlcache_fx.backend import compile_graph
+from vlcache_fx.errors import OptionError
+from vlcache_fx.integrations.transformers import hook_encoders
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model, **options: Any) -> Model:
+    """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
+
+    The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so ``generate()``
+    and everything else that calls it benefits. ``model.vlcache`` is its engine.
+
+    Args:
+        model: a vision-language model; for models of the transformers library encoder outputs are cached too.
+        **options: see ``Options``.
+
+    Raises:
+        OptionError: an option is unknown or has a bad value, or the model is compiled already.
+    """
+    parsed = Options.parse(options)
+    if isinstance(getattr(model, "vlcache", None), Engine):
+        raise OptionError(f"this {type(model).__name__} is compiled already; its engine is model.vlcache")
+    engine = Engine(parsed)
+    plain = model.forward
+    compiled = torch.compile(plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic)
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        # Models check on the way that placeholders and features agree; with scalars captured, that check
+        # does not cut the graph in two.
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            return compiled(*args, **kwargs)
+
+    hook_encoders(model, engine)
+    object.__setattr__(model, "forward", forward)
+    object.__setattr__(model, "vlcache", engine)
+    return model

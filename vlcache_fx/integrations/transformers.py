@@ -1,0 +1,130 @@
+"""Hooks for models of the transformers library: an encoder cache per image.
+
+Nothing here imports transformers. A model qualifies by what it offers: ``base_model.get_<modality>_features``, which
+``generate()`` and ``forward`` call to run an encoder.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.keys import Part, content_digest
+
+PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+"""Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
+
+
+def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
+    """Let ``model`` keep its encoder outputs in the engine's store; the modalities that were hooked."""
+    base = getattr(model, "base_model", model)
+    hooked = []
+    for modality in PIXELS:
+        name = f"get_{modality}_features"
+        encode = getattr(base, name, None)
+        if encode is None:
+            continue
+        encoder = EncoderCache(encode, base, modality, engine)
+        setattr(base, name, functools.wraps(encode)(torch.compiler.disable(encoder.__call__)))
+        hooked.append(modality)
+    return hooked
+
+
+class EncoderCache:
+    """Runs an encoder for the items whose output is not in the store.
+
+    Items are told apart by their grids, or by the first dimension of the pixels; each is kept under its own
+    content, so a request with a known and a new image encodes the new one alone. An encoder whose result is not a
+    list with one tensor per item is called as it is.
+    """
+
+    def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
+        self._encode, self._module, self._engine = encode, module, engine
+        self._pixels_name, self._grids_name = PIXELS[modality]
+        self._weights: list[Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and result as the encoder's own method (of which only ``pooler_output`` is kept)."""
+        call = dict(zip((self._pixels_name, self._grids_name), args, strict=False)) | kwargs
+        pixels, grids = call.get(self._pixels_name), call.get(self._grids_name)
+        if len(args) > 2 or not isinstance(pixels, Tensor) or torch.is_grad_enabled():
+            return self._encode(*args, **kwargs)
+        items = _split(pixels, grids)
+        if items is None:
+            return self._encode(*args, **kwargs)
+        others = {name: value for name, value in call.items() if name not in (self._pixels_name, self._grids_name)}
+        keys = self._keys(items, others)
+        if keys is None:
+            return self._encode(*args, **kwargs)
+        found = [self._get(key) for key in keys]
+        missing = [index for index, features in enumerate(found) if features is None]
+        self._engine.note_encoder(hit=not missing)
+        if not missing:
+            return _Output(found)
+        part = dict(others)
+        part[self._pixels_name] = torch.cat([items[index][0] for index in missing])
+        if grids is not None:
+            part[self._grids_name] = torch.stack([items[index][1] for index in missing])  # type: ignore[misc]
+        output = self._encode(**part)
+        features = getattr(output, "pooler_output", None)
+        if not isinstance(features, list | tuple) or len(features) != len(missing):
+            return output if len(missing) == len(items) else self._encode(*args, **kwargs)
+        for index, value in zip(missing, features, strict=True):
+            found[index] = value
+            self._put(keys[index], value)
+        return output if len(missing) == len(items) else _Output(found)
+
+    def _keys(self, items: list[tuple[Tensor, Tensor | None]], others: dict[str, Any]) -> list[str] | None:
+        """One key per item; None where an argument cannot be part of a key."""
+        if self._weights is None:
+            # Which weights an encoder reads is not visible here; all of the model's are a safe superset.
+            self._weights = [*self._module.parameters(), *self._module.buffers()]
+        weights = self._engine.weights_fingerprint(self._weights)
+        try:
+            settings: list[Part] = [(name, _plain(others[name])) for name in sorted(others)]
+            salt = self._engine.options.salt
+            return [content_digest(["features", salt, weights, pixels, grid, tuple(settings)]) for pixels, grid in items]
+        except StoreError:
+            return None
+
+    def _get(self, key: str) -> Tensor | None:
+        try:
+            entry = self._engine.store.get(key)
+        except StoreError as error:
+            self._engine.store_failed(error)
+            return None
+        return None if entry is None else entry.tensors["features"]
+
+    def _put(self, key: str, features: Tensor) -> None:
+        try:
+            self._engine.store.put(key, Entry({"features": features}, {"kind": "features"}))
+        except StoreError as error:
+            self._engine.store_failed(error)
+
+
+class _Output:
+    """What models read of an encoder's output: one tensor per item under ``pooler_output``."""
+
+    def __init__(self, features: list[Any]) -> None:
+        self.pooler_output = features
+        self.last_hidden_state = None
+        self.hidden_states = None
+        self.attentions = None
+
+
+def _plain(value: Any) -> Part:
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def _split(pixels: Tensor, grids: Any) -> list[tuple[Tensor, Tensor | None]] | None:
+    if grids is None:
+        return [(pixels[index : index + 1], None) for index in range(pixels.shape[0])] if pixels.dim() > 2 else None
+    counts = [int(count) for count in grids.prod(-1).tolist()]
+    if sum(counts) != pixels.shape[0]:
+        return None
+    return list(zip(pixels.split(counts), grids.unbind(0), strict=True))
