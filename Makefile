@@ -1,0 +1,46 @@
+# The environment lies in .venv; `make env` is quick when it is up to date. To use another one: make VENV=/path test
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help env test check typecheck format demo clean
+
+help:
+	@echo "make env        create or update $(VENV) with the pinned versions"
+	@echo "make test       run the tests (ARGS='-k plan' to choose)"
+	@echo "make check      formatting, lint and types"
+	@echo "make format     format, and fix what the linter can"
+	@echo "make demo       run examples/demo.py"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,dev,demo]'
+	touch $@
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+check: env typecheck
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# mypy knows packages by their folders only, and passes/ and policies/ lie outside vlcache_fx/: show it a folder of
+# links in which everything is where it is imported from.
+typecheck: env
+	rm -rf .typecheck && mkdir -p .typecheck/vlcache_fx
+	ln -s $(CURDIR)/vlcache_fx/* $(CURDIR)/passes $(CURDIR)/policies .typecheck/vlcache_fx/
+	cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p vlcache_fx
+
+format: env
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: env
+	$(BIN)/python examples/demo.py
+
+clean:
+	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

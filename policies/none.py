@@ -1,0 +1,25 @@
+"""Recompute nothing: the lower bound that the other policies are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.policies.base import Policy, Profile
+
+
+@dataclass(frozen=True)
+class NoRows(Policy):
+    """No rows in any layer: the donor's keys and values are used as they are."""
+
+    name: ClassVar[str] = "none"
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        """See ``Policy.select``; the profile and the budget play no part."""
+        return (torch.empty(0, dtype=torch.int64),) * num_layers

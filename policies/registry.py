@@ -1,0 +1,57 @@
+"""Finds policies by name, through the entry-point group ``vlcache_fx.policies``.
+
+The installed packages' metadata is the registry; this module keeps no state of its own.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.policies.base import Policy
+
+GROUP = "vlcache_fx.policies"
+
+
+def known_policies() -> dict[str, EntryPoint]:
+    """Registered policies, by name, sorted. They are not imported.
+
+    Raises:
+        PolicyError: when two different policies are registered under one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
+        other = found.setdefault(entry.name, entry)
+        # The same value twice is one distribution seen twice (an editable install next to its build), no
+        # conflict.
+        if other.value != entry.value:
+            raise PolicyError(f"two policies are named {entry.name!r}: {other.value} and {entry.value}")
+    return found
+
+
+def get_policy(name_or_object: str | Policy) -> Policy:
+    """The policy of that name with its default parameters; a policy object is returned as it is.
+
+    Raises:
+        PolicyError: for an unknown name (the known ones are listed), or something that is not a policy.
+    """
+    if isinstance(name_or_object, Policy):
+        return name_or_object
+    if not isinstance(name_or_object, str):
+        raise PolicyError(
+            f"{name_or_object!r} is not a policy: give a name, or an object of a Policy subclass"
+        )
+    known = known_policies()
+    if name_or_object not in known:
+        names = ", ".join(known) or "none (is the package installed?)"
+        raise PolicyError(f"unknown policy {name_or_object!r}; known policies are: {names}")
+    entry = known[name_or_object]
+    try:
+        policy = entry.load()()
+    except PolicyError:
+        raise
+    except Exception as error:  # third-party code: whatever it raises, say which policy it was
+        raise PolicyError(f"policy {entry.name!r} ({entry.value}) could not be loaded: {error!r}") from error
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policy {entry.name!r} ({entry.value}) is not a subclass of Policy")
+    return policy

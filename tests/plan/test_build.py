@@ -1,0 +1,247 @@
+"""Plans equal their definition, whatever the spans, the policy and the outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlcache_fx.errors import PlanError
+from vlcache_fx.plan import Plan, Span, build_plan, token_layer_allowance
+from vlcache_fx.policies.full import Full
+from vlcache_fx.policies.none import NoRows
+from vlcache_fx.policies.uniform import Uniform
+
+
+@dataclass(frozen=True)
+class Given:
+    """A policy that chooses what a test tells it, the same for every span."""
+
+    rows: Sequence[Tensor]
+    ignores_budget: bool = False
+
+    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+        return self.rows
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def span(start: int, length: int, hit: bool = True, sample: int = 0) -> Span:
+    return Span(sample, start, length, f"key{start}", hit)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    """A request: any layout of spans, any rows (sorted or not, nested or not, in the span or not)."""
+    position, spans = 0, []
+    for _ in range(draw(st.integers(0, 3))):
+        position += draw(st.integers(0, 4))
+        spans.append(span(position, draw(st.integers(1, 9)), draw(st.booleans())))
+        position = spans[-1].end
+    num_tokens = max(1, position + draw(st.integers(0, 4)))
+    layers = draw(st.integers(1, 5))
+    rows = [ids(*draw(st.lists(st.integers(-1, 9), max_size=8))) for _ in range(layers)]
+    if draw(st.booleans()):
+        rows = [rows[0]] * layers
+    outputs = draw(st.none() | st.lists(st.integers(0, num_tokens - 1), min_size=1, max_size=4))
+    return {
+        "num_tokens": num_tokens,
+        "spans": spans,
+        "num_layers": layers,
+        "policy": Given(rows, draw(st.booleans())),
+        "budget": draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        "output_rows": None if outputs is None else ids(*outputs),
+    }
+
+
+@given(requests())
+def test_rows_are_sorted_nested_and_enough(request: dict[str, Any]) -> None:
+    plan = build_plan(**request)
+    layers, tokens = request["num_layers"], request["num_tokens"]
+    assert (len(plan.rows), len(plan.source), len(plan.keep)) == (layers + 1, layers + 1, layers)
+    for before, keep, after in zip(plan.rows[:-1], plan.keep, plan.rows[1:], strict=True):
+        assert torch.equal(before[keep], after)
+    for rows in plan.rows:
+        assert rows.dtype == torch.int64
+        assert torch.equal(rows, torch.unique(rows))
+        assert len(rows) >= min(2, tokens)
+        assert 0 <= rows[0] <= rows[-1] < tokens
+    assert plan.rows_per_layer == tuple(len(rows) for rows in plan.rows)
+
+
+@given(requests())
+def test_source_puts_the_full_tensor_together(request: dict[str, Any]) -> None:
+    plan = build_plan(**request)
+    hits = [s for s in request["spans"] if s.hit]
+    hit_tokens = [token for s in hits for token in range(s.start, s.end)]
+    donors = torch.tensor([1000 + token for token in hit_tokens], dtype=torch.int64)
+    for layer, (rows, source) in enumerate(zip(plan.rows, plan.source, strict=True)):
+        assert source.shape == (request["num_tokens"],)
+        computed = set(rows.tolist())
+        for token, value in enumerate(source.tolist()):
+            if token in computed:
+                assert rows[-(value + 1)] == token
+            elif token in hit_tokens:
+                assert donors[value] == 1000 + token
+            else:
+                # Computed everywhere but after the last layer.
+                assert layer == request["num_layers"]
+                assert value == 0
+
+
+@given(requests())
+def test_what_must_be_computed_is(request: dict[str, Any]) -> None:
+    plan = build_plan(**request)
+    outputs = request["output_rows"]
+    reused = {token for s in request["spans"] if s.hit for token in range(s.start, s.end)}
+    always = set(range(request["num_tokens"])) - reused
+    if outputs is not None:
+        always |= set(outputs.tolist())
+        assert set(outputs.tolist()) <= set(plan.rows[-1].tolist())
+        assert len(plan.rows[-1]) <= max(2, len(set(outputs.tolist())))
+    else:
+        assert plan.rows[-1] is plan.rows[-2]
+    for rows in plan.rows[:-1]:
+        assert always <= set(rows.tolist())
+
+
+@given(requests())
+def test_fraction_is_the_computed_share_of_the_hit_spans(request: dict[str, Any]) -> None:
+    plan = build_plan(**request)
+    hits = [s for s in request["spans"] if s.hit]
+    total = sum(s.length for s in hits) * request["num_layers"]
+    computed = sum(int(((rows >= s.start) & (rows < s.end)).sum()) for rows in plan.rows[:-1] for s in hits)
+    assert plan.token_layer_fraction == pytest.approx(computed / total if total else 0.0)
+    if request["output_rows"] is None and not request["policy"].ignores_budget and not plan.explanations:
+        allowed = sum(token_layer_allowance(request["budget"], s.length, request["num_layers"]) for s in hits)
+        assert computed <= allowed
+
+
+@given(requests())
+def test_strict_refuses_exactly_what_would_be_repaired(request: dict[str, Any]) -> None:
+    repairs = [note for note in build_plan(**request).explanations if note.startswith("span")]
+    if repairs:
+        with pytest.raises(PlanError, match="strict mode"):
+            build_plan(**request, strict=True)
+    else:
+        assert build_plan(**request, strict=True).explanations == build_plan(**request).explanations
+
+
+def one_span(rows: Sequence[Tensor], budget: float = 1.0, **more: Any) -> Plan:
+    return build_plan(
+        num_tokens=12, spans=[span(2, 8)], num_layers=len(rows), policy=Given(rows), budget=budget, **more
+    )
+
+
+def test_equal_layers_share_their_tensors() -> None:
+    plan = one_span([ids(0, 1), ids(0, 1), ids(0), ids(0)])
+    assert plan.rows[0] is plan.rows[1]
+    assert plan.source[0] is plan.source[1]
+    assert plan.rows[2] is plan.rows[3] is plan.rows[4]
+    assert plan.keep[2] is plan.keep[3]
+    assert plan.rows[1] is not plan.rows[2]
+    assert plan.explanations == ()
+
+
+def test_a_row_that_was_skipped_does_not_come_back() -> None:
+    plan = one_span([ids(0, 1), ids(0), ids(0, 1), ids(0, 1)])
+    assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] + [[0, 1, 2, 10, 11]] * 4
+    assert plan.explanations == (
+        "span [2, 10): dropped rows that were not computed in the layer before (2 layers, the first is 2); "
+        "row sets must shrink with depth",
+    )
+
+
+def test_rows_outside_the_span_are_dropped() -> None:
+    plan = one_span([ids(-1, 0, 8)])
+    assert plan.rows[0].tolist() == [0, 1, 2, 10, 11]
+    assert plan.explanations == ("span [2, 10): dropped rows outside the span (layer 0)",)
+
+
+def test_over_the_budget_the_latest_rows_go_from_all_layers() -> None:
+    plan = one_span([torch.arange(8)] * 4, budget=0.3)  # floor(0.3 * 8 * 4) = 9 token-layers: two rows
+    assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] * 5
+    assert plan.token_layer_fraction == 2 / 8
+    assert (
+        "asked for 32 token-layers, the budget allows 9; dropped the latest rows, 8 are left"
+        in (plan.explanations[0])
+    )
+
+
+def test_no_budget_no_rows_and_a_small_one_buys_a_row() -> None:
+    assert one_span([ids(0, 1)] * 3, budget=0.0).token_layer_fraction == 0.0
+    assert one_span([ids(0, 1)] * 3, budget=0.001).token_layer_fraction == 1 / 8
+
+
+def test_full_ignores_the_budget() -> None:
+    plan = build_plan(num_tokens=9, spans=[span(0, 8)], num_layers=3, policy=Full(), budget=0.01)
+    assert plan.token_layer_fraction == 1.0
+    assert plan.explanations == ()
+    assert all(rows is plan.rows[0] for rows in plan.rows)
+
+
+def test_a_single_output_gets_the_neighbour_that_is_active() -> None:
+    spans = [span(1, 6)]
+    common: dict[str, Any] = {"num_tokens": 9, "spans": spans, "num_layers": 2, "budget": 0.2}
+    last = build_plan(policy=Uniform(), output_rows=ids(8), **common)
+    assert last.rows[-1].tolist() == [7, 8]
+    inside = build_plan(policy=Uniform(), output_rows=ids(5), **common)
+    assert inside.rows[-1].tolist() == [1, 5]
+    assert inside.token_layer_fraction == 2 / 6  # the policy's row and the one that the output needs
+    first = build_plan(policy=Uniform(), output_rows=ids(0), **common)
+    assert first.rows[-1].tolist() == [0, 1]
+
+
+def test_two_rows_are_found_when_nothing_asks_for_any() -> None:
+    common: dict[str, Any] = {"spans": [span(0, 5)], "num_layers": 2, "policy": NoRows(), "budget": 0.0}
+    plan = build_plan(num_tokens=5, **common)
+    assert [rows.tolist() for rows in plan.rows] == [[3, 4]] * 3
+    assert plan.explanations == ("rows [3, 4] are computed as well: every layer needs at least two",)
+    assert build_plan(num_tokens=5, output_rows=ids(0), **common).rows[-1].tolist() == [0, 1]
+    assert build_plan(num_tokens=5, output_rows=ids(4), **common).rows[-1].tolist() == [3, 4]
+
+
+def test_one_token() -> None:
+    plan = build_plan(num_tokens=1, spans=[span(0, 1)], num_layers=2, policy=NoRows(), budget=0.0)
+    assert [rows.tolist() for rows in plan.rows] == [[0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spans": [span(8, 5)]}, "not inside"),
+        ({"spans": [span(-1, 5)]}, "not inside"),
+        ({"spans": [span(3, 0)]}, "not inside"),
+        ({"spans": [span(0, 5), span(4, 2)]}, "overlaps"),
+        ({"spans": [span(6, 2), span(0, 2)]}, "not sorted"),
+        ({"spans": [span(0, 2), span(6, 2, sample=1)]}, "one sample"),
+        ({"num_tokens": 0, "spans": []}, "tokens and layers"),
+        ({"num_layers": 0}, "tokens and layers"),
+        ({"budget": 1.5}, "not a share"),
+        ({"budget": float("nan")}, "not a share"),
+        ({"output_rows": ids()}, "empty"),
+        ({"output_rows": ids(12)}, "inside"),
+        ({"output_rows": ids(-1)}, "inside"),
+        ({"output_rows": ids(1).unsqueeze(0)}, "one-dimensional"),
+        ({"output_rows": torch.tensor([True])}, "integer"),
+        ({"policy": Given([ids(0)])}, "chose rows for 1 layers; the model has 2"),
+        ({"policy": Given([torch.tensor([0.0])] * 2)}, "tensor of integers"),
+        ({"policy": Given([ids(0).unsqueeze(0)] * 2)}, "one-dimensional"),
+    ],
+)
+def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> None:
+    request: dict[str, Any] = {
+        "num_tokens": 12,
+        "spans": [span(0, 4)],
+        "num_layers": 2,
+        "policy": Uniform(),
+        "budget": 0.5,
+    }
+    with pytest.raises(PlanError, match=message):
+        build_plan(**request | change)

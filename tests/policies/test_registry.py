@@ -1,0 +1,77 @@
+"""Discovery through entry points."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.policies import get_policy, known_policies, registry
+from vlcache_fx.policies.uniform import Uniform
+
+ROOT = Path(__file__).parents[2]
+
+
+def with_entries(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> None:
+    found = [EntryPoint(name, value, registry.GROUP) for name, value in entries]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [e for e in found if e.group == group])
+
+
+def test_file_names_are_the_registered_names() -> None:
+    files = {path.stem for path in (ROOT / "policies").glob("*.py")} - {"__init__", "base", "registry"}
+    assert files == {n for n, e in known_policies().items() if e.module.startswith("vlcache_fx.")}
+
+
+@pytest.mark.parametrize("name", sorted(known_policies()))
+def test_a_policy_knows_its_name(name: str) -> None:
+    assert get_policy(name).name == name
+
+
+def test_an_object_is_returned_as_it_is() -> None:
+    policy = Uniform()
+    assert get_policy(policy) is policy
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        PolicyError, match=r"unknown policy 'unifrom'; known policies are: first_k, .*uniform"
+    ):
+        get_policy("unifrom")
+
+
+def test_two_policies_of_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_entries(monkeypatch, ("mine", "a:A"), ("mine", "b:B"))
+    with pytest.raises(PolicyError, match="two policies are named 'mine': a:A and b:B"):
+        known_policies()
+
+
+def test_one_policy_seen_twice_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = ("mine", "vlcache_fx.policies.uniform:Uniform")
+    with_entries(monkeypatch, entry, entry)
+    assert get_policy("mine") == Uniform()
+
+
+@pytest.mark.parametrize("value", ["no_such_module:Policy", "json:NoSuchName", "math:pi"])
+def test_a_policy_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    with_entries(monkeypatch, ("broken", value))
+    with pytest.raises(PolicyError, match="policy 'broken'"):
+        get_policy("broken")
+
+
+def test_something_else_is_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PolicyError, match="not a policy"):
+        get_policy(3)  # type: ignore[arg-type]
+    with_entries(monkeypatch, ("mine", "builtins:dict"))
+    with pytest.raises(PolicyError, match="not a subclass of Policy"):
+        get_policy("mine")
+
+
+@pytest.mark.parametrize("package", ["policies", "passes"])
+def test_the_folder_is_not_imported_under_its_own_name(package: str) -> None:
+    command = [sys.executable, "-c", f"import {package}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"vlcache_fx.{package}" in done.stderr
+    assert "ImportError" in done.stderr

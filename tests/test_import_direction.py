@@ -1,0 +1,93 @@
+"""Who may import whom. Read from the source, so that imports inside functions count too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A part imports from itself and from the lines above it, never from its own line or from below.
+ORDER = [
+    ["errors"],
+    ["plan", "store", "capture", "ops", "options"],
+    ["analysis"],
+    ["policies", "passes"],
+    ["lowering"],
+    ["runtime", "explain"],
+    ["backend"],
+    ["fidelity", "integrations"],
+    ["api", "export"],
+    ["testing"],
+    ["bench"],
+    ["cli"],
+]
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+
+# These are used without graphs, and stay usable where torch.fx changes.
+NO_GRAPHS = ["plan", "store", "policies"]
+
+
+def sources() -> list[Path]:
+    top = [path for folder in ("vlcache_fx", "passes", "policies") for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path for path in top if path != ROOT / "vlcache_fx/__init__.py")
+
+
+def part_of(path: Path) -> str:
+    first, second = path.relative_to(ROOT).parts[:2]
+    return second.removesuffix(".py") if first == "vlcache_fx" else first
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, but for what only type checkers see."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo.extend(node.orelse)
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+        todo.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_upwards(path: Path) -> None:
+    part = part_of(path)
+    assert part in RANK, f"say in ORDER where {part} belongs"
+    for line, name in imported(path):
+        package, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        assert package not in ("passes", "policies"), f"{path}:{line}: import vlcache_fx.{package}"
+        if package != "vlcache_fx" or other == part:
+            continue
+        if other in RANK:
+            assert RANK[other] < RANK[part], f"{path}:{line}: {part} may not import {other}"
+        else:
+            # The package itself, for its version or its public names: for what lies above all of those.
+            assert RANK[part] > RANK["api"], f"{path}:{line}: {part} may not import {name}"
+
+
+@pytest.mark.parametrize("part", NO_GRAPHS)
+def test_no_graph_code_where_none_belongs(part: str) -> None:
+    for path in sources():
+        if part_of(path) == part:
+            for line, name in imported(path):
+                assert not name.startswith(
+                    ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
+                ), f"{path}:{line}: {part} may not import {name}"
+
+
+def test_the_reader_sees_imports_wherever_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import hidden\nelse:\n    import b.c\n"
+        "def f():\n    from a import x, y\n"
+    )
+    assert {name for _, name in imported(path)} == {"typing.TYPE_CHECKING", "b.c", "a.x", "a.y"}

@@ -1,0 +1,118 @@
+"""Options: defaults as documented, everything else checked with a message that helps."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.options import Options
+from vlcache_fx.policies.uniform import Uniform
+from vlcache_fx.store.memory import MemoryStore
+
+
+def test_defaults() -> None:
+    assert dataclasses.asdict(Options.parse({})) == {
+        "policy": "layer_aware",
+        "budget": 0.02,
+        "lowering": "inductor",
+        "store": "memory://",
+        "capacity_bytes": 4 * 1024**3,
+        "profile": None,
+        "min_span_tokens": 16,
+        "salt": "",
+        "strict": False,
+        "dynamic": None,
+    }
+    assert Options.parse(None) == Options.parse({}) == Options()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "full"),
+        ("policy", Uniform()),
+        ("budget", 0),
+        ("budget", 1),
+        ("lowering", "eager"),
+        ("store", MemoryStore(1)),
+        ("capacity_bytes", 1),
+        ("profile", "profile.json"),
+        ("profile", Path("profile.json")),
+        ("min_span_tokens", 1),
+        ("salt", "tenant"),
+        ("strict", True),
+        ("dynamic", False),
+    ],
+)
+def test_valid_values_are_kept(name: str, value: Any) -> None:
+    assert getattr(Options.parse({name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", ""),
+        ("policy", None),
+        ("policy", Uniform),
+        ("budget", -0.01),
+        ("budget", 1.01),
+        ("budget", 2),
+        ("budget", float("nan")),
+        ("budget", float("inf")),
+        ("budget", True),
+        ("budget", "0.02"),
+        ("budget", 1j),
+        ("lowering", "onnx"),
+        ("lowering", None),
+        ("store", None),
+        ("store", MemoryStore),
+        ("store", 3),
+        ("capacity_bytes", 0),
+        ("capacity_bytes", -1),
+        ("capacity_bytes", 1.5),
+        ("capacity_bytes", True),
+        ("profile", 3),
+        ("profile", ""),
+        ("min_span_tokens", 0),
+        ("min_span_tokens", "16"),
+        ("salt", None),
+        ("salt", b"tenant"),
+        ("strict", 1),
+        ("strict", None),
+        ("dynamic", "auto"),
+    ],
+)
+def test_bad_values_are_named(name: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse({name: value})
+    assert f"{name}={value!r}" in str(caught.value)
+
+
+def test_unknown_names_get_the_valid_ones_and_a_suggestion() -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.parse({"bugdet": 0.1, "zzz": 1})
+    message = str(caught.value)
+    assert "'bugdet' (did you mean 'budget'?)" in message
+    assert "'zzz'," not in message
+    assert "'zzz'" in message
+    for field in dataclasses.fields(Options):
+        assert field.name in message
+
+
+def test_a_planned_lowering_is_told_apart_from_an_unknown_one() -> None:
+    with pytest.raises(OptionError, match="not available in this version: use 'eager' or 'inductor'"):
+        Options.parse({"lowering": "tensorrt"})
+
+
+def test_numpy_numbers_become_python_ones() -> None:
+    options = Options.parse({"budget": np.float32(0.5), "capacity_bytes": np.int64(7)})
+    assert (type(options.budget), options.budget) == (float, 0.5)
+    assert (type(options.capacity_bytes), options.capacity_bytes) == (int, 7)
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().budget = 0.5  # type: ignore[misc]

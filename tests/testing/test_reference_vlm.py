@@ -1,0 +1,211 @@
+"""The reference model that ships with the package: its files, its data, its answers and its training."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("transformers")
+
+import torch
+
+from vlcache_fx.testing.reference_vlm import (
+    ASSETS,
+    FAMILIES,
+    accuracy,
+    answer_questions,
+    build_prompt,
+    load_model,
+    load_processor,
+    make_questions,
+    next_words,
+    prepare,
+)
+from vlcache_fx.testing.reference_vlm.data import Asked, Question
+from vlcache_fx.testing.reference_vlm.images import CELL_PIXELS
+from vlcache_fx.testing.reference_vlm.packing import IGNORE, encode_row, pack
+from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
+from vlcache_fx.testing.reference_vlm.scans import load_scans
+from vlcache_fx.testing.reference_vlm.training import BatchMaker, Guide, Recipe, answer_loss
+from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model(attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_processor()
+
+
+def test_assets_are_small() -> None:
+    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 10e6
+    assert not [path for path in ASSETS.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, vlcache_fx.testing.reference_vlm\n"
+        "assert not {'transformers', 'sklearn', 'PIL', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_scan_is_in_both_splits() -> None:
+    train, test = load_scans("train"), load_scans("test")
+    assert not set(train.ids.tolist()) & set(test.ids.tolist())
+    assert len(train.ids) + len(test.ids) == 1797
+    asked = make_questions("test", "same", 5)
+    used = {int(scan) for question in asked for grid in question.scan_ids for scan in grid.flat}
+    assert used <= set(test.ids.tolist())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_repeat_and_fit_their_pictures(family: str) -> None:
+    first, again, other = (make_questions("test", family, 4, seed=seed) for seed in (3, 3, 4))
+    for a, b in zip(first, again, strict=True):
+        assert (build_prompt(a), a.answer) == (build_prompt(b), b.answer)
+        assert all(x.tobytes() == y.tobytes() for x, y in zip(a.images, b.images, strict=True))
+    assert [build_prompt(q) for q in first] != [build_prompt(q) for q in other]
+    for question in first:
+        assert len(question.images) == (2 if family == "same" else 1)
+        for image, digits in zip(question.images, question.digits, strict=True):
+            assert digits.size >= 100
+            assert image.size == (digits.shape[1] * CELL_PIXELS, digits.shape[0] * CELL_PIXELS)
+
+
+def test_answers_are_true_and_varied() -> None:
+    counts = make_questions("test", "count", 200)
+    for question in counts[:20]:
+        words = question.text.split()
+        row = question.digits[0][int(words[8]) - 1]
+        assert int(question.answer) == int((row == int(words[5])).sum())
+    assert len({question.answer for question in counts}) >= 7
+    same = [question.answer for question in make_questions("test", "same", 200)]
+    assert 70 <= same.count("yes") <= 130
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_out_accuracy(model: Any, processor: Any, family: str, first: bool) -> None:
+    asked = make_questions("test", family, 40, seed=11, question_first=first)
+    answers = next_words(model, processor, asked, batch=20)
+    assert accuracy(answers, asked) > 0.9
+
+
+def test_generate_answers_in_one_word(model: Any, processor: Any) -> None:
+    asked = [make_questions("test", family, 4, seed=12)[0] for family in FAMILIES]
+    generated = answer_questions(model, processor, asked)
+    assert generated == next_words(model, processor, asked)
+    assert generated == [answer for one in asked for answer in answer_questions(model, processor, [one])]
+
+
+def test_sdpa_and_eager_agree(model: Any, processor: Any) -> None:
+    inputs = prepare(processor, make_questions("test", "cell", 2, seed=5))
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+        actual = load_model()(**inputs).logits[:, -1]
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_processor_round_trip(processor: Any, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = ReferenceProcessor.from_pretrained(tmp_path)
+    asked = make_questions("test", "same", 2, seed=2)
+    before, after = prepare(processor, asked), prepare(loaded, asked)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert int(before["mm_token_type_ids"].sum()) * 4 == len(before["pixel_values"])
+
+
+def test_chat_template_is_the_prompt(processor: Any) -> None:
+    question = make_questions("test", "cell", 1)[0]
+    content = [{"type": "image", "image": question.images[0]}, {"type": "text", "text": question.text}]
+    messages = [{"role": "system", "content": question.system_prompt}, {"role": "user", "content": content}]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == build_prompt(question)
+    whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    assert torch.equal(whole["input_ids"], prepare(processor, [question])["input_ids"])
+
+
+def test_pixels_are_those_of_the_stock_processor(processor: Any) -> None:
+    stock = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    settings = {"patch_size": 4, "merge_size": 2, "do_resize": False}
+    theirs = stock.Qwen2VLImageProcessorPil(**settings, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = list(make_questions("test", "same", 1)[0].images)
+    expected, actual = theirs(images, return_tensors="pt"), processor.image_processor(images)
+    torch.testing.assert_close(actual["pixel_values"], expected["pixel_values"])
+    assert torch.equal(actual["image_grid_thw"], expected["image_grid_thw"])
+
+
+def test_unknown_names_and_missing_pictures_are_refused(processor: Any) -> None:
+    with pytest.raises(ValueError, match="split is one of"):
+        make_questions("validation")
+    with pytest.raises(ValueError, match="family is one of"):
+        make_questions(family="colour")
+    with pytest.raises(ValueError, match="names 1 pictures but 0"):
+        processor(text=[build_prompt(make_questions(count=1)[0])])
+
+
+def packed_logits(model: Any, question: Question, asked: list[Asked]) -> torch.Tensor:
+    """Logits ``[questions, words]`` where the answers of one packed row begin."""
+    rows = [len(grid) for grid in question.digits]
+    words = vocabulary()
+    row = encode_row(words, question.system_prompt, rows, asked, question.question_first)
+    batch = pack(words, [row], rows)
+    pixels = load_processor().image_processor(question.images)
+    wanted = (batch["labels"] != IGNORE)[0].nonzero()[::2, 0]
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
+    with torch.no_grad():
+        logits: torch.Tensor = model(**inputs, **pixels).logits[0, wanted]
+    return logits
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_packed_training_rows_equal_single_questions(processor: Any, first: bool) -> None:
+    model = load_model()
+    question = make_questions("test", "same", 1, question_first=first)[0]
+    asked = [Asked(question.text, question.answer, ())]
+    if not first:
+        asked.insert(0, Asked("what digit is at row 1 column 1 ?", "1", ()))
+    with torch.no_grad():
+        single = model(**prepare(processor, [question])).logits[:, -1]
+    torch.testing.assert_close(packed_logits(model, question, asked)[-1:], single, atol=1e-3, rtol=1e-3)
+
+
+def test_guide_reads_the_attention_that_the_model_computes(model: Any) -> None:
+    guide = Guide(model)
+    try:
+        batch = BatchMaker(vocabulary(), 0).batch(Recipe(("cell",), False, 1, 1, rows=(2, 2), system_words=3))
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "sources")}
+        mask = torch.where(inputs.pop("attention_mask"), 0.0, torch.finfo(torch.float32).min)
+        with torch.no_grad():
+            weights = model(**inputs, attention_mask=mask, output_attentions=True).attentions[2][0, 0]
+            answer_loss(model, {**batch, "attention_mask": mask})
+            loss = guide.loss(batch)
+        slot, source = (int(index) for index in batch["sources"][0].nonzero()[0])
+        assert float(loss) == pytest.approx(-float(np.log(weights[slot, source])), abs=1e-3)
+    finally:
+        guide.remove()
+
+
+def test_training_script_runs(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        import train_reference_vlm
+    finally:
+        sys.path.pop(0)
+    report = train_reference_vlm.main(["--steps", "2", "--device", "cpu", "--output", str(tmp_path)])
+    assert set(report["accuracy"]) == set(FAMILIES)
+    reloaded = load_model(folder=tmp_path)
+    assert not reloaded.training
+    assert {"evaluation.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}

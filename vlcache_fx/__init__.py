@@ -1,0 +1,63 @@
+"""Reuse of vision encoder outputs and KV caches for vision-language models, as a ``torch.compile`` backend.
+
+Names are resolved on first use, so that ``import vlcache_fx`` costs next to nothing and does not import
+torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
+    from vlcache_fx.errors import (
+        LoweringError,
+        OptionError,
+        PassError,
+        PlanError,
+        PolicyError,
+        Reason,
+        StoreError,
+        UnsupportedGraphError,
+        VlcacheError,
+    )
+    from vlcache_fx.options import Options
+    from vlcache_fx.runtime.engine import Engine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Engine",
+    "LoweringError",
+    "OptionError",
+    "Options",
+    "PassError",
+    "PlanError",
+    "PolicyError",
+    "Reason",
+    "StoreError",
+    "UnsupportedGraphError",
+    "VlcacheError",
+    "__version__",
+    "compile",
+    "mark_spans",
+]
+
+_HOMES = {
+    "Engine": "vlcache_fx.runtime.engine",
+    "Options": "vlcache_fx.options",
+    "compile": "vlcache_fx.api",
+    "mark_spans": "vlcache_fx.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not cached in this module: Python's import system does that for the modules, and the look-up is cheap.
+    return getattr(import_module(_HOMES.get(name, "vlcache_fx.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

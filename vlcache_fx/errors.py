@@ -1,0 +1,136 @@
+"""Every error that this package raises on purpose.
+
+::
+
+    VlcacheError
+    ├── OptionError            (also a ValueError)  an option is unknown or has a bad value
+    ├── PolicyError            a policy or profile is unknown, malformed, or does not fit the model
+    ├── PlanError              spans or row sets from which no valid plan can be made
+    ├── StoreError             a store, an entry or a key could not be made, read or written
+    ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
+    ├── PassError              a pass failed; names itself and the passes before it
+    └── LoweringError          a rewritten graph could not be compiled
+
+A refusal never reaches users unless the option ``strict`` is set: the model then runs as it would without
+this package, and the report says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+
+class VlcacheError(Exception):
+    """Base class of all errors of this package."""
+
+
+class OptionError(VlcacheError, ValueError):
+    """An option is unknown or has a bad value; the message names the value and what would be valid."""
+
+
+class PolicyError(VlcacheError):
+    """A policy or a profile is unknown, malformed, or does not fit the model it is used with."""
+
+
+class PlanError(VlcacheError):
+    """The spans or row sets are not executable (and, in strict mode, when they would need a repair)."""
+
+
+class StoreError(VlcacheError):
+    """A store, an entry or a key could not be made, read or written."""
+
+
+class Reason(StrEnum):
+    """Why a graph was refused. The values are stable: reports and metrics carry them."""
+
+    NO_ATTENTION = "no_attention"
+    """No attention site was found."""
+    NO_MERGE = "no_merge"
+    """No place was found where encoder features enter the token embeddings, and no spans were marked."""
+    NO_STREAM = "no_stream"
+    """The residual stream between two attention sites could not be isolated."""
+    UNKNOWN_OP = "unknown_op"
+    """An operator on the token axis is not known to be token-wise."""
+    TOKEN_AXIS_LOST = "token_axis_lost"
+    """The token axis could not be followed through an operator (merged, flattened, permuted away)."""
+    POSITION_IN_STREAM = "position_in_stream"
+    """Positions are added to the residual stream itself (learned embeddings): K cannot be position-free."""
+    BATCHED = "batched"
+    """More than one sample per call."""
+    MUTATED_INPUTS = "mutated_inputs"
+    """The graph writes to its inputs (a static KV cache, for example)."""
+    PAST_KEYS = "past_keys"
+    """The call continues a non-empty KV cache."""
+    MASK_FORM = "mask_form"
+    """An attention mask has a form that cannot be cut to rows."""
+    CAPTURE_FAILED = "capture_failed"
+    """The graph could not be brought to the functional ATen form."""
+    GRAD_REQUIRED = "grad_required"
+    """Gradients are needed; reused values carry none."""
+    LOWERING_FAILED = "lowering_failed"
+    """The rewritten graph did not compile."""
+    DATA_DEPENDENT = "data_dependent"
+    """Shapes or control flow depend on tensor values."""
+
+
+class UnsupportedGraphError(VlcacheError):
+    """A graph that cannot be rewritten: the reason, and where in the user's model it lies.
+
+    Args:
+        reason: the kind of refusal.
+        detail: what was found, in words.
+        node: name of the graph node concerned, if one is.
+        source_line: ``file:line: code`` of the user's model that made the node, if known.
+    """
+
+    def __init__(
+        self, reason: Reason, detail: str, node: str | None = None, source_line: str | None = None
+    ) -> None:
+        super().__init__(reason, detail, node, source_line)
+        self.reason = Reason(reason)
+        self.detail = detail
+        self.node = node
+        self.source_line = source_line
+
+    def __str__(self) -> str:
+        where = []
+        if self.node is not None:
+            where.append(f"node {self.node!r}")
+        if self.source_line is not None:
+            where.append(f"from {self.source_line.strip()}")
+        place = f" (at {', '.join(where)})" if where else ""
+        return f"graph not supported [{self.reason.value}]: {self.detail.rstrip('.')}{place}."
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The refusal as plain, JSON-serialisable data."""
+        return {
+            "reason": self.reason.value,
+            "detail": self.detail,
+            "node": self.node,
+            "source_line": self.source_line,
+        }
+
+
+class PassError(VlcacheError):
+    """A pass of the pipeline failed.
+
+    Args:
+        pass_name: registered name of the failing pass.
+        passes_before: names of the passes that had run on this graph, in order.
+        detail: what went wrong.
+    """
+
+    def __init__(self, pass_name: str, passes_before: Sequence[str] = (), detail: str = "failed") -> None:
+        super().__init__(pass_name, tuple(passes_before), detail)
+        self.pass_name = pass_name
+        self.passes_before = tuple(passes_before)
+        self.detail = detail
+
+    def __str__(self) -> str:
+        before = ", ".join(self.passes_before) or "no other pass"
+        return f"pass {self.pass_name!r}: {self.detail.rstrip('.')} (it ran after: {before})."
+
+
+class LoweringError(VlcacheError):
+    """A rewritten graph could not be compiled or bound to its inputs."""

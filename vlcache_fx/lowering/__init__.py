@@ -1,0 +1,18 @@
+"""Lowerings: a rewritten program graph becomes a callable."""
+
+from __future__ import annotations
+
+from vlcache_fx.lowering.base import Decompositions, Lowered, Lowering
+from vlcache_fx.lowering.cache import CompileCache, CompileStats
+from vlcache_fx.lowering.eager import EagerLowering
+from vlcache_fx.lowering.inductor import InductorLowering
+
+__all__ = [
+    "CompileCache",
+    "CompileStats",
+    "Decompositions",
+    "EagerLowering",
+    "InductorLowering",
+    "Lowered",
+    "Lowering",
+]

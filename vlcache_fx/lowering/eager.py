@@ -1,0 +1,34 @@
+"""The eager lowering: runs the graph with the kernels that the unmodified model would run. It is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from vlcache_fx.lowering.base import Lowered
+
+__all__ = ["EagerLowering"]
+
+
+class EagerLowering:
+    """Interprets nothing and fuses nothing: the graph becomes Python that calls one operator per node."""
+
+    name = "eager"
+
+    def lower(self, program: GraphModule, *, name: str) -> Lowered:
+        """See `Lowering.lower`. The code that FX generates drops every intermediate after its last use."""
+        graph = Graph()
+        mapping: dict[torch.fx.Node, torch.fx.Node] = {}
+        outputs = graph.graph_copy(program.graph, mapping)
+        graph.output(outputs)
+        module = GraphModule(program, graph, class_name=f"Eager_{''.join(c if c.isalnum() else '_' for c in name)}")
+
+        def run(args: Sequence[Any]) -> tuple[Any, ...]:
+            with torch.no_grad():
+                result = module(*args)
+            return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+        return run

@@ -1,0 +1,166 @@
+"""What makes two segments the same compilation: their structure, written as canonical text.
+
+The text names the operators in order, how they are connected, every constant, and per input the kind, dtype,
+device, sizes and strides, with symbols renamed in the order in which they appear. It holds no weights, no names and
+no example sizes: all decoder layers of one shape have one text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import GraphModule, Node
+
+from vlcache_fx.lowering.outline import Segment
+from vlcache_fx.lowering.shapes import Size, expression, hint
+
+__all__ = ["InputSpec", "Structure", "structure_of"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input. Expressions are in the canonical symbols of the structure.
+
+    Attributes:
+        value: a fake tensor that has the dtype and device; None for an int input.
+        sizes: of a tensor per dimension; of an int its own expression alone.
+        strides: of a tensor per dimension, else empty.
+    """
+
+    value: torch.Tensor | None
+    sizes: tuple[Size, ...]
+    strides: tuple[Size, ...]
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"int {self.sizes[0]}"
+        return f"{self.value.dtype} {self.value.device} {self.sizes} {self.strides}"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The shared form of equal segments.
+
+    Attributes:
+        key: digest of `text`.
+        text: the canonical form.
+        module: the graph of the segment that was seen first.
+        inputs: what it takes.
+        symbols: the canonical symbols.
+        examples: a value of each symbol that fits the program, should independent primes not fit it.
+        sources: Python code that reads each symbol from the list `a` of arguments.
+    """
+
+    key: str
+    text: str = field(repr=False)
+    module: GraphModule = field(repr=False)
+    inputs: tuple[InputSpec, ...]
+    symbols: tuple[sympy.Symbol, ...]
+    examples: Mapping[sympy.Symbol, int]
+    sources: Mapping[sympy.Symbol, str]
+
+
+def structure_of(segment: Segment, context: str = "") -> Structure:
+    """Computes the structure of a segment; `context` adds what else a compilation depends on."""
+    naming = _Naming()
+    inputs = tuple(naming.describe(index, value) for index, value in enumerate(segment.values))
+    inputs = tuple(InputSpec(i.value, naming.all(i.sizes), naming.all(i.strides)) for i in inputs)
+    lines = [context, *map(str, inputs), _graph_text(segment.module)]
+    text = "\n".join(lines)
+    key = hashlib.sha256(text.encode()).hexdigest()
+    return Structure(key, text, segment.module, inputs, tuple(naming.symbols), naming.examples, naming.sources)
+
+
+class _Naming:
+    """Renames symbols canonically. What no input tells plainly becomes a symbol of its own."""
+
+    def __init__(self) -> None:
+        self.names: dict[sympy.Expr, sympy.Symbol] = {}
+        self.symbols: list[sympy.Symbol] = []
+        self.examples: dict[sympy.Symbol, int] = {}
+        self.sources: dict[sympy.Symbol, str] = {}
+        self.places: dict[sympy.Expr, tuple[str, Any]] = {}
+
+    def describe(self, index: int, value: Any) -> InputSpec:
+        """Notes the plain symbols of one input; its expressions stay in the program's symbols for now."""
+        if not isinstance(value, torch.Tensor):
+            return InputSpec(None, (self._note(value, f"a[{index}]"),), ())
+        sizes = [self._note(size, f"a[{index}].size({dim})") for dim, size in enumerate(value.size())]
+        strides: list[Size] = []
+        for dim, stride in enumerate(value.stride()):
+            if sizes[dim] == 1:  # means nothing, but would differ: make it what a contiguous tensor has
+                strides.append(math.prod(sizes[dim + 1 :]))
+            else:
+                found = expression(stride)
+                self.places.setdefault(found, (f"a[{index}].stride({dim})", stride))
+                strides.append(found)
+        return InputSpec(value, tuple(sizes), tuple(strides))
+
+    def _note(self, value: int | torch.SymInt, place: str) -> Size:
+        size = expression(value)
+        if not isinstance(size, int):
+            self.places.setdefault(size, (place, value))
+            if isinstance(size, sympy.Symbol) and size not in self.names:
+                self._new(size)
+        return size
+
+    def _new(self, found: sympy.Expr) -> sympy.Symbol:
+        made = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
+        self.names[found] = made
+        place, value = self.places[found]
+        self.sources[made] = place
+        known = value.node.hint
+        self.examples[made] = hint(len(self.symbols)) if known is None else int(known)
+        self.symbols.append(made)
+        return made
+
+    def all(self, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        """Renames expressions; one with a symbol that no input tells plainly becomes opaque as a whole."""
+        renamed: list[Size] = []
+        for size in sizes:
+            if isinstance(size, int) or size.is_number:
+                renamed.append(int(size))
+            elif size in self.names:
+                renamed.append(self.names[size])
+            elif size.free_symbols <= self.names.keys():
+                renamed.append(size.xreplace(self.names))
+            else:
+                renamed.append(self._new(size))
+        return tuple(renamed)
+
+
+def _graph_text(module: GraphModule) -> str:
+    ids: dict[Node, int] = {}
+
+    def show(value: Any) -> str:
+        if isinstance(value, Node):
+            return f"%{ids[value]}"
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(show, value))}]"
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key}: {show(value[key])}' for key in sorted(value))}}}"
+        if isinstance(value, slice):
+            return f"slice({show(value.start)}, {show(value.stop)}, {show(value.step)})"
+        return repr(value)
+
+    lines: list[str] = []
+    for node in module.graph.nodes:
+        ids[node] = len(ids)
+        target = getattr(node.target, "__qualname__", None) or getattr(node.target, "__name__", "")
+        if node.op == "call_function":
+            what = f"{getattr(node.target, '__module__', '')}.{target}"
+            if isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+                what = str(node.target)
+        elif node.op == "get_attr":
+            what = "(" + _graph_text(module.get_submodule(str(node.target))) + ")"  # type: ignore[arg-type]
+        else:
+            what = node.op
+        if node.op != "placeholder":
+            lines.append(f"{what} {show(node.args)} {show(node.kwargs)}")
+    return "\n".join(lines)

@@ -1,0 +1,195 @@
+"""Symbolic sizes: a fresh shape environment per trace, fake values of a graph, and Python code from expressions.
+
+The environment that captured a program belongs to its capture (Dynamo turns its guards into recompiles), so nothing
+here ever evaluates a condition in it: expressions are copied into an environment of our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.printers import PythonPrinter
+
+__all__ = ["Shapes", "Size", "compile_expressions", "expression", "hint", "is_scalar", "program_values"]
+
+_log = logging.getLogger(__name__)
+
+Size: TypeAlias = int | sympy.Expr
+
+_FIRST_HINT = 1021
+
+
+def hint(index: int) -> int:
+    """The example value of the symbol number `index`: distinct primes from 1021 on.
+
+    A prime is no multiple of a vector width, no sum of two others and no width of a model, so a condition that
+    holds for it by accident is unlikely, and it is large enough that kernels are tuned for long sequences.
+    """
+    value = _FIRST_HINT
+    for _ in range(index):
+        value = int(sympy.nextprime(value + 24))
+    return value
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a node's value is a number, symbolic or not."""
+    return isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def expression(value: int | torch.SymInt) -> Size:
+    """The plain integer or the sympy expression behind a size."""
+    if isinstance(value, int):
+        return value
+    found = value.node.expr
+    return int(found) if found.is_number else found
+
+
+class Shapes:
+    """One shape environment and the fake tensor mode that goes with it."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+
+    def symbol(self, name: str, example: int) -> sympy.Symbol:
+        """A new symbol of at least 2, independent of every other one, whatever their examples are."""
+        from torch._dynamo.source import ConstantSource  # here: it brings all of Dynamo
+
+        made = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        if not isinstance(made, sympy.Symbol):
+            raise ValueError(f"no symbol for the example {example}")
+        return made
+
+    def size(self, value: Size, examples: Mapping[sympy.Symbol, int]) -> int | torch.SymInt:
+        """A size of this environment; `examples` gives the value of each symbol in it."""
+        if isinstance(value, int):
+            return value
+        if value.is_number:
+            return int(value)
+        made: int | torch.SymInt = self.env.create_symintnode(value, hint=int(value.xreplace(dict(examples))))
+        return made
+
+    def tensor(
+        self, sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt], like: torch.Tensor
+    ) -> torch.Tensor:
+        """A fake tensor without autograd state that has the dtype and device of `like`."""
+        with self.mode, torch.no_grad():
+            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=like.dtype, device=like.device)
+
+
+class _Recorder(Interpreter):
+    """Keeps the value of every node; real tensor constants become fake."""
+
+    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.mode = mode
+        self.values: dict[Node, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, torch.Tensor):
+            value = self.mode.from_tensor(value, static_shapes=True)
+        self.values[n] = value
+        return value
+
+
+def program_values(program: GraphModule) -> dict[Node, Any]:
+    """Propagates fake values through a program, in a new shape environment.
+
+    Each symbol of the placeholders' `meta["val"]` becomes a symbol with a prime example. Where these examples
+    contradict a relation between sizes that the program relies on (one symbol is the sum of two others), the
+    examples that the capture had are used instead.
+
+    Returns:
+        the value of every node.
+
+    Raises:
+        ValueError: a placeholder has no `meta["val"]`, or a layout that has no strides.
+        Exception: whatever an operator's fake implementation raises.
+    """
+    try:
+        return _propagate(program, Shapes(), captured=False)
+    except Exception as error:
+        _log.debug("sizes that are independent primes do not fit (%s): trying those of the capture", error)
+        return _propagate(program, Shapes(), captured=True)
+
+
+def _captured_example(value: torch.SymInt, symbol: sympy.Symbol, default: int) -> int:
+    env = value.node.shape_env
+    examples = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    return max(2, int(examples.get(symbol, default)))
+
+
+def _propagate(program: GraphModule, shapes: Shapes, *, captured: bool) -> dict[Node, Any]:
+    known: dict[sympy.Symbol, sympy.Symbol] = {}
+    examples: dict[sympy.Symbol, int] = {}
+
+    def convert(value: int | torch.SymInt) -> int | torch.SymInt:
+        found = expression(value)
+        if isinstance(found, int) or isinstance(value, int):
+            return int(value)
+        for symbol in sorted(found.free_symbols, key=str):
+            if symbol not in known:
+                example = hint(len(known))
+                if captured:
+                    example = _captured_example(value, symbol, example)
+                known[symbol] = shapes.symbol(f"v{len(known)}", example)
+                examples[known[symbol]] = example
+        return shapes.size(found.xreplace(known), examples)
+
+    inputs: list[Any] = []
+    for node in program.graph.find_nodes(op="placeholder"):
+        if "val" not in node.meta:
+            raise ValueError(f"the placeholder {node.name!r} has no meta['val']")
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided:
+                raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
+            value = shapes.tensor([convert(v) for v in value.size()], [convert(v) for v in value.stride()], value)
+        elif isinstance(value, torch.SymInt):
+            value = convert(value)
+        inputs.append(value)
+    recorder = _Recorder(program, shapes.mode)
+    # The dispatcher in Python knows symbolic sizes where some C++ kernels insist on plain integers.
+    with enable_python_dispatcher(), shapes.mode, torch.no_grad():
+        recorder.run(*inputs)
+    return recorder.values
+
+
+def compile_expressions(
+    expressions: Sequence[sympy.Basic | int], sources: Mapping[sympy.Basic, str], argument: str
+) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Compiles expressions to one Python function of a sequence; `sources` says where each symbol is found in it.
+
+    The code is printed from sympy expressions alone, never from text of a user.
+
+    Raises:
+        KeyError: an expression has a symbol without a source.
+    """
+    names: dict[sympy.Basic, sympy.Symbol] = {}
+    lines: list[str] = []
+    printer = PythonPrinter()
+    body: list[str] = []
+    for item in expressions:
+        if isinstance(item, int):
+            body.append(repr(item))
+            continue
+        for symbol in sorted(item.free_symbols, key=str):
+            if symbol not in names:
+                names[symbol] = sympy.Symbol(f"x{len(names)}", integer=True, positive=True)
+                lines.append(f"    x{len(names) - 1} = {sources[symbol]}\n")
+        body.append(printer.doprint(item.xreplace(names)))
+    code = f"def f({argument}):\n{''.join(lines)}    return ({''.join(f'({b}), ' for b in body)})\n"
+    scope: dict[str, Any] = {"math": math, "torch": torch}
+    exec(compile(code, "<sizes>", "exec"), scope)  # noqa: S102
+    made: Callable[[Sequence[Any]], tuple[Any, ...]] = scope["f"]
+    return made

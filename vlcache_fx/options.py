@@ -1,0 +1,153 @@
+"""The options of ``torch.compile(..., backend="vlcache", options={...})`` and of ``vlcache_fx.compile``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from vlcache_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    from vlcache_fx.policies.base import Policy
+    from vlcache_fx.store.base import Store
+
+GIB = 1024**3
+
+LOWERINGS = ("eager", "inductor")
+# Named in the contract, but not built in this version: the message says so instead of "unknown".
+PLANNED_LOWERINGS = ("tensorrt",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options. Building one raises ``OptionError`` for any bad value.
+
+    Attributes:
+        policy: name of a registered policy, or a policy object.
+        budget: share in [0, 1] of a span's token-layers that may be recomputed.
+        lowering: how programs are compiled, ``"eager"`` or ``"inductor"``.
+        store: a ``Store``, or the URL of one (``memory://``).
+        capacity_bytes: bound of a store opened from a URL, in bytes.
+        profile: path of a per-layer sensitivity profile (JSON), or None.
+        min_span_tokens: spans shorter than this many tokens are computed, never reused.
+        salt: mixed into every key; requests with different salts never share donors.
+        strict: raise refusals and plan repairs instead of falling back.
+        dynamic: as in ``torch.compile``: True for symbolic lengths, False for static, None to decide.
+    """
+
+    policy: str | Policy = "layer_aware"
+    budget: float = 0.02
+    lowering: str = "inductor"
+    store: str | Store = "memory://"
+    capacity_bytes: int = 4 * GIB
+    profile: str | os.PathLike[str] | None = None
+    min_span_tokens: int = 16
+    salt: str = ""
+    strict: bool = False
+    dynamic: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            # object.__setattr__: the class is frozen, and checks normalise (numpy scalars to Python ones).
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+
+    @classmethod
+    def parse(cls, mapping: Mapping[str, Any] | None = None) -> Options:
+        """Options from plain data.
+
+        Raises:
+            OptionError: for a name that is not an option (the valid ones are listed) or a bad value.
+        """
+        given = dict(mapping or {})
+        valid = [field.name for field in fields(cls)]
+        unknown = [name for name in given if name not in valid]
+        if unknown:
+            raise OptionError(_unknown_message(unknown, valid))
+        return cls(**given)
+
+
+def _unknown_message(unknown: list[str], valid: list[str]) -> str:
+    parts = []
+    for name in unknown:
+        near = difflib.get_close_matches(str(name), valid, n=1)
+        parts.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return f"unknown option {', '.join(parts)}; valid options are: {', '.join(valid)}"
+
+
+def _bad(name: str, value: object, wanted: str) -> OptionError:
+    return OptionError(f"option {name}={value!r} is not valid: it must be {wanted}")
+
+
+def _named_or_object(method: str, noun: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        # A class has the method too, but is not an instance: a common slip (policy=Uniform for Uniform()).
+        is_object = not isinstance(value, type) and callable(getattr(value, method, None))
+        if (isinstance(value, str) and value) or is_object:
+            return value
+        raise _bad(name, value, noun)
+
+    return check
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+        raise _bad(name, value, "a number in [0, 1]")
+    if not 0 <= float(value) <= 1:
+        raise _bad(name, value, "a share in [0, 1] (0.02 means 2 %)")
+    return float(value)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value <= 0:
+        raise _bad(name, value, "a positive integer")
+    return int(value)
+
+
+def _lowering(name: str, value: Any) -> str:
+    if isinstance(value, str) and value in LOWERINGS:
+        return value
+    valid = " or ".join(repr(item) for item in LOWERINGS)
+    if isinstance(value, str) and value in PLANNED_LOWERINGS:
+        raise OptionError(f"option {name}={value!r} is not available in this version: use {valid}")
+    raise _bad(name, value, valid)
+
+
+def _path(name: str, value: Any) -> str | os.PathLike[str] | None:
+    if value is None or (isinstance(value, str | os.PathLike) and str(value)):
+        return value
+    raise _bad(name, value, "a path or None")
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise _bad(name, value, "a string")
+    return value
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _bad(name, value, "True or False")
+    return value
+
+
+def _optional_flag(name: str, value: Any) -> bool | None:
+    return value if value is None else _flag(name, value)
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "policy": _named_or_object("select", "the name of a policy, or a policy object"),
+    "budget": _share,
+    "lowering": _lowering,
+    "store": _named_or_object("put", "a store URL such as 'memory://', or a Store object"),
+    "capacity_bytes": _positive_int,
+    "profile": _path,
+    "min_span_tokens": _positive_int,
+    "salt": _text,
+    "strict": _flag,
+    "dynamic": _optional_flag,
+}

@@ -1,0 +1,207 @@
+"""Builds the checked plan of one request out of its spans and a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import PlanError
+from vlcache_fx.plan.repair import checked_rows
+from vlcache_fx.plan.types import Plan, Span
+
+
+class RowChooser(Protocol):
+    """What a plan needs of a policy (see ``vlcache_fx.policies.base.Policy``)."""
+
+    @property
+    def ignores_budget(self) -> bool:
+        """True when the plan must not cut the choice to the budget."""
+
+    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+        """Per layer, row offsets relative to the start of a span."""
+
+
+def build_plan(
+    *,
+    num_tokens: int,
+    spans: Sequence[Span],
+    num_layers: int,
+    policy: RowChooser,
+    profile: Any = None,
+    budget: float,
+    output_rows: Tensor | None = None,
+    strict: bool = False,
+) -> Plan:
+    """The plan of one request.
+
+    Text rows and the rows of missed spans are active in every layer; in hit spans the policy's rows are. Rows
+    that outputs need are active in every layer as well.
+
+    Args:
+        num_tokens: N, at least 1.
+        spans: sorted, disjoint, inside [0, N), all of one sample.
+        num_layers: L, at least 1.
+        policy: chooses the rows of each hit span.
+        profile: per-layer sensitivities, passed to the policy as they are.
+        budget: share in [0, 1] of each hit span's token-layers; rows the policy chose beyond it are dropped,
+            the latest first (see ``vlcache_fx.plan.budget`` for the rounding).
+        output_rows: positions that outputs need after the last layer; None for all rows of the last layer.
+        strict: raise instead of repairing a policy's choice.
+
+    Raises:
+        PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
+    """
+    if num_tokens < 1 or num_layers < 1:
+        raise PlanError(
+            f"a plan needs tokens and layers: got num_tokens={num_tokens}, num_layers={num_layers}"
+        )
+    if not 0 <= budget <= 1:
+        raise PlanError(f"budget {budget!r} is not a share in [0, 1]")
+    _check_spans(spans, num_tokens)
+    outputs = None if output_rows is None else _checked_outputs(output_rows, num_tokens)
+
+    hits = [span for span in spans if span.hit]
+    notes: list[str] = []
+    chosen: list[list[Tensor]] = []
+    for span in hits:
+        selected = policy.select(span.length, num_layers, profile, budget)
+        limit = None if policy.ignores_budget else budget
+        rows_of_span, repairs = checked_rows(selected, span, num_layers, limit, strict)
+        chosen.append(rows_of_span)
+        notes.extend(repairs)
+
+    computed = torch.ones(num_tokens, dtype=torch.bool)
+    donors = torch.zeros(num_tokens, dtype=torch.int64)
+    offset = 0
+    for span in hits:
+        computed[span.start : span.end] = False
+        donors[span.start : span.end] = torch.arange(offset, offset + span.length)
+        offset += span.length
+    if outputs is not None:
+        computed[outputs] = True
+    notes.extend(_at_least_two(computed, hits, [rows_of_span[-1] for rows_of_span in chosen]))
+
+    rows, source, hit_rows = _layer_rows(num_layers, computed, donors, hits, chosen)
+    last = rows[-1] if outputs is None else _outputs_in(rows[-1], outputs)
+    source.append(source[-1] if last is rows[-1] else _source(donors, last))
+    rows.append(last)
+    return Plan(
+        num_tokens=num_tokens,
+        rows=tuple(rows),
+        keep=_keep(rows),
+        source=tuple(source),
+        rows_per_layer=tuple(len(tensor) for tensor in rows),
+        token_layer_fraction=hit_rows / (offset * num_layers) if hits else 0.0,
+        explanations=tuple(notes),
+    )
+
+
+def _check_spans(spans: Sequence[Span], num_tokens: int) -> None:
+    end = 0
+    for span in spans:
+        if span.length < 1 or span.start < 0 or span.end > num_tokens:
+            raise PlanError(f"span [{span.start}, {span.end}) is not inside [0, {num_tokens})")
+        if span.start < end:
+            raise PlanError(
+                f"span [{span.start}, {span.end}) overlaps the one before, or spans are not sorted"
+            )
+        if span.sample != spans[0].sample:
+            raise PlanError(
+                f"a plan is for one sample; got spans of samples {spans[0].sample} and {span.sample}"
+            )
+        end = span.end
+
+
+def _checked_outputs(output_rows: Tensor, num_tokens: int) -> Tensor:
+    if output_rows.dim() != 1 or output_rows.is_floating_point() or output_rows.dtype == torch.bool:
+        raise PlanError("output_rows must be a one-dimensional tensor of integer positions")
+    outputs: Tensor = torch.unique(output_rows.to(device="cpu", dtype=torch.int64))  # sorted
+    if len(outputs) == 0:
+        raise PlanError("output_rows is empty: no output would be left")
+    if outputs[0] < 0 or outputs[-1] >= num_tokens:
+        raise PlanError(f"output_rows must be inside [0, {num_tokens})")
+    return outputs
+
+
+def _at_least_two(computed: Tensor, hits: Sequence[Span], last_rows: Sequence[Tensor]) -> list[str]:
+    """Marks rows in ``computed`` until the last layer, the smallest set, has two rows; says so.
+
+    Neighbours of a row that is there, or the last two tokens: the ones that outputs are likely to need.
+    """
+    active = computed.clone()
+    for span, offsets in zip(hits, last_rows, strict=True):
+        active[span.start + offsets] = True
+    there = active.nonzero().flatten().tolist()
+    num_tokens = len(computed)
+    if len(there) >= min(2, num_tokens):
+        return []
+    if there:
+        added = [there[0] - 1 if there[0] > 0 else 1]
+    else:
+        added = list(range(max(0, num_tokens - 2), num_tokens))
+    computed[added] = True
+    return [f"rows {added} are computed as well: every layer needs at least two"]
+
+
+def _layer_rows(
+    num_layers: int,
+    computed: Tensor,
+    donors: Tensor,
+    hits: Sequence[Span],
+    chosen: Sequence[Sequence[Tensor]],
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Rows and source of layers 0 to L - 1, and the number of computed token-layers inside hit spans."""
+    rows: list[Tensor] = []
+    source: list[Tensor] = []
+    hit_rows = in_hits = 0
+    outside = len(computed) - sum(span.length for span in hits)
+    before: tuple[int, ...] | None = None
+    for layer in range(num_layers):
+        offsets = [rows_of_span[layer] for rows_of_span in chosen]
+        now = tuple(id(tensor) for tensor in offsets)
+        if now == before:
+            rows.append(rows[-1])
+            source.append(source[-1])
+        else:
+            active = computed.clone()
+            for span, tensor in zip(hits, offsets, strict=True):
+                active[span.start + tensor] = True
+            rows.append(active.nonzero().flatten())
+            source.append(_source(donors, rows[-1]))
+            in_hits = len(rows[-1]) - outside  # every row outside hit spans is active
+            before = now
+        hit_rows += in_hits
+    return rows, source, hit_rows
+
+
+def _source(donors: Tensor, rows: Tensor) -> Tensor:
+    source = donors.clone()
+    source[rows] = torch.arange(-1, -len(rows) - 1, -1)
+    return source
+
+
+def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
+    """The rows after the last layer: ``outputs``, and for a single one its active neighbour too."""
+    if len(outputs) == len(last):
+        return last
+    if len(outputs) >= 2 or len(last) < 2:
+        return outputs
+    at = int(torch.searchsorted(last, outputs)[0])
+    return last[at - 1 : at + 1] if at > 0 else last[:2]
+
+
+def _keep(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    keep: list[Tensor] = []
+    identity: dict[int, Tensor] = {}  # one per set of rows, by the id of its tensor
+    for before, after in pairwise(rows):
+        if after is not before:
+            keep.append(torch.searchsorted(before, after))
+            continue
+        if id(before) not in identity:
+            identity[id(before)] = torch.arange(len(before))
+        keep.append(identity[id(before)])
+    return tuple(keep)

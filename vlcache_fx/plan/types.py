@@ -1,0 +1,72 @@
+"""Spans and plans: plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """The run of token positions that one media item fills.
+
+    Attributes:
+        sample: index of the sample in the batch.
+        start: first token position.
+        length: number of tokens, at least 1.
+        key: key of the item's donor.
+        hit: True when a donor was found, so that its rows may be reused.
+        tier: store tier the donor came from, None when there is none.
+    """
+
+    sample: int
+    start: int
+    length: int
+    key: str
+    hit: bool
+    tier: str | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last token position."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Nested row sets R_0 ⊇ R_1 ⊇ ... of one request, and the gathers that put full tensors together.
+
+    With L layers and N tokens. Index l < L is the input of layer l (its K and V are computed for
+    ``rows[l]``); index L is the stream after the last layer. All tensors are int64, one-dimensional and on
+    the CPU. Where neighbouring layers have the same rows they share the same tensor objects, so that
+    ``rows[l] is rows[l + 1]`` tells that nothing has to be gathered there.
+
+    Attributes:
+        num_tokens: N.
+        rows: L + 1 sorted sets of token positions active at each layer; never fewer than two entries
+            when N >= 2 (compiled programs treat sizes 0 and 1 as special).
+        keep: L index tensors; ``rows[l][keep[l]]`` equals ``rows[l + 1]``.
+        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 says "row v of the donor table", which
+            is the concatenation of all hit spans' donor rows in order; v < 0 says "computed row
+            j = -(v + 1)", where ``rows[l][j] == i``. For l < L every token is one or the other. At index L,
+            tokens that are neither computed nor in a hit span hold 0, which means nothing there: no output
+            needs them.
+        rows_per_layer: number of rows at each of the L + 1 indices.
+        token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), rows that
+            outputs need included; 0.0 without hit spans.
+        explanations: one sentence for every repair made to what the policy asked for.
+    """
+
+    num_tokens: int
+    rows: tuple[Tensor, ...]
+    keep: tuple[Tensor, ...]
+    source: tuple[Tensor, ...]
+    rows_per_layer: tuple[int, ...]
+    token_layer_fraction: float
+    explanations: tuple[str, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.keep)

@@ -1,0 +1,40 @@
+"""Opens the store that an option names."""
+
+from __future__ import annotations
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.store.base import Store
+from vlcache_fx.store.memory import MemoryStore
+
+_AVAILABLE = "memory://"
+_PLANNED = ("file", "mooncake")
+
+
+def open_store(store_or_url: str | Store, capacity_bytes: int) -> Store:
+    """The store itself, or a new one for a URL.
+
+    Args:
+        store_or_url: a ``Store``, or ``memory://``.
+        capacity_bytes: bound of a new store, in bytes; a ``Store`` object keeps its own.
+
+    Raises:
+        OptionError: for a URL that this version cannot open, or something that is neither.
+    """
+    if isinstance(store_or_url, Store):
+        return store_or_url
+    if not isinstance(store_or_url, str):
+        raise OptionError(
+            f"option store={store_or_url!r} is not valid: it must be a URL such as {_AVAILABLE!r}, or a Store"
+        )
+    scheme, separator, rest = store_or_url.partition("://")
+    if scheme == "memory" and separator:
+        if rest:
+            raise OptionError(
+                f"option store={store_or_url!r} is not valid: nothing may follow {_AVAILABLE!r}"
+            )
+        return MemoryStore(capacity_bytes)
+    if scheme in _PLANNED and separator:
+        raise OptionError(
+            f"option store={store_or_url!r} is not available in this version, which has {_AVAILABLE!r}"
+        )
+    raise OptionError(f"option store={store_or_url!r} is not valid: this version has {_AVAILABLE!r}")
