@@ -26,7 +26,7 @@ import transformers
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vlcache_fx.testing.reference_vlm import FAMILIES, accuracy, answer_questions, make_questions
+from vlcache_fx.testing.reference_vlm import FAMILIES, accuracy, answer_questions, load_model, make_questions
 from vlcache_fx.testing.reference_vlm.config import HIDDEN, reference_config
 from vlcache_fx.testing.reference_vlm.images import COLUMNS, MAX_ROWS
 from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
@@ -42,7 +42,6 @@ from vlcache_fx.testing.reference_vlm.training import (
 from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
 
 SINGLE = ("cell", "count", "where")
-SMALL_SHARE = 0.55
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,25 +57,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--questions", type=int, default=None, help="evaluation questions per kind (400, or --steps)"
     )
+    parser.add_argument(
+        "--small", type=float, default=0.5, help="share of the decoder's steps on small grids"
+    )
+    parser.add_argument(
+        "--resume", type=Path, default=None, help="go on from this folder's model; no vision steps"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the decoder")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def recipes(full: bool) -> tuple[Recipe, ...]:
     """The kinds of batches of one stage, in the order in which they take turns."""
-    if full:
-        after = [Recipe((family,), False, 16, 12) for family in SINGLE]
-        return (
-            *after,
-            Recipe(SINGLE, True, 40, 1),
-            Recipe(("same",), False, 10, 12),
-            Recipe(("same",), True, 24, 1),
-        )
-    sizes: Any = {"rows": (2, 5), "system_words": 20}
-    after = [Recipe((family,), False, 24, 12, **sizes) for family in SINGLE]
-    before = (Recipe(SINGLE, True, 64, 1, **sizes), Recipe(("same",), True, 48, 1, **sizes))
-    return (*after, before[0], Recipe(("same",), False, 16, 12, **sizes), before[1])
+    sizes: Any = {} if full else {"rows": (3, MAX_ROWS)}
+    after, before = (12, 30) if full else (15, 40)
+    cell, count, where = (Recipe((family,), False, after, 12, **sizes) for family in SINGLE)
+    mixed = Recipe(("cell", "count", "count", "where"), True, before, 1, **sizes)
+    same = Recipe(("same",), False, after * 2 // 3, 12, **sizes)
+    same_before = Recipe(("same",), True, before * 5 // 8, 1, **sizes)
+    return (cell, count, mixed, same, where, count, mixed, same_before)
 
 
 class Trainer:
@@ -85,11 +86,18 @@ class Trainer:
     def __init__(self, options: argparse.Namespace) -> None:
         torch.manual_seed(options.seed)
         self.device, self.words = torch.device(options.device), vocabulary()
-        model: Any = Qwen2_5_VLForConditionalGeneration(reference_config(len(self.words), self.words))
-        initialise(model)
+        model: Any
+        if options.resume is None:
+            model = Qwen2_5_VLForConditionalGeneration(reference_config(len(self.words), self.words))
+            initialise(model)
+        else:
+            model = load_model(folder=options.resume)
+            model.model.visual.requires_grad_(False)
         self.model = model.to(self.device).train()
         self.batches = BatchMaker(self.words, options.seed)
         self.checkpoints: Path = options.output
+        self.small: float = options.small
+        self.rate: float = options.rate
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch to the training device."""
@@ -131,10 +139,10 @@ class Trainer:
         matrices = [weight for name, weight in named if weight.ndim == 2 and "layers" in name]
         others = [weight for name, weight in named if weight.ndim != 2 or "layers" not in name]
         optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=2e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01),
+            torch.optim.Muon(matrices, lr=self.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01),
         ]
-        guide, small = Guide(self.model), int(SMALL_SHARE * total)
+        guide, small = Guide(self.model), int(self.small * total)
         recent: dict[str, float] = {}
         for step in steps:
             kinds = recipes(full=step >= small)
@@ -142,7 +150,7 @@ class Trainer:
             batch = self.to_device(self.batches.batch(recipe))
             with self.forward_type():
                 loss, right = answer_loss(self.model, batch)
-            weight = 1.0 if step < small else max(0.0, 1.0 - 3.0 * (step - small) / (total - small))
+            weight = 1.0 if step < small else max(0.0, 1.0 - 2.0 * (step - small) / (total - small))
             if weight:
                 loss = loss + weight * guide.loss(batch)
             self.step(loss, optimizers, schedule(step, total))
@@ -190,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer = Trainer(options)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeRemainingColumn()) as bar:
-        trainer.train_encoder(bar.track(range(encoder_steps), description="vision tower"), encoder_steps)
+        if options.resume is None:
+            trainer.train_encoder(bar.track(range(encoder_steps), description="vision tower"), encoder_steps)
         trainer.train_decoder(bar.track(range(options.steps), description="decoder"), options.steps)
     trained = time.perf_counter() - started
     trainer.model.eval()

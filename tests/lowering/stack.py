@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -71,12 +71,14 @@ class Stack(nn.Module):
         self.norm = Norm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         size = width // heads
-        self.register_buffer("inv", 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size), persistent=False)
+        self.register_buffer(
+            "inv", 1.0 / 10000 ** (torch.arange(0, size, 2).float() / size), persistent=False
+        )
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[1, S, width] -> logits of the last token and every layer's K and V."""
         position = torch.arange(x.shape[1], device=x.device).float()
-        angle = torch.cat([position[:, None] * self.inv[None]] * 2, dim=-1)[None, None]
+        angle = torch.cat([position[:, None] * self.get_buffer("inv")[None]] * 2, dim=-1)[None, None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         caches = []
         for layer in self.layers:
@@ -86,7 +88,8 @@ class Stack(nn.Module):
 
 
 def splice(donor: torch.Tensor, fresh: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """[D, w] and [n, w] -> [S, w]: donor row `source` where it is not negative, else fresh row `-source - 1`."""
+    """[D, w] and [n, w] -> [S, w]: donor row `source` where it is not negative, else fresh row `-source -
+    1`."""
     kept = donor.index_select(0, source.clamp(min=0))
     computed = fresh.index_select(0, (-source - 1).clamp(min=0))
     return torch.where((source >= 0)[:, None], kept, computed)
@@ -99,13 +102,22 @@ class WarmLayer(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, row: torch.Tensor, keep: torch.Tensor,
-                source: torch.Tensor, donor_k: torch.Tensor, donor_v: torch.Tensor) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """x [1, n, width], cos and sin [1, 1, S, d], row [n], keep [m] into row, source [S], donors [D, w]."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        row: torch.Tensor,
+        keep: torch.Tensor,
+        source: torch.Tensor,
+        donors: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """x [1, n, width], cos and sin [1, 1, S, d], row [n], keep [m], source [S], donors [D, w]."""
         layer, total = self.layer, cos.shape[2]
         h = layer.norm1(x)
-        k = splice(donor_k, layer.k(h)[0], source).view(1, total, layer.kv_heads, layer.size).transpose(1, 2)
-        v = splice(donor_v, layer.v(h)[0], source).view(1, total, layer.kv_heads, layer.size).transpose(1, 2)
+        shape = (1, total, layer.kv_heads, layer.size)
+        k = splice(donors[0], layer.k(h)[0], source).view(shape).transpose(1, 2)
+        v = splice(donors[1], layer.v(h)[0], source).view(shape).transpose(1, 2)
         k = k * cos + rotate_half(k) * sin
         row, x, h = row.index_select(0, keep), x.index_select(1, keep), h.index_select(1, keep)
         q = layer.q(h).view(1, x.shape[1], layer.heads, layer.size).transpose(1, 2)
@@ -122,16 +134,23 @@ class Warm(nn.Module):
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(WarmLayer(layer) for layer in stack.layers)
+        self.layers = nn.ModuleList(WarmLayer(cast(Layer, layer)) for layer in stack.layers)
         self.norm, self.head = stack.norm, stack.head
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rows: tuple[torch.Tensor, ...],
-                keeps: tuple[torch.Tensor, ...], sources: tuple[torch.Tensor, ...], donors: tuple[torch.Tensor, ...],
-                ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        rows: tuple[torch.Tensor, ...],
+        keeps: tuple[torch.Tensor, ...],
+        sources: tuple[torch.Tensor, ...],
+        donors: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, ...]:
         """Per layer the row set, what of it goes on, where K and V come from, and two donors."""
         caches: list[torch.Tensor] = []
         for i, layer in enumerate(self.layers):
-            x, k, v = layer(x, cos, sin, rows[i], keeps[i], sources[i], donors[2 * i], donors[2 * i + 1])
+            x, k, v = layer(x, cos, sin, rows[i], keeps[i], sources[i], (donors[2 * i], donors[2 * i + 1]))
             caches += [k, v]
         return (self.head(self.norm(x)[:, -1:]), *caches)
 
@@ -148,8 +167,11 @@ def segment_of(node: torch.fx.Node) -> str | None:
     return found
 
 
-def trace(model: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> tuple[GraphModule, list[Any]]:
-    """Traces to a flat tagged graph; `dynamic` has, shaped like `inputs`, the symbolic dimensions of each tensor.
+def trace(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]
+) -> tuple[GraphModule, list[Any]]:
+    """Traces to a flat tagged graph; `dynamic` has, shaped like `inputs`, the symbolic dimensions of each
+    tensor.
 
     Returns the graph module and its lifted parameters and buffers, which are to be passed before the inputs.
     """

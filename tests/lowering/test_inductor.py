@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import LoweringError
@@ -16,6 +17,8 @@ from .stack import Stack, Warm, trace
 
 LAYERS = 3
 
+Traced: TypeAlias = tuple[GraphModule, list[Any]]
+
 # Inductor imports parts of torch that use torch.jit.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
@@ -24,6 +27,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning
 def stack() -> Stack:
     torch.manual_seed(0)
     return Stack(LAYERS).eval()
+
+
+@pytest.fixture(scope="module")
+def cold(stack: Stack) -> Traced:
+    return trace(stack, (prompt(37),), ({1},))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +69,18 @@ def close(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
         assert got.stride() == want.stride()
 
 
-def test_eager_is_the_model_itself(stack: Stack) -> None:
-    program, lifted = trace(stack, (prompt(37),), ({1},))
+def test_eager_is_the_model_itself(stack: Stack, cold: Traced) -> None:
+    program, lifted = cold
     run = EagerLowering().lower(program, name="cold")
     x = prompt(50)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(run([*lifted, x]), stack(x), strict=True))
 
 
-def test_every_length_runs_on_one_compilation_per_structure(stack: Stack, cache: CompileCache) -> None:
-    program, lifted = trace(stack, (prompt(37),), ({1},))
+def test_every_length_runs_on_one_compilation_per_structure(
+    stack: Stack, cold: Traced, cache: CompileCache
+) -> None:
+    program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
     names = [name for name, _ in cache.stats.compilations if name.startswith("cold")]
     assert names.count("cold/layer.0") <= 1
@@ -84,9 +94,8 @@ def test_every_length_runs_on_one_compilation_per_structure(stack: Stack, cache:
     assert not any(cache.stats.conditions.values())
 
 
-def test_another_program_shares_structures(stack: Stack, cache: CompileCache) -> None:
-    first, _ = trace(stack, (prompt(37),), ({1},))
-    InductorLowering(cache).lower(first, name="one")
+def test_another_program_shares_structures(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+    InductorLowering(cache).lower(cold[0], name="one")
     before, hits = len(cache.stats.compilations), cache.stats.hits
     other = Stack(LAYERS + 1).eval()
     program, lifted = trace(other, (prompt(29),), ({1},))
@@ -116,9 +125,9 @@ def test_rows_need_no_recompile(stack: Stack, cache: CompileCache) -> None:
     assert len(cache.stats.compilations) == before
 
 
-def test_one_row_compiles_a_variant(stack: Stack) -> None:
+def test_one_row_compiles_a_variant(stack: Stack, cold: Traced) -> None:
     cache = CompileCache()
-    program, lifted = trace(stack, (prompt(37),), ({1},))
+    program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
     for _ in range(2):
         x = prompt(1)
@@ -163,16 +172,16 @@ def test_outputs_may_alias() -> None:
     assert found[3].data_ptr() == found[2].data_ptr() == found[4].data_ptr()
 
 
-def test_parameters_that_require_grad_are_fine(stack: Stack, cache: CompileCache) -> None:
-    program, lifted = trace(stack, (prompt(37),), ({1},))
+def test_parameters_that_require_grad_are_fine(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+    program, lifted = cold
     assert lifted[0].requires_grad
     run = InductorLowering(cache).lower(program, name="cold")
     assert torch.is_grad_enabled()
     assert not any(value.requires_grad for value in run([*lifted, prompt(5)]))
 
 
-def test_inputs_of_another_layout_are_accepted(stack: Stack, cache: CompileCache) -> None:
-    program, lifted = trace(stack, (prompt(37),), ({1},))
+def test_inputs_of_another_layout_are_accepted(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+    program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
     x = torch.randn(1, 64, 12).transpose(1, 2)
     with torch.no_grad():
@@ -182,7 +191,7 @@ def test_inputs_of_another_layout_are_accepted(stack: Stack, cache: CompileCache
 
 def test_numbers_are_inputs_and_outputs() -> None:
     """Dynamo passes sizes as placeholders, and a program may return sizes."""
-    program, lifted = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
+    program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     first = next(iter(program.graph.nodes))
     size = first.meta["val"].size(0)
     with program.graph.inserting_before(first):
@@ -192,8 +201,7 @@ def test_numbers_are_inputs_and_outputs() -> None:
     with program.graph.inserting_before(output):
         more = program.graph.call_function(torch.ops.aten.sym_size.int, (output.args[0][2], 0))
         rows = program.graph.call_function(torch.ops.aten.arange.default, (number,))
-        text = program.graph.call_function(lambda a: a, ()) if False else more
-    output.args = ((output.args[0][2], number, text, 7, None, rows),)
+    output.args = ((output.args[0][2], number, more, 7, None, rows),)
     program.recompile()
     run = InductorLowering().lower(program, name="numbers")
     x = torch.ones(9, 4)

@@ -10,8 +10,8 @@ from torch.fx import GraphModule
 
 __all__ = ["Decompositions", "Lowered", "Lowering"]
 
-# Takes the program's placeholder values in order (tensors, ints) and returns its flat outputs. A call runs without
-# autograd, changes no argument and keeps none of them alive after it returns.
+# Takes the program's placeholder values in order (tensors, ints) and returns its flat outputs. A call runs
+# without autograd, changes no argument and keeps none of them alive after it returns.
 Lowered: TypeAlias = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 # Operators of ours that a compiler should see through: overload -> a function of the same signature in ATen.

@@ -1,8 +1,9 @@
 """Compiles each structure once with Inductor, for all sizes, and keeps the result.
 
-A structure is compiled with symbolic sizes of at least 2. Conditions on sizes that the compiler assumed all the same
-are collected from the shape environment and checked at every call; where one does not hold (or a size is 0 or 1,
-which compilers treat apart), a further *variant* is compiled for sizes like those of the call.
+A structure is compiled with symbolic sizes of at least 2. Conditions on sizes that the compiler assumed all
+the same are collected from the shape environment and checked at every call; where one does not hold (or a
+size is 0 or 1, which compilers treat apart), a further *variant* is compiled for sizes like those of the
+call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import sympy
 import torch
@@ -39,7 +40,7 @@ _Variant: TypeAlias = tuple[Callable[[tuple[int, ...]], bool], Runner]
 
 
 def compiling() -> AbstractContextManager[Any]:
-    """The lock of all compilations in the process: the compiler's own, so that its order and ours cannot differ."""
+    """The lock of all compilations in the process: the compiler's own, so that no two locks can cross."""
     from torch._dynamo.convert_frame import compile_lock
 
     return compile_lock
@@ -106,7 +107,8 @@ class CompileCache:
 
 
 class Compiled:
-    """One structure and its variants. Calling it takes a list of arguments and returns a sequence of outputs."""
+    """One structure and its variants. Calling it takes a list of arguments and returns a sequence of
+    outputs."""
 
     def __init__(
         self, cache: CompileCache, structure: Structure, name: str, decompositions: Decompositions
@@ -152,6 +154,10 @@ class Compiled:
             return made[1]
 
     def _compile(self, examples: Mapping[sympy.Symbol, int]) -> _Variant:
+        with torch.inference_mode(False), torch.no_grad():
+            return self._compile_plainly(examples)
+
+    def _compile_plainly(self, examples: Mapping[sympy.Symbol, int]) -> _Variant:
         start = time.perf_counter()
         shapes = Shapes()
         # Sizes of 0 and 1 change what code means (broadcasts, empty loops), so they become constants.
@@ -159,17 +165,25 @@ class Compiled:
             symbol: shapes.symbol(str(symbol), example) if example >= 2 else sympy.Integer(example)
             for symbol, example in examples.items()
         }
-        values = {inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
-        # The sizes are inputs of their own, as Dynamo does it: the caches on disk of torch tell entries of one graph
-        # apart by conditions on int inputs alone, and give the code for other sizes where there are none.
+        values = {
+            inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)
+        }
+        # The sizes are inputs of their own, as Dynamo does it: the caches on disk of torch tell entries of
+        # one graph apart by conditions on int inputs alone, and give the code for other sizes where there
+        # are none.
         inputs: list[Any] = [shapes.size(inner, values) for inner in made.values()]
         for spec in self.structure.inputs:
             sizes = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.sizes]
-            strides = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides]
+            strides = [
+                shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides
+            ]
             inputs.append(sizes[0] if spec.value is None else shapes.tensor(sizes, strides, spec.value))
-        with tracing(TracingContext(shapes.mode)), torch.no_grad():
+        with tracing(TracingContext(shapes.mode)):
             artifact = standalone_compile(
-                self._module(shapes, inputs), inputs, dynamic_shapes="from_tracing_context", options=self.cache.options
+                self._module(shapes, inputs),
+                inputs,
+                dynamic_shapes="from_tracing_context",
+                options=self.cache.options,
             )
         conditions = _conditions(
             shapes, {inner: symbol for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
@@ -188,7 +202,9 @@ class Compiled:
         module = GraphModule(self.structure.module, graph, class_name="Segment")
         if any(node.target in self.decompositions for node in graph.nodes):
             with shapes.mode:
-                module = make_fx(module, decomposition_table=dict(self.decompositions), pre_dispatch=True)(*inputs)
+                module = make_fx(module, decomposition_table=dict(self.decompositions), pre_dispatch=True)(
+                    *inputs
+                )
         return module
 
     def _check(
@@ -199,17 +215,19 @@ class Compiled:
             for symbol, example in examples.items()
         ]
         tests += conditions
-        if not tests:
-            return lambda sizes: True
         places = {symbol: f"sizes[{index}]" for index, symbol in enumerate(self.structure.symbols)}
-        function = compile_expressions([sympy.And(*tests, evaluate=False)], places, "sizes")
+        function = compile_expressions(
+            [sympy.And(*tests, evaluate=False) if tests else sympy.true], places, "sizes"
+        )
         return lambda sizes: bool(function(sizes)[0])
 
 
 def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> list[sympy.Basic]:
     """The guards of a compilation that do not follow from every symbol being at least 2."""
     plain = Shapes()
-    fresh = {inner: plain.symbol(str(symbol), hint(index)) for index, (inner, symbol) in enumerate(back.items())}
+    fresh = {
+        inner: plain.symbol(str(symbol), hint(index)) for index, (inner, symbol) in enumerate(back.items())
+    }
     found: list[sympy.Basic] = []
     for guard in shapes.env.guards:
         if plain.env._maybe_evaluate_static(guard.expr.xreplace(fresh)) == sympy.true:
@@ -223,12 +241,12 @@ def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> li
 def _boxed(artifact: Any) -> Runner:
     """The callable inside an artifact that takes a list, so that inputs can be freed while it runs.
 
-    AOTAutograd wraps it in functions of `*args` that add nothing for a graph without parameters of its own. Where a
-    version of torch is built otherwise, the artifact itself is called.
+    AOTAutograd wraps it in functions of `*args` that add nothing for a graph without parameters of its own.
+    Where a version of torch is built otherwise, the artifact itself is called.
     """
     found = getattr(artifact, "_compiled_fn", None)
     while isinstance(found, FunctionType) and found.__code__.co_flags & inspect.CO_VARARGS:
         found = getattr(found, "__wrapped__", None)
     if callable(found) and getattr(found, "_boxed_call", False):
-        return found  # type: ignore[no-any-return]
-    return lambda args: artifact(*args)  # type: ignore[no-any-return]
+        return cast(Runner, found)
+    return lambda args: cast(Sequence[Any], artifact(*args))

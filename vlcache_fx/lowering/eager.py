@@ -1,4 +1,5 @@
-"""The eager lowering: runs the graph with the kernels that the unmodified model would run. It is the oracle."""
+"""The eager lowering: runs the graph with the kernels that the unmodified model would run. It is the
+oracle."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ class EagerLowering:
         mapping: dict[torch.fx.Node, torch.fx.Node] = {}
         outputs = graph.graph_copy(program.graph, mapping)
         graph.output(outputs)
-        module = GraphModule(program, graph, class_name=f"Eager_{''.join(c if c.isalnum() else '_' for c in name)}")
+        module = GraphModule(
+            program, graph, class_name=f"Eager_{''.join(c if c.isalnum() else '_' for c in name)}"
+        )
 
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             with torch.no_grad():

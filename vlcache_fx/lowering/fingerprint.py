@@ -1,8 +1,8 @@
 """What makes two segments the same compilation: their structure, written as canonical text.
 
 The text names the operators in order, how they are connected, every constant, and per input the kind, dtype,
-device, sizes and strides, with symbols renamed in the order in which they appear. It holds no weights, no names and
-no example sizes: all decoder layers of one shape have one text.
+device, sizes and strides, with symbols renamed in the order in which they appear. It holds no weights, no
+names and no example sizes: all decoder layers of one shape have one text.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def structure_of(segment: Segment, context: str = "") -> Structure:
     lines = [context, *map(str, inputs), _graph_text(segment.module)]
     text = "\n".join(lines)
     key = hashlib.sha256(text.encode()).hexdigest()
-    return Structure(key, text, segment.module, inputs, tuple(naming.symbols), naming.examples, naming.sources)
+    return Structure(
+        key, text, segment.module, inputs, tuple(naming.symbols), naming.examples, naming.sources
+    )
 
 
 class _Naming:

@@ -30,12 +30,15 @@ class InductorLowering:
 
     name = "inductor"
 
-    def __init__(self, cache: CompileCache | None = None, decompositions: Decompositions | None = None) -> None:
+    def __init__(
+        self, cache: CompileCache | None = None, decompositions: Decompositions | None = None
+    ) -> None:
         self.cache = cache if cache is not None else CompileCache()
         self.decompositions = dict(decompositions or {})
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
-        """See `Lowering.lower`. Compiles everything now; calls compile only for sizes that break a condition."""
+        """See `Lowering.lower`. Compiles everything now; calls compile only for sizes that break a
+        condition."""
         try:
             values = program_values(program)
             segments = outline(program, values)
@@ -45,7 +48,9 @@ class InductorLowering:
         context = f"{_context(self.cache)} {sorted(map(str, self.decompositions))}"
         for segment in segments:
             try:
-                run = self.cache.get(structure_of(segment, context), f"{name}/{segment.name}", self.decompositions)
+                run = self.cache.get(
+                    structure_of(segment, context), f"{name}/{segment.name}", self.decompositions
+                )
                 builder.add(segment, run)
             except Exception as error:
                 raise LoweringError(f"program {name!r}, segment {segment.name!r}: {_brief(error)}") from error
@@ -146,7 +151,9 @@ class _Assembler:
             if slot not in returned:
                 dead[step].append(slot)
         return tuple(
-            _Step(run, tuple(self.slots[k] for k in inputs), tuple(self.slots[n] for n in outs), tuple(dead[i]))
+            _Step(
+                run, tuple(self.slots[k] for k in inputs), tuple(self.slots[n] for n in outs), tuple(dead[i])
+            )
             for i, (run, inputs, outs) in enumerate(self.parts)
         )
 
@@ -187,10 +194,12 @@ def _layouts(values: list[Any]) -> tuple[tuple[int, tuple[int, ...], tuple[int, 
 
 
 class _Program:
-    """A lowered program: runs its steps on an environment of slots and drops every value after its last use."""
+    """A lowered program: runs its steps on an environment of slots and drops every value after its last
+    use."""
 
     def __init__(
-        self, steps: tuple[_Step, ...], returned: tuple[int, ...], constants: tuple[Any, ...], slots: int, inputs: int,
+        self, steps: tuple[_Step, ...], returned: tuple[int, ...], constants: tuple[Any, ...], slots: int,
+        inputs: int,
         numbers: Callable[[Sequence[Any]], tuple[Any, ...]] | None,
         layouts: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...],
     ) -> None:  # fmt: skip

@@ -1,9 +1,9 @@
 """Cuts a flat program graph into its segments, so that equal layers become equal graphs.
 
-Every node carries the name of its segment in `meta["segment"]`: "prelude", "layer.0", "layer.1", ..., "tail". The
-cut is correct for any tags: a node runs in the segment that its tag names, or in a later one where it needs a
-value of a later one (so a chain of segments is never cyclic). A node without a tag runs where its last tensor
-input is computed, in the prelude if it has none.
+Every node carries the name of its segment in `meta["segment"]`: "prelude", "layer.0", "layer.1", ...,
+"tail". The cut is correct for any tags: a node runs in the segment that its tag names, or in a later one
+where it needs a value of a later one (so a chain of segments is never cyclic). A node without a tag runs
+where its last tensor input is computed, in the prelude if it has none.
 
 Sizes never travel between segments where a tensor input tells them: each use is written anew as sizes of the
 segment's own inputs, so that two layers have the same graph wherever the program happened to read the length.
@@ -41,7 +41,8 @@ class Segment:
     Attributes:
         name: its tag.
         module: the graph; takes `inputs` and returns the tuple of `outputs`.
-        inputs: per placeholder the program node (a tensor) or the expression (an int that no tensor input tells).
+        inputs: per placeholder the program node (a tensor) or the expression (an int that no tensor input
+        tells).
         values: per placeholder its fake value.
         outputs: the program nodes that other segments or the caller need.
     """
@@ -81,7 +82,9 @@ def outline(program: GraphModule, values: Mapping[Node, Any]) -> list[Segment]:
     wanted_later: set[Node] = set()
     for node in live:
         if not is_scalar(values[node]):
-            wanted_later.update(n for n in _tensor_sources(node, values) if rank.get(n, rank.get(node)) != rank.get(node))
+            wanted_later.update(
+                n for n in _tensor_sources(node, values) if rank.get(n, rank.get(node)) != rank.get(node)
+            )
     title = {index: name for name, index in names.items()}
     return [
         _Builder(program, values, members[index]).build(title.get(index, "prelude"), wanted_later)
@@ -90,7 +93,8 @@ def outline(program: GraphModule, values: Mapping[Node, Any]) -> list[Segment]:
 
 
 def _live(graph: Graph) -> list[Node]:
-    """The nodes that an output or a check of values needs, in order. Checks of metadata hold by construction."""
+    """The nodes that an output or a check of values needs, in order. Checks of metadata hold by
+    construction."""
     roots = [n for n in graph.nodes if n.op == "output" or "_assert_async" in str(n.target)]
     seen: set[Node] = set()
     while roots:

@@ -1,7 +1,8 @@
-"""Symbolic sizes: a fresh shape environment per trace, fake values of a graph, and Python code from expressions.
+"""Symbolic sizes: a fresh shape environment per trace, fake values of a graph, and Python code from
+expressions.
 
-The environment that captured a program belongs to its capture (Dynamo turns its guards into recompiles), so nothing
-here ever evaluates a condition in it: expressions are copied into an environment of our own.
+The environment that captured a program belongs to its capture (Dynamo turns its guards into recompiles), so
+nothing here ever evaluates a condition in it: expressions are copied into an environment of our own.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _FIRST_HINT = 1021
 def hint(index: int) -> int:
     """The example value of the symbol number `index`: distinct primes from 1021 on.
 
-    A prime is no multiple of a vector width, no sum of two others and no width of a model, so a condition that
-    holds for it by accident is unlikely, and it is large enough that kernels are tuned for long sequences.
+    A prime is no multiple of a vector width, no sum of two others and no width of a model, so a condition
+    that holds for it by accident is unlikely, and it is large enough that kernels are tuned for long
+    sequences.
     """
     value = _FIRST_HINT
     for _ in range(index):
@@ -118,7 +120,7 @@ def program_values(program: GraphModule) -> dict[Node, Any]:
     """
     try:
         return _propagate(program, Shapes(), captured=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the second try is the judge
         _log.debug("sizes that are independent primes do not fit (%s): trying those of the capture", error)
         return _propagate(program, Shapes(), captured=True)
 
@@ -154,7 +156,9 @@ def _propagate(program: GraphModule, shapes: Shapes, *, captured: bool) -> dict[
         if isinstance(value, torch.Tensor):
             if value.layout != torch.strided:
                 raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
-            value = shapes.tensor([convert(v) for v in value.size()], [convert(v) for v in value.stride()], value)
+            value = shapes.tensor(
+                [convert(v) for v in value.size()], [convert(v) for v in value.stride()], value
+            )
         elif isinstance(value, torch.SymInt):
             value = convert(value)
         inputs.append(value)
@@ -168,7 +172,8 @@ def _propagate(program: GraphModule, shapes: Shapes, *, captured: bool) -> dict[
 def compile_expressions(
     expressions: Sequence[sympy.Basic | int], sources: Mapping[sympy.Basic, str], argument: str
 ) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Compiles expressions to one Python function of a sequence; `sources` says where each symbol is found in it.
+    """Compiles expressions to one Python function of a sequence; `sources` says where each symbol is found
+    in it.
 
     The code is printed from sympy expressions alone, never from text of a user.
 

@@ -1,0 +1,166 @@
+"""Answers of the reference model: cold, with reuse, and from the unmodified model."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+import vlcache_fx
+from vlcache_fx.testing import reference_vlm
+from vlcache_fx.testing.reference_vlm import Question
+from vlcache_fx.testing.reference_vlm.data import draw_question, draw_system_prompt
+
+RETURNS = (False, True)
+"""How pictures come back: with the question behind them, then with the question before them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One question, its answers, and what the engine reported.
+
+    ``full`` is the unmodified model's answer; ``starts`` are the token positions where the pictures begin.
+    """
+
+    family: str
+    system_prompt: str
+    text: str
+    right: str
+    answer: str
+    full: str
+    mode: str
+    hit: bool
+    encoder_hit: bool
+    token_layer_fraction: float
+    num_tokens: int
+    starts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyScore:
+    """Counts for one family of questions; ``fraction`` is the mean recomputed share of the pictures' token-layers.
+
+    Attributes:
+        cold: questions about new pictures, of which ``cold_right`` were answered right.
+        warm: questions about pictures that came back, of which ``warm_right`` were answered right with reuse and
+            ``full_right`` by the unmodified model.
+        agree: warm questions to which both gave the same answer.
+        encoder_hits: warm questions for which no picture was encoded again.
+        moved: warm questions in which a picture began at another position than at first.
+    """
+
+    family: str
+    cold: int
+    cold_right: int
+    warm: int
+    warm_right: int
+    full_right: int
+    agree: int
+    encoder_hits: int
+    moved: int
+    fraction: float
+
+
+class AnswerBench:
+    """The reference model twice, compiled for reuse and unmodified (run eagerly).
+
+    Args:
+        budget: share of the pictures' token-layers that may be recomputed.
+        lowering: of the compiled model.
+    """
+
+    def __init__(self, budget: float = 0.02, lowering: str = "eager") -> None:
+        self.processor = reference_vlm.load_processor()
+        self.unmodified = reference_vlm.load_model()
+        # Lengths are symbolic from the start: every question has another one.
+        self.model: Any = vlcache_fx.compile(
+            reference_vlm.load_model(), budget=budget, lowering=lowering, dynamic=True
+        )
+
+    def ask(self, question: Question) -> Asked:
+        """Put ``question`` to both models.
+
+        Raises:
+            RuntimeError: the question was answered without the engine.
+        """
+        inputs = reference_vlm.prepare(self.processor, [question])
+        engine = self.model.vlcache
+        before = sum(engine.stats()["calls"].values())
+        answer = self._generate(self.model, inputs)
+        if sum(engine.stats()["calls"].values()) != before + 1:
+            raise RuntimeError("the compiled model answered without its engine")
+        report = engine.last_report
+        return Asked(
+            family=question.family,
+            system_prompt=question.system_prompt,
+            text=question.text,
+            right=question.answer,
+            answer=answer,
+            full=self._generate(self.unmodified, inputs),
+            mode=report["mode"],
+            hit=bool(report["spans"]) and all(span["hit"] for span in report["spans"]),
+            encoder_hit=bool(report["encoder_hit"]),
+            token_layer_fraction=report["token_layer_fraction"],
+            num_tokens=report["num_tokens"],
+            starts=tuple(span["start"] for span in report["spans"]),
+        )
+
+    def _generate(self, model: Any, inputs: Any) -> str:
+        with torch.no_grad():
+            tokens = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+
+
+def run_answers(
+    bench: AnswerBench, families: Sequence[str], pictures: int, after_question: Callable[[], None] = lambda: None
+) -> list[list[Asked]]:
+    """Ask about ``pictures`` sets of pictures per family; the questions about one set are one list, the first cold."""
+    results = []
+    for family in families:
+        for first in reference_vlm.make_questions("test", family, pictures):
+            asked = []
+            for question in (first, *_returns(first)):
+                asked.append(bench.ask(question))
+                after_question()
+            results.append(asked)
+    return results
+
+
+def _returns(first: Question) -> Iterator[Question]:
+    """Other questions about the pictures of ``first``, behind other system prompts."""
+    rng = np.random.default_rng(first.scan_ids[0].reshape(-1))
+    for question_first in RETURNS:
+        drawn = draw_question(rng, first.family, first.digits)
+        yield dataclasses.replace(
+            first,
+            system_prompt=draw_system_prompt(rng),
+            text=drawn.text,
+            answer=drawn.answer,
+            question_first=question_first,
+        )
+
+
+def score(results: Sequence[Sequence[Asked]]) -> list[FamilyScore]:
+    """Count per family, in the order of ``results``."""
+    scores = []
+    for family in dict.fromkeys(asked[0].family for asked in results):
+        sets = [asked for asked in results if asked[0].family == family]
+        cold = [asked[0] for asked in sets]
+        warm = [question for asked in sets for question in asked[1:]]
+        scores.append(
+            FamilyScore(
+                family=family,
+                cold=len(cold),
+                cold_right=sum(one.answer == one.right for one in cold),
+                warm=len(warm),
+                warm_right=sum(one.answer == one.right for one in warm),
+                full_right=sum(one.full == one.right for one in warm),
+                agree=sum(one.answer == one.full for one in warm),
+                encoder_hits=sum(one.encoder_hit for one in warm),
+                moved=sum(one.starts != asked[0].starts for asked in sets for one in asked[1:]),
+                fraction=sum(one.token_layer_fraction for one in warm) / len(warm),
+            )
+        )
+    return scores

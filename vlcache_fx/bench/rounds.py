@@ -1,0 +1,72 @@
+"""Timing several systems in turn, so that whatever else the machine does hits them all alike."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class System:
+    """Something to time.
+
+    Attributes:
+        run: what is timed.
+        prepare: called before every run, not timed.
+        check: called after every run, not timed; raises where the run did not do what its name says.
+        rounds: how many rounds it takes part in; None for all.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], None] = _nothing
+    check: Callable[[], None] = _nothing
+    rounds: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and range of a sample."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Summary":
+        """Summarise at least one value."""
+        return cls(median(values), min(values), max(values))
+
+
+def time_once(system: System) -> float:
+    """Prepare, run and check ``system`` once; the seconds of the run."""
+    system.prepare()
+    gc.collect()
+    start = time.perf_counter()
+    result = system.run()
+    seconds = time.perf_counter() - start
+    del result
+    system.check()
+    return seconds
+
+
+def interleave(
+    systems: Mapping[str, System], rounds: int, after_run: Callable[[], None] = _nothing
+) -> dict[str, list[float]]:
+    """Time every system once per round, in the given order; seconds per system, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(rounds):
+        for name, system in systems.items():
+            if system.rounds is None or number < system.rounds:
+                seconds[name].append(time_once(system))
+                after_run()
+    return seconds
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Summary:
+    """Summary of the ratios within each round; a system that sat rounds out is compared in its own."""
+    return Summary.of([above / below for above, below in zip(numerator, denominator, strict=False)])
