@@ -5,12 +5,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
-from vlcache_fx.errors import OptionError
+from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.integrations.transformers import hook_encoders
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.marks import mark_spans
+
+__all__ = ["compile", "mark_spans"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,9 +44,15 @@ def compile(model: Model, **options: Any) -> Model:
         # Models check on the way that placeholders and features agree; with scalars captured, that check
         # does not cut the graph in two.
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
-            return compiled(*args, **kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            except BackendCompilerFailed as failure:
+                if isinstance(failure.inner_exception, VlcacheError):
+                    raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
+                raise
 
     hook_encoders(model, engine)
+    engine.explained = plain
     object.__setattr__(model, "forward", forward)
     object.__setattr__(model, "vlcache", engine)
     return model

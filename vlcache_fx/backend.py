@@ -84,7 +84,9 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
         return lambda *args: encoder(args)[0]
     facts = analyze(captured)
     if not facts.merges:
-        raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
+        if facts.stream.boundaries[0].op != "placeholder":
+            raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
+        unmodified.prepare()  # serves every call in which no span is marked
     split = split_encoder(captured, facts)
     if split is None:
         decoder = DecoderRunner(captured, engine, unmodified)

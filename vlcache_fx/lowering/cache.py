@@ -239,11 +239,8 @@ def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> li
 
 
 def _boxed(artifact: Any) -> Runner:
-    """The callable inside an artifact that takes a list, so that inputs can be freed while it runs.
-
-    AOTAutograd wraps it in functions of `*args` that add nothing for a graph without parameters of its own.
-    Where a version of torch is built otherwise, the artifact itself is called.
-    """
+    """The callable inside an artifact that takes a list, so that inputs can be freed while it runs."""
+    # AOTAutograd wraps it in functions of *args, which add nothing for a graph without parameters of its own.
     found = getattr(artifact, "_compiled_fn", None)
     while isinstance(found, FunctionType) and found.__code__.co_flags & inspect.CO_VARARGS:
         found = getattr(found, "__wrapped__", None)

@@ -78,6 +78,8 @@ class DecoderRunner:
             num_tokens, runs = identified
             weights = self.engine.weights_fingerprint([args[index] for index in self._weights])
             spans = self._spans(args, runs, num_tokens, weights)
+        if not runs and self._identifier.embeddings is not None:
+            return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
         with clock.measure("lookup"):

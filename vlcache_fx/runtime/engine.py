@@ -3,12 +3,13 @@
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.errors import UnsupportedGraphError, VlcacheError
+from vlcache_fx.errors import OptionError, UnsupportedGraphError, VlcacheError
+from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import splice_rows_reference
 from vlcache_fx.options import Options
@@ -49,6 +50,7 @@ class Engine:
             decompositions = {torch.ops.vlcache.splice_rows.default: splice_rows_reference}
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.refusals: list[UnsupportedGraphError] = []
+        self.explained: Callable[..., Any] | None = None
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -77,6 +79,16 @@ class Engine:
             "compile_seconds": round(compiled.seconds, 3),
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
         }
+
+    def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
+        """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
+
+        Raises:
+            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many).
+        """
+        if self.explained is None:
+            raise OptionError("this engine knows no model to explain; compile the model with vlcache_fx.compile")
+        return explain(self.explained, **inputs)
 
     def clear(self) -> None:
         """Drop every donor and encoder output."""
@@ -118,7 +130,7 @@ class Engine:
             raise refusal
         with self._lock:
             self.refusals.append(refusal)
-        log.info("runs unmodified: %s", refusal)
+        log.warning("runs unmodified: %s", refusal)
 
     def store_failed(self, error: Exception) -> None:
         """A store that fails costs reuse, never the request."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.store.keys import Part, content_digest
 
 
@@ -29,12 +30,14 @@ class Identifier:
     Attributes:
         masks: a small graph from the graph's inputs to the mask of each merge.
         features: per merge, the index of the input that holds its feature rows.
+        embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
     """
 
     masks: fx.GraphModule
     features: tuple[int, ...]
     position_inputs: tuple[int, ...]
+    embeddings: int | None = None
 
     @classmethod
     def of(cls, module: fx.GraphModule, facts: DecoderFacts, data_inputs: Sequence[int]) -> "Identifier":
@@ -48,10 +51,15 @@ class Identifier:
             masks=extract(module, [merge.mask for merge in facts.merges]),
             features=tuple(index[merge.features] for merge in facts.merges),
             position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
+            embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
         )
 
     def runs(self, args: Sequence[Any]) -> tuple[int, list[Run]] | None:
         """``(number of tokens, runs in order)``, or None where placeholders and features do not agree."""
+        if self.embeddings is not None:
+            embeds = args[self.embeddings]
+            marks = marked_spans(embeds)
+            return embeds.shape[1], [Run(start, length, embeds[:, start : start + length]) for _, start, length in marks]
         num_tokens, found = 0, []
         for mask, index in zip(self.masks(*args), self.features, strict=True):
             flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)

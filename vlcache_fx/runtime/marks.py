@@ -1,0 +1,50 @@
+"""Spans that the caller marks, for models in whose graphs no merge can be recognised."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.errors import PlanError
+
+ATTRIBUTE = "_vlcache_spans"
+
+
+def mark_spans(embeds: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Say which rows of ``embeds`` are media items; pass the result to the model as its ``inputs_embeds``.
+
+    Args:
+        embeds: token embeddings with the items' features in place, [batch, tokens, hidden].
+        spans: ``(sample, start, length)`` of each item, in token positions.
+
+    Returns:
+        ``embeds`` itself. The marks belong to this tensor object: a copy or a slice of it has none.
+
+    Raises:
+        PlanError: a span lies outside the tensor or overlaps another one.
+    """
+    if not isinstance(embeds, Tensor) or embeds.dim() != 3:
+        raise PlanError(f"embeds must be a tensor of shape [batch, tokens, hidden], got {_shape(embeds)}")
+    batch, tokens = embeds.shape[:2]
+    ends = dict.fromkeys(range(batch), 0)
+    checked = sorted((int(sample), int(start), int(length)) for sample, start, length in spans)
+    for sample, start, length in checked:
+        if not 0 <= sample < batch or start < 0 or length < 1 or start + length > tokens:
+            raise PlanError(
+                f"span (sample {sample}, start {start}, length {length}) lies outside {batch} x {tokens} tokens"
+            )
+        if start < ends[sample]:
+            raise PlanError(f"span (sample {sample}, start {start}, length {length}) overlaps the one before it")
+        ends[sample] = start + length
+    setattr(embeds, ATTRIBUTE, tuple(checked))
+    return embeds
+
+
+def marked_spans(embeds: Any) -> tuple[tuple[int, int, int], ...]:
+    """The spans marked on this very tensor; empty where there are none."""
+    found: tuple[tuple[int, int, int], ...] = getattr(embeds, ATTRIBUTE, ())
+    return found
+
+
+def _shape(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
