@@ -46,7 +46,9 @@ class Pipeline:
             held = program.properties | ({"facts"} if program.facts is not None else set())
             missing = sorted(step.requires - held)
             if missing:
-                raise PassError(step.name, before, f"requires {', '.join(missing)}, which no earlier pass ensures")
+                raise PassError(
+                    step.name, before, f"requires {', '.join(missing)}, which no earlier pass ensures"
+                )
             start, nodes_before = time.perf_counter(), len(program.graph.nodes)
             try:
                 changed = step.run(program)

@@ -45,7 +45,9 @@ def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | Non
     region = dict.fromkeys(facts.encoder)
     if not region:
         return None
-    results = [node for node in region if any(user not in region and user.op != "output" for user in node.users)]
+    results = [
+        node for node in region if any(user not in region and user.op != "output" for user in node.users)
+    ]
     results += [n for n in region if n not in results and any(user.op == "output" for user in n.users)]
     placeholders = captured.placeholders
     needed = needed_for(results)
@@ -58,7 +60,6 @@ def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | Non
         decoder=_rest(captured, results),
         computes=any(packet_of(node) in COMPUTES for node in region),
     )
-
 
 
 def _rest(captured: Captured, results: list[Node]) -> Captured:

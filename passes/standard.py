@@ -63,7 +63,11 @@ def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
     """
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze(own))
-    last = None if program.decoder.tail_rows.selection is None else program.add_input(f"rows.{program.decoder.num_layers}")
+    last = (
+        None
+        if program.decoder.tail_rows.selection is None
+        else program.add_input(f"rows.{program.decoder.num_layers}")
+    )
     program.row_inputs = (*[None] * program.decoder.num_layers, last)
     pipeline.run(program)
     return program
@@ -77,6 +81,8 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
     """
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze(own))
-    program.row_inputs = tuple(program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1))
+    program.row_inputs = tuple(
+        program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
+    )
     pipeline.run(program)
     return program

@@ -22,7 +22,9 @@ class DeclareInputs(Pass):
         fakes = FakeInputs()
         slots = {node: slot for slot, node in program.slots.items()}
         values = {
-            node: _slot_value(program, fakes, slots[node], node) if node in slots else fakes.like(node.meta["val"])
+            node: _slot_value(program, fakes, slots[node], node)
+            if node in slots
+            else fakes.like(node.meta["val"])
             for node in program.graph.nodes
             if node.op == "placeholder"
         }

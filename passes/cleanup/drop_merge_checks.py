@@ -36,4 +36,3 @@ class DropMergeChecks(Pass):
                 program.graph.erase_node(node)
                 dropped = True
         return dropped
-

@@ -46,7 +46,14 @@ def _cut_residual(program: Program, index: int, rows: Node | None) -> None:
     if not readers:
         return
     after = boundary.next
-    cut = gather(program, boundary, program.decoder.tail_rows.axis, keep_input(program, index, rows), after, f"layer.{index}")
+    cut = gather(
+        program,
+        boundary,
+        program.decoder.tail_rows.axis,
+        keep_input(program, index, rows),
+        after,
+        f"layer.{index}",
+    )
     cut.meta["cuts_layer"] = index
     _redirect(boundary, cut, readers)
 

@@ -27,7 +27,11 @@ class SpliceRows(Pass):
             for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
                 lookup = lookups[f"{index}.{letter}"]
                 spliced = _splice(program, lookup, frontier, f"source.{index}", f"layer.{index}")
-                readers = [u for u in frontier.users if u in layer.full_part or u is layer.site.node or u.op == "output"]
+                readers = [
+                    u
+                    for u in frontier.users
+                    if u in layer.full_part or u is layer.site.node or u.op == "output"
+                ]
                 for reader in readers:
                     reader.replace_input_with(frontier, spliced)
         if "residual" in lookups:
@@ -42,6 +46,8 @@ def _splice(program: Program, lookup: Node, fresh: Node, source_slot: str, segme
     source = program.add_input(source_slot)
     dim = lookup.args[2]
     with program.graph.inserting_after(lookup):
-        node = program.graph.call_function(torch.ops.vlcache.splice_rows.default, (lookup, fresh, source, dim))
+        node = program.graph.call_function(
+            torch.ops.vlcache.splice_rows.default, (lookup, fresh, source, dim)
+        )
     node.meta["segment"] = segment
     return node

@@ -31,7 +31,9 @@ def data_users(node: Node) -> Iterator[Node]:
     return (user for user in node.users if carries_data(user))
 
 
-def _closure(starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], within: NodeSet | None) -> NodeSet:
+def _closure(
+    starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], within: NodeSet | None
+) -> NodeSet:
     seen: NodeSet = dict.fromkeys(starts)
     stack = list(seen)
     while stack:

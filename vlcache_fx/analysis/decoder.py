@@ -65,7 +65,9 @@ def analyze(captured: Captured) -> DecoderFacts:
     start = stream.boundaries[0]
     shape = shape_of(start)
     if len(shape) != 3 or not is_one(shape[0]):
-        raise refuse(Reason.BATCHED, start, f"token embeddings of shape {tuple(shape)}, want [1, tokens, hidden]")
+        raise refuse(
+            Reason.BATCHED, start, f"token embeddings of shape {tuple(shape)}, want [1, tokens, hidden]"
+        )
     position = positions(graph)
     taint = position_taint(stream.nodes, data, graph)
     layers = tuple(
@@ -74,7 +76,9 @@ def analyze(captured: Captured) -> DecoderFacts:
     )
     steps = _follow_rows(stream, layers)
     _check_results(graph, layers, stream)
-    weights = [node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT]
+    weights = [
+        node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
+    ]
     return DecoderFacts(
         merges,
         stream,
@@ -96,7 +100,9 @@ def _check_attention(sites: tuple[Site, ...]) -> None:
                 f"{shape_of(site.query)[-2]} queries attend to {shape_of(site.key)[-2]} keys: not a first prefill",
             )
         if site.mask is None and not site.is_causal:
-            raise refuse(Reason.MASK_FORM, site.node, "every token attends to every other, later ones included")
+            raise refuse(
+                Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
+            )
 
 
 def _follow_rows(stream: Stream, layers: tuple[LayerParts, ...]) -> dict[Node, RowStep]:
@@ -118,7 +124,9 @@ def _follow_rows(stream: Stream, layers: tuple[LayerParts, ...]) -> dict[Node, R
 def _attention_step(site: Site, axes: dict[Node, int]) -> RowStep:
     rank = len(shape_of(site.node))
     if axes.get(site.query) != rank - 2:
-        raise refuse(Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension")
+        raise refuse(
+            Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
+        )
     if site.mask is None:
         return RowStep(rank - 2)
     size = shape_of(site.mask)
@@ -133,7 +141,11 @@ def _check_results(graph: Graph, layers: tuple[LayerParts, ...], stream: Stream)
     partial -= {node for layer in layers for node in (layer.key_frontier, layer.value_frontier)}
     for node in output_nodes(graph):
         if node in partial:
-            raise refuse(Reason.TOKEN_AXIS_LOST, node, "the graph returns it with a row for every token of an inner layer")
+            raise refuse(
+                Reason.TOKEN_AXIS_LOST,
+                node,
+                "the graph returns it with a row for every token of an inner layer",
+            )
 
 
 def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[Node, ...]:

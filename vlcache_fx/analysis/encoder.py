@@ -17,6 +17,8 @@ def is_encoder(captured: Captured) -> bool:
         for node, kind in zip(captured.placeholders, captured.kinds, strict=True)
         if kind is InputKind.DATA and node.users
     ]
-    both_ways = bool(sites) and all(site.mask is None and not site.is_causal and site.is_prefill for site in sites)
+    both_ways = bool(sites) and all(
+        site.mask is None and not site.is_causal and site.is_prefill for site in sites
+    )
     floating = any(node.meta["val"].is_floating_point() for node in data)
     return both_ways and floating and bool(output_nodes(captured.graph_module.graph))

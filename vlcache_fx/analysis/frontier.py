@@ -103,8 +103,14 @@ def split_layer(
     q_part = {node: None for node in members if node not in kv_part and node not in full_part}
     for node in full_part:
         for parent in data_inputs(node):
-            if (parent in inside or parent is entering) and parent not in full_part and parent not in (key, value):
-                raise refuse(Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier")
+            if (
+                (parent in inside or parent is entering)
+                and parent not in full_part
+                and parent not in (key, value)
+            ):
+                raise refuse(
+                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier"
+                )
     for node in q_part:
         if node is not site.node and any(parent in full_part for parent in data_inputs(node)):
             raise refuse(Reason.TOKEN_AXIS_LOST, node, "it reads full keys or values outside the attention")
@@ -126,7 +132,9 @@ def _frontier(
         edge = [node for node in clean if any(user in tainted for user in node.users)]
         points = articulation_points([entering], edge, position, {entering: None, **clean}) if edge else []
         if not points or points[-1] is entering:
-            raise refuse(Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected")
+            raise refuse(
+                Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected"
+            )
         point = points[-1]
     return _before_layout(point, clean)
 

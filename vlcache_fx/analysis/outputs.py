@@ -46,9 +46,9 @@ def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRow
     steps: dict[Node, RowStep] = {}
     for node in tail:
         if _selects(node, axes):
-            if all(user is node or user in steps for source in axes for user in data_users(source)) and not any(
-                _is_result(source) for source in axes
-            ):
+            if all(
+                user is node or user in steps for source in axes for user in data_users(source)
+            ) and not any(_is_result(source) for source in axes):
                 return TailRows(node, axes[node.args[0]], steps)  # type: ignore[index]
             break
         try:

@@ -37,7 +37,11 @@ class Site:
     def is_prefill(self) -> bool:
         """True where queries and keys run over the same tokens: self-attention without past keys."""
         queries, keys = shape_of(self.query)[-2], shape_of(self.key)[-2]
-        return bool(queries == keys) if isinstance(queries, int) and isinstance(keys, int) else str(queries) == str(keys)
+        return (
+            bool(queries == keys)
+            if isinstance(queries, int) and isinstance(keys, int)
+            else str(queries) == str(keys)
+        )
 
 
 def _argument(node: Node, index: int, name: str, default: Any) -> Any:

@@ -70,14 +70,18 @@ def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[N
     behind_last = descendants([sites[-1].node])
     results = [node for node in output_nodes(graph) if node in behind_last]
     if not results:
-        raise refuse(Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention")
+        raise refuse(
+            Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
+        )
     points = articulation_points([start], results, position, stream)
     boundaries = []
     for site in sites:
         before = ancestors([site.node], stream)
         inner = [point for point in points if point in before and point is not site.node]
         if not inner or (boundaries and inner[-1] is boundaries[-1]):
-            raise refuse(Reason.NO_STREAM, site.node, "no single residual tensor enters the layer of this attention")
+            raise refuse(
+                Reason.NO_STREAM, site.node, "no single residual tensor enters the layer of this attention"
+            )
         boundaries.append(inner[-1])
     after = [point for point in points if point in behind_last and point is not sites[-1].node]
     boundaries.append(_last_boundary(after, boundaries, stream, position, sites[-1].node))
@@ -103,7 +107,9 @@ def _find_start(
         )
         if _floating(candidate) and next(leaks, None) is None:
             return candidate
-    raise refuse(Reason.NO_STREAM, sites[0].node, "no single tensor of token embeddings enters the first layer")
+    raise refuse(
+        Reason.NO_STREAM, sites[0].node, "no single tensor of token embeddings enters the first layer"
+    )
 
 
 def _last_boundary(
@@ -124,7 +130,9 @@ def _last_boundary(
         and (descendants([boundaries[-1]], stream).keys() & set(point.all_input_nodes))
     ]
     if not sums:
-        raise refuse(Reason.NO_STREAM, site, "the residual stream could not be followed behind the last attention")
+        raise refuse(
+            Reason.NO_STREAM, site, "the residual stream could not be followed behind the last attention"
+        )
     return sums[-1]
 
 

@@ -158,7 +158,9 @@ def _equal(left: Any, right: Any) -> bool:
     """Equality as known from the expressions alone: no guard is added for it."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
-    expression = getattr(getattr(left, "node", None), "expr", left) - getattr(getattr(right, "node", None), "expr", right)
+    expression = getattr(getattr(left, "node", None), "expr", left) - getattr(
+        getattr(right, "node", None), "expr", right
+    )
     return bool(expression == 0)
 
 

@@ -28,16 +28,16 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     """
     module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    kinds = tuple(
-        _kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True)
-    )
+    kinds = tuple(_kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True))
     specialised = _fold_numbers(module, placeholders, example_inputs)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
         with torch.no_grad():
             exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
     except Exception as error:  # torch raises many kinds here; all mean the same to the caller
-        raise UnsupportedGraphError(Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}") from error
+        raise UnsupportedGraphError(
+            Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
     mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
     if mutated:
         raise UnsupportedGraphError(
@@ -93,8 +93,6 @@ def _fold_numbers(
         folded.append((index, value))
     module.recompile()
     return tuple(folded)
-
-
 
 
 def _first_line(error: BaseException) -> str:

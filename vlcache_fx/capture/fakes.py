@@ -35,7 +35,9 @@ class FakeInputs:
             self._sizes[name] = made
         return self._sizes[name]
 
-    def tensor(self, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def tensor(
+        self, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         """A contiguous fake tensor."""
         with self.mode:
             return torch.empty(tuple(sizes), dtype=dtype, device=device)

@@ -6,6 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlcache_fx.errors import OptionError, UnsupportedGraphError, VlcacheError
@@ -36,8 +37,6 @@ class Engine:
     """
 
     def __init__(self, options: Options | None = None) -> None:
-        import torch
-
         self.options = options or Options()
         self.policy = get_policy(self.options.policy)
         self.profile = None if self.options.profile is None else Profile.load(self.options.profile)
