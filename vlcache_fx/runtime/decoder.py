@@ -20,6 +20,7 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.identify import Identifier, Run, donor_key
+from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.report import Report, SpanReport
 from vlcache_fx.store.entry import Entry
 
@@ -45,6 +46,8 @@ class DecoderRunner:
         data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
         place = {node: index for index, node in enumerate(captured.placeholders)}
         self._identifier = Identifier.of(captured.graph_module, facts, data)
+        self._mask_check: MaskCheck | None = MaskCheck(captured.graph_module, facts)
+        self._refused: UnsupportedGraphError | None = None
         self._weights = tuple(place[node] for node in facts.weights)
         self._scales = tuple(layer.site.scale for layer in facts.layers)
         self._num_layers = facts.num_layers
@@ -82,6 +85,9 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
+        self._check_masks(args, spans)
+        if self._refused is not None:
+            return self._bypass(args, str(self._refused), num_tokens)
         with clock.measure("lookup"):
             spans, entries = self._look_up(spans)
         if not entries or self._should_record(spans):
@@ -123,6 +129,17 @@ class DecoderRunner:
         """
         repeated = [self.engine.missed_before(span.key) for span in spans if not span.hit]
         return any(repeated)
+
+    def _check_masks(self, args: Sequence[Any], spans: list[Span]) -> None:
+        """Once per graph, with the first call that has spans."""
+        if self._mask_check is None or not spans:
+            return
+        check, self._mask_check = self._mask_check, None
+        try:
+            check.require_causal(args, spans)
+        except UnsupportedGraphError as refusal:
+            self._refused = refusal
+            self.engine.refuse(refusal)
 
     # running ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+
+import pytest
+
+from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
+
+
+def logged(log: list[str], text: str) -> Callable[[], None]:
+    return lambda: log.append(text)
+
+
+def test_systems_take_turns() -> None:
+    log: list[str] = []
+    systems = {name: System(logged(log, name)) for name in ("a", "b")}
+    seconds = interleave(systems, 3)
+    assert log == ["a", "b"] * 3
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_system_can_sit_rounds_out() -> None:
+    log: list[str] = []
+    systems = {"a": System(logged(log, "a"), rounds=1), "b": System(logged(log, "b"))}
+    seconds = interleave(systems, 2, logged(log, "."))
+    assert log == ["a", ".", "b", ".", "b", "."]
+    assert len(seconds["a"]) == 1
+
+
+def test_a_run_is_prepared_and_checked() -> None:
+    log: list[str] = []
+    seconds = time_once(System(logged(log, "run"), logged(log, "prepare"), logged(log, "check")))
+    assert log == ["prepare", "run", "check"]
+    assert seconds >= 0
+
+
+def test_a_failed_check_stops_the_measurement() -> None:
+    def check() -> None:
+        raise RuntimeError("not warm")
+
+    with pytest.raises(RuntimeError, match="not warm"):
+        interleave({"a": System(lambda: None, check=check)}, 1)
+
+
+def test_preparation_and_check_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def spend(seconds: float) -> Callable[[], None]:
+        def act() -> None:
+            clock[0] += seconds
+
+        return act
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert time_once(System(spend(2), spend(10), spend(10))) == 2
+
+
+def test_summary_is_median_and_range() -> None:
+    assert Summary.of([5, 1, 3]) == Summary(3, 1, 5)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    # Each round is slower than the one before, as on a busy machine; the ratio is 2 in all of them.
+    assert paired_ratio([2, 20, 200], [1, 10, 100]) == Summary(2, 2, 2)
+
+
+def test_ratio_with_a_system_that_sat_rounds_out() -> None:
+    assert paired_ratio([4], [1, 100]) == Summary(4, 4, 4)

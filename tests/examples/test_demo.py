@@ -1,0 +1,45 @@
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # third-party ones; here the output matters
+def test_the_demo_reuses_pictures_and_writes_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("demo").main(["--tiny", "--questions", "1", "--families", "cell", "--output-dir", str(tmp_path)])
+    record = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    (asked,) = record["answers"]
+    assert [one["mode"] for one in asked] == ["cold", "warm", "warm"]
+    assert [one["hit"] for one in asked] == [False, True, True]
+    assert [one["encoder_hit"] for one in asked] == [False, True, True]
+    assert all(0 < one["token_layer_fraction"] <= 0.05 for one in asked[1:])
+    assert asked[0]["answer"] == asked[0]["full"]
+    (score,) = record["scores"]
+    assert (score["family"], score["cold"], score["warm"]) == ("cell", 1, 2)
+    ttft = record["ttft"]
+    assert set(ttft["seconds"]) == {"eager", "plain", "cold", "warm", "floor"}
+    assert ttft["warm_report"]["mode"] == "warm"
+    assert 0 < ttft["warm_report"]["token_layer_fraction"] <= 0.05
+    assert ttft["floor_rows"] == ttft["warm_report"]["rows_per_layer"][0] < ttft["num_tokens"]
+    assert ttft["warm_report"]["spans"][0]["start"] == ttft["starts"][1] != ttft["starts"][0]
+    assert ttft["cold_difference"] < 0.05
+    printed = capsys.readouterr().out
+    assert "cell" in printed
+    assert "plain / warm" in printed

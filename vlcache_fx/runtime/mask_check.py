@@ -1,0 +1,46 @@
+"""Checks that explicit attention masks hide later text from the tokens of a span."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.errors import Reason
+from vlcache_fx.plan.types import Span
+
+HIDDEN_BELOW = -1e3
+"""Additive masks hide with a large negative number; anything above is a bias."""
+
+
+class MaskCheck:
+    """The masks of one decoder graph, as a small graph of their own."""
+
+    def __init__(self, module: fx.GraphModule, facts: DecoderFacts) -> None:
+        masks = {layer.site.mask: layer.site.node for layer in facts.layers if layer.site.mask is not None}
+        self._sites = list(masks.values())
+        self._masks = extract(module, list(masks)) if masks else None
+
+    def require_causal(self, args: Sequence[Any], spans: Sequence[Span]) -> None:
+        """Evaluate the masks for one call. Images may look both ways inside themselves, not at what follows them.
+
+        Raises:
+            UnsupportedGraphError: MASK_FORM. K and V of such tokens belong to one question and must not be reused.
+        """
+        if self._masks is None:
+            return
+        for mask, site in zip(self._masks(*args), self._sites, strict=True):
+            for span in spans:
+                if mask.dim() >= 2 and _sees_beyond(mask, span):
+                    raise refuse(
+                        Reason.MASK_FORM, site, f"tokens of the span at {span.start} attend to tokens behind it"
+                    )
+
+
+def _sees_beyond(mask: Tensor, span: Span) -> bool:
+    rows = mask[..., span.start : span.end, :] if mask.shape[-2] > 1 else mask
+    later = rows[..., span.end :]
+    visible = later if not later.is_floating_point() else later > HIDDEN_BELOW
+    return bool(visible.any())
