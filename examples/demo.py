@@ -1,7 +1,7 @@
 """What reuse does to the answers and to the time to first token. Run it: ``make demo``.
 
-It asks the reference model about scanned digits, and times a larger decoder with random weights on a photo. It
-prints tables and writes ``demo.png`` and ``demo.json``.
+It asks the reference model about scanned digits, and times a larger decoder with random weights on a photo.
+It prints tables and writes ``demo.png`` and ``demo.json``.
 """
 
 import argparse
@@ -17,17 +17,18 @@ from transformers.utils import logging as transformers_logging
 
 from vlcache_fx.bench import table
 from vlcache_fx.bench.answers import RETURNS, AnswerBench, run_answers, score
+from vlcache_fx.bench.decoder import TINY, Shape
 from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.plot import plot_results
-from vlcache_fx.bench.ttft import TINY, Shape, TtftBench
+from vlcache_fx.bench.ttft import TtftBench
 from vlcache_fx.testing.reference_vlm import FAMILIES
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(), help="where demo.png and demo.json go")
-    parser.add_argument("--questions", type=int, default=12, help="sets of pictures per family, asked about thrice")
+    parser.add_argument("--questions", type=int, default=12, help="sets of pictures per family")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--rounds", type=int, help="rounds of timing")
     parser.add_argument("--tiny", action="store_true", help="time a toy decoder, to try the demo out")

@@ -14,7 +14,8 @@ def main(**options: Any) -> list[str]:
     question = reference_vlm.make_questions(count=1)[0]
     lines = []
     for prompt in ("you are a helpful assistant .", "look at the picture with care ."):
-        (answer,) = reference_vlm.answer_questions(model, processor, [replace(question, system_prompt=prompt)])
+        asked = replace(question, system_prompt=prompt)
+        (answer,) = reference_vlm.answer_questions(model, processor, [asked])
         lines.append(f"{model.vlcache.last_report['mode']}: {answer}")
     return lines
 

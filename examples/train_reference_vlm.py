@@ -150,8 +150,8 @@ class Trainer:
             batch = self.to_device(self.batches.batch(recipe))
             with self.forward_type():
                 loss, right = answer_loss(self.model, batch)
-            weight = 1.0 if step < small else max(0.0, 1.0 - 2.0 * (step - small) / (total - small))
-            if weight:
+            weight = 1.0 if step < small else min(1.0, 3.0 - 4.0 * (step - small) / (total - small))
+            if weight > 0.0:
                 loss = loss + weight * guide.loss(batch)
             self.step(loss, optimizers, schedule(step, total))
             name = f"{'+'.join(recipe.families)} {'before' if recipe.question_first else 'after'}"

@@ -19,11 +19,11 @@ __all__ = ["compile", "mark_spans"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def compile(model: Model, **options: Any) -> Model:
+def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after torch.compile
     """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
 
-    The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so ``generate()``
-    and everything else that calls it benefits. ``model.vlcache`` is its engine.
+    The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
+    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine.
 
     Args:
         model: a vision-language model; for models of the transformers library encoder outputs are cached too.
@@ -37,7 +37,9 @@ def compile(model: Model, **options: Any) -> Model:
         raise OptionError(f"this {type(model).__name__} is compiled already; its engine is model.vlcache")
     engine = Engine(parsed)
     plain = model.forward
-    compiled = torch.compile(plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic)
+    compiled = torch.compile(
+        plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic
+    )
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -38,8 +38,8 @@ def vlcache(
 ) -> Compiled:
     """The backend as ``torch.compile`` calls it, found through the entry point ``vlcache``.
 
-    Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do not
-    mix. ``engine_for(options)`` gives it.
+    Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do
+    not mix. ``engine_for(options)`` gives it.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
@@ -111,7 +111,9 @@ def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
 
 def _check_gradients(example_inputs: Sequence[Any]) -> None:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        raise UnsupportedGraphError(Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()")
+        raise UnsupportedGraphError(
+            Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()"
+        )
 
 
 def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:
@@ -147,5 +149,5 @@ class _Unmodified:
         return self._compiled
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        # A call that comes here was meant to be rewritten; compiling the graph once more for it would not pay.
+        # A call that comes here was meant to be rewritten; compiling the graph again for it would not pay.
         return (self._compiled or self._graph_module)(*args)

@@ -2,7 +2,8 @@ from vlcache_fx.bench.answers import Asked, score
 
 
 def asked(answer: str, full: str, starts: tuple[int, ...], fraction: float = 1.0, hit: bool = True) -> Asked:
-    return Asked("cell", "", "?", "7", answer, full, "warm" if hit else "cold", hit, hit, fraction, 100, starts)
+    mode = "warm" if hit else "cold"
+    return Asked("cell", "", "?", "7", answer, full, mode, hit, hit, fraction, 100, starts)
 
 
 def test_scores_count_cold_and_warm_apart() -> None:

@@ -1,7 +1,7 @@
 import torch
 
+from vlcache_fx.bench.decoder import MERGE, TINY, photo_patches
 from vlcache_fx.bench.machine import describe_machine, faster_dtype
-from vlcache_fx.bench.ttft import MERGE, TINY, photo_patches
 
 
 def test_the_photo_gives_the_asked_number_of_vision_tokens() -> None:

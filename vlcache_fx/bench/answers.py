@@ -39,15 +39,16 @@ class Asked:
 
 @dataclasses.dataclass(frozen=True)
 class FamilyScore:
-    """Counts for one family of questions; ``fraction`` is the mean recomputed share of the pictures' token-layers.
+    """Counts for one family of questions.
 
     Attributes:
         cold: questions about new pictures, of which ``cold_right`` were answered right.
-        warm: questions about pictures that came back, of which ``warm_right`` were answered right with reuse and
-            ``full_right`` by the unmodified model.
+        warm: questions about pictures that came back, of which ``warm_right`` were answered right with reuse
+            and ``full_right`` by the unmodified model.
         agree: warm questions to which both gave the same answer.
         encoder_hits: warm questions for which no picture was encoded again.
         moved: warm questions in which a picture began at another position than at first.
+        fraction: recomputed share of the pictures' token-layers, mean over the warm questions.
     """
 
     family: str
@@ -114,16 +115,16 @@ class AnswerBench:
 
 
 def run_answers(
-    bench: AnswerBench, families: Sequence[str], pictures: int, after_question: Callable[[], None] = lambda: None
+    bench: AnswerBench, families: Sequence[str], pictures: int, after_ask: Callable[[], None] = lambda: None
 ) -> list[list[Asked]]:
-    """Ask about ``pictures`` sets of pictures per family; the questions about one set are one list, the first cold."""
+    """Ask about ``pictures`` sets of pictures per family; one list per set, its first question cold."""
     results = []
     for family in families:
         for first in reference_vlm.make_questions("test", family, pictures):
             asked = []
             for question in (first, *_returns(first)):
                 asked.append(bench.ask(question))
-                after_question()
+                after_ask()
             results.append(asked)
     return results
 

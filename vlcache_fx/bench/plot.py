@@ -10,7 +10,7 @@ from vlcache_fx.bench.answers import FamilyScore
 from vlcache_fx.bench.rounds import Summary
 from vlcache_fx.bench.ttft import TtftResult
 
-GREY, DARK, BLUE, GREEN, PALE = "#9aa0a6", "#5f6368", "#7baaf7", "#1e8e3e", "#dadce0"
+GREY, DARK, BLUE, GREEN, PALE, INK = "#9aa0a6", "#5f6368", "#7baaf7", "#1e8e3e", "#dadce0", "#3c4043"
 NAMES = {
     "eager": ("unmodified\neager", GREY),
     "plain": ("unmodified\ntorch.compile", DARK),
@@ -59,10 +59,12 @@ def _plot_times(axes: Axes, result: TtftResult) -> None:
     below = [1e3 * (summary.median - summary.low) for summary in summaries]
     above = [1e3 * (summary.high - summary.median) for summary in summaries]
     places = range(len(names))
-    axes.bar(places, medians, 0.65, color=[color for _, color in names], yerr=[below, above], capsize=4, ecolor="#3c4043")
+    colors = [color for _, color in names]
+    axes.bar(places, medians, 0.65, color=colors, yerr=[below, above], capsize=4, ecolor=INK)
     for place, summary in zip(places, summaries, strict=True):
         text = f"{1e3 * summary.median:,.0f} ms"
-        axes.annotate(text, (place, 1e3 * summary.high), (0, 6), textcoords="offset points", ha="center", weight="bold")
+        top = (place, 1e3 * summary.high)
+        axes.annotate(text, top, (0, 6), textcoords="offset points", ha="center", weight="bold")
     axes.set_yscale("log")
     axes.set_ylim(top=max(1e3 * summary.high for summary in summaries) * 2)
     axes.set_xticks(places, [name for name, _ in names])

@@ -32,7 +32,7 @@ def percent(part: float, whole: float = 1.0) -> str:
 
 def answers_table(scores: Sequence[FamilyScore]) -> Table:
     """Answers per family of questions."""
-    table = Table(title="Answers about scanned digits, pictures seen before behind another prompt", title_style="bold")
+    table = Table(title="Answers about scanned digits", title_style="bold")
     table.add_column("question")
     for heading in (
         "new picture\nright",
@@ -64,8 +64,9 @@ def example_panel(asked: Sequence[Asked]) -> Panel:
     for number, one in enumerate(asked):
         heading = "First, the picture is new" if number == 0 else "Then again, behind another prompt"
         found = "reused" if one.hit else "computed"
+        places = ", ".join(map(str, one.starts))
         parts.append(
-            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, begins at token {', '.join(map(str, one.starts))}"
+            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, begins at token {places}"
             f" of {one.num_tokens}, {100 * one.token_layer_fraction:.1f} % of it recomputed\n"
             f"  system prompt  {one.system_prompt or '(none)'}\n"
             f"  question       {one.text}\n"
@@ -79,8 +80,8 @@ def ttft_table(result: TtftResult) -> Table:
     """Milliseconds per system."""
     shape = result.shape
     table = Table(
-        title=f"Time to first token: {result.parameters / 1e6:.0f} M parameters ({shape.layers} layers of"
-        f" {shape.hidden}), {result.dtype}, {result.num_tokens} tokens, {result.vision_tokens} of them a photo",
+        title=f"Time to first token: {result.parameters / 1e6:.0f} M parameters ({shape.layers} layers),"
+        f" {result.dtype}, {result.num_tokens} tokens, {result.vision_tokens} of them a photo",
         title_style="bold",
     )
     table.add_column("system")
@@ -113,12 +114,14 @@ def ratio_table(result: TtftResult) -> Table:
 
 def ttft_notes(result: TtftResult) -> str:
     """What the numbers are about, in words."""
+    first, second = result.starts
+    fraction = 100 * result.warm_report["token_layer_fraction"]
     return (
-        f"The photo's encoder output is given to all systems. It began at token {result.starts[0]} when it was new and"
-        f" at {result.starts[1]} when it came back;\nthe warm run computed {result.floor_rows} of {result.num_tokens}"
-        f" rows ({100 * result.warm_report['token_layer_fraction']:.1f} % of the photo's token-layers). The lower bound"
-        f" computes as many rows\non a cache that holds all others. Cold logits differ from the unmodified model's by"
-        f" at most {100 * result.cold_difference:.2f} % of the largest."
+        f"The photo's encoder output is given to all systems. The photo began at token {first} when it was"
+        f" new and at {second} when it came back. The warm run computed {result.floor_rows} of"
+        f" {result.num_tokens} rows ({fraction:.1f} % of the photo's token-layers). The lower bound computes"
+        f" as many on a cache that holds all others. Cold logits differ from the unmodified model's by at"
+        f" most {100 * result.cold_difference:.2f} % of the largest.\n"
     )
 
 

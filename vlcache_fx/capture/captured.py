@@ -37,6 +37,14 @@ class Captured:
         """The placeholder nodes, in input order."""
         return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
 
+    @property
+    def num_outputs(self) -> int:
+        """Number of entries that the graph returns."""
+        output = next(iter(reversed(self.graph_module.graph.nodes)))
+        results = output.args[0]
+        assert isinstance(results, tuple | list)
+        return len(results)
+
     def holds_for(self, args: tuple[Any, ...] | list[Any]) -> bool:
         """True where the folded-in numbers are still those of this call."""
         return all(_number(args[index]) == value for index, value in self.specialised)

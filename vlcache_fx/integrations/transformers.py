@@ -1,7 +1,7 @@
 """Hooks for models of the transformers library: an encoder cache per image.
 
-Nothing here imports transformers. A model qualifies by what it offers: ``base_model.get_<modality>_features``, which
-``generate()`` and ``forward`` call to run an encoder.
+Nothing here imports transformers. A model qualifies by what it offers:
+``base_model.get_<modality>_features``, which ``generate()`` and ``forward`` call to run an encoder.
 """
 
 import functools
@@ -39,8 +39,8 @@ class EncoderCache:
     """Runs an encoder for the items whose output is not in the store.
 
     Items are told apart by their grids, or by the first dimension of the pixels; each is kept under its own
-    content, so a request with a known and a new image encodes the new one alone. An encoder whose result is not a
-    list with one tensor per item is called as it is.
+    content, so a request with a known and a new image encodes the new one alone. An encoder whose result is
+    not a list with one tensor per item is called as it is.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
@@ -57,7 +57,9 @@ class EncoderCache:
         items = _split(pixels, grids)
         if items is None:
             return self._encode(*args, **kwargs)
-        others = {name: value for name, value in call.items() if name not in (self._pixels_name, self._grids_name)}
+        others = {
+            name: value for name, value in call.items() if name not in (self._pixels_name, self._grids_name)
+        }
         keys = self._keys(items, others)
         if keys is None:
             return self._encode(*args, **kwargs)
@@ -88,7 +90,10 @@ class EncoderCache:
         try:
             settings: list[Part] = [(name, _plain(others[name])) for name in sorted(others)]
             salt = self._engine.options.salt
-            return [content_digest(["features", salt, weights, pixels, grid, tuple(settings)]) for pixels, grid in items]
+            return [
+                content_digest(["features", salt, weights, pixels, grid, tuple(settings)])
+                for pixels, grid in items
+            ]
         except StoreError:
             return None
 
@@ -123,7 +128,11 @@ def _plain(value: Any) -> Part:
 
 def _split(pixels: Tensor, grids: Any) -> list[tuple[Tensor, Tensor | None]] | None:
     if grids is None:
-        return [(pixels[index : index + 1], None) for index in range(pixels.shape[0])] if pixels.dim() > 2 else None
+        return (
+            [(pixels[index : index + 1], None) for index in range(pixels.shape[0])]
+            if pixels.dim() > 2
+            else None
+        )
     counts = [int(count) for count in grids.prod(-1).tolist()]
     if sum(counts) != pixels.shape[0]:
         return None

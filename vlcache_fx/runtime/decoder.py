@@ -1,34 +1,42 @@
 """Runs one decoder graph: spans -> lookup -> policy -> plan -> run -> admit."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.token_axis import shape_of
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.errors import LoweringError, PlanError, Reason, StoreError, UnsupportedGraphError
-from vlcache_fx.lowering import Lowered
-from vlcache_fx.passes import Program
+from vlcache_fx.errors import PlanError, StoreError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors
+from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.identify import Identifier, Run, donor_key
 from vlcache_fx.runtime.mask_check import MaskCheck
-from vlcache_fx.runtime.report import Report, SpanReport
+from vlcache_fx.runtime.program import ProgramRunner
+from vlcache_fx.runtime.report import Mode, Report, SpanReport
 from vlcache_fx.store.entry import Entry
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call: the graph's inputs, what was found in them, and the times so far."""
+
+    args: Sequence[Any]
+    num_tokens: int
+    spans: tuple[Span, ...]
+    encoder_hit: bool | None
+    clock: Clock = field(default_factory=Clock)
 
 
 class DecoderRunner:
     """A compiled decoder graph: call it with the graph's inputs, get the graph's outputs.
 
-    Both programs are built at once (a graph that cannot be rewritten is refused here) and lowered when first used.
+    Both programs are built at once (a graph that cannot be rewritten is refused here) and lowered when first
+    used.
 
     Args:
         captured: the decoder; encoder features are inputs.
@@ -41,7 +49,7 @@ class DecoderRunner:
 
     def __init__(self, captured: Captured, engine: Engine, unmodified: Callable[..., Sequence[Any]]) -> None:
         self.engine = engine
-        self.unmodified = unmodified
+        self._unmodified = unmodified
         facts = analyze(captured)
         data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
         place = {node: index for index, node in enumerate(captured.placeholders)}
@@ -49,38 +57,35 @@ class DecoderRunner:
         self._mask_check: MaskCheck | None = MaskCheck(captured.graph_module, facts)
         self._refused: UnsupportedGraphError | None = None
         self._weights = tuple(place[node] for node in facts.weights)
-        self._scales = tuple(layer.site.scale for layer in facts.layers)
-        self._num_layers = facts.num_layers
-        self._tail_rows = facts.tail_rows
-        start = facts.stream.boundaries[0]
-        self._device = start.meta["val"].device
-        self._cold, self._warm = cold_program(captured), warm_program(captured)
+        self._num_layers, self._tail_rows = facts.num_layers, facts.tail_rows
+        self._num_outputs = captured.num_outputs
+        self._device = facts.stream.boundaries[0].meta["val"].device
+        self._cold = ProgramRunner("cold", cold_program(captured), self._device, engine)
+        self._warm = ProgramRunner("warm", warm_program(captured), self._device, engine)
         frontiers = {"residual": (facts.stream.boundaries[-1], facts.tail_rows.axis)}
         for index, layer in enumerate(facts.layers):
-            frontiers[f"{index}.k"] = (layer.key_frontier, facts.steps[layer.key_frontier].axis)
-            frontiers[f"{index}.v"] = (layer.value_frontier, facts.steps[layer.value_frontier].axis)
+            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier)):
+                frontiers[f"{index}.{letter}"] = (node, facts.steps[node].axis)
         self._dims = {slot: frontiers[slot][1] for slot in self._cold.recorded}
-        # What a stored row looks like; graphs of one model agree on it, others must not share donors.
-        self._form = tuple(
-            (slot, str(frontiers[slot][0].meta["val"].dtype), str(shape_of(frontiers[slot][0])[-1]))
-            for slot in self._cold.recorded
-            if slot != "residual"
+        # What a stored row looks like, and how attention weighs it: graphs of one model agree on that.
+        rows = {slot: frontiers[slot][0] for slot in self._cold.recorded if slot != "residual"}
+        self._form = str(
+            (
+                [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()],
+                [layer.site.scale for layer in facts.layers],
+            )
         )
-        self._num_outputs = len(next(iter(reversed(captured.graph_module.graph.nodes))).args[0])  # type: ignore[arg-type]
-        self._lowered: dict[str, Lowered | None] = {}
 
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
-        clock = _Clock()
         noted = self.engine.take_encoder_note()
-        encoder_hit = noted if encoder_hit is None else encoder_hit
+        clock = Clock()
         with clock.measure("identify"):
             identified = self._identifier.runs(args)
             if identified is None:
                 return self._bypass(args, "placeholders and encoder features do not agree in number")
             num_tokens, runs = identified
-            weights = self.engine.weights_fingerprint([args[index] for index in self._weights])
-            spans = self._spans(args, runs, num_tokens, weights)
+            spans = self._spans(args, runs, num_tokens)
         if not runs and self._identifier.embeddings is not None:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
@@ -90,21 +95,22 @@ class DecoderRunner:
             return self._bypass(args, str(self._refused), num_tokens)
         with clock.measure("lookup"):
             spans, entries = self._look_up(spans)
-        if not entries or self._should_record(spans):
-            spans = [_as_miss(span) for span in spans]
-            return self._run_cold(args, spans, num_tokens, clock, encoder_hit)
-        return self._run_warm(args, spans, entries, num_tokens, clock, encoder_hit)
+        hit = noted if encoder_hit is None else encoder_hit
+        request = Request(args, num_tokens, tuple(spans), hit, clock)
+        if not entries or self._is_worth_recording(spans):
+            return self._run_cold(request)
+        return self._run_warm(request, entries)
 
-    # spans, donors ---------------------------------------------------------------------------------------------
-
-    def _spans(self, args: Sequence[Any], runs: list[Run], num_tokens: int, weights: str) -> list[Span]:
+    def _spans(self, args: Sequence[Any], runs: list[Run], num_tokens: int) -> list[Span]:
+        weights = self.engine.weights_fingerprint([args[index] for index in self._weights])
         salt = self.engine.options.salt
-        own = f"{weights}|{self._form}|{self._scales}"
-        return [
-            Span(0, run.start, run.length, donor_key(run, self._identifier.positions(args, run, num_tokens), own, salt), False)
-            for run in runs
-            if run.length >= self.engine.options.min_span_tokens
-        ]
+        spans = []
+        for run in runs:
+            if run.length >= self.engine.options.min_span_tokens:
+                positions = self._identifier.positions(args, run, num_tokens)
+                key = donor_key(run, positions, f"{weights}|{self._form}", salt)
+                spans.append(Span(0, run.start, run.length, key, False))
+        return spans
 
     def _look_up(self, spans: list[Span]) -> tuple[list[Span], list[Entry]]:
         looked, entries = [], []
@@ -116,12 +122,12 @@ class DecoderRunner:
                 entry = None
             if entry is not None and donors.fits(entry, self._dims, span.length):
                 entries.append(entry)
-                looked.append(Span(span.sample, span.start, span.length, span.key, True, self.engine.store.tier))
+                looked.append(replace(span, hit=True, tier=self.engine.store.tier))
             else:
                 looked.append(span)
         return looked, entries
 
-    def _should_record(self, spans: list[Span]) -> bool:
+    def _is_worth_recording(self, spans: list[Span]) -> bool:
         """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
 
         In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
@@ -141,127 +147,77 @@ class DecoderRunner:
             self._refused = refusal
             self.engine.refuse(refusal)
 
-    # running ---------------------------------------------------------------------------------------------------
-
-    def _run_cold(
-        self, args: Sequence[Any], spans: list[Span], num_tokens: int, clock: "_Clock", encoder_hit: bool | None
-    ) -> Sequence[Any]:
-        positions = self._tail_rows.positions(num_tokens)
-        with clock.measure("plan"):
-            plan = build_plan(
-                num_tokens=num_tokens, spans=[], num_layers=self._num_layers, policy=self.engine.policy, budget=0.0,
-                output_rows=positions,
-            )  # fmt: skip
-            bound = self._bind(self._cold, plan, positions, {})
-        program = self._program("cold", self._cold)
-        if program is None:
-            return self._bypass(args, "the rewritten graph did not compile", num_tokens)
-        with clock.measure("run"):
-            results = program([*args, *bound])
+    def _run_cold(self, request: Request) -> Sequence[Any]:
+        spans = tuple(replace(span, hit=False, tier=None) for span in request.spans)
+        plan = self._plan(request, ())
+        if plan is None or not self._cold.ready():
+            return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
+        bound = self._cold.bind(plan, self._tail_rows.positions(request.num_tokens), {})
+        with request.clock.measure("run"):
+            results = self._cold.run(request.args, bound)
         recorded = dict(zip(self._cold.recorded, results[self._num_outputs :], strict=True))
-        with clock.measure("admit"):
+        with request.clock.measure("admit"):
             for span in spans:
                 try:
                     donors.admit(self.engine.store, span, recorded, self._dims)
                 except StoreError as error:
                     self.engine.store_failed(error)
-        reason = "no donor for its spans" if spans else "no media span"
-        self._report("cold" if spans else "bypass", reason, spans, plan, clock, encoder_hit, 1.0)
+        if spans:
+            self._report("cold", "no donor for its spans", replace(request, spans=spans), plan, 1.0)
+        else:
+            self._report("bypass", "no media span", request, plan, 1.0)
         return results[: self._num_outputs]
 
-    def _run_warm(
-        self, args: Sequence[Any], spans: list[Span], entries: list[Entry], num_tokens: int, clock: "_Clock",
-        encoder_hit: bool | None,
-    ) -> Sequence[Any]:  # fmt: skip
-        positions = self._tail_rows.positions(num_tokens)
-        with clock.measure("plan"):
-            try:
-                plan = build_plan(
-                    num_tokens=num_tokens, spans=spans, num_layers=self._num_layers, policy=self.engine.policy,
-                    profile=self.engine.profile, budget=self.engine.options.budget, output_rows=positions,
-                    strict=self.engine.options.strict,
-                )  # fmt: skip
-            except PlanError as error:
-                if self.engine.options.strict:
-                    raise
-                return self._bypass(args, f"no plan: {error}", num_tokens)
-        with clock.measure("bind"):
+    def _run_warm(self, request: Request, entries: list[Entry]) -> Sequence[Any]:
+        plan = self._plan(request, request.spans)
+        if plan is None:
+            return self._bypass(request.args, "the policy's rows make no plan", request.num_tokens)
+        if not self._warm.ready():
+            return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
+        with request.clock.measure("bind"):
             tables = donors.tables(entries, self._dims, self._device)
-            bound = self._bind(self._warm, plan, positions, tables)
-        program = self._program("warm", self._warm)
-        if program is None:
-            return self._bypass(args, "the rewritten graph did not compile", num_tokens)
-        with clock.measure("run"):
-            results = program([*args, *bound])
-        self._report("warm", None, spans, plan, clock, encoder_hit, plan.token_layer_fraction)
+            bound = self._warm.bind(plan, self._tail_rows.positions(request.num_tokens), tables)
+        with request.clock.measure("run"):
+            results = self._warm.run(request.args, bound)
+        self._report("warm", None, request, plan, plan.token_layer_fraction)
         return results[: self._num_outputs]
+
+    def _plan(self, request: Request, spans: Sequence[Span]) -> Plan | None:
+        """The plan, or None where none can be made (raised in strict mode)."""
+        options = self.engine.options
+        with request.clock.measure("plan"):
+            try:
+                return build_plan(
+                    num_tokens=request.num_tokens,
+                    spans=spans,
+                    num_layers=self._num_layers,
+                    policy=self.engine.policy,
+                    profile=self.engine.profile,
+                    budget=options.budget,
+                    output_rows=self._tail_rows.positions(request.num_tokens),
+                    strict=options.strict,
+                )
+            except PlanError as error:
+                if options.strict:
+                    raise
+                self.engine.plan_failed(error)
+                return None
 
     def _bypass(self, args: Sequence[Any], reason: str, num_tokens: int = 0) -> Sequence[Any]:
         self.engine.report(Report("bypass", reason, num_tokens))
-        return self.unmodified(*args)
+        return self._unmodified(*args)
 
-    def _program(self, name: str, program: Program) -> Lowered | None:
-        """The lowered program, or None where it does not compile (said once, as a refusal)."""
-        if name not in self._lowered:
-            try:
-                self._lowered[name] = self.engine.lowering.lower(program.graph_module, name=name)
-            except LoweringError as error:
-                self._lowered[name] = None
-                self.engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
-        return self._lowered[name]
-
-    def _bind(
-        self, program: Program, plan: Plan, positions: Tensor | None, tables: dict[str, Tensor]
-    ) -> list[Tensor]:
-        """The values of the inputs that passes added, in their order."""
-        on_device: dict[int, Tensor] = {}
-
-        def moved(tensor: Tensor) -> Tensor:
-            if self._device.type == "cpu":
-                return tensor
-            if id(tensor) not in on_device:
-                on_device[id(tensor)] = tensor.to(self._device, non_blocking=True)
-            return on_device[id(tensor)]
-
-        bound = []
-        for slot in program.slots:
-            kind, _, rest = slot.partition(".")
-            if kind == "donor":
-                bound.append(tables[rest])
-            elif kind == "results":
-                assert positions is not None
-                bound.append(moved(torch.searchsorted(plan.rows[-1], positions)))
-            else:
-                bound.append(moved({"rows": plan.rows, "keep": plan.keep, "source": plan.source}[kind][int(rest)]))
-        return bound
-
-    def _report(
-        self, mode: Any, reason: str | None, spans: list[Span], plan: Plan, clock: "_Clock", encoder_hit: bool | None,
-        fraction: float,
-    ) -> None:  # fmt: skip
+    def _report(self, mode: Mode, reason: str | None, request: Request, plan: Plan, fraction: float) -> None:
         self.engine.report(
             Report(
-                mode, reason, plan.num_tokens,
-                tuple(SpanReport(s.start, s.length, s.key, s.hit, s.tier) for s in spans),
-                plan.rows_per_layer, fraction, encoder_hit, dict(clock.elapsed_ms), plan.explanations,
+                mode=mode,
+                reason=reason,
+                num_tokens=request.num_tokens,
+                spans=tuple(SpanReport(s.start, s.length, s.key, s.hit, s.tier) for s in request.spans),
+                rows_per_layer=plan.rows_per_layer,
+                token_layer_fraction=fraction,
+                encoder_hit=request.encoder_hit,
+                timings_ms=dict(request.clock.elapsed_ms),
+                explanations=plan.explanations,
             )
-        )  # fmt: skip
-
-
-def _as_miss(span: Span) -> Span:
-    return Span(span.sample, span.start, span.length, span.key, False)
-
-
-class _Clock:
-    """Milliseconds per step."""
-
-    def __init__(self) -> None:
-        self.elapsed_ms: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.elapsed_ms[step] = (time.perf_counter() - start) * 1e3
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import OptionError, UnsupportedGraphError, VlcacheError
+from vlcache_fx.errors import OptionError, PlanError, UnsupportedGraphError, VlcacheError
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import splice_rows_reference
@@ -27,7 +27,7 @@ WEIGHT_SETS_REMEMBERED = 16
 
 
 class Engine:
-    """Store, policy, lowering, reports and counts of one compiled model. Safe to share between graphs and threads.
+    """Store, policy, lowering, reports and counts of one compiled model. Safe to share between threads.
 
     Args:
         options: checked options.
@@ -72,6 +72,7 @@ class Engine:
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
             "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
+            "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
             "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
             "compilations": len(compiled.compilations),
@@ -86,7 +87,9 @@ class Engine:
             OptionError: the engine does not belong to one model (``torch.compile`` engines serve many).
         """
         if self.explained is None:
-            raise OptionError("this engine knows no model to explain; compile the model with vlcache_fx.compile")
+            raise OptionError(
+                "this engine knows no model to explain; compile the model with vlcache_fx.compile"
+            )
         return explain(self.explained, **inputs)
 
     def clear(self) -> None:
@@ -137,6 +140,11 @@ class Engine:
             raise error
         self.count("store_failures")
         log.warning("store failed, computing instead: %s", error)
+
+    def plan_failed(self, error: PlanError) -> None:
+        """A policy whose rows cannot be executed costs reuse, never the request."""
+        self.count("plan_failures")
+        log.warning("no plan, computing instead: %s", error)
 
     def weights_fingerprint(self, tensors: Sequence[Tensor]) -> str:
         """Fingerprint of these weights now; shared by all graphs that use the same tensors."""

@@ -16,7 +16,7 @@ from vlcache_fx.store.keys import Part, content_digest
 
 @dataclass(frozen=True)
 class Run:
-    """A run of consecutive tokens that one merge fills: position of the first, length, and its feature rows."""
+    """A run of consecutive tokens that one merge fills: first position, length, and its feature rows."""
 
     start: int
     length: int
@@ -45,7 +45,13 @@ class Identifier:
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         index = {node: i for i, node in enumerate(placeholders)}
         used = {parent for step in facts.steps for parent in step.all_input_nodes if parent in facts.taint}
-        used |= {p for layer in facts.layers for node in layer.full_part for p in node.all_input_nodes if p in facts.taint}
+        used |= {
+            p
+            for layer in facts.layers
+            for node in layer.full_part
+            for p in node.all_input_nodes
+            if p in facts.taint
+        }
         reached = ancestors(used)
         return cls(
             masks=extract(module, [merge.mask for merge in facts.merges]),
@@ -59,7 +65,9 @@ class Identifier:
         if self.embeddings is not None:
             embeds = args[self.embeddings]
             marks = marked_spans(embeds)
-            return embeds.shape[1], [Run(start, length, embeds[:, start : start + length]) for _, start, length in marks]
+            return embeds.shape[1], [
+                Run(start, length, embeds[:, start : start + length]) for _, start, length in marks
+            ]
         num_tokens, found = 0, []
         for mask, index in zip(self.masks(*args), self.features, strict=True):
             flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
@@ -72,8 +80,10 @@ class Identifier:
         return num_tokens, sorted(found, key=lambda run: run.start)
 
     def positions(self, args: Sequence[Any], run: Run, num_tokens: int) -> list[Part]:
-        """The positions of the run relative to its first token, for the key: the same pixels laid out in another
-        grid attend to each other differently."""
+        """The positions of the run relative to its first token, for the key.
+
+        The same pixels laid out in another grid attend to each other differently.
+        """
         parts: list[Part] = []
         for index in self.position_inputs:
             value = args[index]
@@ -82,7 +92,9 @@ class Identifier:
                 continue  # masks over pairs of tokens, and inputs without a token axis
             own = value.narrow(dims[0], run.start, run.length)
             # Absolute where differences of positions are not meaningful (cos and sin given as inputs).
-            parts.append(own if own.is_floating_point() or own.dtype == torch.bool else own - own.narrow(dims[0], 0, 1))
+            parts.append(
+                own if own.is_floating_point() or own.dtype == torch.bool else own - own.narrow(dims[0], 0, 1)
+            )
         return parts
 
 
@@ -93,7 +105,6 @@ def _runs(places: list[int], features: Tensor) -> list[Run]:
             runs.append(Run(places[first], index - first, features[first:index]))
             first = index
     return runs
-
 
 
 def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:

@@ -31,10 +31,13 @@ def mark_spans(embeds: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
     for sample, start, length in checked:
         if not 0 <= sample < batch or start < 0 or length < 1 or start + length > tokens:
             raise PlanError(
-                f"span (sample {sample}, start {start}, length {length}) lies outside {batch} x {tokens} tokens"
+                f"span (sample {sample}, start {start}, length {length}) lies outside"
+                f" {batch} x {tokens} tokens"
             )
         if start < ends[sample]:
-            raise PlanError(f"span (sample {sample}, start {start}, length {length}) overlaps the one before it")
+            raise PlanError(
+                f"span (sample {sample}, start {start}, length {length}) overlaps the one before it"
+            )
         ends[sample] = start + length
     setattr(embeds, ATTRIBUTE, tuple(checked))
     return embeds

@@ -24,10 +24,10 @@ class MaskCheck:
         self._masks = extract(module, list(masks)) if masks else None
 
     def require_causal(self, args: Sequence[Any], spans: Sequence[Span]) -> None:
-        """Evaluate the masks for one call. Images may look both ways inside themselves, not at what follows them.
+        """Evaluate the masks for one call. Images may look both ways inside themselves, not behind them.
 
         Raises:
-            UnsupportedGraphError: MASK_FORM. K and V of such tokens belong to one question and must not be reused.
+            UnsupportedGraphError: MASK_FORM. K and V of such tokens belong to one question alone.
         """
         if self._masks is None:
             return
@@ -35,7 +35,9 @@ class MaskCheck:
             for span in spans:
                 if mask.dim() >= 2 and _sees_beyond(mask, span):
                     raise refuse(
-                        Reason.MASK_FORM, site, f"tokens of the span at {span.start} attend to tokens behind it"
+                        Reason.MASK_FORM,
+                        site,
+                        f"tokens of the span at {span.start} attend to tokens behind it",
                     )
 
 

@@ -8,7 +8,7 @@ Mode = Literal["cold", "warm", "bypass"]
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: where it is (token positions), the key of its item, whether a donor was found and in which tier."""
+    """One span: token positions, the key of its item, whether a donor was found, and in which tier."""
 
     start: int
     length: int
@@ -22,7 +22,7 @@ class Report:
     """What one call did.
 
     Attributes:
-        mode: ``cold`` (everything computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (the graph ran
+        mode: ``cold`` (everything computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (run
             without reuse, for ``reason``).
         reason: why, in words; None for a warm call.
         num_tokens: sequence length, 0 where it is not known.

@@ -48,7 +48,7 @@ def draw_digits(rng: np.random.Generator, count: int, rows: int) -> IntArray:
     """Draw digits ``[count, rows, COLUMNS]``; a random share of each row repeats one digit."""
     shape = (count, rows, COLUMNS)
     planted = rng.integers(10, size=(count, rows, 1))
-    share = rng.uniform(0.0, 0.8, size=(count, rows, 1))
+    share = rng.uniform(0.0, 0.5, size=(count, rows, 1))
     return np.where(rng.random(shape) < share, planted, rng.integers(10, size=shape)).astype(np.int64)
 
 

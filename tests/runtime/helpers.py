@@ -1,0 +1,130 @@
+"""Compiled models beside their unmodified copies, and small ways to ask what happened."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlcache_fx
+from vlcache_fx.backend import engine_for
+from vlcache_fx.policies import get_policy
+from vlcache_fx.runtime.engine import Engine
+
+_serial = itertools.count()
+
+
+@dataclass
+class Pair:
+    """A compiled model, an unmodified copy of it (the oracle), and the engine."""
+
+    model: Any
+    reference: Any
+    engine: Engine
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The last report."""
+        report = self.engine.last_report
+        assert report is not None
+        return report
+
+    def both(self, **inputs: Any) -> tuple[Any, Any]:
+        """What the compiled model gives, and what the unmodified one does."""
+        with torch.no_grad():
+            return self.model(**inputs), self.reference(**inputs)
+
+    def run(self, **inputs: Any) -> tuple[float, dict[str, Any]]:
+        """How far the logits are from the unmodified model's (0.0 where they are bitwise equal), and the report."""
+        got, expected = self.both(**inputs)
+        return distance(got, expected), self.report
+
+
+def with_api(model: nn.Module, **options: Any) -> Pair:
+    """Through ``vlcache_fx.compile``; eager and dynamic unless said otherwise."""
+    reference = copy.deepcopy(model)
+    options = {"lowering": "eager", "dynamic": True} | options
+    compiled = vlcache_fx.compile(model, **options)
+    return Pair(compiled, reference, compiled.vlcache)
+
+
+def with_backend(model: nn.Module, dynamic: bool | None = True, **options: Any) -> Pair:
+    """Through ``torch.compile(model.forward, backend="vlcache")``; eager and dynamic unless said otherwise."""
+    reference = copy.deepcopy(model)
+    # A store of its own: equal options share an engine.
+    options = {"lowering": "eager", "store": vlcache_store()} | options
+    model.forward = torch.compile(model.forward, backend="vlcache", options=options, dynamic=dynamic)
+    return Pair(model, reference, engine_for(options))
+
+
+def vlcache_store(capacity_bytes: int = 1 << 30) -> Any:
+    """A new store in memory."""
+    from vlcache_fx.store import MemoryStore
+
+    return MemoryStore(capacity_bytes)
+
+
+def logits(output: Any) -> Tensor:
+    """The logits of a model's output."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def distance(got: Any, expected: Any) -> float:
+    """Largest difference of two outputs' logits."""
+    a, b = logits(got), logits(expected)
+    assert a.shape == b.shape
+    assert a.isfinite().all()
+    return float((a - b).abs().max())
+
+
+def cache_distance(got: Any, expected: Any) -> float:
+    """Largest difference of two KV caches, which must have the same layers and shapes."""
+    assert len(got.layers) == len(expected.layers) > 0
+    worst = 0.0
+    for a, b in zip(got.layers, expected.layers, strict=True):
+        assert a.keys.shape == b.keys.shape
+        assert a.values.shape == b.values.shape
+        worst = max(worst, float((a.keys - b.keys).abs().max()), float((a.values - b.values).abs().max()))
+    return worst
+
+
+@contextmanager
+def settings_of(engine: Engine, **changes: Any) -> Iterator[None]:
+    """Other options for a while: a graph need not be compiled again for another policy or budget."""
+    options, policy = engine.options, engine.policy
+    engine.options = replace(options, **changes)
+    engine.policy = get_policy(engine.options.policy)
+    try:
+        yield
+    finally:
+        engine.options, engine.policy = options, policy
+
+
+@contextmanager
+def own_compiler_state() -> Iterator[None]:
+    """Dynamo starts empty and is left empty, and many models of one class do not exhaust its limits."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        yield
+    torch._dynamo.reset()
+
+
+def unique_salt() -> str:
+    """A salt that no other test uses."""
+    return f"test-{next(_serial)}"
+
+
+def hits(report: dict[str, Any]) -> list[bool]:
+    """Per span, whether its donor was found."""
+    return [span["hit"] for span in report["spans"]]
+
+
+def keys(report: dict[str, Any]) -> list[str]:
+    """Per span, its key."""
+    return [span["key"] for span in report["spans"]]

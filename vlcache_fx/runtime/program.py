@@ -1,0 +1,75 @@
+"""One program of a decoder graph, lowered when first used."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
+from vlcache_fx.lowering import Lowered
+from vlcache_fx.passes import Program
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.engine import Engine
+
+
+class ProgramRunner:
+    """A cold or warm program and what it takes to call it.
+
+    Args:
+        name: ``cold`` or ``warm``; appears in logs.
+        program: the rewritten graph.
+        device: where the program's inputs live.
+        engine: gives the lowering and takes a refusal.
+    """
+
+    def __init__(self, name: str, program: Program, device: torch.device, engine: Engine) -> None:
+        self.name, self.recorded, self.slots = name, tuple(program.recorded), tuple(program.slots)
+        self._graph_module, self._device, self._engine = program.graph_module, device, engine
+        self._lowered: Lowered | None = None
+        self._failed = False
+
+    def ready(self) -> bool:
+        """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
+        if self._lowered is None and not self._failed:
+            try:
+                self._lowered = self._engine.lowering.lower(self._graph_module, name=self.name)
+            except LoweringError as error:
+                self._failed = True
+                self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
+        return not self._failed
+
+    def bind(self, plan: Plan, positions: Tensor | None, tables: Mapping[str, Tensor]) -> list[Tensor]:
+        """The values of the inputs that passes added, in their order.
+
+        Args:
+            plan: rows of this request.
+            positions: absolute positions that results need, or None for all.
+            tables: donor tables per slot.
+        """
+        on_device: dict[int, Tensor] = {}
+
+        def moved(tensor: Tensor) -> Tensor:
+            if self._device.type == "cpu":
+                return tensor
+            if id(tensor) not in on_device:
+                on_device[id(tensor)] = tensor.to(self._device, non_blocking=True)
+            return on_device[id(tensor)]
+
+        per_level = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
+        bound = []
+        for slot in self.slots:
+            kind, _, rest = slot.partition(".")
+            if kind == "donor":
+                bound.append(tables[rest])
+            elif kind == "results":
+                assert positions is not None
+                bound.append(moved(torch.searchsorted(plan.rows[-1], positions)))
+            else:
+                bound.append(moved(per_level[kind][int(rest)]))
+        return bound
+
+    def run(self, args: Sequence[Any], bound: Sequence[Tensor]) -> Sequence[Any]:
+        """Run the program on the graph's inputs and the bound ones; call ``ready`` first."""
+        assert self._lowered is not None
+        return self._lowered([*args, *bound])
