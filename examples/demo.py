@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = TINY if options.tiny else Shape()
     if options.rounds is not None:
         shape = dataclasses.replace(shape, rounds=options.rounds)
-    console = Console()
+    console = Console(width=110) if not Console().is_terminal else Console()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         asking = progress.add_task("asking about pictures", total=None)

@@ -41,8 +41,6 @@ from vlcache_fx.testing.reference_vlm.training import (
 )
 from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
 
-SINGLE = ("cell", "count", "where")
-
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
@@ -73,11 +71,12 @@ def recipes(full: bool) -> tuple[Recipe, ...]:
     """The kinds of batches of one stage, in the order in which they take turns."""
     sizes: Any = {} if full else {"rows": (3, MAX_ROWS)}
     after, before = (12, 30) if full else (15, 40)
-    cell, count, where = (Recipe((family,), False, after, 12, **sizes) for family in SINGLE)
+    count = Recipe(("count",), False, after, 12, **sizes)
+    find = Recipe(("cell", "where"), False, after, 12, **sizes)
     mixed = Recipe(("cell", "count", "count", "where"), True, before, 1, **sizes)
     same = Recipe(("same",), False, after * 2 // 3, 12, **sizes)
     same_before = Recipe(("same",), True, before * 5 // 8, 1, **sizes)
-    return (cell, count, mixed, same, where, count, mixed, same_before)
+    return (count, mixed, count, same, find, mixed, count, same_before)
 
 
 class Trainer:

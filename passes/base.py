@@ -23,8 +23,8 @@ class Program:
     Attributes:
         graph_module: changed in place by the passes.
         facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
-        row_inputs: per level 0..L, the placeholder with the active rows (int64 [n]), or None where all tokens are
-            active. Level i is what enters layer i, level L what leaves the last one.
+        row_inputs: per level 0..L, the placeholder with the active rows (int64 [n]), or None where all tokens
+            are active. Level i is what enters layer i, level L what leaves the last one.
         slots: name -> placeholder of every input that passes added, in input order behind the graph's own.
         recorded: names of the outputs that passes appended, in order.
         properties: what the passes that ran ensure; a pass may require some.

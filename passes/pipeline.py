@@ -36,8 +36,8 @@ class Pipeline:
         """Run every pass on ``program`` in place.
 
         Raises:
-            PassError: a pass failed, left a malformed graph, or was not given what it requires. It names the pass
-                and the ones before it.
+            PassError: a pass failed, left a malformed graph, or was not given what it requires. It names the
+                pass and the ones before it.
             UnsupportedGraphError: a pass refused the graph.
         """
         records: list[PassRecord] = []

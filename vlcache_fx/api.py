@@ -9,10 +9,11 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.errors import OptionError, VlcacheError
-from vlcache_fx.integrations.transformers import hook_encoders
+from vlcache_fx.integrations.transformers import hook_encoders, hook_placeholder_check
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.marks import mark_spans
+from vlcache_fx.runtime.report import Report
 
 __all__ = ["compile", "mark_spans"]
 
@@ -45,15 +46,22 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     def forward(*args: Any, **kwargs: Any) -> Any:
         # Models check on the way that placeholders and features agree; with scalars captured, that check
         # does not cut the graph in two.
+        before = engine.graph_calls
         with torch._dynamo.config.patch(capture_scalar_outputs=True):
             try:
-                return compiled(*args, **kwargs)
+                result = compiled(*args, **kwargs)
             except BackendCompilerFailed as failure:
                 if isinstance(failure.inner_exception, VlcacheError):
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
                 raise
+        if engine.graph_calls == before:
+            engine.report(
+                Report("bypass", "Dynamo ran this call uncompiled (has it reached recompile_limit?)")
+            )
+        return result
 
     hook_encoders(model, engine)
+    hook_placeholder_check(model)
     engine.explained = plain
     object.__setattr__(model, "forward", forward)
     object.__setattr__(model, "vlcache", engine)

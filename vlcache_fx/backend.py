@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, InputKind, capture_dynamo
-from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.split_encoder import split_encoder
@@ -29,8 +29,11 @@ from vlcache_fx.runtime.report import Report
 
 Compiled = Callable[..., Sequence[Any]]
 
-NOT_A_PREFILL = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS, Reason.NO_MERGE})
-"""Graphs that simply have nothing to reuse, such as a decoding step: neither logged nor raised."""
+NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
+"""Pieces of a model and decoding steps: neither logged, raised nor reported."""
+
+NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
+"""A prompt of text alone: reported, but no reason to warn or raise."""
 
 
 def vlcache(
@@ -61,6 +64,16 @@ def _engine(options: Options) -> Engine:
 
 def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
     """Compile one graph for ``engine``. The result takes the graph's inputs and returns its outputs."""
+    compiled = _compile(graph_module, example_inputs, engine)
+
+    def run(*args: Any) -> Sequence[Any]:
+        engine.graph_calls += 1
+        return compiled(*args)
+
+    return run
+
+
+def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
     unmodified = _Unmodified(graph_module, example_inputs, engine)
     try:
         _check_gradients(example_inputs)
@@ -68,10 +81,11 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
         CLEANUP.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
-        if refusal.reason in NOT_A_PREFILL:
+        if refusal.reason in NOTHING_TO_REUSE:
             return unmodified.prepare()
-        engine.refuse(refusal)
-        return _reporting(unmodified.prepare(), engine, refusal)
+        return _refused(refusal, unmodified, engine)
+    except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
+        return _refused(UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)), unmodified, engine)
     return _guarded(compiled, captured, unmodified)
 
 
@@ -122,7 +136,11 @@ def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Co
     return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
 
 
-def _reporting(compiled: Compiled, engine: Engine, refusal: UnsupportedGraphError) -> Compiled:
+def _refused(refusal: UnsupportedGraphError, unmodified: "_Unmodified", engine: Engine) -> Compiled:
+    if refusal.reason not in NOT_AN_ERROR:
+        engine.refuse(refusal)
+    compiled = unmodified.prepare()
+
     def run(*args: Any) -> Sequence[Any]:
         engine.report(Report("bypass", str(refusal)))
         return compiled(*args)

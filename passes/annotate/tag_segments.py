@@ -9,7 +9,8 @@ from vlcache_fx.passes.base import Pass, Program
 class TagSegments(Pass):
     """Lowerings compile each distinct segment structure once, so equal layers must be cut equally.
 
-    Nodes outside the residual stream belong to the prelude, except pure layout ops and sizes that a single layer
+    Nodes outside the residual stream belong to the prelude, except pure layout ops and sizes that a single
+    layer
     reads: those move into it, as tracers repeat them per layer.
     """
 

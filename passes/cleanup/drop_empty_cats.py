@@ -1,4 +1,4 @@
-"""Drop empty tensors from ``cat``: a fresh KV cache is an empty tensor that the first keys are appended to."""
+"""Drop empty tensors from ``cat``: a fresh KV cache is one, which the first keys are appended to."""
 
 from typing import ClassVar
 

@@ -13,10 +13,10 @@ ASSERT = torch.ops.aten._assert_scalar.default
 
 
 class DropMergeChecks(Pass):
-    """Assertions about what flows into a merge read a number from a tensor, which no compiled segment should wait for.
+    """Assertions about what flows into a merge read a number from a tensor: no segment should wait for one.
 
-    The runtime makes the same comparison before it runs a program, and leaves a call that does not pass it to the
-    unmodified model, which then raises its own error. Other assertions stay.
+    The runtime makes the same comparison before it runs a program, and leaves a call that does not pass it to
+    the unmodified model, which then raises its own error. Other assertions stay.
     """
 
     name: ClassVar[str] = "drop_merge_checks"

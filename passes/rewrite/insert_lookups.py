@@ -9,10 +9,10 @@ from vlcache_fx.passes.base import Pass, Program
 
 
 class InsertLookups(Pass):
-    """One ``vlcache.lookup`` beside every K and V frontier; one for the last residual where results need all rows.
+    """One ``vlcache.lookup`` at every K and V frontier; one for the last residual if results need all rows.
 
-    A lookup gives the donor table of its slot: the rows of all hit spans, one behind the other, in the form of
-    the frontier. Nothing reads the lookups yet.
+    A lookup gives the donor table of its slot: the rows of all hit spans, one behind the other, in the form
+    of the frontier. Nothing reads the lookups yet.
     """
 
     name: ClassVar[str] = "insert_lookups"

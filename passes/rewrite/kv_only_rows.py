@@ -12,8 +12,8 @@ from vlcache_fx.passes.rewrite.rows import gather, restrict_node
 class KvOnlyRows(Pass):
     """Move each residual cut from the end of its layer to the entries of the layer's q part.
 
-    The query, attention and MLP of a row that no later layer reads are dead: layer i needs keys and values for
-    rows R_i but everything else only for rows R_{i+1}.
+    The query, attention and MLP of a row that no later layer reads are dead: layer i needs keys and values
+    for rows R_i but everything else only for rows R_{i+1}.
     """
 
     name: ClassVar[str] = "kv_only_rows"
@@ -53,6 +53,6 @@ def _restrict_q_part(program: Program, index: int) -> None:
 
 
 def _enters(operand: Node, kv_part: dict[Node, None], entering: Node) -> bool:
-    """True for what the q part reads at the layer's rows: kv nodes, and the residual (or its first gather)."""
+    """True for what the q part reads at the layer's rows: kv nodes, and the residual or its first gather."""
     gathered = operand.meta.get("gathers", (None,))[0]
     return operand in kv_part or operand is entering or gathered is entering

@@ -20,7 +20,7 @@ class RestrictRows(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"rows_restricted"})
 
     def run(self, program: Program) -> bool:
-        """Gather the embeddings, restrict every layer's kv and q parts, cut the residual behind each layer."""
+        """Gather the embeddings, restrict each layer's kv and q parts, cut the residual behind each layer."""
         facts = program.decoder
         axis = facts.tail_rows.axis
         start = facts.stream.boundaries[0]
@@ -59,7 +59,7 @@ def _cut_residual(program: Program, index: int, rows: Node | None) -> None:
 
 
 def keep_input(program: Program, index: int, rows: Node | None) -> Node:
-    """Places of R_{index+1} among R_index: its own input, or the rows themselves where R_index is every token."""
+    """Places of R_{index+1} among R_index: an input, or the rows themselves where R_index is every token."""
     rows_after = program.row_inputs[index + 1]
     assert rows_after is not None
     return rows_after if rows is None else program.add_input(f"keep.{index}")

@@ -20,9 +20,9 @@ def gather(program: Program, operand: Node, dim: int, index: Node, before: Node,
 def restrict_node(program: Program, node: Node, step: RowStep, rows: Node, site: Site, segment: str) -> None:
     """Make ``node`` compute only ``rows``, whatever rows it was made for before.
 
-    Its operands from the residual stream are expected to hold those rows already. Operands with a full token axis
-    are gathered, a size argument that spells out the number of tokens becomes the number of rows, and an attention
-    that masks later tokens by itself gets the mask rows of its queries.
+    Its operands from the residual stream are expected to hold those rows already. Operands with a full token
+    axis are gathered, a size argument that spells out the number of tokens becomes the number of rows, and an
+    attention that masks later tokens by itself gets the mask rows of its queries.
     """
     for operand, dim in step.gathers:
         for current in node.all_input_nodes:

@@ -12,10 +12,10 @@ aten = torch.ops.aten
 
 
 class TrimTail(Pass):
-    """Where the results take some tokens (``hidden[:, -1:]``), run what follows the last layer on those alone.
+    """Where the results take some tokens (``hidden[:, -1:]``), run what follows the last layer on those.
 
-    Level L then holds exactly the rows of the selection (and perhaps one more, see ``plan``), so the selection
-    itself becomes a gather of their places among them, the input ``results``.
+    Level L then holds exactly the rows of the selection (and perhaps one more, see ``plan``), so the
+    selection itself becomes a gather of their places among them, the input ``results``.
     """
 
     name: ClassVar[str] = "trim_tail"

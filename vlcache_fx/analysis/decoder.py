@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from vlcache_fx.analysis.dataflow import ancestors, carries_data, positions
+from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Merge, find_merges, sites_behind
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
@@ -28,7 +28,8 @@ class DecoderFacts:
         tail_rows: which rows results need.
         taint: position-dependent nodes outside the stream.
         weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
-        encoder: nodes that compute the features from the request's data (empty where features are graph inputs).
+        encoder: nodes that compute the features from the request's data (empty where features are graph
+            inputs).
     """
 
     merges: tuple[Merge, ...]
@@ -70,6 +71,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         )
     position = positions(graph)
     taint = position_taint(stream.nodes, data, graph)
+    _check_positions(stream, merges, graph)
     layers = tuple(
         split_layer(site, entering, members, taint, position)
         for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
@@ -87,7 +89,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2),
         taint,
         _used_weights(graph, weights, stream),
-        _encoder_region(merges, data),
+        _encoder_region(merges),
     )
 
 
@@ -97,11 +99,29 @@ def _check_attention(sites: tuple[Site, ...]) -> None:
             raise refuse(
                 Reason.PAST_KEYS,
                 site.node,
-                f"{shape_of(site.query)[-2]} queries attend to {shape_of(site.key)[-2]} keys: not a first prefill",
+                f"{shape_of(site.query)[-2]} queries attend to {shape_of(site.key)[-2]} keys: no prefill",
             )
         if site.mask is None and not site.is_causal:
             raise refuse(
                 Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
+            )
+
+
+def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:
+    """Between the last merge and the first layer, nothing may enter that differs from token to token."""
+    if not merges or merges[-1].node is stream.boundaries[0]:
+        return
+    merged = merges[-1].node
+    axes = {merged: len(shape_of(merged)) - 2}
+    on_the_way = ancestors([stream.boundaries[0]], descendants([merged]))
+    for node in graph.nodes:
+        if node not in on_the_way or node is merged:
+            continue
+        step = row_step(node, axes)
+        axes[node] = step.axis
+        if step.gathers:
+            raise refuse(
+                Reason.POSITION_IN_STREAM, node, f"{step.gathers[0][0].name} enters the token embeddings"
             )
 
 
@@ -159,7 +179,7 @@ def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[No
     return tuple(used)
 
 
-def _encoder_region(merges: tuple[Merge, ...], data: list[Node]) -> tuple[Node, ...]:
+def _encoder_region(merges: tuple[Merge, ...]) -> tuple[Node, ...]:
     region: dict[Node, None] = {}
     for merge in merges:
         region.update(

@@ -1,9 +1,9 @@
 """The K/V frontier: the last tensors before positions enter, and the parts of a layer around them.
 
-*Position taint* is everything that depends on the request but not on the residual stream: position ids, cos and
-sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads on the
-way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout ops. So the
-stored K is free of positions whatever the position scheme is.
+*Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
+and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
+on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout
+ops. So the stored K is free of positions whatever the position scheme is.
 """
 
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from vlcache_fx.analysis.dataflow import (
 )
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
-from vlcache_fx.analysis.token_axis import is_full_slice
-from vlcache_fx.errors import Reason
+from vlcache_fx.analysis.token_axis import is_full_slice, row_step, shape_of
+from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 aten = torch.ops.aten
 
@@ -54,7 +54,8 @@ class LayerParts:
     Attributes:
         site: the layer's attention call.
         key_frontier, value_frontier: where K and V are stored and spliced.
-        kv_part: nodes needed for the frontiers (these included): run on the rows whose K/V is recomputed.
+        kv_part: nodes needed for the frontiers, these included, and every piece of a fused projection: run on
+            the rows whose K/V is recomputed.
         full_part: from the frontiers to the attention call: run on all tokens.
         q_part: queries, attention, MLP: run on the rows that the next layer needs.
     """
@@ -91,6 +92,11 @@ def split_layer(
     key = _frontier(site, site.key, entering, inside, taint, position)
     value = _frontier(site, site.value, entering, inside, taint, position)
     kv_part = ancestors([key, value], inside)
+    for (
+        node
+    ) in members:  # the queries of a fused projection are a piece of what the kv part computes as a whole
+        if any(parent in kv_part and not _is_tensor(parent) for parent in data_inputs(node)):
+            kv_part[node] = None
     behind = descendants([key, value], {n: None for n in inside if n is not site.node})
     before_site = ancestors([site.key, site.value], inside)
     full_part = {node: None for node in behind if node not in kv_part and node in before_site}
@@ -122,21 +128,42 @@ def _frontier(
 ) -> Node:
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
+    axes = {entering: len(shape_of(entering)) - 2}
     for node in sorted(path, key=position.__getitem__):
-        if any(parent in taint or parent in tainted for parent in data_inputs(node)):
+        meets_table = _meets_table(node, axes)
+        if meets_table or any(parent in taint or parent in tainted for parent in data_inputs(node)):
             tainted[node] = None
     clean = {node: None for node in path if node not in tainted}
     if operand in clean:
         point = operand
     else:
         edge = [node for node in clean if any(user in tainted for user in node.users)]
-        points = articulation_points([entering], edge, position, {entering: None, **clean}) if edge else []
+        within = {entering: None, **clean}
+        points = articulation_points([entering], edge, position, within) if edge else []
+        points = [point for point in points if _is_tensor(point)]
         if not points or points[-1] is entering:
             raise refuse(
                 Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected"
             )
         point = points[-1]
     return _before_layout(point, clean)
+
+
+def _meets_table(node: Node, axes: dict[Node, int]) -> bool:
+    """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
+
+    Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.
+    """
+    try:
+        step = row_step(node, axes)
+    except UnsupportedGraphError:  # mixes tokens: refused where its rows are followed, if they have to be
+        return False
+    axes[node] = step.axis
+    return bool(step.gathers)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _before_layout(node: Node, clean: NodeSet) -> Node:

@@ -35,7 +35,9 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target in MERGE_OPS and node in needed:
             embeddings, mask, features = node.args
-            assert isinstance(embeddings, Node) and isinstance(mask, Node) and isinstance(features, Node)
+            assert isinstance(embeddings, Node)
+            assert isinstance(mask, Node)
+            assert isinstance(features, Node)
             merges.append(Merge(node, embeddings, mask, features))
     return tuple(merges)
 

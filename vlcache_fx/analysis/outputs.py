@@ -40,8 +40,10 @@ class TailRows:
 
 
 def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRows:
-    """Follow the tail token by token up to one selection of rows with constant bounds through which everything
-    goes; where there is none, all rows are needed."""
+    """Follow the tail token by token up to one selection of rows that everything goes through.
+
+    Its bounds are constant; where there is none such, all rows are needed.
+    """
     axes = {boundary: axis}
     steps: dict[Node, RowStep] = {}
     for node in tail:

@@ -6,7 +6,7 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
 def source_line(node: Node) -> str | None:
-    """``file:line in function: code`` of the user code that the node was traced from, where tracing kept it."""
+    """``file:line in function: code`` of the user code that the node was traced from, if tracing kept it."""
     trace = node.meta.get("stack_trace")
     if not trace:
         return None

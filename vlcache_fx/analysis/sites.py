@@ -54,7 +54,9 @@ def find_sites(graph: Graph) -> tuple[Site, ...]:
     for node in graph.nodes:
         if node.op == "call_function" and node.target is SDPA and carries_data(node):
             query, key, value = node.args[:3]
-            assert isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node)
+            assert isinstance(query, Node)
+            assert isinstance(key, Node)
+            assert isinstance(value, Node)
             sites.append(
                 Site(
                     node,

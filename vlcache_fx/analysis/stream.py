@@ -29,9 +29,10 @@ class Stream:
     """The residual stream of the decoder.
 
     Attributes:
-        boundaries: L + 1 nodes for L layers; ``boundaries[0]`` is the merged token embeddings, ``boundaries[i]``
-            the residual that enters layer i, ``boundaries[L]`` what leaves the last layer.
-        members: per layer, the nodes after its entering boundary up to and with its leaving one, in graph order.
+        boundaries: L + 1 nodes for L layers; ``boundaries[0]`` is the merged token embeddings,
+            ``boundaries[i]`` the residual that enters layer i, ``boundaries[L]`` what leaves the last layer.
+        members: per layer, the nodes after its entering boundary up to and with its leaving one, in graph
+            order.
         tail: the nodes after the last boundary, in graph order.
         nodes: everything computed from the embeddings, them included.
     """
@@ -74,7 +75,7 @@ def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[N
             Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
         )
     points = articulation_points([start], results, position, stream)
-    boundaries = []
+    boundaries: list[Node] = []
     for site in sites:
         before = ancestors([site.node], stream)
         inner = [point for point in points if point in before and point is not site.node]
@@ -115,7 +116,7 @@ def _find_start(
 def _last_boundary(
     points: list[Node], boundaries: list[Node], stream: NodeSet, position: dict[Node, int], site: Node
 ) -> Node:
-    """Where the last layer ends: where it has the same operations as the layer before it, else its last residual sum."""
+    """Where the last layer ends: by the same operations as the layer before, else its last residual sum."""
     if len(boundaries) > 1:
         pattern = _operations(boundaries[-2], boundaries[-1], stream, position)
         for point in points:

@@ -1,8 +1,9 @@
 """Follow the token axis through token-wise ATen ops.
 
-``row_step(node, axes)`` says for one node, given the token axis of its operands, which axis of its result runs
-over tokens, which other operands have a full token axis that meets it (and have to be gathered when only some
-rows are computed), and which size argument spells out the number of tokens. An op that mixes tokens, or that is not
+``row_step(node, axes)`` says for one node, given the token axis of its operands, which axis of its result
+runs over tokens, which other operands have a full token axis that meets it (and have to be gathered when only
+some rows are computed), and which size argument spells out the number of tokens. An op that mixes tokens, or
+that is not
 known here, is refused: restricting its rows would change its result.
 """
 
@@ -28,9 +29,10 @@ class RowStep:
 
     Attributes:
         axis: the dimension of the node's result that runs over tokens.
-        gathers: ``(operand, dimension)`` of operands that are not computed from the rows but have a full token
-            axis there.
-        size_argument: ``(argument index, position)`` of the entry of a size list that is the number of tokens.
+        gathers: ``(operand, dimension)`` of operands that are not computed from the rows but have a full
+            token axis there.
+        size_argument: ``(argument index, position)`` of the entry of a size list that is the number of
+            tokens.
     """
 
     axis: int
@@ -215,7 +217,7 @@ def _slice(node: Node, axes: Axes) -> RowStep:
 def is_full_slice(node: Node) -> bool:
     """True for ``slice(x, dim, 0, end, 1)`` that keeps everything."""
     start, end, step = (list(node.args[2:]) + [None] * 3)[:3]
-    return start in (None, 0) and (end is None or end == NO_BOUND) and step in (None, 1)
+    return bool(start in (None, 0) and (end is None or end == NO_BOUND) and step in (None, 1))
 
 
 def _other_dim(node: Node, axes: Axes) -> RowStep:

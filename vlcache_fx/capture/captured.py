@@ -21,11 +21,12 @@ class Captured:
     """A traced graph as functional, pre-dispatch ATen with scaled-dot-product attention kept whole.
 
     Attributes:
-        graph_module: flat graph; every input is a placeholder, one for each entry of ``kinds``; the output is a
-            flat tuple. Nodes carry ``meta["val"]`` (fake values) and, where tracing gave it, ``stack_trace``.
+        graph_module: flat graph; every input is a placeholder, one for each entry of ``kinds``; the output is
+            a flat tuple. Nodes carry ``meta["val"]`` (fake values) and, where tracing gave it,
+            ``stack_trace``.
         kinds: what each placeholder is, in order.
-        specialised: ``(input index, value)`` of 0-d inputs that were folded in as Python numbers; a call in which
-            one differs must not use this graph.
+        specialised: ``(input index, value)`` of 0-d inputs that were folded in as Python numbers; a call in
+            which one differs must not use this graph.
     """
 
     graph_module: fx.GraphModule

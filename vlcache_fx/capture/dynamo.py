@@ -43,6 +43,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         raise UnsupportedGraphError(
             Reason.MUTATED_INPUTS, f"the graph writes to {len(mutated)} of its inputs", node=str(mutated[0])
         )
+    assert isinstance(exported, fx.GraphModule)
     exported.graph.lint()
     return Captured(exported, kinds, specialised)
 
@@ -78,7 +79,7 @@ def _fake(node: fx.Node, example: Any) -> Any:
 def _fold_numbers(
     module: fx.GraphModule, placeholders: list[fx.Node], example_inputs: Sequence[Any]
 ) -> tuple[tuple[int, Any], ...]:
-    """Replace ``input.item()`` of 0-d inputs by the number: dynamic=True turns module floats into such inputs."""
+    """Replace ``input.item()`` of 0-d inputs by the number: what dynamic=True makes of module floats."""
     folded = []
     for index, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
         if not isinstance(example, torch.Tensor) or example.dim() != 0:

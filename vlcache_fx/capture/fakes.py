@@ -1,7 +1,7 @@
 """Fake inputs of a program in a shape environment of its own.
 
-Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not know, and guards about them must
-not reach the environment that Dynamo makes its guards from.
+Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not know, and guards about them
+must not reach the environment that Dynamo makes its guards from.
 """
 
 from collections.abc import Sequence
@@ -43,9 +43,11 @@ class FakeInputs:
             return torch.empty(tuple(sizes), dtype=dtype, device=device)
 
     def like(self, value: Any) -> Any:
-        """The counterpart of another environment's fake tensor or SymInt, with its strides."""
+        """The counterpart of another environment's fake tensor or SymInt, laid out alike."""
         if isinstance(value, torch.Tensor):
             sizes = [self._translate(size) for size in value.shape]
+            if _is_row_major(value):
+                return self.tensor(sizes, value.dtype, value.device)
             strides = [self._translate(stride) for stride in value.stride()]
             with self.mode:
                 return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
@@ -54,12 +56,25 @@ class FakeInputs:
         return value
 
     def _translate(self, size: int | torch.SymInt) -> int | torch.SymInt:
-        if isinstance(size, int):
-            return size
-        expression = size.node.expr
-        if isinstance(expression, sympy.Integer):
-            return int(expression)
-        symbols = sorted(expression.free_symbols, key=str)
-        function = sympy.lambdify(symbols, expression)
-        result: int | torch.SymInt = function(*(self.size(str(symbol)) for symbol in symbols))
-        return result
+        found = expression_of(size)
+        # Not computed from the symbols in it: a difference (240 - s9) need not be positive for another value
+        # of its symbol, so it becomes a size of its own.
+        return found if isinstance(found, int) else self.size(str(found))
+
+
+def expression_of(size: int | torch.SymInt) -> Any:
+    """The number, or the sympy expression behind a symbolic size."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if isinstance(expression, sympy.Integer) else expression
+
+
+def _is_row_major(value: torch.Tensor) -> bool:
+    """Contiguity as the expressions say it: asking the tensor would add a guard."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if expression_of(stride) != expected:
+            return False
+        expected = expected * expression_of(size)
+    return True

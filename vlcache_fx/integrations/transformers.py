@@ -5,6 +5,7 @@ Nothing here imports transformers. A model qualifies by what it offers:
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,44 @@ from vlcache_fx.store.keys import Part, content_digest
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
+
+
+def hook_placeholder_check(model: nn.Module) -> bool:
+    """Keep the model's check of placeholders from fixing the number of features; True where hooked.
+
+    ``get_placeholder_mask(input_ids, inputs_embeds, image_features=None, ...)`` puts their number into the
+    text of an error, so every number of vision tokens would be compiled anew. The same comparison is made
+    here, with a text of its own.
+    """
+    base = getattr(model, "base_model", model)
+    original = getattr(base, "get_placeholder_mask", None)
+    if original is None:
+        return False
+    optional = [
+        name
+        for name, parameter in inspect.signature(original).parameters.items()
+        if name.endswith("_features") and parameter.default is None
+    ]
+    if not optional:
+        return False
+
+    @functools.wraps(original)
+    def get_placeholder_mask(input_ids: Any, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
+        features = dict(zip(optional, args, strict=False))
+        features |= {name: kwargs.pop(name) for name in optional if name in kwargs}
+        masks = original(input_ids, inputs_embeds, **kwargs)
+        for mask, name in zip(masks if isinstance(masks, tuple) else (masks,), optional, strict=False):
+            given = features.get(name)
+            if given is not None:
+                placeholders = mask.expand(inputs_embeds.shape).sum()
+                torch._check_tensor_all(
+                    placeholders == given.numel(),
+                    lambda: "placeholder tokens and encoder features do not agree in number",
+                )
+        return masks
+
+    base.get_placeholder_mask = get_placeholder_mask  # type: ignore[assignment]
+    return True
 
 
 def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
@@ -46,7 +85,6 @@ class EncoderCache:
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self._encode, self._module, self._engine = encode, module, engine
         self._pixels_name, self._grids_name = PIXELS[modality]
-        self._weights: list[Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the encoder's own method (of which only ``pooler_output`` is kept)."""
@@ -67,7 +105,7 @@ class EncoderCache:
         missing = [index for index, features in enumerate(found) if features is None]
         self._engine.note_encoder(hit=not missing)
         if not missing:
-            return _Output(found)
+            return _output(found)
         part = dict(others)
         part[self._pixels_name] = torch.cat([items[index][0] for index in missing])
         if grids is not None:
@@ -79,14 +117,13 @@ class EncoderCache:
         for index, value in zip(missing, features, strict=True):
             found[index] = value
             self._put(keys[index], value)
-        return output if len(missing) == len(items) else _Output(found)
+        return _output(found)
 
     def _keys(self, items: list[tuple[Tensor, Tensor | None]], others: dict[str, Any]) -> list[str] | None:
         """One key per item; None where an argument cannot be part of a key."""
-        if self._weights is None:
-            # Which weights an encoder reads is not visible here; all of the model's are a safe superset.
-            self._weights = [*self._module.parameters(), *self._module.buffers()]
-        weights = self._engine.weights_fingerprint(self._weights)
+        # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
+        # in every call, because adapters add parameters and loading can replace them.
+        weights = self._engine.weights_fingerprint([*self._module.parameters(), *self._module.buffers()])
         try:
             settings: list[Part] = [(name, _plain(others[name])) for name in sorted(others)]
             salt = self._engine.options.salt
@@ -112,14 +149,14 @@ class EncoderCache:
             self._engine.store_failed(error)
 
 
-class _Output:
-    """What models read of an encoder's output: one tensor per item under ``pooler_output``."""
+def _output(features: list[Any]) -> Any:
+    """One tensor per item, in the class that models return.
 
-    def __init__(self, features: list[Any]) -> None:
-        self.pooler_output = features
-        self.last_hidden_state = None
-        self.hidden_states = None
-        self.attentions = None
+    The same class for hits and misses, because a compiled model is specialised to it.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=tuple(features))
 
 
 def _plain(value: Any) -> Part:

@@ -26,8 +26,8 @@ def bind_donors(donors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @torch.library.custom_op("vlcache::lookup", mutates_args=())
-def lookup(like: Tensor, slot: str, dim: int) -> Tensor:
-    """The donor table of ``slot``: rows of all hit spans along ``dim``; otherwise shaped and typed as ``like``.
+def lookup(like: Tensor, slot: str, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
+    """The donor table of ``slot``: rows of all hit spans along ``dim``, else shaped and typed as ``like``.
 
     Lowerings hoist this node to an input; run as it is, it reads what ``bind_donors`` set.
     """
@@ -38,7 +38,7 @@ def lookup(like: Tensor, slot: str, dim: int) -> Tensor:
 
 
 @lookup.register_fake
-def _(like: Tensor, slot: str, dim: int) -> Tensor:
+def _(like: Tensor, slot: str, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
     sizes: list[int | torch.SymInt] = list(like.shape)
     sizes[dim] = torch.library.get_ctx().new_dynamic_size()
     return like.new_empty(sizes)
@@ -70,7 +70,7 @@ def splice_rows(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tenso
 
 
 @splice_rows.register_fake
-def _(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:
+def _(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
     sizes = list(fresh.shape)
     sizes[dim] = source.shape[0]
     return fresh.new_empty(sizes)

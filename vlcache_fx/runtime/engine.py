@@ -49,6 +49,7 @@ class Engine:
             decompositions = {torch.ops.vlcache.splice_rows.default: splice_rows_reference}
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.refusals: list[UnsupportedGraphError] = []
+        self.graph_calls = 0
         self.explained: Callable[..., Any] | None = None
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()

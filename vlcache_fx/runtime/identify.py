@@ -88,14 +88,25 @@ class Identifier:
         for index in self.position_inputs:
             value = args[index]
             dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
+            if len(dims) >= 2 and dims[-2:] == [value.dim() - 2, value.dim() - 1]:
+                continue  # a mask over pairs of tokens
             if len(dims) != 1:
-                continue  # masks over pairs of tokens, and inputs without a token axis
-            own = value.narrow(dims[0], run.start, run.length)
-            # Absolute where differences of positions are not meaningful (cos and sin given as inputs).
-            parts.append(
-                own if own.is_floating_point() or own.dtype == torch.bool else own - own.narrow(dims[0], 0, 1)
-            )
+                parts.append(value)
+                continue
+            own = value.narrow(dims[0], run.start, run.length).movedim(dims[0], -1)
+            if own.is_floating_point() or own.dtype == torch.bool:
+                parts.append(own)  # differences of cos and sin mean nothing: such donors serve one offset
+                continue
+            relative = own - own[..., :1]
+            if not _says_nothing(relative):
+                parts.append(relative)
         return parts
+
+
+def _says_nothing(relative: Tensor) -> bool:
+    """True for a constant, and for plain counting, which graphs without such an input do by themselves."""
+    ramp = torch.arange(relative.shape[-1], dtype=relative.dtype, device=relative.device)
+    return not relative.any() or bool((relative == ramp).all())
 
 
 def _runs(places: list[int], features: Tensor) -> list[Run]:

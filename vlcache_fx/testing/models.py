@@ -6,13 +6,15 @@ Three models, all small enough to run in milliseconds on a CPU, in eval mode and
 - ``tiny_vlm`` is hand-written in plain torch. Its attention, norms and positions are chosen by a
   ``DecoderShape``, so that a test can ask for the structure it is about.
 
-Prompts come from ``qwen_inputs``, ``llava_inputs`` and ``tiny_vlm_inputs``: a given number of text tokens before
-and after one or more images, as keyword arguments of the model.
+``traced_graphs`` gives the graphs that ``torch.compile`` makes of such a model.
+
+Prompts come from ``qwen_inputs``, ``llava_inputs`` and ``tiny_vlm_inputs``: a given number of text tokens
+before and after one or more images, as keyword arguments of the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.standard import CLEANUP
 
 VOCABULARY = 200
 TEXT_TOKENS = 180
@@ -41,6 +47,7 @@ def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa")
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+    options: dict[str, Any] = {"attn_implementation": attention}
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": 64,
@@ -70,10 +77,11 @@ def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa")
         video_token_id=VIDEO_TOKEN,
         vision_start_token_id=VISION_START,
         vision_end_token_id=VISION_END,
-        attn_implementation=attention,
+        **options,
     )
     with _seeded(seed):
-        return Qwen2_5_VLForConditionalGeneration(config).eval()
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    return model.eval()
 
 
 def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
@@ -86,6 +94,7 @@ def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> A
     """
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+    options: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "attn_implementation": attention}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
@@ -106,12 +115,12 @@ def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> A
             eos_token_id=EOS,
             pad_token_id=PAD,
         ),
-        image_token_id=IMAGE_TOKEN,
         image_seq_length=LLAVA_IMAGE_TOKENS,
-        attn_implementation=attention,
+        **options,
     )
     with _seeded(seed):
-        return LlavaForConditionalGeneration(config).eval()
+        model: Any = LlavaForConditionalGeneration(config)
+    return model.eval()
 
 
 def qwen_inputs(
@@ -265,7 +274,8 @@ class Attention(nn.Module):
             groups = self.shape.heads // self.shape.kv_heads
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return self.out(attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+        result: Tensor = self.out(attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
+        return result
 
 
 class Mlp(nn.Module):
@@ -278,7 +288,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Token by token."""
-        return self.down(F.silu(self.up(x)))
+        result: Tensor = self.down(F.silu(self.up(x)))
+        return result
 
 
 class Layer(nn.Module):
@@ -295,15 +306,17 @@ class Layer(nn.Module):
         attention, mlp, place = self.attention, self.mlp, self.shape.norm_place
         if self.shape.parallel:
             normed = self.norm_1(x)
-            return x + attention(normed, rotary, mask) + mlp(normed)
-        if place == "pre":
+            x = x + attention(normed, rotary, mask) + mlp(normed)
+        elif place == "pre":
             x = x + attention(self.norm_1(x), rotary, mask)
-            return x + mlp(self.norm_2(x))
-        if place == "branch":
+            x = x + mlp(self.norm_2(x))
+        elif place == "branch":
             x = x + self.norm_1(attention(x, rotary, mask))
-            return x + self.norm_2(mlp(x))
-        x = self.norm_1(x + attention(x, rotary, mask))
-        return self.norm_2(x + mlp(x))
+            x = x + self.norm_2(mlp(x))
+        else:
+            x = self.norm_1(x + attention(x, rotary, mask))
+            x = self.norm_2(x + mlp(x))
+        return x
 
 
 class TinyDecoder(nn.Module):
@@ -330,7 +343,8 @@ class TinyDecoder(nn.Module):
             x = layer(x, rotary, mask)
         if shape.last_only:
             x = x[:, -1:]
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
 
 class TinyVlm(nn.Module):
@@ -351,17 +365,18 @@ class TinyVlm(nn.Module):
         features: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Logits; give ``pixel_values`` [patches, width], or the encoder's ``features`` for them, or neither."""
+        """Logits; give ``pixel_values`` [patches, width] or the encoder's ``features``, or neither."""
         embeds = self.embed(input_ids)
         if pixel_values is not None:
             features = self.encoder(pixel_values)
         if features is not None:
             mask = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
             embeds = embeds.masked_scatter(mask, features)
-        return self.decoder(embeds, position_ids)
+        logits: Tensor = self.decoder(embeds, position_ids)
+        return logits
 
 
-PATCH_WIDTH = 12
+PATCH_WIDTH = 6
 
 
 def tiny_vlm(shape: DecoderShape | None = None, seed: int = 0, **options: Any) -> TinyVlm:
@@ -402,6 +417,55 @@ def tiny_vlm_inputs(
     return inputs
 
 
+@dataclass(frozen=True)
+class TracedGraph:
+    """What Dynamo calls a backend with, and the arguments of every call of the compiled result."""
+
+    graph_module: torch.fx.GraphModule
+    example_inputs: list[Any]
+    calls: list[tuple[Any, ...]]
+
+
+def traced_graphs(
+    model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
+) -> list[TracedGraph]:
+    """The graphs that ``torch.compile`` makes of ``model``, called with each of ``calls`` in order.
+
+    Args:
+        model: to be traced; nothing in it is changed.
+        calls: keyword arguments.
+        dynamic: as for ``torch.compile``.
+    """
+    graphs: list[TracedGraph] = []
+
+    def record(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graph = TracedGraph(graph_module, list(example_inputs), [])
+        graphs.append(graph)
+
+        def run(*args: Any) -> Any:
+            graph.calls.append(args)
+            return graph_module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=record, dynamic=dynamic)
+    with torch.no_grad():
+        for call in calls:
+            compiled(**call)
+    return graphs
+
+
+def captured_graph(
+    model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
+) -> tuple[Captured, TracedGraph]:
+    """The one graph of ``model`` for all ``calls``, captured and cleaned up as the backend does it."""
+    (graph,) = traced_graphs(model, *calls, dynamic=dynamic)
+    captured = capture_dynamo(graph.graph_module, graph.example_inputs)
+    CLEANUP.run(Program(captured.graph_module))
+    return captured, graph
+
+
 def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines, [tokens, dim]."""
     frequencies = 100.0 ** -(torch.arange(0, dim, 2, device=position_ids.device) / dim)
@@ -411,7 +475,7 @@ def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first ``cos.shape[-1]`` entries of every head of [1, heads, tokens, head_dim]."""
+    """Rotary embedding of the first ``cos.shape[-1]`` entries of each head, [1, heads, tokens, head_dim]."""
     dim = cos.shape[-1]
     turned, kept = x[..., :dim], x[..., dim:]
     first, second = turned[..., : dim // 2], turned[..., dim // 2 :]

@@ -1,0 +1,57 @@
+"""Every input has a fake value of one environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from vlcache_fx.errors import PassError
+from vlcache_fx.passes import Pipeline, Program
+from vlcache_fx.passes.annotate import DeclareInputs
+from vlcache_fx.passes.standard import cold_program, warm_program
+
+from ..programs import bare, everything, nothing_stored, run, small
+
+
+def declared(program: Program) -> str:
+    lines = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            lines.append(f"{node.name}: {value.dtype} {[str(size) for size in value.shape]}".replace("'", ""))
+    return "\n".join(lines)
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    captured = small(last_only=False)[0]
+    before = declared(bare(captured))
+    golden("declare_inputs", f"before\n{before}\n\nafter\n{declared(warm_program(captured))}")
+
+
+@pytest.mark.parametrize("make", [cold_program, warm_program])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_the_program_propagates_from_them(make: Callable[..., Program], last_only: bool) -> None:
+    program = make(small(num_layers=2, last_only=last_only)[0])
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    assert all(value.fake_mode is mode for value in values)
+    results = FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*values)
+    assert tuple(results[0].shape) == (1, 1 if last_only else 10, 200)
+
+
+def test_numbers_stay() -> None:
+    captured, graph, want = small()
+    program = warm_program(captured)
+    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
+    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_it_wants_facts() -> None:
+    program = bare(small()[0])
+    before = str(program.graph)
+    with pytest.raises(PassError, match="declare_inputs.*requires facts"):
+        Pipeline((DeclareInputs(),)).run(program)
+    assert str(program.graph) == before

@@ -1,0 +1,65 @@
+"""Partial recompute of a ``TinyVlm``, written straight down: nothing of the graph rewrite is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.testing.models import IMAGE_TOKEN, TinyVlm, repeat_heads, rotary_angles, rotate
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+def forward(
+    model: TinyVlm, inputs: dict[str, Tensor], rows: Sequence[Tensor], stored: Sequence[KeyValue] | None = None
+) -> tuple[Tensor, list[KeyValue]]:
+    """Logits of the rows that are left in the end, and each layer's keys and values without positions.
+
+    Args:
+        model: whose weights to use.
+        inputs: the prompt.
+        rows: L + 1 sets of token positions; layer i computes keys and values of ``rows[i]``, all else of
+            ``rows[i + 1]``.
+        stored: per layer, keys and values of all tokens, [1, kv_heads, tokens, head_dim]; those of rows that are
+            computed are not read.
+    """
+    ids = inputs["input_ids"]
+    num_tokens, shape = ids.shape[1], model.decoder.shape
+    embeds = model.embed(ids)
+    embeds[ids == IMAGE_TOKEN] = model.encoder(inputs["pixel_values"])
+    rotary = rotary_angles(torch.arange(num_tokens), shape.rotary_dim)
+    x = embeds[:, rows[0]]
+    kept = []
+    for index, layer in enumerate(model.decoder.layers):
+        entering = x if shape.norm_place != "pre" and not shape.parallel else layer.norm_1(x)
+        query, key, value = layer.attention.project(entering)
+        here, after = rows[index], rows[index + 1]
+        if stored is not None:
+            full_key, full_value = stored[index][0].clone(), stored[index][1].clone()
+            full_key[:, :, here], full_value[:, :, here] = key, value
+            key, value = full_key, full_value
+        kept.append((key, value))
+        place = torch.searchsorted(here, after)
+        x, entering, query = x[:, place], entering[:, place], query[:, :, place]
+        if shape.rotary_dim:
+            cos, sin = rotary
+            query, key = rotate(query, cos[after], sin[after]), rotate(key, cos, sin)
+        groups = shape.heads // shape.kv_heads
+        scores = query @ repeat_heads(key, groups).transpose(2, 3) / shape.head_dim**0.5
+        scores = scores.masked_fill(torch.arange(num_tokens)[None] > after[:, None], float("-inf"))
+        attended = (scores.softmax(-1) @ repeat_heads(value, groups)).transpose(1, 2).flatten(2)
+        out = layer.attention.out(attended)
+        if shape.parallel:
+            x = x + out + layer.mlp(entering)
+        elif shape.norm_place == "pre":
+            x = x + out
+            x = x + layer.mlp(layer.norm_2(x))
+        elif shape.norm_place == "branch":
+            x = x + layer.norm_1(out)
+            x = x + layer.norm_2(layer.mlp(x))
+        else:
+            x = layer.norm_1(x + out)
+            x = layer.norm_2(x + layer.mlp(x))
+    return model.decoder.head(model.decoder.norm(x)), kept

@@ -1,0 +1,89 @@
+"""Each layer runs on its active rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, RestrictRows, SpliceRows, TrimTail
+from vlcache_fx.plan.types import Span
+
+from ..programs import (
+    LENGTH,
+    START,
+    TOKENS,
+    Rows,
+    before_and_after,
+    everything,
+    nothing_stored,
+    plan_for,
+    prepared,
+    run,
+    small,
+    unchanged,
+)
+
+EARLIER = (InsertLookups(), SpliceRows(), HoistLookups())
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    golden("restrict_rows", before_and_after(RestrictRows(), prepared(small()[0], *EARLIER)))
+
+
+def test_graph_with_a_mask_of_its_own(golden: Callable[[str, str], None]) -> None:
+    program = prepared(small(explicit_mask=True, rope="none")[0], *EARLIER)
+    golden("restrict_rows_explicit_mask", before_and_after(RestrictRows(), program))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"last_only": False}],
+    ids=lambda options: "-".join(options) or "plain",
+)
+def test_all_rows_is_the_unmodified_model(options: dict[str, object]) -> None:
+    captured, graph, want = small(**options)
+    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
+    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
+    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_run_on_their_rows_only() -> None:
+    """What a layer's nodes give has as many tokens as the layer has rows."""
+    captured, graph, _ = small(num_layers=2)
+    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
+    plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], Rows(((0, 2), (0,))))
+    seen: dict[str, torch.Size] = {}
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, torch.Tensor):
+                seen[n.name] = value.shape
+            return value
+
+    program.graph_module.recompile()
+    tables = nothing_stored(program)
+    positions = torch.tensor([TOKENS - 1])
+    bound = {
+        "rows": lambda rest: plan.rows[int(rest)],
+        "keep": lambda rest: plan.keep[int(rest)],
+        "source": lambda rest: plan.source[int(rest)],
+        "donor": tables.__getitem__,
+        "results": lambda rest: torch.searchsorted(plan.rows[-1], positions),
+    }
+    values = [bound[slot.partition(".")[0]](slot.partition(".")[2]) for slot in program.slots]
+    with torch.no_grad():
+        Watch(program.graph_module).run(*graph.calls[0], *values)
+    facts = program.decoder
+    for index, (layer, count) in enumerate(zip(facts.layers, (7, 6), strict=True)):
+        assert plan.rows_per_layer[index] == count
+        for node in (*layer.kv_part, *layer.q_part):
+            assert seen[node.name][facts.steps[node].axis] == count, node
+        for node in layer.full_part:
+            assert TOKENS in seen[node.name]
+
+
+def test_rows_that_are_all_tokens_change_nothing() -> None:
+    assert unchanged(RestrictRows(), prepared(small(last_only=False)[0], warm=False))

@@ -1,0 +1,37 @@
+"""Programs: inputs and outputs that passes add."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from vlcache_fx.passes import Program
+
+
+def program() -> Program:
+    class Two(torch.nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+            return (x + y,)
+
+    return Program(fx.symbolic_trace(Two()))
+
+
+def test_inputs_come_behind_all_others_in_order() -> None:
+    subject = program()
+    rows = subject.add_input("rows.0")
+    keep = subject.add_input("keep.0")
+    assert subject.add_input("rows.0") is rows
+    placeholders = [node for node in subject.graph.nodes if node.op == "placeholder"]
+    assert [node.name for node in placeholders] == ["x", "y", "rows_0", "keep_0"]
+    assert subject.slots == {"rows.0": rows, "keep.0": keep}
+    subject.graph.lint()
+
+
+def test_outputs_come_behind_the_graphs_own() -> None:
+    subject = program()
+    x = next(iter(subject.graph.nodes))
+    subject.add_outputs([("mine", x)])
+    subject.add_outputs(iter([("again", x)]))
+    subject.graph_module.recompile()
+    assert [int(value) for value in subject.graph_module(torch.tensor(1), torch.tensor(2))] == [3, 1, 1]
+    assert subject.recorded == ["mine", "again"]

@@ -1,0 +1,415 @@
+"""The torch.compile backend: how it is found, what it refuses, and that a refusal costs nothing but the reuse."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
+
+from vlcache_fx.backend import engine_for
+from vlcache_fx.errors import OptionError, PassError, Reason, UnsupportedGraphError
+from vlcache_fx.passes.rewrite import SpliceRows
+from vlcache_fx.testing.models import (
+    IMAGE_TOKEN,
+    TinyVlm,
+    repeat_heads,
+    rotary_angles,
+    rotate,
+    tiny_vlm,
+    tiny_vlm_inputs,
+)
+
+from .runtime.helpers import (
+    Pair,
+    distance,
+    hits,
+    own_compiler_state,
+    settings_of,
+    unique_salt,
+    vlcache_store,
+    with_api,
+    with_backend,
+)
+
+FIRST = tiny_vlm_inputs(3, 5, [(20, 0)], text_seed=1)
+SECOND = tiny_vlm_inputs(13, 4, [(20, 0)], text_seed=2)
+
+# Inductor imports parts of torch that use torch.jit.
+inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+class Masked(TinyVlm):
+    """The same model with an attention mask of some kind."""
+
+    kind = "causal"
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
+        x = embeds.masked_scatter(image[..., None].expand_as(embeds), self.encoder(pixel_values))
+        place = torch.arange(x.shape[1])
+        mask = self.mask(place, image[0])
+        rotary = rotary_angles(place, 8)
+        for layer in self.decoder.layers:
+            query, key, value = layer.attention.project(layer.norm_1(x))
+            query, key = rotate(query, *rotary), repeat_heads(rotate(key, *rotary), 2)
+            y = F.scaled_dot_product_attention(query, key, repeat_heads(value, 2), attn_mask=mask)
+            x = x + layer.attention.out(y.transpose(1, 2).reshape(1, x.shape[1], -1))
+            x = x + layer.mlp(layer.norm_2(x))
+        return self.decoder.head(self.decoder.norm(x))
+
+    def mask(self, place: Tensor, image: Tensor) -> Tensor | None:
+        causal = place[None, :] <= place[:, None]
+        if self.kind == "bias":
+            distances = (place[None, :] - place[:, None]) * 0.1
+            return torch.where(causal, distances, float("-inf"))[None, None]
+        if self.kind == "image both ways":
+            return (causal | (image[:, None] & image[None, :]))[None, None]
+        if self.kind == "image sees all":
+            return (causal | image[:, None])[None, None]
+        return None  # everything sees everything
+
+
+def masked(kind: str) -> Masked:
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Masked
+    model.kind = kind
+    return model
+
+
+class WithBuffer(TinyVlm):
+    """Writes into a tensor that it is given, as a static KV cache does."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, buffer: Tensor) -> Tensor:
+        embeds = self.embed(input_ids)
+        mask = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        embeds = embeds.masked_scatter(mask, self.encoder(pixel_values))
+        buffer[:, : embeds.shape[1]].copy_(embeds)
+        return self.decoder(embeds)
+
+
+def with_buffer() -> WithBuffer:
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = WithBuffer
+    return model
+
+
+def batch_of_two() -> dict[str, Tensor]:
+    return {
+        "input_ids": FIRST["input_ids"].repeat(2, 1),
+        "pixel_values": torch.cat([FIRST["pixel_values"], FIRST["pixel_values"] + 1]),
+    }
+
+
+# Finding it -------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"TORCHDYNAMO_VERBOSE": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_process_that_never_imported_us_finds_the_backend() -> None:
+    code = """
+import sys, torch
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+    def forward(self, x):
+        return torch.relu(self.linear(x)).sum()
+model = Tiny()
+assert "vlcache_fx" not in sys.modules
+compiled = torch.compile(model, backend="vlcache", options={"lowering": "eager"})
+x = torch.randn(3, 4)
+with torch.no_grad():
+    assert torch.equal(compiled(x), model(x))
+print("vlcache_fx.backend" in sys.modules, "vlcache" in torch._dynamo.list_backends())
+"""
+    assert run_python(code).split() == ["True", "True"]
+
+
+def test_importing_us_does_nothing_to_torch() -> None:
+    code = """
+import sys
+import vlcache_fx
+assert "torch" not in sys.modules, "import vlcache_fx imported torch"
+import torch
+patched = {name: getattr(torch, name) for name in dir(torch)}
+config = torch._dynamo.config.get_config_copy()
+vlcache_fx.Options, vlcache_fx.UnsupportedGraphError, vlcache_fx.__version__
+assert not hasattr(torch.ops.vlcache, "splice_rows"), "importing registered operators"
+assert all(getattr(torch, name) is value for name, value in patched.items())
+assert torch._dynamo.config.get_config_copy() == config
+assert "transformers" not in sys.modules
+"""
+    run_python(code)
+
+
+# Options ----------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_option_lists_the_valid_ones() -> None:
+    model = tiny_vlm()
+    compiled = torch.compile(model, backend="vlcache", options={"bugdet": 1})
+    with pytest.raises(BackendCompilerFailed, match=r"did you mean 'budget'\?.*policy, budget.*dynamic") as failed:
+        with torch.no_grad():
+            compiled(**FIRST)
+    assert isinstance(failed.value.inner_exception, OptionError)
+
+
+def test_a_bad_value_names_it() -> None:
+    compiled = torch.compile(tiny_vlm(), backend="vlcache", options={"budget": 2.0})
+    with pytest.raises(BackendCompilerFailed, match=r"budget=2.0 is not valid"), torch.no_grad():
+        compiled(**FIRST)
+
+
+def test_equal_options_share_an_engine() -> None:
+    salt = unique_salt()
+    assert engine_for({"salt": salt}) is engine_for({"salt": salt, "budget": 0.02})
+    assert engine_for({"salt": salt}) is not engine_for({"salt": salt, "budget": 0.03})
+
+
+# Refusals ---------------------------------------------------------------------------------------------------
+
+
+def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, Any]:
+    """Runs requests that must all be refused, and equal the unmodified model."""
+    for inputs in requests:
+        off, report = pair.run(**{name: value.clone() for name, value in inputs.items()})
+        assert off == 0.0
+        assert report["mode"] == "bypass"
+        assert report["spans"] == ()
+        assert f"[{reason.value}]" in report["reason"]
+    assert set(pair.engine.stats()["refusals"]) == {reason.value}
+    assert pair.engine.stats()["calls"]["bypass"] == len(requests)
+    assert pair.engine.stats()["calls"]["warm"] == pair.engine.stats()["calls"]["cold"] == 0
+    return report
+
+
+def test_a_batch_is_refused_with_node_and_source_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="vlcache_fx"):
+        pair = with_backend(tiny_vlm(last_only=False))
+        report = refused(pair, Reason.BATCHED, batch_of_two(), batch_of_two())
+    assert "node 'masked_scatter'" in report["reason"]
+    assert "models.py" in report["reason"]
+    assert "embeds = embeds.masked_scatter(mask, features)" in report["reason"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "vlcache_fx"]
+    assert len(messages) == 1  # once for the graph, not once for every call
+    assert "[batched]" in messages[0]
+    refusal = pair.engine.refusals[0]
+    assert refusal.node == "masked_scatter"
+    assert refusal.source_line is not None
+
+
+def test_written_inputs_are_refused_and_written() -> None:
+    pair = with_backend(with_buffer())
+    buffers = torch.zeros(2, 1, 64, 16)
+    with torch.no_grad():
+        got = pair.model(**FIRST, buffer=buffers[0:1].clone()[0])
+        expected = pair.reference(**FIRST, buffer=buffers[1:2].clone()[0])
+    assert distance(got, expected) == 0.0
+    mine, theirs = torch.zeros(1, 64, 16), torch.zeros(1, 64, 16)
+    with torch.no_grad():
+        pair.model(**SECOND, buffer=mine)
+        pair.reference(**SECOND, buffer=theirs)
+    assert mine.any()
+    assert torch.equal(mine, theirs)
+    assert pair.report["mode"] == "bypass"
+    assert "[mutated_inputs]" in pair.report["reason"]
+    assert "node 'arg" in pair.report["reason"]
+
+
+def test_learned_positions_are_refused() -> None:
+    refused(with_backend(tiny_vlm(last_only=False, learned_positions=True)), Reason.POSITION_IN_STREAM, FIRST)
+
+
+def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="vlcache_fx"):
+        pair = with_backend(masked("image sees all"))
+        report = refused(pair, Reason.MASK_FORM, FIRST, SECOND)
+    assert "attend to tokens behind it" in report["reason"]
+    assert "scaled_dot_product_attention" in report["reason"]
+    assert "[mask_form]" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bias", "image both ways"])
+def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
+    pair = with_backend(masked(kind), policy="full")
+    assert pair.run(**FIRST)[0] == 0.0
+    off, report = pair.run(**SECOND)
+    assert report["mode"] == "warm"
+    assert off == 0.0
+
+
+def test_attention_both_ways_everywhere_is_kept_whole() -> None:
+    """Nothing in it is a prefill; it is an encoder, whose reuse is exact, for the very same inputs alone."""
+    pair = with_backend(masked("everything"))
+    for inputs, encoded in [(FIRST, (0, 1)), (SECOND, (0, 2)), (FIRST, (1, 2))]:
+        got, expected = pair.both(**inputs)
+        assert distance(got, expected) == 0.0
+        encoder = pair.engine.stats()["encoder"]
+        assert (encoder["hits"], encoder["misses"]) == encoded
+
+
+def test_gradients_are_refused_and_flow() -> None:
+    pair = with_backend(tiny_vlm(last_only=False))
+    for inputs in (FIRST, SECOND):
+        got, expected = pair.model(**inputs), pair.reference(**inputs)
+        assert torch.equal(got, expected)
+        got.sum().backward()
+        expected.sum().backward()
+        assert pair.report["mode"] == "bypass"
+        assert "[grad_required]" in pair.report["reason"]
+    ours, theirs = dict(pair.model.named_parameters()), dict(pair.reference.named_parameters())
+    assert all(torch.equal(ours[name].grad, theirs[name].grad) for name in theirs)
+    assert theirs["encoder.0.weight"].grad.any()
+    assert len(pair.engine.store) == 0
+
+
+def test_a_failing_pass_costs_the_reuse_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: SpliceRows, program: Any) -> bool:
+        raise ZeroDivisionError("deliberate")
+
+    monkeypatch.setattr(SpliceRows, "run", fail)
+    with caplog.at_level(logging.INFO, logger="vlcache_fx"):
+        report = refused(with_backend(tiny_vlm(last_only=False)), Reason.LOWERING_FAILED, FIRST)
+    assert "pass 'splice_rows'" in report["reason"]
+    assert "deliberate" in caplog.text
+    with pytest.raises(BackendCompilerFailed, match="pass 'splice_rows'"), torch.no_grad():
+        with_backend(tiny_vlm(), strict=True).model(**FIRST)
+    assert issubclass(PassError, Exception)
+
+
+def test_strict_raises_through_dynamo() -> None:
+    """Dynamo wraps what a backend raises. Its message is ours behind a heading; the typed error is inside."""
+    pair = with_backend(tiny_vlm(), strict=True)
+    with pytest.raises(BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*models.py") as failed:
+        with torch.no_grad():
+            pair.model(**batch_of_two())
+    inner = failed.value.inner_exception
+    assert isinstance(inner, UnsupportedGraphError)
+    assert inner.reason is Reason.BATCHED
+    assert inner.node == "masked_scatter"
+
+
+def test_strict_raises_what_is_found_in_a_call() -> None:
+    pair = with_backend(masked("image sees all"), strict=True)
+    with pytest.raises(UnsupportedGraphError, match="attend to tokens behind it"), torch.no_grad():
+        pair.model(**FIRST)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_text_alone_is_no_refusal(strict: bool) -> None:
+    pair = with_backend(tiny_vlm(last_only=False), strict=strict)
+    for before in (9, 14):
+        got, expected = pair.both(**tiny_vlm_inputs(before, 3, []))
+        assert distance(got, expected) == 0.0
+    assert pair.engine.refusals == []
+    assert pair.run(**FIRST)[1]["mode"] == "cold"  # and images still are served
+
+
+def test_short_spans_are_computed_not_reused() -> None:
+    pair = with_backend(tiny_vlm(last_only=False), min_span_tokens=20, policy="none")
+    short, long = (19, 0), (20, 1)
+    for place in range(3):
+        off, report = pair.run(**tiny_vlm_inputs(3 + place, 5, [short], text_seed=place))
+        assert report["spans"] == ()
+        assert report["mode"] == "bypass"
+        assert report["reason"] == "no media span"
+        assert off == 0.0
+    pair.run(**tiny_vlm_inputs(3, 5, [short, long], text_seed=3))
+    _, report = pair.run(**tiny_vlm_inputs(9, 5, [short, long], text_seed=4))
+    assert hits(report) == [True]
+    assert report["spans"][0]["length"] == 20
+    assert report["rows_per_layer"][0] == report["num_tokens"] - 20
+
+
+def test_another_value_of_a_folded_number_runs_unmodified() -> None:
+    """With dynamic=True module floats are graph inputs, which capture folds in; changing one must be seen."""
+
+    class Scaled(TinyVlm):
+        scale = 0.5
+
+        def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+            embeds = self.embed(input_ids)
+            mask = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+            return self.decoder(embeds.masked_scatter(mask, self.encoder(pixel_values)) * self.scale)
+
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Scaled
+    pair = with_backend(model, policy="full")
+    for scale in (0.5, 0.5, 0.25, 0.5):
+        pair.model.scale = pair.reference.scale = scale
+        got, expected = pair.both(**FIRST)
+        assert distance(got, expected) == 0.0
+
+
+# Inductor ---------------------------------------------------------------------------------------------------
+
+
+@inductor
+@pytest.mark.slow
+def test_inductor_equals_the_model_and_compiles_once() -> None:
+    """Neither depth nor other lengths, budgets, policies or images cost another compilation."""
+    store = vlcache_store()
+    pair = with_backend(tiny_vlm(num_layers=3), lowering="inductor", store=store, policy="full")
+    off, report = pair.run(**FIRST)
+    assert report["mode"] == "cold"
+    assert off <= 1e-5
+    off, report = pair.run(**SECOND)
+    assert report["mode"] == "warm"
+    assert off <= 1e-5
+    compiled = pair.engine.stats()["compilations"]
+    assert compiled > 0
+    off, _ = pair.run(**tiny_vlm_inputs(8, 6, [(27, 1)]))
+    assert off <= 1e-5
+    for policy, budget, before in [("layer_aware", 0.02, 6), ("layer_aware", 0.3, 21), ("none", 0.0, 4)]:
+        with settings_of(pair.engine, policy=policy, budget=budget):
+            inputs = tiny_vlm_inputs(before, 7, [(27, 1)], text_seed=before)
+            assert pair.run(**inputs)[1]["mode"] == "warm"
+            inputs = tiny_vlm_inputs(before, 7, [(20, 0)], text_seed=before)
+            assert pair.run(**inputs)[1]["mode"] == "warm"
+    assert pair.engine.stats()["compilations"] == compiled
+
+    deeper = with_backend(tiny_vlm(num_layers=5, seed=1), lowering="inductor", store=store, policy="full")
+    assert deeper.engine is pair.engine  # equal options
+    for inputs, mode in [(FIRST, "cold"), (SECOND, "warm")]:
+        off, report = deeper.run(**inputs)
+        assert report["mode"] == mode
+        assert len(report["rows_per_layer"]) == 6
+        assert off <= 1e-5
+    assert pair.engine.stats()["compilations"] == compiled
+
+
+@inductor
+@pytest.mark.slow
+def test_an_inductor_refusal_runs_the_model() -> None:
+    pair = with_api(masked("image sees all"), lowering="inductor")
+    off, report = pair.run(**FIRST)
+    assert report["mode"] == "bypass"
+    assert off <= 1e-5

@@ -1,0 +1,304 @@
+"""What must hold for every request, shown against an unmodified copy of the model.
+
+Full recompute and cold requests equal it, at any offset; a request that repeats its donor's prompt is exact at
+any budget; the KV cache is complete after a warm prefill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from vlcache_fx.plan import token_layer_allowance
+from vlcache_fx.testing.models import (
+    llava_inputs,
+    qwen_inputs,
+    tiny_llava,
+    tiny_qwen2_5_vl,
+    tiny_vlm,
+    tiny_vlm_inputs,
+)
+
+from .runtime.helpers import (
+    Pair,
+    cache_distance,
+    distance,
+    hits,
+    own_compiler_state,
+    settings_of,
+    with_api,
+    with_backend,
+)
+
+LAYERS = 3
+TOLERANCE = 1e-5
+
+befores, afters = st.integers(0, 24), st.integers(2, 14)
+# Of tiny_vlm: (tokens, seed) of each image of a prompt.
+image_lists = st.lists(st.tuples(st.integers(16, 40), st.integers(0, 3)), min_size=1, max_size=2)
+# Of Qwen: an even grid of at least 16 tokens.
+grids = st.sampled_from([(8, 8), (8, 12), (12, 8), (16, 4), (4, 16), (10, 12)])
+policies = st.sampled_from(["layer_aware", "uniform", "first_k", "none"])
+budgets = st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+@pytest.fixture(scope="module")
+def vlm(_compiler: None) -> Pair:
+    """Returns the logits of every position."""
+    return with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), policy="full")
+
+
+@pytest.fixture(scope="module")
+def qwen(_compiler: None) -> Pair:
+    return with_api(tiny_qwen2_5_vl(LAYERS), policy="full")
+
+
+@pytest.fixture(scope="module")
+def llava(_compiler: None) -> Pair:
+    return with_api(tiny_llava(LAYERS), policy="full")
+
+
+def encoded(pair: Pair, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's arguments as ``generate()`` passes them on: encoder outputs and positions are there already."""
+    reference = pair.reference
+    with torch.no_grad():
+        features = reference.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    positions, _ = reference.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+    )
+    rest = {name: inputs[name] for name in ("input_ids", "image_grid_thw", "mm_token_type_ids")}
+    return rest | {"mm_encoder_outputs": {"image": features}, "position_ids": positions}
+
+
+def generate(model: nn.Module, inputs: dict[str, Any], tokens: int = 5) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+
+
+def reused_rows(report: dict[str, Any]) -> int:
+    """Token-layers that were computed inside hit spans."""
+    spans = sum(span["length"] for span in report["spans"])
+    return sum(rows - (report["num_tokens"] - spans) for rows in report["rows_per_layer"][:-1])
+
+
+# Full recompute and cold requests: bitwise ------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(befores, afters, befores, afters, image_lists)
+def test_full_recompute_at_another_offset_is_bitwise(
+    vlm: Pair, before: int, after: int, before_2: int, after_2: int, images: list[tuple[int, int]]
+) -> None:
+    vlm.engine.clear()
+    off, report = vlm.run(**tiny_vlm_inputs(before, after, images, text_seed=1))
+    assert report["mode"] == "cold"
+    assert off == 0.0
+    off, report = vlm.run(**tiny_vlm_inputs(before_2, after_2, images, text_seed=2))
+    assert report["mode"] == "warm"
+    assert hits(report) == [True] * len(images)
+    assert report["token_layer_fraction"] == 1.0
+    assert off == 0.0
+
+
+@settings(max_examples=8)
+@given(befores, afters, befores, afters, grids)
+def test_full_recompute_with_sectioned_rope_is_bitwise(
+    qwen: Pair, before: int, after: int, before_2: int, after_2: int, grid: tuple[int, int]
+) -> None:
+    qwen.engine.clear()
+    for place, (b, a) in enumerate([(before, after), (before_2, after_2)]):
+        inputs = encoded(qwen, qwen_inputs(b, a, [(*grid, 0)], text_seed=place))
+        got, expected = qwen.both(**inputs)
+        assert qwen.report["mode"] == ("cold", "warm")[place]
+        assert distance(got, expected) == 0.0
+        assert cache_distance(got.past_key_values, expected.past_key_values) == 0.0
+    assert hits(qwen.report) == [True]
+    assert qwen.report["spans"][0]["start"] == before_2 + 1
+
+
+@settings(max_examples=6)
+@given(befores, afters, befores, afters, st.lists(st.integers(0, 2), min_size=1, max_size=2))
+def test_full_recompute_of_llava_is_bitwise(
+    llava: Pair, before: int, after: int, before_2: int, after_2: int, images: list[int]
+) -> None:
+    llava.engine.clear()
+    for place, (b, a) in enumerate([(before, after), (before_2, after_2)]):
+        got, expected = llava.both(**llava_inputs(b, a, images, text_seed=place))
+        assert llava.report["mode"] == ("cold", "warm")[place]
+        assert distance(got, expected) == 0.0
+        assert cache_distance(got.past_key_values, expected.past_key_values) == 0.0
+
+
+@pytest.mark.parametrize("rope", ["full", "partial", "none"])
+def test_every_kind_of_position_moves(rope: str) -> None:
+    shape = {"explicit_mask": True, "fused_qkv": True} if rope == "partial" else {"qk_norm": True}
+    pair = with_backend(tiny_vlm(rope=rope, last_only=False, **shape), policy="full")
+    assert pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))[0] == 0.0
+    off, report = pair.run(**tiny_vlm_inputs(17, 2, [(20, 0)], text_seed=1))
+    assert report["mode"] == "warm"
+    assert off == 0.0
+
+
+def test_a_padded_prompt(llava: Pair) -> None:
+    """Masked tokens in front: an explicit mask, and positions that the mask decides."""
+    llava.engine.clear()
+    inputs = llava_inputs(9, 5, [0])
+    inputs["attention_mask"][:, :4] = 0
+    for mode in ("cold", "warm"):
+        off, report = llava.run(**inputs)
+        assert report["mode"] == mode
+        assert off <= TOLERANCE
+
+
+# Budgets ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25)
+@given(befores, afters, image_lists, policies, budgets)
+def test_the_donors_own_prompt_is_exact_at_any_budget(
+    vlm: Pair, before: int, after: int, images: list[tuple[int, int]], policy: str, budget: float
+) -> None:
+    vlm.engine.clear()
+    if len({seed for _, seed in images}) < len(images):
+        images = images[:1]  # twice the same pixels in one prompt have one donor for two contexts
+    inputs = tiny_vlm_inputs(before, after, images)
+    assert vlm.run(**inputs)[0] == 0.0
+    with settings_of(vlm.engine, policy=policy, budget=budget):
+        off, report = vlm.run(**inputs)
+    assert report["mode"] == "warm"
+    assert off <= TOLERANCE
+    check_budget(report, policy, budget)
+
+
+@settings(max_examples=25)
+@given(befores, afters, befores, image_lists, policies, budgets)
+def test_the_budget_holds_behind_another_prompt(
+    vlm: Pair, before: int, after: int, before_2: int, images: list[tuple[int, int]], policy: str, budget: float
+) -> None:
+    vlm.engine.clear()
+    vlm.run(**tiny_vlm_inputs(before, after, images, text_seed=1))
+    inputs = tiny_vlm_inputs(before_2, after, images, text_seed=2)
+    with settings_of(vlm.engine, policy=policy, budget=budget):
+        got, expected = vlm.both(**inputs)
+    assert got.shape == expected.shape
+    assert got.isfinite().all()
+    check_budget(vlm.report, policy, budget)
+    if before_2:
+        # Text before the first span depends on no donor.
+        torch.testing.assert_close(got[:, :before_2], expected[:, :before_2], rtol=0, atol=TOLERANCE)
+
+
+def check_budget(report: dict[str, Any], policy: str, budget: float) -> None:
+    lengths = [span["length"] for span in report["spans"]]
+    share = 0.0 if policy == "none" else budget
+    allowed = sum(token_layer_allowance(share, length, LAYERS) for length in lengths)
+    assert reused_rows(report) <= allowed
+    assert report["token_layer_fraction"] == pytest.approx(reused_rows(report) / (sum(lengths) * LAYERS))
+    if policy in ("uniform", "first_k", "layer_aware"):
+        assert reused_rows(report) >= LAYERS * len(lengths) * bool(share)  # a budget buys something
+    if share == 1.0:
+        assert report["token_layer_fraction"] == 1.0
+
+
+def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
+    """Without this, equalities above could hold because nothing is ever reused."""
+    vlm.engine.clear()
+    vlm.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
+    with settings_of(vlm.engine, policy="none"):
+        off, report = vlm.run(**tiny_vlm_inputs(20, 5, [(40, 0)], text_seed=2))
+    assert report["mode"] == "warm"
+    assert report["rows_per_layer"][:-1] == (25,) * LAYERS
+    assert off > 1e-3
+
+
+# Doors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_backend_serves_generate(dynamic: bool | None) -> None:
+    pair = with_backend(tiny_qwen2_5_vl(2), dynamic=dynamic, policy="full")
+    check_generate(pair, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))
+
+
+def test_the_backend_serves_llava_generate() -> None:
+    pair = with_backend(tiny_llava(2), dynamic=None, policy="full")
+    check_generate(pair, lambda before, seed: llava_inputs(before, 5, [0], text_seed=seed))
+
+
+@pytest.mark.parametrize("name", ["qwen", "llava"])
+def test_compile_serves_generate(name: str, request: pytest.FixtureRequest) -> None:
+    pair = request.getfixturevalue(name)
+    pair.engine.clear()
+
+    def inputs(before: int, seed: int) -> dict[str, Any]:
+        if name == "qwen":
+            return qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed)
+        return llava_inputs(before, 5, [0], text_seed=seed)
+
+    check_generate(pair, inputs)
+
+
+def check_generate(pair: Pair, make: Any) -> None:
+    """Tokens, logits and the KV cache of cold and warm requests, and of the tokens decoded after them."""
+    for place, (before, mode) in enumerate([(4, "cold"), (11, "warm"), (7, "warm")]):
+        inputs = make(before, place)
+        got, expected = generate(pair.model, inputs), generate(pair.reference, inputs)
+        assert pair.report["mode"] == mode
+        assert pair.report["num_tokens"] == inputs["input_ids"].shape[1]
+        assert torch.equal(got.sequences, expected.sequences)
+        for a, b in zip(got.logits, expected.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+        assert cache_distance(got.past_key_values, expected.past_key_values) <= TOLERANCE
+    assert pair.engine.refusals == []
+    assert pair.engine.stats()["calls"]["bypass"] == 0
+
+
+@pytest.mark.parametrize("name", ["qwen", "llava"])
+def test_decoding_goes_on_after_a_prefill_at_two_per_cent(name: str, request: pytest.FixtureRequest) -> None:
+    pair = request.getfixturevalue(name)
+    pair.engine.clear()
+    make = {
+        "qwen": lambda before: qwen_inputs(before, 5, [(8, 12, 0), (10, 12, 1)]),
+        "llava": lambda before: llava_inputs(before, 5, [0, 1]),
+    }[name]
+    with settings_of(pair.engine, policy="layer_aware", budget=0.02):
+        generate(pair.model, make(4))
+        inputs = make(13)
+        got, expected = generate(pair.model, inputs, 8), generate(pair.reference, inputs, 8)
+    assert pair.report["mode"] == "warm"
+    assert reused_rows(pair.report) == 2 * LAYERS  # one row of each image
+    assert got.sequences.shape == expected.sequences.shape
+    assert all(logits.isfinite().all() for logits in got.logits)
+    for a, b in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert a.keys.shape == b.keys.shape
+        assert a.values.shape == b.values.shape
+        assert a.keys.isfinite().all()
+        # What comes before the first image is exact in every layer.
+        torch.testing.assert_close(a.keys[:, :, :13], b.keys[:, :, :13], rtol=0, atol=TOLERANCE)
+    # The first layer's keys and values depend on token and position alone: exact, moved rows included.
+    first, first_expected = got.past_key_values.layers[0], expected.past_key_values.layers[0]
+    tokens = inputs["input_ids"].shape[1]
+    torch.testing.assert_close(
+        first.keys[:, :, :tokens], first_expected.keys[:, :, :tokens], rtol=0, atol=TOLERANCE
+    )
+    torch.testing.assert_close(
+        first.values[:, :, :tokens], first_expected.values[:, :, :tokens], rtol=0, atol=TOLERANCE
+    )
