@@ -19,6 +19,15 @@ __all__ = ["compile", "mark_spans"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+DYNAMO_CONFIG = {
+    # Models check on the way that placeholders and features agree; with scalars captured, that check does not
+    # cut the graph in two.
+    "capture_scalar_outputs": True,
+    # One forward serves prompts with and without images, and decoding steps, each static first and then
+    # symbolic: more forms than Dynamo's default allows before it gives up compiling for good.
+    "recompile_limit": 64,
+}
+
 
 def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after torch.compile
     """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
@@ -44,10 +53,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # Models check on the way that placeholders and features agree; with scalars captured, that check
-        # does not cut the graph in two.
         before = engine.graph_calls
-        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        with torch._dynamo.config.patch(DYNAMO_CONFIG):
             try:
                 result = compiled(*args, **kwargs)
             except BackendCompilerFailed as failure:
