@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ class Rows:
         return [torch.tensor(rows, dtype=torch.int64) for rows in self.per_layer]
 
 
+@functools.cache  # programs are made of copies, so that tests can share it
 def small(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
     """A one-layer decoder: captured, as traced, and its unmodified result for ``PROMPT``."""
     model = tiny_vlm(**{"num_layers": 1, **options})

@@ -27,12 +27,12 @@ class Shape:
     """
 
     hidden: int = 1024
-    layers: int = 6
+    layers: int = 8
     heads: int = 16
     vocabulary: int = 8192
-    grid: tuple[int, int] = (38, 54)
-    short: int = 24
-    long: int = 60
+    grid: tuple[int, int] = (46, 58)
+    short: int = 20
+    long: int = 40
     budget: float = 0.02
     rounds: int = 7
     eager_rounds: int = 3

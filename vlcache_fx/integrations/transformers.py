@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.keys import Part, content_digest
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -140,11 +140,12 @@ class EncoderCache:
         except StoreError as error:
             self._engine.store_failed(error)
             return None
-        return None if entry is None else entry.tensors["features"]
+        stored = None if entry is None else unpacked(entry)
+        return None if stored is None else stored[0]
 
     def _put(self, key: str, features: Tensor) -> None:
         try:
-            self._engine.store.put(key, Entry({"features": features}, {"kind": "features"}))
+            self._engine.store.put(key, packed([features]))
         except StoreError as error:
             self._engine.store_failed(error)
 

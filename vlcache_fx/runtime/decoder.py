@@ -14,7 +14,7 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.identify import Identifier, Run, donor_key
+from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key
 from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
@@ -66,13 +66,17 @@ class DecoderRunner:
         for index, layer in enumerate(facts.layers):
             for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier)):
                 frontiers[f"{index}.{letter}"] = (node, facts.steps[node].axis)
-        self._dims = {slot: frontiers[slot][1] for slot in self._cold.recorded}
-        # What a stored row looks like, and how attention weighs it: graphs of one model agree on that.
+        self._forms = {
+            slot: donors.RowForm.of(frontiers[slot][0].meta["val"], frontiers[slot][1])
+            for slot in self._cold.recorded
+        }
+        # What a stored row looks like, and what layers do beside their weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in self._cold.recorded if slot != "residual"}
         self._form = str(
             (
                 [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()],
                 [layer.site.scale for layer in facts.layers],
+                arithmetic(node for members in facts.stream.members for node in members),
             )
         )
 
@@ -120,7 +124,7 @@ class DecoderRunner:
             except StoreError as error:
                 self.engine.store_failed(error)
                 entry = None
-            if entry is not None and donors.fits(entry, self._dims, span.length):
+            if entry is not None and donors.fits(entry, self._forms, span.length):
                 entries.append(entry)
                 looked.append(replace(span, hit=True, tier=self.engine.store.tier))
             else:
@@ -159,7 +163,7 @@ class DecoderRunner:
         with request.clock.measure("admit"):
             for span in spans:
                 try:
-                    donors.admit(self.engine.store, span, recorded, self._dims)
+                    donors.admit(self.engine.store, span, recorded, self._forms)
                 except StoreError as error:
                     self.engine.store_failed(error)
         if spans:
@@ -175,7 +179,7 @@ class DecoderRunner:
         if not self._warm.ready():
             return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
         with request.clock.measure("bind"):
-            tables = donors.tables(entries, self._dims, self._device)
+            tables = donors.tables(entries, self._forms, self._device)
             bound = self._warm.bind(plan, self._tail_rows.positions(request.num_tokens), tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)

@@ -1,6 +1,7 @@
 """Donors in and out of the store."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,26 +11,57 @@ from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
 
 
-def tables(entries: Sequence[Entry], dims: Mapping[str, int], device: torch.device) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class RowForm:
+    """What a program reads from one slot.
+
+    Attributes:
+        dim: the dimension that runs over rows.
+        dtype: of its values.
+        sizes: of every dimension; None for rows, and where the graph leaves it open.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, value: Tensor, dim: int) -> "RowForm":
+        """The form of rows of ``value``, a fake tensor of the graph."""
+        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        sizes[dim] = None
+        return cls(dim, value.dtype, tuple(sizes))
+
+    def fits(self, tensor: Tensor, length: int) -> bool:
+        """True for ``length`` rows of this form."""
+        return (
+            tensor.dtype == self.dtype
+            and tensor.dim() == len(self.sizes)
+            and tensor.shape[self.dim] == length
+            and all(want is None or size == want for size, want in zip(tensor.shape, self.sizes, strict=True))
+        )
+
+
+def tables(entries: Sequence[Entry], forms: Mapping[str, RowForm], device: torch.device) -> dict[str, Tensor]:
     """Donor tables per slot: the rows of all entries, one behind the other.
 
     A single donor is handed over as it lies in the store; several are joined.
     """
     made = {}
-    for slot, dim in dims.items():
+    for slot, form in forms.items():
         parts = [entry.tensors[slot].to(device, non_blocking=True) for entry in entries]
-        made[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        made[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, form.dim)
     return made
 
 
-def fits(entry: Entry | None, dims: Mapping[str, int], length: int) -> bool:
-    """True where the entry has every slot that a program reads, with ``length`` rows each."""
+def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool:
+    """True where the entry has every slot that a program reads, with ``length`` rows of its form each."""
     return entry is not None and all(
-        slot in entry.tensors and entry.tensors[slot].shape[dim] == length for slot, dim in dims.items()
+        slot in entry.tensors and form.fits(entry.tensors[slot], length) for slot, form in forms.items()
     )
 
 
-def admit(store: Store, span: Span, recorded: Mapping[str, Tensor], dims: Mapping[str, int]) -> bool:
+def admit(store: Store, span: Span, recorded: Mapping[str, Tensor], forms: Mapping[str, RowForm]) -> bool:
     """Store the rows of one span; False where the store refused them."""
-    rows = {slot: recorded[slot].narrow(dim, span.start, span.length) for slot, dim in dims.items()}
+    rows = {slot: recorded[slot].narrow(form.dim, span.start, span.length) for slot, form in forms.items()}
     return store.put(span.key, Entry(rows, {"kind": "donor", "length": span.length}))

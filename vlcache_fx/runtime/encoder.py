@@ -51,18 +51,45 @@ class EncoderRunner:
             return None
         if entry is None:
             return None
-        others = entry.info["others"]
-        assert isinstance(others, list)
-        # A caller may write to what it gets; a copy is small beside running an encoder.
-        return [
-            entry.tensors[str(index)].clone() if str(index) in entry.tensors else other
-            for index, other in enumerate(others)
-        ]
+        return unpacked(entry)
 
     def _put(self, key: str, results: Sequence[Any]) -> None:
-        tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
-        others = [None if isinstance(value, Tensor) else value for value in results]
         try:
-            self._engine.store.put(key, Entry(tensors, {"kind": "encoder", "others": others}))
+            self._engine.store.put(key, packed(results))
         except StoreError as error:
             self._engine.store_failed(error)
+
+
+def packed(results: Sequence[Any]) -> Entry:
+    """An entry for tensors and plain values.
+
+    Raises:
+        StoreError: a value is neither.
+    """
+    tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
+    info = [_form(value) if isinstance(value, Tensor) else value for value in results]
+    return Entry(tensors, {"kind": "encoder", "results": info})
+
+
+def unpacked(entry: Entry) -> list[Any] | None:
+    """What was packed, as copies (a caller may write to them; it is little beside running an encoder).
+
+    None for an entry that is damaged or of another kind.
+    """
+    info = entry.info.get("results")
+    if not isinstance(info, list):
+        return None
+    results: list[Any] = []
+    for index, value in enumerate(info):
+        if not isinstance(value, dict):
+            results.append(value)
+            continue
+        tensor = entry.tensors.get(str(index))
+        if tensor is None or _form(tensor) != value:
+            return None
+        results.append(tensor.clone())
+    return results
+
+
+def _form(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}

@@ -1,6 +1,6 @@
 """Which spans a request has, and the keys of what fills them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,3 +121,18 @@ def _runs(places: list[int], features: Tensor) -> list[Run]:
 def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:
     """The complete key of a donor: feature bytes, relative positions, weights, salt."""
     return content_digest(["donor", salt, weights, run.content, tuple(positions)])
+
+
+def arithmetic(nodes: Iterable[fx.Node]) -> list[str]:
+    """The operators on values among ``nodes`` with the floats in their arguments, each once.
+
+    Part of a donor's key: equal weights under another activation, or another epsilon, are another model. A set,
+    since graphs of one model differ in views, copies and order.
+    """
+    found = set()
+    for node in nodes:
+        floats = [value for value in node.args if isinstance(value, float)]
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if node.op == "call_function" and (pointwise or floats) and node.target is not torch.ops.aten.clone.default:
+            found.add(f"{node.target} {floats}")
+    return sorted(found)

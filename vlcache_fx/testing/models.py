@@ -427,7 +427,10 @@ class TracedGraph:
 
 
 def traced_graphs(
-    model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
+    model: nn.Module,
+    *calls: Mapping[str, Any],
+    dynamic: bool | None = None,
+    seen: Callable[[torch.fx.GraphModule, list[Any]], object] | None = None,
 ) -> list[TracedGraph]:
     """The graphs that ``torch.compile`` makes of ``model``, called with each of ``calls`` in order.
 
@@ -435,12 +438,15 @@ def traced_graphs(
         model: to be traced; nothing in it is changed.
         calls: keyword arguments.
         dynamic: as for ``torch.compile``.
+        seen: called as a backend is, while Dynamo still knows where each input comes from.
     """
     graphs: list[TracedGraph] = []
 
     def record(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = TracedGraph(graph_module, list(example_inputs), [])
         graphs.append(graph)
+        if seen is not None:
+            seen(graph_module, example_inputs)
 
         def run(*args: Any) -> Any:
             graph.calls.append(args)
@@ -460,8 +466,11 @@ def captured_graph(
     model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
 ) -> tuple[Captured, TracedGraph]:
     """The one graph of ``model`` for all ``calls``, captured and cleaned up as the backend does it."""
-    (graph,) = traced_graphs(model, *calls, dynamic=dynamic)
-    captured = capture_dynamo(graph.graph_module, graph.example_inputs)
+    captures: list[Captured] = []
+    graphs = traced_graphs(
+        model, *calls, dynamic=dynamic, seen=lambda *given: captures.append(capture_dynamo(*given))
+    )
+    (captured,), (graph,) = captures, graphs
     CLEANUP.run(Program(captured.graph_module))
     return captured, graph
 

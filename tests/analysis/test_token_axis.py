@@ -1,0 +1,206 @@
+"""The token axis through each op, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from vlcache_fx.analysis import RowStep, analyze
+from vlcache_fx.analysis.token_axis import is_full_slice, row_step
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+
+from .graphs import attend, capture
+
+aten = torch.ops.aten
+TOKENS = 6
+ROWS = torch.tensor([1, 4, 5])
+X = torch.randn(1, TOKENS, 4, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+TABLE = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(2))
+
+Function = Callable[[Tensor], Any]
+
+
+def traced(function: Function) -> torch.fx.GraphModule:
+    with torch.no_grad():
+        module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(X)
+    assert isinstance(module, torch.fx.GraphModule)
+    return module
+
+
+def steps_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, RowStep]]:
+    """The row treatment of every node computed from the input, whose axis is 1."""
+    module = traced(function)
+    first = next(node for node in module.graph.nodes if node.op == "placeholder")
+    axes, steps = {first: 1}, {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and any(parent in axes for parent in node.all_input_nodes):
+            steps[node] = row_step(node, axes)
+            axes[node] = steps[node].axis
+    return module, steps
+
+
+class Restricted(torch.fx.Interpreter):
+    """Runs a graph on ``ROWS`` only, doing to each node what its step says."""
+
+    def __init__(self, module: torch.fx.GraphModule, steps: dict[torch.fx.Node, RowStep]) -> None:
+        super().__init__(module)
+        self.steps = steps
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        step = self.steps.get(n)
+        if step is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        for operand, dim in step.gathers:
+            cut = self.env[operand].index_select(dim, ROWS)
+            args = torch.fx.node.map_aggregate(args, lambda a, o=operand, c=cut: c if a is self.env[o] else a)
+        if step.size_argument is not None:
+            argument, entry = step.size_argument
+            sizes = list(args[argument])
+            if sizes[entry] != -1:
+                sizes[entry] = len(ROWS)
+            args = (*args[:argument], sizes, *args[argument + 1 :])
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+TOKENWISE: dict[str, Function] = {
+    "pointwise": lambda x: (x * 2).exp() + x,
+    "pointwise_with_a_table": lambda x: x * TABLE + TABLE[None],
+    "pointwise_with_a_column": lambda x: x + TABLE[:, :1],
+    "pointwise_with_a_vector": lambda x: x + TABLE[0],
+    "linear": lambda x: F.linear(x, WEIGHT),
+    "matmul": lambda x: x @ WEIGHT.t(),
+    "mm": lambda x: aten.mm(x.view(TOKENS, 4), WEIGHT.t()),
+    "addmm": lambda x: aten.addmm(torch.ones(8), x.view(TOKENS, 4), WEIGHT.t()),
+    "addmm_with_a_row_per_token": lambda x: aten.addmm(TABLE, x.view(TOKENS, 4), torch.ones(4, 4)),
+    "view": lambda x: x.view(1, TOKENS, 2, 2),
+    "reshape": lambda x: aten.reshape(x, [TOKENS, -1]),
+    "view_with_open_tokens": lambda x: x.view(1, -1, 2, 2),
+    "expand": lambda x: x[:, None].expand(2, 3, TOKENS, 4),
+    "transpose": lambda x: x.view(1, TOKENS, 2, 2).transpose(1, 2),
+    "transpose_of_others": lambda x: x.view(1, TOKENS, 2, 2).transpose(2, 3),
+    "t": lambda x: x.view(TOKENS, 4).t(),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "unsqueeze_before": lambda x: x.unsqueeze(0),
+    "unsqueeze_behind": lambda x: x.unsqueeze(-1),
+    "squeeze": lambda x: x.unsqueeze(2).squeeze(2).squeeze(0),
+    "squeeze_dims": lambda x: aten.squeeze.dims(x.unsqueeze(2), [0, 2]),
+    "slice_of_a_head": lambda x: x[..., :2] + x[..., 2:],
+    "slice_of_everything": lambda x: aten.slice(x, 1, 0, 2**63 - 1),
+    "split": lambda x: x.split(2, -1)[1],
+    "split_with_sizes": lambda x: x.split([1, 3], -1)[1],
+    "chunk": lambda x: x.chunk(2, -1)[0],
+    "select": lambda x: x[0],
+    "select_behind": lambda x: x[..., 1],
+    "index_select": lambda x: x.index_select(2, torch.tensor([3, 0])),
+    "cat": lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1),
+    "cat_with_a_table": lambda x: torch.cat([x, TABLE[None]], -1),
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "sum": lambda x: x.sum(2),
+    "amax_before": lambda x: x.amax(0),
+    "var": lambda x: x.var(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(2),
+    "cumsum": lambda x: x.cumsum(-1),
+    "layer_norm": lambda x: F.layer_norm(x, [4]),
+    "rms_norm": lambda x: F.rms_norm(x, [4]),
+    "clone": lambda x: x.clone().contiguous(),
+    "to": lambda x: x.to(torch.float64).to(torch.float32),
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "gelu": lambda x: F.gelu(x),
+    "where": lambda x: torch.where(x > 0, x, TABLE),
+}
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_some_rows_are_those_rows_of_all(name: str) -> None:
+    function = TOKENWISE[name]
+    module, steps = steps_of(function)
+    last = [node for node in module.graph.nodes if node in steps][-1]
+    want = function(X).index_select(steps[last].axis, ROWS)
+    got = Restricted(module, steps).run(X.index_select(1, ROWS))
+    torch.testing.assert_close(got, want)
+
+
+REFUSED: dict[str, tuple[Function, Reason, str]] = {
+    "flip": (lambda x: x.flip(1), Reason.UNKNOWN_OP, "aten.flip.default is not known to work token by token"),
+    "roll": (lambda x: x.roll(1, 1), Reason.UNKNOWN_OP, "aten.roll.default"),
+    "convolution": (
+        lambda x: F.conv1d(x.mT, torch.ones(4, 4, 3), padding=1), Reason.UNKNOWN_OP, "aten.conv1d",
+    ),
+    "sort": (lambda x: x.sort(1)[0], Reason.UNKNOWN_OP, "aten.sort"),
+    "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
+    "softmax": (lambda x: x.softmax(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
+    "mean": (lambda x: x.mean(1), Reason.TOKEN_AXIS_LOST, "reduces over the token axis"),
+    "sum_of_all": (lambda x: aten.sum(x), Reason.TOKEN_AXIS_LOST, "reduces over every dimension"),
+    "norm": (lambda x: F.layer_norm(x, [TOKENS, 4]), Reason.TOKEN_AXIS_LOST, "normalises over the token axis"),
+    "linear": (lambda x: F.linear(x.mT, torch.ones(2, TOKENS)), Reason.TOKEN_AXIS_LOST, "multiplies along"),
+    "matmul": (lambda x: x.mT @ TABLE, Reason.TOKEN_AXIS_LOST, "multiplies along the token axis"),
+    "matmul_of_itself": (lambda x: x @ x.mT, Reason.TOKEN_AXIS_LOST, "brings a second token axis"),
+    "matmul_per_token": (
+        lambda x: x[0, :, None] @ torch.ones(TOKENS, 4, 4), Reason.TOKEN_AXIS_LOST, "may differ from token to token",
+    ),
+    "addmm": (
+        lambda x: aten.addmm(torch.ones(4), torch.ones(4, TOKENS), x[0]), Reason.TOKEN_AXIS_LOST, "first factor",
+    ),
+    "view": (lambda x: x.view(1, -1), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
+    "view_in_pairs": (lambda x: x.view(1, 3, 8), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
+    "squeeze_any": (lambda x: aten.squeeze(x), Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
+    "squeeze": (lambda x: aten.squeeze.dim(x, 1), Reason.TOKEN_AXIS_LOST, "drops the token axis"),
+    "slice": (lambda x: x[:, 1:], Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
+    "select": (lambda x: x[:, 1], Reason.TOKEN_AXIS_LOST, "takes a single token"),
+    "index_select": (lambda x: x.index_select(1, ROWS), Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
+    "split": (lambda x: x.split(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
+    "chunk": (lambda x: x.chunk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
+    "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
+    "shift": (lambda x: x + x.transpose(1, 2)[..., :4].mT.mT[:, :, :1], Reason.TOKEN_AXIS_LOST, "different places"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ops_that_mix_tokens_are_refused(name: str) -> None:
+    function, reason, detail = REFUSED[name]
+    with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
+        steps_of(function)
+    assert refusal.value.reason is reason
+    assert refusal.value.node in [node.name for node in traced(function).graph.nodes]
+
+
+def mixing(x: Tensor) -> Tensor:
+    x = x * 2
+    x = x + attend(x)
+    x = x + x.flip(1)  # mixes
+    return x + attend(x)
+
+
+def test_a_refusal_names_the_node_and_its_line() -> None:
+    with pytest.raises(UnsupportedGraphError) as refusal:
+        analyze(capture(mixing, {"x": torch.randn(1, 6, 4)}))
+    assert refusal.value.reason is Reason.UNKNOWN_OP
+    assert refusal.value.node == "flip"
+    assert refusal.value.source_line is not None
+    assert "test_token_axis.py" in refusal.value.source_line
+    assert refusal.value.source_line.endswith("in mixing: x = x + x.flip(1)  # mixes")
+
+
+def test_nodes_that_are_no_calls_are_refused() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
+        row_step(graph.call_method("exp", (x,)), {x: 1})
+
+
+def test_full_slices() -> None:
+    def slices(x: Tensor) -> tuple[Tensor, ...]:
+        end = 2**63 - 1
+        return (aten.slice(x, 1, 0, end), aten.slice(x, 1), aten.slice(x, 1, 1, end), aten.slice(x, 1, 0, end, 2))
+
+    nodes = [node for node in traced(slices).graph.nodes if node.op == "call_function"]
+    assert [is_full_slice(node) for node in nodes] == [True, True, False, False]
