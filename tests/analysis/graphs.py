@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -33,7 +32,9 @@ class Of(nn.Module):
         return self.function(**call, **{name: getattr(self, name) for name in self.names})
 
 
-def capture(function: Callable[..., Any], call: dict[str, Any], dynamic: bool | None = None, **parts: Any) -> Captured:
+def capture(
+    function: Callable[..., Any], call: dict[str, Any], dynamic: bool | None = None, **parts: Any
+) -> Captured:
     return captured_graph(Of(function, **parts), call, dynamic=dynamic)[0]
 
 
@@ -45,7 +46,9 @@ def captured_vlm(dynamic: bool | None = None, **options: Any) -> Captured:
 def attend(x: Tensor, **options: Any) -> Tensor:
     """One head of width 4 without projections."""
     heads = x[:, None]
-    result: Tensor = nn.functional.scaled_dot_product_attention(heads, heads, heads, **{"is_causal": True, **options})
+    result: Tensor = nn.functional.scaled_dot_product_attention(
+        heads, heads, heads, **{"is_causal": True, **options}
+    )
     return result[:, 0]
 
 

@@ -41,7 +41,9 @@ def test_frontiers(options: dict[str, object], key: str, value: str, dynamic: bo
     assert kinds(facts) == [(key, value)] * 2
 
 
-@pytest.mark.parametrize("options", [{}, {"fused_qkv": True, "rope": "partial"}, {"explicit_mask": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fused_qkv": True, "rope": "partial"}, {"explicit_mask": True}], ids=str
+)
 def test_parts_cover_a_layer_once(options: dict[str, object]) -> None:
     facts = analyze(captured_vlm(**options))
     for layer, members in zip(facts.layers, facts.stream.members, strict=True):

@@ -56,7 +56,9 @@ def test_no_merge() -> None:
     assert facts.merges == ()
     assert facts.encoder == ()
     assert facts.stream.boundaries[0].op != "placeholder"
-    assert sites_behind(find_sites(captured.graph_module.graph), ()) == find_sites(captured.graph_module.graph)
+    assert sites_behind(find_sites(captured.graph_module.graph), ()) == find_sites(
+        captured.graph_module.graph
+    )
 
 
 def test_a_merge_that_leads_to_no_attention_is_none_of_ours() -> None:

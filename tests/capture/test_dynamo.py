@@ -42,7 +42,9 @@ def test_numbers_and_form(dynamic: bool | None, explicit_mask: bool) -> None:
     with torch.no_grad():
         assert torch.equal(captured.graph_module(*graph.calls[0])[0], model(**CALL))
     assert targets(captured).count("aten.scaled_dot_product_attention.default") == 2
-    assert not [target for target in targets(captured) if not target.startswith(("aten.", "<built-in", "<function"))]
+    assert not [
+        target for target in targets(captured) if not target.startswith(("aten.", "<built-in", "<function"))
+    ]
     assert len(captured.kinds) == len(captured.placeholders) == len(graph.example_inputs)
     assert all("val" in node.meta for node in captured.graph_module.graph.nodes if node.op == "call_function")
 
@@ -203,7 +205,9 @@ def test_a_backend_that_captures_whenever_it_is_called() -> None:
 def test_source_lines_survive() -> None:
     (graph,) = traced_graphs(tiny_vlm(), CALL)
     captured = capture(graph)
-    lines = [n.meta.get("stack_trace") or "" for n in captured.graph_module.graph.nodes if "attention" in n.name]
+    lines = [
+        n.meta.get("stack_trace") or "" for n in captured.graph_module.graph.nodes if "attention" in n.name
+    ]
     assert lines
     assert all("models.py" in line for line in lines)
 

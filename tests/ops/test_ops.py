@@ -47,7 +47,9 @@ def test_splice_passes_torchs_own_checks(dim: int) -> None:
 def test_splice_has_the_dtype_of_what_is_computed() -> None:
     half = torch.ones(1, 2, 4, dtype=torch.bfloat16)
     with FakeTensorMode() as mode:
-        fake = vlcache.splice_rows(mode.from_tensor(half), mode.from_tensor(half), torch.zeros(5, dtype=torch.int64), 1)
+        fake = vlcache.splice_rows(
+            mode.from_tensor(half), mode.from_tensor(half), torch.zeros(5, dtype=torch.int64), 1
+        )
     assert (fake.dtype, tuple(fake.shape)) == (torch.bfloat16, (1, 5, 4))
     assert vlcache.splice_rows(half, half, torch.zeros(5, dtype=torch.int64), 1).dtype is torch.bfloat16
 

@@ -108,7 +108,9 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
             axes[f"{index}.{letter}"] = facts.steps[frontier].axis
     tables = {}
     for slot, frontier in frontiers.items():
-        sizes = [rows if dim == axes[slot] else int(size) for dim, size in enumerate(frontier.meta["val"].shape)]
+        sizes = [
+            rows if dim == axes[slot] else int(size) for dim, size in enumerate(frontier.meta["val"].shape)
+        ]
         tables[slot] = torch.full(sizes, float("nan"))
     return tables
 
@@ -141,7 +143,9 @@ def before_and_after(step: Pass, program: Program) -> str:
     before = text(program.graph)
     assert step.run(program)
     program.graph.lint()
-    difference = difflib.unified_diff(before.splitlines(), text(program.graph).splitlines(), "before", "after", "", "", 1)
+    difference = difflib.unified_diff(
+        before.splitlines(), text(program.graph).splitlines(), "before", "after", "", "", 1
+    )
     return "\n".join([before, "", *(line.rstrip("\n") for line in difference)])
 
 

@@ -13,7 +13,10 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 def forward(
-    model: TinyVlm, inputs: dict[str, Tensor], rows: Sequence[Tensor], stored: Sequence[KeyValue] | None = None
+    model: TinyVlm,
+    inputs: dict[str, Tensor],
+    rows: Sequence[Tensor],
+    stored: Sequence[KeyValue] | None = None,
 ) -> tuple[Tensor, list[KeyValue]]:
     """Logits of the rows that are left in the end, and each layer's keys and values without positions.
 

@@ -60,7 +60,9 @@ class Failing(Pass):
 def test_records_and_dead_code() -> None:
     dumped: list[str] = []
     subject = program()
-    records = Pipeline((First(), Second()), lambda name, text: dumped.append(f"{name}: {'neg' in text}")).run(subject)
+    records = Pipeline((First(), Second()), lambda name, text: dumped.append(f"{name}: {'neg' in text}")).run(
+        subject
+    )
     assert [(record.name, record.changed) for record in records] == [("first", False), ("second", True)]
     assert [record.nodes_before for record in records] == [3, 3]
     assert all(record.elapsed_ms >= 0 for record in records)
@@ -138,7 +140,9 @@ class ScaleStored(Pass):
                 first = next(iter(node.users))
                 with program.graph.inserting_before(first):
                     scaled = program.graph.call_function(aten.mul.Tensor, (node, self.factor))
-                node.replace_all_uses_with(scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled)
+                node.replace_all_uses_with(
+                    scaled, delete_user_cb=lambda user, scaled=scaled: user is not scaled
+                )
         return True
 
 

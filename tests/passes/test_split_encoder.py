@@ -21,7 +21,10 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     assert split is not None
     assert str(captured.graph_module.graph) == before
     whole, encoder = text(captured.graph_module.graph), text(split.encoder.graph)
-    golden("split_encoder", f"before\n{whole}\n\nencoder\n{encoder}\n\ndecoder\n{text(split.decoder.graph_module.graph)}")
+    golden(
+        "split_encoder",
+        f"before\n{whole}\n\nencoder\n{encoder}\n\ndecoder\n{text(split.decoder.graph_module.graph)}",
+    )
 
 
 def test_numbers() -> None:
@@ -74,7 +77,10 @@ def test_conversions_alone_are_not_worth_a_cache() -> None:
             return self.vlm(input_ids, features=torch.cat(halves).float())
 
     ids = tiny_vlm_inputs(3, 2, [(5, 0)])["input_ids"]
-    call = {"input_ids": ids, "halves": (torch.ones(2, 16, dtype=torch.float64), torch.ones(3, 16, dtype=torch.float64))}
+    call = {
+        "input_ids": ids,
+        "halves": (torch.ones(2, 16, dtype=torch.float64), torch.ones(3, 16, dtype=torch.float64)),
+    }
     captured, _ = captured_graph(Outside(), call)
     split = split_encoder(captured, analyze(captured))
     assert split is not None

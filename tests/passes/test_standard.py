@@ -102,7 +102,9 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
     got = run(warm, args, plan, tables)[0]
     stored = []
     for key, value in donor_states:
-        full_key, full_value = (torch.full((1, shape.kv_heads, num_tokens, shape.head_dim), float("nan")) for _ in "kv")
+        full_key, full_value = (
+            torch.full((1, shape.kv_heads, num_tokens, shape.head_dim), float("nan")) for _ in "kv"
+        )
         full_key[:, :, before : before + length] = key[:, :, donor_before : donor_before + length]
         full_value[:, :, before : before + length] = value[:, :, donor_before : donor_before + length]
         stored.append((full_key, full_value))

@@ -9,7 +9,14 @@ import torch
 
 from vlcache_fx.errors import PassError
 from vlcache_fx.passes import Pipeline
-from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, KvOnlyRows, RestrictRows, SpliceRows, TrimTail
+from vlcache_fx.passes.rewrite import (
+    HoistLookups,
+    InsertLookups,
+    KvOnlyRows,
+    RestrictRows,
+    SpliceRows,
+    TrimTail,
+)
 
 from ..programs import before_and_after, everything, nothing_stored, prepared, run, small, unchanged
 
