@@ -5,7 +5,7 @@
 1. The vision tower learns to read digit, row and column off its tokens (linear probes); it is frozen then.
 2. The decoder learns to answer on grids of 2 to 5 rows, where sequences are short. One attention head is also
    told where to look.
-3. It goes on to full grids, 10 to 12 rows or 100 to 120 vision tokens a picture; the telling fades out.
+3. Grids grow to 10 to 12 rows, which is 100 to 120 vision tokens a picture; the telling fades out.
 
 Only the train scans are used; the evaluation uses the test scans alone.
 """
@@ -28,7 +28,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlcache_fx.testing.reference_vlm import FAMILIES, accuracy, answer_questions, load_model, make_questions
 from vlcache_fx.testing.reference_vlm.config import HIDDEN, reference_config
-from vlcache_fx.testing.reference_vlm.images import COLUMNS, MAX_ROWS
+from vlcache_fx.testing.reference_vlm.data import MAX_SYSTEM_WORDS
+from vlcache_fx.testing.reference_vlm.images import COLUMNS, MAX_ROWS, MIN_ROWS
 from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
 from vlcache_fx.testing.reference_vlm.training import (
     BatchMaker,
@@ -41,6 +42,13 @@ from vlcache_fx.testing.reference_vlm.training import (
 )
 from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
 
+# Each stage: share of the steps at its end, rows, most system words, conversations (question after, before).
+STAGES = (
+    (0.4, (2, 5), 20, 24, 64),
+    (0.6, (3, MAX_ROWS), MAX_SYSTEM_WORDS, 15, 40),
+    (1.1, (MIN_ROWS, MAX_ROWS), MAX_SYSTEM_WORDS, 12, 30),
+)
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
@@ -48,18 +56,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for weights, processor and evaluation.json"
     )
-    parser.add_argument("--steps", type=int, default=2500, help="steps of the decoder")
+    parser.add_argument("--steps", type=int, default=4000, help="steps of the decoder")
     parser.add_argument(
-        "--encoder-steps", type=int, default=None, help="steps of the vision tower (steps / 3)"
+        "--encoder-steps", type=int, default=None, help="steps of the vision tower (steps / 5)"
     )
     parser.add_argument(
         "--questions", type=int, default=None, help="evaluation questions per kind (400, or --steps)"
     )
     parser.add_argument(
-        "--small", type=float, default=0.5, help="share of the decoder's steps on small grids"
-    )
-    parser.add_argument(
-        "--resume", type=Path, default=None, help="go on from this folder's model; no vision steps"
+        "--resume", type=Path, default=None, help="go on from this folder's model, on full grids"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the decoder")
@@ -67,16 +72,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def recipes(full: bool) -> tuple[Recipe, ...]:
-    """The kinds of batches of one stage, in the order in which they take turns."""
-    sizes: Any = {} if full else {"rows": (3, MAX_ROWS)}
-    after, before = (12, 30) if full else (15, 40)
+def recipes(share: float) -> tuple[Recipe, ...]:
+    """The kinds of batches at ``share`` (0..1) of the training, in the order in which they take turns."""
+    _, rows, system_words, after, before = next(stage for stage in STAGES if share < stage[0])
+    sizes: Any = {"rows": rows, "system_words": system_words}
     count = Recipe(("count",), False, after, 12, **sizes)
     find = Recipe(("cell", "where"), False, after, 12, **sizes)
     mixed = Recipe(("cell", "count", "count", "where"), True, before, 1, **sizes)
     same = Recipe(("same",), False, after * 2 // 3, 12, **sizes)
     same_before = Recipe(("same",), True, before * 5 // 8, 1, **sizes)
-    return (count, mixed, count, same, find, mixed, count, same_before)
+    return (find, count, mixed, same, find, count, mixed, same_before)
 
 
 class Trainer:
@@ -95,7 +100,7 @@ class Trainer:
         self.model = model.to(self.device).train()
         self.batches = BatchMaker(self.words, options.seed)
         self.checkpoints: Path = options.output
-        self.small: float = options.small
+        self.start: float = 0.0 if options.resume is None else 0.6
         self.rate: float = options.rate
 
     def to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -141,15 +146,16 @@ class Trainer:
             torch.optim.Muon(matrices, lr=self.rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=self.rate, betas=(0.9, 0.95), weight_decay=0.01),
         ]
-        guide, small = Guide(self.model), int(self.small * total)
+        guide = Guide(self.model)
         recent: dict[str, float] = {}
         for step in steps:
-            kinds = recipes(full=step >= small)
+            share = self.start + (1.0 - self.start) * step / total
+            kinds = recipes(share)
             recipe = kinds[step % len(kinds)]
             batch = self.to_device(self.batches.batch(recipe))
             with self.forward_type():
                 loss, right = answer_loss(self.model, batch)
-            weight = 1.0 if step < small else min(1.0, 3.0 - 4.0 * (step - small) / (total - small))
+            weight = min(1.0, 9.0 - 10.0 * share)
             if weight > 0.0:
                 loss = loss + weight * guide.loss(batch)
             self.step(loss, optimizers, schedule(step, total))
@@ -180,7 +186,8 @@ def schedule(step: int, total: int) -> float:
 
 def evaluate(model: Any, questions: int) -> dict[str, dict[str, float]]:
     """Accuracy on held-out scans by greedy generation, per family, question after and before the pictures."""
-    processor, table = ReferenceProcessor(), {}
+    processor = ReferenceProcessor()
+    table: dict[str, dict[str, float]] = {}
     for family in FAMILIES:
         table[family] = {}
         for place, first in (("after", False), ("before", True)):
@@ -192,7 +199,7 @@ def evaluate(model: Any, questions: int) -> dict[str, dict[str, float]]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, save, evaluate; returns what ``evaluation.json`` holds."""
     options, started = parse(argv), time.perf_counter()
-    encoder_steps = options.encoder_steps or max(1, options.steps * 2 // 5)
+    encoder_steps = options.encoder_steps or max(1, options.steps // 5)
     questions = options.questions or min(400, options.steps)
     trainer = Trainer(options)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))

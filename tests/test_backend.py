@@ -1,4 +1,4 @@
-"""The torch.compile backend: how it is found, what it refuses, and that a refusal costs nothing but the reuse."""
+"""The torch.compile backend: how it is found, what it refuses, and that this costs the reuse alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
@@ -174,9 +174,13 @@ assert "transformers" not in sys.modules
 def test_an_unknown_option_lists_the_valid_ones() -> None:
     model = tiny_vlm()
     compiled = torch.compile(model, backend="vlcache", options={"bugdet": 1})
-    with pytest.raises(BackendCompilerFailed, match=r"did you mean 'budget'\?.*policy, budget.*dynamic") as failed:
-        with torch.no_grad():
-            compiled(**FIRST)
+    with (
+        pytest.raises(
+            BackendCompilerFailed, match=r"did you mean 'budget'\?.*policy, budget.*dynamic"
+        ) as failed,
+        torch.no_grad(),
+    ):
+        compiled(**FIRST)
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
@@ -309,9 +313,13 @@ def test_a_failing_pass_costs_the_reuse_alone(
 def test_strict_raises_through_dynamo() -> None:
     """Dynamo wraps what a backend raises. Its message is ours behind a heading; the typed error is inside."""
     pair = with_backend(tiny_vlm(), strict=True)
-    with pytest.raises(BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*models.py") as failed:
-        with torch.no_grad():
-            pair.model(**batch_of_two())
+    with (
+        pytest.raises(
+            BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*models.py"
+        ) as failed,
+        torch.no_grad(),
+    ):
+        pair.model(**batch_of_two())
     inner = failed.value.inner_exception
     assert isinstance(inner, UnsupportedGraphError)
     assert inner.reason is Reason.BATCHED

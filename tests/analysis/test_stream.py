@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from .graphs import attend, capture, captured_vlm
 X = torch.randn(1, 6, 4)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"dynamic": True},
+        {"norm_place": "post", "dynamic": True},
         {"norm": "layer", "bias": True},
         {"parallel": True},
         {"norm_place": "branch"},
@@ -28,10 +30,10 @@ X = torch.randn(1, 6, 4)
         {"last_only": False, "explicit_mask": True},
         {"fused_qkv": True, "qk_norm": True},
     ],
-    ids=lambda options: "-".join(map(str, options.values())) if isinstance(options, dict) else None,
+    ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "plain",
 )
-def test_layers_are_isomorphic(options: dict[str, object], dynamic: bool | None) -> None:
-    stream = analyze(captured_vlm(dynamic=dynamic, num_layers=3, **options)).stream
+def test_layers_are_isomorphic(options: dict[str, Any]) -> None:
+    stream = analyze(captured_vlm(num_layers=3, **options)).stream
     assert len(stream.boundaries) == 4
     assert str(stream.boundaries[0].target) == "aten.masked_scatter.default"
     targets = [Counter(str(node.target) for node in members) for members in stream.members]
@@ -65,7 +67,9 @@ def test_hidden_states_of_inner_layers_are_refused() -> None:
         first = x + attend(x)
         return first, first + attend(first)
 
-    assert refused(all_hidden_states, x=X).reason in (Reason.TOKEN_AXIS_LOST, Reason.NO_STREAM)
+    refusal = refused(all_hidden_states, x=X)
+    assert refusal.reason is Reason.TOKEN_AXIS_LOST
+    assert "the graph returns it" in refusal.detail
 
 
 def test_a_side_path_around_a_layer_is_refused() -> None:
@@ -76,18 +80,7 @@ def test_a_side_path_around_a_layer_is_refused() -> None:
     assert refused(skipping, x=X).reason is Reason.NO_STREAM
 
 
-def test_results_that_do_not_follow_the_attention_are_refused() -> None:
-    def dropped(x: Tensor) -> Tensor:
-        return x * attend(x).shape[1]
-
-    refusal = refused(dropped, x=X)
-    assert refusal.reason in (Reason.NO_STREAM, Reason.NO_ATTENTION)
-
-
 def test_more_than_one_sample_is_refused() -> None:
-    refusal = refused(lambda x: (x * 2) + attend(x * 2), x=torch.randn(2, 6, 4))
-    assert refusal.reason in (Reason.BATCHED, Reason.NO_STREAM)
-
     def batched(x: Tensor) -> Tensor:
         x = x * 2
         return x + attend(x)

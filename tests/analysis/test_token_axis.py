@@ -123,7 +123,7 @@ TOKENWISE: dict[str, Function] = {
     "clone": lambda x: x.clone().contiguous(),
     "to": lambda x: x.to(torch.float64).to(torch.float32),
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
-    "gelu": lambda x: F.gelu(x),
+    "gelu": F.gelu,
     "where": lambda x: torch.where(x > 0, x, TABLE),
 }
 
@@ -142,26 +142,48 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "flip": (lambda x: x.flip(1), Reason.UNKNOWN_OP, "aten.flip.default is not known to work token by token"),
     "roll": (lambda x: x.roll(1, 1), Reason.UNKNOWN_OP, "aten.roll.default"),
     "convolution": (
-        lambda x: F.conv1d(x.mT, torch.ones(4, 4, 3), padding=1), Reason.UNKNOWN_OP, "aten.conv1d",
+        lambda x: F.conv1d(x.transpose(1, 2), torch.ones(4, 4, 3), padding=1),
+        Reason.UNKNOWN_OP,
+        "aten.conv1d",
     ),
     "sort": (lambda x: x.sort(1)[0], Reason.UNKNOWN_OP, "aten.sort"),
     "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "softmax": (lambda x: x.softmax(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "mean": (lambda x: x.mean(1), Reason.TOKEN_AXIS_LOST, "reduces over the token axis"),
-    "sum_of_all": (lambda x: aten.sum(x), Reason.TOKEN_AXIS_LOST, "reduces over every dimension"),
-    "norm": (lambda x: F.layer_norm(x, [TOKENS, 4]), Reason.TOKEN_AXIS_LOST, "normalises over the token axis"),
-    "linear": (lambda x: F.linear(x.mT, torch.ones(2, TOKENS)), Reason.TOKEN_AXIS_LOST, "multiplies along"),
-    "matmul": (lambda x: x.mT @ TABLE, Reason.TOKEN_AXIS_LOST, "multiplies along the token axis"),
-    "matmul_of_itself": (lambda x: x @ x.mT, Reason.TOKEN_AXIS_LOST, "brings a second token axis"),
+    "sum_of_all": (aten.sum.default, Reason.TOKEN_AXIS_LOST, "reduces over every dimension"),
+    "norm": (
+        lambda x: F.layer_norm(x, [TOKENS, 4]),
+        Reason.TOKEN_AXIS_LOST,
+        "normalises over the token axis",
+    ),
+    "linear": (
+        lambda x: F.linear(x.transpose(1, 2), torch.ones(2, TOKENS)),
+        Reason.TOKEN_AXIS_LOST,
+        "multiplies along",
+    ),
+    "matmul": (
+        lambda x: x.transpose(1, 2) @ TABLE,
+        Reason.TOKEN_AXIS_LOST,
+        "multiplies along the token axis",
+    ),
+    "matmul_of_itself": (
+        lambda x: x @ x.transpose(1, 2),
+        Reason.TOKEN_AXIS_LOST,
+        "brings a second token axis",
+    ),
     "matmul_per_token": (
-        lambda x: x[0, :, None] @ torch.ones(TOKENS, 4, 4), Reason.TOKEN_AXIS_LOST, "may differ from token to token",
+        lambda x: x[0, :, None] @ torch.ones(TOKENS, 4, 4),
+        Reason.TOKEN_AXIS_LOST,
+        "may differ from token to token",
     ),
     "addmm": (
-        lambda x: aten.addmm(torch.ones(4), torch.ones(4, TOKENS), x[0]), Reason.TOKEN_AXIS_LOST, "first factor",
+        lambda x: aten.addmm(torch.ones(4), torch.ones(4, TOKENS), x[0]),
+        Reason.TOKEN_AXIS_LOST,
+        "first factor",
     ),
     "view": (lambda x: x.view(1, -1), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
     "view_in_pairs": (lambda x: x.view(1, 3, 8), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
-    "squeeze_any": (lambda x: aten.squeeze(x), Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
+    "squeeze_any": (aten.squeeze.default, Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
     "squeeze": (lambda x: aten.squeeze.dim(x, 1), Reason.TOKEN_AXIS_LOST, "drops the token axis"),
     "slice": (lambda x: x[:, 1:], Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
     "select": (lambda x: x[:, 1], Reason.TOKEN_AXIS_LOST, "takes a single token"),
@@ -170,7 +192,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "chunk": (lambda x: x.chunk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
     "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
     "crossed": (lambda x: x[..., :1] + x[..., 0], Reason.TOKEN_AXIS_LOST, "different places"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

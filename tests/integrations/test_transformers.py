@@ -68,8 +68,7 @@ def test_a_known_image_is_not_encoded(qwen: tuple[Pair, Counter]) -> None:
             ([TALL], [], True),
             ([TALL, WIDE], [80], False),
             ([WIDE, TALL], [], True),
-            ([NEW, TALL, WIDE], [100], False),
-            ([NEW, WIDE], [], True),
+            ([NEW, WIDE], [100], False),
         ]
     ):
         ours, theirs = greedy(pair, qwen_inputs(4 + place, 5, images, text_seed=place))
@@ -154,15 +153,9 @@ def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-def test_an_encoder_that_shares_its_graph_with_the_text_is_kept() -> None:
-    """The check of placeholders cuts the graph behind the text's embeddings: the same prompt hits."""
-    pair = with_backend(warmed_up(), policy="full")
-    for _ in range(2):
-        assert pair.run(**llava_inputs(4, 5, [0]))[0] == 0.0
-    assert pair.engine.stats()["encoder"] == {"hits": 1, "misses": 1}
-
-
-@pytest.mark.xfail(strict=True, reason="the text's embeddings are results of that graph: the prompt is in its key")
+@pytest.mark.xfail(
+    strict=True, reason="the text's embeddings are results of that graph: the prompt is in its key"
+)
 def test_an_encoder_that_shares_its_graph_with_the_text_is_kept_behind_another_prompt() -> None:
     pair = with_backend(warmed_up(), policy="full")
     for place in range(3):

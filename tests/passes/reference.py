@@ -25,8 +25,8 @@ def forward(
         inputs: the prompt.
         rows: L + 1 sets of token positions; layer i computes keys and values of ``rows[i]``, all else of
             ``rows[i + 1]``.
-        stored: per layer, keys and values of all tokens, [1, kv_heads, tokens, head_dim]; those of rows that are
-            computed are not read.
+        stored: per layer, keys and values of all tokens, [1, kv_heads, tokens, head_dim]; those of rows that
+            are computed are not read.
     """
     ids = inputs["input_ids"]
     num_tokens, shape = ids.shape[1], model.decoder.shape

@@ -98,7 +98,7 @@ def test_a_malformed_graph_fails_the_pass_that_made_it() -> None:
             late = program.graph.call_function(torch.neg, (mul.args[0],))
         mul.args = (late, 2)
 
-    with pytest.raises(PassError, match="'failing'.*was used before it has been defined") as error:
+    with pytest.raises(PassError, match=r"'failing'.*was used before it has been defined") as error:
         Pipeline((First(), Failing(action=read_before_made))).run(program())
     assert error.value.passes_before == ("first",)
 
@@ -156,7 +156,7 @@ def test_a_user_pass_among_the_standard_ones() -> None:
 
 
 def test_a_user_pass_at_the_wrong_place_is_told_what_it_lacks() -> None:
-    with pytest.raises(PassError, match="'scale_stored': requires hoisted.*insert_lookups, splice_rows"):
+    with pytest.raises(PassError, match=r"'scale_stored': requires hoisted.*insert_lookups, splice_rows"):
         warm_program(small()[0], WARM.inserting(ScaleStored(0.5), before="hoist_lookups"))
 
 

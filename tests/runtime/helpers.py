@@ -41,7 +41,7 @@ class Pair:
             return self.model(**inputs), self.reference(**inputs)
 
     def run(self, **inputs: Any) -> tuple[float, dict[str, Any]]:
-        """How far the logits are from the unmodified model's (0.0 where they are bitwise equal), and the report."""
+        """How far the logits are from the unmodified model's (0.0: bitwise equal), and the report."""
         got, expected = self.both(**inputs)
         return distance(got, expected), self.report
 
@@ -55,7 +55,7 @@ def with_api(model: nn.Module, **options: Any) -> Pair:
 
 
 def with_backend(model: nn.Module, dynamic: bool | None = True, **options: Any) -> Pair:
-    """Through ``torch.compile(model.forward, backend="vlcache")``; eager and dynamic unless said otherwise."""
+    """Through ``torch.compile(backend="vlcache")``; eager and dynamic unless said otherwise."""
     reference = copy.deepcopy(model)
     # A store of its own: equal options share an engine.
     options = {"lowering": "eager", "store": vlcache_store()} | options

@@ -285,7 +285,9 @@ SPOILED = {
     "a slot is missing": lambda entry: Entry(
         {name: tensor for name, tensor in entry.tensors.items() if name != "1.k"}, entry.info
     ),
-    "too few rows": lambda entry: _changed(entry, lambda _, tensor: tensor[:, :-1] if tensor.dim() > 2 else tensor[:-1]),
+    "too few rows": lambda entry: _changed(
+        entry, lambda _, tensor: tensor[:, :-1] if tensor.dim() > 2 else tensor[:-1]
+    ),
     "other heads": lambda entry: _changed(entry, lambda _, tensor: torch.cat([tensor, tensor], -1)),
     "another dtype": lambda entry: _changed(entry, lambda _, tensor: tensor.half()),
     "another rank": lambda entry: _changed(entry, lambda _, tensor: tensor.flatten()),

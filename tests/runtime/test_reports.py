@@ -15,7 +15,8 @@ from .helpers import Pair, own_compiler_state, with_backend
 
 LAYERS = 2
 CONTRACT = {
-    "mode", "reason", "num_tokens", "spans", "rows_per_layer", "token_layer_fraction", "encoder_hit", "timings_ms"
+    "mode", "reason", "num_tokens", "spans",
+    "rows_per_layer", "token_layer_fraction", "encoder_hit", "timings_ms",
 }  # fmt: skip
 
 

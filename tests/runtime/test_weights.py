@@ -163,7 +163,9 @@ def test_a_static_graphs_donors_serve_a_dynamic_graph() -> None:
 def test_salts_separate_tenants() -> None:
     store = vlcache_store()
     model = tiny_vlm(num_layers=LAYERS, last_only=False)
-    tenants = [with_backend(copy.deepcopy(model), store=store, policy="none", salt=salt) for salt in ("a", "b")]
+    tenants = [
+        with_backend(copy.deepcopy(model), store=store, policy="none", salt=salt) for salt in ("a", "b")
+    ]
     seen = set()
     for tenant in tenants:
         _, report = tenant.run(**prompt())

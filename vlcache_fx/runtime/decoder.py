@@ -70,7 +70,7 @@ class DecoderRunner:
             slot: donors.RowForm.of(frontiers[slot][0].meta["val"], frontiers[slot][1])
             for slot in self._cold.recorded
         }
-        # What a stored row looks like, and what layers do beside their weights: graphs of one model agree on it.
+        # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in self._cold.recorded if slot != "residual"}
         self._form = str(
             (

@@ -126,13 +126,14 @@ def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:
 def arithmetic(nodes: Iterable[fx.Node]) -> list[str]:
     """The operators on values among ``nodes`` with the floats in their arguments, each once.
 
-    Part of a donor's key: equal weights under another activation, or another epsilon, are another model. A set,
-    since graphs of one model differ in views, copies and order.
+    Part of a donor's key: equal weights under another activation or epsilon are another model. A set, since
+    graphs of one model differ in views, copies and order.
     """
     found = set()
     for node in nodes:
+        if node.op != "call_function" or node.target is torch.ops.aten.clone.default:
+            continue
         floats = [value for value in node.args if isinstance(value, float)]
-        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if node.op == "call_function" and (pointwise or floats) and node.target is not torch.ops.aten.clone.default:
+        if floats or torch.Tag.pointwise in getattr(node.target, "tags", ()):
             found.add(f"{node.target} {floats}")
     return sorted(found)

@@ -52,6 +52,6 @@ def test_numbers_stay() -> None:
 def test_it_wants_facts() -> None:
     program = bare(small()[0])
     before = str(program.graph)
-    with pytest.raises(PassError, match="declare_inputs.*requires facts"):
+    with pytest.raises(PassError, match=r"declare_inputs.*requires facts"):
         Pipeline((DeclareInputs(),)).run(program)
     assert str(program.graph) == before

@@ -73,6 +73,6 @@ def test_tags_that_are_there_stay() -> None:
 
 
 def test_it_wants_facts() -> None:
-    with pytest.raises(PassError, match="tag_segments.*requires facts"):
+    with pytest.raises(PassError, match=r"tag_segments.*requires facts"):
         Pipeline((TagSegments(),)).run(bare(small()[0]))
     assert "tag_segments" in [step.name for step in WARM.passes]

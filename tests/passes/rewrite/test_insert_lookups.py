@@ -24,7 +24,7 @@ def test_nothing_reads_them() -> None:
     program = prepared(captured, InsertLookups())
     with bind_donors(nothing_stored(program)):
         assert torch.equal(run(program, graph.calls[0], everything(captured))[0], want)
-    with pytest.raises(StoreError, match="no donor table is bound for slot '0.k'"):
+    with pytest.raises(StoreError, match=r"no donor table is bound for slot '0.k'"):
         run(program, graph.calls[0], everything(captured))
 
 
@@ -40,6 +40,6 @@ def test_slots_and_dimensions() -> None:
 def test_a_graph_without_facts_is_left_alone() -> None:
     program = bare(small()[0])
     before = str(program.graph)
-    with pytest.raises(PassError, match="insert_lookups.*requires facts"):
+    with pytest.raises(PassError, match=r"insert_lookups.*requires facts"):
         Pipeline((InsertLookups(),)).run(program)
     assert str(program.graph) == before

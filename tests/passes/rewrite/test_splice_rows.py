@@ -64,7 +64,7 @@ def test_stored_rows_are_read_for_the_others() -> None:
 def test_without_lookups_it_does_not_run() -> None:
     program = prepared(small()[0])
     before = str(program.graph)
-    with pytest.raises(PassError, match="splice_rows.*requires lookups") as error:
+    with pytest.raises(PassError, match=r"splice_rows.*requires lookups") as error:
         Pipeline((SpliceRows(),)).run(program)
     assert error.value.passes_before == ()
     assert str(program.graph) == before

@@ -42,5 +42,5 @@ def test_results_of_all_rows_are_left_alone() -> None:
 
 
 def test_it_wants_restricted_rows() -> None:
-    with pytest.raises(PassError, match="trim_tail.*requires rows_restricted"):
+    with pytest.raises(PassError, match=r"trim_tail.*requires rows_restricted"):
         Pipeline((TrimTail(),)).run(prepared(small()[0]))

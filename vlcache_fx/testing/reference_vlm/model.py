@@ -21,10 +21,11 @@ def load_model(
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model: Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         str(folder), dtype=dtype or torch.float32, attn_implementation=attn_implementation
     )
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def load_processor(folder: str | Path = ASSETS) -> ReferenceProcessor:

@@ -77,10 +77,11 @@ class ReferenceProcessor:
 
     def __init__(self, image_processor: ReferenceImageProcessor | None = None, tokenizer: Any = None) -> None:
         self.image_processor = image_processor or ReferenceImageProcessor()
-        self.tokenizer = tokenizer if tokenizer is not None else build_tokenizer()
+        self.tokenizer: Any = tokenizer if tokenizer is not None else build_tokenizer()
         self.image_token, self.video_token = IMAGE, VIDEO
-        self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(IMAGE))
-        self.video_token_id = int(self.tokenizer.convert_tokens_to_ids(VIDEO))
+        ids: Any = self.tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
+        self.image_token_id = int(ids[0])
+        self.video_token_id = int(ids[1])
         self.chat_template = self.tokenizer.chat_template
 
     def __call__(
@@ -129,10 +130,12 @@ class ReferenceProcessor:
         conversations = conversation if batched else [conversation]
         texts = [
             self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=CHAT
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=self.chat_template,
             )
             for messages in conversations
-            for CHAT in (self.chat_template,)
         ]
         if not tokenize:
             return texts if batched else texts[0]

@@ -161,7 +161,8 @@ class Guide:
         scores = scores.masked_fill(~batch["attention_mask"][row, 0, token], float("-inf"))
         found = scores.log_softmax(-1)[:, : wanted.shape[-1]]
         found = found.masked_fill(wanted == 0, 0.0)
-        return -((found * wanted).sum(-1) / wanted.sum(-1)).mean()
+        loss: torch.Tensor = -((found * wanted).sum(-1) / wanted.sum(-1)).mean()
+        return loss
 
 
 def initialise(model: Any) -> None:
