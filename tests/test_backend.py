@@ -246,7 +246,6 @@ def test_written_inputs_are_refused_and_written() -> None:
     assert "node 'arg" in pair.report["reason"]
 
 
-@pytest.mark.xfail(strict=True, reason="analysis takes K with the position in it for position-free")
 def test_learned_positions_are_refused() -> None:
     refused(with_backend(tiny_vlm(last_only=False, learned_positions=True)), Reason.POSITION_IN_STREAM, FIRST)
 

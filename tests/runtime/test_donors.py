@@ -196,6 +196,17 @@ def test_a_donor_too_large_for_the_store_is_never_kept() -> None:
     assert len(pair.engine.store) == 0
 
 
+def test_a_pair_whose_second_image_is_too_large_goes_on_reusing_the_first() -> None:
+    big = (100, 5)
+    donor_bytes = (16 + LAYERS * 2 * 8) * 4  # per token; encoder outputs, 16 * 4 per token, need room as well
+    store = vlcache_store(90 * donor_bytes)
+    pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), store=store, policy="full")
+    pair.run(**prompt(A))
+    modes = [pair.run(**prompt(A, big, seed=seed))[1]["mode"] for seed in range(4)]
+    # Its second miss is computed exactly to be stored; the store refuses it, so that is not tried again.
+    assert modes == ["warm", "cold", "warm", "warm"]
+
+
 class Wrapped(Store):
     """A store that misbehaves on request."""
 

@@ -137,7 +137,8 @@ class DecoderRunner:
         In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
         are never stored.
         """
-        repeated = [self.engine.missed_before(span.key) for span in spans if not span.hit]
+        missed = [span.key for span in spans if not span.hit and not self.engine.is_unstorable(span.key)]
+        repeated = [self.engine.missed_before(key) for key in missed]
         return any(repeated)
 
     def _check_masks(self, args: Sequence[Any], spans: list[Span]) -> None:
@@ -159,11 +160,14 @@ class DecoderRunner:
         bound = self._cold.bind(plan, self._tail_rows.positions(request.num_tokens), {})
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
+        if results is None:
+            return self._bypass(request.args, "the cold program failed", request.num_tokens)
         recorded = dict(zip(self._cold.recorded, results[self._num_outputs :], strict=True))
         with request.clock.measure("admit"):
             for span in spans:
                 try:
-                    donors.admit(self.engine.store, span, recorded, self._forms)
+                    if not donors.admit(self.engine.store, span, recorded, self._forms):
+                        self.engine.note_unstorable(span.key)
                 except StoreError as error:
                     self.engine.store_failed(error)
         if spans:
@@ -183,6 +187,8 @@ class DecoderRunner:
             bound = self._warm.bind(plan, self._tail_rows.positions(request.num_tokens), tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
+        if results is None:
+            return self._bypass(request.args, "the warm program failed", request.num_tokens)
         self._report("warm", None, request, plan, plan.token_layer_fraction)
         return results[: self._num_outputs]
 

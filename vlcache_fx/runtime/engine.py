@@ -22,7 +22,7 @@ from vlcache_fx.store.weights import WeightsFingerprint
 
 log = logging.getLogger("vlcache_fx")
 
-MISSES_REMEMBERED = 4096
+KEYS_REMEMBERED = 4096
 WEIGHT_SETS_REMEMBERED = 16
 
 
@@ -56,6 +56,7 @@ class Engine:
         self._lock = threading.Lock()
         self._fingerprints: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
         self._missed: OrderedDict[str, None] = OrderedDict()
+        self._unstorable: OrderedDict[str, None] = OrderedDict()
         self._call = threading.local()
 
     @property
@@ -98,6 +99,7 @@ class Engine:
         self.store.clear()
         with self._lock:
             self._missed.clear()
+            self._unstorable.clear()
 
     def close(self) -> None:
         """Release the store; the compiled model goes on without reuse."""
@@ -158,12 +160,25 @@ class Engine:
                     self._fingerprints.popitem(last=False)
             return known.current(tensors)
 
+    def note_unstorable(self, key: str) -> None:
+        """Remember that the store refused this donor (as too large): recording it again would not help."""
+        with self._lock:
+            _remember(self._unstorable, key)
+
+    def is_unstorable(self, key: str) -> bool:
+        """True where the store has refused the donor of this key."""
+        return key in self._unstorable
+
     def missed_before(self, key: str) -> bool:
         """Remember a miss; True where the same item has missed already."""
         with self._lock:
             before = key in self._missed
-            self._missed[key] = None
-            self._missed.move_to_end(key)
-            while len(self._missed) > MISSES_REMEMBERED:
-                self._missed.popitem(last=False)
+            _remember(self._missed, key)
             return before
+
+
+def _remember(keys: OrderedDict[str, None], key: str) -> None:
+    keys[key] = None
+    keys.move_to_end(key)
+    while len(keys) > KEYS_REMEMBERED:
+        keys.popitem(last=False)

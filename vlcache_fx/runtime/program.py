@@ -69,7 +69,20 @@ class ProgramRunner:
                 bound.append(moved(per_level[kind][int(rest)]))
         return bound
 
-    def run(self, args: Sequence[Any], bound: Sequence[Tensor]) -> Sequence[Any]:
-        """Run the program on the graph's inputs and the bound ones; call ``ready`` first."""
+    def run(self, args: Sequence[Any], bound: Sequence[Tensor]) -> Sequence[Any] | None:
+        """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
+
+        Returns:
+            The results, or None where the program failed: it is refused then, and not tried again. Graphs are
+            functional, so nothing of the failed run is left behind.
+        """
         assert self._lowered is not None
-        return self._lowered([*args, *bound])
+        try:
+            return self._lowered([*args, *bound])
+        except Exception as error:
+            if self._engine.options.strict:
+                raise
+            self._failed = True
+            detail = f"the {self.name} program failed: {type(error).__name__}: {error}"
+            self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, detail))
+            return None
