@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output-dir", type=Path, default=Path(), help="where demo.png and demo.json go")
-    parser.add_argument("--questions", type=int, default=12, help="sets of pictures per family")
+    parser.add_argument("--questions", type=int, default=10, help="sets of pictures per family")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
     parser.add_argument("--rounds", type=int, help="rounds of timing")
     parser.add_argument("--tiny", action="store_true", help="time a toy decoder, to try the demo out")

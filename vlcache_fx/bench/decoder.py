@@ -34,8 +34,8 @@ class Shape:
     short: int = 20
     long: int = 40
     budget: float = 0.02
-    rounds: int = 7
-    eager_rounds: int = 3
+    rounds: int = 5
+    eager_rounds: int = 2
     lowering: str = "inductor"
 
 
