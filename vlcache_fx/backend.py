@@ -153,19 +153,19 @@ class _Unmodified:
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> None:
         self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine
-        self._compiled: Compiled | None = None
+        # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again for
+        # it would not pay.
+        self._run: Compiled = graph_module
 
     def prepare(self) -> Compiled:
         """Compile now, while Dynamo's compilation context is there."""
         if self._engine.options.lowering == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            self._compiled = compile_fx(self._graph_module, list(self._example_inputs))
-        else:
-            self._compiled = self._graph_module
+            compiled: Any = compile_fx(self._graph_module, list(self._example_inputs))
+            self._run = compiled
         self._example_inputs = ()
-        return self._compiled
+        return self._run
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        # A call that comes here was meant to be rewritten; compiling the graph again for it would not pay.
-        return (self._compiled or self._graph_module)(*args)
+        return self._run(*args)

@@ -84,7 +84,8 @@ def build_model(shape: Shape, dtype: torch.dtype) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval()
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        return model.to(dtype).eval()
 
 
 def photo_patches(grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,12 @@ class TtftBench:
     """The systems and their inputs. Build it, then ``run()``."""
 
     def __init__(self, shape: Shape) -> None:
-        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        torch._dynamo.reset()
         self.shape = shape
         self.dtype = faster_dtype(shape.grid[0] * shape.grid[1], shape.hidden)
         self.plain = build_model(shape, self.dtype)
-        self.compiled = torch.compile(self.plain.forward, backend=shape.lowering, dynamic=True)
-        self.reusing = vlcache_fx.compile(
+        self.compiled: Any = torch.compile(self.plain.forward, backend=shape.lowering, dynamic=True)
+        self.reusing: Any = vlcache_fx.compile(
             build_model(shape, self.dtype), budget=shape.budget, lowering=shape.lowering, dynamic=True
         )
         pixels, self.grids = photo_patches(shape.grid)
@@ -163,7 +163,7 @@ class TtftBench:
     def _fill_cache(self) -> None:
         from transformers import DynamicCache
 
-        cache = DynamicCache()  # type: ignore[no-untyped-call]
+        cache = DynamicCache()
         for index, (keys, values) in enumerate(self.past):
             cache.update(keys, values, index)
         self.floor_inputs["past_key_values"] = cache

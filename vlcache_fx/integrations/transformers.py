@@ -49,13 +49,13 @@ def hook_placeholder_check(model: nn.Module) -> bool:
             given = features.get(name)
             if given is not None:
                 placeholders = mask.expand(inputs_embeds.shape).sum()
-                torch._check_tensor_all(
+                torch._check_tensor_all(  # type: ignore[no-untyped-call]
                     placeholders == given.numel(),
                     lambda: "placeholder tokens and encoder features do not agree in number",
                 )
         return masks
 
-    base.get_placeholder_mask = get_placeholder_mask  # type: ignore[assignment]
+    base.get_placeholder_mask = get_placeholder_mask
     return True
 
 
@@ -69,7 +69,8 @@ def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
         if encode is None:
             continue
         encoder = EncoderCache(encode, base, modality, engine)
-        setattr(base, name, functools.wraps(encode)(torch.compiler.disable(encoder.__call__)))
+        untraced = torch.compiler.disable(encoder.__call__)  # type: ignore[no-untyped-call]
+        setattr(base, name, functools.wraps(encode)(untraced))
         hooked.append(modality)
     return hooked
 
@@ -157,7 +158,8 @@ def _output(features: list[Any]) -> Any:
     """
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=tuple(features))
+    per_item: Any = tuple(features)  # declared as one tensor, but models return one per item
+    return BaseModelOutputWithPooling(pooler_output=per_item)
 
 
 def _plain(value: Any) -> Part:
@@ -174,4 +176,4 @@ def _split(pixels: Tensor, grids: Any) -> list[tuple[Tensor, Tensor | None]] | N
     counts = [int(count) for count in grids.prod(-1).tolist()]
     if sum(counts) != pixels.shape[0]:
         return None
-    return list(zip(pixels.split(counts), grids.unbind(0), strict=True))
+    return list(zip(torch.split_with_sizes(pixels, counts), grids.unbind(0), strict=True))

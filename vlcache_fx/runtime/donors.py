@@ -28,7 +28,7 @@ class RowForm:
     @classmethod
     def of(cls, value: Tensor, dim: int) -> "RowForm":
         """The form of rows of ``value``, a fake tensor of the graph."""
-        sizes = [size if isinstance(size, int) else None for size in value.shape]
+        sizes: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
         sizes[dim] = None
         return cls(dim, value.dtype, tuple(sizes))
 
