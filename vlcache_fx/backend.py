@@ -153,8 +153,8 @@ class _Unmodified:
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> None:
         self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine
-        # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again for
-        # it would not pay.
+        # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again
+        # for it would not pay.
         self._run: Compiled = graph_module
 
     def prepare(self) -> Compiled:
