@@ -4,8 +4,8 @@ One policy per file, the file's name is the registered name. Others are added by
 entry point in the group ``vlcache_fx.policies``.
 """
 
-# The folder lies at the top of the repository, so an interpreter started there could import it as `policies`, and
-# every class would exist twice. Refuse.
+# The folder lies at the top of the repository, so an interpreter started there could import it as `policies`,
+# and every class would exist twice. Refuse.
 if __name__ != "vlcache_fx.policies":
     raise ImportError("import vlcache_fx.policies, not policies")
 
