@@ -58,7 +58,7 @@ class Program:
 
     def add_outputs(self, named: Iterable[tuple[str, Node]]) -> None:
         """Append results behind the graph's own."""
-        output = next(iter(reversed(self.graph.nodes)))
+        output = self.graph.output_node()
         named = list(named)
         results = output.args[0]
         assert isinstance(results, tuple | list)

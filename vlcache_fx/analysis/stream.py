@@ -50,7 +50,7 @@ def _floating(node: Node) -> bool:
 
 def output_nodes(graph: Graph) -> list[Node]:
     """The tensors that the graph returns."""
-    output = next(iter(reversed(graph.nodes)))
+    output = graph.output_node()
     return [node for node in output.all_input_nodes if carries_data(node)]
 
 

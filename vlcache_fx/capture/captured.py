@@ -41,7 +41,7 @@ class Captured:
     @property
     def num_outputs(self) -> int:
         """Number of entries that the graph returns."""
-        output = next(iter(reversed(self.graph_module.graph.nodes)))
+        output = self.graph_module.graph.output_node()
         results = output.args[0]
         assert isinstance(results, tuple | list)
         return len(results)

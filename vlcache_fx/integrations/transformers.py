@@ -136,19 +136,15 @@ class EncoderCache:
             return None
 
     def _get(self, key: str) -> Tensor | None:
-        try:
+        entry = None
+        with self._engine.tolerating_store_errors():
             entry = self._engine.store.get(key)
-        except StoreError as error:
-            self._engine.store_failed(error)
-            return None
         stored = None if entry is None else unpacked(entry)
         return None if stored is None else stored[0]
 
     def _put(self, key: str, features: Tensor) -> None:
-        try:
+        with self._engine.tolerating_store_errors():
             self._engine.store.put(key, packed([features]))
-        except StoreError as error:
-            self._engine.store_failed(error)
 
 
 def _output(features: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.token_axis import shape_of
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.errors import PlanError, StoreError, UnsupportedGraphError
+from vlcache_fx.errors import PlanError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Plan, Span
@@ -106,24 +106,24 @@ class DecoderRunner:
         return self._run_warm(request, entries)
 
     def _spans(self, args: Sequence[Any], runs: list[Run], num_tokens: int) -> list[Span]:
+        runs = [run for run in runs if run.length >= self.engine.options.min_span_tokens]
+        if not runs:
+            return []  # text alone: nothing to look the weights over for
         weights = self.engine.weights_fingerprint([args[index] for index in self._weights])
         salt = self.engine.options.salt
         spans = []
         for run in runs:
-            if run.length >= self.engine.options.min_span_tokens:
-                positions = self._identifier.positions(args, run, num_tokens)
-                key = donor_key(run, positions, f"{weights}|{self._form}", salt)
-                spans.append(Span(0, run.start, run.length, key, False))
+            positions = self._identifier.positions(args, run, num_tokens)
+            key = donor_key(run, positions, f"{weights}|{self._form}", salt)
+            spans.append(Span(0, run.start, run.length, key, False))
         return spans
 
     def _look_up(self, spans: list[Span]) -> tuple[list[Span], list[Entry]]:
         looked, entries = [], []
         for span in spans:
-            try:
+            entry = None
+            with self.engine.tolerating_store_errors():
                 entry = self.engine.store.get(span.key)
-            except StoreError as error:
-                self.engine.store_failed(error)
-                entry = None
             if entry is not None and donors.fits(entry, self._forms, span.length):
                 entries.append(entry)
                 looked.append(replace(span, hit=True, tier=self.engine.store.tier))
@@ -165,11 +165,9 @@ class DecoderRunner:
         recorded = dict(zip(self._cold.recorded, results[self._num_outputs :], strict=True))
         with request.clock.measure("admit"):
             for span in spans:
-                try:
+                with self.engine.tolerating_store_errors():
                     if not donors.admit(self.engine.store, span, recorded, self._forms):
                         self.engine.note_unstorable(span.key)
-                except StoreError as error:
-                    self.engine.store_failed(error)
         if spans:
             self._report("cold", "no donor for its spans", replace(request, spans=spans), plan, 1.0)
         else:

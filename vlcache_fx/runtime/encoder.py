@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.errors import StoreError
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.keys import Part, content_digest
@@ -44,20 +43,14 @@ class EncoderRunner:
         return content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
 
     def _get(self, key: str) -> list[Any] | None:
-        try:
+        entry = None
+        with self._engine.tolerating_store_errors():
             entry = self._engine.store.get(key)
-        except StoreError as error:
-            self._engine.store_failed(error)
-            return None
-        if entry is None:
-            return None
-        return unpacked(entry)
+        return None if entry is None else unpacked(entry)
 
     def _put(self, key: str, results: Sequence[Any]) -> None:
-        try:
+        with self._engine.tolerating_store_errors():
             self._engine.store.put(key, packed(results))
-        except StoreError as error:
-            self._engine.store_failed(error)
 
 
 def packed(results: Sequence[Any]) -> Entry:

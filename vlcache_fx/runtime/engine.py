@@ -3,13 +3,14 @@
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import OptionError, PlanError, UnsupportedGraphError, VlcacheError
+from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import splice_rows_reference
@@ -137,12 +138,16 @@ class Engine:
             self.refusals.append(refusal)
         log.warning("runs unmodified: %s", refusal)
 
-    def store_failed(self, error: Exception) -> None:
-        """A store that fails costs reuse, never the request."""
-        if self.options.strict and isinstance(error, VlcacheError):
-            raise error
-        self.count("store_failures")
-        log.warning("store failed, computing instead: %s", error)
+    @contextmanager
+    def tolerating_store_errors(self) -> Iterator[None]:
+        """A store that fails in the body costs reuse, never the request; raised in strict mode."""
+        try:
+            yield
+        except StoreError as error:
+            if self.options.strict:
+                raise
+            self.count("store_failures")
+            log.warning("store failed, computing instead: %s", error)
 
     def plan_failed(self, error: PlanError) -> None:
         """A policy whose rows cannot be executed costs reuse, never the request."""
