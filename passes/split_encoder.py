@@ -1,12 +1,15 @@
-"""Cut the encoder out of a graph that has it together with the decoder, so that a hit can skip it."""
+"""Cut the encoder out of a graph that holds other things too, so that a hit can skip it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.dataflow import descendants
 from vlcache_fx.analysis.frontier import packet_of
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.subgraph import extract, needed_for
@@ -49,17 +52,72 @@ def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | Non
         node for node in region if any(user not in region and user.op != "output" for user in node.users)
     ]
     results += [n for n in region if n not in results and any(user.op == "output" for user in n.users)]
-    placeholders = captured.placeholders
-    needed = needed_for(results)
-    used = [index for index, node in enumerate(placeholders) if node in needed]
-    kinds = captured.kinds
+    inputs, weights = _inputs(captured, results)
     return SplitEncoder(
         encoder=extract(captured.graph_module, results),
-        inputs=tuple(index for index in used if kinds[index] is not InputKind.WEIGHT),
-        weights=tuple(index for index in used if kinds[index] is InputKind.WEIGHT),
+        inputs=inputs,
+        weights=weights,
         decoder=_rest(captured, results),
         computes=any(packet_of(node) in COMPUTES for node in region),
     )
+
+
+@dataclass(frozen=True)
+class SplitResults:
+    """The two parts of a graph some of whose results an encoder gives.
+
+    Attributes:
+        encoder: from the graph's inputs to the encoder's results.
+        inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
+        weights: indices of its weights.
+        others: from the graph's inputs to the results that are none of the encoder's.
+        encoder_places, other_places: where each part's results stand among the graph's.
+        constants: the graph's results, with None for the computed ones.
+    """
+
+    encoder: fx.GraphModule
+    inputs: tuple[int, ...]
+    weights: tuple[int, ...]
+    others: fx.GraphModule
+    encoder_places: tuple[int, ...]
+    other_places: tuple[int, ...]
+    constants: tuple[Any, ...]
+
+    def joined(self, encoded: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """The graph's results."""
+        results = list(self.constants)
+        for places, values in ((self.encoder_places, encoded), (self.other_places, others)):
+            for place, value in zip(places, values, strict=True):
+                results[place] = value
+        return results
+
+
+def split_results(captured: Captured, attention: Sequence[Node]) -> SplitResults:
+    """Split ``captured`` into what depends on one of the ``attention`` calls and what does not."""
+    output = captured.graph_module.graph.output_node().args[0]
+    assert isinstance(output, tuple | list)
+    reached = descendants(attention)
+    encoder = tuple(i for i, value in enumerate(output) if value in reached)
+    others = tuple(i for i, value in enumerate(output) if isinstance(value, Node) and value not in reached)
+    results = [output[i] for i in encoder]
+    inputs, weights = _inputs(captured, results)
+    return SplitResults(
+        encoder=extract(captured.graph_module, results),
+        inputs=inputs,
+        weights=weights,
+        others=extract(captured.graph_module, [output[i] for i in others]),
+        encoder_places=encoder,
+        other_places=others,
+        constants=tuple(None if isinstance(value, Node) else value for value in output),
+    )
+
+
+def _inputs(captured: Captured, results: Sequence[Node]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Indices of the data and of the weights that ``results`` depend on."""
+    needed = needed_for(results)
+    used = [index for index, node in enumerate(captured.placeholders) if node in needed]
+    data = tuple(index for index in used if captured.kinds[index] is not InputKind.WEIGHT)
+    return data, tuple(index for index in used if captured.kinds[index] is InputKind.WEIGHT)
 
 
 def _rest(captured: Captured, results: list[Node]) -> Captured:

@@ -16,11 +16,12 @@ from torch import Tensor, fx
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.encoder import is_encoder
-from vlcache_fx.capture import Captured, InputKind, capture_dynamo
+from vlcache_fx.analysis.sites import find_sites
+from vlcache_fx.capture import Captured, capture_dynamo
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.split_encoder import split_encoder
+from vlcache_fx.passes.split_encoder import split_encoder, split_results
 from vlcache_fx.passes.standard import CLEANUP
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
@@ -91,11 +92,7 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 
 def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
     if is_encoder(captured):
-        kinds = captured.kinds
-        data = [index for index, kind in enumerate(kinds) if kind is not InputKind.WEIGHT]
-        weights = [index for index, kind in enumerate(kinds) if kind is InputKind.WEIGHT]
-        encoder = EncoderRunner(unmodified.prepare(), data, weights, engine)
-        return lambda *args: encoder(args)[0]
+        return _keep_results(captured, engine)
     facts = analyze(captured)
     if not facts.merges:
         if facts.stream.boundaries[0].op != "placeholder":
@@ -116,6 +113,16 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
         return decoder([*args, *features], encoder_hit=hit)
 
     return run
+
+
+def _keep_results(captured: Captured, engine: Engine) -> Compiled:
+    """A graph that is an encoder; text in the same graph stays out of its keys."""
+    split = split_results(captured, [site.node for site in find_sites(captured.graph_module.graph)])
+    encoder = EncoderRunner(_lowered(split.encoder, engine), split.inputs, split.weights, engine)
+    if not split.other_places:
+        return lambda *args: split.joined(encoder(args)[0], ())
+    others = _lowered(split.others, engine)
+    return lambda *args: split.joined(encoder(args)[0], others(*args))
 
 
 def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:

@@ -153,9 +153,6 @@ def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the text's embeddings are results of that graph: the prompt is in its key"
-)
 def test_an_encoder_that_shares_its_graph_with_the_text_is_kept_behind_another_prompt() -> None:
     pair = with_backend(warmed_up(), policy="full")
     for place in range(3):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 
 from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import InputKind
-from vlcache_fx.passes.split_encoder import split_encoder
+from vlcache_fx.passes.split_encoder import split_encoder, split_results
 from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
 
 from .programs import PROMPT, small, text
@@ -85,3 +86,31 @@ def test_conversions_alone_are_not_worth_a_cache() -> None:
     split = split_encoder(captured, analyze(captured))
     assert split is not None
     assert not split.computes
+
+
+class TextBesidePixels(torch.nn.Module):
+    """A tower over pixels, and token embeddings that do not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.project = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.project(pixels)[:, None]
+        return self.embed(ids), torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
+
+
+def test_results_beside_an_encoder_are_computed_without_it() -> None:
+    call = {"ids": torch.tensor([[1, 2, 3]]), "pixels": torch.randn(1, 5, 4)}
+    captured, graph = captured_graph(TextBesidePixels(), call)
+    args = graph.calls[0]
+    split = split_results(captured, [site.node for site in find_sites(captured.graph_module.graph)])
+    with torch.no_grad():
+        want = captured.graph_module(*args)
+        assert (split.other_places, split.encoder_places) == ((0,), (1,))
+        own = {*split.inputs, *split.weights}
+        encoded = split.encoder(*[arg if index in own else None for index, arg in enumerate(args)])
+        others = split.others(*[None if index in split.inputs else arg for index, arg in enumerate(args)])
+    assert [args[index].shape for index in split.inputs] == [call["pixels"].shape]
+    for got, wanted in zip(split.joined(encoded, others), want, strict=True):
+        assert torch.equal(got, wanted)
