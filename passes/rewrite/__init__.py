@@ -4,6 +4,7 @@ from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
 from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
 from vlcache_fx.passes.rewrite.record_donors import RecordDonors
+from vlcache_fx.passes.rewrite.restrict_merge import RestrictMerge
 from vlcache_fx.passes.rewrite.restrict_rows import RestrictRows
 from vlcache_fx.passes.rewrite.splice_rows import SpliceRows
 from vlcache_fx.passes.rewrite.trim_tail import TrimTail
@@ -13,6 +14,7 @@ __all__ = [
     "InsertLookups",
     "KvOnlyRows",
     "RecordDonors",
+    "RestrictMerge",
     "RestrictRows",
     "SpliceRows",
     "TrimTail",

@@ -1,0 +1,68 @@
+"""Merge encoder features into the active rows only."""
+
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.merge import Merge
+from vlcache_fx.passes.base import Pass, Program
+
+aten = torch.ops.aten
+
+
+class RestrictMerge(Pass):
+    """``masked_scatter`` over all tokens, of which rows are taken, becomes a gather of those rows.
+
+    The k-th place of the mask takes the k-th row of the features, so a running count of the mask tells each
+    row where its features lie. Applies to one sample at a time, and only where nothing else reads the merge.
+    """
+
+    name: ClassVar[str] = "restrict_merge"
+    requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"merge_restricted"})
+
+    def run(self, program: Program) -> bool:
+        """Rewrite the merges from the last one back: each leaves a gather of what it merged into."""
+        changed = False
+        for merge in reversed(program.decoder.merges):
+            readers = list(merge.node.users)
+            dim = program.decoder.tail_rows.axis
+            if _is_plain(merge) and readers and all(_takes_rows(reader, dim) for reader in readers):
+                for reader in readers:
+                    _merge_rows(program, merge, reader)
+                program.graph.erase_node(merge.node)
+                changed = True
+        return changed
+
+
+def _is_plain(merge: Merge) -> bool:
+    shape, mask = merge.node.meta["val"].shape, merge.mask.meta["val"]
+    return len(shape) == mask.dim() == 3 and shape[0] == mask.shape[0] == 1 and isinstance(shape[2], int)
+
+
+def _takes_rows(reader: Node, dim: int) -> bool:
+    return reader.target is aten.index_select.default and reader.args[1] == dim
+
+
+def _merge_rows(program: Program, merge: Merge, reader: Node) -> None:
+    _, dim, rows = reader.args
+
+    def call(target: torch._ops.OpOverload, *args: object) -> Node:
+        node = program.graph.call_function(target, args)  # type: ignore[arg-type]
+        node.meta["segment"] = "prelude"
+        return node
+
+    with program.graph.inserting_before(reader):
+        flags = call(aten.select.int, merge.mask, -1, 0)
+        count = call(aten.cumsum.default, flags, 1)
+        place = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
+        taken = call(aten.index_select.default, place, 1, rows)
+        features = call(aten.reshape.default, merge.features, [-1, merge.node.meta["val"].shape[2]])
+        merged = call(aten.index.Tensor, features, [taken])
+        embeddings = call(aten.index_select.default, merge.embeddings, dim, rows)
+        is_feature = call(aten.unsqueeze.default, call(aten.index_select.default, flags, 1, rows), -1)
+        result = call(aten.where.self, is_feature, merged, embeddings)
+    result.meta.update(reader.meta)
+    reader.replace_all_uses_with(result)
+    program.graph.erase_node(reader)

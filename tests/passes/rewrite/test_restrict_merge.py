@@ -1,0 +1,71 @@
+"""Encoder features go to the active rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vlcache_fx.passes.rewrite import (
+    HoistLookups,
+    InsertLookups,
+    RestrictMerge,
+    RestrictRows,
+    SpliceRows,
+    TrimTail,
+)
+from vlcache_fx.plan.types import Span
+from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+
+from ..programs import (
+    LENGTH,
+    START,
+    Rows,
+    before_and_after,
+    everything,
+    nothing_stored,
+    plan_for,
+    prepared,
+    run,
+    small,
+    unchanged,
+)
+
+EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows())
+MERGE = torch.ops.aten.masked_scatter.default
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    golden("restrict_merge", before_and_after(RestrictMerge(), prepared(small(rope="none")[0], *EARLIER)))
+
+
+def test_all_rows_is_the_unmodified_model() -> None:
+    captured, graph, want = small()
+    program = prepared(captured, *EARLIER, RestrictMerge(), TrimTail())
+    assert not program.graph.find_nodes(op="call_function", target=MERGE)
+    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
+    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
+def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
+    """Bit by bit what the merge over all tokens gives, two images and text in between included."""
+    call = tiny_vlm_inputs(3, 2, [(LENGTH, 0), (4, 1)])
+    captured, graph = captured_graph(tiny_vlm(num_layers=1), call)
+    tokens = call["input_ids"].shape[1]
+    programs = [prepared(captured, *EARLIER, *more, TrimTail()) for more in ((), (RestrictMerge(),))]
+    spans = [Span(0, START, LENGTH, "key", True)]
+    results = []
+    for program in programs:
+        plan = plan_for(program, tokens, spans, Rows((offsets,)))
+        donors = {slot: torch.zeros_like(rows) for slot, rows in nothing_stored(program).items()}
+        results.append(run(program, graph.calls[0], plan, donors)[0])
+    assert torch.equal(*results)
+
+
+def test_a_merge_with_another_reader_stays() -> None:
+    program = prepared(small()[0], *EARLIER)
+    (merge,) = program.graph.find_nodes(op="call_function", target=MERGE)
+    program.add_outputs([("merged", merge)])
+    assert unchanged(RestrictMerge(), program)
