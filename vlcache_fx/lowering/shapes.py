@@ -7,9 +7,11 @@ nothing here ever evaluates a condition in it: expressions are copied into an en
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy
@@ -84,24 +86,133 @@ class Shapes:
         self, sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt], like: torch.Tensor
     ) -> torch.Tensor:
         """A fake tensor without autograd state that has the dtype and device of `like`."""
+        return self.empty(sizes, strides, like.dtype, like.device)
+
+    def empty(
+        self,
+        sizes: Sequence[int | torch.SymInt],
+        strides: Sequence[int | torch.SymInt],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """A fake tensor without autograd state."""
         with self.mode, torch.no_grad():
-            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=like.dtype, device=like.device)
+            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=dtype, device=device)
 
 
 class _Recorder(Interpreter):
-    """Keeps the value of every node; real tensor constants become fake."""
+    """Keeps the value of every node; real tensor constants become fake.
 
-    def __init__(self, module: GraphModule, mode: FakeTensorMode) -> None:
+    Layers repeat, so an operator is asked once for its result per form of its arguments; symbols that stand
+    in the same places are interchangeable there, because no two have the same example.
+    """
+
+    def __init__(self, module: GraphModule, shapes: Shapes, examples: Mapping[sympy.Symbol, int]) -> None:
         super().__init__(module, garbage_collect_values=False)
-        self.mode = mode
+        self.shapes, self.examples = shapes, examples
         self.values: dict[Node, Any] = {}
+        self._results: dict[Any, Any] = {}
+        self._made_already: dict[Any, Any] = {}
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
+        value = self._operator(n) if n.op == "call_function" else super().run_node(n)
         if n.op == "get_attr" and isinstance(value, torch.Tensor):
-            value = self.mode.from_tensor(value, static_shapes=True)
+            value = self.shapes.mode.from_tensor(value, static_shapes=True)
         self.values[n] = value
         return value
+
+    def _operator(self, node: Node) -> Any:
+        symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        try:
+            form = (node.target, _form((*args, *sorted(kwargs.items())), symbols))
+            known = self._results.get(form)
+        except TypeError:  # an argument that has no form
+            return super().run_node(node)
+        here = (form, *symbols)
+        if here not in self._made_already and known is not None:
+            self._made_already[here] = self._made(known, {place: one for one, place in symbols.items()})
+        if here in self._made_already:
+            return self._made_already[here]
+        value = super().run_node(node)
+        try:
+            self._results[form] = _form(value, dict(symbols), new_symbols=False)
+        except TypeError:
+            return value
+        self._made_already[here] = value
+        return value
+
+    def _made(self, form: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Any:
+        """A value of ``form``."""
+
+        def size(found: Size) -> int | torch.SymInt:
+            return (
+                found if isinstance(found, int) else self.shapes.size(found.xreplace(symbols), self.examples)
+            )
+
+        match form:
+            case _TensorForm(sizes, strides, dtype, device):
+                return self.shapes.empty(
+                    [size(one) for one in sizes], [size(one) for one in strides], dtype, device
+                )
+            case sympy.Expr():
+                return size(form)
+            case tuple():
+                return tuple(self._made(part, symbols) for part in form)
+        return form
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorForm:
+    sizes: tuple[Size, ...]
+    strides: tuple[Size, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _form(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol], *, new_symbols: bool = True) -> Any:
+    """What an operator's result depends on beside data: a hashable form, its symbols numbered as they appear.
+
+    Args:
+        value: an argument or a result.
+        symbols: each symbol's number so far, as a symbol; grows.
+        new_symbols: False where a symbol without a number is an error.
+
+    Raises:
+        TypeError: a value without a form.
+    """
+
+    def size(one: int | torch.SymInt) -> Size:
+        found = expression(one)
+        if isinstance(found, int):
+            return found
+        for symbol in sorted(found.free_symbols, key=str):
+            if symbol not in symbols:
+                if not new_symbols:
+                    raise TypeError(f"the symbol {symbol} comes from data")
+                symbols[symbol] = _place(len(symbols))
+        return found.xreplace(symbols)
+
+    match value:
+        case torch.Tensor():
+            if value.layout != torch.strided or value.is_conj() or value.is_neg():
+                raise TypeError("not a plain tensor")
+            sizes, strides = tuple(map(size, value.size())), tuple(map(size, value.stride()))
+            return _TensorForm(sizes, strides, value.dtype, value.device)
+        case torch.SymInt():
+            return size(value)
+        case tuple() | list():
+            return tuple(_form(part, symbols, new_symbols=new_symbols) for part in value)
+        case bool() | float() if new_symbols:
+            return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument
+        case int() | str() | None | torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
+            return value
+    raise TypeError(f"{type(value).__name__} has no form")
+
+
+@functools.cache
+def _place(index: int) -> sympy.Symbol:
+    return sympy.Symbol(f"place{index}", integer=True, positive=True)
 
 
 def program_values(program: GraphModule) -> dict[Node, Any]:
@@ -162,7 +273,7 @@ def _propagate(program: GraphModule, shapes: Shapes, *, captured: bool) -> dict[
         elif isinstance(value, torch.SymInt):
             value = convert(value)
         inputs.append(value)
-    recorder = _Recorder(program, shapes.mode)
+    recorder = _Recorder(program, shapes, examples)
     # The dispatcher in Python knows symbolic sizes where some C++ kernels insist on plain integers.
     with enable_python_dispatcher(), shapes.mode, torch.no_grad():
         recorder.run(*inputs)
