@@ -33,7 +33,6 @@ from .runtime.helpers import (
     distance,
     hits,
     own_compiler_state,
-    settings_of,
     unique_salt,
     vlcache_store,
     with_api,
@@ -397,7 +396,7 @@ def test_inductor_equals_the_model_and_compiles_once() -> None:
     off, _ = pair.run(**tiny_vlm_inputs(8, 6, [(27, 1)]))
     assert off <= 1e-5
     for policy, budget, before in [("layer_aware", 0.02, 6), ("layer_aware", 0.3, 21), ("none", 0.0, 4)]:
-        with settings_of(pair.engine, policy=policy, budget=budget):
+        with pair.engine.using(policy=policy, budget=budget):
             inputs = tiny_vlm_inputs(before, 7, [(27, 1)], text_seed=before)
             assert pair.run(**inputs)[1]["mode"] == "warm"
             inputs = tiny_vlm_inputs(before, 7, [(20, 0)], text_seed=before)

@@ -31,7 +31,6 @@ from .runtime.helpers import (
     distance,
     hits,
     own_compiler_state,
-    settings_of,
     with_api,
     with_backend,
 )
@@ -189,7 +188,7 @@ def test_the_donors_own_prompt_is_exact_at_any_budget(
         images = images[:1]  # twice the same pixels in one prompt have one donor for two contexts
     inputs = tiny_vlm_inputs(before, after, images)
     assert vlm.run(**inputs)[0] == 0.0
-    with settings_of(vlm.engine, policy=policy, budget=budget):
+    with vlm.engine.using(policy=policy, budget=budget):
         off, report = vlm.run(**inputs)
     assert report["mode"] == "warm"
     assert off <= TOLERANCE
@@ -210,7 +209,7 @@ def test_the_budget_holds_behind_another_prompt(
     vlm.engine.clear()
     vlm.run(**tiny_vlm_inputs(before, after, images, text_seed=1))
     inputs = tiny_vlm_inputs(before_2, after, images, text_seed=2)
-    with settings_of(vlm.engine, policy=policy, budget=budget):
+    with vlm.engine.using(policy=policy, budget=budget):
         got, expected = vlm.both(**inputs)
     assert got.shape == expected.shape
     assert got.isfinite().all()
@@ -236,7 +235,7 @@ def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
     """Without this, equalities above could hold because nothing is ever reused."""
     vlm.engine.clear()
     vlm.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
-    with settings_of(vlm.engine, policy="none"):
+    with vlm.engine.using(policy="none"):
         off, report = vlm.run(**tiny_vlm_inputs(20, 5, [(40, 0)], text_seed=2))
     assert report["mode"] == "warm"
     assert report["rows_per_layer"][:-1] == (25,) * LAYERS
@@ -285,7 +284,7 @@ def test_decoding_goes_on_after_a_prefill_at_two_per_cent(name: str, request: py
         "qwen": lambda before: qwen_inputs(before, 5, [(8, 12, 0), (10, 12, 1)]),
         "llava": lambda before: llava_inputs(before, 5, [0, 1]),
     }[name]
-    with settings_of(pair.engine, policy="layer_aware", budget=0.02):
+    with pair.engine.using(policy="layer_aware", budget=0.02):
         generate(pair.model, make(4))
         inputs = make(13)
         got, expected = generate(pair.model, inputs, 8), generate(pair.reference, inputs, 8)

@@ -9,7 +9,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.errors import OptionError, VlcacheError
-from vlcache_fx.integrations.transformers import hook_encoders, hook_placeholder_check
+from vlcache_fx.integrations.transformers import hook_encoders, hook_placeholder_check, joined_items
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.marks import mark_spans
@@ -56,7 +56,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         before = engine.graph_calls
         with torch._dynamo.config.patch(DYNAMO_CONFIG):
             try:
-                result = compiled(*args, **kwargs)
+                result = compiled(*args, **joined_items(kwargs))
             except BackendCompilerFailed as failure:
                 if isinstance(failure.inner_exception, VlcacheError):
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper

@@ -14,7 +14,7 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.store import Entry, MemoryStore, Store, StoreStats
 from vlcache_fx.testing.models import qwen_inputs, tiny_qwen2_5_vl, tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, hits, keys, own_compiler_state, settings_of, vlcache_store, with_api, with_backend
+from .helpers import Pair, hits, keys, own_compiler_state, vlcache_store, with_api, with_backend
 
 A, B, C = (24, 0), (30, 1), (27, 2)
 LAYERS = 2
@@ -77,7 +77,7 @@ def test_one_changed_value_is_another_image(vlm: Pair) -> None:
 def test_approximate_rows_are_not_stored(vlm: Pair) -> None:
     store = vlm.engine.store
     vlm.run(**prompt(A))
-    with settings_of(vlm.engine, policy="none"):
+    with vlm.engine.using(policy="none"):
         _, report = vlm.run(**prompt(A, C, seed=1))
         assert hits(report) == [True, False]
         assert report["mode"] == "warm"
@@ -99,7 +99,7 @@ def test_approximate_rows_are_not_stored(vlm: Pair) -> None:
 def test_what_is_stored_equals_a_cold_run_of_the_same_prompt(vlm: Pair) -> None:
     """After any history, a donor holds what full attention gave in some context."""
     store = vlm.engine.store
-    with settings_of(vlm.engine, policy="none"):
+    with vlm.engine.using(policy="none"):
         for seed, images in enumerate([(A,), (A, C), (C, A), (A, C, B), (B, C)]):
             vlm.run(**prompt(*images, seed=seed))
     _, report = vlm.run(**prompt(A, C, B, seed=9))
@@ -135,7 +135,7 @@ def test_the_same_image_twice_in_one_prompt(vlm: Pair) -> None:
     off, report = vlm.run(**prompt(A, B, A, seed=2))
     assert hits(report) == [True, False, True]
     assert off == 0.0
-    with settings_of(vlm.engine, policy="layer_aware", budget=0.1):
+    with vlm.engine.using(policy="layer_aware", budget=0.1):
         off, report = vlm.run(**prompt(A, A, before=2, seed=3))
         assert hits(report) == [True, True]
         assert report["rows_per_layer"][0] == report["num_tokens"] - 2 * 24 + 2 * 2

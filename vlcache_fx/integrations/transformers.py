@@ -4,6 +4,7 @@ Nothing here imports transformers. A model qualifies by what it offers:
 ``base_model.get_<modality>_features``, which ``generate()`` and ``forward`` call to run an encoder.
 """
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -57,6 +58,30 @@ def hook_placeholder_check(model: nn.Module) -> bool:
 
     base.get_placeholder_mask = get_placeholder_mask
     return True
+
+
+def joined_items(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """``kwargs`` with the features of each modality as one tensor, whatever number of items they come from.
+
+    A list with a tensor per item (``mm_encoder_outputs[modality].pooler_output``) is the first thing that
+    models concatenate; inside the graph, every number of items would be compiled anew.
+    """
+    outputs = kwargs.get("mm_encoder_outputs")
+    if not isinstance(outputs, dict):
+        return kwargs
+    joined = {modality: _joined(output) for modality, output in outputs.items()}
+    return {**kwargs, "mm_encoder_outputs": joined}
+
+
+def _joined(output: Any) -> Any:
+    features = getattr(output, "pooler_output", None)
+    if not isinstance(features, list | tuple) or len(features) < 2:
+        return output
+    if not all(isinstance(one, Tensor) and one.dim() == 2 for one in features):
+        return output
+    result = copy.copy(output)
+    result.pooler_output = (torch.cat(tuple(features)),)
+    return result
 
 
 def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:

@@ -192,21 +192,22 @@ class DecoderRunner:
 
     def _plan(self, request: Request, spans: Sequence[Span]) -> Plan | None:
         """The plan, or None where none can be made (raised in strict mode)."""
-        options = self.engine.options
+        strict = self.engine.options.strict
+        policy, budget = self.engine.choice()
         with request.clock.measure("plan"):
             try:
                 return build_plan(
                     num_tokens=request.num_tokens,
                     spans=spans,
                     num_layers=self._num_layers,
-                    policy=self.engine.policy,
+                    policy=policy,
                     profile=self.engine.profile,
-                    budget=options.budget,
+                    budget=budget,
                     output_rows=self._tail_rows.positions(request.num_tokens),
-                    strict=options.strict,
+                    strict=strict,
                 )
             except PlanError as error:
-                if options.strict:
+                if strict:
                     raise
                 self.engine.plan_failed(error)
                 return None

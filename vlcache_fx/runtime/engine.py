@@ -15,7 +15,7 @@ from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import splice_rows_reference
 from vlcache_fx.options import Options
-from vlcache_fx.policies.base import Profile
+from vlcache_fx.policies.base import Policy, Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.store import open_store
@@ -95,6 +95,25 @@ class Engine:
             )
         return explain(self.explained, **inputs)
 
+    @contextmanager
+    def using(self, *, policy: str | Policy | None = None, budget: float | None = None) -> Iterator[None]:
+        """Calls that this thread makes in the body use another policy or budget; nothing is compiled anew.
+
+        Raises:
+            OptionError, PolicyError: as for the options of these names.
+        """
+        before = self.choice()
+        given = {"policy": policy, "budget": budget}
+        options = Options.parse({name: value for name, value in given.items() if value is not None})
+        self._call.choice = (
+            before[0] if policy is None else get_policy(options.policy),
+            before[1] if budget is None else options.budget,
+        )
+        try:
+            yield
+        finally:
+            self._call.choice = before
+
     def clear(self) -> None:
         """Drop every donor and encoder output."""
         self.store.clear()
@@ -107,6 +126,11 @@ class Engine:
         self.store.close()
 
     # The methods below are for the runtime.
+
+    def choice(self) -> tuple[Policy, float]:
+        """The policy and the budget of this thread's next call."""
+        chosen: tuple[Policy, float] = getattr(self._call, "choice", (self.policy, self.options.budget))
+        return chosen
 
     def report(self, report: Report) -> None:
         """Keep the report of a call and count it."""

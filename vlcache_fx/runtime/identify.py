@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Identifier:
         for mask, index in zip(self.masks(*args), self.features, strict=True):
             flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
             num_tokens = flags.shape[0]
-            places = flags.nonzero().flatten().tolist()
+            places = flags.nonzero().flatten().cpu()
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
@@ -109,13 +110,14 @@ def _says_nothing(relative: Tensor) -> bool:
     return not relative.any() or bool((relative == ramp).all())
 
 
-def _runs(places: list[int], features: Tensor) -> list[Run]:
-    runs, first = [], 0
-    for index in range(1, len(places) + 1):
-        if index == len(places) or places[index] != places[index - 1] + 1:
-            runs.append(Run(places[first], index - first, features[first:index]))
-            first = index
-    return runs
+def _runs(places: Tensor, features: Tensor) -> list[Run]:
+    """The runs of consecutive ``places`` (sorted, int64), with their rows of ``features``."""
+    if not len(places):
+        return []
+    firsts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
+    return [
+        Run(int(places[first]), after - first, features[first:after]) for first, after in pairwise(firsts)
+    ]
 
 
 def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:
