@@ -1,4 +1,4 @@
-"""Other images, prompts, offsets, budgets, policies and numbers of spans run on the programs that are there."""
+"""Other images, prompts, offsets, budgets, policies and numbers of spans compile nothing anew."""
 
 from __future__ import annotations
 

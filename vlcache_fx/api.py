@@ -9,7 +9,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.errors import OptionError, VlcacheError
-from vlcache_fx.integrations.transformers import hook_encoders, hook_placeholder_check, joined_items
+from vlcache_fx.integrations.transformers import (
+    hook_encoders,
+    hook_placeholder_check,
+    joined_items,
+    restore_items,
+)
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.marks import mark_spans
@@ -65,6 +70,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
             engine.report(
                 Report("bypass", "Dynamo ran this call uncompiled (has it reached recompile_limit?)")
             )
+        restore_items(result, kwargs)
         return result
 
     hook_encoders(model, engine)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.integrations.transformers import EncoderCache
+from vlcache_fx.integrations.transformers import EncoderCache, joined_items, restore_items
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.models import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
@@ -158,6 +158,28 @@ def test_an_encoder_that_shares_its_graph_with_the_text_is_kept_behind_another_p
     for place in range(3):
         assert pair.run(**llava_inputs(4 + place, 5, [0], text_seed=place))[0] == 0.0
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 1}
+
+
+def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None:
+    from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+    pair = with_api(tiny_llava(2), policy="full")
+    call = llava_inputs(4, 5, [0, 1])
+    with torch.no_grad():
+        features = pair.reference.model.get_image_features(call["pixel_values"]).pooler_output
+        inputs = {"input_ids": call["input_ids"]}
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=tuple(features))}
+        ours, theirs = pair.model(**inputs), pair.reference(**inputs)
+        assert torch.equal(ours.logits, theirs.logits)
+        assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
+        (joined,) = joined_items(inputs)["mm_encoder_outputs"]["image"].pooler_output
+        assert torch.equal(joined, torch.cat(tuple(features)))
+        assert len(inputs["mm_encoder_outputs"]["image"].pooler_output) == 2
+    assert joined_items(call) is call
+    result = BaseModelOutputWithPast(past_key_values=None)
+    result.image_hidden_states = (joined,)  # as models do that hand the list through
+    restore_items(result, inputs)
+    assert result.image_hidden_states is inputs["mm_encoder_outputs"]["image"].pooler_output
 
 
 # The cache itself -------------------------------------------------------------------------------------------

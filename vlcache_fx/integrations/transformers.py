@@ -73,6 +73,15 @@ def joined_items(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "mm_encoder_outputs": joined}
 
 
+def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
+    """Give ``result`` the features that it hands through as they were before ``joined_items(kwargs)``."""
+    outputs = kwargs.get("mm_encoder_outputs")
+    for modality, output in outputs.items() if isinstance(outputs, dict) else ():
+        name = f"{modality}_hidden_states"
+        if isinstance(getattr(result, name, None), tuple) and isinstance(output.pooler_output, list | tuple):
+            setattr(result, name, output.pooler_output)
+
+
 def _joined(output: Any) -> Any:
     features = getattr(output, "pooler_output", None)
     if not isinstance(features, list | tuple) or len(features) < 2:
