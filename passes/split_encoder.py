@@ -97,17 +97,17 @@ def split_results(captured: Captured, attention: Sequence[Node]) -> SplitResults
     output = captured.graph_module.graph.output_node().args[0]
     assert isinstance(output, tuple | list)
     reached = descendants(attention)
-    encoder = tuple(i for i, value in enumerate(output) if value in reached)
-    others = tuple(i for i, value in enumerate(output) if isinstance(value, Node) and value not in reached)
-    results = [output[i] for i in encoder]
-    inputs, weights = _inputs(captured, results)
+    computed = {index: value for index, value in enumerate(output) if isinstance(value, Node)}
+    encoder = {index: value for index, value in computed.items() if value in reached}
+    others = {index: value for index, value in computed.items() if value not in reached}
+    inputs, weights = _inputs(captured, list(encoder.values()))
     return SplitResults(
-        encoder=extract(captured.graph_module, results),
+        encoder=extract(captured.graph_module, list(encoder.values())),
         inputs=inputs,
         weights=weights,
-        others=extract(captured.graph_module, [output[i] for i in others]),
-        encoder_places=encoder,
-        other_places=others,
+        others=extract(captured.graph_module, list(others.values())),
+        encoder_places=tuple(encoder),
+        other_places=tuple(others),
         constants=tuple(None if isinstance(value, Node) else value for value in output),
     )
 

@@ -39,3 +39,24 @@ def test_donors_stay_on_the_device_and_weights_are_fingerprinted_there() -> None
         model.model.language_model.layers[0].mlp.up_proj.weight.mul_(1.5)
         model.generate(**on_gpu(qwen_inputs(5, 6, [(8, 12, 0)])), max_new_tokens=1)
     assert model.vlcache.last_report["mode"] == "cold"
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_donors_of_the_host_tier_are_brought_in(lowering: str) -> None:
+    unmodified = tiny_qwen2_5_vl().cuda()
+    model = vlcache_fx.compile(copy.deepcopy(unmodified), lowering=lowering, policy="full", store="host://")
+    for before, images in (
+        (5, [(8, 12, 0)]),
+        (9, [(8, 12, 0)]),
+        (4, [(8, 12, 1)]),
+        (3, [(8, 12, 1), (8, 12, 0)]),
+    ):
+        inputs = on_gpu(qwen_inputs(before, 6, images))
+        with torch.no_grad():
+            result, expected = (
+                m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, unmodified)
+            )
+        assert torch.equal(result, expected)
+    report = model.vlcache.last_report
+    assert report["mode"] == "warm"
+    assert [span["donor_tier"] for span in report["spans"]] == ["host", "host"]

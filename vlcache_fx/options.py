@@ -31,7 +31,7 @@ class Options:
         policy: name of a registered policy, or a policy object.
         budget: share in [0, 1] of a span's token-layers that may be recomputed.
         lowering: how programs are compiled, ``"eager"`` or ``"inductor"``.
-        store: a ``Store``, or the URL of one (``memory://``).
+        store: a ``Store``, or the URL of one: ``memory://`` (donors stay on the model's device) or ``host://``.
         capacity_bytes: bound of a store opened from a URL, in bytes.
         profile: path of a per-layer sensitivity profile (JSON), or None.
         min_span_tokens: spans shorter than this many tokens are computed, never reused.

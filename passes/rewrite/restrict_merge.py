@@ -1,6 +1,6 @@
 """Merge encoder features into the active rows only."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -38,7 +38,8 @@ class RestrictMerge(Pass):
 
 def _is_plain(merge: Merge) -> bool:
     shape, mask = merge.node.meta["val"].shape, merge.mask.meta["val"]
-    return len(shape) == mask.dim() == 3 and shape[0] == mask.shape[0] == 1 and isinstance(shape[2], int)
+    three = len(shape) == 3 and mask.dim() == 3
+    return three and (shape[0], mask.shape[0]) == (1, 1) and isinstance(shape[2], int)
 
 
 def _takes_rows(reader: Node, dim: int) -> bool:
@@ -48,8 +49,8 @@ def _takes_rows(reader: Node, dim: int) -> bool:
 def _merge_rows(program: Program, merge: Merge, reader: Node) -> None:
     _, dim, rows = reader.args
 
-    def call(target: torch._ops.OpOverload, *args: object) -> Node:
-        node = program.graph.call_function(target, args)  # type: ignore[arg-type]
+    def call(target: torch._ops.OpOverload, *args: Any) -> Node:
+        node = program.graph.call_function(target, args)
         node.meta["segment"] = "prelude"
         return node
 

@@ -21,7 +21,9 @@ def test_a_store_is_returned_as_it_is() -> None:
 
 @pytest.mark.parametrize("url", ["file:///tmp/donors", "mooncake://host:1"])
 def test_planned_schemes_say_what_there_is(url: str) -> None:
-    with pytest.raises(OptionError, match="not available in this version, which has 'memory://'"):
+    with pytest.raises(
+        OptionError, match="not available in this version, which has 'memory://' or 'host://'"
+    ):
         open_store(url, 1)
 
 

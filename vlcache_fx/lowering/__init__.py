@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from vlcache_fx.lowering.base import Decompositions, Lowered, Lowering
+from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, Lowering
 from vlcache_fx.lowering.cache import CompileCache, CompileStats
 from vlcache_fx.lowering.eager import EagerLowering
 from vlcache_fx.lowering.inductor import InductorLowering
 
 __all__ = [
+    "Arriving",
     "CompileCache",
     "CompileStats",
     "Decompositions",

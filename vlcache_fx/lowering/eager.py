@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
-from vlcache_fx.lowering.base import Lowered
+from vlcache_fx.lowering.base import Lowered, arrived
 
 __all__ = ["EagerLowering"]
 
@@ -31,7 +31,7 @@ class EagerLowering:
 
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             with torch.no_grad():
-                result = module(*args)
+                result = module(*map(arrived, args))
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
         return run

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vlcache_fx.errors import LoweringError
-from vlcache_fx.lowering.base import Decompositions, Lowered
+from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
@@ -214,11 +214,13 @@ class _Program:
         values += self.rest[len(values) :]
         with torch.no_grad():
             for index, order, inverse in self.layouts:
+                if isinstance(values[index], Arriving):
+                    continue
                 ordered = values[index].permute(order)
                 if not ordered.is_contiguous():
                     values[index] = ordered.contiguous().permute(inverse)
             for step in self.steps:
-                taken = [values[index] for index in step.inputs]
+                taken = [arrived(values[index]) for index in step.inputs]
                 for index in step.dead:
                     values[index] = None
                 for index, result in zip(step.outputs, step.run(taken), strict=True):

@@ -1,11 +1,13 @@
 """Donors in and out of the store."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.types import Span
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
@@ -42,16 +44,36 @@ class RowForm:
         )
 
 
-def tables(entries: Sequence[Entry], forms: Mapping[str, RowForm], device: torch.device) -> dict[str, Tensor]:
+def tables(
+    entries: Sequence[Entry], forms: Mapping[str, RowForm], device: torch.device
+) -> dict[str, Tensor | Arriving]:
     """Donor tables per slot: the rows of all entries, one behind the other.
 
-    A single donor is handed over as it lies in the store; several are joined.
+    A single donor is handed over as it lies in the store; several are joined. Donors of a host tier are
+    brought in on a stream of their own, in the order of ``forms``, which is that of the layers, while earlier
+    layers compute.
     """
-    made = {}
-    for slot, form in forms.items():
+
+    def table(slot: str, dim: int) -> Tensor:
         parts = [entry.tensors[slot].to(device, non_blocking=True) for entry in entries]
-        made[slot] = parts[0] if len(parts) == 1 else torch.cat(parts, form.dim)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
+        return {slot: table(slot, form.dim) for slot, form in forms.items()}
+    made: dict[str, Tensor | Arriving] = {}
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    for slot, form in forms.items():
+        with torch.cuda.stream(side):
+            tensor, event = table(slot, form.dim), torch.cuda.Event()
+            event.record(side)
+        tensor.record_stream(current)  # its memory was allocated for the side stream
+        made[slot] = Arriving(tensor, functools.partial(current.wait_event, event))
     return made
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool:

@@ -61,26 +61,27 @@ def packed(results: Sequence[Any]) -> Entry:
     """
     tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
     info = [_form(value) if isinstance(value, Tensor) else value for value in results]
-    return Entry(tensors, {"kind": "encoder", "results": info})
+    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    return Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
 
 
 def unpacked(entry: Entry) -> list[Any] | None:
-    """What was packed, as copies (a caller may write to them; it is little beside running an encoder).
+    """What was packed, as copies where it was (a caller may write to them; it is little beside an encoder).
 
     None for an entry that is damaged or of another kind.
     """
-    info = entry.info.get("results")
-    if not isinstance(info, list):
+    info, devices = entry.info.get("results"), entry.info.get("devices")
+    if not isinstance(info, list) or not isinstance(devices, dict):
         return None
     results: list[Any] = []
     for index, value in enumerate(info):
         if not isinstance(value, dict):
             results.append(value)
             continue
-        tensor = entry.tensors.get(str(index))
-        if tensor is None or _form(tensor) != value:
+        tensor, device = entry.tensors.get(str(index)), devices.get(str(index))
+        if tensor is None or _form(tensor) != value or not isinstance(device, str):
             return None
-        results.append(tensor.clone())
+        results.append(tensor.to(device, copy=True))  # a host tier may have moved it
     return results
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
-from vlcache_fx.lowering import Lowered
+from vlcache_fx.lowering import Arriving, Lowered
 from vlcache_fx.passes import Program
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
@@ -39,7 +39,9 @@ class ProgramRunner:
                 self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
         return not self._failed
 
-    def bind(self, plan: Plan, positions: Tensor | None, tables: Mapping[str, Tensor]) -> list[Tensor]:
+    def bind(
+        self, plan: Plan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]
+    ) -> list[Tensor | Arriving]:
         """The values of the inputs that passes added, in their order.
 
         Args:
@@ -57,7 +59,7 @@ class ProgramRunner:
             return on_device[id(tensor)]
 
         per_level = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
-        bound = []
+        bound: list[Tensor | Arriving] = []
         for slot in self.slots:
             kind, _, rest = slot.partition(".")
             if kind == "donor":
@@ -69,7 +71,7 @@ class ProgramRunner:
                 bound.append(moved(per_level[kind][int(rest)]))
         return bound
 
-    def run(self, args: Sequence[Any], bound: Sequence[Tensor]) -> Sequence[Any] | None:
+    def run(self, args: Sequence[Any], bound: Sequence[Tensor | Arriving]) -> Sequence[Any] | None:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
 
         Returns:

@@ -2,6 +2,7 @@
 
 from vlcache_fx.store.base import Store, StoreStats
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.keys import content_digest
 from vlcache_fx.store.memory import MemoryStore
 from vlcache_fx.store.url import open_store
@@ -9,6 +10,7 @@ from vlcache_fx.store.weights import WeightsFingerprint
 
 __all__ = [
     "Entry",
+    "HostStore",
     "MemoryStore",
     "Store",
     "StoreStats",

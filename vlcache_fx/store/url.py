@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from vlcache_fx.errors import OptionError
 from vlcache_fx.store.base import Store
+from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
 
-_AVAILABLE = "memory://"
+_STORES: Mapping[str, Callable[[int], Store]] = {"memory": MemoryStore, "host": HostStore}
+_AVAILABLE = " or ".join(repr(f"{scheme}://") for scheme in _STORES)
 _PLANNED = ("file", "mooncake")
 
 
@@ -14,7 +18,8 @@ def open_store(store_or_url: str | Store, capacity_bytes: int) -> Store:
     """The store itself, or a new one for a URL.
 
     Args:
-        store_or_url: a ``Store``, or ``memory://``.
+        store_or_url: a ``Store``; ``memory://``, which keeps entries on the device they were made on; or
+            ``host://``, which moves them to host memory.
         capacity_bytes: bound of a new store, in bytes; a ``Store`` object keeps its own.
 
     Raises:
@@ -24,17 +29,17 @@ def open_store(store_or_url: str | Store, capacity_bytes: int) -> Store:
         return store_or_url
     if not isinstance(store_or_url, str):
         raise OptionError(
-            f"option store={store_or_url!r} is not valid: it must be a URL such as {_AVAILABLE!r}, or a Store"
+            f"option store={store_or_url!r} is not valid: it must be a URL such as {_AVAILABLE}, or a Store"
         )
     scheme, separator, rest = store_or_url.partition("://")
-    if scheme == "memory" and separator:
+    if scheme in _STORES and separator:
         if rest:
             raise OptionError(
-                f"option store={store_or_url!r} is not valid: nothing may follow {_AVAILABLE!r}"
+                f"option store={store_or_url!r} is not valid: nothing may follow {scheme + separator!r}"
             )
-        return MemoryStore(capacity_bytes)
+        return _STORES[scheme](capacity_bytes)
     if scheme in _PLANNED and separator:
         raise OptionError(
-            f"option store={store_or_url!r} is not available in this version, which has {_AVAILABLE!r}"
+            f"option store={store_or_url!r} is not available in this version, which has {_AVAILABLE}"
         )
-    raise OptionError(f"option store={store_or_url!r} is not valid: this version has {_AVAILABLE!r}")
+    raise OptionError(f"option store={store_or_url!r} is not valid: this version has {_AVAILABLE}")

@@ -1,0 +1,42 @@
+"""The host tier: what a machine without a GPU can show of it, and what takes one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlcache_fx.store import Entry, HostStore, open_store
+
+
+def test_it_is_a_tier_of_its_own() -> None:
+    store = open_store("host://", 1000)
+    assert isinstance(store, HostStore)
+    assert store.tier == "host"
+    assert store.stats().capacity_bytes == 1000
+
+
+def test_entries_that_are_on_the_host_stay_as_they_are() -> None:
+    store = HostStore(1 << 20)
+    entry = Entry({"rows": torch.arange(6.0)}, {"kind": "donor"})
+    assert store.put("key", entry)
+    assert store.get("key") is entry
+    assert store.get("other") is None
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    store = HostStore(8)
+    assert not store.put("key", Entry({"rows": torch.arange(6.0)}, {}))
+    assert store.stats().rejections == 1
+
+
+@pytest.mark.gpu
+def test_entries_of_a_device_move_to_pinned_memory() -> None:
+    store = HostStore(1 << 20)
+    rows = torch.randn(64, 32, device="cuda")
+    store.put("key", Entry({"rows": rows}, {"kind": "donor"}))
+    found = store.get("key")
+    assert found is not None
+    assert found.tensors["rows"].is_pinned()
+    assert torch.equal(found.tensors["rows"], rows.cpu())
+    assert found.info["kind"] == "donor"
+    assert store.stats().used_bytes == rows.numel() * 4
