@@ -36,7 +36,8 @@ from vlcache_fx.testing.reference_vlm.training import BatchMaker, Guide, Recipe,
 from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
-FLOORS = {"cell": 0.9, "count": 0.45, "where": 0.85, "same": 0.85}
+FLOOR = 0.92
+"""Of 40 questions; on 400 the model reaches 97 % and more (``evaluation.json``)."""
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_answers_are_true_and_varied() -> None:
 def test_held_out_accuracy(model: Any, processor: Any, family: str, first: bool) -> None:
     asked = make_questions("test", family, 40, seed=11, question_first=first)
     answers = next_words(model, processor, asked, batch=20)
-    assert accuracy(answers, asked) > FLOORS[family]
+    assert accuracy(answers, asked) >= FLOOR
 
 
 def test_generate_answers_in_one_word(model: Any, processor: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from vlcache_fx.testing.reference_vlm.config import HIDDEN
 from vlcache_fx.testing.reference_vlm.data import (
     MAX_SYSTEM_WORDS,
     draw_digits,
@@ -190,18 +191,23 @@ def answer_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return F.cross_entropy(logits, labels), right.detach()
 
 
-def encoder_loss(model: Any, probes: torch.nn.ModuleList, batch: Batch) -> torch.Tensor:
-    """How well linear probes read digit, row and column off the vision tokens (sum of cross-entropies)."""
+def token_codes(seed: int) -> torch.Tensor:
+    """Draw one direction per digit, row and column: ``[10 + MAX_ROWS + COLUMNS, HIDDEN]``, orthogonal.
+
+    The sum of three has a root mean square of 1, about that of a word's embedding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.empty(10 + MAX_ROWS + COLUMNS, HIDDEN)
+    return torch.nn.init.orthogonal_(codes, gain=(HIDDEN / 3) ** 0.5, generator=generator)
+
+
+def encoder_loss(model: Any, codes: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean squared distance of the vision tokens from the summed codes of what they show.
+
+    A cross-entropy would leave ambiguous scans with weak digits and clear ones with strong digits, and
+    attention that counts digits by their strength would miscount.
+    """
     tokens = model.model.visual(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-    losses = [
-        F.cross_entropy(probe(tokens).float(), batch["targets"][:, i]) for i, probe in enumerate(probes)
-    ]
-    return torch.stack(losses).sum()
-
-
-def set_scale(tower: Any, batch: Batch) -> None:
-    """Scale the vision tower's last layer so that its tokens have a root mean square of 1, like the words."""
-    with torch.no_grad():
-        tokens = tower(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
-        for weight in tower.merger.mlp[2].parameters():
-            weight.div_(tokens.pow(2).mean().sqrt())
+    digit, row, column = batch["targets"].unbind(1)
+    wanted = codes[digit] + codes[10 + row] + codes[10 + MAX_ROWS + column]
+    return F.mse_loss(tokens.float(), wanted)
