@@ -17,10 +17,9 @@ from transformers.utils import logging as transformers_logging
 
 from vlcache_fx.bench import table
 from vlcache_fx.bench.answers import RETURNS, AnswerBench, run_answers, score
-from vlcache_fx.bench.decoder import TINY, Shape
 from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.plot import plot_results
-from vlcache_fx.bench.ttft import TtftBench
+from vlcache_fx.bench.ttft import TINY, Shape, TtftBench
 from vlcache_fx.testing.reference_vlm import FAMILIES
 
 

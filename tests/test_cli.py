@@ -1,5 +1,9 @@
 """The console script."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from typer.testing import CliRunner
 
@@ -42,3 +46,76 @@ def test_help_names_the_commands() -> None:
     output = run("--help")
     assert "version" in output
     assert "policies" in output
+    assert "bench" in output
+
+
+QUICK = ("bench", "--preset", "tiny", "--lowering", "eager", "--no-compile-time", "--rounds", "1")
+
+
+@pytest.fixture
+def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlcache_fx.bench.rates import measure_rates
+
+    def measure(dtype: Any, device: Any) -> Any:
+        return measure_rates(dtype, device, width=16, size_bytes=4096)
+
+    monkeypatch.setattr("vlcache_fx.bench.run.measure_rates", measure)
+
+
+@pytest.mark.usefixtures("quick_rates")
+def test_bench_prints_tables_and_writes_a_record_and_a_picture(tmp_path: Path) -> None:
+    output = run(
+        *QUICK,
+        *("--vision-tokens", "24", "--dtype", "float32", "--device", "cpu", "--store-entries", "10"),
+        *("--budget", "0.02", "--budget", "0.2", "--output-dir", str(tmp_path / "new")),
+    )
+    for text in ("Time to first token", "unmodified, torch.compile", "Steps of a warm call", "bench.png"):
+        assert text in output
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "new" / "bench.json").read_text(encoding="utf-8"))
+    assert record["model"] == "tiny"
+    assert record["dtype"] == "float32"
+    assert [one["entries"] for one in record["lookups"]] == [10]
+    assert [one["vision_tokens"] for one in record["encoder"]] == [24]
+    (measured,) = record["points"]
+    point = measured["point"]
+    warm = ["warm layer_aware 2 % memory://", "warm layer_aware 20 % memory://"]
+    assert {"eager", "plain", "cold", *warm} <= set(point["seconds"])
+    assert [run["report"]["mode"] for run in point["warm"].values()] == ["warm", "warm"]
+    assert set(measured["bounds"]) == {"cold", *warm}
+    assert measured["bounds"]["cold"]["seconds"] > measured["bounds"][warm[0]]["seconds"] > 0
+    assert measured["hash"]["nbytes"] == 24 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--preset", "huge"), "preset='huge' is not valid"),
+        (("--dtype", "int3"), "dtype='int3' is not valid"),
+        (("--device", "abacus"), "device='abacus' is not valid"),
+        (("--config", "/nowhere.json"), "cannot be read"),
+        (("--policy", "guess"), "guess"),
+        (("--budget", "7"), "budget=7.0 is not valid"),
+        (("--store", "tape://"), "store='tape://' is not valid"),
+        (("--lowering", "magic"), "lowering='magic' is not valid"),
+        (("--rounds", "0"), "rounds=0 must be positive"),
+        (("--model-class", "Thing"), "needs a config"),
+        (("--layers", "0"), "layers=0 is not valid"),
+        (("--text-before", "40"), "must differ"),
+        (("--images", "0"), "images=0 is not valid"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_measure(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = CliRunner().invoke(app, [*QUICK, "--output-dir", str(tmp_path), *arguments])
+    assert result.exit_code == 1
+    assert "error: " in result.output
+    assert message in result.output
+
+
+def test_bench_names_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, [*QUICK])
+    assert result.exit_code == 1
+    assert "vlcache bench needs transformers, pillow, scikit-learn, scikit-image, matplotlib" in result.output

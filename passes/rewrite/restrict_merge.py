@@ -16,6 +16,8 @@ class RestrictMerge(Pass):
 
     The k-th place of the mask takes the k-th row of the features, so a running count of the mask tells each
     row where its features lie. Applies to one sample at a time, and only where nothing else reads the merge.
+    The width of the features is declared to be that of the embeddings, which a trace need not have noticed;
+    the runtime checks it.
     """
 
     name: ClassVar[str] = "restrict_merge"
@@ -38,8 +40,19 @@ class RestrictMerge(Pass):
 
 def _is_plain(merge: Merge) -> bool:
     shape, mask = merge.node.meta["val"].shape, merge.mask.meta["val"]
-    three = len(shape) == 3 and mask.dim() == 3
-    return three and (shape[0], mask.shape[0]) == (1, 1) and isinstance(shape[2], int)
+    three = len(shape) == 3 and mask.dim() == 3 and (shape[0], mask.shape[0]) == (1, 1)
+    known = merge.features.op == "placeholder" or isinstance(merge.features.meta["val"].shape[-1], int)
+    return three and known and isinstance(shape[2], int)
+
+
+def _declare_width(merge: Merge) -> int:
+    width, value = merge.node.meta["val"].shape[2], merge.features.meta["val"]
+    assert isinstance(width, int)
+    if not isinstance(value.shape[-1], int):
+        with value.fake_mode:
+            sizes = [*value.shape[:-1], width]
+            merge.features.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
+    return width
 
 
 def _takes_rows(reader: Node, dim: int) -> bool:
@@ -59,7 +72,7 @@ def _merge_rows(program: Program, merge: Merge, reader: Node) -> None:
         count = call(aten.cumsum.default, flags, 1)
         place = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
         taken = call(aten.index_select.default, place, 1, rows)
-        features = call(aten.reshape.default, merge.features, [-1, merge.node.meta["val"].shape[2]])
+        features = call(aten.reshape.default, merge.features, [-1, _declare_width(merge)])
         merged = call(aten.index.Tensor, features, [taken])
         embeddings = call(aten.index_select.default, merge.embeddings, dim, rows)
         is_feature = call(aten.unsqueeze.default, call(aten.index_select.default, flags, 1, rows), -1)

@@ -1,13 +1,14 @@
 import torch
 
-from vlcache_fx.bench.decoder import MERGE, TINY, photo_patches
 from vlcache_fx.bench.machine import describe_machine, faster_dtype
+from vlcache_fx.bench.photos import grid_of
+from vlcache_fx.bench.ttft import TINY, Shape
 
 
-def test_the_photo_gives_the_asked_number_of_vision_tokens() -> None:
-    patches, grids = photo_patches(TINY.grid)
-    assert patches.shape[0] == MERGE**2 * TINY.grid[0] * TINY.grid[1]
-    assert grids.tolist() == [[1, MERGE * TINY.grid[0], MERGE * TINY.grid[1]]]
+def test_the_demo_says_which_grid_its_photo_gets() -> None:
+    width, height = 640, 427  # the first photo's
+    for shape in (TINY, Shape()):
+        assert grid_of(shape.grid[0] * shape.grid[1], width / height) == shape.grid
 
 
 def test_a_dtype_is_chosen() -> None:

@@ -6,9 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from vlcache_fx.errors import VlcacheError
 
-def _nothing() -> None:
-    pass
+
+class MeasurementError(VlcacheError):
+    """A run was not what its name says, so its time means nothing."""
+
+
+def do_nothing() -> None:
+    """The default of every callback here."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,14 @@ class System:
         prepare: called before every run, not timed.
         check: called after every run, not timed; raises where the run did not do what its name says.
         rounds: how many rounds it takes part in; None for all.
+        synchronize: waits for the device; called before the clock starts and before it stops.
     """
 
     run: Callable[[], object]
-    prepare: Callable[[], None] = _nothing
-    check: Callable[[], None] = _nothing
+    prepare: Callable[[], None] = do_nothing
+    check: Callable[[], None] = do_nothing
     rounds: int | None = None
+    synchronize: Callable[[], None] = do_nothing
 
 
 @dataclass(frozen=True)
@@ -46,16 +54,27 @@ def time_once(system: System) -> float:
     """Prepare, run and check ``system`` once; the seconds of the run."""
     system.prepare()
     gc.collect()
+    system.synchronize()
     start = time.perf_counter()
     result = system.run()
+    system.synchronize()
     seconds = time.perf_counter() - start
     del result
     system.check()
     return seconds
 
 
+def median_seconds(
+    run: Callable[[], object], repeats: int = 5, synchronize: Callable[[], None] = do_nothing
+) -> float:
+    """Median seconds of ``run`` over ``repeats`` runs, after one that does not count."""
+    system = System(run, synchronize=synchronize)
+    time_once(system)
+    return median(time_once(system) for _ in range(repeats))
+
+
 def interleave(
-    systems: Mapping[str, System], rounds: int, after_run: Callable[[], None] = _nothing
+    systems: Mapping[str, System], rounds: int, after_run: Callable[[], None] = do_nothing
 ) -> dict[str, list[float]]:
     """Time every system once per round, in the given order; seconds per system, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}

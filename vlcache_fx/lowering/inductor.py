@@ -15,7 +15,8 @@ from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
-from vlcache_fx.lowering.shapes import compile_expressions, expression, is_scalar, program_values
+from vlcache_fx.lowering.shapes import compile_expressions, expression, is_scalar
+from vlcache_fx.lowering.values import program_values
 
 __all__ = ["InductorLowering"]
 

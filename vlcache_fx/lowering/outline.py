@@ -59,7 +59,7 @@ def outline(program: GraphModule, values: Mapping[Node, Any]) -> list[Segment]:
 
     Args:
         program: functional graph, all tensor inputs placeholders or `get_attr` constants.
-        values: the fake value of every node (`shapes.program_values`).
+        values: the fake value of every node (`values.program_values`).
 
     Raises:
         ValueError: a size depends on tensor data in a way that cannot cross a segment.

@@ -87,7 +87,7 @@ class DecoderRunner:
         with clock.measure("identify"):
             identified = self._identifier.runs(args)
             if identified is None:
-                return self._bypass(args, "placeholders and encoder features do not agree in number")
+                return self._bypass(args, "placeholders and encoder features do not agree in number or width")
             num_tokens, runs = identified
             spans = self._spans(args, runs, num_tokens)
         if not runs and self._identifier.embeddings is not None:

@@ -33,12 +33,14 @@ class Identifier:
         features: per merge, the index of the input that holds its feature rows.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
+        width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
 
     masks: fx.GraphModule
     features: tuple[int, ...]
     position_inputs: tuple[int, ...]
     embeddings: int | None = None
+    width: int | None = None
 
     @classmethod
     def of(cls, module: fx.GraphModule, facts: DecoderFacts, data_inputs: Sequence[int]) -> "Identifier":
@@ -54,11 +56,13 @@ class Identifier:
             if p in facts.taint
         }
         reached = ancestors(used)
+        width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         return cls(
             masks=extract(module, [merge.mask for merge in facts.merges]),
             features=tuple(index[merge.features] for merge in facts.merges),
             position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
+            width=width if isinstance(width, int) else None,
         )
 
     def runs(self, args: Sequence[Any]) -> tuple[int, list[Run]] | None:
@@ -71,6 +75,8 @@ class Identifier:
             ]
         num_tokens, found = 0, []
         for mask, index in zip(self.masks(*args), self.features, strict=True):
+            if self.width is not None and args[index].shape[-1] != self.width:
+                return None
             flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
             num_tokens = flags.shape[0]
             places = flags.nonzero().flatten().cpu()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vlcache_fx.lowering.values import program_values
 from vlcache_fx.passes.rewrite import (
     HoistLookups,
     InsertLookups,
@@ -15,6 +16,7 @@ from vlcache_fx.passes.rewrite import (
     SpliceRows,
     TrimTail,
 )
+from vlcache_fx.passes.standard import warm_program
 from vlcache_fx.plan.types import Span
 from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
 
@@ -69,3 +71,17 @@ def test_a_merge_with_another_reader_stays() -> None:
     (merge,) = program.graph.find_nodes(op="call_function", target=MERGE)
     program.add_outputs([("merged", merge)])
     assert unchanged(RestrictMerge(), program)
+
+
+def test_features_of_unnoticed_width_get_that_of_the_embeddings() -> None:
+    """With every size symbolic, nothing in a trace says how wide the features are."""
+    ids = tiny_vlm_inputs(3, 2, [(LENGTH, 0)])["input_ids"]
+    call = {"input_ids": ids, "features": torch.randn(LENGTH, 16)}
+    captured, _ = captured_graph(tiny_vlm(num_layers=1), call, dynamic=True)
+    (features,) = [node for node in captured.placeholders if node.users and any(
+        user.target is MERGE and node is user.args[2] for user in node.users
+    )]  # fmt: skip
+    assert not isinstance(features.meta["val"].shape[-1], int)
+    program = warm_program(captured).graph_module
+    assert not program.graph.find_nodes(op="call_function", target=MERGE)
+    assert program_values(program)

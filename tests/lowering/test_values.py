@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.fx import Interpreter, Node
 
-from vlcache_fx.lowering.shapes import _Recorder, expression, program_values
+from vlcache_fx.lowering.shapes import expression
+from vlcache_fx.lowering.values import _Recorder, program_values
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs

@@ -1,0 +1,77 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlcache_fx.bench.model import build_model
+from vlcache_fx.bench.presets import find_preset
+from vlcache_fx.bench.workload import RequestShape, has_grids, make_workload
+from vlcache_fx.errors import OptionError
+from vlcache_fx.testing.models import IMAGE_TOKEN, LLAVA_IMAGE_TOKENS, tiny_llava
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build_model(find_preset("tiny"), torch.float32, torch.device("cpu"))
+
+
+def test_the_image_moves_and_its_features_stay(model: Any) -> None:
+    workload = make_workload(model, RequestShape(24, text_before=5, text_after=9))
+    image_token = model.config.image_token_id
+    assert workload.starts == (6, 10)
+    for request, start in zip((workload.first, workload.second), workload.starts, strict=True):
+        places = (request["input_ids"][0] == image_token).nonzero().flatten().tolist()
+        assert places == list(range(start, start + 24))
+        assert request["input_ids"].shape == (1, workload.num_tokens)
+        assert request["position_ids"].shape == (3, 1, workload.num_tokens)
+    assert workload.first["mm_encoder_outputs"]["image"] is workload.second["mm_encoder_outputs"]["image"]
+    assert not torch.equal(workload.first["input_ids"], workload.second["input_ids"])
+    assert workload.features.shape == (24, 128)
+    assert len(workload.text_positions) == workload.num_tokens - 24
+
+
+def test_several_images_and_samples_hold_different_photos(model: Any) -> None:
+    workload = make_workload(model, RequestShape(24, images=2, batch=2))
+    assert workload.first["input_ids"].shape[0] == 2
+    assert workload.vision_tokens == 48
+    features = workload.first["mm_encoder_outputs"]["image"].pooler_output
+    assert len(features) == 4
+    assert not torch.equal(features[0], features[1])
+    with torch.no_grad():
+        assert model(**workload.second).logits.shape == (2, 1, 64)
+
+
+def test_an_encoder_without_grids_gives_images_its_own_number_of_tokens() -> None:
+    model = tiny_llava()
+    workload = make_workload(model, RequestShape(1000, images=2, text_before=5, text_after=9))
+    assert workload.shape.vision_tokens == LLAVA_IMAGE_TOKENS
+    assert workload.starts == (5, 9)
+    assert int((workload.second["input_ids"] == IMAGE_TOKEN).sum()) == 2 * LLAVA_IMAGE_TOKENS
+    assert "position_ids" not in workload.second
+    with torch.no_grad():
+        model(**workload.second)
+
+
+def encoder(method: Any) -> Any:
+    return SimpleNamespace(base_model=SimpleNamespace(get_image_features=method))
+
+
+def test_encoders_that_want_something_else_are_refused() -> None:
+    assert has_grids(encoder(lambda pixel_values, image_grid_thw: None))
+    assert not has_grids(encoder(lambda pixel_values, strategy=None, **others: None))
+    with pytest.raises(OptionError, match="pixel_values, input_ids"):
+        has_grids(encoder(lambda pixel_values, input_ids: None))
+    with pytest.raises(OptionError, match="no get_image_features"):
+        has_grids(SimpleNamespace(base_model=None))
+
+
+@pytest.mark.parametrize("name", ["vision_tokens", "images", "batch", "text_before", "text_after"])
+def test_nothing_of_a_kind_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name}=0 is not valid"):
+        RequestShape(**{"vision_tokens": 8, name: 0})
+
+
+def test_images_that_would_not_move_are_refused() -> None:
+    with pytest.raises(OptionError, match="both 7"):
+        RequestShape(8, text_before=7, text_after=7)

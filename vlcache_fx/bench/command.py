@@ -1,0 +1,123 @@
+"""What ``vlcache bench`` does: choose, measure with a progress bar, print, write."""
+
+import dataclasses
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vlcache_fx.bench.presets import ModelSpec, find_preset, read_spec
+from vlcache_fx.bench.run import BenchResult, run_bench
+from vlcache_fx.bench.settings import Settings, require_packages
+from vlcache_fx.bench.systems import Variant
+from vlcache_fx.errors import OptionError
+
+WIDTH = 140
+"""Of what is printed into a file or a pipe, in characters."""
+
+
+def choose_model(preset: str, config: Path | None, model_class: str | None, layers: int | None) -> ModelSpec:
+    """The model of the preset, or of the configuration where there is one.
+
+    Raises:
+        OptionError: no such preset, or the configuration cannot be used.
+    """
+    if config is not None:
+        return read_spec(config, model_class).with_layers(layers)
+    if model_class is not None:
+        raise OptionError(f"model_class={model_class!r} needs a config: a preset has its own class")
+    return find_preset(preset).with_layers(layers)
+
+
+def combine(
+    policies: Sequence[str] | None, budgets: Sequence[float] | None, stores: Sequence[str] | None
+) -> tuple[Variant, ...]:
+    """Every combination; a list that is missing has the default alone."""
+    default = Variant()
+    lists = policies or [default.policy], budgets or [default.budget], stores or [default.store]
+    return tuple(dict.fromkeys(Variant(*one) for one in itertools.product(*lists)))
+
+
+def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: Any) -> None:
+    """Measure, print tables, write ``bench.json`` and ``bench.png``.
+
+    Args:
+        spec: the model.
+        output_dir: is made where it does not exist.
+        compile_time: time compilation, at the model's own depth where ``compile_layers`` names none.
+        **settings: see ``Settings``.
+
+    Raises:
+        OptionError, PolicyError: a setting is not valid.
+        MeasurementError: a run did not do what its name says.
+    """
+    require_packages()
+    if not compile_time:
+        settings["compile_layers"] = ()
+    elif "compile_layers" not in settings:
+        text = spec.config.get("text_config", spec.config)
+        settings["compile_layers"] = (text["num_hidden_layers"],) if "num_hidden_layers" in text else ()
+    asked = Settings(**settings)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"output_dir={str(output_dir)!r} cannot be made: {error}") from error
+    console = Console() if Console().is_terminal else Console(width=WIDTH)
+    columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with _quiet(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(description: str, done: int, total: int) -> None:
+            progress.update(task, description=description, completed=done, total=total)
+
+        result = run_bench(spec, asked, show)
+    _print(result, console)
+    _write(result, output_dir, console)
+
+
+def _print(result: BenchResult, console: Console) -> None:
+    from vlcache_fx.bench.report import headline, tables
+
+    console.print(headline(result), highlight=False)
+    for table in tables(result):
+        console.print(table)
+    for note in result.notes:
+        console.print(note, highlight=False)
+
+
+def _write(result: BenchResult, output_dir: Path, console: Console) -> None:
+    from vlcache_fx.bench.figure import plot_bench
+
+    record, picture = output_dir / "bench.json", output_dir / "bench.png"
+    record.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n", encoding="utf-8")
+    plot_bench(result, picture)
+    console.print(f"wrote {record} and {picture}", highlight=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries say on the way, which would tear the progress bar apart."""
+    from transformers.utils import logging as untyped
+
+    transformers_logging: Any = untyped
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "vlcache_fx")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,85 @@
+"""A benchmark's results as one picture: time to first token over vision tokens."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vlcache_fx.bench.report import system_name
+from vlcache_fx.bench.rounds import Summary
+from vlcache_fx.bench.run import BenchResult, MeasuredPoint
+
+COLORS = {
+    "eager": "#9aa0a6",
+    "plain": "#3c4043",
+    "cold": "#7baaf7",
+    "not reused": "#d93025",
+    "floor": "#a142f4",
+}
+WARM_COLORS = ("#1e8e3e", "#e37400", "#00838f", "#c2185b", "#795548", "#5c6bc0")
+
+
+def plot_bench(result: BenchResult, path: Path) -> None:
+    """Write a PNG: a panel per number of images and batch, both axes logarithmic."""
+    panels: dict[tuple[int, int], list[MeasuredPoint]] = {}
+    for measured in result.points:
+        shape = measured.point.shape
+        panels.setdefault((shape.images, shape.batch), []).append(measured)
+    figure = Figure(figsize=(2 + 6 * len(panels), 6.5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for one, ((images, batch), points) in zip(axes, panels.items(), strict=True):
+        _plot_panel(one, sorted(points, key=lambda measured: measured.point.vision_tokens))
+        one.set_title(f"{images} image{'s' * (images > 1)}, batch {batch}")
+    axes[0].set_ylabel("time to first token, ms (median, lowest to highest)")
+    figure.suptitle(
+        f"{result.model}, {result.size.layers} layers, {result.dtype}, {result.settings.lowering}"
+    )
+    machine = result.machine
+    where = machine.processor if result.device == "CPU" else result.device
+    figure.supxlabel(f"{where}, {machine.threads} threads, torch {machine.torch}", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_panel(axes: Axes, points: Sequence[MeasuredPoint]) -> None:
+    names = dict.fromkeys(name for measured in points for name in measured.point.seconds)
+    warm_colors = cycle(WARM_COLORS)
+    for name in names:
+        color = COLORS.get(name) or (next(warm_colors) if name.startswith("warm") else COLORS["floor"])
+        _plot_system(axes, points, name, color)
+        _plot_bound(axes, points, name, color)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    tokens = [measured.point.vision_tokens for measured in points]
+    axes.set_xticks(tokens, [f"{number:,}" for number in tokens])
+    axes.minorticks_off()
+    axes.set_xlabel("vision tokens per sample")
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+
+
+def _plot_system(axes: Axes, points: Sequence[MeasuredPoint], name: str, color: str) -> None:
+    found = [
+        (measured.point.vision_tokens, Summary.of(measured.point.seconds[name]))
+        for measured in points
+        if measured.point.seconds.get(name)
+    ]
+    if not found:
+        return
+    medians = [1e3 * summary.median for _, summary in found]
+    below = [1e3 * (summary.median - summary.low) for _, summary in found]
+    above = [1e3 * (summary.high - summary.median) for _, summary in found]
+    places = [tokens for tokens, _ in found]
+    axes.errorbar(
+        places, medians, [below, above], marker="o", capsize=3, color=color, label=system_name(name)
+    )
+
+
+def _plot_bound(axes: Axes, points: Sequence[MeasuredPoint], name: str, color: str) -> None:
+    found = [(measured.point.vision_tokens, measured.bounds.get(name)) for measured in points]
+    known = [(tokens, 1e3 * bound.seconds) for tokens, bound in found if bound is not None]
+    if known:
+        label = f"roofline: {system_name(name)}"
+        axes.plot(*zip(*known, strict=True), ":", marker="_", color=color, label=label)

@@ -1,0 +1,53 @@
+"""The lower bound of a warm run: a lossless prefix hit that computes as many rows."""
+
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.bench.rounds import MeasurementError
+from vlcache_fx.bench.workload import Workload
+
+
+class Floor:
+    """The last rows of the second request, behind a key-value cache that holds all other tokens.
+
+    Args:
+        compiled: the plainly compiled model; must have been run under ``torch.no_grad()``.
+        workload: whose second request it is.
+        rows: how many are computed.
+    """
+
+    def __init__(self, compiled: Any, workload: Workload, rows: int) -> None:
+        self.rows = rows
+        self._compiled, self._num_tokens = compiled, workload.num_tokens
+        cache = compiled(**workload.second).past_key_values
+        self._past: list[tuple[Tensor, Tensor]] = [
+            (layer.keys[:, :, :-rows].clone(), layer.values[:, :, :-rows].clone()) for layer in cache.layers
+        ]
+        given = {name: value for name, value in workload.second.items() if name != "mm_encoder_outputs"}
+        for name in given.keys() & {"input_ids", "position_ids"}:
+            given[name] = given[name][..., -rows:]
+        self._inputs: dict[str, Any] = given
+
+    def prepare(self) -> None:
+        """A cache of its own for the next run, which grows it."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self._past):
+            cache.update(keys, values, index)
+        self._inputs["past_key_values"] = cache
+
+    def run(self) -> Any:
+        """The rows alone."""
+        return self._compiled(**self._inputs)
+
+    def check(self) -> None:
+        """The cache must hold all tokens now.
+
+        Raises:
+            MeasurementError: it does not, so something else was computed.
+        """
+        held = self._inputs["past_key_values"].get_seq_length()
+        if held != self._num_tokens:
+            raise MeasurementError(f"the lower bound left {held} of {self._num_tokens} tokens in the cache")

@@ -1,0 +1,178 @@
+"""One model with seeded random weights, written once and loaded by every library."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
+PAD, END, IMAGE, VIDEO, VISION_START, VISION_END, WORDS = range(7)
+"""The special tokens, and the first id of an ordinary one."""
+
+SPECIAL = {
+    "<|pad|>": PAD,
+    "<|im_end|>": END,
+    "<|image_pad|>": IMAGE,
+    "<|video_pad|>": VIDEO,
+    "<|vision_start|>": VISION_START,
+    "<|vision_end|>": VISION_END,
+}
+TAG = "shape.json"
+"""Written last: a folder that has it holds a whole checkpoint, of the shape that it names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerShape:
+    """A Qwen2.5-VL. The defaults make 247 M parameters.
+
+    Attributes:
+        vision_depth: blocks of the vision tower; the last one attends to all patches, the others to windows.
+        dtype: of the saved weights and of all computation, a name in ``torch``.
+        seed: of the weights.
+    """
+
+    hidden: int = 1024
+    layers: int = 8
+    intermediate: int = 4096
+    heads: int = 16
+    kv_heads: int = 2
+    vocabulary: int = 59392
+    vision_depth: int = 4
+    vision_hidden: int = 256
+    vision_intermediate: int = 1024
+    vision_heads: int = 4
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+
+TINY = PeerShape(128, 2, 256, 2, 1, 128, 2, 64, 128, 1, dtype="float32")
+"""Built in a moment; for tests."""
+
+
+def model_config(shape: PeerShape) -> Any:
+    """The transformers configuration of ``shape``."""
+    from transformers import Qwen2_5_VLConfig
+
+    # Temporal, row and column frequencies, in the proportion of the published models (16, 24, 24 of 64).
+    half = shape.hidden // shape.heads // 2
+    sections = [half // 4, (half - half // 4) // 2]
+    text = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [*sections, half - sum(sections)],
+        },
+        "bos_token_id": None,
+        "eos_token_id": END,
+        "pad_token_id": PAD,
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "depth": shape.vision_depth,
+        "hidden_size": shape.vision_hidden,
+        "intermediate_size": shape.vision_intermediate,
+        "num_heads": shape.vision_heads,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": TEMPORAL_PATCH,
+        "window_size": 8 * PATCH,
+        "fullatt_block_indexes": [shape.vision_depth - 1],
+        "out_hidden_size": shape.hidden,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=False,
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+
+
+def write_checkpoint(shape: PeerShape, vision_tokens: int, folder: Path) -> None:
+    """Write weights, configuration, tokenizer and processor settings; keep weights that are there already.
+
+    Args:
+        shape: the model.
+        vision_tokens: of the largest photo that will be asked about. Peers size caches and warm up by it.
+        folder: where to; made if needed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_processors(vision_tokens, folder)
+    tag = json.dumps(dataclasses.asdict(shape), indent=1) + "\n"
+    if (folder / TAG).exists() and (folder / TAG).read_text(encoding="utf-8") == tag:
+        return
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    (folder / TAG).unlink(missing_ok=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(shape.seed)
+        model: Any = Qwen2_5_VLForConditionalGeneration(model_config(shape))
+    model.to(getattr(torch, shape.dtype)).save_pretrained(str(folder))
+    _write_tokenizer(shape.vocabulary, folder)
+    (folder / TAG).write_text(tag, encoding="utf-8")
+
+
+def read_model(folder: Path) -> Any:
+    """The model in ``folder``, in the dtype that it was saved in, ready for inference.
+
+    Raises:
+        OSError: there is no checkpoint.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    shape = json.loads((folder / TAG).read_text(encoding="utf-8"))
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        str(folder), dtype=getattr(torch, shape["dtype"]), attn_implementation="sdpa", local_files_only=True
+    )
+    return model.eval()
+
+
+def _write_tokenizer(vocabulary: int, folder: Path) -> None:
+    """One word per id. Prompts are given as ids, but loading a model asks for a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = SPECIAL | {f"w{number}": number for number in range(WORDS, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{WORDS}"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    make: Any = PreTrainedTokenizerFast
+    make(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>").save_pretrained(str(folder))
+
+
+def _write_processors(vision_tokens: int, folder: Path) -> None:
+    """By hand: the classes that write these files need torchvision.
+
+    Mean and deviation map bytes to -1..1, as ``ReferenceImageProcessor`` does, so that every library sees the
+    same patches. A photo of ``vision_tokens`` is just within the bounds, so none is resized.
+    """
+    side = PATCH * MERGE
+    common = {
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": TEMPORAL_PATCH,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "min_pixels": side**2,
+        "max_pixels": vision_tokens * side**2,
+        "size": {"shortest_edge": side**2, "longest_edge": vision_tokens * side**2},
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    files = {
+        "preprocessor_config.json": common | {"image_processor_type": "Qwen2VLImageProcessor"},
+        "video_preprocessor_config.json": common | {"video_processor_type": "Qwen2VLVideoProcessor"},
+    }
+    for name, settings in files.items():
+        (folder / name).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

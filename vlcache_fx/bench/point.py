@@ -1,0 +1,269 @@
+"""All systems on one workload: a point of every curve."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.memory import PeakMemory, peak_memory
+from vlcache_fx.bench.rounds import (
+    MeasurementError,
+    Summary,
+    System,
+    do_nothing,
+    interleave,
+    paired_ratio,
+    time_once,
+)
+from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
+from vlcache_fx.bench.workload import RequestShape, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmRun:
+    """What a variant did.
+
+    Attributes:
+        variant: policy, budget and store.
+        floor: name of the lower bound that computes as many rows.
+        report: the engine's, of the last timed run.
+        step_ms: milliseconds per step of a call as the engine reports them; ``other`` is the rest of the
+            call (guards, the model's Python, and on a GPU what was launched and not yet done).
+    """
+
+    variant: Variant
+    floor: str
+    report: dict[str, Any]
+    step_ms: dict[str, Summary]
+
+    @property
+    def tier(self) -> str:
+        """Where the donors were found."""
+        return ", ".join(sorted({str(span["donor_tier"]) for span in self.report["spans"]}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Seconds per system on one workload, and what was measured.
+
+    Attributes:
+        shape: of the requests.
+        vision_tokens, num_tokens: per sample, all images together.
+        starts: position of the first image's first token in the first and in the second request.
+        seconds: per system, one value per round.
+        first_call_seconds: per compiled system, how much longer its first call at this point took than a
+            usual one: its compilation, where no point before has caused it.
+        ratios: ``"a / b"`` within each round.
+        cold_rows: rows per layer of the cold run; empty where there was none.
+        cold_difference: largest difference of the logits, cold against plain, over their largest value.
+        warm: per variant, by the name of its system.
+        floor_rows: rows of each lower bound, by the name of its system.
+        not_reused: systems that this version runs unmodified, and why.
+        peak_memory: per system, of a run that was not timed.
+    """
+
+    shape: RequestShape
+    vision_tokens: int
+    num_tokens: int
+    starts: tuple[int, int]
+    seconds: dict[str, list[float]]
+    first_call_seconds: dict[str, float]
+    ratios: dict[str, Summary]
+    cold_rows: tuple[int, ...]
+    cold_difference: float | None
+    warm: dict[str, WarmRun]
+    floor_rows: dict[str, int]
+    not_reused: dict[str, str]
+    peak_memory: dict[str, PeakMemory | None]
+
+
+def measure_point(
+    systems: Systems,
+    workload: Workload,
+    rounds: int,
+    eager_rounds: int,
+    after_run: Callable[[], None] = do_nothing,
+) -> Point:
+    """Warm up, time all systems in turn, then look at the peak memory of each.
+
+    Args:
+        systems: what is compared.
+        workload: requests for them.
+        rounds: of timing; at least one.
+        eager_rounds: of them with the unmodified eager model.
+        after_run: called after each timed run, at most ``runs_of_point`` times.
+
+    Raises:
+        MeasurementError: a run did not do what its name says.
+    """
+    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+        point = _PointBench(systems, workload, eager_rounds)
+        point.warm_up()
+        seconds = interleave(point.systems, rounds, after_run)
+        peaks = {name: point.peak(name) for name in point.systems}
+    systems.forget_donors()
+    return point.result(seconds, peaks)
+
+
+def runs_of_point(variants: Sequence[Variant], rounds: int, eager_rounds: int) -> int:
+    """How many runs are timed, at most: every variant may have a lower bound of its own."""
+    return (2 + 2 * len(variants)) * rounds + min(rounds, eager_rounds)
+
+
+class _PointBench:
+    def __init__(self, systems: Systems, workload: Workload, eager_rounds: int) -> None:
+        self._bench, self._workload, self._eager_rounds = systems, workload, eager_rounds
+        self.systems: dict[str, System] = {}
+        self._variants: dict[str, Variant] = {}
+        self._floors: dict[str, Floor] = {}
+        self._floor_of: dict[str, str] = {}
+        self._reports: dict[str, list[dict[str, Any]]] = {}
+        self._first_calls: dict[str, float] = {}
+        self._not_reused: dict[str, str] = {}
+        self._cold_rows: tuple[int, ...] = ()
+        self._cold_difference: float | None = None
+        self._graphs: int | None = None
+
+    def warm_up(self) -> None:
+        """Compile everything, make the donors and the ready caches, and run everything once more."""
+        bench, request = self._bench, self._workload.second
+        self._add("eager", lambda: bench.plain(**request), rounds=self._eager_rounds)
+        self._add("plain", lambda: bench.compiled(**request))
+        self._first_calls["plain"] = time_once(self.systems["plain"])
+        if self._add_cold():
+            single = len(bench.variants) == 1
+            for variant in bench.variants:
+                self._add_warm("warm" if single else f"warm {variant.label}", variant)
+            self._add_floors()
+        for name in self.systems:
+            if name != "eager":
+                for _ in range(2):
+                    time_once(self.systems[name])
+        for reports in self._reports.values():
+            reports.clear()
+        self._graphs = bench.graphs_compiled()
+
+    def _add(self, name: str, run: Callable[[], object], **options: Any) -> None:
+        check = options.pop("check", do_nothing)
+
+        def checked() -> None:
+            check()
+            if self._graphs is not None and self._bench.graphs_compiled() != self._graphs:
+                raise MeasurementError(f"{name}: something was compiled during a timed run")
+
+        self.systems[name] = System(run, check=checked, synchronize=self._bench.synchronize, **options)
+
+    def _add_cold(self) -> bool:
+        """True where cold runs record donors, else why not is noted and the call timed as it is."""
+        bench, request = self._bench, self._workload.first
+        bench.prepare_cold()
+        run = System(lambda: bench.reusing(**request), synchronize=bench.synchronize)
+        self._first_calls["cold"] = time_once(run)
+        report = bench.report()
+        if report["mode"] != "cold" or not report["spans"]:
+            self._not_reused["vlcache"] = bench.why_not_reused()
+            self._first_calls["not reused"] = self._first_calls.pop("cold")
+            self._add("not reused", run.run, prepare=bench.prepare_cold)
+            return False
+        self._cold_rows = tuple(report["rows_per_layer"])
+        self._cold_difference = self._difference()
+        self._add("cold", run.run, prepare=bench.prepare_cold, check=self._check_cold)
+        return True
+
+    def _difference(self) -> float:
+        def logits(model: Any) -> Tensor:
+            result: Tensor = model(**self._workload.first).logits
+            return result[:, -1].float()
+
+        expected = logits(self._bench.compiled)
+        self._bench.prepare_cold()
+        return float((logits(self._bench.reusing) - expected).abs().max() / expected.abs().max())
+
+    def _check_cold(self) -> None:
+        report = self._bench.report()
+        if report["mode"] != "cold":
+            raise MeasurementError(f"the cold run was {report['mode']}: {report['reason']}")
+
+    def _add_warm(self, name: str, variant: Variant) -> None:
+        bench, request = self._bench, self._workload.second
+        bench.prepare_warm(variant)
+        bench.reusing(**self._workload.first)  # leaves the donors, where they are not there already
+        check = self._check_warm(name)
+        run = System(lambda: bench.reusing(**request), lambda: bench.prepare_warm(variant))
+        self._first_calls[name] = time_once(run)
+        report = bench.report()
+        if report["mode"] != "warm":
+            self._not_reused[name] = bench.why_not_reused()
+            self._first_calls.pop(name)
+            return
+        self._variants[name], self._reports[name] = variant, [report]
+        self._add(name, run.run, prepare=run.prepare, check=check)
+
+    def _check_warm(self, name: str) -> Callable[[], None]:
+        def check() -> None:
+            report = self._bench.report()
+            if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
+                raise MeasurementError(f"the run {name!r} was {report['mode']}: {report['reason']}")
+            self._reports[name].append(report)
+
+        return check
+
+    def _add_floors(self) -> None:
+        """One for each number of rows, in the place behind the first variant that computes as many."""
+        numbers = {name: reports[0]["rows_per_layer"][0] for name, reports in self._reports.items()}
+        single = len(set(numbers.values())) == 1
+        for name, rows in numbers.items():
+            self._floor_of[name] = floor_name = "floor" if single else f"floor of {rows} rows"
+            if floor_name not in self._floors:
+                floor = Floor(self._bench.compiled, self._workload, rows)
+                self._floors[floor_name] = floor
+                self._add(floor_name, floor.run, prepare=floor.prepare, check=floor.check)
+
+    def peak(self, name: str) -> PeakMemory | None:
+        """Peak memory of one run of a system."""
+        system = self.systems[name]
+        system.prepare()
+        peak = peak_memory(system.run, self._bench.device)
+        system.check()
+        return peak
+
+    def result(self, seconds: dict[str, list[float]], peaks: dict[str, PeakMemory | None]) -> Point:
+        """Everything that was found."""
+        usual = {name: median(values) for name, values in seconds.items() if values}
+        pairs = [("cold", "plain"), ("not reused", "plain")]
+        for name in self._variants:
+            pairs += [("plain", name), ("eager", name), (name, self._floor_of[name])]
+        return Point(
+            shape=self._workload.shape,
+            vision_tokens=self._workload.vision_tokens,
+            num_tokens=self._workload.num_tokens,
+            starts=self._workload.starts,
+            seconds=seconds,
+            first_call_seconds={name: first - usual[name] for name, first in self._first_calls.items()},
+            ratios={
+                f"{a} / {b}": paired_ratio(seconds[a], seconds[b])
+                for a, b in pairs
+                if seconds.get(a) and seconds.get(b)
+            },
+            cold_rows=self._cold_rows,
+            cold_difference=self._cold_difference,
+            warm={name: self._warm_run(name, seconds[name]) for name in self._variants},
+            floor_rows={name: floor.rows for name, floor in self._floors.items()},
+            not_reused=self._not_reused,
+            peak_memory=peaks,
+        )
+
+    def _warm_run(self, name: str, seconds: list[float]) -> WarmRun:
+        steps: dict[str, list[float]] = {}
+        timed = self._reports[name][: len(seconds)]  # behind them is the run for peak memory
+        for report, total in zip(timed, seconds, strict=True):
+            timings = report["timings_ms"]
+            for step, milliseconds in timings.items():
+                steps.setdefault(step, []).append(milliseconds)
+            steps.setdefault("other", []).append(1e3 * total - sum(timings.values()))
+        summaries = {step: Summary.of(values) for step, values in steps.items()}
+        return WarmRun(self._variants[name], self._floor_of[name], timed[-1], summaries)

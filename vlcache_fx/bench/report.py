@@ -1,0 +1,189 @@
+"""A benchmark's results as tables for people."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from vlcache_fx.bench.point import Point
+from vlcache_fx.bench.rounds import Summary
+from vlcache_fx.bench.run import BenchResult, MeasuredPoint
+
+NAMES = {
+    "eager": "unmodified, eager",
+    "plain": "unmodified, torch.compile",
+    "cold": "vlcache, new image (cold)",
+    "not reused": "vlcache, runs unmodified",
+}
+GIGA, MIB = 1e9, 2**20
+
+
+def milliseconds(seconds: float) -> str:
+    """Such as ``1,234 ms`` or ``0.05 ms``."""
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.3g} ms"
+
+
+def first_line(reason: str) -> str:
+    """Of a reason; the record has the rest."""
+    return reason.partition("\n")[0]
+
+
+def system_name(name: str) -> str:
+    """A system's name in a point, for people."""
+    if name in NAMES:
+        return NAMES[name]
+    if name.startswith("warm"):
+        return f"vlcache, seen before (warm){name.removeprefix('warm')}"
+    return f"floor: prefix hit, same rows{name.removeprefix('floor')}"
+
+
+def tables(result: BenchResult) -> Iterator[Table]:
+    """All tables, in the order in which they are read."""
+    for measured in result.points:
+        yield time_table(measured)
+    if any(measured.point.ratios for measured in result.points):
+        yield ratio_table(result)
+    if any(measured.point.warm for measured in result.points):
+        yield step_table(result)
+    yield cost_table(result)
+    if result.compile_times:
+        yield compile_table(result)
+    if result.lookups:
+        yield lookup_table(result)
+
+
+def headline(result: BenchResult) -> str:
+    """The model, where it ran, and what that machine can do."""
+    size, rates, machine = result.size, result.rates, result.machine
+    return (
+        f"{result.model} ({result.model_class}): {size.layers} decoder layers,"
+        f" {(size.layer_weights + size.head_weights) / 1e6:,.0f} M weights in them and the output,"
+        f" random, {result.dtype}, lowering {result.settings.lowering}\n"
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, on {result.device};"
+        f" torch {machine.torch}, transformers {machine.transformers}\n"
+        f"matrix product {rates.matmul_flops / GIGA:,.0f} GFLOP/s, copy {rates.copy_bytes / GIGA:,.1f} GB/s"
+        f" (read + written), host read {rates.read_bytes / GIGA:,.1f} GB/s"
+    )
+
+
+def describe(point: Point) -> str:
+    """The requests of a point in words."""
+    shape = point.shape
+    images = "image" if shape.images == 1 else "images"
+    samples = "" if shape.batch == 1 else f", batch {shape.batch}"
+    return f"{shape.images} {images} of {shape.vision_tokens}, {point.num_tokens} tokens{samples}"
+
+
+def time_table(measured: MeasuredPoint) -> Table:
+    """Time to first token of every system at one point."""
+    point = measured.point
+    table = Table(title=f"Time to first token: {describe(point)}", title_style="bold")
+    table.add_column("system")
+    for heading in ("median", "lowest", "highest", "runs", "bound", "peak memory", "first call, extra"):
+        table.add_column(heading, justify="right")
+    for name, seconds in point.seconds.items():
+        if not seconds:
+            continue
+        summary, bound = Summary.of(seconds), measured.bounds.get(name)
+        peak, first = point.peak_memory[name], point.first_call_seconds.get(name)
+        label = system_name(name)
+        if name in point.warm:
+            label += f"\n  donors from {point.warm[name].tier}"
+        table.add_row(
+            label,
+            *(milliseconds(value) for value in (summary.median, summary.low, summary.high)),
+            str(len(seconds)),
+            "" if bound is None else f"{milliseconds(bound.seconds)} ({bound.limited_by})",
+            ""
+            if peak is None
+            else f"{peak.peak_bytes / MIB:,.0f} MiB\n+{(peak.peak_bytes - peak.before_bytes) / MIB:,.0f}",
+            "" if first is None else f"{first:.1f} s",
+        )
+    for name, reason in point.not_reused.items():
+        table.add_row(f"{name}: not reused: {first_line(reason)}")
+    return table
+
+
+def ratio_table(result: BenchResult) -> Table:
+    """Ratios within each round, all points."""
+    table = Table(title="Compared within each round", title_style="bold")
+    table.add_column("requests")
+    table.add_column("ratio")
+    for heading in ("median", "lowest", "highest"):
+        table.add_column(heading, justify="right")
+    for measured in result.points:
+        for name, ratio in measured.point.ratios.items():
+            values = (f"{value:.2f}" for value in (ratio.median, ratio.low, ratio.high))
+            table.add_row(describe(measured.point), name, *values)
+    return table
+
+
+def step_table(result: BenchResult) -> Table:
+    """Milliseconds per step of warm calls."""
+    runs = [
+        (measured.point, name, run) for measured in result.points for name, run in measured.point.warm.items()
+    ]
+    steps = list(dict.fromkeys(step for _, _, run in runs for step in run.step_ms))
+    table = Table(title="Steps of a warm call: median milliseconds (highest)", title_style="bold")
+    table.add_column("requests")
+    table.add_column("variant")
+    table.add_column("recomputed", justify="right")
+    for step in steps:
+        table.add_column(step, justify="right")
+    for point, _, run in runs:
+        cells = [run.step_ms.get(step) for step in steps]
+        table.add_row(
+            describe(point),
+            run.variant.label,
+            f"{100 * run.report['token_layer_fraction']:.1f} %",
+            *("" if cell is None else f"{cell.median:.2f} ({cell.high:.2f})" for cell in cells),
+        )
+    return table
+
+
+def cost_table(result: BenchResult) -> Table:
+    """What reuse saves and costs beside the rows, per image size."""
+    encoder = {one.vision_tokens: one.seconds for one in result.encoder}
+    table = Table(title="Beside the rows", title_style="bold")
+    table.add_column("requests")
+    for heading in ("encoder, skipped", "digest of one image's features", "its rate", "splices, unfused"):
+        table.add_column(heading, justify="right")
+    for measured in result.points:
+        seconds, cost, splice = (
+            encoder.get(measured.point.shape.vision_tokens),
+            measured.hash,
+            measured.splice,
+        )
+        table.add_row(
+            describe(measured.point),
+            "" if seconds is None else milliseconds(seconds.median),
+            f"{milliseconds(cost.seconds)} ({cost.nbytes / MIB:.1f} MiB)",
+            f"{cost.bytes_per_second / GIGA:.1f} GB/s",
+            "" if splice is None else f"{splice.calls} x {milliseconds(splice.seconds)}",
+        )
+    return table
+
+
+def compile_table(result: BenchResult) -> Table:
+    """Seconds until compiled, per depth."""
+    table = Table(title="Seconds of compilation until ready", title_style="bold")
+    table.add_column("system")
+    for heading in ("layers", "process", "seconds"):
+        table.add_column(heading, justify="right")
+    for one in result.compile_times:
+        name = "torch.compile" if one.system == "plain" else "vlcache, cold and warm"
+        unless = "" if one.not_reused is None else f" (not reused: {first_line(one.not_reused)})"
+        table.add_row(name + unless, str(one.layers), one.process, f"{one.seconds:.1f}")
+    return table
+
+
+def lookup_table(result: BenchResult) -> Table:
+    """Microseconds of a lookup over the store's size."""
+    table = Table(title="Lookup in a store in memory", title_style="bold")
+    for heading in ("entries", "median", "99th percentile"):
+        table.add_column(heading, justify="right")
+    for one in result.lookups:
+        table.add_row(
+            f"{one.entries:,}", f"{1e6 * one.median_seconds:.2f} µs", f"{1e6 * one.p99_seconds:.2f} µs"
+        )
+    return table

@@ -1,0 +1,90 @@
+"""What a benchmark is asked to measure."""
+
+import dataclasses
+import importlib.util
+import itertools
+
+from vlcache_fx.bench.systems import Variant
+from vlcache_fx.bench.workload import RequestShape
+from vlcache_fx.errors import OptionError
+from vlcache_fx.options import Options
+from vlcache_fx.policies import get_policy
+
+PACKAGES = {
+    "transformers": "transformers",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "matplotlib": "matplotlib",
+}
+"""Optional packages that a benchmark needs: by the name that is imported, the name to install."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        vision_tokens: per image; empty for those of the model's preset.
+        images, batch: every combination with every number of vision tokens is a point.
+        text_before, text_after: tokens; see ``RequestShape``.
+        variants: ways to reuse; at least one.
+        dtype, device: names, or ``auto``.
+        rounds: of timing at each point; ``eager_rounds`` of them with the eager model.
+        lowering: of both compiled models.
+        encoder: time the model's own vision tower.
+        compile_layers: depths at which compilation is timed in processes of their own; empty for none.
+        store_entries: sizes of a store at which lookups are timed, ascending; empty for none.
+
+    Raises:
+        OptionError, PolicyError: a value is not valid.
+    """
+
+    vision_tokens: tuple[int, ...] = ()
+    images: tuple[int, ...] = (1,)
+    batch: tuple[int, ...] = (1,)
+    text_before: int = 20
+    text_after: int = 40
+    variants: tuple[Variant, ...] = (Variant(),)
+    dtype: str = "auto"
+    device: str = "auto"
+    rounds: int = 5
+    eager_rounds: int = 1
+    lowering: str = "inductor"
+    encoder: bool = True
+    compile_layers: tuple[int, ...] = ()
+    store_entries: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or self.eager_rounds < 0:
+            raise OptionError(
+                f"rounds={self.rounds} must be positive, and eager_rounds={self.eager_rounds} not negative"
+            )
+        if not (self.images and self.batch and self.variants):
+            raise OptionError("images, batch and variants must not be empty")
+        for variant in self.variants:
+            Options(policy=variant.policy, budget=variant.budget, lowering=self.lowering)
+            get_policy(variant.policy)
+        for depth in self.compile_layers:
+            if depth < 1:
+                raise OptionError(f"compile_layers={depth} is not valid: it must be a positive integer")
+
+    def shapes(self, vision_tokens: tuple[int, ...]) -> list[RequestShape]:
+        """The requests of all points."""
+        return [
+            RequestShape(tokens, images, batch, self.text_before, self.text_after)
+            for images, batch, tokens in itertools.product(self.images, self.batch, vision_tokens)
+        ]
+
+
+def require_packages() -> None:
+    """Find out before anything is built.
+
+    Raises:
+        OptionError: an optional package is not installed; the message names it.
+    """
+    missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"vlcache bench needs {', '.join(missing)}: pip install 'vlcache_fx[transformers,demo]'"
+        )

@@ -1,0 +1,150 @@
+"""The systems that are compared: one model, unmodified and with reuse, sharing its weights."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+import vlcache_fx
+from vlcache_fx.bench.device import synchronizer
+from vlcache_fx.bench.model import share_weights
+from vlcache_fx.bench.rounds import MeasurementError
+from vlcache_fx.options import Options
+from vlcache_fx.policies import get_policy
+from vlcache_fx.store import Store, open_store
+
+GIB = 1024**3
+
+DYNAMO_CONFIG: Mapping[str, Any] = {
+    # Models check that placeholders and features agree: without this, that is a graph break.
+    "capture_scalar_outputs": True,
+    # Numbers of images and ready caches are other graphs: more of them than Dynamo compiles by default.
+    "recompile_limit": 64,
+}
+"""For all systems alike; ``vlcache_fx.compile`` sets the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to reuse: a policy, its budget (share of the span's token-layers), and the URL of a store."""
+
+    policy: str = "layer_aware"
+    budget: float = 0.02
+    store: str = "memory://"
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.policy} {100 * self.budget:g} % {self.store}"
+
+
+class Systems:
+    """One model in four forms: eager, plainly compiled, and compiled for reuse, cold and warm.
+
+    Programs do not depend on policy, budget or store, so one compiled model serves all variants: ``use``
+    exchanges what its engine holds. Cold runs have a store of their own.
+
+    Dynamo is reset first: what else this process compiled would count towards its limits.
+
+    Args:
+        model: in eval mode, on its device.
+        lowering: of the compiled model; the plain ``torch.compile`` gets the backend of that name.
+        variants: at least one.
+        capacity_bytes: of each store.
+
+    Raises:
+        OptionError, PolicyError: a variant or the lowering names something that does not exist.
+    """
+
+    def __init__(
+        self, model: Any, lowering: str, variants: Sequence[Variant], capacity_bytes: int = 4 * GIB
+    ) -> None:
+        torch._dynamo.reset()
+        self.variants = tuple(variants)
+        self._options = {variant: _options(variant, lowering, capacity_bytes) for variant in variants}
+        self._policies = {variant: get_policy(variant.policy) for variant in variants}
+        self.plain = model
+        self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
+        own = dataclasses.replace(self._options[self.variants[0]], store="memory://")
+        self.reusing: Any = vlcache_fx.compile(
+            share_weights(model),
+            **{field.name: getattr(own, field.name) for field in dataclasses.fields(own)},
+        )
+        self._cold_options, self._cold_store = own, self.engine.store
+        self._stores: dict[str, Store] = {
+            url: open_store(url, capacity_bytes) for url in dict.fromkeys(one.store for one in variants)
+        }
+        self.device = next(model.parameters()).device
+        self.synchronize = synchronizer(self.device)
+
+    @property
+    def engine(self) -> Any:
+        """The engine of the model compiled for reuse."""
+        return self.reusing.vlcache
+
+    def prepare_cold(self) -> None:
+        """The next run finds an empty store of its own."""
+        self.engine.store, self.engine.options = self._cold_store, self._cold_options
+        self.engine.clear()
+
+    def prepare_warm(self, variant: Variant) -> None:
+        """The next run uses this policy, budget and store.
+
+        A store that outlives the process is opened anew, so that the run does not find its donor in a faster
+        tier above it.
+        """
+        if outlives_process(variant.store):
+            self._stores[variant.store].close()
+            self._stores[variant.store] = open_store(variant.store, self._cold_options.capacity_bytes)
+        self.engine.store = self._stores[variant.store]
+        self.engine.policy, self.engine.options = self._policies[variant], self._options[variant]
+
+    def forget_donors(self) -> None:
+        """Empty the stores of this process; donors elsewhere stay for the next one."""
+        self._cold_store.clear()
+        for url, store in self._stores.items():
+            if not outlives_process(url):
+                store.clear()
+
+    def graphs_compiled(self) -> int:
+        """Graphs that Dynamo captured and programs that the engine compiled, so far."""
+        captured = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return int(captured + self.engine.stats()["compilations"])
+
+    def report(self) -> dict[str, Any]:
+        """What the engine says about its last call.
+
+        Raises:
+            MeasurementError: the engine was not called.
+        """
+        report: dict[str, Any] | None = self.engine.last_report
+        if report is None:
+            raise MeasurementError("the compiled model ran without its engine")
+        return report
+
+    def why_not_reused(self) -> str:
+        """The reason of the last call, and of every graph of the model that was refused."""
+        reasons = [str(self.report()["reason"]), *(str(refusal) for refusal in self.engine.refusals)]
+        return "; ".join(dict.fromkeys(reasons))
+
+    def close(self) -> None:
+        """Release the stores."""
+        for store in (self._cold_store, *self._stores.values()):
+            store.close()
+
+
+def outlives_process(url: str) -> bool:
+    """True for a store with a place (``file:///donors``), False for one in memory (``memory://``)."""
+    return bool(url.partition("://")[2])
+
+
+def _options(variant: Variant, lowering: str, capacity_bytes: int) -> Options:
+    return Options(
+        policy=variant.policy,
+        budget=variant.budget,
+        store=variant.store,
+        lowering=lowering,
+        capacity_bytes=capacity_bytes,
+        dynamic=True,
+    )

@@ -1,0 +1,178 @@
+"""Two requests about the same pictures: behind another text, at another position."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.bench.photos import Patches, grid_of, patches_of, squares_of, take_photos
+from vlcache_fx.errors import OptionError
+
+
+@dataclass(frozen=True)
+class RequestShape:
+    """What a request holds, in tokens and pictures.
+
+    Attributes:
+        vision_tokens: of each image.
+        images: images per sample.
+        batch: samples, each with images of its own.
+        text_before, text_after: tokens of text before the first image and behind the last one in the first
+            request, and the other way round in the second. So the images move, and both requests are
+            equally long.
+
+    Raises:
+        OptionError: a number is not positive, or the images would stay where they are.
+    """
+
+    vision_tokens: int
+    images: int = 1
+    batch: int = 1
+    text_before: int = 20
+    text_after: int = 40
+
+    def __post_init__(self) -> None:
+        for name in ("vision_tokens", "images", "batch", "text_before", "text_after"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)} is not valid: it must be a positive integer")
+        if self.text_before == self.text_after:
+            raise OptionError(
+                f"text_before and text_after are both {self.text_before}: they must differ, because the"
+                " second request swaps them to move the images"
+            )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Keyword arguments of two calls of the model, and what they hold.
+
+    Attributes:
+        shape: as asked for, with the vision tokens that the images have in fact.
+        first, second: the requests; all systems are given the encoder's output.
+        num_tokens: tokens per sample.
+        starts: position of the first image's first token in the first and in the second request.
+        text_positions: positions of text tokens in the second request.
+        features: encoder output of one image, ``[vision tokens, hidden]``.
+    """
+
+    shape: RequestShape
+    first: dict[str, Any]
+    second: dict[str, Any]
+    num_tokens: int
+    starts: tuple[int, int]
+    text_positions: tuple[int, ...]
+    features: Tensor
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens per sample, all of its images together."""
+        return self.shape.vision_tokens * self.shape.images
+
+
+def has_grids(model: Any) -> bool:
+    """True where the encoder takes pictures of any size (patches and grids), False for squares of one size.
+
+    Raises:
+        OptionError: the encoder wants something else.
+    """
+    encode = getattr(model.base_model, "get_image_features", None)
+    if encode is None:
+        raise OptionError(f"{type(model).__name__} has no get_image_features: nothing to reuse images of")
+    parameters = inspect.signature(encode).parameters
+    needed = {
+        name for name, one in parameters.items() if one.default is one.empty and one.kind < one.VAR_POSITIONAL
+    }
+    unknown = needed - {"pixel_values", "image_grid_thw"}
+    if unknown or "pixel_values" not in parameters:
+        raise OptionError(
+            f"the encoder of {type(model).__name__} wants {', '.join(parameters)}; this benchmark gives"
+            " pixel_values, alone or with image_grid_thw"
+        )
+    return "image_grid_thw" in parameters
+
+
+def make_pixels(model: Any, count: int, vision_tokens: int) -> dict[str, Tensor]:
+    """Arguments of the encoder for ``count`` photos of nearly ``vision_tokens`` each."""
+    photos, vision = take_photos(count), model.config.vision_config
+    if has_grids(model):
+        patches = Patches(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        width, height = photos[0].size
+        pixels, grids = patches_of(photos, grid_of(vision_tokens, width / height), patches)
+        found = {"pixel_values": pixels.to(model.dtype), "image_grid_thw": grids}
+    else:
+        found = {"pixel_values": squares_of(photos, vision.image_size).to(model.dtype)}
+    return {name: value.to(model.device) for name, value in found.items()}
+
+
+def encode(model: Any, pixels: dict[str, Tensor]) -> Any:
+    """The encoder's output for ``make_pixels``, without gradients."""
+    with torch.no_grad():
+        return model.base_model.get_image_features(**pixels)
+
+
+def make_workload(model: Any, shape: RequestShape) -> Workload:
+    """Photos, their features and both requests, on the model's device.
+
+    Raises:
+        OptionError: the model's encoder or its vocabulary cannot serve the shape.
+    """
+    pixels = make_pixels(model, shape.images * shape.batch, shape.vision_tokens)
+    features = encode(model, pixels)
+    one = features.pooler_output[0]
+    tokens = one.shape[-2]
+    shape = RequestShape(tokens, shape.images, shape.batch, shape.text_before, shape.text_after)
+    maker = _Maker(model, shape, features, pixels.get("image_grid_thw"))
+    first, start = maker.request(shape.text_before, shape.text_after, seed=1)
+    second, moved = maker.request(shape.text_after, shape.text_before, seed=2)
+    ids = second["input_ids"][0]
+    text = (ids != maker.image_token).nonzero().flatten().tolist()
+    return Workload(shape, first, second, ids.shape[0], (start, moved), tuple(text), one.reshape(tokens, -1))
+
+
+class _Maker:
+    """Puts requests together for one model and its features."""
+
+    def __init__(self, model: Any, shape: RequestShape, features: Any, grids: Tensor | None) -> None:
+        config = model.config
+        self._model, self._shape, self._features, self._grids = model, shape, features, grids
+        names = ("image_token_id", "image_token_index")
+        tokens = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
+        if not tokens:
+            raise OptionError(f"the configuration of {type(model).__name__} names no image_token_id")
+        self.image_token = int(tokens[0])
+        self._marks = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
+        text = config.get_text_config()
+        special = {value for part in (config, text) for value in _special_ids(part)}
+        self._words = torch.tensor([word for word in range(text.vocab_size) if word not in special])
+        parameters = inspect.signature(model.forward).parameters
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in parameters:
+            self._options["logits_to_keep"] = 1
+
+    def request(self, before: int, after: int, seed: int) -> tuple[dict[str, Any], int]:
+        """A request, and where its first image begins."""
+        draw = torch.Generator().manual_seed(seed)
+        start, end = ([] if mark is None else [mark] for mark in self._marks)
+        image = [*start, *[self.image_token] * self._shape.vision_tokens, *end] * self._shape.images
+        rows = []
+        for _ in range(self._shape.batch):
+            drawn = torch.randint(len(self._words), (before + after,), generator=draw)
+            text = self._words[drawn].tolist()
+            rows.append([*text[:before], *image, *text[before:]])
+        ids = torch.tensor(rows, device=self._model.device)
+        inputs = {"input_ids": ids, "mm_encoder_outputs": {"image": self._features}, **self._options}
+        # Given, because a model that computes them in forward breaks the graph there.
+        if hasattr(self._model.base_model, "get_rope_index"):
+            kinds = (ids == self.image_token).int()
+            inputs["position_ids"], _ = self._model.base_model.get_rope_index(
+                ids, mm_token_type_ids=kinds, image_grid_thw=self._grids
+            )
+        return inputs, before + len(start)
+
+
+def _special_ids(config: Any) -> list[int]:
+    values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    return [one for one in flat if isinstance(one, int)]
