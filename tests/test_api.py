@@ -12,7 +12,8 @@ from torch import Tensor
 import vlcache_fx
 from vlcache_fx.errors import OptionError, PlanError, Reason, UnsupportedGraphError
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.testing.models import qwen_inputs, tiny_qwen2_5_vl, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .runtime.helpers import hits, keys, own_compiler_state, with_api
 

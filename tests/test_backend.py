@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from vlcache_fx.backend import engine_for
 from vlcache_fx.errors import OptionError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.passes.rewrite import SpliceRows
-from vlcache_fx.testing.models import (
-    IMAGE_TOKEN,
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_vlm import (
     TinyVlm,
     repeat_heads,
     rotary_angles,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vlcache_fx
-from vlcache_fx.testing.models import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 
 pytestmark = pytest.mark.gpu
 

@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vlcache_fx.plan import token_layer_allowance
-from vlcache_fx.testing.models import (
-    llava_inputs,
-    qwen_inputs,
-    tiny_llava,
-    tiny_qwen2_5_vl,
-    tiny_vlm,
-    tiny_vlm_inputs,
-)
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .runtime.helpers import (
     Pair,

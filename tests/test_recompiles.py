@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from vlcache_fx.testing.models import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 
 from .runtime.helpers import Pair, own_compiler_state, with_api
 

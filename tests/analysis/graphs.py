@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from vlcache_fx.capture import Captured
-from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 CALL = tiny_vlm_inputs(3, 2, [(5, 0)])
 

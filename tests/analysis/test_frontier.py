@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.testing.models import rotary_angles
+from vlcache_fx.testing.tiny_vlm import rotary_angles
 
 from .graphs import attend, capture, captured_vlm
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.merge import find_merges, sites_behind
 from vlcache_fx.analysis.sites import find_sites
-from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .graphs import attend, capture, captured_vlm
 

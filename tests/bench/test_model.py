@@ -7,7 +7,7 @@ import torch
 from vlcache_fx.bench.model import build_model, decoder_size, share_weights
 from vlcache_fx.bench.presets import ModelSpec, find_preset
 from vlcache_fx.errors import OptionError
-from vlcache_fx.testing.models import tiny_llava
+from vlcache_fx.testing.families import tiny_llava
 
 CPU = torch.device("cpu")
 

@@ -10,17 +10,9 @@ from torch import Tensor, nn
 
 from vlcache_fx.capture import Captured, InputKind, capture_dynamo
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.testing.models import (
-    TracedGraph,
-    captured_graph,
-    llava_inputs,
-    qwen_inputs,
-    tiny_llava,
-    tiny_qwen2_5_vl,
-    tiny_vlm,
-    tiny_vlm_inputs,
-    traced_graphs,
-)
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
+from vlcache_fx.testing.graphs import TracedGraph, captured_graph, traced_graphs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 CALL, OTHER = tiny_vlm_inputs(3, 2, [(5, 0)]), tiny_vlm_inputs(4, 5, [(6, 1)], text_seed=3)
 

@@ -13,7 +13,8 @@ from vlcache_fx.lowering.shapes import expression
 from vlcache_fx.lowering.values import _Recorder, program_values
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 LAYERS = 3
 

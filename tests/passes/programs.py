@@ -16,7 +16,8 @@ from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Plan, Span
-from vlcache_fx.testing.models import TracedGraph, captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import TracedGraph, captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 PROMPT = tiny_vlm_inputs(3, 2, [(5, 0)])
 """Ten tokens; those of the image are 3 to 7."""

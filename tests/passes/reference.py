@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlcache_fx.testing.models import IMAGE_TOKEN, TinyVlm, repeat_heads, rotary_angles, rotate
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_vlm import TinyVlm, repeat_heads, rotary_angles, rotate
 
 KeyValue = tuple[Tensor, Tensor]
 

@@ -10,7 +10,8 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import InputKind
 from vlcache_fx.passes.split_encoder import split_encoder, split_results
-from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .programs import PROMPT, small, text
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.store import Entry, MemoryStore, Store, StoreStats
-from vlcache_fx.testing.models import qwen_inputs, tiny_qwen2_5_vl, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, hits, keys, own_compiler_state, vlcache_store, with_api, with_backend
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import EagerLowering, Lowered
-from vlcache_fx.testing.models import tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, own_compiler_state, with_backend
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vlcache_fx.store import MemoryStore
-from vlcache_fx.testing.models import tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, own_compiler_state, with_backend
 

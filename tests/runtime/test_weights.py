@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.testing.models import tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, hits, keys, own_compiler_state, vlcache_store, with_backend
 

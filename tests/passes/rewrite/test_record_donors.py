@@ -10,7 +10,8 @@ import torch
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.passes.rewrite import RecordDonors
 from vlcache_fx.passes.standard import cold_program
-from vlcache_fx.testing.models import captured_graph, tiny_vlm
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 from ..programs import PROMPT, before_and_after, everything, prepared, run, small
 

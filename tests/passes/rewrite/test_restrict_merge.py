@@ -18,7 +18,8 @@ from vlcache_fx.passes.rewrite import (
 )
 from vlcache_fx.passes.standard import warm_program
 from vlcache_fx.plan.types import Span
-from vlcache_fx.testing.models import captured_graph, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..programs import (
     LENGTH,

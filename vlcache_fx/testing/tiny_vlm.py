@@ -1,21 +1,12 @@
-"""Tiny vision-language models with random weights, and prompts for them.
+"""A tiny vision-language model in plain torch, and prompts for it.
 
-Three models, all small enough to run in milliseconds on a CPU, in eval mode and reproducible by seed:
-
-- ``tiny_qwen2_5_vl`` and ``tiny_llava`` are the ``transformers`` implementations (imported when called);
-- ``tiny_vlm`` is hand-written in plain torch. Its attention, norms and positions are chosen by a
-  ``DecoderShape``, so that a test can ask for the structure it is about.
-
-``traced_graphs`` gives the graphs that ``torch.compile`` makes of such a model.
-
-Prompts come from ``qwen_inputs``, ``llava_inputs`` and ``tiny_vlm_inputs``: a given number of text tokens
-before and after one or more images, as keyword arguments of the model.
+Attention, norms and positions are chosen by a ``DecoderShape``, so that a test can ask for the structure it
+is about. Weights are random, reproducible by seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,161 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.passes import Program
-from vlcache_fx.passes.standard import CLEANUP
-
-VOCABULARY = 200
-TEXT_TOKENS = 180
-"""Text of a prompt is drawn from the tokens below this; those above are special."""
-IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END, BOS, EOS, PAD = 190, 191, 192, 193, 194, 195, 196
-
-QWEN_PATCH, QWEN_MERGE = 4, 2
-LLAVA_IMAGE_TOKENS = 36
-LLAVA_IMAGE_SIZE = 24
-
-
-def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
-    """A ``Qwen2_5_VLForConditionalGeneration``: M-RoPE, grouped K/V heads, windowed vision attention.
-
-    Args:
-        num_layers: decoder layers.
-        seed: of the weights.
-        attention: ``attn_implementation`` of the whole model.
-    """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    options: dict[str, Any] = {"attn_implementation": attention}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-            "bos_token_id": BOS,
-            "eos_token_id": EOS,
-            "pad_token_id": PAD,
-        },
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "patch_size": QWEN_PATCH,
-            "out_hidden_size": 64,
-            "spatial_merge_size": QWEN_MERGE,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        **options,
-    )
-    with _seeded(seed):
-        model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    return model.eval()
-
-
-def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
-    """A ``LlavaForConditionalGeneration``: CLIP vision tower, Llama decoder, 36 tokens per image.
-
-    Args:
-        num_layers: decoder layers.
-        seed: of the weights.
-        attention: ``attn_implementation`` of the whole model.
-    """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    options: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "attn_implementation": attention}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=LLAVA_IMAGE_SIZE,
-            patch_size=4,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCABULARY,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-        ),
-        image_seq_length=LLAVA_IMAGE_TOKENS,
-        **options,
-    )
-    with _seeded(seed):
-        model: Any = LlavaForConditionalGeneration(config)
-    return model.eval()
-
-
-def qwen_inputs(
-    before: int, after: int, images: Sequence[tuple[int, int, int]], text_seed: int = 0, between: int = 2
-) -> dict[str, Tensor]:
-    """A prompt for ``tiny_qwen2_5_vl``.
-
-    Every image is one run of image tokens between a vision start and a vision end token; an image of a
-    ``grid_h`` x ``grid_w`` grid (both even) fills ``grid_h * grid_w / 4`` tokens.
-
-    Args:
-        before: text tokens before the first image (so its run starts at ``before + 1``).
-        after: text tokens behind the last image.
-        images: ``(grid_h, grid_w, image seed)`` of each.
-        text_seed: of the text tokens.
-        between: text tokens between two images.
-
-    Returns:
-        input_ids, attention_mask, mm_token_type_ids, and with images pixel_values and image_grid_thw.
-    """
-    runs = [
-        [VISION_START, *[IMAGE_TOKEN] * (height * width // QWEN_MERGE**2), VISION_END]
-        for height, width, _ in images
-    ]
-    inputs = _prompt(before, after, between, runs, text_seed)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
-    if images:
-        row = 3 * 2 * QWEN_PATCH**2
-        inputs["pixel_values"] = torch.cat(
-            [_noise(seed, height * width, row) for height, width, seed in images]
-        )
-        inputs["image_grid_thw"] = torch.tensor([[1, height, width] for height, width, _ in images])
-    return inputs
-
-
-def llava_inputs(
-    before: int, after: int, image_seeds: Sequence[int], text_seed: int = 0, between: int = 2
-) -> dict[str, Tensor]:
-    """A prompt for ``tiny_llava``; every image is a run of 36 image tokens.
-
-    Args:
-        before: text tokens before the first image (so its run starts there).
-        after: text tokens behind the last image.
-        image_seeds: one for each image.
-        text_seed: of the text tokens.
-        between: text tokens between two images.
-
-    Returns:
-        input_ids, attention_mask, and with images pixel_values.
-    """
-    inputs = _prompt(
-        before, after, between, [[IMAGE_TOKEN] * LLAVA_IMAGE_TOKENS for _ in image_seeds], text_seed
-    )
-    if image_seeds:
-        size = LLAVA_IMAGE_SIZE
-        inputs["pixel_values"] = torch.stack([_noise(seed, 3, size, size) for seed in image_seeds])
-    return inputs
+from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, make_prompt, noise, seeded
 
 
 @dataclass(frozen=True)
@@ -387,7 +224,7 @@ def tiny_vlm(shape: DecoderShape | None = None, seed: int = 0, **options: Any) -
         seed: of the weights.
         options: fields of ``DecoderShape``, where ``shape`` is not given.
     """
-    with _seeded(seed):
+    with seeded(seed):
         model = TinyVlm(DecoderShape(**options) if shape is None else shape)
         for module in model.modules():  # norms of ones would let a lost weight go unseen
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -410,69 +247,11 @@ def tiny_vlm_inputs(
     Returns:
         input_ids, and with images pixel_values.
     """
-    inputs = _prompt(before, after, between, [[IMAGE_TOKEN] * tokens for tokens, _ in images], text_seed)
+    inputs = make_prompt(before, after, between, [[IMAGE_TOKEN] * tokens for tokens, _ in images], text_seed)
     del inputs["attention_mask"]
     if images:
-        inputs["pixel_values"] = torch.cat([_noise(seed, tokens, PATCH_WIDTH) for tokens, seed in images])
+        inputs["pixel_values"] = torch.cat([noise(seed, tokens, PATCH_WIDTH) for tokens, seed in images])
     return inputs
-
-
-@dataclass(frozen=True)
-class TracedGraph:
-    """What Dynamo calls a backend with, and the arguments of every call of the compiled result."""
-
-    graph_module: torch.fx.GraphModule
-    example_inputs: list[Any]
-    calls: list[tuple[Any, ...]]
-
-
-def traced_graphs(
-    model: nn.Module,
-    *calls: Mapping[str, Any],
-    dynamic: bool | None = None,
-    seen: Callable[[torch.fx.GraphModule, list[Any]], object] | None = None,
-) -> list[TracedGraph]:
-    """The graphs that ``torch.compile`` makes of ``model``, called with each of ``calls`` in order.
-
-    Args:
-        model: to be traced; nothing in it is changed.
-        calls: keyword arguments.
-        dynamic: as for ``torch.compile``.
-        seen: called as a backend is, while Dynamo still knows where each input comes from.
-    """
-    graphs: list[TracedGraph] = []
-
-    def record(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graph = TracedGraph(graph_module, list(example_inputs), [])
-        graphs.append(graph)
-        if seen is not None:
-            seen(graph_module, example_inputs)
-
-        def run(*args: Any) -> Any:
-            graph.calls.append(args)
-            return graph_module(*args)
-
-        return run
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=record, dynamic=dynamic)
-    with torch.no_grad():
-        for call in calls:
-            compiled(**call)
-    return graphs
-
-
-def captured_graph(
-    model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
-) -> tuple[Captured, TracedGraph]:
-    """The one graph of ``model`` for all ``calls``, captured and cleaned up as the backend does it."""
-    captures: list[Captured] = []
-    graphs = traced_graphs(
-        model, *calls, dynamic=dynamic, seen=lambda *given: captures.append(capture_dynamo(*given))
-    )
-    (captured,), (graph,) = captures, graphs
-    CLEANUP.run(Program(captured.graph_module))
-    return captured, graph
 
 
 def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -506,30 +285,3 @@ def causal_mask(tokens: int, device: torch.device) -> Tensor:
 
 def _norm(shape: DecoderShape) -> nn.Module:
     return nn.RMSNorm(shape.hidden, 1e-6) if shape.norm == "rms" else nn.LayerNorm(shape.hidden)
-
-
-def _prompt(
-    before: int, after: int, between: int, runs: Sequence[Sequence[int]], text_seed: int
-) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(text_seed)
-
-    def text(count: int) -> list[int]:
-        return torch.randint(0, TEXT_TOKENS, (count,), generator=generator).tolist()
-
-    tokens = text(before)
-    for index, run in enumerate(runs):
-        tokens += [*(text(between) if index else []), *run]
-    ids = torch.tensor([[*tokens, *text(after)]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _noise(seed: int, *size: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Weights from ``seed`` without touching the caller's generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
