@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,dev,demo]'
 	touch $@
 
+# One process per core, one thread each: the tensors of tests are too small to share out.
 test: env
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: env typecheck
 	$(BIN)/ruff format --check .
