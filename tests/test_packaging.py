@@ -19,7 +19,7 @@ FOLDERS = {"vlcache_fx": "vlcache_fx", "passes": "vlcache_fx.passes", "policies"
 def packages_on_disk() -> dict[str, Path]:
     found = {}
     for folder, package in FOLDERS.items():
-        for directory in {path.parent for path in (ROOT / folder).rglob("*.py")}:
+        for directory in sorted({path.parent for path in (ROOT / folder).rglob("*.py")}):
             inner = directory.relative_to(ROOT / folder).parts
             found[".".join((package, *inner))] = directory
     return found
