@@ -83,7 +83,7 @@ def test_static_graphs() -> None:
 def test_strict_raises_the_refusal_itself() -> None:
     pair = with_api(tiny_vlm(), strict=True)
     batch = {name: torch.cat([value, value]) for name, value in FIRST.items()}
-    where = r"node 'masked_scatter', from .*models\.py"
+    where = r"node 'masked_scatter', from .*tiny_vlm\.py"
     with pytest.raises(UnsupportedGraphError, match=where) as refused, torch.no_grad():
         pair.model(**batch)
     assert refused.value.reason is Reason.BATCHED

@@ -217,7 +217,7 @@ def test_a_batch_is_refused_with_node_and_source_line(caplog: pytest.LogCaptureF
         pair = with_backend(tiny_vlm(last_only=False))
         report = refused(pair, Reason.BATCHED, batch_of_two(), batch_of_two())
     assert "node 'masked_scatter'" in report["reason"]
-    assert "models.py" in report["reason"]
+    assert "tiny_vlm.py" in report["reason"]
     assert "embeds = embeds.masked_scatter(mask, features)" in report["reason"]
     messages = [r.getMessage() for r in caplog.records if r.name == "vlcache_fx"]
     assert len(messages) == 1  # once for the graph, not once for every call
@@ -313,7 +313,7 @@ def test_strict_raises_through_dynamo() -> None:
     pair = with_backend(tiny_vlm(), strict=True)
     with (
         pytest.raises(
-            BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*models.py"
+            BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*tiny_vlm.py"
         ) as failed,
         torch.no_grad(),
     ):

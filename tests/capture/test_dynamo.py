@@ -201,7 +201,7 @@ def test_source_lines_survive() -> None:
         n.meta.get("stack_trace") or "" for n in captured.graph_module.graph.nodes if "attention" in n.name
     ]
     assert lines
-    assert all("models.py" in line for line in lines)
+    assert all("tiny_vlm.py" in line for line in lines)
 
 
 @pytest.mark.parametrize(
