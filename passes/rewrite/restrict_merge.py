@@ -56,7 +56,7 @@ def _declare_width(merge: Merge) -> int:
 
 
 def _takes_rows(reader: Node, dim: int) -> bool:
-    return reader.target is aten.index_select.default and reader.args[1] == dim
+    return reader.target is aten.index_select.default and bool(reader.args[1] == dim)
 
 
 def _merge_rows(program: Program, merge: Merge, reader: Node) -> None:

@@ -64,7 +64,7 @@ def tables(
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     for slot, form in forms.items():
         with torch.cuda.stream(side):
-            tensor, event = table(slot, form.dim), torch.cuda.Event()
+            tensor, event = table(slot, form.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(side)
         tensor.record_stream(current)  # its memory was allocated for the side stream
         made[slot] = Arriving(tensor, functools.partial(current.wait_event, event))
@@ -73,7 +73,7 @@ def tables(
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool:

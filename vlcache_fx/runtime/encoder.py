@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.keys import Part, content_digest
 
 
@@ -61,7 +61,7 @@ def packed(results: Sequence[Any]) -> Entry:
     """
     tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
     info = [_form(value) if isinstance(value, Tensor) else value for value in results]
-    devices = {name: str(tensor.device) for name, tensor in tensors.items()}
+    devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
     return Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
 
 

@@ -51,7 +51,7 @@ def _on_host(entry: Entry) -> Entry:
         {name: _pinned(tensor) for name, tensor in entry.tensors.items()}, entry.info, copy=False
     )
     (device,) = devices
-    arrived = torch.cuda.Event()
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record(torch.cuda.current_stream(device))
     object.__setattr__(copied, "arrived", arrived)
     return copied

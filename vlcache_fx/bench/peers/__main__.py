@@ -71,7 +71,8 @@ def _measure(
     kept: Environment, vision_tokens: int, rounds: int, cores: Sequence[int], console: Console
 ) -> tuple[dict[str, Any], Comparison]:
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    untyped: Any = transformers_logging
+    untyped.disable_progress_bar()
     torch.set_num_threads(len(cores))
     shape = PeerShape()
     write_checkpoint(shape, vision_tokens, kept.checkpoint)

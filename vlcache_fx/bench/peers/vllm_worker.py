@@ -21,7 +21,7 @@ class Worker:
     """An engine in this very process, and how often its vision tower ran."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from vllm import LLM
+        from vllm import LLM  # type: ignore[import-not-found]  # in an environment of its own
 
         self.llm = LLM(**settings)
         self.encoder_runs = 0
