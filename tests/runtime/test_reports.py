@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from vlcache_fx.errors import OptionError
+from vlcache_fx.policies import get_policy
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, own_compiler_state, with_backend
+from .helpers import Pair, own_compiler_state, settings_of, with_backend
 
 LAYERS = 2
 CONTRACT = {
@@ -95,3 +97,17 @@ def test_a_report_is_a_copy(pair: Pair) -> None:
     report["timings_ms"].clear()
     assert pair.report["mode"] in ("cold", "warm")
     assert pair.report["timings_ms"]
+
+
+def test_other_settings_last_as_long_as_the_block(pair: Pair) -> None:
+    engine = pair.engine
+    with engine.using(policy="none"):
+        assert engine.choice()[0] == get_policy("none")
+        with engine.using(budget=0.5):
+            assert engine.choice() == (get_policy("none"), 0.5)
+        assert engine.choice() == (get_policy("none"), engine.options.budget)
+    assert engine.choice() == (engine.policy, engine.options.budget)
+    with settings_of(engine, budget=0.25):  # what was in force before the block is not kept
+        assert engine.choice() == (engine.policy, 0.25)
+    with pytest.raises(OptionError), engine.using(budget=2.0):
+        pass

@@ -102,17 +102,18 @@ class Engine:
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
-        before = self.choice()
+        policy_before, budget_before = self.choice()
+        outer = getattr(self._call, "choice", None)
         given = {"policy": policy, "budget": budget}
         options = Options.parse({name: value for name, value in given.items() if value is not None})
         self._call.choice = (
-            before[0] if policy is None else get_policy(options.policy),
-            before[1] if budget is None else options.budget,
+            policy_before if policy is None else get_policy(options.policy),
+            budget_before if budget is None else options.budget,
         )
         try:
             yield
         finally:
-            self._call.choice = before
+            self._call.choice = outer
 
     def clear(self) -> None:
         """Drop every donor and encoder output."""
@@ -129,8 +130,8 @@ class Engine:
 
     def choice(self) -> tuple[Policy, float]:
         """The policy and the budget of this thread's next call."""
-        chosen: tuple[Policy, float] = getattr(self._call, "choice", (self.policy, self.options.budget))
-        return chosen
+        chosen: tuple[Policy, float] | None = getattr(self._call, "choice", None)
+        return chosen or (self.policy, self.options.budget)
 
     def report(self, report: Report) -> None:
         """Keep the report of a call and count it."""
