@@ -11,6 +11,7 @@ from torch.fx import Node
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import descendants
 from vlcache_fx.analysis.frontier import packet_of
+from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.subgraph import extract, needed_for
 
@@ -92,11 +93,11 @@ class SplitResults:
         return results
 
 
-def split_results(captured: Captured, attention: Sequence[Node]) -> SplitResults:
-    """Split ``captured`` into what depends on one of the ``attention`` calls and what does not."""
+def split_results(captured: Captured) -> SplitResults:
+    """Split ``captured`` into what depends on one of its attention calls and what does not."""
     output = captured.graph_module.graph.output_node().args[0]
     assert isinstance(output, tuple | list)
-    reached = descendants(attention)
+    reached = descendants(site.node for site in find_sites(captured.graph_module.graph))
     computed = {index: value for index, value in enumerate(output) if isinstance(value, Node)}
     encoder = {index: value for index, value in computed.items() if value in reached}
     others = {index: value for index, value in computed.items() if value not in reached}

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.encoder import is_encoder
-from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured, capture_dynamo
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
@@ -117,7 +116,7 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
 
 def _keep_results(captured: Captured, engine: Engine) -> Compiled:
     """A graph that is an encoder; text in the same graph stays out of its keys."""
-    split = split_results(captured, [site.node for site in find_sites(captured.graph_module.graph)])
+    split = split_results(captured)
     encoder = EncoderRunner(_lowered(split.encoder, engine), split.inputs, split.weights, engine)
     if not split.other_places:
         return lambda *args: split.joined(encoder(args)[0], ())

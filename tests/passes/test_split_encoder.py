@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import InputKind
 from vlcache_fx.passes.split_encoder import split_encoder, split_results
 from vlcache_fx.testing.graphs import captured_graph
@@ -105,7 +104,7 @@ def test_results_beside_an_encoder_are_computed_without_it() -> None:
     call = {"ids": torch.tensor([[1, 2, 3]]), "pixels": torch.randn(1, 5, 4)}
     captured, graph = captured_graph(TextBesidePixels(), call)
     args = graph.calls[0]
-    split = split_results(captured, [site.node for site in find_sites(captured.graph_module.graph)])
+    split = split_results(captured)
     with torch.no_grad():
         want = captured.graph_module(*args)
         assert (split.other_places, split.encoder_places) == ((0,), (1,))
