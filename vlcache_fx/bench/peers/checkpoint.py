@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from vlcache_fx.bench.presets import qwen2_5_vl_config
+
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
 PAD, END, IMAGE, VIDEO, VISION_START, VISION_END, WORDS = range(7)
-"""The special tokens, and the first id of an ordinary one."""
+"""The special tokens of ``qwen2_5_vl_config``, and the first id of an ordinary one."""
 
 SPECIAL = {
     "<|pad|>": PAD,
@@ -25,7 +27,7 @@ TAG = "shape.json"
 
 @dataclasses.dataclass(frozen=True)
 class PeerShape:
-    """A Qwen2.5-VL. The defaults make 247 M parameters.
+    """A Qwen2.5-VL with heads of 64 values. The defaults make 247 M parameters.
 
     Attributes:
         vision_depth: blocks of the vision tower; the last one attends to all patches, the others to windows.
@@ -55,49 +57,19 @@ def model_config(shape: PeerShape) -> Any:
     """The transformers configuration of ``shape``."""
     from transformers import Qwen2_5_VLConfig
 
-    # Temporal, row and column frequencies, in the proportion of the published models (16, 24, 24 of 64).
-    half = shape.hidden // shape.heads // 2
-    sections = [half // 4, (half - half // 4) // 2]
-    text = {
-        "vocab_size": shape.vocabulary,
-        "hidden_size": shape.hidden,
+    config = qwen2_5_vl_config(shape.hidden, shape.layers, shape.heads, shape.vocabulary)
+    config["text_config"] |= {
         "intermediate_size": shape.intermediate,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
-        "max_position_embeddings": 32768,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [*sections, half - sum(sections)],
-        },
-        "bos_token_id": None,
-        "eos_token_id": END,
-        "pad_token_id": PAD,
-        "tie_word_embeddings": False,
     }
-    vision = {
+    config["vision_config"] |= {
         "depth": shape.vision_depth,
         "hidden_size": shape.vision_hidden,
         "intermediate_size": shape.vision_intermediate,
         "num_heads": shape.vision_heads,
-        "patch_size": PATCH,
-        "spatial_merge_size": MERGE,
-        "temporal_patch_size": TEMPORAL_PATCH,
-        "window_size": 8 * PATCH,
         "fullatt_block_indexes": [shape.vision_depth - 1],
-        "out_hidden_size": shape.hidden,
     }
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=False,
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-    )
+    return Qwen2_5_VLConfig(**config, architectures=["Qwen2_5_VLForConditionalGeneration"])
 
 
 def write_checkpoint(shape: PeerShape, vision_tokens: int, folder: Path) -> None:
