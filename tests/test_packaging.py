@@ -81,7 +81,8 @@ def test_a_wheel_holds_every_module_where_it_is_imported_from(tmp_path: Path) ->
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {"vlcache_fx/py.typed"}
     for package, directory in packages_on_disk().items():
-        expected |= {f"{package.replace('.', '/')}/{path.name}" for path in directory.glob("*.py")}
+        sources = [*directory.glob("*.py"), *directory.glob("*.cpp")]
+        expected |= {f"{package.replace('.', '/')}/{path.name}" for path in sources}
         if (directory / "assets").is_dir():
             expected |= {
                 f"{package.replace('.', '/')}/assets/{p.name}" for p in (directory / "assets").iterdir()

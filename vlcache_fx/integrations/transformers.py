@@ -4,6 +4,7 @@ Nothing here imports transformers. A model qualifies by what it offers:
 ``base_model.get_<modality>_features``, which ``generate()`` and ``forward`` call to run an encoder.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store.keys import Part, content_digest
@@ -145,7 +147,7 @@ class EncoderCache:
         part[self._pixels_name] = torch.cat([items[index][0] for index in missing])
         if grids is not None:
             part[self._grids_name] = torch.stack([items[index][1] for index in missing])  # type: ignore[misc]
-        output = self._encode(**part)
+        output = self._run(part)
         features = getattr(output, "pooler_output", None)
         if not isinstance(features, list | tuple) or len(features) != len(missing):
             return output if len(missing) == len(items) else self._encode(*args, **kwargs)
@@ -153,6 +155,10 @@ class EncoderCache:
             found[index] = value
             self._put(keys[index], value)
         return _output(found)
+
+    def _run(self, call: dict[str, Any]) -> Any:
+        with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
+            return self._encode(**call)
 
     def _keys(self, items: list[tuple[Tensor, Tensor | None]], others: dict[str, Any]) -> list[str] | None:
         """One key per item; None where an argument cannot be part of a key."""

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.ops.attention import FastAttention, decompose_attention
+
+__all__ = [
+    "FastAttention",
+    "attention",
+    "bind_donors",
+    "decompose_attention",
+    "lookup",
+    "splice_rows",
+    "splice_rows_reference",
+]
 
 _donors: ContextVar[Mapping[str, Tensor] | None] = ContextVar("vlcache_donors", default=None)
 

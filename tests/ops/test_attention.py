@@ -1,0 +1,203 @@
+"""The attention kernel for bfloat16 on a CPU, against attention in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vlcache_fx.ops import attention as module
+from vlcache_fx.ops.attention import FastAttention, attention, decompose_attention
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+
+needs_kernel = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16"
+)
+
+
+def operands(
+    batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as models make them: token-major, heads moved forward by a transposition."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(count: int, heads: int) -> Tensor:
+        values = torch.randn(batch, count, heads, dim, generator=generator)
+        return values.bfloat16().transpose(1, 2)
+
+    return one(rows, group * key_heads), one(tokens, key_heads), one(tokens, key_heads)
+
+
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """By the definition, in float64; zero where a row reads nothing."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (one.double().repeat_interleave(group, 1) for one in (key, value))
+    scores = query.double() @ key.transpose(-1, -2) * scale
+    allowed = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand_as(scores)
+    if causal:
+        allowed = allowed & torch.ones_like(allowed).tril()
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).nan_to_num(0.0)
+    return weights @ value
+
+
+@needs_kernel
+@given(
+    batch=st.integers(1, 2), group=st.sampled_from([1, 3, 8]), key_heads=st.integers(1, 2),
+    rows=st.integers(1, 150), tokens=st.integers(1, 600), dim=st.sampled_from([16, 48, 64, 128]),
+    kind=st.sampled_from(["none", "causal", "rows", "rows and heads", "samples", "vector"]),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+@example(batch=1, group=2, key_heads=1, rows=256, tokens=256, dim=64, kind="causal", seed=0)
+@example(batch=2, group=1, key_heads=2, rows=129, tokens=257, dim=32, kind="samples", seed=1)
+@settings(max_examples=60)
+def test_kernel_is_attention(
+    batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, kind: str, seed: int
+) -> None:
+    query, key, value = operands(batch, group, key_heads, rows, tokens, dim, seed)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {
+        "rows": (1, 1, rows, tokens),
+        "rows and heads": (1, group * key_heads, rows, tokens),
+        "samples": (batch, 1, 1, tokens),
+        "vector": (tokens,),
+    }
+    mask = torch.rand(sizes[kind], generator=generator) < 0.3 if kind in sizes else None
+    causal = kind == "causal"
+    got = attention(query, key, value, mask, causal, 0.2)
+    want = exact(query, key, value, mask, causal, 0.2)
+    # What rounding weights, sums and results to bfloat16 costs.
+    torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@needs_kernel
+def test_it_is_as_exact_as_pytorchs() -> None:
+    query, key, value = operands(1, 4, 2, 100, 3000, 64)
+    allowed = torch.arange(2900, 3000)[:, None] >= torch.arange(3000)
+    want = exact(query, key, value, allowed, False, 0.125)
+    ours = attention(query, key, value, allowed, False, 0.125)
+    theirs = F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=True)
+    assert (ours - want).abs().max() <= 1.5 * (theirs - want).abs().max()
+
+
+@needs_kernel
+def test_rows_that_read_nothing_are_zero_and_large_scores_do_not_overflow() -> None:
+    query, key, value = operands(1, 1, 2, 5, 300, 16)
+    mask = torch.zeros(5, 300, dtype=torch.bool)
+    mask[1, 299] = True
+    result = attention(query * 1e4, key * 1e4, value, mask, False, 1.0)
+    assert torch.equal(result[:, :, 1], value[:, :, 299])
+    assert not result[:, :, [0, 2, 3, 4]].any()
+
+
+@needs_kernel
+def test_operands_of_any_layout_give_the_same() -> None:
+    query, key, value = operands(2, 2, 2, 9, 40, 32)
+    mask = torch.rand(9, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    want = attention(query, key, value, mask, False, 0.25)
+    offset = torch.zeros(key.numel() + 1, dtype=torch.bfloat16)[1:].view(key.shape).copy_(key)
+    scattered = value.transpose(2, 3).contiguous().transpose(2, 3)
+    got = attention(query.contiguous(), offset, scattered, mask.t().contiguous().t(), False, 0.25)
+    assert torch.equal(got, want)
+
+
+@needs_kernel
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_passes_torchs_own_checks(masked: bool) -> None:
+    query, key, value = operands(1, 2, 2, 4, 6, 16)
+    mask = torch.ones(4, 6, dtype=torch.bool) if masked else None
+    torch.library.opcheck(
+        torch.ops.vlcache.attention.default,
+        (query, key, value, mask, not masked, 0.25),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kernel", lambda: None)
+    query, key, value = operands(1, 2, 2, 4, 6, 16)
+    result = attention(query, key, value, None, True, 0.25)
+    assert torch.equal(result, F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.25, enable_gqa=True
+    ))  # fmt: skip
+    with FakeTensorMode() as mode:
+        fake = attention(*(mode.from_tensor(one) for one in (query, key, value)), None, True, 0.25)
+    assert fake.stride() == result.stride()
+    assert decompose_attention(query, key, value) is NotImplemented
+
+
+@needs_kernel
+def test_onednn_can_be_switched_off_after_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = operands(1, 2, 2, 4, 6, 16)
+    want = attention(query, key, value, None, True, 0.25)
+    monkeypatch.setattr(module, "_mkldnn_enabled", lambda: False)
+    torch.testing.assert_close(attention(query, key, value, None, True, 0.25), want)
+    assert decompose_attention(query, key, value) is NotImplemented
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "kwargs"),
+    [
+        (lambda q, k, v: (q.float(), k.float(), v.float()), {}),
+        (lambda q, k, v: (q[0], k[0], v[0]), {}),
+        (lambda q, k, v: (q, k[:, :1], v[:, :1]), {}),
+        (lambda q, k, v: (q, k, v[..., :8]), {}),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), {}),
+        (lambda q, k, v: (q.clone().requires_grad_(), k, v), {}),
+        (lambda q, k, v: (q, k, v), {"dropout_p": 0.1}),
+        (lambda q, k, v: (q, k, v), {"attn_mask": torch.zeros(4, 6, dtype=torch.bfloat16)}),
+    ],
+    ids=["float32", "no batch", "groups not asked for", "wide keys", "narrow", "gradient", "dropout", "bias"],
+)
+def test_other_attention_is_left_to_pytorch(change: Any, kwargs: dict[str, Any]) -> None:
+    query, key, value = operands(1, 1, 2, 4, 6, 16)
+    assert decompose_attention(query, key, value) is not NotImplemented
+    assert decompose_attention(*change(query, key, value), **kwargs) is NotImplemented
+
+
+@needs_kernel
+def test_mode_replaces_what_serves_and_nothing_else() -> None:
+    query, key, value = operands(1, 1, 2, 8, 8, 16)
+    with FastAttention():
+        fast = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        plain = F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
+        assert torch.equal(torch.add(query, 1), query + 1)
+    assert torch.equal(fast, attention(query, key, value, None, True, 0.25))
+    assert torch.equal(
+        plain, F.scaled_dot_product_attention(query.float(), key.float(), value.float(), is_causal=True)
+    )
+
+
+class Attending(torch.nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True) * 2,)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("lowering", "calls"), [("inductor", 2), ("eager", 0)])
+def test_lowered_programs_use_it_where_kernels_may_change(
+    lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, seen = module._kernel(), []
+    assert kernel is not None
+    monkeypatch.setattr(module, "_kernel", lambda: lambda *args: (seen.append(args), kernel(*args)))
+    run = None
+    for rows in (5, 9):
+        query, key, value = operands(1, 2, 2, rows, 20, 16)
+        mask = torch.ones(rows, 20, dtype=torch.bool).tril(20 - rows)
+        if run is None:
+            traced = make_fx(Attending(), tracing_mode="symbolic", pre_dispatch=True)(query, key, value, mask)
+            run = Engine(Options(lowering=lowering)).lowering.lower(traced, name="attending")
+        want = 2 * exact(query, key, value, mask, False, 0.25)
+        torch.testing.assert_close(run((query, key, value, mask))[0].double(), want, atol=4e-2, rtol=2e-2)
+    assert len(seen) == calls

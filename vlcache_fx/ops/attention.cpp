@@ -1,0 +1,206 @@
+// Attention of bfloat16 rows over keys and values, blocked, with an online softmax in float32.
+//
+// The algorithm is FlashAttention (arXiv 2205.14135). Query heads that share a key head make one block, so that
+// keys are read once per group (arXiv 2305.13245). Products go through the BRGEMM of oneDNN, which needs its
+// second operand in VNNI order: pairs of values along the reduced dimension, side by side.
+
+#include <torch/csrc/inductor/cpp_prefix.h>
+
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+namespace {
+
+using bf16 = at::BFloat16;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t BLOCK_KEYS = 256;
+constexpr int64_t BLOCK_ROWS = 128;  // query rows times heads of a group
+constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
+
+struct Strides {
+  int64_t batch, head, row;
+};
+
+// Keys [n, dim] -> pairs along dim: [dim / 2][BLOCK_KEYS][2]; what is missing at the end becomes zero.
+void pack_keys(const bf16* keys, int64_t stride, int64_t n, int64_t dim, bf16* packed) {
+  constexpr int64_t TILE = 16;  // reads stay in the first-level cache, writes fill whole lines of it
+  auto* pairs = reinterpret_cast<uint32_t*>(packed);
+  int64_t j = 0;
+  for (; j + TILE <= n; j += TILE) {
+    for (int64_t d = 0; d < dim / 2; ++d) {
+      for (int64_t i = 0; i < TILE; ++i) {
+        std::memcpy(pairs + d * BLOCK_KEYS + j + i, keys + (j + i) * stride + 2 * d, sizeof(uint32_t));
+      }
+    }
+  }
+  for (int64_t d = 0; d < dim / 2; ++d) {
+    for (int64_t i = j; i < n; ++i) {
+      std::memcpy(pairs + d * BLOCK_KEYS + i, keys + i * stride + 2 * d, sizeof(uint32_t));
+    }
+    std::fill(pairs + d * BLOCK_KEYS + n, pairs + (d + 1) * BLOCK_KEYS, 0u);
+  }
+}
+
+// Values [n, dim] -> pairs along n: [BLOCK_KEYS / 2][dim][2]; what is missing at the end becomes zero.
+void pack_values(const bf16* values, int64_t stride, int64_t n, int64_t dim, bf16* packed) {
+  for (int64_t j = 0; j < BLOCK_KEYS; j += 2) {
+    const auto* even = reinterpret_cast<const uint16_t*>(values + j * stride);
+    const auto* odd = even + stride;
+    auto* to = reinterpret_cast<uint16_t*>(packed + j * dim);
+    for (int64_t d = 0; d < dim; ++d) {
+      to[2 * d] = j < n ? even[d] : 0;
+      to[2 * d + 1] = j + 1 < n ? odd[d] : 0;
+    }
+  }
+}
+
+// One row of scores [BLOCK_KEYS] -> weights relative to the highest score so far. Returns what the sums of
+// earlier blocks must be multiplied with.
+float soften(float* scores, int64_t n, const bool* mask, float scale, float& highest, float& total, bf16* weights) {
+  if (mask != nullptr && std::memchr(mask, 0, n) != nullptr) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const float score = scores[j];
+      scores[j] = bytes[j] != 0 ? score : MINUS_INFINITY;
+    }
+  }
+  std::fill(scores + n, scores + BLOCK_KEYS, MINUS_INFINITY);
+  Vec high(MINUS_INFINITY);
+  for (int64_t j = 0; j < BLOCK_KEYS; j += Vec::size()) high = at::vec::maximum(high, Vec::loadu(scores + j));
+  const float peak = scale * at::vec::vec_reduce_all<float>(
+      [](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, high);
+  const float before = highest;
+  highest = peak < before ? before : peak;
+  if (highest == MINUS_INFINITY) {
+    std::fill(weights, weights + BLOCK_KEYS, bf16(0.f));
+    return 1.f;
+  }
+  const Vec factor(scale), offset(highest);
+  Vec sum(0.f);
+  for (int64_t j = 0; j < BLOCK_KEYS; j += 2 * Vec::size()) {
+    const Vec a = (Vec::loadu(scores + j) * factor - offset).exp_u20();
+    const Vec b = (Vec::loadu(scores + j + Vec::size()) * factor - offset).exp_u20();
+    sum = sum + a + b;
+    at::vec::convert_from_float<bf16>(a, b).store(weights + j);
+  }
+  const float shrink = std::exp(before - highest);
+  total = total * shrink +
+      at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+  return shrink;
+}
+
+template <typename T>
+std::unique_ptr<T[]> uninitialised(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+}  // namespace
+
+// Whether this processor and oneDNN's settings have what the kernel needs.
+extern "C" int vlcache_attention_serves() {
+  bf16 a[4] = {}, b[32] = {};
+  float c[32] = {};
+  try {
+    at::native::cpublas::brgemm(2, 16, 2, 2, 16, 16, false, a, b, c, true);
+    at::native::cpublas::brgemm_release(true);
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+// query [batch, heads, rows, dim], key and value [batch, key heads, tokens, dim], mask (or null) [batch, heads,
+// rows, tokens], each with strides of its own (in values) and dim and tokens dense; out [batch, rows, heads, dim],
+// dense. Causal: row i reads tokens 0..i. A row that reads nothing becomes zero.
+extern "C" void vlcache_attention(
+    const bf16* query, const bf16* key, const bf16* value, const bool* mask, bf16* out, const int64_t* sizes,
+    const int64_t* strides, int64_t causal, float scale) {
+  const int64_t batch = sizes[0], heads = sizes[1], key_heads = sizes[2], rows = sizes[3], tokens = sizes[4],
+                dim = sizes[5];
+  const auto stride = [&](int64_t i) { return Strides{strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
+  const Strides q = stride(0), k = stride(1), v = stride(2), m = stride(3);
+  const int64_t group = heads / key_heads;
+  const int64_t rows_per_block = std::max<int64_t>(1, BLOCK_ROWS / group), most = rows_per_block * group;
+  const int64_t key_blocks = (tokens + BLOCK_KEYS - 1) / BLOCK_KEYS;
+  const int64_t row_blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const int64_t packed_size = BLOCK_KEYS * dim;
+  const auto keys = uninitialised<bf16>(batch * key_heads * key_blocks * packed_size);
+  const auto values = uninitialised<bf16>(batch * key_heads * key_blocks * packed_size);
+
+#pragma omp parallel
+  {
+#pragma omp for collapse(2)
+    for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
+      for (int64_t n = 0; n < key_blocks; ++n) {
+        const int64_t b = bh / key_heads, h = bh % key_heads, first = n * BLOCK_KEYS;
+        const int64_t length = std::min(BLOCK_KEYS, tokens - first), at = (bh * key_blocks + n) * packed_size;
+        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys.get() + at);
+        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values.get() + at);
+      }
+    }
+
+    const auto scores = uninitialised<float>(most * BLOCK_KEYS), sums = uninitialised<float>(most * dim);
+    const auto highest = uninitialised<float>(most), total = uninitialised<float>(most);
+    const auto weights = uninitialised<bf16>(most * BLOCK_KEYS), gathered = uninitialised<bf16>(most * dim);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
+      for (int64_t t = 0; t < row_blocks; ++t) {
+        const int64_t b = bh / key_heads, first_head = bh % key_heads * group, first_row = t * rows_per_block;
+        const int64_t count = std::min(rows_per_block, rows - first_row), lines = count * group;
+        const auto mask_line = [&](int64_t line, int64_t first) {
+          return mask + b * m.batch + (first_head + line / count) * m.head + (first_row + line % count) * m.row + first;
+        };
+        for (int64_t line = 0; line < lines; ++line) {
+          const int64_t head = first_head + line / count, row = first_row + line % count;
+          std::memcpy(gathered.get() + line * dim, query + b * q.batch + head * q.head + row * q.row,
+                      dim * sizeof(bf16));
+        }
+        std::fill(sums.get(), sums.get() + lines * dim, 0.f);
+        std::fill(highest.get(), highest.get() + lines, MINUS_INFINITY);
+        std::fill(total.get(), total.get() + lines, 0.f);
+
+        for (int64_t n = 0; n < key_blocks; ++n) {
+          const int64_t first = n * BLOCK_KEYS, length = std::min(BLOCK_KEYS, tokens - first);
+          if (causal && first > first_row + count - 1) break;
+          if (mask != nullptr) {
+            const int64_t distinct = m.head == 0 ? count : lines;
+            bool any = false;
+            for (int64_t line = 0; line < distinct && !any; ++line)
+              any = std::memchr(mask_line(line, first), 1, length) != nullptr;
+            if (!any) continue;
+          }
+          const int64_t at = (bh * key_blocks + n) * packed_size;
+          at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
+                                      keys.get() + at, scores.get(), true);
+          for (int64_t line = 0; line < lines; ++line) {
+            const int64_t readable = causal ? std::clamp<int64_t>(first_row + line % count + 1 - first, 0, length)
+                                            : length;
+            const bool* allowed = mask == nullptr ? nullptr : mask_line(line, first);
+            const float shrink = soften(scores.get() + line * BLOCK_KEYS, readable, allowed, scale, highest[line],
+                                        total[line], weights.get() + line * BLOCK_KEYS);
+            if (shrink != 1.f) {
+              float* sum = sums.get() + line * dim;
+              for (int64_t d = 0; d < dim; d += Vec::size()) (Vec::loadu(sum + d) * Vec(shrink)).store(sum + d);
+            }
+          }
+          at::native::cpublas::brgemm(lines, dim, BLOCK_KEYS, BLOCK_KEYS, dim, dim, true, weights.get(),
+                                      values.get() + at, sums.get(), true);
+        }
+        for (int64_t line = 0; line < lines; ++line) {
+          const int64_t head = first_head + line / count, row = first_row + line % count;
+          const float share = total[line] == 0.f ? 0.f : 1.f / total[line];
+          bf16* to = out + ((b * rows + row) * heads + head) * dim;
+          for (int64_t d = 0; d < dim; ++d) to[d] = bf16(sums[line * dim + d] * share);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release(true);
+  }
+}

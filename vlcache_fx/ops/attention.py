@@ -1,0 +1,158 @@
+"""``torch.ops.vlcache.attention``: attention of bfloat16 rows on a CPU.
+
+PyTorch's own kernel for CPUs multiplies bfloat16 matrices as float32 where the processor has AVX-512 BF16
+without AMX. This one uses oneDNN for both products, at the same accuracy: scores, softmax and sums are in
+float32.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FastAttention", "attention", "decompose_attention"]
+
+_log = logging.getLogger(__name__)
+
+LANES = 16
+"""Values of float32 in a vector register; the head dimension must be a multiple."""
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """The compiled kernel, from torch's cache on disk where it was built before; None where it cannot be."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    source = files("vlcache_fx.ops").joinpath("attention.cpp").read_text(encoding="utf-8")
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load(source, device_type="cpu")
+    except Exception as error:  # noqa: BLE001 (whatever a compiler's absence raises)
+        _log.warning("the attention kernel cannot be built, PyTorch's is used: %s", error)
+        return None
+    if not library.vlcache_attention_serves():
+        return None
+    function, pointer = library.vlcache_attention, ctypes.c_void_p
+    function.argtypes = [*[pointer] * 7, ctypes.c_int64, ctypes.c_float]
+    function.restype = None
+    kernel: Callable[..., None] = function
+    return kernel
+
+
+def _mkldnn_enabled() -> bool:
+    return bool(torch._C._get_mkldnn_enabled())
+
+
+@torch.library.custom_op("vlcache::attention", mutates_args=())
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    """Scaled-dot-product attention with grouped key heads.
+
+    Args:
+        query: bfloat16 [batch, heads, rows, dim], on the CPU.
+        key: bfloat16 [batch, key heads, tokens, dim]; heads are a multiple of key heads.
+        value: like ``key``.
+        mask: bool, broadcastable to [batch, heads, rows, tokens]: True where a row reads a token; or None.
+        is_causal: row i reads tokens 0 to i alone.
+        scale: of the scores.
+
+    Returns:
+        [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads nothing.
+    """
+    kernel = _kernel() if _mkldnn_enabled() else None
+    if kernel is None:  # switched off since this was compiled
+        result = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
+        return result.transpose(1, 2).contiguous().transpose(1, 2)
+    batch, heads, rows, dim = query.shape
+    key_heads, tokens = key.shape[1:3]
+    out = query.new_empty((batch, rows, heads, dim))
+    query, key, value = _dense(query), _dense(key), _dense(value)
+    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]]
+    if mask is not None:
+        mask = mask.expand(batch, heads, rows, tokens)
+        mask = mask if mask.stride(-1) == 1 or tokens == 1 else mask.contiguous()
+        strides += mask.stride()[:3]
+    kernel(
+        *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
+        _integers(batch, heads, key_heads, rows, tokens, dim),
+        _integers(*strides),
+        int(is_causal),
+        scale,
+    )
+    return out.transpose(1, 2)
+
+
+@attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,  # noqa: ARG001 (the schema)
+    value: Tensor,  # noqa: ARG001
+    mask: Tensor | None,  # noqa: ARG001
+    is_causal: bool,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    return query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+def decompose_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``aten.scaled_dot_product_attention`` as ``vlcache.attention``, or NotImplemented."""
+    operands = (query, key, value)
+    serves = (
+        all(one.device.type == "cpu" and one.dtype == torch.bfloat16 and one.dim() == 4 for one in operands)
+        and (attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.dim() <= 4))
+        and dropout_p == 0.0
+        and (enable_gqa or query.shape[1] == key.shape[1])
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % LANES == 0
+        and not any(one.requires_grad for one in operands)
+        and _mkldnn_enabled()
+        and _kernel() is not None
+    )
+    if not serves:
+        return NotImplemented
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.vlcache.attention(query, key, value, attn_mask, is_causal, scale)
+
+
+class FastAttention(TorchFunctionMode):
+    """Within it, ``scaled_dot_product_attention`` is ``vlcache.attention`` where that serves."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See ``TorchFunctionMode``."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            result = decompose_attention(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _integers(*values: int) -> Any:
+    return (ctypes.c_int64 * len(values))(*values)
