@@ -38,6 +38,7 @@ WARM = Pipeline(
     (
         InsertLookups(),
         SpliceRows(),
+        RecordDonors(),
         HoistLookups(),
         RestrictRows(),
         RestrictMerge(),
@@ -47,7 +48,7 @@ WARM = Pipeline(
         DeclareInputs(),
     )
 )
-"""Looks donors up and computes only the active rows."""
+"""Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
 
 def copy_captured(captured: Captured) -> Captured:

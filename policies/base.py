@@ -74,10 +74,13 @@ class Policy(ABC):
     Attributes:
         name: the registered name.
         ignores_budget: True when the choice must not be cut to the budget.
+        keeps_prefix: True where rows behind an identical prefix, which are exact as they are stored, need not
+            be asked for.
     """
 
     name: ClassVar[str]
     ignores_budget: ClassVar[bool] = False
+    keeps_prefix: ClassVar[bool] = True
 
     @abstractmethod
     def select(

@@ -14,10 +14,11 @@ from vlcache_fx.policies.base import Policy, Profile
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """All rows in all layers, whatever the budget: equals the unmodified model."""
+    """All rows in all layers, whatever the budget and the prefix: equals the unmodified model."""
 
     name: ClassVar[str] = "full"
     ignores_budget: ClassVar[bool] = True
+    keeps_prefix: ClassVar[bool] = False
 
     def select(
         self, span_length: int, num_layers: int, profile: Profile | None, budget: float

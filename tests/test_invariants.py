@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vlcache_fx.plan import token_layer_allowance
+from vlcache_fx.policies import get_policy
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -177,16 +178,23 @@ def test_a_padded_prompt(llava: Pair) -> None:
 def test_the_donors_own_prompt_is_exact_at_any_budget(
     vlm: Pair, before: int, after: int, images: list[tuple[int, int]], policy: str, budget: float
 ) -> None:
+    """Also where a policy asks for rows that need no recompute."""
+    asking = type("Asking", (type(get_policy(policy)),), {"keeps_prefix": False})
     vlm.engine.clear()
     if len({seed for _, seed in images}) < len(images):
         images = images[:1]  # twice the same pixels in one prompt have one donor for two contexts
     inputs = tiny_vlm_inputs(before, after, images)
     assert vlm.run(**inputs)[0] == 0.0
-    with vlm.engine.using(policy=policy, budget=budget):
+    with vlm.engine.using(policy=asking(), budget=budget):
         off, report = vlm.run(**inputs)
-    assert report["mode"] == "warm"
+    assert (report["mode"], report["prefix_tokens"]) == ("warm", 0)
     assert off <= TOLERANCE
     check_budget(report, policy, budget)
+    with vlm.engine.using(policy=policy, budget=budget):
+        off, report = vlm.run(**inputs)
+    assert report["prefix_tokens"] == report["num_tokens"]
+    assert report["rows_per_layer"][:LAYERS] == (2,) * LAYERS
+    assert off <= TOLERANCE
 
 
 @settings(max_examples=25)

@@ -271,8 +271,9 @@ def test_a_failing_store_costs_the_reuse_alone(
             off, report = unreliable.run(**prompt(A, B, seed=place))
             assert report["mode"] == "cold"
             assert off == 0.0
-    # Two donors and the encoder's output, twice.
-    expected = 6 * (2 if failing == "both" else 1)
+    # Each of the two calls reads two donors, the first block of text and the encoder's output, and writes two
+    # donors, three texts and the output.
+    expected = 2 * {"get": 4, "put": 6, "both": 4 + 6}[failing]
     assert unreliable.engine.stats()["store_failures"] - before == expected
     assert "store failed, computing instead: cannot be" in caplog.text
     store.fail_get = store.fail_put = False
@@ -321,7 +322,7 @@ def test_an_entry_that_does_not_fit_is_a_miss(unreliable: Pair, how: str) -> Non
 
 def test_clear_forgets_everything(vlm: Pair) -> None:
     vlm.run(**prompt(A))
-    assert len(vlm.engine.store) == 2  # a donor and an encoder's output
+    assert len(vlm.engine.store) == 4  # a donor, the texts around it, and an encoder's output
     assert vlm.run(**prompt(A))[1]["mode"] == "warm"
     vlm.engine.clear()
     assert len(vlm.engine.store) == 0

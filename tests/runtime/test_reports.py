@@ -52,6 +52,7 @@ def test_reports_of_a_session(pair: Pair) -> None:
     engine.clear()
     start = engine.stats()
     one, two = tiny_vlm_inputs(5, 6, [(40, 0)]), tiny_vlm_inputs(9, 6, [(40, 0), (24, 1)], text_seed=1)
+    moved = tiny_vlm_inputs(5, 6, [(40, 0)], text_seed=2)
 
     cold = checked(pair.run(**one)[1])
     assert (cold["mode"], cold["num_tokens"], cold["encoder_hit"]) == ("cold", 51, False)
@@ -62,7 +63,12 @@ def test_reports_of_a_session(pair: Pair) -> None:
     assert len(span["key"]) == 64
     assert {"identify", "lookup", "plan", "run", "admit"} <= set(cold["timings_ms"])
 
-    warm = checked(pair.run(**one)[1])
+    again = checked(pair.run(**one)[1])
+    assert (again["mode"], again["reason"], again["encoder_hit"]) == ("warm", None, True)
+    assert (again["prefix_tokens"], again["token_layer_fraction"]) == (51, 0.0)
+    assert again["rows_per_layer"] == [2] * (LAYERS + 1)
+
+    warm = checked(pair.run(**moved)[1])
     assert (warm["mode"], warm["reason"], warm["encoder_hit"]) == ("warm", None, True)
     assert warm["rows_per_layer"][:LAYERS] == [11 + 4] * LAYERS
     assert warm["token_layer_fraction"] == pytest.approx(4 / 40)
@@ -78,14 +84,15 @@ def test_reports_of_a_session(pair: Pair) -> None:
 
     stats = json.loads(json.dumps(engine.stats()))
     calls = {mode: stats["calls"][mode] - start["calls"][mode] for mode in stats["calls"]}
-    assert calls == {"cold": 1, "warm": 2, "bypass": 1}
+    assert calls == {"cold": 1, "warm": 3, "bypass": 1}
     encoder = {what: stats["encoder"][what] - start["encoder"][what] for what in stats["encoder"]}
-    assert encoder == {"hits": 1, "misses": 3}
+    assert encoder == {"hits": 2, "misses": 3}
     assert sum(encoder.values()) == sum(calls.values())
     looked = {what: stats["store"][what] - start["store"][what] for what in ("hits", "misses", "admissions")}
-    # Four encoder look-ups, four of donors; one donor and three encoder outputs were taken in.
-    assert looked == {"hits": 1 + 2, "misses": 3 + 2, "admissions": 3 + 1}
-    assert stats["store"]["entries"] == 4
+    # Found: two encoder outputs, the donor three times, the texts around it once. Not found: three encoder
+    # outputs, two donors, the first text three times. Taken in: three encoder outputs, a donor, two texts.
+    assert looked == {"hits": 2 + 3 + 2, "misses": 3 + 2 + 3, "admissions": 3 + 1 + 2}
+    assert stats["store"]["entries"] == 6
     assert stats["store_failures"] == 0
     assert stats["refusals"] == {}
 

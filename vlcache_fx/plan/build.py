@@ -35,11 +35,12 @@ def build_plan(
     budget: float,
     output_rows: Tensor | None = None,
     strict: bool = False,
+    prefix: int = 0,
 ) -> Plan:
     """The plan of one request.
 
-    Text rows and the rows of missed spans are active in every layer; in hit spans the policy's rows are. Rows
-    that outputs need are active in every layer as well.
+    Text rows and the rows of missed spans are active in every layer; in hit spans the policy's rows are. Of a
+    prefix that is known exactly, no rows are. Rows that outputs need are active in every layer as well.
 
     Args:
         num_tokens: N, at least 1.
@@ -51,6 +52,8 @@ def build_plan(
             the latest first (see ``vlcache_fx.plan.budget`` for the rounding).
         output_rows: positions that outputs need after the last layer; None for all rows of the last layer.
         strict: raise instead of repairing a policy's choice.
+        prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
+            lie inside it or behind it.
 
     Raises:
         PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
@@ -64,7 +67,10 @@ def build_plan(
     _check_spans(spans, num_tokens)
     outputs = None if output_rows is None else _checked_outputs(output_rows, num_tokens)
 
-    hits = [span for span in spans if span.hit]
+    if not 0 <= prefix <= num_tokens or any(span.start < prefix < span.end for span in spans):
+        raise PlanError(f"a prefix of {prefix} tokens is not inside [0, {num_tokens}], or cuts a span")
+    reused = [span for span in spans if span.hit]
+    hits = [span for span in reused if span.start >= prefix]
     notes: list[str] = []
     chosen: list[list[Tensor]] = []
     for span in hits:
@@ -76,7 +82,9 @@ def build_plan(
 
     computed = torch.ones(num_tokens, dtype=torch.bool)
     donors = torch.zeros(num_tokens, dtype=torch.int64)
-    offset = 0
+    computed[:prefix] = False
+    donors[:prefix] = torch.arange(prefix)
+    offset = prefix
     for span in hits:
         computed[span.start : span.end] = False
         donors[span.start : span.end] = torch.arange(offset, offset + span.length)
@@ -85,7 +93,7 @@ def build_plan(
         computed[outputs] = True
     notes.extend(_at_least_two(computed, hits, [rows_of_span[-1] for rows_of_span in chosen]))
 
-    rows, source, hit_rows = _layer_rows(num_layers, computed, donors, hits, chosen)
+    rows, source = _layer_rows(num_layers, computed, donors, hits, chosen)
     last = rows[-1] if outputs is None else _outputs_in(rows[-1], outputs)
     source.append(source[-1] if last is rows[-1] else _source(donors, last))
     rows.append(last)
@@ -95,7 +103,7 @@ def build_plan(
         keep=_keep(rows),
         source=tuple(source),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
-        token_layer_fraction=hit_rows / (offset * num_layers) if hits else 0.0,
+        token_layer_fraction=_computed_share(rows[:num_layers], reused),
         explanations=tuple(notes),
     )
 
@@ -153,12 +161,10 @@ def _layer_rows(
     donors: Tensor,
     hits: Sequence[Span],
     chosen: Sequence[Sequence[Tensor]],
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """Rows and source of layers 0 to L - 1, and the number of computed token-layers inside hit spans."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows and source of layers 0 to L - 1."""
     rows: list[Tensor] = []
     source: list[Tensor] = []
-    hit_rows = in_hits = 0
-    outside = len(computed) - sum(span.length for span in hits)
     before: tuple[int, ...] | None = None
     for layer in range(num_layers):
         offsets = [rows_of_span[layer] for rows_of_span in chosen]
@@ -172,10 +178,20 @@ def _layer_rows(
                 active[span.start + tensor] = True
             rows.append(active.nonzero().flatten())
             source.append(_source(donors, rows[-1]))
-            in_hits = len(rows[-1]) - outside  # every row outside hit spans is active
             before = now
-        hit_rows += in_hits
-    return rows, source, hit_rows
+    return rows, source
+
+
+def _computed_share(rows: Sequence[Tensor], spans: Sequence[Span]) -> float:
+    """The computed share of the spans' token-layers."""
+    counts: dict[int, int] = {}  # equal neighbours are one object
+    for tensor in rows:
+        if id(tensor) not in counts:
+            bounds = torch.tensor([(span.start, span.end) for span in spans]).view(-1, 2)
+            places = torch.searchsorted(tensor, bounds)
+            counts[id(tensor)] = int((places[:, 1] - places[:, 0]).sum())
+    total = len(rows) * sum(span.length for span in spans)
+    return sum(counts[id(tensor)] for tensor in rows) / total if total else 0.0
 
 
 def _source(donors: Tensor, rows: Tensor) -> Tensor:

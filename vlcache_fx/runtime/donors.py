@@ -1,16 +1,20 @@
 """Donors in and out of the store."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.lowering import Arriving
-from vlcache_fx.plan.types import Span
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
+
+RESIDUAL = "residual"
+"""The slot of what leaves the last layer; all others are ``<layer>.k`` and ``<layer>.v``."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,39 @@ def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool
     )
 
 
-def admit(store: Store, span: Span, recorded: Mapping[str, Tensor], forms: Mapping[str, RowForm]) -> bool:
-    """Store the rows of one span; False where the store refused them."""
-    rows = {slot: recorded[slot].narrow(form.dim, span.start, span.length) for slot, form in forms.items()}
-    return store.put(span.key, Entry(rows, {"kind": "donor", "length": span.length}))
+def admit(
+    store: Store, piece: Piece, recorded: Mapping[str, Tensor], forms: Mapping[str, RowForm], plan: Plan
+) -> bool:
+    """Store the rows of one piece, all of which were computed; False where the store refused them."""
+    places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
+    rows = {}
+    for slot, form in forms.items():
+        level = plan.num_layers if slot == RESIDUAL else int(slot.partition(".")[0])
+        active = plan.rows[level]
+        if id(active) not in places:
+            places[id(active)] = int(torch.searchsorted(active, piece.start))
+        rows[slot] = recorded[slot].narrow(form.dim, places[id(active)], piece.length)
+    return store.put(
+        piece.key, Entry(rows, {"kind": "donor", "length": piece.length, "before": piece.before})
+    )
+
+
+def known_prefix(
+    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], forms: Mapping[str, RowForm]
+) -> tuple[int, list[Entry]]:
+    """How many leading tokens have exact donors, and these.
+
+    Args:
+        pieces: of the prompt, in order.
+        find: the entry under a piece's key.
+        forms: what programs read.
+    """
+    length, known = 0, []
+    for piece in pieces:
+        entry = find(piece)
+        # The rows of a media item may have been computed behind something else: good to reuse, but not exact.
+        if entry is None or entry.info.get("before") != piece.before or not fits(entry, forms, piece.length):
+            break
+        known.append(entry)
+        length = piece.end
+    return length, known

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from vlcache_fx.analysis import DecoderFacts
@@ -39,6 +40,24 @@ class MaskCheck:
                         site,
                         f"tokens of the span at {span.start} attend to tokens behind it",
                     )
+
+    def hides_what_follows(self, args: Sequence[Any], spans: Sequence[Span]) -> bool:
+        """True where no token attends to a later one, but for tokens of one span among themselves."""
+        if self._masks is None:
+            return True
+        return not any(mask.dim() >= 2 and _looks_ahead(mask, spans) for mask in self._masks(*args))
+
+
+def _looks_ahead(mask: Tensor, spans: Sequence[Span]) -> bool:
+    tokens = mask.shape[-1]
+    if mask.shape[-2] != tokens:
+        return True
+    horizon = torch.arange(tokens, device=mask.device)
+    for span in spans:
+        horizon[span.start : span.end] = span.end - 1
+    visible = mask if not mask.is_floating_point() else mask > HIDDEN_BELOW
+    later = torch.arange(tokens, device=mask.device) > horizon[:, None]
+    return bool((visible & later).any())
 
 
 def _sees_beyond(mask: Tensor, span: Span) -> bool:

@@ -28,6 +28,7 @@ class Report:
         num_tokens: sequence length, 0 where it is not known.
         spans: the media spans found.
         rows_per_layer: rows computed at each layer, and after the last one.
+        prefix_tokens: leading tokens that were reused exactly: everything before them is identical too.
         token_layer_fraction: recomputed share of the reused spans' token-layers; 1.0 in a cold call.
         encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.
         timings_ms: milliseconds per step of the call.
@@ -39,6 +40,7 @@ class Report:
     num_tokens: int = 0
     spans: tuple[SpanReport, ...] = ()
     rows_per_layer: tuple[int, ...] = ()
+    prefix_tokens: int = 0
     token_layer_fraction: float = 1.0
     encoder_hit: bool | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)

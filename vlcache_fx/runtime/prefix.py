@@ -1,0 +1,126 @@
+"""Exact reuse of a prompt's beginning: rows behind an identical prefix need no recompute.
+
+A causal decoder computes a row from the rows up to it, so where everything before a row is what it was in an
+earlier request, stored keys and values are what computing would give. A prompt is cut into pieces, blocks of
+text and whole media items, and each piece is known by everything in front of it (the chained hashes of
+PagedAttention's prefix caches, arXiv 2309.06180).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.dataflow import ancestors
+from vlcache_fx.capture import Captured
+from vlcache_fx.capture.captured import InputKind
+from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.identify import Run
+from vlcache_fx.store.keys import Part, content_digest
+
+BLOCK_TOKENS = 16
+"""Text is stored in blocks of this length; the end of a text is a shorter one. A prompt that leaves the known
+path inside a block computes the whole block."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens that are stored together.
+
+    Attributes:
+        start, length: the tokens.
+        key: of the stored rows.
+        before: digest of everything in front of the piece.
+        span: the media item that fills it; None for text, whose key holds ``before``.
+    """
+
+    start: int
+    length: int
+    key: str
+    before: str
+    span: Span | None = None
+
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class PrefixReader:
+    """Cuts the prompts of one decoder graph into pieces.
+
+    Attributes:
+        inputs: indices of the inputs that keys and values depend on, beside merged features and weights.
+        sizes: indices of inputs that are numbers; what is the size of a tensor as well says nothing more.
+    """
+
+    inputs: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, captured: Captured, facts: DecoderFacts, features: Sequence[int]) -> "PrefixReader":
+        """Build it for a captured graph; ``features`` are the inputs that spans' contents stand for."""
+        frontiers = [site for layer in facts.layers for site in (layer.site.key, layer.site.value)]
+        reached = ancestors([*frontiers, facts.stream.boundaries[-1]])
+        wanted = [
+            index
+            for index, (node, kind) in enumerate(zip(captured.placeholders, captured.kinds, strict=True))
+            if kind is InputKind.DATA and node in reached and index not in features
+        ]
+        sizes = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.SIZE]
+        return cls(tuple(wanted), tuple(sizes))
+
+    def pieces(
+        self, args: Sequence[Any], runs: Sequence[Run], spans: Sequence[Span], num_tokens: int, root: str
+    ) -> Iterator[Piece]:
+        """The pieces of one prompt, in order.
+
+        Args:
+            args: the graph's inputs.
+            runs: everything that merges fill, sorted; those too short to be spans included.
+            spans: the spans among them.
+            num_tokens: length of the prompt.
+            root: what else rows depend on: weights, arithmetic, salt.
+        """
+        values = [args[index].detach().cpu() for index in self.inputs]
+        by_token = [_token_dims(value, num_tokens) for value in values]
+        whole = [value for value, dims in zip(values, by_token, strict=True) if not dims]
+        known = {size for value in args if isinstance(value, Tensor) for size in value.shape}
+        numbers = [args[index] for index in self.sizes if args[index] not in known]
+        before = content_digest(["prefix", root, tuple(whole), tuple(numbers)])
+        sliced = [(value, dims) for value, dims in zip(values, by_token, strict=True) if dims]
+        by_start = {span.start: span for span in spans}
+        for start, length, run in _cuts(runs, num_tokens):
+            span = by_start.get(start)
+            parts: list[Part] = [_rows(value, dims, start, start + length) for value, dims in sliced]
+            if run is not None:
+                parts.append(run.content if span is None else span.key)
+            after = content_digest(["piece", before, length, *parts])
+            yield Piece(start, length, after if span is None else span.key, before, span)
+            before = after
+
+
+def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[tuple[int, int, Run | None]]:
+    """``(start, length, run or None)``: each run whole, the text between them in blocks."""
+    at = 0
+    for start, run in [*((run.start, run) for run in runs), (num_tokens, None)]:
+        for first in range(at, start, BLOCK_TOKENS):
+            yield first, min(BLOCK_TOKENS, start - first), None
+        if run is not None:
+            yield start, run.length, run
+            at = start + run.length
+
+
+def _token_dims(value: Tensor, num_tokens: int) -> tuple[int, ...]:
+    """The dimension over tokens, the two of a mask over pairs of tokens, or none where it is not clear."""
+    dims = tuple(dim for dim, size in enumerate(value.shape) if size == num_tokens)
+    pairs = (value.dim() - 2, value.dim() - 1)
+    return dims if len(dims) == 1 or dims == pairs else ()
+
+
+def _rows(value: Tensor, dims: tuple[int, ...], start: int, end: int) -> Tensor:
+    rows = value.narrow(dims[0], start, end - start)
+    return rows if len(dims) == 1 else rows.narrow(dims[1], 0, end)
