@@ -9,12 +9,13 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.integrations.processor import kept_pixels
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
@@ -22,6 +23,9 @@ from vlcache_fx.store.keys import Part, content_digest
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
+
+Item: TypeAlias = tuple[Tensor, Tensor | None]
+"""One image: its rows of the pixels, and its grid where there are grids."""
 
 
 def hook_placeholder_check(model: nn.Module) -> bool:
@@ -135,7 +139,7 @@ class EncoderCache:
         others = {
             name: value for name, value in call.items() if name not in (self._pixels_name, self._grids_name)
         }
-        keys = self._keys(items, others)
+        keys = self._keys(self._contents(pixels, items), [grid for _, grid in items], others)
         if keys is None:
             return self._encode(*args, **kwargs)
         found = [self._get(key) for key in keys]
@@ -160,7 +164,19 @@ class EncoderCache:
         with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
             return self._encode(**call)
 
-    def _keys(self, items: list[tuple[Tensor, Tensor | None]], others: dict[str, Any]) -> list[str] | None:
+    def _contents(self, pixels: Tensor, items: list[Item]) -> list[str]:
+        """A digest per item. Pixels that a ``CachedImageProcessor`` gives out again are not read again."""
+        kept, layout = kept_pixels(pixels), tuple(item.shape[0] for item, _ in items)
+        digests = None if kept is None else kept.digests.get(layout)
+        if digests is None:
+            digests = [content_digest([item]) for item, _ in items]
+        if kept is not None:
+            kept.digests[layout] = digests
+        return digests
+
+    def _keys(
+        self, contents: list[str], grids: list[Tensor | None], others: dict[str, Any]
+    ) -> list[str] | None:
         """One key per item; None where an argument cannot be part of a key."""
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
@@ -169,8 +185,8 @@ class EncoderCache:
             settings: list[Part] = [(name, _plain(others[name])) for name in sorted(others)]
             salt = self._engine.options.salt
             return [
-                content_digest(["features", salt, weights, pixels, grid, tuple(settings)])
-                for pixels, grid in items
+                content_digest(["features", salt, weights, content, grid, tuple(settings)])
+                for content, grid in zip(contents, grids, strict=True)
             ]
         except StoreError:
             return None
@@ -202,7 +218,7 @@ def _plain(value: Any) -> Part:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _split(pixels: Tensor, grids: Any) -> list[tuple[Tensor, Tensor | None]] | None:
+def _split(pixels: Tensor, grids: Any) -> list[Item] | None:
     if grids is None:
         return (
             [(pixels[index : index + 1], None) for index in range(pixels.shape[0])]

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 import vlcache_fx
 from vlcache_fx.bench.peers.answer import Answer, FloatArray
 from vlcache_fx.bench.peers.cases import Request
 from vlcache_fx.bench.peers.checkpoint import IMAGE, MERGE, PATCH, TEMPORAL_PATCH, read_model
+from vlcache_fx.integrations.processor import CachedImageProcessor
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor
 
 
@@ -20,7 +22,7 @@ class LocalPeer:
 
     def __init__(self, checkpoint: Path) -> None:
         self.model: Any = read_model(checkpoint)
-        self._processor = ReferenceImageProcessor(PATCH, MERGE, TEMPORAL_PATCH)
+        self._processor: Any = ReferenceImageProcessor(PATCH, MERGE, TEMPORAL_PATCH)
         self._encoder_runs = 0
         self.model.model.visual.register_forward_hook(self._count)
         self._logits: Tensor | None = None
@@ -35,17 +37,15 @@ class LocalPeer:
 
     def ask(self, request: Request) -> Answer:
         """See ``Peer``."""
-        pixels = np.load(request.photo)
+        picture = Image.fromarray(np.load(request.photo))
         ids = torch.tensor([request.ids(request.vision_tokens)])
         runs = self._encoder_runs
         start = time.perf_counter()
-        patches, grids = self._processor.patchify(pixels[None])
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == IMAGE).int(),
-            "pixel_values": torch.from_numpy(patches),
-            "image_grid_thw": torch.from_numpy(grids),
+            **self._processor(picture),
         }
         ready = time.perf_counter()
         output = self.model.generate(
@@ -87,6 +87,7 @@ class VlcachePeer(LocalPeer):
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         super().__init__(checkpoint)
+        self._processor = CachedImageProcessor(self._processor)  # vLLM keeps processed photos as well
         self.model = vlcache_fx.compile(self.model, dynamic=True, **options)
 
     @property

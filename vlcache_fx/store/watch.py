@@ -1,0 +1,81 @@
+"""Notices changes of tensors without reading them whole."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.store.keys import flat
+
+# Sampled per tensor: runs spread over it. Runs, because the cost is in cache lines, not in values.
+_RUNS = 16
+_RUN_LENGTH = 16
+# Tensors compared in one go. Fewer than 2**15 values, above which PyTorch starts its threads: on busy cores,
+# waiting for them takes milliseconds.
+_GROUP = 120
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class TensorWatch:
+    """Remembers a list of tensors and tells whether they are the same, unchanged.
+
+    It compares
+
+    - which tensors these are, where their memory is, and their version counters: this notices replaced
+      tensors and all in-place operations that autograd knows of;
+    - 256 values per tensor (all of a small one), bit by bit: this notices most writes that count no version,
+      through ``.data`` or NumPy, such as an optimiser step, a merged adapter or a scaled matrix.
+
+    The samples are views: they keep the tensors' memory alive as long as the watch.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._identity = _identity(tensors)
+        self._views = _sample_views(tensors)
+        self._samples = [torch.cat(views) for views in self._views]
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """True where ``tensors`` are those that were given, and hold what they held as far as can be seen."""
+        return _identity(tensors) == self._identity and all(
+            torch.equal(torch.cat(views), samples)
+            for views, samples in zip(self._views, self._samples, strict=True)
+        )
+
+
+def _identity(tensors: Sequence[Tensor]) -> tuple[object, ...]:
+    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+
+def _sample_views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Views of the tensors' samples, grouped by what ``cat`` takes together."""
+    groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        flat = integers(tensor)
+        if flat is None or flat.numel() == 0:
+            continue
+        view = flat
+        if flat.numel() > _RUNS * _RUN_LENGTH:
+            step = (flat.numel() - _RUN_LENGTH) // (_RUNS - 1)
+            step -= 1 - step % 2  # odd, so as not to hit the same columns of a power-of-two matrix each time
+            view = flat.as_strided((_RUNS, _RUN_LENGTH), (max(step, _RUN_LENGTH), 1), flat.storage_offset())
+        groups[(view.device, view.dtype, view.dim())].append(view)
+    return [views[i : i + _GROUP] for views in groups.values() for i in range(0, len(views), _GROUP)]
+
+
+def integers(tensor: Tensor) -> Tensor | None:
+    """A flat integer view on the tensor's own memory, None where it has none.
+
+    Integers, because NaN would differ from itself.
+    """
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return None
+    if not tensor.is_contiguous():
+        # The whole storage instead, in memory order: a superset of the tensor's values.
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return flat(tensor).view(_INT_OF_SIZE[tensor.element_size()])
