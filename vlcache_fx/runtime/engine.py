@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
-from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, Lowering
+from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import decompose_attention, splice_rows_reference
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy, Profile
@@ -47,7 +47,7 @@ class Engine:
         if self.options.lowering == "eager":
             self.lowering = EagerLowering()
         else:
-            decompositions = {
+            decompositions: Decompositions = {
                 torch.ops.vlcache.splice_rows.default: splice_rows_reference,
                 torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
             }

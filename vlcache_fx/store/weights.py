@@ -35,6 +35,8 @@ class WeightsFingerprint:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._watch: TensorWatch | None = None
+        self._digest = ""
         self._read(tensors)
 
     def current(self, tensors: Sequence[Tensor]) -> str:
@@ -53,7 +55,7 @@ class WeightsFingerprint:
 
     def _read(self, tensors: Sequence[Tensor]) -> None:
         # The watch first: a write that comes in between makes the next call look again.
-        self._watch: TensorWatch | None = TensorWatch(tensors)
+        self._watch = TensorWatch(tensors)
         self._digest = content_digest([_part(tensor) for tensor in tensors])
 
 
