@@ -126,6 +126,8 @@ class DonorLookup:
 
     def admit(self, request: Request, recorded: Mapping[str, Tensor], plan: Plan) -> None:
         """Store the pieces behind the known prefix; every one of their rows was computed, and exactly."""
+        if request.prefix == request.num_tokens:
+            return
         for piece in self._pieces(request):
             with self._engine.tolerating_store_errors():
                 if piece.start >= request.prefix and self._is_wanted(piece, request):

@@ -8,7 +8,7 @@ from vlcache_fx.bench.peers.cases import Script
 from vlcache_fx.bench.peers.checkpoint import TINY, write_checkpoint
 from vlcache_fx.bench.peers.local import LocalPeer, VlcachePeer
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.report import Report, SpanReport
 
 VISION_TOKENS = 64
 
@@ -41,13 +41,28 @@ def test_the_unmodified_model_computes_everything_every_time(folder: Path, scrip
     peer.close()
 
 
+PHOTO = SpanReport(4, 80, "key", hit=True)
+
+
 @pytest.mark.parametrize(
     ("report", "described"),
     [
         (Report("cold", None, 100, rows_per_layer=(100, 100, 1)), (100, "exact")),
         (
-            Report("warm", None, 100, rows_per_layer=(12, 12, 1), token_layer_fraction=0.0203),
+            Report("warm", None, 100, (PHOTO,), rows_per_layer=(12, 12, 1), token_layer_fraction=0.0203),
             (12, "approximate, 2.0 % of the photo recomputed"),
+        ),
+        (
+            Report(
+                "warm",
+                None,
+                100,
+                (PHOTO,),
+                rows_per_layer=(2, 2, 2),
+                prefix_tokens=90,
+                token_layer_fraction=0.0,
+            ),
+            (2, "exact"),
         ),
         (Report("bypass", "batched"), (100, "exact, bypass: batched")),
     ],

@@ -100,6 +100,8 @@ class VlcachePeer(LocalPeer):
         if report["mode"] != "warm":
             return num_tokens, "exact" if report["mode"] == "cold" else f"exact, bypass: {report['reason']}"
         share = report["token_layer_fraction"]
+        if all(span["start"] < report["prefix_tokens"] for span in report["spans"]):
+            return report["rows_per_layer"][0], "exact"
         return report["rows_per_layer"][0], f"approximate, {100 * share:.1f} % of the photo recomputed"
 
     def close(self) -> None:
