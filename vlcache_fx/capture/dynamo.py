@@ -1,8 +1,9 @@
 """From the GraphModule that Dynamo hands to a backend to the IR.
 
-Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own
-(``torch._functorch.aot_autograd.aot_export_module``); here are only the two things it needs on the way:
-module floats that arrive as 0-d tensors are folded in as numbers, and inputs are classified by their source.
+Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own (``make_fx``, and
+``torch._functorch.aot_autograd.aot_export_module`` for graphs that write to tensors); here are only the two
+things they need on the way: module floats that arrive as 0-d tensors are folded in as numbers, and inputs are
+classified by their source.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
 from vlcache_fx.capture.captured import Captured, InputKind
+from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
@@ -32,20 +34,28 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     specialised = _fold_numbers(module, placeholders, example_inputs)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
-        with torch.no_grad():
-            exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
+        exported = trace_without_writes(module, fakes) or _exported(module, fakes)
+    except UnsupportedGraphError:
+        raise
     except Exception as error:  # torch raises many kinds here; all mean the same to the caller
         raise UnsupportedGraphError(
             Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}"
         ) from error
+    exported.graph.lint()
+    return Captured(exported, kinds, specialised)
+
+
+def _exported(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
+    """By way of functionalisation: writes to tensors of the graph's own are undone, others are refused."""
+    with torch.no_grad():
+        exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
     mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
     if mutated:
         raise UnsupportedGraphError(
             Reason.MUTATED_INPUTS, f"the graph writes to {len(mutated)} of its inputs", node=str(mutated[0])
         )
     assert isinstance(exported, fx.GraphModule)
-    exported.graph.lint()
-    return Captured(exported, kinds, specialised)
+    return exported
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -1,0 +1,69 @@
+"""The plain trace gives what torch's export gives, and stands back where something is written to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlcache_fx.capture import dynamo
+from vlcache_fx.testing.families import llava_inputs, tiny_llava
+from vlcache_fx.testing.graphs import traced_graphs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+PROMPT = tiny_vlm_inputs(3, 2, [(20, 0)])
+
+
+def operators(module: torch.fx.GraphModule) -> list[str]:
+    """What is computed, in order; checks and dead nodes left out."""
+    graph = module.graph
+    graph.eliminate_dead_code()
+    targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [target for target in targets if "_assert_tensor_metadata" not in target]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [(tiny_vlm(), PROMPT), (tiny_vlm(explicit_mask=True), PROMPT), (tiny_llava(2), llava_inputs(3, 4, [0]))],
+    ids=["causal", "mask", "llava"],
+)
+def test_it_gives_what_export_gives(
+    model: nn.Module, call: dict[str, Tensor], dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct: list[list[str]] = []
+    exported: list[list[str]] = []
+
+    def both(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> None:
+        direct.append(operators(dynamo.capture_dynamo(graph_module, example_inputs).graph_module))
+        with monkeypatch.context() as patched:
+            patched.setattr(dynamo, "trace_without_writes", lambda *_: None)
+            exported.append(operators(dynamo.capture_dynamo(graph_module, example_inputs).graph_module))
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        traced_graphs(model, call, dynamic=dynamic, seen=both)
+    assert any("scaled_dot_product_attention" in target for graph in direct for target in graph)
+    assert direct == exported
+
+
+class Writing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = x * 2
+        doubled[:, 0] += 1
+        return doubled.relu_()
+
+
+def test_writes_are_left_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+    trace = dynamo.trace_without_writes
+    monkeypatch.setattr(
+        dynamo, "trace_without_writes", lambda *args: traced.append(trace(*args)) or traced[-1]
+    )
+    (graph,) = traced_graphs(Writing(), {"x": torch.randn(3, 4)})
+    captured = dynamo.capture_dynamo(graph.graph_module, graph.example_inputs)
+    assert traced == [None]
+    x = torch.randn(3, 4)
+    assert torch.equal(captured.graph_module(x)[0], Writing()(x))
+    assert not [name for name in operators(captured.graph_module) if name.endswith("_.default")]
