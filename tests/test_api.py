@@ -159,6 +159,19 @@ def test_marked_spans_are_served() -> None:
     assert off == 0.0
 
 
+def test_a_marked_prompt_that_comes_again_is_a_known_prefix() -> None:
+    pair = with_api(tiny_vlm(num_layers=2, last_only=False).decoder, policy="none")
+    for prefix in (0, 29):
+        off, report = pair.run(embeds=vlcache_fx.mark_spans(embeddings(4, 0), [(0, 4, 20)]))
+        assert report["prefix_tokens"] == prefix
+        assert off < 1e-5
+    other = embeddings(4, 0)
+    other[0, 26] += 1
+    off, report = pair.run(embeds=vlcache_fx.mark_spans(other, [(0, 4, 20)]))
+    assert report["prefix_tokens"] == 24
+    assert off < 1e-5
+
+
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
