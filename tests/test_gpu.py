@@ -60,3 +60,16 @@ def test_donors_of_the_host_tier_are_brought_in(lowering: str) -> None:
     report = model.vlcache.last_report
     assert report["mode"] == "warm"
     assert [span["donor_tier"] for span in report["spans"]] == ["host", "host"]
+
+
+def test_a_recorded_warm_program_gives_what_the_model_gives() -> None:
+    unmodified = tiny_qwen2_5_vl().cuda()
+    model = vlcache_fx.compile(copy.deepcopy(unmodified), policy="full", cuda_graphs=True)
+    for seed in range(6):
+        inputs = on_gpu(qwen_inputs(5, 6, [(8, 12, 0)], text_seed=seed))
+        with torch.no_grad():
+            result, expected = (
+                m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, unmodified)
+            )
+        assert model.vlcache.last_report["mode"] == ("warm" if seed else "cold")
+        assert torch.equal(result, expected)

@@ -24,6 +24,7 @@ def test_defaults() -> None:
         "min_span_tokens": 16,
         "salt": "",
         "strict": False,
+        "cuda_graphs": False,
         "dynamic": None,
     }
     assert Options.parse(None) == Options.parse({}) == Options()

@@ -37,6 +37,7 @@ class Options:
         min_span_tokens: spans shorter than this many tokens are computed, never reused.
         salt: mixed into every key; requests with different salts never share donors.
         strict: raise refusals and plan repairs instead of falling back.
+        cuda_graphs: on a GPU, replay warm programs as CUDA graphs where sizes come again.
         dynamic: as in ``torch.compile``: True for symbolic lengths, False for static, None to decide.
     """
 
@@ -49,6 +50,7 @@ class Options:
     min_span_tokens: int = 16
     salt: str = ""
     strict: bool = False
+    cuda_graphs: bool = False
     dynamic: bool | None = None
 
     def __post_init__(self) -> None:
@@ -149,5 +151,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "min_span_tokens": _positive_int,
     "salt": _text,
     "strict": _flag,
+    "cuda_graphs": _flag,
     "dynamic": _optional_flag,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, Lowering
 from vlcache_fx.lowering.cache import CompileCache, CompileStats
+from vlcache_fx.lowering.cuda_graphs import CudaGraphs
 from vlcache_fx.lowering.eager import EagerLowering
 from vlcache_fx.lowering.inductor import InductorLowering
 
@@ -11,6 +12,7 @@ __all__ = [
     "Arriving",
     "CompileCache",
     "CompileStats",
+    "CudaGraphs",
     "Decompositions",
     "EagerLowering",
     "InductorLowering",

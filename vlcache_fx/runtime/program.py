@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
-from vlcache_fx.lowering import Arriving, Lowered
+from vlcache_fx.lowering import Arriving, CudaGraphs, Lowered
 from vlcache_fx.passes import Program
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
@@ -33,11 +33,15 @@ class ProgramRunner:
         """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
         if self._lowered is None and not self._failed:
             try:
-                self._lowered = self._engine.lowering.lower(self._graph_module, name=self.name)
+                lowered = self._engine.lowering.lower(self._graph_module, name=self.name)
+                self._lowered = CudaGraphs(lowered) if self._is_recorded() else lowered
             except LoweringError as error:
                 self._failed = True
                 self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
         return not self._failed
+
+    def _is_recorded(self) -> bool:
+        return self.name == "warm" and self._device.type == "cuda" and self._engine.options.cuda_graphs
 
     def bind(
         self, plan: Plan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]
