@@ -1,4 +1,4 @@
-"""The lower bound of a warm run: a lossless prefix hit that computes as many rows."""
+"""What a warm run is held against: a lossless prefix hit that computes as many rows, plainly compiled."""
 
 from typing import Any
 
@@ -50,4 +50,4 @@ class Floor:
         """
         held = self._inputs["past_key_values"].get_seq_length()
         if held != self._num_tokens:
-            raise MeasurementError(f"the lower bound left {held} of {self._num_tokens} tokens in the cache")
+            raise MeasurementError(f"the prefix hit left {held} of {self._num_tokens} tokens in the cache")

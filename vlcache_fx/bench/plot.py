@@ -16,7 +16,7 @@ NAMES = {
     "plain": ("unmodified\ntorch.compile", DARK),
     "cold": ("vlcache\nnew photo", BLUE),
     "warm": ("vlcache\nseen before", GREEN),
-    "floor": ("lower bound\nsame rows,\ncache ready", PALE),
+    "floor": ("prefix hit\nsame rows,\ncache ready", PALE),
 }
 
 

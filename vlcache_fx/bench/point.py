@@ -29,7 +29,7 @@ class WarmRun:
 
     Attributes:
         variant: policy, budget and store.
-        floor: name of the lower bound that computes as many rows.
+        floor: name of the prefix hit that computes as many rows.
         report: the engine's, of the last timed run.
         step_ms: milliseconds per step of a call as the engine reports them; ``other`` is the rest of the
             call (guards, the model's Python, and on a GPU what was launched and not yet done).
@@ -61,7 +61,7 @@ class Point:
         cold_rows: rows per layer of the cold run; empty where there was none.
         cold_difference: largest difference of the logits, cold against plain, over their largest value.
         warm: per variant, by the name of its system.
-        floor_rows: rows of each lower bound, by the name of its system.
+        floor_rows: rows of each prefix hit, by the name of its system.
         not_reused: systems that this version runs unmodified, and why.
         peak_memory: per system, of a run that was not timed.
     """
@@ -110,7 +110,7 @@ def measure_point(
 
 
 def runs_of_point(variants: Sequence[Variant], rounds: int, eager_rounds: int) -> int:
-    """How many runs are timed, at most: every variant may have a lower bound of its own."""
+    """How many runs are timed, at most: every variant may have a prefix hit of its own."""
     return (2 + 2 * len(variants)) * rounds + min(rounds, eager_rounds)
 
 

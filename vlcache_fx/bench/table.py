@@ -15,12 +15,12 @@ LABELS = {
     "plain": "unmodified, torch.compile",
     "cold": "vlcache, new photo (cold)",
     "warm": "vlcache, photo seen before (warm)",
-    "floor": "lower bound: same rows, cache ready",
+    "floor": "prefix hit: same rows, cache ready",
 }
 READINGS = {
     "plain / warm": "times faster than torch.compile when the photo was seen before",
     "eager / warm": "times faster than the eager model when the photo was seen before",
-    "warm / floor": "times the lower bound",
+    "warm / floor": "times a prefix hit",
     "cold / plain": "times torch.compile when the photo is new",
 }
 
@@ -119,7 +119,7 @@ def ttft_notes(result: TtftResult) -> str:
     return (
         f"The photo's encoder output is given to all systems. The photo began at token {first} when it was"
         f" new and at {second} when it came back. The warm run computed {result.floor_rows} of"
-        f" {result.num_tokens} rows ({fraction:.1f} % of the photo's token-layers). The lower bound computes"
+        f" {result.num_tokens} rows ({fraction:.1f} % of the photo's token-layers). The prefix hit computes"
         f" as many on a cache that holds all others. Cold logits differ from the unmodified model's by at"
         f" most {100 * result.cold_difference:.2f} % of the largest.\n"
     )
