@@ -184,10 +184,10 @@ def _layer_rows(
 
 def _computed_share(rows: Sequence[Tensor], spans: Sequence[Span]) -> float:
     """The computed share of the spans' token-layers."""
+    bounds = torch.tensor([(span.start, span.end) for span in spans]).view(-1, 2)
     counts: dict[int, int] = {}  # equal neighbours are one object
     for tensor in rows:
         if id(tensor) not in counts:
-            bounds = torch.tensor([(span.start, span.end) for span in spans]).view(-1, 2)
             places = torch.searchsorted(tensor, bounds)
             counts[id(tensor)] = int((places[:, 1] - places[:, 0]).sum())
     total = len(rows) * sum(span.length for span in spans)

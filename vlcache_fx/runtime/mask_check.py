@@ -55,13 +55,14 @@ def _looks_ahead(mask: Tensor, spans: Sequence[Span]) -> bool:
     horizon = torch.arange(tokens, device=mask.device)
     for span in spans:
         horizon[span.start : span.end] = span.end - 1
-    visible = mask if not mask.is_floating_point() else mask > HIDDEN_BELOW
     later = torch.arange(tokens, device=mask.device) > horizon[:, None]
-    return bool((visible & later).any())
+    return bool((_visible(mask) & later).any())
 
 
 def _sees_beyond(mask: Tensor, span: Span) -> bool:
     rows = mask[..., span.start : span.end, :] if mask.shape[-2] > 1 else mask
-    later = rows[..., span.end :]
-    visible = later if not later.is_floating_point() else later > HIDDEN_BELOW
-    return bool(visible.any())
+    return bool(_visible(rows[..., span.end :]).any())
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask > HIDDEN_BELOW if mask.is_floating_point() else mask
