@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -15,16 +14,10 @@ from vlcache_fx.store import Entry, MemoryStore, Store, StoreStats
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, hits, keys, own_compiler_state, vlcache_store, with_api, with_backend
+from .helpers import Pair, hits, keys, vlcache_store, with_api, with_backend
 
 A, B, C = (24, 0), (30, 1), (27, 2)
 LAYERS = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    with own_compiler_state():
-        yield
 
 
 @pytest.fixture(scope="module")

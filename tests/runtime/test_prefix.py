@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,17 +16,11 @@ from vlcache_fx.runtime.prefix import BLOCK_TOKENS, Piece, PrefixReader
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, cache_distance, hits, keys, own_compiler_state, with_api, with_backend
+from .helpers import Pair, cache_distance, hits, keys, with_api, with_backend
 
 A, B, C = (24, 0), (30, 1), (27, 2)
 LAYERS = 2
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    with own_compiler_state():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import EagerLowering, Lowered
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, own_compiler_state, with_backend
+from .helpers import Pair, with_backend
 
 FIRST = tiny_vlm_inputs(5, 6, [(24, 0)])
 
@@ -35,12 +35,6 @@ class Broken(EagerLowering):
             raise RuntimeError("no memory for it")
 
         return fail
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    with own_compiler_state():
-        yield
 
 
 def broken(name: str, when: str, **options: Any) -> tuple[Pair, Broken]:

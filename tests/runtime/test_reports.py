@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,19 +12,13 @@ from vlcache_fx.policies import get_policy
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, own_compiler_state, settings_of, with_backend
+from .helpers import Pair, settings_of, with_backend
 
 LAYERS = 2
 CONTRACT = {
     "mode", "reason", "num_tokens", "spans",
     "rows_per_layer", "token_layer_fraction", "encoder_hit", "timings_ms",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    with own_compiler_state():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,15 +12,9 @@ from torch import Tensor, nn
 
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, hits, keys, own_compiler_state, vlcache_store, with_backend
+from .helpers import Pair, hits, keys, vlcache_store, with_backend
 
 LAYERS = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> Iterator[None]:
-    with own_compiler_state():
-        yield
 
 
 @pytest.fixture(scope="module")

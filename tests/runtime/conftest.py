@@ -1,0 +1,15 @@
+"""Every module here compiles models of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .helpers import own_compiler_state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
