@@ -177,7 +177,10 @@ class Compiled:
             strides = [
                 shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides
             ]
-            inputs.append(sizes[0] if spec.value is None else shapes.tensor(sizes, strides, spec.value))
+            if spec.dtype is None or spec.device is None:
+                inputs.append(sizes[0])
+            else:
+                inputs.append(shapes.empty(sizes, strides, spec.dtype, spec.device))
         with tracing(TracingContext(shapes.mode)):
             artifact = standalone_compile(
                 self._module(shapes, inputs),

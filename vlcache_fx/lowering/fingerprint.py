@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -18,7 +18,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vlcache_fx.lowering.outline import Segment
-from vlcache_fx.lowering.shapes import Size, expression, hint
+from vlcache_fx.lowering.shapes import Size, hint
+from vlcache_fx.lowering.values import ProgramValues, TensorForm
 
 __all__ = ["InputSpec", "Structure", "structure_of"]
 
@@ -28,19 +29,20 @@ class InputSpec:
     """One input. Expressions are in the canonical symbols of the structure.
 
     Attributes:
-        value: a fake tensor that has the dtype and device; None for an int input.
         sizes: of a tensor per dimension; of an int its own expression alone.
         strides: of a tensor per dimension, else empty.
+        dtype, device: of a tensor; None for an int.
     """
 
-    value: torch.Tensor | None
     sizes: tuple[Size, ...]
-    strides: tuple[Size, ...]
+    strides: tuple[Size, ...] = ()
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
     def __str__(self) -> str:
-        if self.value is None:
+        if self.dtype is None:
             return f"int {self.sizes[0]}"
-        return f"{self.value.dtype} {self.value.device} {self.sizes} {self.strides}"
+        return f"{self.dtype} {self.device} {self.sizes} {self.strides}"
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,16 @@ class Structure:
     sources: Mapping[sympy.Symbol, str]
 
 
-def structure_of(segment: Segment, context: str = "") -> Structure:
-    """Computes the structure of a segment; `context` adds what else a compilation depends on."""
-    naming = _Naming()
-    inputs = tuple(naming.describe(index, value) for index, value in enumerate(segment.values))
-    inputs = tuple(InputSpec(i.value, naming.all(i.sizes), naming.all(i.strides)) for i in inputs)
+def structure_of(segment: Segment, values: ProgramValues, context: str = "") -> Structure:
+    """Computes the structure of a segment of the program that `values` are of.
+
+    `context` adds what else a compilation depends on.
+    """
+    naming = _Naming(values)
+    described = [naming.describe(index, value) for index, value in enumerate(segment.values)]
+    inputs = tuple(
+        replace(spec, sizes=naming.all(spec.sizes), strides=naming.all(spec.strides)) for spec in described
+    )
     lines = [context, *map(str, inputs), _graph_text(segment.module)]
     text = "\n".join(lines)
     key = hashlib.sha256(text.encode()).hexdigest()
@@ -82,32 +89,32 @@ def structure_of(segment: Segment, context: str = "") -> Structure:
 class _Naming:
     """Renames symbols canonically. What no input tells plainly becomes a symbol of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: ProgramValues) -> None:
+        self.values = values
         self.names: dict[sympy.Expr, sympy.Symbol] = {}
         self.symbols: list[sympy.Symbol] = []
         self.examples: dict[sympy.Symbol, int] = {}
         self.sources: dict[sympy.Symbol, str] = {}
-        self.places: dict[sympy.Expr, tuple[str, Any]] = {}
+        self.places: dict[sympy.Expr, str] = {}
 
-    def describe(self, index: int, value: Any) -> InputSpec:
+    def describe(self, index: int, value: TensorForm | Size) -> InputSpec:
         """Notes the plain symbols of one input; its expressions stay in the program's symbols for now."""
-        if not isinstance(value, torch.Tensor):
-            return InputSpec(None, (self._note(value, f"a[{index}]"),), ())
-        sizes = [self._note(size, f"a[{index}].size({dim})") for dim, size in enumerate(value.size())]
+        if not isinstance(value, TensorForm):
+            return InputSpec((self._note(value, f"a[{index}]"),))
+        sizes = [self._note(size, f"a[{index}].size({dim})") for dim, size in enumerate(value.sizes)]
         strides: list[Size] = []
-        for dim, stride in enumerate(value.stride()):
+        for dim, stride in enumerate(value.strides):
             if sizes[dim] == 1:  # means nothing, but would differ: make it what a contiguous tensor has
                 strides.append(math.prod(sizes[dim + 1 :]))
             else:
-                found = expression(stride)
-                self.places.setdefault(found, (f"a[{index}].stride({dim})", stride))
-                strides.append(found)
-        return InputSpec(value, tuple(sizes), tuple(strides))
+                if not isinstance(stride, int):
+                    self.places.setdefault(stride, f"a[{index}].stride({dim})")
+                strides.append(stride)
+        return InputSpec(tuple(sizes), tuple(strides), value.dtype, value.device)
 
-    def _note(self, value: int | torch.SymInt, place: str) -> Size:
-        size = expression(value)
+    def _note(self, size: Size, place: str) -> Size:
         if not isinstance(size, int):
-            self.places.setdefault(size, (place, value))
+            self.places.setdefault(size, place)
             if isinstance(size, sympy.Symbol) and size not in self.names:
                 self._new(size)
         return size
@@ -115,10 +122,9 @@ class _Naming:
     def _new(self, found: sympy.Expr) -> sympy.Symbol:
         made = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
         self.names[found] = made
-        place, value = self.places[found]
-        self.sources[made] = place
-        known = value.node.hint
-        self.examples[made] = hint(len(self.symbols)) if known is None else int(known)
+        self.sources[made] = self.places[found]
+        known = self.values.example(found)
+        self.examples[made] = hint(len(self.symbols)) if known is None else known
         self.symbols.append(made)
         return made
 

@@ -15,8 +15,8 @@ from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
-from vlcache_fx.lowering.shapes import compile_expressions, expression, is_scalar
-from vlcache_fx.lowering.values import program_values
+from vlcache_fx.lowering.shapes import compile_expressions, is_scalar
+from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
 
 __all__ = ["InductorLowering"]
 
@@ -50,7 +50,7 @@ class InductorLowering:
         for segment in segments:
             try:
                 run = self.cache.get(
-                    structure_of(segment, context), f"{name}/{segment.name}", self.decompositions
+                    structure_of(segment, values, context), f"{name}/{segment.name}", self.decompositions
                 )
                 builder.add(segment, run)
             except Exception as error:
@@ -86,7 +86,7 @@ class _Step:
 class _Assembler:
     """Gives every value that crosses a segment a slot, and makes the steps of the program."""
 
-    def __init__(self, program: GraphModule, values: dict[Node, Any]) -> None:
+    def __init__(self, program: GraphModule, values: ProgramValues) -> None:
         self.program, self.values = program, values
         self.placeholders = program.graph.find_nodes(op="placeholder")
         self.slots: dict[Any, int] = {node: index for index, node in enumerate(self.placeholders)}
@@ -123,7 +123,7 @@ class _Assembler:
         steps = self._steps([self.slots[key] for key in returned])
         return _Program(
             steps, tuple(self.slots[key] for key in returned), tuple(self.constants), len(self.slots),
-            len(self.placeholders), self._numbers(), _layouts([self.values[n] for n in self.placeholders]),
+            len(self.placeholders), self._numbers(), _layouts(self.values, self.placeholders),
         )  # fmt: skip
 
     def _key(self, value: Any) -> Any:
@@ -131,10 +131,7 @@ class _Assembler:
             return _Literal(value)
         if is_scalar(self.values[value]) and value.op != "placeholder":
             found = self.values[value]
-            if isinstance(found, (bool, int, float)):
-                return _Literal(found)
-            found = expression(found)
-            return _Literal(found) if isinstance(found, int) else found
+            return found if isinstance(found, sympy.Expr) else _Literal(found)
         return value
 
     def _constant(self, node: Node) -> Any:
@@ -164,12 +161,12 @@ class _Assembler:
         sources: dict[sympy.Basic, str] = {}
         for index, node in enumerate(self.placeholders):
             value = self.values[node]
-            if isinstance(value, torch.SymInt):
-                sources.setdefault(value.node.expr, f"a[{index}]")
-            elif isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.size()):
-                    if isinstance(size, torch.SymInt):
-                        sources.setdefault(size.node.expr, f"a[{index}].size({dim})")
+            if isinstance(value, sympy.Expr):
+                sources.setdefault(value, f"a[{index}]")
+            elif isinstance(value, TensorForm):
+                for dim, size in enumerate(value.sizes):
+                    if not isinstance(size, int):
+                        sources.setdefault(size, f"a[{index}].size({dim})")
         return compile_expressions(self.numbers, sources, "a")
 
 
@@ -178,20 +175,32 @@ class _Literal:
     value: Any
 
 
-def _layouts(values: list[Any]) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
+def _layouts(
+    values: ProgramValues, placeholders: Sequence[Node]
+) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
     """Which inputs must be brought to the layout that was compiled: `(input, order, inverse order)`.
 
     Only inputs with a symbolic size are looked at: weights and the like are what they were at compile time.
     """
     found = []
-    for index, value in enumerate(values):
-        if not isinstance(value, torch.Tensor) or all(isinstance(v, int) for v in value.size()):
+    for index, node in enumerate(placeholders):
+        form = values[node]
+        if not isinstance(form, TensorForm) or all(isinstance(size, int) for size in form.sizes):
             continue
-        strides = [int(v) for v in value.stride()]
+        sizes, strides = ([values.example(one) or 0 for one in part] for part in (form.sizes, form.strides))
         order = tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
-        if value.permute(order).is_contiguous():
+        if _is_dense([sizes[dim] for dim in order], [strides[dim] for dim in order]):
             found.append((index, order, tuple(order.index(dim) for dim in range(len(order)))))
     return tuple(found)
+
+
+def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 class _Program:

@@ -12,7 +12,7 @@ segment's own inputs, so that two layers have the same graph wherever the progra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from vlcache_fx.lowering.shapes import expression, is_scalar
+from vlcache_fx.lowering.shapes import is_scalar
+from vlcache_fx.lowering.values import ProgramValues, TensorForm
 
 __all__ = ["Segment", "outline"]
 
@@ -43,7 +44,7 @@ class Segment:
         module: the graph; takes `inputs` and returns the tuple of `outputs`.
         inputs: per placeholder the program node (a tensor) or the expression (an int that no tensor input
         tells).
-        values: per placeholder its fake value.
+        values: per placeholder its form or expression.
         outputs: the program nodes that other segments or the caller need.
     """
 
@@ -54,12 +55,12 @@ class Segment:
     outputs: tuple[Node, ...]
 
 
-def outline(program: GraphModule, values: Mapping[Node, Any]) -> list[Segment]:
+def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
     """Splits a program, in the order in which its segments run. Nodes that nothing needs are dropped.
 
     Args:
         program: functional graph, all tensor inputs placeholders or `get_attr` constants.
-        values: the fake value of every node (`values.program_values`).
+        values: of every node (`values.program_values`).
 
     Raises:
         ValueError: a size depends on tensor data in a way that cannot cross a segment.
@@ -119,7 +120,7 @@ def _order(tags: Iterable[str]) -> dict[str, int]:
     return {tag: index for index, tag in enumerate(sorted(keys, key=keys.__getitem__))}
 
 
-def _tensor_sources(node: Node, values: Mapping[Node, Any]) -> list[Node]:
+def _tensor_sources(node: Node, values: ProgramValues) -> list[Node]:
     """The tensor nodes that a node reads, not counting those of which only the size matters."""
     return [n for n in node.all_input_nodes if not is_scalar(values[n])]
 
@@ -127,7 +128,7 @@ def _tensor_sources(node: Node, values: Mapping[Node, Any]) -> list[Node]:
 class _Builder:
     """Builds the graph of one segment."""
 
-    def __init__(self, program: GraphModule, values: Mapping[Node, Any], nodes: list[Node]) -> None:
+    def __init__(self, program: GraphModule, values: ProgramValues, nodes: list[Node]) -> None:
         self.program, self.values, self.nodes = program, values, nodes
         self.root = torch.nn.Module()
         self.graph = Graph()
@@ -158,17 +159,16 @@ class _Builder:
         if node in self.local:
             return
         value = self.values[node]
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, TensorForm):
             if node.op == "get_attr":  # the body of a higher-order operator
                 name = f"body_{len(list(self.root.children()))}"
                 self.root.add_module(name, self.program.get_submodule(str(node.target)))
                 self.local[node] = self.graph.get_attr(name)
             return
         self.local[node] = self._placeholder(node, value)
-        for dim, size in enumerate(value.size()):
-            found = expression(size)
-            if not isinstance(found, int):
-                self.sizes.setdefault(found, (len(self.inputs) - 1, dim))
+        for dim, size in enumerate(value.sizes):
+            if not isinstance(size, int):
+                self.sizes.setdefault(size, (len(self.inputs) - 1, dim))
 
     def _placeholder(self, source: Node | sympy.Expr, value: Any) -> Node:
         last = self.input_nodes[-1] if self.input_nodes else None
@@ -190,12 +190,7 @@ class _Builder:
             raise ValueError(f"{node.name!r} is neither a tensor nor a number")
         if isinstance(value, (bool, int, float)):
             return value
-        if isinstance(value, torch.SymInt):
-            found = expression(value)
-            made = found if isinstance(found, int) else self._size(found, node)
-        else:
-            made = self._copy(node)
-        return made
+        return self._size(value, node) if isinstance(value, sympy.Expr) else self._copy(node)
 
     def _size(self, wanted: sympy.Expr, node: Node) -> Any:
         """Writes a size as sizes of the inputs; else computes it here; else takes it as an int input."""

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
-__all__ = ["Shapes", "Size", "compile_expressions", "expression", "hint", "is_scalar"]
+__all__ = ["Shapes", "Size", "compile_expressions", "evaluated", "expression", "hint", "is_scalar"]
 
 Size: TypeAlias = int | sympy.Expr
 
@@ -38,7 +38,13 @@ def hint(index: int) -> int:
 
 def is_scalar(value: Any) -> bool:
     """Whether a node's value is a number, symbolic or not."""
-    return isinstance(value, (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+    return isinstance(value, (bool, int, float, sympy.Expr, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def evaluated(size: Size, examples: Mapping[sympy.Symbol, int]) -> int | None:
+    """What a size is for these values of its symbols; None where there is one that has none."""
+    found = size if isinstance(size, int) else sympy.sympify(size.xreplace(dict(examples)))
+    return int(found) if isinstance(found, int) or found.is_number else None
 
 
 def expression(value: int | torch.SymInt) -> Size:
@@ -66,19 +72,13 @@ class Shapes:
         return made
 
     def size(self, value: Size, examples: Mapping[sympy.Symbol, int]) -> int | torch.SymInt:
-        """A size of this environment; `examples` gives the value of each symbol in it."""
+        """A size of this environment; `examples` gives the value of each symbol that no data decides."""
         if isinstance(value, int):
             return value
         if value.is_number:
             return int(value)
-        made: int | torch.SymInt = self.env.create_symintnode(value, hint=int(value.xreplace(dict(examples))))
+        made: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
         return made
-
-    def tensor(
-        self, sizes: Sequence[int | torch.SymInt], strides: Sequence[int | torch.SymInt], like: torch.Tensor
-    ) -> torch.Tensor:
-        """A fake tensor without autograd state that has the dtype and device of `like`."""
-        return self.empty(sizes, strides, like.dtype, like.device)
 
     def empty(
         self,

@@ -1,159 +1,195 @@
-"""The fake value of every node of a program, propagated through a shape environment of its own."""
+"""The form of every value of a program: dtype, device, sizes and strides, in a new environment's symbols.
+
+Layers repeat, so an operator is asked for its result once per form of its arguments. All else is arithmetic
+on expressions: a fake tensor is only made where an operator has to be asked, since making one with symbolic
+sizes takes a millisecond.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
-from vlcache_fx.lowering.shapes import Shapes, Size, expression, hint
+from vlcache_fx.lowering.shapes import Shapes, Size, evaluated, expression, hint
 
-__all__ = ["program_values"]
+__all__ = ["ProgramValues", "TensorForm", "program_values"]
 
 _log = logging.getLogger(__name__)
 
-
-class _Recorder(Interpreter):
-    """Keeps the value of every node; real tensor constants become fake.
-
-    Layers repeat, so an operator is asked once for its result per form of its arguments; symbols that stand
-    in the same places are interchangeable there, because no two have the same example.
-    """
-
-    def __init__(self, module: GraphModule, shapes: Shapes, examples: Mapping[sympy.Symbol, int]) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.shapes, self.examples = shapes, examples
-        self.values: dict[Node, Any] = {}
-        self._results: dict[Any, Any] = {}
-        self._made_already: dict[Any, Any] = {}
-
-    def run_node(self, n: Node) -> Any:
-        value = self._operator(n) if n.op == "call_function" else super().run_node(n)
-        if n.op == "get_attr" and isinstance(value, torch.Tensor):
-            value = self.shapes.mode.from_tensor(value, static_shapes=True)
-        self.values[n] = value
-        return value
-
-    def _operator(self, node: Node) -> Any:
-        symbols: dict[sympy.Symbol, sympy.Symbol] = {}
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        try:
-            form = (node.target, _form((*args, *sorted(kwargs.items())), symbols))
-            known = self._results.get(form)
-        except TypeError:  # an argument that has no form
-            return super().run_node(node)
-        here = (form, *symbols)
-        if here not in self._made_already and known is not None:
-            self._made_already[here] = self._made(known, {place: one for one, place in symbols.items()})
-        if here in self._made_already:
-            return self._made_already[here]
-        value = super().run_node(node)
-        try:
-            self._results[form] = _form(value, dict(symbols), new_symbols=False)
-        except TypeError:
-            return value
-        self._made_already[here] = value
-        return value
-
-    def _made(self, form: Any, symbols: Mapping[sympy.Symbol, sympy.Symbol]) -> Any:
-        """A value of ``form``."""
-
-        def size(found: Size) -> int | torch.SymInt:
-            return (
-                found if isinstance(found, int) else self.shapes.size(found.xreplace(symbols), self.examples)
-            )
-
-        match form:
-            case _TensorForm(sizes, strides, dtype, device):
-                return self.shapes.empty(
-                    [size(one) for one in sizes], [size(one) for one in strides], dtype, device
-                )
-            case sympy.Expr():
-                return size(form)
-            case tuple():
-                return tuple(self._made(part, symbols) for part in form)
-        return form
+FROM_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+"""Operators that make new symbols."""
 
 
 @dataclass(frozen=True, slots=True)
-class _TensorForm:
+class TensorForm:
+    """What operators see of a tensor.
+
+    Attributes:
+        sizes, strides: one per dimension; numbers, or expressions of the program's symbols.
+    """
+
     sizes: tuple[Size, ...]
     strides: tuple[Size, ...]
     dtype: torch.dtype
     device: torch.device
 
 
-def _form(value: Any, symbols: dict[sympy.Symbol, sympy.Symbol], *, new_symbols: bool = True) -> Any:
-    """What an operator's result depends on beside data: a hashable form, its symbols numbered as they appear.
+@dataclass(frozen=True)
+class ProgramValues:
+    """The values of a program's nodes.
 
-    Args:
-        value: an argument or a result.
-        symbols: each symbol's number so far, as a symbol; grows.
-        new_symbols: False where a symbol without a number is an error.
-
-    Raises:
-        TypeError: a value without a form.
+    Attributes:
+        by_node: of a tensor its form, of a symbolic int its expression, of a tuple a tuple; anything else (a
+            number, the body of a higher-order operator, a tensor that has no strides of its own) as it is.
+        examples: a value of each symbol that comes from an input.
     """
 
-    def size(one: int | torch.SymInt) -> Size:
-        found = expression(one)
-        if isinstance(found, int):
-            return found
-        for symbol in sorted(found.free_symbols, key=str):
-            if symbol not in symbols:
-                if not new_symbols:
-                    raise TypeError(f"the symbol {symbol} comes from data")
-                symbols[symbol] = _place(len(symbols))
-        return found.xreplace(symbols)
+    by_node: Mapping[Node, Any]
+    examples: Mapping[sympy.Symbol, int]
 
-    match value:
-        case torch.Tensor():
-            if value.layout != torch.strided or value.is_conj() or value.is_neg():
-                raise TypeError("not a plain tensor")
-            sizes, strides = tuple(map(size, value.size())), tuple(map(size, value.stride()))
-            return _TensorForm(sizes, strides, value.dtype, value.device)
-        case torch.SymInt():
-            return size(value)
-        case tuple() | list():
-            return tuple(_form(part, symbols, new_symbols=new_symbols) for part in value)
-        case bool() | float() if new_symbols:
-            return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument
-        case int() | str() | None | torch.dtype() | torch.device() | torch.layout() | torch.memory_format():
-            return value
-    raise TypeError(f"{type(value).__name__} has no form")
+    def __getitem__(self, node: Node) -> Any:
+        return self.by_node[node]
+
+    def example(self, size: Size) -> int | None:
+        """What a size is where symbols have their examples; None where one comes from data."""
+        return evaluated(size, self.examples)
 
 
-@functools.cache
-def _place(index: int) -> sympy.Symbol:
-    return sympy.Symbol(f"place{index}", integer=True, positive=True)
-
-
-def program_values(program: GraphModule) -> dict[Node, Any]:
-    """Propagates fake values through a program, in a new shape environment.
+def program_values(program: GraphModule) -> ProgramValues:
+    """Propagates forms through a program, in a new shape environment.
 
     Each symbol of the placeholders' `meta["val"]` becomes a symbol with a prime example. Where these examples
     contradict a relation between sizes that the program relies on (one symbol is the sum of two others), the
     examples that the capture had are used instead.
-
-    Returns:
-        the value of every node.
 
     Raises:
         ValueError: a placeholder has no `meta["val"]`, or a layout that has no strides.
         Exception: whatever an operator's fake implementation raises.
     """
     try:
-        return _propagate(program, Shapes(), captured=False)
+        return _Propagation().run(program)
     except Exception as error:  # noqa: BLE001 - the second try is the judge
         _log.debug("sizes that are independent primes do not fit (%s): trying those of the capture", error)
-        return _propagate(program, Shapes(), captured=True)
+        return _Propagation(captured=True).run(program)
+
+
+@dataclass
+class _Propagation:
+    """One way through a program.
+
+    Attributes:
+        captured: symbols have the examples that the capture had.
+        known: symbols of the capture, and what they are here.
+        fakes: the fake tensor of every form that an operator was asked about.
+        results: per operator and arguments, with symbols numbered as they appear, the result in numbers.
+        made: the result per operator and arguments as they are.
+    """
+
+    captured: bool = False
+    shapes: Shapes = field(default_factory=Shapes)
+    examples: dict[sympy.Symbol, int] = field(default_factory=dict)
+    known: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
+    fakes: dict[TensorForm, torch.Tensor] = field(default_factory=dict)
+    results: dict[Any, Any] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def run(self, program: GraphModule) -> ProgramValues:
+        values: dict[Node, Any] = {}
+        # The dispatcher in Python knows symbolic sizes where some C++ kernels insist on plain integers.
+        with enable_python_dispatcher(), self.shapes.mode, torch.no_grad():
+            for node in program.graph.nodes:
+                match node.op:
+                    case "placeholder":
+                        values[node] = self._input(node)
+                    case "get_attr":
+                        values[node] = self._attribute(program, node)
+                    case "call_function":
+                        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                        values[node] = self._call(node, args, kwargs)
+                    case "output":
+                        values[node] = None
+                    case other:
+                        raise ValueError(f"{node.name!r}: a program has no {other} node")
+        return ProgramValues(values, self.examples)
+
+    def _input(self, node: Node) -> Any:
+        if "val" not in node.meta:
+            raise ValueError(f"the placeholder {node.name!r} has no meta['val']")
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided:
+                raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
+            sizes, strides = (tuple(map(self._translated, part)) for part in (value.size(), value.stride()))
+            return TensorForm(sizes, strides, value.dtype, value.device)
+        return self._translated(value) if isinstance(value, torch.SymInt) else value
+
+    def _translated(self, value: int | torch.SymInt) -> Size:
+        found = expression(value)
+        if isinstance(found, int) or isinstance(value, int):
+            return int(value)
+        for symbol in sorted(found.free_symbols, key=str):
+            if symbol not in self.known:
+                example = hint(len(self.known))
+                if self.captured:
+                    example = _captured_example(value, symbol, example)
+                self.known[symbol] = self.shapes.symbol(f"v{len(self.known)}", example)
+                self.examples[self.known[symbol]] = example
+        return found.xreplace(self.known)
+
+    def _attribute(self, program: GraphModule, node: Node) -> Any:
+        value: Any = functools.reduce(getattr, str(node.target).split("."), program)
+        if not isinstance(value, torch.Tensor):
+            return value
+        return _form(self.shapes.mode.from_tensor(value, static_shapes=True))
+
+    def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
+        here = _hashable((node.target, args, kwargs))
+        if here is None:
+            return self._asked(node, args, kwargs)
+        if here not in self.made:
+            numbers: dict[sympy.Symbol, sympy.Symbol] = {}
+            general = _renamed(here, numbers)
+            if general not in self.results:
+                value = self._asked(node, args, kwargs)
+                try:
+                    self.results[general] = _renamed(value, dict(numbers), complete=True)
+                except TypeError:  # it has a size that comes from data, or no form
+                    return value
+                self.made[here] = value
+            else:
+                symbols = {number: symbol for symbol, number in numbers.items()}
+                self.made[here] = _renamed(self.results[general], symbols, complete=True)
+        return self.made[here]
+
+    def _asked(self, node: Node, args: Any, kwargs: Any) -> Any:
+        if FROM_DATA & set(getattr(node.target, "tags", ())):
+            self.fakes.clear()  # they remember the symbols made for them; other tensors have others
+        args, kwargs = self._fake(args), self._fake(kwargs)
+        return _form(node.target(*args, **kwargs))  # type: ignore[operator]
+
+    def _fake(self, value: Any) -> Any:
+        match value:
+            case TensorForm():
+                if value not in self.fakes:
+                    sizes, strides = self._fake(value.sizes), self._fake(value.strides)
+                    self.fakes[value] = self.shapes.empty(sizes, strides, value.dtype, value.device)
+                return self.fakes[value]
+            case sympy.Expr():
+                return self.shapes.size(value, self.examples)
+            case tuple() | list():
+                return type(value)(self._fake(one) for one in value)
+            case dict():
+                return {name: self._fake(one) for name, one in value.items()}
+        return value
 
 
 def _captured_example(value: torch.SymInt, symbol: sympy.Symbol, default: int) -> int:
@@ -162,39 +198,74 @@ def _captured_example(value: torch.SymInt, symbol: sympy.Symbol, default: int) -
     return max(2, int(examples.get(symbol, default)))
 
 
-def _propagate(program: GraphModule, shapes: Shapes, *, captured: bool) -> dict[Node, Any]:
-    known: dict[sympy.Symbol, sympy.Symbol] = {}
-    examples: dict[sympy.Symbol, int] = {}
+def _form(value: Any) -> Any:
+    match value:
+        case torch.Tensor():
+            if value.layout != torch.strided or value.is_conj() or value.is_neg():
+                return value
+            sizes, strides = (tuple(map(expression, part)) for part in (value.size(), value.stride()))
+            return TensorForm(sizes, strides, value.dtype, value.device)
+        case torch.SymInt():
+            return expression(value)
+        case tuple() | list():
+            return tuple(map(_form, value))
+    return value
 
-    def convert(value: int | torch.SymInt) -> int | torch.SymInt:
-        found = expression(value)
-        if isinstance(found, int) or isinstance(value, int):
-            return int(value)
-        for symbol in sorted(found.free_symbols, key=str):
-            if symbol not in known:
-                example = hint(len(known))
-                if captured:
-                    example = _captured_example(value, symbol, example)
-                known[symbol] = shapes.symbol(f"v{len(known)}", example)
-                examples[known[symbol]] = example
-        return shapes.size(found.xreplace(known), examples)
 
-    inputs: list[Any] = []
-    for node in program.graph.find_nodes(op="placeholder"):
-        if "val" not in node.meta:
-            raise ValueError(f"the placeholder {node.name!r} has no meta['val']")
-        value = node.meta["val"]
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided:
-                raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
-            value = shapes.tensor(
-                [convert(v) for v in value.size()], [convert(v) for v in value.stride()], value
-            )
-        elif isinstance(value, torch.SymInt):
-            value = convert(value)
-        inputs.append(value)
-    recorder = _Recorder(program, shapes, examples)
-    # The dispatcher in Python knows symbolic sizes where some C++ kernels insist on plain integers.
-    with enable_python_dispatcher(), shapes.mode, torch.no_grad():
-        recorder.run(*inputs)
-    return recorder.values
+def _hashable(value: Any) -> Any:
+    """Arguments as a key; None where one has no form."""
+    match value:
+        case tuple() | list():
+            parts = tuple(map(_hashable, value))
+            return None if any(part is None for part in parts) else parts
+        case dict():
+            return _hashable(sorted(value.items()))
+        case bool() | int() | float():
+            return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument
+        case None:
+            return ()
+        case TensorForm() | sympy.Expr() | str() | torch.dtype() | torch.device() | torch.layout():
+            return value
+        case torch.memory_format() | torch._ops.OpOverload():
+            return value
+    return value if callable(value) and not isinstance(value, torch.nn.Module) else None
+
+
+def _renamed(value: Any, names: dict[sympy.Symbol, sympy.Symbol], *, complete: bool = False) -> Any:
+    """The same with its symbols renamed; those without a name get the next number.
+
+    Args:
+        value: a key or a form.
+        names: grows.
+        complete: a symbol without a name is an error.
+
+    Raises:
+        TypeError: such a symbol, or a value that has no form.
+    """
+
+    def size(one: Size) -> Size:
+        if isinstance(one, int):
+            return one
+        for symbol in sorted(one.free_symbols, key=str):
+            if symbol not in names:
+                if complete:
+                    raise TypeError(f"the symbol {symbol} comes from data")
+                names[symbol] = _number(len(names))
+        return one.xreplace(names)
+
+    match value:
+        case TensorForm():
+            sizes, strides = tuple(map(size, value.sizes)), tuple(map(size, value.strides))
+            return TensorForm(sizes, strides, value.dtype, value.device)
+        case sympy.Expr():
+            return size(value)
+        case tuple():
+            return tuple(_renamed(part, names, complete=complete) for part in value)
+        case torch.Tensor():
+            raise TypeError("not a plain tensor")
+    return value
+
+
+@functools.cache
+def _number(index: int) -> sympy.Symbol:
+    return sympy.Symbol(f"place{index}", integer=True, positive=True)
