@@ -10,6 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.integrations.transformers import (
+    EncodersFirst,
     hook_encoders,
     hook_placeholder_check,
     joined_items,
@@ -52,6 +53,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         raise OptionError(f"this {type(model).__name__} is compiled already; its engine is model.vlcache")
     engine = Engine(parsed)
     plain = model.forward
+    encoders_first = EncodersFirst(model)
     compiled = torch.compile(
         plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic
     )
@@ -59,6 +61,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = engine.graph_calls
+        args, kwargs = encoders_first(args, kwargs)
         with torch._dynamo.config.patch(DYNAMO_CONFIG):
             try:
                 result = compiled(*args, **joined_items(kwargs))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from vlcache_fx.errors import OptionError
+from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.processor import CachedImageProcessor, kept_pixels
-from vlcache_fx.integrations.transformers import EncoderCache
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor, ReferenceProcessor
@@ -136,7 +136,7 @@ class Encoder:
 def test_kept_pixels_are_read_once_and_other_grids_stay_apart(
     processor: CachedImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlcache_fx.integrations import transformers as module
+    from vlcache_fx.integrations import encoder_cache as module
 
     read: list[Any] = []
     digest = module.content_digest

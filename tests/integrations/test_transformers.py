@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.integrations.transformers import EncoderCache, joined_items, restore_items
+from vlcache_fx.integrations.encoder_cache import EncoderCache
+from vlcache_fx.integrations.transformers import joined_items, restore_items
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
@@ -195,13 +196,20 @@ class Encoder(nn.Module):
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **options: Any) -> Any:
         self.calls.append(pixel_values.shape[0])
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
         counts = [1] * len(pixel_values) if image_grid_thw is None else image_grid_thw.prod(-1).tolist()
-        features = tuple(part * self.weight for part in pixel_values.split(counts))
-
-        class Output:
-            pooler_output = features if not options.get("joined") else torch.cat(features)
-
-        return Output()
+        features: Any = tuple(part * self.weight for part in pixel_values.split(counts))
+        match options.get("form"):
+            case "rows":
+                features = torch.cat(features)
+            case "layers":
+                features = ([*features], [part + 1 for part in features])
+            case "mixed":
+                features = torch.cat(features).flatten()
+            case "plain":
+                return features
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=features)
 
 
 @pytest.fixture
@@ -248,11 +256,48 @@ def test_arguments_by_place_or_by_name_are_one(cache: EncoderCache, encoder: Enc
     assert encoder.calls == [8, 8, 8]
 
 
+def images(*values: float) -> Tensor:
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
+
+
+@pytest.mark.parametrize("form", ["rows", "layers"])
 @torch.no_grad()
-def test_what_cannot_be_split_or_named_is_encoded_as_it_is(cache: EncoderCache, encoder: Encoder) -> None:
+def test_other_forms_of_results_are_kept_item_by_item(
+    form: str, cache: EncoderCache, encoder: Encoder
+) -> None:
+    cache(pixel_values=images(1), form=form)
+    mixed = cache(pixel_values=images(2, 1, 3), form=form)
+    again = cache(pixel_values=images(3, 2), form=form)
+    assert encoder.calls == [1, 2]
+    assert mixed.last_hidden_state is None
+    expected = encoder(images(2, 1, 3), form=form).pooler_output
+    if form == "rows":
+        assert torch.equal(mixed.pooler_output, expected)
+        assert torch.equal(again.pooler_output, images(6, 4))
+    else:
+        for ours, theirs in zip(mixed.pooler_output, expected, strict=True):
+            assert torch.equal(torch.cat(list(ours)), torch.cat(list(theirs)))
+        assert torch.equal(torch.cat(list(again.pooler_output[1])), images(7, 5))
+
+
+@torch.no_grad()
+def test_results_that_do_not_tell_items_apart_are_kept_as_a_whole(
+    cache: EncoderCache, encoder: Encoder
+) -> None:
+    for _ in range(3):
+        assert torch.equal(
+            cache(pixel_values=images(1, 2), form="mixed").pooler_output, images(2, 4).flatten()
+        )
+    assert encoder.calls == [2]
+    assert torch.equal(cache(pixel_values=images(2, 1), form="mixed").pooler_output, images(4, 2).flatten())
+    assert encoder.calls == [2, 2]
+
+
+@torch.no_grad()
+def test_what_has_no_key_or_no_fields_is_encoded_as_it_is(cache: EncoderCache, encoder: Encoder) -> None:
     for _ in range(2):
-        assert isinstance(cache(pixel_values=torch.ones(2, 3, 2, 2), joined=True).pooler_output, Tensor)
-        cache(pixel_values=torch.ones(2, 3, 2, 2), callback=print)
+        assert isinstance(cache(pixel_values=images(1, 2), form="plain"), tuple)
+        cache(pixel_values=images(1, 2), callback=print)
     assert encoder.calls == [2, 2, 2, 2]
     assert len(cache._engine.store) == 0
 

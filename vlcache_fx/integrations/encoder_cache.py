@@ -1,0 +1,214 @@
+"""The encoder of a model of the transformers library, item by item through the store."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vlcache_fx.errors import StoreError
+from vlcache_fx.integrations.items import (
+    Fields,
+    as_lists,
+    features_of,
+    flatten,
+    join_items,
+    split_items,
+    unflatten,
+)
+from vlcache_fx.integrations.processor import kept_pixels
+from vlcache_fx.ops import FastAttention
+from vlcache_fx.runtime.encoder import packed, unpacked
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store.keys import Part, content_digest
+
+PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+"""Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
+
+Item: TypeAlias = dict[str, Tensor]
+"""The tensors that an encoder is given for one item."""
+
+WHOLE = "whole"
+"""How a field is held that does not tell items apart."""
+
+
+class EncoderCache:
+    """Runs an encoder for the items whose output is not in the store.
+
+    Items are told apart by their grids, or by the first dimension of the pixels; each is kept under its own
+    content, so a request with a known and a new image encodes the new one alone. Where arguments or results
+    do not tell items apart, the call is kept as a whole. Of a result, the features are kept, not what the
+    encoder's blocks return beside them.
+
+    Args:
+        encode: the encoder, with the pixels as its first parameter and the grids, if any, as its second.
+        module: the model; all its weights are part of the keys.
+        modality: ``image`` or ``video``.
+        engine: has the store.
+    """
+
+    def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
+        self._encode, self._module, self._engine = encode, module, engine
+        self._pixels_name, self._grids_name = PIXELS[modality]
+        self._classes: dict[str, type] = {}
+        self._split = True  # until a result turns up that does not tell items apart
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and result as the encoder's own method."""
+        call = dict(zip((self._pixels_name, self._grids_name), args, strict=False)) | kwargs
+        pixels = call.get(self._pixels_name)
+        if len(args) > 2 or not isinstance(pixels, Tensor) or torch.is_grad_enabled():
+            return self._encode(*args, **kwargs)
+        items = self._items(call) if self._split else None
+        if items is None or len(items) < 2:
+            return self._one(call)
+        keys = self._keys(items, call)
+        if keys is None:
+            return self._encode(*args, **kwargs)
+        found = [self._get(key) for key in keys]
+        missing = [index for index, entry in enumerate(found) if entry is None]
+        if missing:
+            output = self._run(call | _joined([items[index] for index in missing]))
+            fields = features_of(output)
+            parts = None if fields is None else split_items(fields, len(missing))
+            if parts is None:
+                self._split = False
+                whole = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
+                return self._one(call) if whole is None else self._kept_whole(whole[0], output)
+            for index, part in zip(missing, parts, strict=True):
+                found[index] = (type(output).__name__, part)
+                self._put(keys[index], type(output), part)
+        result = self._result(found)
+        self._engine.note_encoder(hit=not missing and result is not None)
+        return self._encode(*args, **kwargs) if result is None else result
+
+    def _one(self, call: dict[str, Any]) -> Any:
+        """A call that is one item, or is kept as a whole."""
+        keys = self._keys([_tensors(call)], call)
+        if keys is None:
+            return self._encode(**call)
+        stored = self._get(keys[0])
+        result = None if stored is None else self._result([stored])
+        self._engine.note_encoder(hit=result is not None)
+        return self._kept_whole(keys[0], self._run(call)) if result is None else result
+
+    def _kept_whole(self, key: str, output: Any) -> Any:
+        fields = features_of(output)
+        if fields is None:
+            return output
+        items = split_items(fields, 1) or [{name: (WHOLE, value) for name, value in fields.items()}]
+        self._put(key, type(output), items[0])
+        return self._result([(type(output).__name__, items[0])]) or output
+
+    def _run(self, call: dict[str, Any]) -> Any:
+        with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
+            output = self._encode(**call)
+        self._classes[type(output).__name__] = type(output)
+        return output
+
+    def _items(self, call: dict[str, Any]) -> list[Item] | None:
+        """The tensors of each item; None where the arguments do not tell items apart."""
+        pixels, grids = call[self._pixels_name], call.get(self._grids_name)
+        others = _tensors(call)
+        del others[self._pixels_name]
+        if isinstance(grids, Tensor):
+            counts = [int(count) for count in grids.prod(-1).tolist()]
+            if sum(counts) != pixels.shape[0]:
+                return None
+            parts = list(torch.split_with_sizes(pixels, counts))
+        elif pixels.dim() > 2:
+            parts = list(pixels.split(1))
+        else:
+            return None
+        if any(value.dim() == 0 or value.shape[0] != len(parts) for value in others.values()):
+            return None
+        return [
+            {self._pixels_name: part, **{name: value[index : index + 1] for name, value in others.items()}}
+            for index, part in enumerate(parts)
+        ]
+
+    def _keys(self, items: list[Item], call: dict[str, Any]) -> list[str] | None:
+        """One key per item; None where an argument cannot be part of a key."""
+        # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
+        # in every call, because adapters add parameters and loading can replace them.
+        weights = self._engine.weights_fingerprint([*self._module.parameters(), *self._module.buffers()])
+        settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
+        start = ["features", self._engine.options.salt, weights, self._pixels_name]
+        try:
+            return [
+                content_digest([*start, content, *_named(item, but=self._pixels_name), tuple(settings)])
+                for content, item in zip(self._contents(call, items), items, strict=True)
+            ]
+        except StoreError:
+            return None
+
+    def _contents(self, call: dict[str, Any], items: list[Item]) -> list[str]:
+        """A digest per item. Pixels that a ``CachedImageProcessor`` gives out again are not read again."""
+        parts = [item[self._pixels_name] for item in items]
+        kept, layout = kept_pixels(call[self._pixels_name]), tuple(part.shape[0] for part in parts)
+        digests = None if kept is None else kept.digests.get(layout)
+        if digests is None:
+            digests = [content_digest([part]) for part in parts]
+        if kept is not None:
+            kept.digests[layout] = digests
+        return digests
+
+    def _get(self, key: str) -> tuple[str, Fields] | None:
+        entry = None
+        with self._engine.tolerating_store_errors():
+            entry = self._engine.store.get(key)
+        stored = None if entry is None else unpacked(entry)
+        if stored is None or not isinstance(stored[0], str) or self._class(stored[0]) is None:
+            return None
+        return stored[0], unflatten(stored[1], stored[2:])
+
+    def _put(self, key: str, output_class: type, item: Fields) -> None:
+        try:
+            text, tensors = flatten(item)
+        except TypeError:  # it holds something else, too
+            return
+        with self._engine.tolerating_store_errors():
+            self._engine.store.put(key, packed([output_class.__name__, text, *tensors]))
+
+    def _class(self, name: str) -> type | None:
+        """The output class of that name, as seen here or as the model's module knows it."""
+        modules = (type(self._module).__module__, "transformers.modeling_outputs")
+        known = [getattr(sys.modules.get(module), name, None) for module in modules]
+        found = next((one for one in (self._classes.get(name), *known) if one is not None), None)
+        return found if isinstance(found, type) and issubclass(found, dict) else None
+
+    def _result(self, items: list[Any]) -> Any:
+        """An output of the class that the model returns, for hits and misses alike.
+
+        A compiled model is specialised to the class. None where the items do not fit together.
+        """
+        names = {name for name, _ in items}
+        output_class = self._class(names.pop()) if len(names) == 1 else None
+        if output_class is None:
+            return None
+        parts = [item for _, item in items]
+        if any(form == WHOLE for form, _ in parts[0].values()):
+            # As lists, which is what comes out of the store: a compiled model is specialised to that as well.
+            return output_class(**{name: as_lists(value) for name, (_, value) in parts[0].items()})
+        fields = join_items(parts)
+        return None if fields is None else output_class(**fields)
+
+
+def _tensors(call: dict[str, Any]) -> Item:
+    return {name: value for name, value in call.items() if isinstance(value, Tensor)}
+
+
+def _joined(items: list[Item]) -> Item:
+    return {name: torch.cat([item[name] for item in items]) for name in items[0]}
+
+
+def _named(item: Item, *, but: str) -> list[Part]:
+    return [(name, item[name]) for name in sorted(item) if name != but]
+
+
+def _plain(value: Any) -> Part:
+    return str(value) if isinstance(value, torch.dtype) else value

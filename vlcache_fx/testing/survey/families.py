@@ -1,0 +1,94 @@
+"""Building one family: what the general rules for small configurations get wrong, and its prompts' pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlcache_fx.testing.prompts import seeded
+from vlcache_fx.testing.survey.configs import HIDDEN, small_values
+
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
+
+CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
+    "qwen2_5_vl": {"text_config.rope_parameters": MROPE},
+    "glm4v": {"text_config.rope_parameters": MROPE},
+    "llava_onevision": {"image_grid_pinpoints": TILES},
+    "llava_next": {"image_grid_pinpoints": TILES},
+    "llava_next_video": {"image_grid_pinpoints": TILES},
+    "llama4": {
+        "vision_config.projector_input_dim": 32,
+        "vision_config.intermediate_size": 128,
+        "text_config.no_rope_layers": [1, 1, 0],
+        "text_config.layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
+        "text_config.moe_layers": [1, 2],
+    },
+    "gemma3": {"mm_tokens_per_image": 9},
+    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
+    "mllama": {
+        "vision_config.max_num_tiles": 4,
+        "vision_config.intermediate_layers_indices": [0],
+        "vision_config.vision_output_dim": 64,
+        "text_config.vocab_size": 200,
+    },
+}
+"""Dotted names of settings and their values."""
+
+
+@dataclass(frozen=True)
+class FamilyModel:
+    """A small model of one family.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        model: with random weights, in eval mode.
+        special: ids of special tokens, by name.
+    """
+
+    model_type: str
+    model: Any
+    special: Mapping[str, int] = field(default_factory=dict)
+
+
+def known_families() -> dict[str, str]:
+    """Every family that transformers lists for images and text to text: model type -> class name."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
+    return {model_type: name for model_type, name in names.items() if isinstance(name, str)}
+
+
+def build_family(model_type: str, *, seed: int = 0, attention: str | None = None) -> FamilyModel:
+    """A family's model in its smallest form.
+
+    Args:
+        model_type: a key of ``known_families()``.
+        seed: of the weights.
+        attention: ``attn_implementation``; None for the model's default.
+
+    Raises:
+        Exception: whatever the family's own code raises where small sizes do not fit together.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    special: dict[str, int] = {}
+    config_class = CONFIG_MAPPING[model_type]
+    values = small_values(config_class().to_dict(), special)
+    for path, value in CORRECTIONS.get(model_type, {}).items():
+        _set(values, path, value)
+    config = config_class(**values)
+    if attention is not None:
+        config._attn_implementation = attention
+    with seeded(seed):
+        model = getattr(transformers, known_families()[model_type])(config)
+    return FamilyModel(model_type, model.eval(), special)
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        values = values[name]
+    values[last] = value

@@ -1,0 +1,119 @@
+"""Prompts with one image for any family: random text and random pixels in the form that its encoder takes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.testing.prompts import noise
+from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
+from vlcache_fx.testing.survey.families import FamilyModel
+
+GRID = (6, 8)
+"""Patches of an image, where the form of an image is free."""
+
+
+def image_prompt(
+    family: FamilyModel, before: int, after: int, *, image: int, text: int = 0
+) -> dict[str, Any]:
+    """Keyword arguments of the model: text, one image, text.
+
+    Args:
+        family: the model.
+        before: text tokens in front of the image.
+        after: text tokens behind it.
+        image: seed of its pixels.
+        text: seed of the text.
+
+    Raises:
+        LookupError: the configuration names no image token.
+    """
+    pixels = image_pixels(family, image)
+    token = image_token(family)
+    generator = torch.Generator().manual_seed(text)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(3, FIRST_SPECIAL, (count,), generator=generator).tolist()
+
+    ids = torch.tensor([[*words(before), *[token] * image_tokens(family, pixels), *words(after)]])
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    kinds = {"mm_token_type_ids", "token_type_ids"} & _parameters(type(family.model).forward)
+    return prompt | {name: (ids == token).int() for name in kinds}
+
+
+def image_token(family: FamilyModel) -> int:
+    """The id that stands for one row of an image's features."""
+    config = family.model.config
+    for name in ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id"):
+        found = getattr(config, name, None)
+        if isinstance(found, int):
+            return found
+    raise LookupError(f"the configuration of {family.model_type} names no image token")
+
+
+def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
+    """How many rows of features the encoder makes of these pixels."""
+    encode = getattr(family.model.base_model, "get_image_features", None)
+    if encode is None:
+        return 1  # the decoder attends to the image, which takes no place in the text
+    taken = _parameters(encode)
+    with torch.no_grad():
+        output = encode(**{name: value for name, value in pixels.items() if name in taken}, return_dict=True)
+    features = getattr(output, "pooler_output", output)
+    parts = features if isinstance(features, list | tuple) else [features]
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
+    """One image as the family's processor would give it."""
+    model = family.model
+    encode = getattr(model.base_model, "get_image_features", model.forward)
+    taken, vision = _parameters(encode), getattr(model.config, "vision_config", None)
+    patch, size = _number(vision, "patch_size", 4), _number(vision, "image_size", 24)
+    channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
+    rows, columns = GRID
+    if "image_grid_thw" in taken:
+        width = channels * _number(vision, "temporal_patch_size", 1) * patch**2
+        return {
+            "pixel_values": noise(seed, rows * columns, width),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+    if "image_position_ids" in taken:
+        places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
+        return {
+            "pixel_values": noise(seed, 1, 36, channels * patch**2),
+            "image_position_ids": places[None],
+        }
+    if "aspect_ratio_ids" in taken:
+        return {
+            "pixel_values": noise(seed, 1, 1, 4, channels, size, size),
+            "aspect_ratio_ids": torch.tensor([[1]]),
+            "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+        }
+    if "pixel_attention_mask" in taken:
+        mask = torch.ones(1, 1, size, size, dtype=torch.bool)
+        return {"pixel_values": noise(seed, 1, 1, channels, size, size), "pixel_attention_mask": mask}
+    if getattr(model.config, "image_grid_pinpoints", None):
+        return {
+            "pixel_values": noise(seed, 1, 3, channels, size, size),
+            "image_sizes": torch.tensor([[size, 2 * size]]),
+        }
+    if "image_sizes" in taken and "vision_feature_select_strategy" not in taken:
+        return {
+            "pixel_values": noise(seed, 1, channels, size, size),
+            "image_sizes": torch.tensor([[size, size]]),
+        }
+    return {"pixel_values": noise(seed, 1, channels, size, size)}
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, default)
+    value = value[0] if isinstance(value, list | tuple) else value
+    return value if isinstance(value, int) else default
