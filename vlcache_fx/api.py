@@ -29,6 +29,8 @@ DYNAMO_CONFIG = {
     # Models check on the way that placeholders and features agree; with scalars captured, that check does not
     # cut the graph in two.
     "capture_scalar_outputs": True,
+    # Features that are added at masked places of inner layers have a size that depends on data.
+    "capture_dynamic_output_shape_ops": True,
     # One forward serves prompts with and without images, and decoding steps, each static first and then
     # symbolic: more forms than Dynamo's default allows before it gives up compiling for good.
     "recompile_limit": 64,

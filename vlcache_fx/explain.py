@@ -83,6 +83,9 @@ def explain(function: Callable[..., Any], **inputs: Any) -> tuple[GraphExplanati
         found.append(explain_graph(graph_module, example_inputs))
         return graph_module.forward
 
-    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+    with (
+        torch.no_grad(),
+        torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True),
+    ):
         torch.compile(function, backend=backend)(**inputs)
     return tuple(found)

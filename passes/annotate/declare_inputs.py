@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.token_axis import shape_of
+from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.capture.fakes import FakeInputs
 from vlcache_fx.passes.base import Pass, Program
 

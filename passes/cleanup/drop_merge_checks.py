@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.merge import MERGE_OPS
+from vlcache_fx.analysis.merge import MERGE_OPS, SCATTER_ROWS
 from vlcache_fx.capture.subgraph import needed_for
 from vlcache_fx.passes.base import Pass, Program
 
@@ -25,7 +25,7 @@ class DropMergeChecks(Pass):
         """Erase the assertions; dead-code elimination takes what computed their conditions."""
         inputs: set[Node] = set()
         for node in program.graph.nodes:
-            if node.target in MERGE_OPS:
+            if node.target in MERGE_OPS or node.target is SCATTER_ROWS:
                 inputs |= needed_for([node])
         dropped = False
         for node in list(program.graph.nodes):

@@ -24,7 +24,7 @@ class InsertLookups(Pass):
         facts = program.decoder
         for index, layer in enumerate(facts.layers):
             for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-                _insert(program, f"{index}.{letter}", frontier, facts.steps[frontier].axis, f"layer.{index}")
+                _insert(program, f"{index}.{letter}", frontier, facts.steps[frontier].dim, f"layer.{index}")
         if facts.tail_rows.selection is None:
             _insert(program, "residual", facts.stream.boundaries[-1], facts.tail_rows.axis, "tail")
         return True

@@ -1,5 +1,7 @@
 """What the rewriting passes share: gathers, and one node restricted to a set of rows."""
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -29,20 +31,25 @@ def restrict_node(program: Program, node: Node, step: RowStep, rows: Node, site:
             if current is operand or current.meta.get("gathers") == (operand, dim):
                 node.replace_input_with(current, gather(program, operand, dim, rows, node, segment))
     if step.size_argument is not None:
-        _set_size(program, node, step.size_argument, rows, segment)
+        _set_size(program, node, step, rows, segment)
     if node is site.node and site.mask is None:
         _set_row_mask(program, site, rows, segment)
 
 
-def _set_size(program: Program, node: Node, place: tuple[int, int], rows: Node, segment: str) -> None:
-    argument, entry = place
+def _set_size(program: Program, node: Node, step: RowStep, rows: Node, segment: str) -> None:
+    assert step.size_argument is not None
+    argument, entry = step.size_argument
     sizes = node.args[argument]
     assert isinstance(sizes, list | tuple)
     if sizes[entry] == -1:
         return
+    entries = step.axis.entries
     with program.graph.inserting_before(node):
         count = program.graph.call_function(aten.sym_size.int, (rows, 0))
-    count.meta["segment"] = segment
+        count.meta["segment"] = segment
+        if entries.outer * entries.inner != 1:
+            count = program.graph.call_function(operator.mul, (count, int(entries.outer * entries.inner)))
+            count.meta["segment"] = segment
     node.update_arg(argument, [count if index == entry else size for index, size in enumerate(sizes)])
 
 

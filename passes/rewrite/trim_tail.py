@@ -48,4 +48,4 @@ class TrimTail(Pass):
 def _axis_of(program: Program, source: Node) -> int:
     facts = program.decoder
     step = facts.tail_rows.steps.get(source)
-    return facts.tail_rows.axis if step is None else step.axis
+    return facts.tail_rows.axis if step is None else step.dim

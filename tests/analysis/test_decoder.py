@@ -47,7 +47,7 @@ def test_every_computed_node_has_a_step() -> None:
     for layer in facts.layers:
         assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
         assert facts.steps[layer.site.node].gathers == ((layer.site.mask, 2),)
-        assert facts.steps[layer.site.node].axis == 2
+        assert facts.steps[layer.site.node].dim == 2
     assert facts.num_layers == 2
 
 

@@ -12,7 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from vlcache_fx.analysis import RowStep, analyze
-from vlcache_fx.analysis.token_axis import is_full_slice, row_step
+from vlcache_fx.analysis.axis import TokenAxis
+from vlcache_fx.analysis.layout_rules import is_full_slice
+from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 from .graphs import attend, capture
@@ -23,6 +25,8 @@ ROWS = torch.tensor([1, 4, 5])
 X = torch.randn(1, TOKENS, 4, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 TABLE = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(2))
+ROUTER = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+EXPERTS = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(4))
 
 Function = Callable[[Tensor], Any]
 
@@ -47,7 +51,7 @@ def steps_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.No
     """The row treatment of every node computed from the input, whose axis is 1."""
     module = traced(function)
     first = next(node for node in module.graph.nodes if node.op == "placeholder")
-    axes, steps = {first: 1}, {}
+    axes, steps = {first: TokenAxis(1)}, {}
     for node in module.graph.nodes:
         if node.op == "call_function" and any(parent in axes for parent in node.all_input_nodes):
             steps[node] = row_step(node, axes)
@@ -74,9 +78,35 @@ class Restricted(torch.fx.Interpreter):
             argument, entry = step.size_argument
             sizes = list(args[argument])
             if sizes[entry] != -1:
-                sizes[entry] = len(ROWS)
+                entries = step.axis.entries
+                sizes[entry] = entries.outer * len(ROWS) * entries.inner
             args = (*args[:argument], sizes, *args[argument + 1 :])
         return n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def entries_of(axis: TokenAxis) -> Tensor:
+    """The places of ``ROWS`` along the axis."""
+    outer, inner = axis.entries.outer, axis.entries.inner
+    return torch.arange(outer * TOKENS * inner).view(outer, TOKENS, inner)[:, ROWS].flatten()
+
+
+def routed(x: Tensor) -> Tensor:
+    """A mixture of experts by sorting: each token goes to two of three experts."""
+    rows = x.view(-1, 4)
+    scores, chosen = (rows @ ROUTER).softmax(-1).topk(2, -1)
+    keys, order = chosen.reshape(-1).sort()
+    ends = torch.histc(keys.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+    sent = torch._grouped_mm(rows[order // 2], EXPERTS, offs=ends) * scores.reshape(-1)[order, None]
+    return sent[order.argsort()].view(TOKENS, 2, 4).sum(1).view(1, TOKENS, 4)
+
+
+def routed_elsewhere(x: Tensor) -> Tensor:
+    """The groups are those of other scores."""
+    rows = x.view(-1, 4)
+    order = rows[:, 0].argsort()
+    keys = rows[:, 1].long().sort()[0]
+    ends = torch.histc(keys.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+    return torch._grouped_mm(rows[order], EXPERTS, offs=ends)
 
 
 TOKENWISE: dict[str, Function] = {
@@ -125,6 +155,24 @@ TOKENWISE: dict[str, Function] = {
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
     "gelu": F.gelu,
     "where": lambda x: torch.where(x > 0, x, TABLE),
+    "stack": lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2),
+    "stack_with_a_table": lambda x: torch.stack([x[0], TABLE], 0),
+    "unbind": lambda x: x.unbind(2)[1],
+    "type_as": lambda x: x.double().type_as(TABLE),
+    "view_merging": lambda x: x.view(1, -1) * 2,
+    "view_there_and_back": lambda x: (x.view(-1) + 1).view(1, TOKENS, 2, 2),
+    "view_into_a_given_size": lambda x: x.view(1, TOKENS * 4).view(TOKENS, 4),
+    "repeat_outside": lambda x: x[0].repeat(3, 1).view(3, TOKENS, 4).sum(0),
+    "merged_with_samples": lambda x: x.expand(2, TOKENS, 4).reshape(-1, 4).exp(),
+    "topk": lambda x: x.topk(2, -1)[0],
+    "gather": lambda x: x.gather(-1, x.argmax(-1, keepdim=True)),
+    "scatter": lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1)[1], 1.0),
+    "batched_matrices_per_token": lambda x: torch.bmm(x[0][:, None], (x[0][:, :, None] * TABLE[:1])),
+    "experts_outside": lambda x: torch.bmm(x.expand(3, TOKENS, 4), EXPERTS),
+    "expert_of_each_token": lambda x: torch.bmm(x[0][:, None], EXPERTS[x[0, :, :3].argmax(-1)]),
+    "routed": routed,
+    "embedding": lambda x: F.embedding(x[..., 0].clamp(0, 2).long(), TABLE),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(1, TOKENS, 2, 2)) * 1j).flatten(2),
 }
 
 
@@ -133,7 +181,7 @@ def test_some_rows_are_those_rows_of_all(name: str) -> None:
     function = TOKENWISE[name]
     module, steps = steps_of(function)
     last = [node for node in module.graph.nodes if node in steps][-1]
-    want = function(X).index_select(steps[last].axis, ROWS)
+    want = function(X).index_select(steps[last].dim, entries_of(steps[last].axis))
     got = Restricted(module, steps).run(X.index_select(1, ROWS))
     torch.testing.assert_close(got, want)
 
@@ -146,7 +194,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
         Reason.UNKNOWN_OP,
         "aten.conv1d",
     ),
-    "sort": (lambda x: x.sort(1)[0], Reason.UNKNOWN_OP, "aten.sort"),
+    "sort": (lambda x: x.sort(1)[0], Reason.TOKEN_AXIS_LOST, "it sorts tokens of more than one list"),
     "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "softmax": (lambda x: x.softmax(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "mean": (lambda x: x.mean(1), Reason.TOKEN_AXIS_LOST, "reduces over the token axis"),
@@ -181,7 +229,39 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
         Reason.TOKEN_AXIS_LOST,
         "first factor",
     ),
-    "view": (lambda x: x.view(1, -1), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
+    "view_and_a_table": (
+        lambda x: x.view(-1) + TABLE.view(-1),
+        Reason.TOKEN_AXIS_LOST,
+        "has other entries along the token axis",
+    ),
+    "other_tokens": (
+        lambda x: x[0][x[0, :, 0].long()],
+        Reason.TOKEN_AXIS_LOST,
+        "looks up other tokens",
+    ),
+    "sorted_and_not_sorted_back": (
+        lambda x: x[0] + x[0][x[0, :, 0].argsort()],
+        Reason.TOKEN_AXIS_LOST,
+        "at different places",
+    ),
+    "groups_of_others": (routed_elsewhere, Reason.TOKEN_AXIS_LOST, "not those that its rows were sorted by"),
+    "count": (
+        lambda x: torch.histc(x[0, :, 0], 3, 0, 2),
+        Reason.TOKEN_AXIS_LOST,
+        "it counts tokens",
+    ),
+    "topk_of_tokens": (lambda x: x.topk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "it compares tokens"),
+    "gather_from_tokens": (
+        lambda x: x.gather(1, x.long().clamp(0, 1)),
+        Reason.TOKEN_AXIS_LOST,
+        "takes values of other tokens",
+    ),
+    "stack_crossed": (
+        lambda x: torch.stack([x.view(TOKENS, 4), x.view(TOKENS, 4).repeat(1, 1).t().reshape(TOKENS, 4)]),
+        Reason.TOKEN_AXIS_LOST,
+        "merges the token axis",
+    ),
+    "unbind": (lambda x: x.unbind(1)[0], Reason.TOKEN_AXIS_LOST, "it takes single tokens"),
     "view_in_pairs": (lambda x: x.view(1, 3, 8), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
     "squeeze_any": (aten.squeeze.default, Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
     "squeeze": (lambda x: aten.squeeze.dim(x, 1), Reason.TOKEN_AXIS_LOST, "drops the token axis"),
@@ -225,7 +305,7 @@ def test_nodes_that_are_no_calls_are_refused() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
-        row_step(graph.call_method("exp", (x,)), {x: 1})
+        row_step(graph.call_method("exp", (x,)), {x: TokenAxis(1)})
 
 
 def test_full_slices() -> None:

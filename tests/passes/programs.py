@@ -106,7 +106,7 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
     for index, layer in enumerate(facts.layers):
         for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
             frontiers[f"{index}.{letter}"] = frontier
-            axes[f"{index}.{letter}"] = facts.steps[frontier].axis
+            axes[f"{index}.{letter}"] = facts.steps[frontier].dim
     tables = {}
     for slot, frontier in frontiers.items():
         sizes = [

@@ -88,7 +88,7 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
             dim = warm.decoder.tail_rows.axis
         else:
             parts = warm.decoder.layers[int(layer)]
-            dim = warm.decoder.steps[parts.key_frontier if letter == "k" else parts.value_frontier].axis
+            dim = warm.decoder.steps[parts.key_frontier if letter == "k" else parts.value_frontier].dim
         tables[slot] = value.narrow(dim, donor_before, length)
 
     # All rows recomputed: the unmodified model, whatever is stored.

@@ -1,17 +1,19 @@
 """All facts about one traced VLM graph, or a typed refusal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from vlcache_fx.analysis.axis import Axes, RowStep, TokenAxis, is_one, shape_of
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
-from vlcache_fx.analysis.merge import Merge, find_merges, sites_behind
+from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site, find_sites
 from vlcache_fx.analysis.stream import Stream, find_stream, output_nodes
-from vlcache_fx.analysis.token_axis import RowStep, is_one, row_step, shape_of
+from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.errors import Reason
 
@@ -22,6 +24,7 @@ class DecoderFacts:
 
     Attributes:
         merges: where encoder features enter (empty where spans can only be marked).
+        additions: where features are added to the stream of some layer.
         stream: the residual stream and its layers.
         layers: each layer's parts.
         steps: row treatment of every node in kv and q parts.
@@ -33,6 +36,7 @@ class DecoderFacts:
     """
 
     merges: tuple[Merge, ...]
+    additions: tuple[Addition, ...]
     stream: Stream
     layers: tuple[LayerParts, ...]
     steps: dict[Node, RowStep]
@@ -81,15 +85,17 @@ def analyze(captured: Captured) -> DecoderFacts:
     weights = [
         node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
     ]
+    additions = find_additions(graph)
     return DecoderFacts(
         merges,
+        additions,
         stream,
         layers,
         steps,
         find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2),
         taint,
         _used_weights(graph, weights, stream),
-        _encoder_region(merges),
+        _encoder_region([*merges, *additions]),
     )
 
 
@@ -112,7 +118,7 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
     if not merges or merges[-1].node is stream.boundaries[0]:
         return
     merged = merges[-1].node
-    axes = {merged: len(shape_of(merged)) - 2}
+    axes = {merged: TokenAxis(len(shape_of(merged)) - 2)}
     on_the_way = ancestors([stream.boundaries[0]], descendants([merged]))
     for node in graph.nodes:
         if node not in on_the_way or node is merged:
@@ -127,7 +133,7 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
 
 def _follow_rows(stream: Stream, layers: tuple[LayerParts, ...]) -> dict[Node, RowStep]:
     steps: dict[Node, RowStep] = {}
-    axes = {stream.boundaries[0]: len(shape_of(stream.boundaries[0])) - 2}
+    axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
     for layer, members in zip(layers, stream.members, strict=True):
         for node in members:
             if node in layer.full_part:
@@ -136,23 +142,24 @@ def _follow_rows(stream: Stream, layers: tuple[LayerParts, ...]) -> dict[Node, R
             steps[node] = step
             axes[node] = step.axis
     for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
-        if axes[boundary] != axes[before]:
+        if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
             raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
     return steps
 
 
-def _attention_step(site: Site, axes: dict[Node, int]) -> RowStep:
+def _attention_step(site: Site, axes: Axes) -> RowStep:
     rank = len(shape_of(site.node))
-    if axes.get(site.query) != rank - 2:
+    axis = axes.get(site.query)
+    if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
         raise refuse(
             Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
         )
     if site.mask is None:
-        return RowStep(rank - 2)
+        return RowStep(TokenAxis(rank - 2))
     size = shape_of(site.mask)
     if site.mask in axes or len(size) < 2:
         raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
-    return RowStep(rank - 2, () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
+    return RowStep(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
 
 
 def _check_results(graph: Graph, layers: tuple[LayerParts, ...], stream: Stream) -> None:
@@ -179,7 +186,7 @@ def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[No
     return tuple(used)
 
 
-def _encoder_region(merges: tuple[Merge, ...]) -> tuple[Node, ...]:
+def _encoder_region(merges: Sequence[Merge | Addition]) -> tuple[Node, ...]:
     region: dict[Node, None] = {}
     for merge in merges:
         region.update(

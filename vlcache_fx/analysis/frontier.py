@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from vlcache_fx.analysis.axis import TokenAxis, shape_of
 from vlcache_fx.analysis.dataflow import (
     NodeSet,
     ancestors,
@@ -18,9 +19,10 @@ from vlcache_fx.analysis.dataflow import (
     data_inputs,
     descendants,
 )
+from vlcache_fx.analysis.layout_rules import is_full_slice
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
-from vlcache_fx.analysis.token_axis import is_full_slice, row_step, shape_of
+from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 aten = torch.ops.aten
@@ -128,7 +130,7 @@ def _frontier(
 ) -> Node:
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
-    axes = {entering: len(shape_of(entering)) - 2}
+    axes = {entering: TokenAxis(len(shape_of(entering)) - 2)}
     for node in sorted(path, key=position.__getitem__):
         meets_table = _meets_table(node, axes)
         if meets_table or any(parent in taint or parent in tainted for parent in data_inputs(node)):
@@ -149,7 +151,7 @@ def _frontier(
     return _before_layout(point, clean)
 
 
-def _meets_table(node: Node, axes: dict[Node, int]) -> bool:
+def _meets_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
     """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
 
     Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.dataflow import ancestors, descendants
 from vlcache_fx.analysis.sites import Site
 
+SCATTER_ROWS = torch.ops.vlcache.scatter_rows.default
 MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
+"""Operators that put features in the place of token embeddings."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,33 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
             assert isinstance(features, Node)
             merges.append(Merge(node, embeddings, mask, features))
     return tuple(merges)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Features that are added to the residual stream of some layer, at the places where ``mask`` is true.
+
+    Attributes:
+        node: the features at their places and zeros elsewhere; [batch, tokens, hidden].
+        features: rows of the encoder's output, [items' rows, hidden].
+        mask: bool [batch, tokens].
+    """
+
+    node: Node
+    features: Node
+    mask: Node
+
+
+def find_additions(graph: Graph) -> tuple[Addition, ...]:
+    """In graph order."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is SCATTER_ROWS:
+            features, mask = node.args
+            assert isinstance(features, Node)
+            assert isinstance(mask, Node)
+            found.append(Addition(node, features, mask))
+    return tuple(found)
 
 
 def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:

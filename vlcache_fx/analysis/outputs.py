@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from vlcache_fx.analysis.axis import Axes, RowStep, TokenAxis, shape_of
 from vlcache_fx.analysis.dataflow import data_users
 from vlcache_fx.analysis.frontier import packet_of
-from vlcache_fx.analysis.token_axis import RowStep, is_full_slice, row_step, shape_of
+from vlcache_fx.analysis.layout_rules import is_full_slice
+from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.errors import UnsupportedGraphError
 
 aten = torch.ops.aten
@@ -44,14 +46,14 @@ def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRow
 
     Its bounds are constant; where there is none such, all rows are needed.
     """
-    axes = {boundary: axis}
+    axes = {boundary: TokenAxis(axis)}
     steps: dict[Node, RowStep] = {}
     for node in tail:
         if _selects(node, axes):
             if all(
                 user is node or user in steps for source in axes for user in data_users(source)
             ) and not any(_is_result(source) for source in axes):
-                return TailRows(node, axes[node.args[0]], steps)  # type: ignore[index]
+                return TailRows(node, axes[node.args[0]].place, steps)  # type: ignore[index]
             break
         try:
             step = row_step(node, axes)
@@ -66,12 +68,12 @@ def _is_result(node: Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _selects(node: Node, axes: dict[Node, int]) -> bool:
+def _selects(node: Node, axes: Axes) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or source not in axes or packet_of(node) not in (aten.slice, aten.select):
         return False
-    if packet_of(node) is aten.slice and is_full_slice(node):
+    if (packet_of(node) is aten.slice and is_full_slice(node)) or not axes[source].entries.are_tokens:
         return False
     constant = all(arg is None or isinstance(arg, int) for arg in node.args[1:])
     dim = node.args[1] if len(node.args) > 1 else 0
-    return constant and isinstance(dim, int) and dim % len(shape_of(source)) == axes[source]
+    return constant and isinstance(dim, int) and dim % len(shape_of(source)) == axes[source].dim

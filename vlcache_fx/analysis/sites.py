@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.analysis.dataflow import carries_data
-from vlcache_fx.analysis.token_axis import shape_of
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

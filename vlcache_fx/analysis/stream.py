@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.analysis.dataflow import (
     NodeSet,
     ancestors,
@@ -20,7 +21,6 @@ from vlcache_fx.analysis.dataflow import (
 )
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
-from vlcache_fx.analysis.token_axis import shape_of
 from vlcache_fx.errors import Reason
 
 

@@ -1,7 +1,8 @@
 """Hooks for models of the transformers library: encoders run before the compiled forward, and are cached.
 
-Nothing here imports transformers. A model qualifies by what it offers: ``base_model.get_<modality>_features``,
-which ``generate()`` and ``forward`` call to run an encoder, and a ``forward`` that takes their outputs.
+Nothing here imports transformers. A model qualifies by what it offers:
+``base_model.get_<modality>_features``, which ``generate()`` and ``forward`` call to run an encoder, and a
+``forward`` that takes their outputs.
 """
 
 from __future__ import annotations
@@ -62,9 +63,9 @@ def hook_placeholder_check(model: nn.Module) -> bool:
 class EncodersFirst:
     """Runs a model's encoders before its ``forward``, as ``generate()`` does it.
 
-    What encoders do with grids cannot be traced in one graph, and positions that depend on grids neither; the
-    rest of ``forward`` can. Calls with gradients, without pixels or onto a cache that holds tokens are left as
-    they are.
+    What encoders do with grids cannot be traced in one graph, and positions that depend on grids neither;
+    the rest of ``forward`` can. Calls with gradients, without pixels or onto a cache that holds tokens are
+    left as they are.
 
     Args:
         model: its ``forward`` as it is now decides whether it takes encoders' outputs.

@@ -19,6 +19,8 @@ __all__ = [
     "bind_donors",
     "decompose_attention",
     "lookup",
+    "scatter_rows",
+    "scatter_rows_reference",
     "splice_rows",
     "splice_rows_reference",
 ]
@@ -85,3 +87,29 @@ def _(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:  # noqa
     sizes = list(fresh.shape)
     sizes[dim] = source.shape[0]
     return fresh.new_empty(sizes)
+
+
+def scatter_rows_reference(features: Tensor, mask: Tensor) -> Tensor:
+    """Row k of ``features`` at the k-th true place of ``mask``, zeros elsewhere.
+
+    Args:
+        features: [rows, hidden] (or with more dimensions in front); as many rows as ``mask`` has true places.
+        mask: bool [batch, tokens].
+
+    Returns:
+        [batch, tokens, hidden].
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+    return torch.where(mask.unsqueeze(-1), rows[place], 0)
+
+
+@torch.library.custom_op("vlcache::scatter_rows", mutates_args=())
+def scatter_rows(features: Tensor, mask: Tensor) -> Tensor:
+    """See ``scatter_rows_reference``."""
+    return scatter_rows_reference(features, mask)
+
+
+@scatter_rows.register_fake
+def _(features: Tensor, mask: Tensor) -> Tensor:
+    return features.new_empty((*mask.shape, features.shape[-1]))

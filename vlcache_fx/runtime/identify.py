@@ -1,7 +1,7 @@
 """Which spans a request has, and the keys of what fills them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,11 +17,21 @@ from vlcache_fx.store.keys import Part, content_digest
 
 @dataclass(frozen=True)
 class Run:
-    """A run of consecutive tokens that one merge fills: first position, length, and its feature rows."""
+    """A run of consecutive tokens that one merge fills.
+
+    Attributes:
+        start, length: the tokens.
+        content: feature rows of these tokens: those merged, and any added in later layers.
+    """
 
     start: int
     length: int
-    content: Tensor
+    content: tuple[Tensor, ...]
+
+    @property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.start + self.length
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,9 @@ class Identifier:
     """Finds runs and their position patterns in the inputs of one graph.
 
     Attributes:
-        masks: a small graph from the graph's inputs to the mask of each merge.
-        features: per merge, the index of the input that holds its feature rows.
+        masks: a small graph from the graph's inputs to the mask of each merge and addition.
+        features: per merge and addition, the index of the input that holds its feature rows.
+        num_merges: how many of these are merges; additions follow.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
@@ -38,6 +49,7 @@ class Identifier:
 
     masks: fx.GraphModule
     features: tuple[int, ...]
+    num_merges: int
     position_inputs: tuple[int, ...]
     embeddings: int | None = None
     width: int | None = None
@@ -57,9 +69,11 @@ class Identifier:
         }
         reached = ancestors(used)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
+        places = [*facts.merges, *facts.additions]
         return cls(
-            masks=extract(module, [merge.mask for merge in facts.merges]),
-            features=tuple(index[merge.features] for merge in facts.merges),
+            masks=extract(module, [place.mask for place in places]),
+            features=tuple(index[place.features] for place in places),
+            num_merges=len(facts.merges),
             position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
             width=width if isinstance(width, int) else None,
@@ -71,10 +85,10 @@ class Identifier:
             embeds = args[self.embeddings]
             marks = marked_spans(embeds)
             return embeds.shape[1], [
-                Run(start, length, embeds[:, start : start + length]) for _, start, length in marks
+                Run(start, length, (embeds[:, start : start + length],)) for _, start, length in marks
             ]
         num_tokens, found = 0, []
-        for mask, index in zip(self.masks(*args), self.features, strict=True):
+        for place, (mask, index) in enumerate(zip(self.masks(*args), self.features, strict=True)):
             if self.width is not None and args[index].shape[-1] != self.width:
                 return None
             flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
@@ -83,7 +97,13 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
-            found.extend(_runs(places, features))
+            if place < self.num_merges:
+                found.extend(_runs(places, features))
+            else:
+                extended = _with_additions(found, places, features)
+                if extended is None:
+                    return None
+                found = extended
         return num_tokens, sorted(found, key=lambda run: run.start)
 
     def positions(self, args: Sequence[Any], run: Run, num_tokens: int) -> list[Part]:
@@ -122,7 +142,19 @@ def _runs(places: Tensor, features: Tensor) -> list[Run]:
         return []
     firsts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
     return [
-        Run(int(places[first]), after - first, features[first:after]) for first, after in pairwise(firsts)
+        Run(int(places[first]), after - first, (features[first:after],)) for first, after in pairwise(firsts)
+    ]
+
+
+def _with_additions(runs: list[Run], places: Tensor, features: Tensor) -> list[Run] | None:
+    """The runs with the rows that are added at their tokens; None where some are added at other tokens."""
+    bounds = torch.tensor([(run.start, run.end) for run in runs], dtype=torch.int64).reshape(-1, 2)
+    cuts = torch.searchsorted(places, bounds).tolist()
+    if sum(after - first for first, after in cuts) != len(places):
+        return None
+    return [
+        replace(run, content=(*run.content, features[first:after]))
+        for run, (first, after) in zip(runs, cuts, strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.token_axis import shape_of
+from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors
@@ -43,7 +43,7 @@ class DonorLookup:
         frontiers = {donors.RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
         for index, layer in enumerate(facts.layers):
             for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-                frontiers[f"{index}.{letter}"] = (node, facts.steps[node].axis)
+                frontiers[f"{index}.{letter}"] = (node, facts.steps[node].dim)
         self.forms = {
             slot: donors.RowForm.of(frontiers[slot][0].meta["val"], frontiers[slot][1]) for slot in slots
         }

@@ -1,1 +1,1 @@
-"""Every vision-language family of the installed ``transformers``, in its smallest form, through the package."""
+"""The vision-language families of the installed ``transformers``, each in its smallest form, tried out."""

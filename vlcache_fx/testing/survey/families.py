@@ -55,8 +55,9 @@ class FamilyModel:
 
 def known_families() -> dict[str, str]:
     """Every family that transformers lists for images and text to text: model type -> class name."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+    from transformers.models.auto import modeling_auto
 
+    names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     return {model_type: name for model_type, name in names.items() if isinstance(name, str)}
 
 

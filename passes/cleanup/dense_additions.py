@@ -1,0 +1,80 @@
+"""Write additions at masked places as additions to all places."""
+
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.axis import shape_of
+from vlcache_fx.analysis.frontier import packet_of
+from vlcache_fx.analysis.merge import SCATTER_ROWS
+from vlcache_fx.passes.base import Pass, Program
+
+aten = torch.ops.aten
+
+
+class DenseAdditions(Pass):
+    """``x[mask] = x[mask] + features`` becomes ``where(mask, x + scatter_rows(features, mask), x)``.
+
+    So features enter the residual stream of a layer ("deepstack") token by token, without a size that depends
+    on data; which rows they are for is said by one node.
+    """
+
+    name: ClassVar[str] = "dense_additions"
+
+    def run(self, program: Program) -> bool:
+        """Replace every write of a sum back to the places that it was read from."""
+        changed = False
+        for node in list(program.graph.nodes):
+            parts = _addition(node)
+            if parts is None:
+                continue
+            stream, mask, features = parts
+            call, values = program.graph.call_function, node.meta["val"]
+            with program.graph.inserting_before(node):
+                dense = call(SCATTER_ROWS, (features, mask))
+                total = call(aten.add.Tensor, (stream, dense))
+                places = call(aten.unsqueeze.default, (mask, -1))
+                result = call(aten.where.self, (places, total, stream))
+            with values.fake_mode:
+                dense.meta["val"] = features.meta["val"].new_empty(values.shape)
+                places.meta["val"] = mask.meta["val"].unsqueeze(-1)
+            total.meta["val"] = result.meta["val"] = values
+            for made in (dense, total, places, result):
+                made.meta["stack_trace"] = node.meta.get("stack_trace")
+            node.replace_all_uses_with(result)
+            program.graph.erase_node(node)
+            changed = True
+        return changed
+
+
+def _addition(node: Node) -> tuple[Node, Node, Node] | None:
+    """``(x, mask, features)`` of ``index_put(x, [mask], index(x, [mask]) + features)``."""
+    if packet_of(node) is not aten.index_put or (len(node.args) > 3 and node.args[3]):
+        return None
+    stream, indices, total = node.args[:3]
+    mask = _only_mask(indices)
+    if mask is None or not isinstance(total, Node) or total.target is not aten.add.Tensor or total.kwargs:
+        return None
+    for read, features in (total.args, total.args[::-1]):
+        if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
+            continue
+        if read.args[0] is stream and _only_mask(read.args[1]) is mask and _fits(stream, features):
+            return read.args[0], mask, features
+    return None
+
+
+def _only_mask(indices: object) -> Node | None:
+    given = indices if isinstance(indices, list | tuple) else ()
+    if not given or not isinstance(given[0], Node) or any(index is not None for index in given[1:]):
+        return None
+    mask = given[0]
+    return mask if mask.meta["val"].dtype == torch.bool and len(shape_of(mask)) == 2 else None
+
+
+def _fits(stream: object, features: Node) -> bool:
+    """True for features with a row for each place, of the stream's width and dtype."""
+    if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
+        return False
+    same_width = str(shape_of(stream)[-1]) == str(shape_of(features)[-1])
+    return same_width and stream.meta["val"].dtype == features.meta["val"].dtype

@@ -1,0 +1,146 @@
+"""The token axis of a tensor, and sizes as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Which entries an axis has: ``outer`` x tokens x ``inner`` of them, tokens in the middle.
+
+    Attributes:
+        outer, inner: 1 where every entry is a token; larger where the axis was merged with others (samples
+            outside, the experts of a token inside).
+        order: the sort that put the entries into another order; None where they are in their own.
+    """
+
+    outer: Any = 1
+    inner: Any = 1
+    order: Node | None = None
+
+    @property
+    def are_tokens(self) -> bool:
+        """True where entry i is token i."""
+        return is_one(self.outer) and is_one(self.inner) and self.order is None
+
+    def same(self, other: Entries) -> bool:
+        """True where the two axes have the same entries in the same order."""
+        return equal(self.outer, other.outer) and equal(self.inner, other.inner) and self.order is other.order
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """Where a tensor runs over tokens.
+
+    Attributes:
+        dim: the dimension; None for counts over all tokens (how many were sent to each expert), which may
+            only say where groups of sorted rows end.
+        entries: what it holds.
+        points_at: the values are places on an axis of these entries; None for any other values.
+        is_permutation: of such values, each place occurs once.
+    """
+
+    dim: int | None
+    entries: Entries = field(default_factory=Entries)
+    points_at: Entries | None = None
+    is_permutation: bool = False
+
+    def at(self, dim: int) -> TokenAxis:
+        """The same axis in another dimension, of a tensor with other values."""
+        return TokenAxis(dim, self.entries)
+
+    def moved(self, dim: int) -> TokenAxis:
+        """The same axis in another dimension, of the same values."""
+        return replace(self, dim=dim)
+
+    @property
+    def place(self) -> int:
+        """The dimension, where there is one."""
+        assert self.dim is not None
+        return self.dim
+
+
+@dataclass(frozen=True)
+class RowStep:
+    """How one node treats rows.
+
+    Attributes:
+        axis: where the node's result runs over tokens.
+        gathers: ``(operand, dimension)`` of operands that are not computed from the rows but have a full
+            token axis there.
+        size_argument: ``(argument index, position)`` of the entry of a size list that spells out the number
+            of entries along the axis.
+    """
+
+    axis: TokenAxis
+    gathers: tuple[tuple[Node, int], ...] = ()
+    size_argument: tuple[int, int] | None = None
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the result that runs over tokens."""
+        return self.axis.place
+
+
+Axes: TypeAlias = Mapping[Node, TokenAxis]
+
+
+def shape_of(node: Node) -> torch.Size:
+    """The shape of the node's (fake) tensor value."""
+    shape: torch.Size = node.meta["val"].shape
+    return shape
+
+
+def rank_of(node: Node) -> int:
+    """Number of dimensions."""
+    return len(shape_of(node))
+
+
+def is_one(size: Any) -> bool:
+    """True where the size is the number 1 (a symbol is a length, never 1)."""
+    return isinstance(size, int) and size == 1
+
+
+def product(sizes: Sequence[Any]) -> Any:
+    """Of all sizes; 1 for none."""
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Equality as known from the expressions alone: no guard is added for it."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    return bool(_expression(left) - _expression(right) == 0)
+
+
+def quotient(size: Any, divisor: Any) -> Any:
+    """``size / divisor`` where it is an integer whatever the symbols in it are; else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return None if divisor == 0 or size % divisor else size // divisor
+    if equal(divisor, 0):
+        return None
+    ratio = sympy.cancel(_expression(size) / _expression(divisor))
+    if ratio.is_Integer:
+        return int(ratio)
+    return ratio if ratio.is_integer and sympy.denom(ratio) == 1 else None
+
+
+def expressions(sizes: Sequence[Any]) -> list[Any]:
+    """Sizes as numbers and plain expressions, with which one can calculate without adding a guard."""
+    return [size if isinstance(size, int) else _expression(size) for size in sizes]
+
+
+def _expression(size: Any) -> Any:
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    return size if isinstance(size, sympy.Basic) else size.node.expr
