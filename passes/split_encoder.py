@@ -1,6 +1,6 @@
 """Cut the encoder out of a graph that holds other things too, so that a hit can skip it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,12 +8,11 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import descendants
 from vlcache_fx.analysis.frontier import packet_of
 from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.capture.subgraph import extract, needed_for
+from vlcache_fx.capture.subgraph import computation_digest, extract, needed_for
 
 aten = torch.ops.aten
 
@@ -32,6 +31,7 @@ class SplitEncoder:
         encoder: from the original graph's inputs to the tensors that the rest reads.
         inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
         weights: indices of its weights.
+        computations: per result, a digest of how it is computed from these inputs.
         decoder: the rest; the encoder's results are data inputs behind the original ones.
         computes: False where the region only joins or converts what an encoder outside the graph gave.
     """
@@ -39,14 +39,17 @@ class SplitEncoder:
     encoder: fx.GraphModule
     inputs: tuple[int, ...]
     weights: tuple[int, ...]
+    computations: tuple[str, ...]
     decoder: Captured
     computes: bool
 
 
-def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | None:
-    """Split ``captured`` (which stays as it is) along the encoder region; None where features are
-    graph inputs already."""
-    region = dict.fromkeys(facts.encoder)
+def split_encoder(captured: Captured, encoder: Iterable[Node]) -> SplitEncoder | None:
+    """Split ``captured`` (which stays as it is) along a region of nodes that depend on no other data.
+
+    None where the region is empty: features are graph inputs already.
+    """
+    region = dict.fromkeys(encoder)
     if not region:
         return None
     results = [
@@ -58,6 +61,7 @@ def split_encoder(captured: Captured, facts: DecoderFacts) -> SplitEncoder | Non
         encoder=extract(captured.graph_module, results),
         inputs=inputs,
         weights=weights,
+        computations=_computations(captured, results, inputs, weights),
         decoder=_rest(captured, results),
         computes=any(packet_of(node) in COMPUTES for node in region),
     )
@@ -71,6 +75,7 @@ class SplitResults:
         encoder: from the graph's inputs to the encoder's results.
         inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
         weights: indices of its weights.
+        computations: per result of the encoder, a digest of how it is computed from these inputs.
         others: from the graph's inputs to the results that are none of the encoder's.
         encoder_places, other_places: where each part's results stand among the graph's.
         constants: the graph's results, with None for the computed ones.
@@ -79,6 +84,7 @@ class SplitResults:
     encoder: fx.GraphModule
     inputs: tuple[int, ...]
     weights: tuple[int, ...]
+    computations: tuple[str, ...]
     others: fx.GraphModule
     encoder_places: tuple[int, ...]
     other_places: tuple[int, ...]
@@ -106,6 +112,7 @@ def split_results(captured: Captured) -> SplitResults:
         encoder=extract(captured.graph_module, list(encoder.values())),
         inputs=inputs,
         weights=weights,
+        computations=_computations(captured, list(encoder.values()), inputs, weights),
         others=extract(captured.graph_module, list(others.values())),
         encoder_places=tuple(encoder),
         other_places=tuple(others),
@@ -119,6 +126,14 @@ def _inputs(captured: Captured, results: Sequence[Node]) -> tuple[tuple[int, ...
     used = [index for index, node in enumerate(captured.placeholders) if node in needed]
     data = tuple(index for index in used if captured.kinds[index] is not InputKind.WEIGHT)
     return data, tuple(index for index in used if captured.kinds[index] is InputKind.WEIGHT)
+
+
+def _computations(
+    captured: Captured, results: Sequence[Node], inputs: Sequence[int], weights: Sequence[int]
+) -> tuple[str, ...]:
+    names = {captured.placeholders[index]: f"input {place}" for place, index in enumerate(inputs)}
+    names |= {captured.placeholders[index]: f"weight {place}" for place, index in enumerate(weights)}
+    return tuple(computation_digest(captured.graph_module, result, names) for result in results)
 
 
 def _rest(captured: Captured, results: list[Node]) -> Captured:

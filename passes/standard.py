@@ -15,6 +15,7 @@ from vlcache_fx.passes.cleanup import (
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
+    CarryRows,
     HoistLookups,
     InsertLookups,
     KvOnlyRows,
@@ -33,6 +34,7 @@ COLD = Pipeline(
         RecordDonors(),
         RestrictRows(),
         KvOnlyRows(),
+        CarryRows(),
         TrimTail(),
         TagSegments(),
         DeclareInputs(),
@@ -49,6 +51,7 @@ WARM = Pipeline(
         RestrictRows(),
         RestrictMerge(),
         KvOnlyRows(),
+        CarryRows(),
         TrimTail(),
         TagSegments(),
         DeclareInputs(),

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.split_encoder import split_encoder, split_results
+from vlcache_fx.passes.split_encoder import SplitEncoder, SplitResults, split_encoder, split_results
 from vlcache_fx.passes.standard import CLEANUP
+from vlcache_fx.runtime.cross import CrossAttendingRunner
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
@@ -92,12 +94,15 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
     if is_encoder(captured):
         return _keep_results(captured, engine)
+    attended = split_encoder(captured, find_cross_attended(captured))
+    if attended is not None and attended.computes:
+        return _keep_attended(attended, engine)
     facts = analyze(captured)
     if not facts.merges:
         if facts.stream.boundaries[0].op != "placeholder":
             raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
         unmodified.prepare()  # serves every call in which no span is marked
-    split = split_encoder(captured, facts)
+    split = split_encoder(captured, facts.encoder)
     if split is None:
         decoder = DecoderRunner(captured, engine, unmodified)
         return lambda *args: decoder(args)
@@ -105,7 +110,7 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
     decoder = DecoderRunner(split.decoder, engine, lambda *args: unmodified(*args[:original]))
     if not split.computes:
         return lambda *args: decoder([*args, *split.encoder(*args)])
-    encoder = EncoderRunner(_lowered(split.encoder, engine), split.inputs, split.weights, engine)
+    encoder = _kept(split, engine)
 
     def run(*args: Any) -> Sequence[Any]:
         features, hit = encoder(args)
@@ -117,11 +122,23 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> C
 def _keep_results(captured: Captured, engine: Engine) -> Compiled:
     """A graph that is an encoder; text in the same graph stays out of its keys."""
     split = split_results(captured)
-    encoder = EncoderRunner(_lowered(split.encoder, engine), split.inputs, split.weights, engine)
+    encoder = _kept(split, engine)
     if not split.other_places:
         return lambda *args: split.joined(encoder(args)[0], ())
     others = _lowered(split.others, engine)
     return lambda *args: split.joined(encoder(args)[0], others(*args))
+
+
+def _keep_attended(split: SplitEncoder, engine: Engine) -> Compiled:
+    """A decoder that looks at an item through cross-attention: what is made of the item alone is kept."""
+    encoder = _kept(split, engine)
+    decoder = engine.lowering.lower(split.decoder.graph_module, name="cross-attending decoder")
+    return CrossAttendingRunner(encoder, decoder, engine)
+
+
+def _kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
+    run = _lowered(split.encoder, engine)
+    return EncoderRunner(run, split.inputs, split.weights, split.computations, engine)
 
 
 def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:

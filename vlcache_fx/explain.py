@@ -25,7 +25,7 @@ class GraphExplanation:
         num_layers: decoder layers found.
         merges: graph nodes at which encoder features enter the token embeddings.
         encoder_in_graph: True where the features are computed in the same graph.
-        key_frontiers, value_frontiers: per layer, the nodes whose rows are stored.
+        key_frontiers, value_frontiers: per layer that has its own, the nodes whose rows are stored.
         attention: per layer, ``causal`` or ``mask``.
         results_need: ``all rows`` or the selection that says which rows follow the last layer.
         nodes: number of graph nodes captured, and in the cold and warm programs.
@@ -64,8 +64,8 @@ def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
         num_layers=facts.num_layers,
         merges=tuple(merge.node.name for merge in facts.merges),
         encoder_in_graph=bool(facts.encoder),
-        key_frontiers=tuple(layer.key_frontier.name for layer in facts.layers),
-        value_frontiers=tuple(layer.value_frontier.name for layer in facts.layers),
+        key_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("k")),
+        value_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("v")),
         attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
         results_need="all rows" if selection is None else str(selection.format_node()),
         nodes=(

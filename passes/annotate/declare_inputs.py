@@ -49,5 +49,5 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> A
         assert selection is not None
         taken = shape_of(selection)[program.decoder.tail_rows.axis] if len(shape_of(selection)) == 3 else 1
         return fakes.tensor([taken if isinstance(taken, int) else fakes.size("results")], torch.int64, device)
-    level = int(rest) + (kind == "keep")
+    level = int(rest.rpartition(".")[2]) + (kind == "keep")
     return fakes.tensor([fakes.size(f"rows_{level}")], torch.int64, device)

@@ -1,5 +1,6 @@
 """Rewrites that record and reuse donors."""
 
+from vlcache_fx.passes.rewrite.carry_rows import CarryRows
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
 from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
@@ -10,6 +11,7 @@ from vlcache_fx.passes.rewrite.splice_rows import SpliceRows
 from vlcache_fx.passes.rewrite.trim_tail import TrimTail
 
 __all__ = [
+    "CarryRows",
     "HoistLookups",
     "InsertLookups",
     "KvOnlyRows",

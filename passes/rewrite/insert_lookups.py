@@ -22,9 +22,8 @@ class InsertLookups(Pass):
     def run(self, program: Program) -> bool:
         """Insert the nodes; their slots are ``<layer>.k``, ``<layer>.v`` and ``residual``."""
         facts = program.decoder
-        for index, layer in enumerate(facts.layers):
-            for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-                _insert(program, f"{index}.{letter}", frontier, facts.steps[frontier].dim, f"layer.{index}")
+        for frontier in facts.frontiers:
+            _insert(program, frontier.slot, frontier.node, frontier.dim, f"layer.{frontier.layer}")
         if facts.tail_rows.selection is None:
             _insert(program, "residual", facts.stream.boundaries[-1], facts.tail_rows.axis, "tail")
         return True

@@ -18,8 +18,7 @@ class RecordDonors(Pass):
     def run(self, program: Program) -> bool:
         """Append the outputs; their names are the slots that ``insert_lookups`` reads."""
         facts = program.decoder
-        for index, layer in enumerate(facts.layers):
-            program.add_outputs([(f"{index}.k", layer.key_frontier), (f"{index}.v", layer.value_frontier)])
+        program.add_outputs((frontier.slot, frontier.node) for frontier in facts.frontiers)
         if facts.tail_rows.selection is None:
             program.add_outputs([("residual", facts.stream.boundaries[-1])])
         return True

@@ -23,17 +23,12 @@ class SpliceRows(Pass):
         """Insert ``vlcache.splice_rows`` behind each lookup and let the full part of the layer read it."""
         facts = program.decoder
         lookups = {node.meta["slot"]: node for node in program.graph.nodes if "slot" in node.meta}
-        for index, layer in enumerate(facts.layers):
-            for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-                lookup = lookups[f"{index}.{letter}"]
-                spliced = _splice(program, lookup, frontier, f"source.{index}", f"layer.{index}")
-                readers = [
-                    u
-                    for u in frontier.users
-                    if u in layer.full_part or u is layer.site.node or u.op == "output"
-                ]
-                for reader in readers:
-                    reader.replace_input_with(frontier, spliced)
+        full = {node for layer in facts.layers for node in (*layer.full_part, layer.site.node)}
+        for frontier in facts.frontiers:
+            lookup, segment = lookups[frontier.slot], f"layer.{frontier.layer}"
+            spliced = _splice(program, lookup, frontier.node, f"source.{frontier.layer}", segment)
+            for reader in [user for user in frontier.node.users if user in full or user.op == "output"]:
+                reader.replace_input_with(frontier.node, spliced)
         if "residual" in lookups:
             boundary = facts.stream.boundaries[-1]
             spliced = _splice(program, lookups["residual"], boundary, f"source.{facts.num_layers}", "tail")

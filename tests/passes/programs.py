@@ -90,6 +90,9 @@ def run(
             positions = program.decoder.tail_rows.positions(plan.num_tokens)
             assert positions is not None
             bound.append(torch.searchsorted(plan.rows[-1], positions))
+        elif kind == "place":
+            made_at, read_at = map(int, rest.split("."))
+            bound.append(torch.searchsorted(plan.rows[made_at], plan.rows[read_at]))
         else:
             bound.append({"rows": plan.rows, "keep": plan.keep, "source": plan.source}[kind][int(rest)])
     program.graph.lint()
@@ -103,10 +106,8 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
     facts = program.decoder
     frontiers = {"residual": facts.stream.boundaries[-1]}
     axes = {"residual": facts.tail_rows.axis}
-    for index, layer in enumerate(facts.layers):
-        for letter, frontier in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-            frontiers[f"{index}.{letter}"] = frontier
-            axes[f"{index}.{letter}"] = facts.steps[frontier].dim
+    for frontier in facts.frontiers:
+        frontiers[frontier.slot], axes[frontier.slot] = frontier.node, frontier.dim
     tables = {}
     for slot, frontier in frontiers.items():
         sizes = [

@@ -18,7 +18,7 @@ from .programs import PROMPT, small, text
 def test_graph(golden: Callable[[str, str], None]) -> None:
     captured, _, _ = small(rope="none")
     before = str(captured.graph_module.graph)
-    split = split_encoder(captured, analyze(captured))
+    split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
     assert str(captured.graph_module.graph) == before
     whole, encoder = text(captured.graph_module.graph), text(split.encoder.graph)
@@ -30,7 +30,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 def test_numbers() -> None:
     captured, graph, want = small()
-    split = split_encoder(captured, analyze(captured))
+    split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
     assert split.computes
     args = graph.calls[0]
@@ -49,12 +49,12 @@ def test_numbers() -> None:
 
 def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
     captured, _, _ = small()
-    split = split_encoder(captured, analyze(captured))
+    split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
     facts = analyze(split.decoder)
     assert facts.merges[0].features.op == "placeholder"
     assert facts.encoder == ()
-    assert split_encoder(split.decoder, facts) is None
+    assert split_encoder(split.decoder, facts.encoder) is None
 
 
 def test_features_that_are_inputs_are_left_alone() -> None:
@@ -62,7 +62,7 @@ def test_features_that_are_inputs_are_left_alone() -> None:
     call = {"input_ids": PROMPT["input_ids"], "features": features}
     captured, _ = captured_graph(tiny_vlm(num_layers=1), call)
     before = str(captured.graph_module.graph)
-    assert split_encoder(captured, analyze(captured)) is None
+    assert split_encoder(captured, analyze(captured).encoder) is None
     assert str(captured.graph_module.graph) == before
 
 
@@ -83,7 +83,7 @@ def test_conversions_alone_are_not_worth_a_cache() -> None:
         "halves": (torch.ones(2, 16, dtype=torch.float64), torch.ones(3, 16, dtype=torch.float64)),
     }
     captured, _ = captured_graph(Outside(), call)
-    split = split_encoder(captured, analyze(captured))
+    split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
     assert not split.computes
 

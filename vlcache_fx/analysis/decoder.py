@@ -5,17 +5,28 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from vlcache_fx.analysis.axis import Axes, RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.axis import RowStep, TokenAxis, is_one, shape_of
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.sites import Site, find_sites
-from vlcache_fx.analysis.stream import Stream, find_stream, output_nodes
+from vlcache_fx.analysis.stream import Stream, find_stream
 from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.errors import Reason
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
+
+    slot: str
+    layer: int
+    node: Node
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class DecoderFacts:
         stream: the residual stream and its layers.
         layers: each layer's parts.
         steps: row treatment of every node in kv and q parts.
+        carried: values that flow around the residual from one layer to a later one.
         tail_rows: which rows results need.
         taint: position-dependent nodes outside the stream.
         weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
@@ -40,6 +52,7 @@ class DecoderFacts:
     stream: Stream
     layers: tuple[LayerParts, ...]
     steps: dict[Node, RowStep]
+    carried: tuple[Carried, ...]
     tail_rows: TailRows
     taint: dict[Node, None]
     weights: tuple[Node, ...]
@@ -49,6 +62,16 @@ class DecoderFacts:
     def num_layers(self) -> int:
         """Number of decoder layers, which is the number of attention sites."""
         return len(self.layers)
+
+    @property
+    def frontiers(self) -> tuple[Frontier, ...]:
+        """Where keys and values are stored and spliced, layer by layer."""
+        return tuple(
+            Frontier(f"{index}.{letter}", index, node, self.steps[node].dim)
+            for index, layer in enumerate(self.layers)
+            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier))
+            if node is not None
+        )
 
 
 def analyze(captured: Captured) -> DecoderFacts:
@@ -80,8 +103,9 @@ def analyze(captured: Captured) -> DecoderFacts:
         split_layer(site, entering, members, taint, position)
         for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
     )
-    steps = _follow_rows(stream, layers)
-    _check_results(graph, layers, stream)
+    steps = follow_rows(stream, layers)
+    carried = find_carried(stream, layers, steps)
+    check_results(graph, layers, stream)
     weights = [
         node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
     ]
@@ -92,6 +116,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         stream,
         layers,
         steps,
+        carried,
         find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2),
         taint,
         _used_weights(graph, weights, stream),
@@ -128,50 +153,6 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
         if step.gathers:
             raise refuse(
                 Reason.POSITION_IN_STREAM, node, f"{step.gathers[0][0].name} enters the token embeddings"
-            )
-
-
-def _follow_rows(stream: Stream, layers: tuple[LayerParts, ...]) -> dict[Node, RowStep]:
-    steps: dict[Node, RowStep] = {}
-    axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
-    for layer, members in zip(layers, stream.members, strict=True):
-        for node in members:
-            if node in layer.full_part:
-                continue
-            step = _attention_step(layer.site, axes) if node is layer.site.node else row_step(node, axes)
-            steps[node] = step
-            axes[node] = step.axis
-    for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
-        if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
-            raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
-    return steps
-
-
-def _attention_step(site: Site, axes: Axes) -> RowStep:
-    rank = len(shape_of(site.node))
-    axis = axes.get(site.query)
-    if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
-        raise refuse(
-            Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
-        )
-    if site.mask is None:
-        return RowStep(TokenAxis(rank - 2))
-    size = shape_of(site.mask)
-    if site.mask in axes or len(size) < 2:
-        raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
-    return RowStep(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
-
-
-def _check_results(graph: Graph, layers: tuple[LayerParts, ...], stream: Stream) -> None:
-    partial = {node for layer in layers for node in (*layer.q_part, *layer.kv_part)}
-    partial -= {stream.boundaries[-1]}
-    partial -= {node for layer in layers for node in (layer.key_frontier, layer.value_frontier)}
-    for node in output_nodes(graph):
-        if node in partial:
-            raise refuse(
-                Reason.TOKEN_AXIS_LOST,
-                node,
-                "the graph returns it with a row for every token of an inner layer",
             )
 
 

@@ -55,7 +55,8 @@ class LayerParts:
 
     Attributes:
         site: the layer's attention call.
-        key_frontier, value_frontier: where K and V are stored and spliced.
+        key_frontier, value_frontier: where K and V are stored and spliced; None where the layer reads those
+            of an earlier one.
         kv_part: nodes needed for the frontiers, these included, and every piece of a fused projection: run on
             the rows whose K/V is recomputed.
         full_part: from the frontiers to the attention call: run on all tokens.
@@ -63,8 +64,8 @@ class LayerParts:
     """
 
     site: Site
-    key_frontier: Node
-    value_frontier: Node
+    key_frontier: Node | None
+    value_frontier: Node | None
     kv_part: NodeSet
     full_part: NodeSet
     q_part: NodeSet
@@ -91,6 +92,9 @@ def split_layer(
             TOKEN_AXIS_LOST where the parts cannot be told apart.
     """
     inside = dict.fromkeys(members)
+    own = [operand for operand in (site.key, site.value) if operand in inside or operand is entering]
+    if not own:  # those of an earlier layer, which makes them whole
+        return LayerParts(site, None, None, {}, {}, dict.fromkeys(members))
     key = _frontier(site, site.key, entering, inside, taint, position)
     value = _frontier(site, site.value, entering, inside, taint, position)
     kv_part = ancestors([key, value], inside)

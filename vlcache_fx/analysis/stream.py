@@ -74,17 +74,23 @@ def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[N
         raise refuse(
             Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
         )
-    points = articulation_points([start], results, position, stream)
     boundaries: list[Node] = []
+    origin = start
     for site in sites:
+        # From the attention before, not from the start: what layers are given beside the residual (an
+        # embedding for each layer, say) flows around all of them.
+        points = articulation_points([origin], results, position, stream)
         before = ancestors([site.node], stream)
-        inner = [point for point in points if point in before and point is not site.node]
+        inner = [point for point in points if point in before and point not in (site.node, origin)]
+        inner = [start, *inner] if origin is start else inner
         if not inner or (boundaries and inner[-1] is boundaries[-1]):
             raise refuse(
                 Reason.NO_STREAM, site.node, "no single residual tensor enters the layer of this attention"
             )
         boundaries.append(inner[-1])
-    after = [point for point in points if point in behind_last and point is not sites[-1].node]
+        origin = site.node
+    after = articulation_points([origin], results, position, stream)
+    after = [point for point in after if point is not origin]
     boundaries.append(_last_boundary(after, boundaries, stream, position, sites[-1].node))
     return _split(boundaries, stream, position)
 

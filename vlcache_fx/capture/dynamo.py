@@ -15,6 +15,7 @@ from torch._functorch.aot_autograd import aot_export_module
 
 from vlcache_fx.capture.captured import Captured, InputKind
 from vlcache_fx.capture.direct import trace_without_writes
+from vlcache_fx.capture.vmap import inline_vmap
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
@@ -34,6 +35,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     specialised = _fold_numbers(module, placeholders, example_inputs)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
+        inline_vmap(module)
         exported = trace_without_writes(module, fakes) or _exported(module, fakes)
     except UnsupportedGraphError:
         raise

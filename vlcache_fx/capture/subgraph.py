@@ -1,9 +1,12 @@
-"""Take a part out of a graph."""
+"""Take a part out of a graph, and tell what it computes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
+
+from vlcache_fx.store.keys import content_digest
 
 
 def needed_for(results: Iterable[Node]) -> set[Node]:
@@ -28,3 +31,42 @@ def extract(module: fx.GraphModule, results: Sequence[Node]) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     return fx.GraphModule(module, graph)
+
+
+def computation_digest(module: fx.GraphModule, result: Node, names: Mapping[Node, str]) -> str:
+    """Digest of how ``result`` is computed: equal for equal computations, in whatever graph they stand.
+
+    Args:
+        module: holds the result, and the constants that it is computed from.
+        result: a node.
+        names: of the placeholders that it depends on.
+    """
+    needed, shown = needed_for([result]), dict(names)
+
+    def form(value: Any) -> str:
+        match value:
+            case Node():
+                return shown[value]
+            case list() | tuple():
+                return f"[{', '.join(map(form, value))}]"
+            case dict():
+                return f"{{{', '.join(f'{key}: {form(value[key])}' for key in sorted(value))}}}"
+        return repr(value)
+
+    lines = []
+    for node in module.graph.nodes:
+        if node not in needed or node.op == "placeholder":
+            continue
+        shown[node] = f"%{len(lines)}"
+        if node.op == "get_attr":
+            constant = _attribute(module, str(node.target))
+            lines.append(content_digest([constant]) if isinstance(constant, Tensor) else str(constant))
+        else:
+            lines.append(f"{node.target} {form(node.args)} {form(node.kwargs)}")
+    return content_digest([*lines, shown[result]])
+
+
+def _attribute(owner: Any, path: str) -> Any:
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner

@@ -17,40 +17,54 @@ class EncoderRunner:
         run: from the graph's inputs to its results.
         inputs: indices of the inputs whose content the results depend on.
         weights: indices of the weights that they depend on.
+        computations: per result, a digest of how it is computed from these. Graphs of one model can give
+            different results, or the same ones in another order; each is kept under its own.
         engine: what it shares with the model's other graphs.
     """
 
     def __init__(
-        self, run: Callable[..., Sequence[Any]], inputs: Sequence[int], weights: Sequence[int], engine: Engine
+        self,
+        run: Callable[..., Sequence[Any]],
+        inputs: Sequence[int],
+        weights: Sequence[int],
+        computations: Sequence[str],
+        engine: Engine,
     ) -> None:
-        self._run, self._inputs, self._weights, self._engine = run, tuple(inputs), tuple(weights), engine
+        self._run, self._engine, self._computations = run, engine, tuple(computations)
+        self._inputs, self._weights = tuple(inputs), tuple(weights)
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """``(results, hit)`` for the graph's inputs."""
-        key = self._key(args)
-        stored = self._get(key)
+        keys = self._keys(args)
+        stored = self._get(keys)
         if stored is not None:
             self._engine.count("encoder_hits")
             return stored, True
         results = self._run(*args)
         self._engine.count("encoder_misses")
-        self._put(key, results)
+        with self._engine.tolerating_store_errors():
+            for key, result in zip(keys, results, strict=True):
+                self._engine.store.put(key, packed([result]))
         return results, False
 
-    def _key(self, args: Sequence[Any]) -> str:
+    def _keys(self, args: Sequence[Any]) -> list[str]:
         weights = self._engine.weights_fingerprint([args[index] for index in self._weights])
         content: list[Part] = [args[index] for index in self._inputs]
-        return content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
+        inputs = content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
+        return [content_digest([inputs, computation]) for computation in self._computations]
 
-    def _get(self, key: str) -> list[Any] | None:
-        entry = None
+    def _get(self, keys: Sequence[str]) -> list[Any] | None:
+        """All results, or None where one is missing."""
+        found: list[Any] = []
         with self._engine.tolerating_store_errors():
-            entry = self._engine.store.get(key)
-        return None if entry is None else unpacked(entry)
-
-    def _put(self, key: str, results: Sequence[Any]) -> None:
-        with self._engine.tolerating_store_errors():
-            self._engine.store.put(key, packed(results))
+            for key in keys:
+                entry = self._engine.store.get(key)
+                result = None if entry is None else unpacked(entry)
+                if result is None:
+                    return None
+                found += result
+            return found
+        return None
 
 
 def packed(results: Sequence[Any]) -> Entry:

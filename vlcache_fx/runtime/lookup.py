@@ -41,9 +41,7 @@ class DonorLookup:
         self._prefixes = PrefixReader.of(captured, facts, self.identifier.features)
         self._weights = tuple(place[node] for node in facts.weights)
         frontiers = {donors.RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
-        for index, layer in enumerate(facts.layers):
-            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier)):
-                frontiers[f"{index}.{letter}"] = (node, facts.steps[node].dim)
+        frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
         self.forms = {
             slot: donors.RowForm.of(frontiers[slot][0].meta["val"], frontiers[slot][1]) for slot in slots
         }

@@ -68,6 +68,9 @@ class ProgramRunner:
             kind, _, rest = slot.partition(".")
             if kind == "donor":
                 bound.append(tables[rest])
+            elif kind == "place":
+                made_at, read_at = map(int, rest.split("."))
+                bound.append(moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at])))
             elif kind == "results":
                 assert positions is not None
                 bound.append(moved(torch.searchsorted(plan.rows[-1], positions)))

@@ -1,0 +1,80 @@
+"""Take ``torch.vmap`` out of a Dynamo graph: what it batches becomes operators on whole tensors.
+
+Dynamo writes a vmapped function as calls that open and close functorch's levels with the function's own
+operators between them (masks are often made in this way). A trace above dispatch would not see through the
+levels, so each such region is traced below them, by functorch's own batching rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+from torch._functorch import predispatch
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+OPEN, CLOSE = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_nesting
+
+
+def inline_vmap(module: fx.GraphModule) -> bool:
+    """Replace every vmapped region of ``module``; True where there was one. Nodes carry ``example_value``.
+
+    Raises:
+        Exception: whatever functorch raises for an operator that it cannot batch.
+    """
+    regions = _regions(module.graph)
+    for region in regions:
+        _replace(module, region)
+    if regions:
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.recompile()
+    return bool(regions)
+
+
+def _regions(graph: fx.Graph) -> list[list[Node]]:
+    """Runs of nodes from the opening of the outermost level to its close."""
+    regions: list[list[Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        if node.target is OPEN:
+            if depth == 0:
+                regions.append([])
+            depth += 1
+        if depth:
+            regions[-1].append(node)
+        if node.target is CLOSE:
+            depth -= 1
+    return regions
+
+
+def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
+    inside = set(region)
+    inputs = list(dict.fromkeys(p for node in region for p in node.all_input_nodes if p not in inside))
+    outputs = [node for node in region if any(user not in inside for user in node.users)]
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in inputs}
+    for node in region:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    values = [node.meta.get("example_value", node.meta.get("val")) for node in inputs]
+    with torch.no_grad():
+        traced = make_fx(fx.GraphModule(module, graph))(*values)
+    places = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    with module.graph.inserting_before(region[0]):
+        for node in traced.graph.nodes:
+            if node.op == "output":
+                results = node.args[0]
+            elif node.op == "get_attr":
+                name = f"_vmap_constant{len(list(module.buffers()))}"
+                module.register_buffer(name, getattr(traced, str(node.target)))
+                places[node] = module.graph.get_attr(name)
+            elif node.op != "placeholder":
+                places[node] = module.graph.node_copy(node, places.__getitem__)
+                places[node].meta["example_value"] = node.meta.get("val")
+    for old, new in zip(outputs, results, strict=True):
+        old.replace_all_uses_with(places[new], delete_user_cb=lambda user: user not in inside)
+    for node in reversed(region):
+        module.graph.erase_node(node)
