@@ -54,6 +54,8 @@ class Reason(StrEnum):
     """An operator on the token axis is not known to be token-wise."""
     TOKEN_AXIS_LOST = "token_axis_lost"
     """The token axis could not be followed through an operator (merged, flattened, permuted away)."""
+    TOKEN_MIXING = "token_mixing"
+    """Tokens meet outside attention, in recurrent layers or convolutions: a row depends on all before it."""
     POSITION_IN_STREAM = "position_in_stream"
     """Positions are added to the residual stream itself (learned embeddings): K cannot be position-free."""
     BATCHED = "batched"

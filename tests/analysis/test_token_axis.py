@@ -164,6 +164,7 @@ TOKENWISE: dict[str, Function] = {
     "view_into_a_given_size": lambda x: x.view(1, TOKENS * 4).view(TOKENS, 4),
     "repeat_outside": lambda x: x[0].repeat(3, 1).view(3, TOKENS, 4).sum(0),
     "merged_with_samples": lambda x: x.expand(2, TOKENS, 4).reshape(-1, 4).exp(),
+    "convolution_of_each_token": lambda x: F.conv1d(x[0][:, None], torch.ones(2, 1, 3)),
     "topk": lambda x: x.topk(2, -1)[0],
     "gather": lambda x: x.gather(-1, x.argmax(-1, keepdim=True)),
     "scatter": lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1)[1], 1.0),
@@ -191,8 +192,8 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "roll": (lambda x: x.roll(1, 1), Reason.UNKNOWN_OP, "aten.roll.default"),
     "convolution": (
         lambda x: F.conv1d(x.transpose(1, 2), torch.ones(4, 4, 3), padding=1),
-        Reason.UNKNOWN_OP,
-        "aten.conv1d",
+        Reason.TOKEN_AXIS_LOST,
+        "mixes neighbouring tokens",
     ),
     "sort": (lambda x: x.sort(1)[0], Reason.TOKEN_AXIS_LOST, "it sorts tokens of more than one list"),
     "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),

@@ -9,6 +9,7 @@ from vlcache_fx.analysis.axis import RowStep, TokenAxis, is_one, shape_of
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
+from vlcache_fx.analysis.mixing import as_mixing, mixing_refusal
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.rows import Carried, check_results, find_carried, follow_rows
@@ -16,7 +17,7 @@ from vlcache_fx.analysis.sites import Site, find_sites
 from vlcache_fx.analysis.stream import Stream, find_stream
 from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.errors import Reason
+from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def analyze(captured: Captured) -> DecoderFacts:
     merges = find_merges(graph, sites)
     sites = sites_behind(sites, merges)
     _check_attention(sites)
-    stream = find_stream(graph, sites, data)
+    try:
+        stream = find_stream(graph, sites, data)
+    except UnsupportedGraphError as refusal:
+        raise mixing_refusal(graph, merges, sites) or refusal from None
     start = stream.boundaries[0]
     shape = shape_of(start)
     if len(shape) != 3 or not is_one(shape[0]):
@@ -148,7 +152,10 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
     for node in graph.nodes:
         if node not in on_the_way or node is merged:
             continue
-        step = row_step(node, axes)
+        try:
+            step = row_step(node, axes)
+        except UnsupportedGraphError as refusal:
+            raise as_mixing(node, refusal) from None
         axes[node] = step.axis
         if step.gathers:
             raise refuse(

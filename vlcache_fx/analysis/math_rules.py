@@ -90,6 +90,13 @@ def _reduce(node: Node, axes: Axes) -> RowStep:
     return RowStep(axis.at(axis.place if kept else axis.place - sum(dim < axis.place for dim in own)))
 
 
+def _convolution(node: Node, axes: Axes) -> RowStep:
+    operand, axis = single(node, axes)
+    if axis.place != 0 or rank_of(operand) < 3:
+        raise lost(node, "it mixes neighbouring tokens")
+    return RowStep(axis.at(0))
+
+
 def _along(node: Node, axes: Axes) -> RowStep:
     operand, axis = single(node, axes)
     dim = node.args[1] if len(node.args) > 1 else -1
@@ -148,6 +155,10 @@ MATH_RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.var: _reduce,
         aten.std: _reduce,
         aten.logsumexp: _reduce,
+        aten.conv1d: _convolution,
+        aten.conv2d: _convolution,
+        aten.conv3d: _convolution,
+        aten.convolution: _convolution,
         aten.softmax: _along,
         aten._softmax: _along,
         aten.log_softmax: _along,

@@ -20,7 +20,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "llava_next": {"image_grid_pinpoints": TILES},
     "llava_next_video": {"image_grid_pinpoints": TILES},
     "llama4": {
-        "vision_config.projector_input_dim": 32,
+        "vision_config.vision_output_dim": 32,  # of all four widths behind the encoder
         "vision_config.intermediate_size": 128,
         "text_config.no_rope_layers": [1, 1, 0],
         "text_config.layer_types": ["chunked_attention", "chunked_attention", "full_attention"],

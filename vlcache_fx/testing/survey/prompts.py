@@ -63,6 +63,7 @@ def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
     with torch.no_grad():
         output = encode(**{name: value for name, value in pixels.items() if name in taken}, return_dict=True)
     features = getattr(output, "pooler_output", output)
+    features = output.last_hidden_state if features is None else features
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
 
