@@ -12,6 +12,9 @@ from vlcache_fx.testing.prompts import noise
 from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
 from vlcache_fx.testing.survey.families import FamilyModel
 
+PREFIX_LM = frozenset({"paligemma"})
+"""Families whose token types say what belongs to the prompt (0), not what is an image (1)."""
+
 GRID = (6, 8)
 """Patches of an image, where the form of an image is free."""
 
@@ -41,7 +44,8 @@ def image_prompt(
     ids = torch.tensor([[*words(before), *[token] * image_tokens(family, pixels), *words(after)]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     kinds = {"mm_token_type_ids", "token_type_ids"} & _parameters(type(family.model).forward)
-    return prompt | {name: (ids == token).int() for name in kinds}
+    prefix = family.model_type in PREFIX_LM
+    return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
 
 
 def image_token(family: FamilyModel) -> int:
