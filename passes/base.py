@@ -23,8 +23,9 @@ class Program:
     Attributes:
         graph_module: changed in place by the passes.
         facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
-        row_inputs: per level 0..L, the placeholder with the active rows (int64 [n]), or None where all tokens
-            are active. Level i is what enters layer i, level L what leaves the last one.
+        row_inputs: per level 0..L, the placeholder with the active rows (int64 [n], or [batch, n] where the
+            program computes several samples), or None where all tokens are active.
+            Level i is what enters layer i, level L what leaves the last one.
         slots: name -> placeholder of every input that passes added, in input order behind the graph's own.
         recorded: names of the outputs that passes appended, in order.
         properties: what the passes that ran ensure; a pass may require some.
@@ -47,6 +48,11 @@ class Program:
         """The facts; a pass that uses them lists ``facts`` under ``requires``."""
         assert self.facts is not None
         return self.facts
+
+    @property
+    def is_batched(self) -> bool:
+        """True where the program computes several samples, each with rows of its own."""
+        return self.decoder.batch_dims is not None
 
     def add_input(self, slot: str) -> Node:
         """A new placeholder behind all others (the same one when the slot exists already)."""

@@ -37,17 +37,22 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> A
     start = program.decoder.stream.boundaries[0].meta["val"]
     device = start.device
     kind, _, rest = slot.partition(".")
+    batch, tokens = fakes.like(start).shape[:2]
+    samples = [batch] if program.is_batched else []
     if kind == "donor":
         frontier, dim = node.meta["donor_of"]
         sizes = list(fakes.like(frontier.meta["val"]).shape)
         sizes[dim] = fakes.size("donor_rows")
+        if program.decoder.batch_dims is not None:
+            sizes[program.decoder.batch_dims[frontier]] = 1
         return fakes.tensor(sizes, frontier.meta["val"].dtype, device)
     if kind == "source":
-        return fakes.tensor([fakes.like(start).shape[1]], torch.int64, device)
+        return fakes.tensor([*samples, tokens], torch.int64, device)
     if kind == "results":
         selection = program.decoder.tail_rows.selection
         assert selection is not None
         taken = shape_of(selection)[program.decoder.tail_rows.axis] if len(shape_of(selection)) == 3 else 1
-        return fakes.tensor([taken if isinstance(taken, int) else fakes.size("results")], torch.int64, device)
+        count = taken if isinstance(taken, int) else fakes.size("results")
+        return fakes.tensor([*samples, count], torch.int64, device)
     level = int(rest.rpartition(".")[2]) + (kind == "keep")
-    return fakes.tensor([fakes.size(f"rows_{level}")], torch.int64, device)
+    return fakes.tensor([*samples, fakes.size(f"rows_{level}")], torch.int64, device)

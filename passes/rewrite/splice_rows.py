@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.rewrite.rows import sample_dim
 
 
 class SpliceRows(Pass):
@@ -41,8 +42,9 @@ def _splice(program: Program, lookup: Node, fresh: Node, source_slot: str, segme
     source = program.add_input(source_slot)
     dim = lookup.args[2]
     with program.graph.inserting_after(lookup):
-        node = program.graph.call_function(
-            torch.ops.vlcache.splice_rows.default, (lookup, fresh, source, dim)
-        )
+        args = (lookup, fresh, source, dim)
+        if program.is_batched:
+            args = (*args, sample_dim(program, fresh))
+        node = program.graph.call_function(torch.ops.vlcache.splice_rows.default, args)
     node.meta["segment"] = segment
     return node

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.rewrite.rows import restrict_node
+from vlcache_fx.passes.rewrite.rows import restrict_node, sample_dim
 
 aten = torch.ops.aten
 
@@ -34,9 +34,12 @@ class TrimTail(Pass):
         assert isinstance(source, Node)
         axis = _axis_of(program, source)
         with program.graph.inserting_before(selection):
-            taken = program.graph.call_function(
-                aten.index_select.default, (source, axis, program.add_input("results"))
-            )
+            results = program.add_input("results")
+            if not program.is_batched:
+                taken = program.graph.call_function(aten.index_select.default, (source, axis, results))
+            else:
+                args = (source, results, axis, sample_dim(program, source))
+                taken = program.graph.call_function(torch.ops.vlcache.take_rows.default, args)
             if selection.target is aten.select.int:
                 taken = program.graph.call_function(aten.squeeze.dim, (taken, axis))
         taken.meta["segment"] = "tail"

@@ -187,7 +187,7 @@ def test_generate_goes_on_from_a_complete_cache() -> None:
 
 def pieces(ids: Tensor, runs: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Piece]:
     reader = PrefixReader((0, *others.get("more", ())), others.get("sizes", ()))
-    found = [Run(start, length, torch.full((length, 2), float(start))) for start, length in runs]
+    found = [Run(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in runs]
     spans = [
         Span(0, run.start, run.length, f"span {run.start}", False) for run in found if run.length >= shortest
     ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.axis import RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
@@ -42,6 +43,7 @@ class DecoderFacts:
         steps: row treatment of every node in kv and q parts.
         carried: values that flow around the residual from one layer to a later one.
         tail_rows: which rows results need.
+        batch_dims: the dimension over samples of the nodes that have one; None for a single sample.
         taint: position-dependent nodes outside the stream.
         weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
         encoder: nodes that compute the features from the request's data (empty where features are graph
@@ -55,6 +57,7 @@ class DecoderFacts:
     steps: dict[Node, RowStep]
     carried: tuple[Carried, ...]
     tail_rows: TailRows
+    batch_dims: dict[Node, int] | None
     taint: dict[Node, None]
     weights: tuple[Node, ...]
     encoder: tuple[Node, ...]
@@ -96,9 +99,9 @@ def analyze(captured: Captured) -> DecoderFacts:
         raise mixing_refusal(graph, merges, sites) or refusal from None
     start = stream.boundaries[0]
     shape = shape_of(start)
-    if len(shape) != 3 or not is_one(shape[0]):
+    if len(shape) != 3:
         raise refuse(
-            Reason.BATCHED, start, f"token embeddings of shape {tuple(shape)}, want [1, tokens, hidden]"
+            Reason.BATCHED, start, f"token embeddings of shape {tuple(shape)}, want [batch, tokens, hidden]"
         )
     position = positions(graph)
     taint = position_taint(stream.nodes, data, graph)
@@ -114,6 +117,11 @@ def analyze(captured: Captured) -> DecoderFacts:
         node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
     ]
     additions = find_additions(graph)
+    tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
+    batch_dims = None
+    if not is_one(shape[0]):
+        batch_dims = find_batch_dims(stream, layers, tail_rows)
+        check_batch_dims(batch_dims, layers, steps, carried)
     return DecoderFacts(
         merges,
         additions,
@@ -121,7 +129,8 @@ def analyze(captured: Captured) -> DecoderFacts:
         layers,
         steps,
         carried,
-        find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2),
+        tail_rows,
+        batch_dims,
         taint,
         _used_weights(graph, weights, stream),
         _encoder_region([*merges, *additions]),

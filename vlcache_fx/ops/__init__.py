@@ -23,6 +23,8 @@ __all__ = [
     "scatter_rows_reference",
     "splice_rows",
     "splice_rows_reference",
+    "take_rows",
+    "take_rows_reference",
 ]
 
 _donors: ContextVar[Mapping[str, Tensor] | None] = ContextVar("vlcache_donors", default=None)
@@ -57,18 +59,63 @@ def _(like: Tensor, slot: str, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
     return like.new_empty(sizes)
 
 
-def splice_rows_reference(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:
+def take_rows_reference(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """Rows of each sample: ``out[.., b, .., i, ..] = x[.., b, .., index[b, i], ..]``.
+
+    Args:
+        x: [.., batch or 1, .., tokens, ..].
+        index: int64 [batch, rows].
+        dim: the dimension over tokens.
+        batch_dim: the dimension over samples.
+
+    Returns:
+        [.., batch, .., rows, ..].
+    """
+    sizes = list(x.shape)
+    sizes[batch_dim] = index.shape[0]
+    x = x.expand(sizes)
+    form = [1] * x.dim()
+    form[batch_dim], form[dim] = index.shape
+    sizes[dim] = index.shape[1]
+    order = index if batch_dim < dim else index.t()
+    return x.gather(dim, order.reshape(form).expand(sizes))
+
+
+@torch.library.custom_op("vlcache::take_rows", mutates_args=())
+def take_rows(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    """See ``take_rows_reference``."""
+    return take_rows_reference(x, index, dim, batch_dim)
+
+
+@take_rows.register_fake
+def _(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
+    sizes = list(x.shape)
+    sizes[batch_dim], sizes[dim] = index.shape
+    return x.new_empty(sizes)
+
+
+def splice_rows_reference(
+    donor: Tensor, fresh: Tensor, source: Tensor, dim: int, batch_dim: int | None = None
+) -> Tensor:
     """``out[i] = donor[source[i]] if source[i] >= 0 else fresh[-source[i] - 1]`` along ``dim``.
 
     Args:
-        donor: donor table, [..., donor rows, ...].
+        donor: donor table, [..., donor rows, ...]; one for all samples, with 1 in place of the batch.
         fresh: recomputed rows, [..., rows, ...]; same sizes elsewhere.
-        source: int64 [tokens].
+        source: int64 [tokens], or [batch, tokens] with a ``batch_dim``.
         dim: the row dimension.
+        batch_dim: the dimension over samples, where each has its own source.
 
     Returns:
         [..., tokens, ...] of the dtype of ``fresh``.
     """
+    if batch_dim is not None:
+        stored = take_rows_reference(donor, source.clamp(min=0), dim, batch_dim)
+        computed = take_rows_reference(fresh, (-1 - source).clamp(min=0), dim, batch_dim)
+        shape = [1] * fresh.dim()
+        shape[batch_dim], shape[dim] = source.shape
+        order = source if batch_dim < dim else source.t()
+        return torch.where((order >= 0).reshape(shape), stored, computed)
     shape = [1] * fresh.dim()
     shape[dim] = -1
     stored = donor.index_select(dim, source.clamp(min=0))
@@ -77,15 +124,23 @@ def splice_rows_reference(donor: Tensor, fresh: Tensor, source: Tensor, dim: int
 
 
 @torch.library.custom_op("vlcache::splice_rows", mutates_args=())
-def splice_rows(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:
+def splice_rows(
+    donor: Tensor, fresh: Tensor, source: Tensor, dim: int, batch_dim: int | None = None
+) -> Tensor:
     """See ``splice_rows_reference``."""
-    return splice_rows_reference(donor, fresh, source, dim)
+    return splice_rows_reference(donor, fresh, source, dim, batch_dim)
 
 
 @splice_rows.register_fake
-def _(donor: Tensor, fresh: Tensor, source: Tensor, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
+def _(
+    donor: Tensor,  # noqa: ARG001 (the schema)
+    fresh: Tensor,
+    source: Tensor,
+    dim: int,
+    batch_dim: int | None = None,  # noqa: ARG001
+) -> Tensor:
     sizes = list(fresh.shape)
-    sizes[dim] = source.shape[0]
+    sizes[dim] = source.shape[-1]
     return fresh.new_empty(sizes)
 
 

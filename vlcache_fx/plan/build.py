@@ -36,6 +36,8 @@ def build_plan(
     output_rows: Tensor | None = None,
     strict: bool = False,
     prefix: int = 0,
+    unseen: Tensor | None = None,
+    first_donor: int = 0,
 ) -> Plan:
     """The plan of one request.
 
@@ -54,6 +56,9 @@ def build_plan(
         strict: raise instead of repairing a policy's choice.
         prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
             lie inside it or behind it.
+        unseen: positions that no other token attends to (padding). They are not computed, unless outputs need
+            them or the policy ignores budgets, and hold whatever the first row of the donor table holds.
+        first_donor: the sample's first row in the donor table.
 
     Raises:
         PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
@@ -82,9 +87,11 @@ def build_plan(
 
     computed = torch.ones(num_tokens, dtype=torch.bool)
     donors = torch.zeros(num_tokens, dtype=torch.int64)
+    if unseen is not None and not policy.ignores_budget:
+        computed[unseen] = False
     computed[:prefix] = False
-    donors[:prefix] = torch.arange(prefix)
-    offset = prefix
+    donors[:prefix] = torch.arange(first_donor, first_donor + prefix)
+    offset = first_donor + prefix
     for span in hits:
         computed[span.start : span.end] = False
         donors[span.start : span.end] = torch.arange(offset, offset + span.length)

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import Captured
-from vlcache_fx.errors import PlanError, UnsupportedGraphError
+from vlcache_fx.errors import PlanError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Plan
@@ -17,8 +17,7 @@ from vlcache_fx.runtime.lookup import DonorLookup
 from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.runtime.report import Report
-from vlcache_fx.runtime.request import Request
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.runtime.request import Request, together
 
 
 class DecoderRunner:
@@ -40,9 +39,7 @@ class DecoderRunner:
         self.engine = engine
         self._unmodified = unmodified
         facts = analyze(captured)
-        self._mask_check: MaskCheck | None = MaskCheck(captured.graph_module, facts)
-        self._is_causal = False  # until the masks were looked at
-        self._refused: UnsupportedGraphError | None = None
+        self._masks = MaskCheck(captured.graph_module, facts)
         self._num_layers, self._tail_rows = facts.num_layers, facts.tail_rows
         self._num_outputs = captured.num_outputs
         self._device = facts.stream.boundaries[0].meta["val"].device
@@ -58,98 +55,101 @@ class DecoderRunner:
             identified = identifier.runs(args)
             if identified is None:
                 return self._bypass(args, "placeholders and encoder features do not agree in number or width")
-            num_tokens, runs = identified
+            num_samples, num_tokens, runs = identified
             hit = noted if encoder_hit is None else encoder_hit
-            request = self._donors.request(args, num_tokens, runs, hit, clock)
+            request = self._donors.request(args, num_samples, num_tokens, runs, hit, clock)
         if not runs and identifier.embeddings is not None:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
-        self._check_masks(request)
-        if self._refused is not None:
-            return self._bypass(args, str(self._refused), num_tokens)
+        if request.spans:
+            look = self._masks.look(args, [sample.spans for sample in request.samples])
+            if look.refusal is not None:
+                self.engine.refuse_call(look.refusal)
+                return self._bypass(args, str(look.refusal), num_tokens)
+            samples = [
+                replace(sample, unseen=unseen if num_samples > 1 else None)
+                for sample, unseen in zip(request.samples, look.unseen, strict=True)
+            ]
+            request = replace(request, samples=tuple(samples), is_causal=look.hides_what_follows)
         with clock.measure("lookup"):
-            request, entries = self._donors.find(replace(request, is_causal=self._is_causal))
-        worth_recording = not request.reuse_is_exact and self._donors.is_worth_recording(request.spans)
-        if not entries or worth_recording:
-            return self._run_cold(request)
-        return self._run_warm(request, entries)
-
-    def _check_masks(self, request: Request) -> None:
-        """Once per graph, with the first call that has spans."""
-        if self._mask_check is None or not request.spans:
-            return
-        check, self._mask_check = self._mask_check, None
-        try:
-            check.require_causal(request.args, request.spans)
-            self._is_causal = check.hides_what_follows(request.args, request.spans)
-        except UnsupportedGraphError as refusal:
-            self._refused = refusal
-            self.engine.refuse(refusal)
+            request = self._donors.find(request)
+        return self._run_warm(request) if request.donors else self._run_cold(request)
 
     def _run_cold(self, request: Request) -> Sequence[Any]:
-        spans = tuple(replace(span, hit=False, tier=None) for span in request.spans)
-        request = replace(request, spans=spans, prefix=0)
-        plan = self._plan(request)
-        if plan is None or not self._cold.ready():
+        request = request.without_donors()
+        plans = self._plans(request)
+        if plans is None or not self._cold.ready():
             return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
-        bound = self._cold.bind(plan, self._tail_rows.positions(request.num_tokens), {})
+        bound = self._cold.bind(together(plans), self._tail_rows.positions(request.num_tokens), {})
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
             return self._bypass(request.args, "the cold program failed", request.num_tokens)
-        if spans:
-            self._admit(request, self._cold.recorded, results, plan)
-            self.engine.report(request.report("cold", "no donor for its spans", plan, 1.0))
+        if request.spans:
+            self._admit(request, self._cold.recorded, results, plans)
+            self.engine.report(request.report("cold", "no donor for its spans", plans, 1.0))
         else:
-            self.engine.report(request.report("bypass", "no media span", plan, 1.0))
+            self.engine.report(request.report("bypass", "no media span", plans, 1.0))
         return results[: self._num_outputs]
 
-    def _admit(self, request: Request, slots: Sequence[str], results: Sequence[Any], plan: Plan) -> None:
+    def _admit(
+        self, request: Request, slots: Sequence[str], results: Sequence[Any], plans: Sequence[Plan]
+    ) -> None:
         recorded = dict(zip(slots, results[self._num_outputs :], strict=True))
         with request.clock.measure("admit"):
-            self._donors.admit(request, recorded, plan)
+            self._donors.admit(request, recorded, plans)
 
-    def _run_warm(self, request: Request, entries: list[Entry]) -> Sequence[Any]:
-        plan = self._plan(request)
-        if plan is None:
+    def _run_warm(self, request: Request) -> Sequence[Any]:
+        plans = self._plans(request)
+        if plans is None:
             return self._bypass(request.args, "the policy's rows make no plan", request.num_tokens)
         if not self._warm.ready():
             return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
         with request.clock.measure("bind"):
-            tables = donors.tables(entries, self._donors.forms, self._device)
-            bound = self._warm.bind(plan, self._tail_rows.positions(request.num_tokens), tables)
+            tables = donors.tables(request.donors, self._donors.forms, self._device)
+            positions = self._tail_rows.positions(request.num_tokens)
+            bound = self._warm.bind(together(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
             return self._bypass(request.args, "the warm program failed", request.num_tokens)
-        if request.reuse_is_exact:
-            self._admit(request, self._warm.recorded, results, plan)
-        self.engine.report(request.report("warm", None, plan, plan.token_layer_fraction))
+        if any(sample.reuse_is_exact for sample in request.samples):
+            self._admit(request, self._warm.recorded, results, plans)
+        self.engine.report(request.report("warm", None, plans, request.computed_share(plans)))
         return results[: self._num_outputs]
 
-    def _plan(self, request: Request) -> Plan | None:
-        """The plan, or None where none can be made (raised in strict mode)."""
+    def _plans(self, request: Request) -> list[Plan] | None:
+        """A plan per sample, or None where none can be made (raised in strict mode)."""
         strict = self.engine.options.strict
         policy, budget = self.engine.choice()
+        plans: list[Plan] = []
+        first_donor = 0
         with request.clock.measure("plan"):
             try:
-                return build_plan(
-                    num_tokens=request.num_tokens,
-                    spans=request.spans,
-                    num_layers=self._num_layers,
-                    policy=policy,
-                    profile=self.engine.profile,
-                    budget=budget,
-                    output_rows=self._tail_rows.positions(request.num_tokens),
-                    strict=strict,
-                    prefix=request.prefix,
-                )
+                for sample in request.samples:
+                    plans.append(
+                        build_plan(
+                            num_tokens=request.num_tokens,
+                            spans=sample.spans,
+                            num_layers=self._num_layers,
+                            policy=policy,
+                            profile=self.engine.profile,
+                            budget=budget,
+                            output_rows=self._tail_rows.positions(request.num_tokens),
+                            strict=strict,
+                            prefix=sample.prefix,
+                            unseen=sample.unseen if request.donors else None,
+                            first_donor=first_donor,
+                        )
+                    )
+                    first_donor += sum(donors.length_of(entry) for entry in sample.donors)
             except PlanError as error:
                 if strict:
                     raise
                 self.engine.plan_failed(error)
                 return None
+        return plans
 
     def _bypass(self, args: Sequence[Any], reason: str, num_tokens: int = 0) -> Sequence[Any]:
         self.engine.report(Report("bypass", reason, num_tokens))

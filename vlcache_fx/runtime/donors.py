@@ -25,18 +25,26 @@ class RowForm:
         dim: the dimension that runs over rows.
         dtype: of its values.
         sizes: of every dimension; None for rows, and where the graph leaves it open.
+        batch_dim: the dimension that runs over samples in a program of several; 1 in what is stored.
     """
 
     dim: int
     dtype: torch.dtype
     sizes: tuple[int | None, ...]
+    batch_dim: int | None = None
 
     @classmethod
-    def of(cls, value: Tensor, dim: int) -> "RowForm":
+    def of(cls, value: Tensor, dim: int, batch_dim: int | None = None) -> "RowForm":
         """The form of rows of ``value``, a fake tensor of the graph."""
         sizes: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
         sizes[dim] = None
-        return cls(dim, value.dtype, tuple(sizes))
+        if batch_dim is not None:
+            sizes[batch_dim] = 1
+        return cls(dim, value.dtype, tuple(sizes), batch_dim)
+
+    def of_sample(self, recorded: Tensor, sample: int) -> Tensor:
+        """The part of what a program recorded that belongs to one sample."""
+        return recorded if self.batch_dim is None else recorded.narrow(self.batch_dim, sample, 1)
 
     def fits(self, tensor: Tensor, length: int) -> bool:
         """True for ``length`` rows of this form."""
@@ -87,8 +95,20 @@ def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool
     )
 
 
+def length_of(entry: Entry) -> int:
+    """The number of rows of a donor."""
+    length = entry.info["length"]
+    assert isinstance(length, int)
+    return length
+
+
 def admit(
-    store: Store, piece: Piece, recorded: Mapping[str, Tensor], forms: Mapping[str, RowForm], plan: Plan
+    store: Store,
+    piece: Piece,
+    recorded: Mapping[str, Tensor],
+    forms: Mapping[str, RowForm],
+    plan: Plan,
+    sample: int = 0,
 ) -> bool:
     """Store the rows of one piece, all of which were computed; False where the store refused them."""
     places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
@@ -98,7 +118,8 @@ def admit(
         active = plan.rows[level]
         if id(active) not in places:
             places[id(active)] = int(torch.searchsorted(active, piece.start))
-        rows[slot] = recorded[slot].narrow(form.dim, places[id(active)], piece.length)
+        own = form.of_sample(recorded[slot], sample)
+        rows[slot] = own.narrow(form.dim, places[id(active)], piece.length)
     return store.put(
         piece.key, Entry(rows, {"kind": "donor", "length": piece.length, "before": piece.before})
     )

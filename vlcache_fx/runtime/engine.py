@@ -13,7 +13,12 @@ from torch import Tensor
 from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
-from vlcache_fx.ops import decompose_attention, scatter_rows_reference, splice_rows_reference
+from vlcache_fx.ops import (
+    decompose_attention,
+    scatter_rows_reference,
+    splice_rows_reference,
+    take_rows_reference,
+)
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy, Profile
 from vlcache_fx.policies.registry import get_policy
@@ -50,6 +55,7 @@ class Engine:
             decompositions: Decompositions = {
                 torch.ops.vlcache.splice_rows.default: splice_rows_reference,
                 torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
+                torch.ops.vlcache.take_rows.default: take_rows_reference,
                 torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
@@ -166,6 +172,12 @@ class Engine:
         with self._lock:
             self.refusals.append(refusal)
         log.warning("runs unmodified: %s", refusal)
+
+    def refuse_call(self, refusal: UnsupportedGraphError) -> None:
+        """As ``refuse``, for a single call of a graph whose other calls may be served; logged once."""
+        known = any((other.reason, other.node) == (refusal.reason, refusal.node) for other in self.refusals)
+        if not known or self.options.strict:
+            self.refuse(refusal)
 
     @contextmanager
     def tolerating_store_errors(self) -> Iterator[None]:

@@ -20,10 +20,12 @@ class Run:
     """A run of consecutive tokens that one merge fills.
 
     Attributes:
-        start, length: the tokens.
+        sample: where it is.
+        start, length: the tokens, from the beginning of the sample.
         content: feature rows of these tokens: those merged, and any added in later layers.
     """
 
+    sample: int
     start: int
     length: int
     content: tuple[Tensor, ...]
@@ -79,41 +81,41 @@ class Identifier:
             width=width if isinstance(width, int) else None,
         )
 
-    def runs(self, args: Sequence[Any]) -> tuple[int, list[Run]] | None:
-        """``(number of tokens, runs in order)``, or None where placeholders and features do not agree."""
+    def runs(self, args: Sequence[Any]) -> tuple[int, int, list[Run]] | None:
+        """``(samples, tokens of each, runs in order)``; None where placeholders and features do not agree."""
         if self.embeddings is not None:
             embeds = args[self.embeddings]
-            marks = marked_spans(embeds)
-            return embeds.shape[1], [
-                Run(start, length, (embeds[:, start : start + length],)) for _, start, length in marks
+            return *embeds.shape[:2], [
+                Run(sample, start, length, (embeds[sample, start : start + length],))
+                for sample, start, length in marked_spans(embeds)
             ]
-        num_tokens, found = 0, []
+        samples, tokens, found = 1, 0, []
         for place, (mask, index) in enumerate(zip(self.masks(*args), self.features, strict=True)):
             if self.width is not None and args[index].shape[-1] != self.width:
                 return None
-            flags = mask.reshape(mask.shape[-2], -1)[:, 0] if mask.dim() > 2 else mask.reshape(-1)
-            num_tokens = flags.shape[0]
-            places = flags.nonzero().flatten().cpu()
+            flags = mask[..., 0] if mask.dim() > 2 else mask
+            samples, tokens = flags.numel() // flags.shape[-1], flags.shape[-1]
+            places = flags.flatten().nonzero().flatten().cpu()
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
             if place < self.num_merges:
-                found.extend(_runs(places, features))
+                found.extend(_runs(places, features, tokens))
             else:
-                extended = _with_additions(found, places, features)
+                extended = _with_additions(found, places, features, tokens)
                 if extended is None:
                     return None
                 found = extended
-        return num_tokens, sorted(found, key=lambda run: run.start)
+        return samples, tokens, sorted(found, key=lambda run: (run.sample, run.start))
 
-    def positions(self, args: Sequence[Any], run: Run, num_tokens: int) -> list[Part]:
+    def positions(self, args: Sequence[Any], run: Run, num_samples: int, num_tokens: int) -> list[Part]:
         """The positions of the run relative to its first token, for the key.
 
         The same pixels laid out in another grid attend to each other differently.
         """
         parts: list[Part] = []
         for index in self.position_inputs:
-            value = args[index]
+            value = of_sample(args[index], run.sample, num_samples, num_tokens)
             dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
             if len(dims) >= 2 and dims[-2:] == [value.dim() - 2, value.dim() - 1]:
                 continue  # a mask over pairs of tokens
@@ -136,20 +138,42 @@ def _says_nothing(relative: Tensor) -> bool:
     return not relative.any() or bool((relative == ramp).all())
 
 
-def _runs(places: Tensor, features: Tensor) -> list[Run]:
-    """The runs of consecutive ``places`` (sorted, int64), with their rows of ``features``."""
+def of_sample(value: Any, sample: int, num_samples: int, num_tokens: int) -> Any:
+    """The part of an input that belongs to one sample; all of it where samples have no dimension.
+
+    Samples are the first dimension, or the one in front of the tokens (``[3, batch, tokens]``).
+    """
+    if num_samples == 1 or not isinstance(value, Tensor):
+        return value
+    dims = [dim - 1 for dim, size in enumerate(value.shape) if size == num_tokens and dim > 0]
+    for dim in (*dims, 0):
+        if value.dim() > 0 and value.shape[dim] == num_samples:
+            return value.narrow(dim, sample, 1)
+    return value
+
+
+def _runs(places: Tensor, features: Tensor, num_tokens: int) -> list[Run]:
+    """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
+
+    An item lies in one sample, so none goes on in the next.
+    """
     if not len(places):
         return []
-    firsts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
+    ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
+    firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
     return [
-        Run(int(places[first]), after - first, (features[first:after],)) for first, after in pairwise(firsts)
+        Run(*divmod(int(places[first]), num_tokens), after - first, (features[first:after],))
+        for first, after in pairwise(firsts)
     ]
 
 
-def _with_additions(runs: list[Run], places: Tensor, features: Tensor) -> list[Run] | None:
+def _with_additions(runs: list[Run], places: Tensor, features: Tensor, num_tokens: int) -> list[Run] | None:
     """The runs with the rows that are added at their tokens; None where some are added at other tokens."""
-    bounds = torch.tensor([(run.start, run.end) for run in runs], dtype=torch.int64).reshape(-1, 2)
-    cuts = torch.searchsorted(places, bounds).tolist()
+    starts = [run.sample * num_tokens + run.start for run in runs]
+    bounds = torch.tensor(
+        [(start, start + run.length) for start, run in zip(starts, runs, strict=True)], dtype=torch.int64
+    )
+    cuts = torch.searchsorted(places, bounds.reshape(-1, 2)).tolist()
     if sum(after - first for first, after in cuts) != len(places):
         return None
     return [

@@ -1,6 +1,6 @@
 """Which donors a request has, and what it leaves behind: the store as one decoder graph sees it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key
 from vlcache_fx.runtime.prefix import Piece, PrefixReader
-from vlcache_fx.runtime.request import Request
+from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.keys import content_digest
 
@@ -42,8 +42,10 @@ class DonorLookup:
         self._weights = tuple(place[node] for node in facts.weights)
         frontiers = {donors.RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
         frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
+        batch = facts.batch_dims or {}
         self.forms = {
-            slot: donors.RowForm.of(frontiers[slot][0].meta["val"], frontiers[slot][1]) for slot in slots
+            slot: donors.RowForm.of(node.meta["val"], dim, batch.get(node))
+            for slot, (node, dim) in ((slot, frontiers[slot]) for slot in slots)
         }
         # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in slots if slot != donors.RESIDUAL}
@@ -58,61 +60,87 @@ class DonorLookup:
     def request(
         self,
         args: Sequence[Any],
+        num_samples: int,
         num_tokens: int,
         runs: Sequence[Run],
         encoder_hit: bool | None,
         clock: Clock,
     ) -> Request:
         """The request for a call of the graph; nothing has been looked up yet."""
+        by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
-        if not long:  # text alone: nothing to look the weights over for
-            return Request(args, num_tokens, runs, (), "", encoder_hit, clock)
-        fingerprint = self._engine.weights_fingerprint([args[index] for index in self._weights])
-        weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
-        spans = []
-        for run in long:
-            positions = self.identifier.positions(args, run, num_tokens)
-            spans.append(Span(0, run.start, run.length, donor_key(run, positions, weights, salt), False))
-        root = content_digest([weights, salt])
-        return Request(args, num_tokens, runs, tuple(spans), root, encoder_hit, clock)
+        spans: list[Span] = []
+        root = ""
+        if long:  # with text alone there is nothing to look the weights over for
+            fingerprint = self._engine.weights_fingerprint([args[index] for index in self._weights])
+            weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
+            for run in long:
+                positions = self.identifier.positions(args, run, num_samples, num_tokens)
+                key = donor_key(run, positions, weights, salt)
+                spans.append(Span(run.sample, run.start, run.length, key, False))
+            root = content_digest([weights, salt])
+        samples = tuple(
+            Sample(index, own, tuple(span for span in spans if span.sample == index))
+            for index, own in enumerate(by_sample)
+        )
+        return Request(args, num_tokens, samples, root, encoder_hit, clock)
 
-    def find(self, request: Request) -> tuple[Request, list[Entry]]:
-        """The request with what the store has for it, and these donors in the order of their tokens."""
+    def find(self, request: Request) -> Request:
+        """The request with what the store has for it.
+
+        A sample of which an item is worth recording is to be computed in full.
+        """
+        samples = []
+        for sample in request.samples:
+            found = self._find(sample, request)
+            records = not found.reuse_is_exact and self._is_worth_recording(found.spans)
+            samples.append(found.without_donors() if records else found)
+        return replace(request, samples=tuple(samples))
+
+    def _find(self, sample: Sample, request: Request) -> Sample:
         looked, found = [], {}
-        for span in request.spans:
+        for span in sample.spans:
             entry = self._get(span.key)
             if entry is not None and donors.fits(entry, self.forms, span.length):
                 found[span.start] = entry
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier))
             else:
                 looked.append(span)
-        prefix, entries = self._known_prefix(request, found)
+        prefix, entries = self._known_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
-        return replace(request, spans=tuple(looked), prefix=prefix), entries
+        return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
 
     def _get(self, key: str) -> Entry | None:
         with self._engine.tolerating_store_errors():
             return self._engine.store.get(key)
         return None
 
-    def _known_prefix(self, request: Request, found: Mapping[int, Entry]) -> tuple[int, list[Entry]]:
+    def _known_prefix(
+        self, request: Request, sample: Sample, found: Mapping[int, Entry]
+    ) -> tuple[int, list[Entry]]:
         policy, _ = self._engine.choice()
-        if not request.spans or not request.is_causal or not policy.keeps_prefix:
+        if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 
         def find(piece: Piece) -> Entry | None:
             return self._get(piece.key) if piece.span is None else found.get(piece.start)
 
-        length, entries = donors.known_prefix(self._pieces(request), find, self.forms)
+        length, entries = donors.known_prefix(self._pieces(request, sample), find, self.forms)
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
-    def _pieces(self, request: Request) -> Iterator[Piece]:
+    def _keeps_prefixes(self, request: Request) -> bool:
+        """Prompts of several samples are padded, so their beginnings are not those of other prompts."""
+        return request.is_causal and len(request.samples) == 1
+
+    def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
+        if len(request.samples) > 1:
+            return [Piece(span.start, span.length, span.key, "", span) for span in sample.spans]
         return self._prefixes.pieces(
-            request.args, request.runs, request.spans, request.num_tokens, request.root
+            request.args, sample.runs, sample.spans, request.num_tokens, request.root
         )
 
-    def is_worth_recording(self, spans: Sequence[Span]) -> bool:
+    def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
         """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
 
         In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
@@ -122,16 +150,18 @@ class DonorLookup:
         repeated = [self._engine.missed_before(key) for key in missed]
         return any(repeated)
 
-    def admit(self, request: Request, recorded: Mapping[str, Tensor], plan: Plan) -> None:
-        """Store the pieces behind the known prefix; every one of their rows was computed, and exactly."""
-        if request.prefix == request.num_tokens:
-            return
-        for piece in self._pieces(request):
-            with self._engine.tolerating_store_errors():
-                if piece.start >= request.prefix and self._is_wanted(piece, request):
-                    stored = donors.admit(self._engine.store, piece, recorded, self.forms, plan)
-                    if not stored and piece.span is not None:
-                        self._engine.note_unstorable(piece.key)
+    def admit(self, request: Request, recorded: Mapping[str, Tensor], plans: Sequence[Plan]) -> None:
+        """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
+        for sample, plan in zip(request.samples, plans, strict=True):
+            if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
+                continue
+            for piece in self._pieces(request, sample):
+                with self._engine.tolerating_store_errors():
+                    if piece.start >= sample.prefix and self._is_wanted(piece, request):
+                        store, index = self._engine.store, sample.index
+                        stored = donors.admit(store, piece, recorded, self.forms, plan, index)
+                        if not stored and piece.span is not None:
+                            self._engine.note_unstorable(piece.key)
 
     def _is_wanted(self, piece: Piece, request: Request) -> bool:
         """True for media, whose donor may be of another prefix, and for text that is not stored yet."""

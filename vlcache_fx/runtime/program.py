@@ -9,6 +9,7 @@ from torch import Tensor
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import Arriving, CudaGraphs, Lowered
 from vlcache_fx.passes import Program
+from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
 
@@ -44,12 +45,12 @@ class ProgramRunner:
         return self.name == "warm" and self._device.type == "cuda" and self._engine.options.cuda_graphs
 
     def bind(
-        self, plan: Plan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]
+        self, plan: Plan | StackedPlan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]
     ) -> list[Tensor | Arriving]:
         """The values of the inputs that passes added, in their order.
 
         Args:
-            plan: rows of this request.
+            plan: rows of this request, of all its samples.
             positions: absolute positions that results need, or None for all.
             tables: donor tables per slot.
         """
@@ -73,7 +74,9 @@ class ProgramRunner:
                 bound.append(moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at])))
             elif kind == "results":
                 assert positions is not None
-                bound.append(moved(torch.searchsorted(plan.rows[-1], positions)))
+                last = plan.rows[-1]
+                wanted = positions.expand(*last.shape[:-1], -1).contiguous()
+                bound.append(moved(torch.searchsorted(last, wanted)))
             else:
                 bound.append(moved(per_level[kind][int(rest)]))
         return bound

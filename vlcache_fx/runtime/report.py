@@ -8,13 +8,14 @@ Mode = Literal["cold", "warm", "bypass"]
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: token positions, the key of its item, whether a donor was found, and in which tier."""
+    """One span: token positions in its sample, the key of its item, whether a donor was found, and where."""
 
     start: int
     length: int
     key: str
     hit: bool
     donor_tier: str | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Report:
         reason: why, in words; None for a warm call.
         num_tokens: sequence length, 0 where it is not known.
         spans: the media spans found.
-        rows_per_layer: rows computed at each layer, and after the last one.
+        rows_per_layer: rows computed at each layer, and after the last one, of every sample.
         prefix_tokens: leading tokens that were reused exactly: everything before them is identical too.
         token_layer_fraction: recomputed share of the reused spans' token-layers; 1.0 in a cold call.
         encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.

@@ -1,13 +1,48 @@
 """One call of a decoder graph."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
+from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.identify import Run
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
+from vlcache_fx.store.entry import Entry
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt of a call, and what the store has for it.
+
+    Attributes:
+        index: its place in the batch.
+        runs: everything that merges fill.
+        spans: the runs that may be reused.
+        prefix: leading tokens that have exact donors.
+        unseen: positions that no other token attends to (padding); None where that is not known.
+        donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
+    """
+
+    index: int
+    runs: tuple[Run, ...]
+    spans: tuple[Span, ...]
+    prefix: int = 0
+    unseen: Tensor | None = None
+    donors: tuple[Entry, ...] = ()
+
+    @property
+    def reuse_is_exact(self) -> bool:
+        """True where every reused span lies in the known prefix."""
+        return not any(span.hit and span.start >= self.prefix for span in self.spans)
+
+    def without_donors(self) -> "Sample":
+        """The same, to be computed in full."""
+        spans = tuple(replace(span, hit=False, tier=None) for span in self.spans)
+        return replace(self, spans=spans, prefix=0, donors=())
 
 
 @dataclass(frozen=True)
@@ -16,41 +51,57 @@ class Request:
 
     Attributes:
         args: the graph's inputs.
-        num_tokens: length of the prompt.
-        runs: everything that merges fill.
-        spans: the runs that may be reused.
+        num_tokens: length of each prompt, padding included.
+        samples: one per prompt.
         root: what keys of rows depend on beside the prompt; empty without spans.
         encoder_hit: see ``Report``.
-        prefix: leading tokens that have exact donors.
         is_causal: True where no token sees a later one, but for media among themselves.
     """
 
     args: Sequence[Any]
     num_tokens: int
-    runs: Sequence[Run]
-    spans: tuple[Span, ...]
+    samples: tuple[Sample, ...]
     root: str
     encoder_hit: bool | None
     clock: Clock = field(default_factory=Clock)
-    prefix: int = 0
     is_causal: bool = False
 
     @property
-    def reuse_is_exact(self) -> bool:
-        """True where every reused span lies in the known prefix."""
-        return not any(span.hit and span.start >= self.prefix for span in self.spans)
+    def spans(self) -> tuple[Span, ...]:
+        """Those of all samples, in order."""
+        return tuple(span for sample in self.samples for span in sample.spans)
 
-    def report(self, mode: Mode, reason: str | None, plan: Plan, fraction: float) -> Report:
-        """The report of this call; the arguments as in ``Report``."""
+    @property
+    def donors(self) -> list[Entry]:
+        """Those of all samples, in order: the rows of the donor table."""
+        return [entry for sample in self.samples for entry in sample.donors]
+
+    def without_donors(self) -> "Request":
+        """The same, to be computed in full."""
+        return replace(self, samples=tuple(sample.without_donors() for sample in self.samples))
+
+    def report(self, mode: Mode, reason: str | None, plans: Sequence[Plan], fraction: float) -> Report:
+        """The report of this call; the arguments as in ``Report``, with a plan per sample."""
         return Report(
             mode=mode,
             reason=reason,
             num_tokens=self.num_tokens,
-            spans=tuple(SpanReport(s.start, s.length, s.key, s.hit, s.tier) for s in self.spans),
-            rows_per_layer=plan.rows_per_layer,
-            prefix_tokens=self.prefix,
+            spans=tuple(SpanReport(s.start, s.length, s.key, s.hit, s.tier, s.sample) for s in self.spans),
+            rows_per_layer=together(plans).rows_per_layer,
+            prefix_tokens=max(sample.prefix for sample in self.samples),
             token_layer_fraction=fraction,
             encoder_hit=self.encoder_hit,
             timings_ms=dict(self.clock.elapsed_ms),
-            explanations=plan.explanations,
+            explanations=tuple(note for plan in plans for note in plan.explanations),
         )
+
+    def computed_share(self, plans: Sequence[Plan]) -> float:
+        """The computed share of all reused spans' token-layers."""
+        tokens = [sum(span.length for span in sample.spans if span.hit) for sample in self.samples]
+        computed = sum(plan.token_layer_fraction * count for plan, count in zip(plans, tokens, strict=True))
+        return computed / sum(tokens) if sum(tokens) else 0.0
+
+
+def together(plans: Sequence[Plan]) -> Plan | StackedPlan:
+    """What programs are given: a plan of one sample as it is, several side by side."""
+    return plans[0] if len(plans) == 1 else stack_plans(plans)

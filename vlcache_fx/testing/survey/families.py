@@ -14,8 +14,14 @@ TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
 
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
-    "qwen2_5_vl": {"text_config.rope_parameters": MROPE},
-    "glm4v": {"text_config.rope_parameters": MROPE},
+    **{
+        name: {"text_config.rope_parameters": MROPE}
+        for name in ("qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr")
+    },
+    "glm4v_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
+    "aria": {"projector_patch_to_query_dict": {36: 9}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "video_llama_3": {"vision_config.merge_size": 2},
     "llava_onevision": {"image_grid_pinpoints": TILES},
     "llava_next": {"image_grid_pinpoints": TILES},
     "llava_next_video": {"image_grid_pinpoints": TILES},
@@ -26,7 +32,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
         "text_config.moe_layers": [1, 2],
     },
-    "gemma3": {"mm_tokens_per_image": 9},
+    **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "mllama": {
         "vision_config.max_num_tiles": 4,
