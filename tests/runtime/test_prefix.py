@@ -245,6 +245,7 @@ def test_media_too_short_to_be_spans_count_with_their_content() -> None:
     ids = torch.arange(20)[None]
     reader = PrefixReader((0,), ())
     made = [
-        list(reader.pieces([ids], [Run(4, 4, torch.full((4, 2), value))], [], 20, "")) for value in (0.0, 1.0)
+        list(reader.pieces([ids], [Run(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""))
+        for value in (0.0, 1.0)
     ]
     assert [one.key == two.key for one, two in zip(*made, strict=True)] == [True, False, False]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -52,23 +52,34 @@ class EncoderCache:
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
-        self._encode, self._module, self._engine = encode, module, engine
-        self._pixels_name, self._grids_name = PIXELS[modality]
+        self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
+        self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._split = True  # until a result turns up that does not tell items apart
 
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return dict(zip((self._pixels_name, self.grids_name), args, strict=False)) | dict(kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the encoder's own method."""
-        call = dict(zip((self._pixels_name, self._grids_name), args, strict=False)) | kwargs
+        output = self._encoded(args, kwargs)
+        features = getattr(output, "pooler_output", None)
+        if isinstance(features, list | tuple) and all(isinstance(one, Tensor) for one in features):
+            self._engine.note_items(self._modality, [one.shape[0] for one in features])
+        return output
+
+    def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        call = self.arguments(args, kwargs)
         pixels = call.get(self._pixels_name)
         if len(args) > 2 or not isinstance(pixels, Tensor) or torch.is_grad_enabled():
-            return self._encode(*args, **kwargs)
+            return self.encode(*args, **kwargs)
         items = self._items(call) if self._split else None
         if items is None or len(items) < 2:
             return self._one(call)
         keys = self._keys(items, call)
         if keys is None:
-            return self._encode(*args, **kwargs)
+            return self.encode(*args, **kwargs)
         found = [self._get(key) for key in keys]
         missing = [index for index, entry in enumerate(found) if entry is None]
         if missing:
@@ -84,13 +95,13 @@ class EncoderCache:
                 self._put(keys[index], type(output), part)
         result = self._result(found)
         self._engine.note_encoder(hit=not missing and result is not None)
-        return self._encode(*args, **kwargs) if result is None else result
+        return self.encode(*args, **kwargs) if result is None else result
 
     def _one(self, call: dict[str, Any]) -> Any:
         """A call that is one item, or is kept as a whole."""
         keys = self._keys([_tensors(call)], call)
         if keys is None:
-            return self._encode(**call)
+            return self.encode(**call)
         stored = self._get(keys[0])
         result = None if stored is None else self._result([stored])
         self._engine.note_encoder(hit=result is not None)
@@ -106,13 +117,13 @@ class EncoderCache:
 
     def _run(self, call: dict[str, Any]) -> Any:
         with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
-            output = self._encode(**call)
+            output = self.encode(**call)
         self._classes[type(output).__name__] = type(output)
         return output
 
     def _items(self, call: dict[str, Any]) -> list[Item] | None:
         """The tensors of each item; None where the arguments do not tell items apart."""
-        pixels, grids = call[self._pixels_name], call.get(self._grids_name)
+        pixels, grids = call[self._pixels_name], call.get(self.grids_name)
         others = _tensors(call)
         del others[self._pixels_name]
         if isinstance(grids, Tensor):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
+from vlcache_fx.integrations.frames import FrameCache
 from vlcache_fx.integrations.items import with_one_tensor
 from vlcache_fx.runtime.engine import Engine
 
@@ -137,7 +138,7 @@ def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
         encode = getattr(base, name, None)
         if encode is None:
             continue
-        encoder = EncoderCache(encode, base, modality, engine)
+        encoder = FrameCache(EncoderCache(encode, base, modality, engine))
         untraced = torch.compiler.disable(encoder.__call__)  # type: ignore[no-untyped-call]
         setattr(base, name, functools.wraps(encode)(untraced))
         hooked.append(modality)

@@ -49,10 +49,10 @@ class DecoderRunner:
 
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
-        noted = self.engine.take_encoder_note()
+        noted, items = self.engine.take_encoder_note(), self.engine.take_items()
         identifier, clock = self._donors.identifier, Clock()
         with clock.measure("identify"):
-            identified = identifier.runs(args)
+            identified = identifier.runs(args, items)
             if identified is None:
                 return self._bypass(args, "placeholders and encoder features do not agree in number or width")
             num_samples, num_tokens, runs = identified

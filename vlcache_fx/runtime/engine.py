@@ -165,6 +165,17 @@ class Engine:
         self._call.encoder_hit = None
         return hit
 
+    def note_items(self, modality: str, lengths: Sequence[int]) -> None:
+        """Rows of features of each item that was encoded: the next prefill tells items apart by them."""
+        items: dict[str, tuple[int, ...]] = getattr(self._call, "items", {})
+        self._call.items = {**items, modality: tuple(lengths)}
+
+    def take_items(self) -> list[tuple[int, ...]]:
+        """What ``note_items`` said since the last prefill of this thread."""
+        items: dict[str, tuple[int, ...]] = getattr(self._call, "items", {})
+        self._call.items = {}
+        return list(items.values())
+
     def refuse(self, refusal: UnsupportedGraphError) -> None:
         """Log a refusal, or raise it in strict mode."""
         if self.options.strict:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.store.keys import Part, content_digest
+
+EMBEDDING = torch.ops.aten.embedding.default
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Identifier:
         num_merges: how many of these are merges; additions follow.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
+        looked_up: those of them that name rows of a table, as token ids do: what they are counts, not how
+            they differ from each other.
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
 
@@ -53,6 +57,7 @@ class Identifier:
     features: tuple[int, ...]
     num_merges: int
     position_inputs: tuple[int, ...]
+    looked_up: frozenset[int] = frozenset()
     embeddings: int | None = None
     width: int | None = None
 
@@ -61,15 +66,11 @@ class Identifier:
         """Build it from the facts of ``module``; every merge's features must be an input."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         index = {node: i for i, node in enumerate(placeholders)}
-        used = {parent for step in facts.steps for parent in step.all_input_nodes if parent in facts.taint}
-        used |= {
-            p
-            for layer in facts.layers
-            for node in layer.full_part
-            for p in node.all_input_nodes
-            if p in facts.taint
-        }
+        full = [node for layer in facts.layers for node in layer.full_part]
+        used = {p for node in (*facts.steps, *full) for p in node.all_input_nodes if p in facts.taint}
+        used -= {addition.node for addition in facts.additions}  # their rows are part of a run's content
         reached = ancestors(used)
+        tables = ancestors(node.args[1] for node in reached if node.target is EMBEDDING)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         places = [*facts.merges, *facts.additions]
         return cls(
@@ -77,12 +78,21 @@ class Identifier:
             features=tuple(index[place.features] for place in places),
             num_merges=len(facts.merges),
             position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
+            looked_up=frozenset(i for i in data_inputs if placeholders[i] in tables),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
             width=width if isinstance(width, int) else None,
         )
 
-    def runs(self, args: Sequence[Any]) -> tuple[int, int, list[Run]] | None:
-        """``(samples, tokens of each, runs in order)``; None where placeholders and features do not agree."""
+    def runs(
+        self, args: Sequence[Any], items: Sequence[Sequence[int]] = ()
+    ) -> tuple[int, int, list[Run]] | None:
+        """``(samples, tokens of each, runs in order)``; None where placeholders and features do not agree.
+
+        Args:
+            args: the graph's inputs.
+            items: where it is known, the rows of features of each item, per modality. Items that follow each
+                other without text between them, such as frames, are runs of their own then.
+        """
         if self.embeddings is not None:
             embeds = args[self.embeddings]
             return *embeds.shape[:2], [
@@ -100,7 +110,8 @@ class Identifier:
             if len(places) != features.shape[0]:
                 return None
             if place < self.num_merges:
-                found.extend(_runs(places, features, tokens))
+                lengths = next((one for one in items if sum(one) == len(places)), ())
+                found.extend(_runs(places, features, tokens, lengths))
             else:
                 extended = _with_additions(found, places, features, tokens)
                 if extended is None:
@@ -123,7 +134,7 @@ class Identifier:
                 parts.append(value)
                 continue
             own = value.narrow(dims[0], run.start, run.length).movedim(dims[0], -1)
-            if own.is_floating_point() or own.dtype == torch.bool:
+            if index in self.looked_up or own.is_floating_point() or own.dtype == torch.bool:
                 parts.append(own)  # differences of cos and sin mean nothing: such donors serve one offset
                 continue
             relative = own - own[..., :1]
@@ -152,14 +163,16 @@ def of_sample(value: Any, sample: int, num_samples: int, num_tokens: int) -> Any
     return value
 
 
-def _runs(places: Tensor, features: Tensor, num_tokens: int) -> list[Run]:
+def _runs(places: Tensor, features: Tensor, num_tokens: int, lengths: Sequence[int]) -> list[Run]:
     """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
 
-    An item lies in one sample, so none goes on in the next.
+    An item lies in one sample, so none goes on in the next; where ``lengths`` of items are known, none goes
+    on behind one of them.
     """
     if not len(places):
         return []
     ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
+    ends[torch.tensor(list(accumulate(lengths[:-1])), dtype=torch.int64) - 1] = True
     firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
     return [
         Run(*divmod(int(places[first]), num_tokens), after - first, (features[first:after],))
