@@ -1,0 +1,164 @@
+"""One family tried out: what becomes of it, through ``vlcache_fx.compile`` and through the backend alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import vlcache_fx
+from vlcache_fx.backend import engine_for
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store import MemoryStore
+from vlcache_fx.testing.survey.families import FamilyModel, build_family, known_families
+from vlcache_fx.testing.survey.prompts import image_prompt
+
+ENTRIES = ("vlcache_fx.compile", "torch.compile")
+NEW_TOKENS = 3
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest one: kernels round other shapes otherwise."""
+
+OPTIONS: dict[str, Any] = {"lowering": "eager", "min_span_tokens": 2, "budget": 0.1, "policy": "uniform"}
+DYNAMO = {
+    "capture_scalar_outputs": True,
+    "capture_dynamic_output_shape_ops": True,
+    "recompile_limit": 64,
+}
+
+
+class SurveyError(Exception):
+    """A compiled model gave another answer than the unmodified one, or did not do what it reported."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one family.
+
+    Attributes:
+        model_type: of the family.
+        model_class: in transformers.
+        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``; empty where
+            the small model could not be built or run without this package.
+        detail: why it was refused, or could not be built.
+    """
+
+    model_type: str
+    model_class: str
+    results: dict[str, str]
+    detail: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)
+
+
+def try_family(model_type: str, entries: tuple[str, ...] = ENTRIES) -> Outcome:
+    """Build the family's small model and generate with it: a new image, the image moved, a smaller budget.
+
+    Every answer of the compiled model is compared with the unmodified one's, where all is computed: token ids
+    and logits of the prefill and of decoding steps.
+
+    Raises:
+        SurveyError: an answer differs.
+    """
+    name = known_families()[model_type]
+    try:
+        family = build_family(model_type)
+        _generate(family.model, image_prompt(family, 5, 7, image=1))
+    except Exception as error:  # noqa: BLE001 - whatever the family's own code raises
+        detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return Outcome(model_type, name, {}, detail[:200])
+    results, details = {}, []
+    for entry in entries:
+        results[entry], detail = _try_entry(family, entry)
+        details += [detail] if detail and detail not in details else []
+    return Outcome(model_type, name, results, "; ".join(details))
+
+
+def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
+    with _quiet_compiler():
+        compiled = FamilyModel(family.model_type, copy.deepcopy(family.model), family.special)
+        engine = _compile(compiled.model, entry)
+        first = image_prompt(family, 5, 7, image=1)
+        moved = image_prompt(family, 9, 6, image=1, text=1)
+        with engine.using(policy="full"):
+            _compare(family, compiled, first)
+            if _report(engine)["mode"] == "bypass":
+                _compare(family, compiled, moved)
+                return _refused(engine)
+            _expect(engine, "cold")
+            _compare(family, compiled, moved)
+            _expect(engine, "warm")
+        if not _report(engine)["spans"]:
+            return "exact reuse", ""
+        again = image_prompt(family, 7, 8, image=1, text=2)
+        _generate(compiled.model, again)
+        _expect(engine, "warm")
+        if not 0 < _report(engine)["token_layer_fraction"] < 1:
+            raise SurveyError(f"{family.model_type}: {_report(engine)['token_layer_fraction']} recomputed")
+        return "reuse", ""
+
+
+def _compile(model: Any, entry: str) -> Engine:
+    if entry == "vlcache_fx.compile":
+        engine: Engine = vlcache_fx.compile(model, dynamic=True, **OPTIONS).vlcache
+        return engine
+    options = OPTIONS | {"store": MemoryStore(1 << 28)}  # equal options would share an engine
+    model.forward = torch.compile(model.forward, backend="vlcache", options=options, dynamic=True)
+    return engine_for(options)
+
+
+def _generate(model: Any, prompt: dict[str, Any]) -> Any:
+    settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    with torch.no_grad():
+        return model.generate(**prompt, **settings, return_dict_in_generate=True, output_logits=True)
+
+
+def _compare(family: FamilyModel, compiled: FamilyModel, prompt: dict[str, Any]) -> None:
+    want, got = _generate(family.model, dict(prompt)), _generate(compiled.model, dict(prompt))
+    for ours, theirs in zip(got.logits, want.logits, strict=True):
+        off, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
+        if not off <= TOLERANCE * max(scale, 1.0):
+            raise SurveyError(f"{family.model_type}: logits are off by {off:.2g}, the largest is {scale:.2g}")
+    if not torch.equal(got.sequences, want.sequences):
+        raise SurveyError(f"{family.model_type}: other tokens")
+
+
+def _report(engine: Engine) -> dict[str, Any]:
+    report = engine.last_report
+    if report is None:
+        raise SurveyError("no prefill was reported")
+    return report
+
+
+def _expect(engine: Engine, mode: str) -> None:
+    report = _report(engine)
+    if report["mode"] != mode:
+        raise SurveyError(f"mode {report['mode']} in place of {mode}: {report['reason']}")
+
+
+def _refused(engine: Engine) -> tuple[str, str]:
+    refusal = next(iter(engine.refusals), None)
+    if refusal is None:
+        return "not reused", str(_report(engine)["reason"])
+    return f"refused: {refusal.reason.value}", refusal.detail
+
+
+@contextmanager
+def _quiet_compiler() -> Iterator[None]:
+    """Dynamo starts empty, so that no limit of it is reached, and says nothing of what it cannot trace."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    torch._dynamo.reset()
+    log.setLevel(logging.ERROR)
+    try:
+        with torch._dynamo.config.patch(DYNAMO):
+            yield
+    finally:
+        log.setLevel(level)
+        torch._dynamo.reset()
