@@ -32,8 +32,8 @@ DYNAMO = {
 
 
 STATIC_FIRST = frozenset({"gemma4"})
-"""Families that are traced with plain lengths first: with symbolic ones from the start, their own check of the
-number of features contradicts what torch knows of these lengths."""
+"""Families that are traced with plain lengths first: with symbolic ones from the start, their own check of
+the number of features contradicts what torch knows of these lengths."""
 
 
 class SurveyError(Exception):

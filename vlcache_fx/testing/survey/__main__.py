@@ -1,0 +1,51 @@
+"""Try families out: ``python -m vlcache_fx.testing.survey --write README.md``."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from vlcache_fx.testing.survey.families import known_families
+from vlcache_fx.testing.survey.outcome import Outcome, SurveyError, try_family
+from vlcache_fx.testing.survey.table import NAMED, markdown, write_into
+
+
+def main(
+    families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them by default.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Document that has a place for the table.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the outcomes.")] = None,
+) -> None:
+    """Build each family's smallest model and generate with and without reuse."""
+    console, outcomes = Console(stderr=True), []
+    known = known_families()
+    names = families or [*NAMED, *(name for name in known if name not in NAMED)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        console.print(f"error: unknown families {', '.join(unknown)}; known are: {', '.join(known)}")
+        raise typer.Exit(2)
+    for name in track(names, "families", console=console, transient=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of other libraries about their own defaults
+            try:
+                outcomes.append(try_family(name))
+            except SurveyError as error:
+                outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "wrong"}, str(error)))
+            except Exception as error:  # noqa: BLE001 - one family must not end the survey
+                detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "failed"}, detail))
+        if output is not None:  # after each: it takes half an hour
+            output.write_text(json.dumps([one.as_dict() for one in outcomes], indent=1) + "\n", "utf-8")
+    table = markdown(outcomes)
+    typer.echo(table)
+    if write is not None:
+        write_into(write, table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,65 @@
+"""Outcomes as Markdown, and in the place of a document that is kept for them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlcache_fx.testing.survey.outcome import ENTRIES, Outcome
+
+NAMED = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "llava", "llava_onevision", "internvl",
+    "idefics3", "smolvlm", "mistral3", "llama4", "gemma3", "gemma4", "paligemma", "qwen3_5", "mllama",
+)  # fmt: skip
+"""Families with a row of their own; the tests try each of them."""
+
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+
+
+def markdown(outcomes: Sequence[Outcome]) -> str:
+    """A table of the named families, and the others in a list per result."""
+    by_type = {outcome.model_type: outcome for outcome in outcomes}
+    lines = [
+        f"| family | class | {' | '.join(f'`{entry}`' for entry in ENTRIES)} | why not |",
+        "|---|---|---|---|---|",
+        *(row(by_type[name]) for name in NAMED if name in by_type),
+    ]
+    others = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.model_type not in NAMED:
+            others[_group(outcome)].append(outcome.model_type)
+    if others:
+        lines += ["", "Others, with the same test:", ""]
+        lines += [f"- {group}: {', '.join(names)}" for group, names in sorted(others.items())]
+    return "\n".join(lines)
+
+
+def row(outcome: Outcome) -> str:
+    """The family's line of the table."""
+    results = [outcome.results.get(entry, "not run") for entry in ENTRIES]
+    name = f"`{outcome.model_class}`"
+    return f"| {outcome.model_type} | {name} | {' | '.join(results)} | {outcome.detail} |"
+
+
+def _group(outcome: Outcome) -> str:
+    if not outcome.results:
+        return "small model could not be built or run without this package"
+    results = list(dict.fromkeys(outcome.results.values()))
+    if len(results) == 1:
+        return results[0]
+    return "; ".join(f"{result} through `{entry}`" for entry, result in outcome.results.items())
+
+
+def write_into(document: Path, table: str) -> None:
+    """Replace what stands between the two marks of the document.
+
+    Raises:
+        ValueError: the document has no place for the table.
+    """
+    text = document.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document} has no lines {BEGIN!r} and {END!r}")
+    document.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
