@@ -81,12 +81,11 @@ def test_static_graphs() -> None:
 
 
 def test_strict_raises_the_refusal_itself() -> None:
-    pair = with_api(tiny_vlm(), strict=True)
-    batch = {name: torch.cat([value, value]) for name, value in FIRST.items()}
-    where = r"node 'masked_scatter', from .*tiny_vlm\.py"
+    pair = with_api(tiny_vlm(learned_positions=True), strict=True)
+    where = r"node 'add', from .*tiny_vlm\.py"
     with pytest.raises(UnsupportedGraphError, match=where) as refused, torch.no_grad():
-        pair.model(**batch)
-    assert refused.value.reason is Reason.BATCHED
+        pair.model(**FIRST)
+    assert refused.value.reason is Reason.POSITION_IN_STREAM
 
 
 def test_inference_mode_and_no_grad_share_donors() -> None:
@@ -111,10 +110,9 @@ def test_explain_names_layers_and_merges() -> None:
     assert explanation.encoder_in_graph
     assert len(set(explanation.key_frontiers)) == 2
     assert pair.engine.last_report is None
-    batch = {name: torch.cat([value, value]) for name, value in FIRST.items()}
-    (explanation,) = pair.engine.explain(**batch)
+    (explanation,) = with_api(tiny_vlm(learned_positions=True)).engine.explain(**FIRST)
     assert explanation.kind == "unmodified"
-    assert "[batched]" in explanation.reason
+    assert "[position_in_stream]" in explanation.reason
 
 
 def test_qwen_called_directly_equals_the_model() -> None:

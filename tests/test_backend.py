@@ -107,13 +107,6 @@ def with_buffer() -> WithBuffer:
     return model
 
 
-def batch_of_two() -> dict[str, Tensor]:
-    return {
-        "input_ids": FIRST["input_ids"].repeat(2, 1),
-        "pixel_values": torch.cat([FIRST["pixel_values"], FIRST["pixel_values"] + 1]),
-    }
-
-
 # Finding it -------------------------------------------------------------------------------------------------
 
 
@@ -212,18 +205,18 @@ def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, 
     return report
 
 
-def test_a_batch_is_refused_with_node_and_source_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_learned_positions_are_refused_with_node_and_source_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
-        pair = with_backend(tiny_vlm(last_only=False))
-        report = refused(pair, Reason.BATCHED, batch_of_two(), batch_of_two())
-    assert "node 'masked_scatter'" in report["reason"]
+        pair = with_backend(tiny_vlm(last_only=False, learned_positions=True))
+        report = refused(pair, Reason.POSITION_IN_STREAM, FIRST, SECOND)
+    assert "node 'add'" in report["reason"]
     assert "tiny_vlm.py" in report["reason"]
-    assert "embeds = embeds.masked_scatter(mask, features)" in report["reason"]
+    assert "x = embeds + self.positions(position_ids)" in report["reason"]
     messages = [r.getMessage() for r in caplog.records if r.name == "vlcache_fx"]
     assert len(messages) == 1  # once for the graph, not once for every call
-    assert "[batched]" in messages[0]
+    assert "[position_in_stream]" in messages[0]
     refusal = pair.engine.refusals[0]
-    assert refusal.node == "masked_scatter"
+    assert refusal.node == "add"
     assert refusal.source_line is not None
 
 
@@ -243,10 +236,6 @@ def test_written_inputs_are_refused_and_written() -> None:
     assert pair.report["mode"] == "bypass"
     assert "[mutated_inputs]" in pair.report["reason"]
     assert "node 'arg" in pair.report["reason"]
-
-
-def test_learned_positions_are_refused() -> None:
-    refused(with_backend(tiny_vlm(last_only=False, learned_positions=True)), Reason.POSITION_IN_STREAM, FIRST)
 
 
 def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixture) -> None:
@@ -310,18 +299,18 @@ def test_a_failing_pass_costs_the_reuse_alone(
 
 def test_strict_raises_through_dynamo() -> None:
     """Dynamo wraps what a backend raises. Its message is ours behind a heading; the typed error is inside."""
-    pair = with_backend(tiny_vlm(), strict=True)
+    pair = with_backend(tiny_vlm(learned_positions=True), strict=True)
     with (
         pytest.raises(
-            BackendCompilerFailed, match=r"\[batched\].*node 'masked_scatter', from .*tiny_vlm.py"
+            BackendCompilerFailed, match=r"\[position_in_stream\].*node 'add', from .*tiny_vlm.py"
         ) as failed,
         torch.no_grad(),
     ):
-        pair.model(**batch_of_two())
+        pair.model(**FIRST)
     inner = failed.value.inner_exception
     assert isinstance(inner, UnsupportedGraphError)
-    assert inner.reason is Reason.BATCHED
-    assert inner.node == "masked_scatter"
+    assert inner.reason is Reason.POSITION_IN_STREAM
+    assert inner.node == "add"
 
 
 def test_strict_raises_what_is_found_in_a_call() -> None:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 # A part imports from itself and from the lines above it, never from its own line or from below.
 ORDER = [
     ["errors"],
-    ["plan", "store", "capture", "ops", "options"],
+    ["plan", "store", "ops", "options"],
+    ["capture"],
     ["analysis"],
     ["policies", "passes"],
     ["lowering"],

@@ -59,7 +59,7 @@ class Reason(StrEnum):
     POSITION_IN_STREAM = "position_in_stream"
     """Positions are added to the residual stream itself (learned embeddings): K cannot be position-free."""
     BATCHED = "batched"
-    """More than one sample per call."""
+    """Several samples per call, and rows cannot be taken sample by sample."""
     MUTATED_INPUTS = "mutated_inputs"
     """The graph writes to its inputs (a static KV cache, for example)."""
     PAST_KEYS = "past_keys"

@@ -50,7 +50,9 @@ class DenseAdditions(Pass):
 
 def _addition(node: Node) -> tuple[Node, Node, Node] | None:
     """``(x, mask, features)`` of ``index_put(x, [mask], index(x, [mask]) + features)``."""
-    if packet_of(node) is not aten.index_put or (len(node.args) > 3 and node.args[3]):
+    if packet_of(node) is not aten.index_put:
+        return None
+    if node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False):
         return None
     stream, indices, total = node.args[:3]
     mask = _only_mask(indices)

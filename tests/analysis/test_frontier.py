@@ -9,9 +9,11 @@ from torch.nn import functional as F
 
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import rotary_angles
 
-from .graphs import attend, capture, captured_vlm
+from ..models import wired
+from .graphs import CALL, attend, capture, captured_vlm
 
 
 def kinds(facts: DecoderFacts) -> list[tuple[str, str]]:
@@ -136,6 +138,32 @@ def test_keys_that_a_cache_returns_are_no_obstacle() -> None:
     facts = analyze(capture(caching, {"x": torch.randn(1, 6, 4)}, key=nn.Linear(4, 4)))
     assert "transpose" in str([node.target for node in facts.layers[0].full_part])
     assert kinds(facts)[0][0] == "linear"
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"), [("shared", (False, False)), ("shared values", (True, False)), ("side", (True, True))]
+)
+@pytest.mark.parametrize("explicit_mask", [False, True])
+def test_a_layer_has_frontiers_for_keys_and_values_of_its_own(
+    kind: str, last: tuple[bool, bool], explicit_mask: bool
+) -> None:
+    """Those of an earlier layer are stored once, there; also where heads are repeated for every layer."""
+    facts = analyze(captured_graph(wired(kind, explicit_mask=explicit_mask), CALL)[0])
+    own = [(layer.key_frontier is not None, layer.value_frontier is not None) for layer in facts.layers]
+    assert own == [(True, True), (True, True), last]
+    letters = [letter for letter, there in zip("kv", last, strict=True) if there]
+    slots = [frontier.slot for frontier in facts.frontiers]
+    assert slots == ["0.k", "0.v", "1.k", "1.v", *[f"2.{letter}" for letter in letters]]
+    for layer, members in zip(facts.layers, facts.stream.members, strict=True):
+        assert {*layer.kv_part, *layer.full_part, *layer.q_part} == set(members)
+
+
+def test_values_of_an_earlier_layer_are_added_behind_the_frontier() -> None:
+    """Those are of all tokens by then; what is stored is the layer's own part."""
+    facts = analyze(captured_graph(wired("residual values"), CALL)[0])
+    assert kinds(facts) == [("linear", "linear")] * 3
+    for layer in facts.layers[1:]:
+        assert any(node.target is torch.ops.aten.add.Tensor for node in layer.full_part)
 
 
 def test_attend_is_causal() -> None:

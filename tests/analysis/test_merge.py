@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -69,3 +70,34 @@ def test_a_merge_that_leads_to_no_attention_is_none_of_ours() -> None:
     call = {"x": torch.ones(1, 3, 4), "mask": torch.ones(1, 3, 4, dtype=torch.bool)}
     graph = capture(beside, call).graph_module.graph
     assert find_merges(graph, find_sites(graph)) == ()
+
+
+def deepstack(ids: Tensor, mask: Tensor, pixels: Tensor, embed: nn.Module, encoder: nn.Module) -> Tensor:
+    """Features that are merged, and others that are added behind the first layer."""
+    features = encoder(pixels)
+    x = embed(ids).masked_scatter(mask[..., None], features)
+    x = x + attend(x)
+    x = x.clone()
+    x[mask, :] = x[mask, :] + features.tanh()
+    return x + attend(x)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_features_that_are_added_behind_a_layer(dynamic: bool | None) -> None:
+    mask = torch.tensor([[False, True, True, False, False]])
+    call = {"ids": torch.tensor([[1, 2, 3, 4, 5]]), "mask": mask, "pixels": torch.randn(2, 4)}
+    parts = {"embed": nn.Embedding(9, 4), "encoder": nn.Linear(4, 4)}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        captured = capture(deepstack, call, dynamic, **parts)
+    facts = analyze(captured)
+    (addition,) = facts.additions
+    assert addition.node.target is torch.ops.vlcache.scatter_rows.default
+    assert str(addition.features.target) == "aten.tanh.default"
+    assert addition.mask.op == "placeholder"
+    assert facts.num_layers == 2
+    assert addition.node not in facts.stream.nodes  # it is gathered like any table of all tokens
+    assert {addition.features, facts.merges[0].features} <= set(facts.encoder)
+
+
+def test_no_addition() -> None:
+    assert analyze(captured_vlm()).additions == ()

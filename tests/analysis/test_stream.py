@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.testing.graphs import captured_graph
 
-from .graphs import attend, capture, captured_vlm
+from ..models import LAYERS, WIRINGS, wired
+from .graphs import CALL, attend, capture, captured_vlm
 
 X = torch.randn(1, 6, 4)
 
@@ -72,19 +74,53 @@ def test_hidden_states_of_inner_layers_are_refused() -> None:
     assert "the graph returns it" in refusal.detail
 
 
-def test_a_side_path_around_a_layer_is_refused() -> None:
-    def skipping(x: Tensor) -> Tensor:
+@pytest.mark.parametrize("kind", WIRINGS)
+def test_paths_around_layers_leave_the_residual_where_it_is(kind: str) -> None:
+    """A layer ends where the attention behind it can see it alone, whatever else goes by."""
+    stream = analyze(captured_graph(wired(kind), CALL)[0]).stream
+    assert str(stream.boundaries[0].target) == "aten.masked_scatter.default"
+    assert [str(boundary.target) for boundary in stream.boundaries[1:]] == ["aten.add.Tensor"] * LAYERS
+    parts = [node for members in stream.members for node in members]
+    assert len(parts) == len(set(parts))
+    assert set(stream.nodes) == {stream.boundaries[0], *parts, *stream.tail}
+
+
+def test_a_side_path_belongs_to_the_layer_that_can_first_have_it() -> None:
+    stream = analyze(captured_graph(wired("side"), CALL)[0]).stream
+    (side,) = [node for node in stream.nodes if node.target is torch.ops.aten.tanh.default]
+    assert side in stream.members[0]
+
+
+def test_two_tensors_between_attention_calls_are_refused() -> None:
+    """Queries of one, keys and values of the other: none of them is the residual."""
+
+    def pair(x: Tensor) -> Tensor:
         x = x * 2
-        return x + attend(attend(x) * 2)
+        attention = nn.functional.scaled_dot_product_attention
+        heads = x[:, None]
+        first = attention(heads, heads, heads, is_causal=True)
+        return x + attention(first * 2, first.exp(), first.exp(), is_causal=True)[:, 0]
 
-    assert refused(skipping, x=X).reason is Reason.NO_STREAM
+    refusal = refused(pair, x=X)
+    assert refusal.reason is Reason.NO_STREAM
+    assert "no single residual tensor enters" in refusal.detail
 
 
-def test_more_than_one_sample_is_refused() -> None:
+def test_attention_that_nothing_follows_is_refused() -> None:
+    def unused(x: Tensor) -> Tensor:
+        x = x * 2
+        attend(x)
+        return x
+
+    assert refused(unused, x=X).reason is Reason.NO_STREAM
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_several_samples_have_one_stream(dynamic: bool | None) -> None:
     def batched(x: Tensor) -> Tensor:
         x = x * 2
         return x + attend(x)
 
-    refusal = refused(batched, x=torch.randn(2, 6, 4))
-    assert refusal.reason is Reason.BATCHED
-    assert "(2, 6, 4)" in refusal.detail
+    facts = analyze(capture(batched, {"x": torch.randn(2, 6, 4)}, dynamic))
+    assert len(facts.stream.boundaries) == 2
+    assert facts.batch_dims is not None

@@ -92,25 +92,29 @@ def split_layer(
             TOKEN_AXIS_LOST where the parts cannot be told apart.
     """
     inside = dict.fromkeys(members)
-    own = [operand for operand in (site.key, site.value) if operand in inside or operand is entering]
-    if not own:  # those of an earlier layer, which makes them whole
+    key, value = (  # None for those of an earlier layer, which makes them whole
+        _frontier(site, operand, entering, inside, taint, position)
+        if operand in inside or operand is entering
+        else None
+        for operand in (site.key, site.value)
+    )
+    frontiers = [node for node in (key, value) if node is not None]
+    if not frontiers:
         return LayerParts(site, None, None, {}, {}, dict.fromkeys(members))
-    key = _frontier(site, site.key, entering, inside, taint, position)
-    value = _frontier(site, site.value, entering, inside, taint, position)
-    kv_part = ancestors([key, value], inside)
+    kv_part = ancestors(frontiers, inside)
     for (
         node
     ) in members:  # the queries of a fused projection are a piece of what the kv part computes as a whole
         if any(parent in kv_part and not _is_tensor(parent) for parent in data_inputs(node)):
             kv_part[node] = None
-    behind = descendants([key, value], {n: None for n in inside if n is not site.node})
+    behind = descendants(frontiers, {n: None for n in inside if n is not site.node})
     before_site = ancestors([site.key, site.value], inside)
     full_part = {node: None for node in behind if node not in kv_part and node in before_site}
     # What a cache returns hangs off the full keys and values without leading to the attention.
     for node in members:
         if node in behind and node not in kv_part and node not in full_part:
             parents = [parent for parent in data_inputs(node) if parent in inside or parent is entering]
-            if all(parent in full_part or parent in (key, value) for parent in parents):
+            if all(parent in full_part or parent in frontiers for parent in parents):
                 full_part[node] = None
     q_part = {node: None for node in members if node not in kv_part and node not in full_part}
     for node in full_part:
@@ -118,7 +122,7 @@ def split_layer(
             if (
                 (parent in inside or parent is entering)
                 and parent not in full_part
-                and parent not in (key, value)
+                and parent not in frontiers
             ):
                 raise refuse(
                     Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier"

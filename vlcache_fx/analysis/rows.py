@@ -10,11 +10,12 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.axis import Axes, RowStep, TokenAxis, is_one, shape_of
 from vlcache_fx.analysis.dataflow import data_inputs
 from vlcache_fx.analysis.frontier import LayerParts
+from vlcache_fx.analysis.mixing import as_mixing
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
 from vlcache_fx.analysis.stream import Stream, output_nodes
 from vlcache_fx.analysis.token_axis import row_step
-from vlcache_fx.errors import Reason
+from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,20 @@ def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, RowS
         for node in members:
             if node in layer.full_part:
                 continue
-            step = _attention_step(layer.site, axes) if node is layer.site.node else row_step(node, axes)
+            step = _attention_step(layer.site, axes) if node is layer.site.node else _step(node, axes)
             steps[node] = step
             axes[node] = step.axis
     for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
         if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
             raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
     return steps
+
+
+def _step(node: Node, axes: Axes) -> RowStep:
+    try:
+        return row_step(node, axes)
+    except UnsupportedGraphError as refusal:
+        raise as_mixing(node, refusal) from None
 
 
 def _attention_step(site: Site, axes: Axes) -> RowStep:

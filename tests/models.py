@@ -1,0 +1,97 @@
+"""Tiny models whose layers are wired up in other ways than one behind the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_vlm import (
+    Layer,
+    TinyVlm,
+    causal_mask,
+    repeat_heads,
+    rotary_angles,
+    rotate,
+    tiny_vlm,
+)
+
+LAYERS = 3
+WIRINGS = ("side", "skip", "shared", "shared values", "residual values")
+"""What is followed; ``tail`` and ``mixed keys`` are not."""
+
+
+class Wired(TinyVlm):
+    """A ``TinyVlm`` in which more than the residual goes from layer to layer.
+
+    Attributes:
+        kind: ``side``: something made of the embeddings is added behind every layer. ``skip``: what the first
+            layer gave is added inside the last one. ``shared``, ``shared values``: the last layer attends to
+            keys and values (or values alone) of the first one. ``residual values``: values of the first layer
+            are added to those of later ones. ``tail``: the embeddings are added behind the last layer.
+            ``mixed keys``: a side path is added to keys behind their rotation.
+    """
+
+    kind = "plain"
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        x = embeds.masked_scatter(image, self.encoder(pixel_values))
+        side, states, known = x.tanh(), [x], []
+        for index, layer in enumerate(self.decoder.layers):
+            last = index == LAYERS - 1
+            query, key, value = self.operands(layer, x, side, known, last)
+            x = x + self.attended(layer, query, key, value)
+            known.append((key, value))
+            if self.kind == "skip" and last:
+                x = x + states[1]
+            x = x + layer.mlp(layer.norm_2(x))
+            if self.kind == "side":
+                x = x + side
+            states.append(x)
+        if self.kind == "tail":
+            x = x + states[0]
+        x = x[:, -1:] if self.decoder.shape.last_only else x
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+    def operands(
+        self, layer: Layer, x: Tensor, side: Tensor, known: list[tuple[Tensor, Tensor]], last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the attention of one layer; ``known`` are keys and values of the layers before."""
+        query, key, value = layer.attention.project(layer.norm_1(x))
+        rotary = rotary_angles(torch.arange(x.shape[1]), query.shape[-1])
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if self.kind == "mixed keys" and last:
+            key = key + side[:, None, :, : key.shape[-1]]
+        if self.kind == "residual values" and known:
+            value = value + known[0][1]
+        if self.kind == "shared" and last:
+            key, value = known[0]
+        if self.kind == "shared values" and last:
+            value = known[0][1]
+        return query, key, value
+
+    def attended(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """What attention adds to the residual."""
+        samples, heads, tokens, _ = query.shape
+        if self.decoder.shape.explicit_mask:
+            key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+            mask = causal_mask(tokens, query.device)
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        else:
+            y = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        added: Tensor = layer.attention.out(y.transpose(1, 2).reshape(samples, tokens, -1))
+        return added
+
+
+def wired(kind: str, **options: Any) -> Any:
+    """One of three layers, with one key and value head."""
+    model: Any = tiny_vlm(num_layers=LAYERS, **options)
+    model.__class__ = Wired
+    model.kind = kind
+    return model

@@ -1,0 +1,122 @@
+"""Features that are added at masked places become additions at all places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.cleanup import DenseAdditions
+
+from ..programs import before_and_after, unchanged
+
+aten = torch.ops.aten
+MASK = torch.tensor([[False, True, True, False], [True, False, False, True]])
+
+
+def inputs(rows: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def noise(seed: int, *sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
+
+    return {
+        "x": noise(0, 2, 4, 3),
+        "mask": MASK,
+        "features": noise(1, rows, 3).to(dtype),
+        "other_x": noise(2, 2, 4, 3),
+        "other_mask": ~MASK,
+        "flat_mask": torch.tensor([True, False]),
+        "wide": noise(3, 4, 1),
+    }
+
+
+def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
+    """``x[mask] = x[mask] + features``, with what ``change`` says in the place of an operand."""
+    call, graph = inputs() if call is None else call, fx.Graph()
+    mode = FakeTensorMode()
+    nodes = {}
+    for name, value in call.items():
+        nodes[name] = graph.placeholder(name)
+        nodes[name].meta["val"] = mode.from_tensor(value)
+
+    def operand(name: str) -> fx.Node:
+        return nodes[change.get(name, name)]
+
+    def of(node: fx.Node, *sizes: int) -> fx.Node:
+        with mode:
+            node.meta["val"] = torch.empty(sizes)
+        return node
+
+    x, mask, features = operand("x"), operand("mask"), operand("features")
+    read = graph.call_function(
+        aten.index.Tensor, (nodes[change.get("read", "x")], [mask, *change.get("more", [])])
+    )
+    parts = (of(read, 4, 3), features)
+    total = graph.call_function(
+        change.get("sum", aten.add.Tensor), parts[:: change.get("order", 1)], change.get("options", {})
+    )
+    into = [nodes[change.get("into", change.get("mask", "mask"))], *change.get("more", [])]
+    put = graph.call_function(
+        aten.index_put.default,
+        (x, into, of(total, 4, 3), *change.get("accumulate", ())),
+        change.get("kwargs", {}),
+    )
+    graph.output((of(put, 2, 4, 3),))
+    return Program(fx.GraphModule(torch.nn.Module(), graph))
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    golden("dense_additions", before_and_after(DenseAdditions(), added()))
+
+
+@pytest.mark.parametrize("change", [{}, {"order": -1}, {"accumulate": (False,)}, {"more": [None]}], ids=str)
+def test_numbers(change: dict[str, Any]) -> None:
+    program, call = added(**change), inputs()
+    (want,) = program.graph_module(**call)
+    assert DenseAdditions().run(program)
+    program.graph.lint()
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    assert not program.graph.find_nodes(op="call_function", target=aten.index.Tensor)
+    assert torch.equal(program.graph_module(**call)[0], want)
+    node = program.graph.find_nodes(op="call_function", target=aten.where.self)[0]
+    assert node.meta["val"].shape == want.shape
+
+
+@given(st.lists(st.booleans(), min_size=8, max_size=8).filter(any))
+def test_any_mask(places: list[bool]) -> None:
+    mask = torch.tensor(places).view(2, 4)
+    program, call = added(), inputs(rows=int(mask.sum())) | {"mask": mask}
+    (want,) = program.graph_module(**call)
+    DenseAdditions().run(program)
+    program.graph_module.recompile()
+    assert torch.equal(program.graph_module(**call)[0], want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accumulate": (True,)},
+        {"kwargs": {"accumulate": True}},
+        {"into": "other_mask"},
+        {"read": "other_x"},
+        {"mask": "flat_mask"},
+        {"features": "wide"},
+        {"sum": aten.mul.Tensor},
+        {"options": {"alpha": 2}},
+        {"more": [0]},
+    ],
+    ids=str,
+)
+def test_other_writes_are_left_alone(change: dict[str, Any]) -> None:
+    assert unchanged(DenseAdditions(), added(**change))
+
+
+def test_features_of_another_dtype_are_left_alone() -> None:
+    assert unchanged(DenseAdditions(), added(inputs(dtype=torch.float64)))
