@@ -6,7 +6,13 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import Captured
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
-from vlcache_fx.passes.cleanup import DropEmptyCats, DropMergeChecks, DropNoops
+from vlcache_fx.passes.cleanup import (
+    DropEmptyCats,
+    DropMergeChecks,
+    DropNoops,
+    FoldRepeatedHeads,
+    FuseAttention,
+)
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
     HoistLookups,
@@ -19,7 +25,7 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 
-CLEANUP = Pipeline((DropMergeChecks(), DropNoops(), DropEmptyCats()))
+CLEANUP = Pipeline((DropMergeChecks(), DropNoops(), DropEmptyCats(), FuseAttention(), FoldRepeatedHeads()))
 """Before analysis."""
 
 COLD = Pipeline(

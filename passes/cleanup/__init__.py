@@ -3,5 +3,7 @@
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
 from vlcache_fx.passes.cleanup.drop_merge_checks import DropMergeChecks
 from vlcache_fx.passes.cleanup.drop_noops import DropNoops
+from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
+from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 
-__all__ = ["DropEmptyCats", "DropMergeChecks", "DropNoops"]
+__all__ = ["DropEmptyCats", "DropMergeChecks", "DropNoops", "FoldRepeatedHeads", "FuseAttention"]

@@ -1,9 +1,13 @@
 """What the rewriting passes share: gathers, and one node restricted to a set of rows."""
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis import RowStep, Site
+from vlcache_fx.analysis.sites import site_of
+from vlcache_fx.passes.attention import write_site
 from vlcache_fx.passes.base import Program
 
 aten = torch.ops.aten
@@ -57,6 +61,6 @@ def _set_row_mask(program: Program, site: Site, rows: Node, segment: str) -> Non
         mask = graph.call_function(aten.le.Tensor, (keys, queries))
     for made in (count, keys, queries, mask):
         made.meta["segment"] = segment
-    query, key, value = site.node.args[:3]
-    site.node.args = (query, key, value, mask)
-    site.node.kwargs = {"scale": site.scale, "enable_gqa": site.enable_gqa}
+    now = site_of(site.node)  # its keys and values may have been spliced
+    assert now is not None
+    write_site(replace(now, mask=mask, is_causal=False))

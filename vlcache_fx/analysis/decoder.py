@@ -7,6 +7,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Merge, find_merges, sites_behind
+from vlcache_fx.analysis.other_attention import other_attention
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site, find_sites
@@ -57,10 +58,14 @@ def analyze(captured: Captured) -> DecoderFacts:
     placeholders = captured.placeholders
     data = [node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.DATA]
     sites = find_sites(graph)
+    others = dict(other_attention(graph))
     if not sites:
+        for node, what in others.items():
+            raise refuse(Reason.ATTENTION_FORM, node, what)
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
     merges = find_merges(graph, sites)
     sites = sites_behind(sites, merges)
+    _check_others(graph, others, merges)
     _check_attention(sites)
     stream = find_stream(graph, sites, data)
     start = stream.boundaries[0]
@@ -91,6 +96,17 @@ def analyze(captured: Captured) -> DecoderFacts:
         _used_weights(graph, weights, stream),
         _encoder_region(merges),
     )
+
+
+def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ...]) -> None:
+    """The decoder attends in no other form. (An encoder may: it runs as it is.)"""
+    if not others:
+        return
+    needed = ancestors(output_nodes(graph))
+    behind = descendants([merges[-1].node]) if merges else needed
+    for node, what in others.items():
+        if node in needed and node in behind:
+            raise refuse(Reason.ATTENTION_FORM, node, what)
 
 
 def _check_attention(sites: tuple[Site, ...]) -> None:

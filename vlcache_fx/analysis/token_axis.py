@@ -144,7 +144,7 @@ def _view(node: Node, axes: Axes) -> RowStep:
     before, after = shape_of(operand), shape_of(node)
     lead = _product(before[:axis])
     for place in range(len(after)):
-        if _equal(_product(after[:place]), lead) and _equal(after[place], before[axis]):
+        if sizes_equal(_product(after[:place]), lead) and sizes_equal(after[place], before[axis]):
             return RowStep(place, size_argument=(1, place))
     raise _lost(node, f"the view {tuple(before)} -> {tuple(after)} merges the token axis with another")
 
@@ -156,7 +156,7 @@ def _product(sizes: Sequence[Any]) -> Any:
     return result
 
 
-def _equal(left: Any, right: Any) -> bool:
+def sizes_equal(left: Any, right: Any) -> bool:
     """Equality as known from the expressions alone: no guard is added for it."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right

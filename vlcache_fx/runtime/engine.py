@@ -13,7 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
-from vlcache_fx.ops import decompose_attention, splice_rows_reference
+from vlcache_fx.ops import decompose_attend, decompose_attention, splice_rows_reference
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy, Profile
 from vlcache_fx.policies.registry import get_policy
@@ -50,6 +50,7 @@ class Engine:
             decompositions: Decompositions = {
                 torch.ops.vlcache.splice_rows.default: splice_rows_reference,
                 torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
+                torch.ops.vlcache.attend.default: decompose_attend,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.refusals: list[UnsupportedGraphError] = []
