@@ -7,6 +7,7 @@ from vlcache_fx.capture import Captured
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
+    CanonicaliseFlex,
     DropEmptyCats,
     DropMergeChecks,
     DropNoops,
@@ -25,7 +26,16 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 
-CLEANUP = Pipeline((DropMergeChecks(), DropNoops(), DropEmptyCats(), FuseAttention(), FoldRepeatedHeads()))
+CLEANUP = Pipeline(
+    (
+        DropMergeChecks(),
+        DropNoops(),
+        DropEmptyCats(),
+        CanonicaliseFlex(),
+        FuseAttention(),
+        FoldRepeatedHeads(),
+    )
+)
 """Before analysis."""
 
 COLD = Pipeline(

@@ -1,9 +1,17 @@
 """Lossless clean-up that makes graphs from different tracers look alike."""
 
+from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
 from vlcache_fx.passes.cleanup.drop_merge_checks import DropMergeChecks
 from vlcache_fx.passes.cleanup.drop_noops import DropNoops
 from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 
-__all__ = ["DropEmptyCats", "DropMergeChecks", "DropNoops", "FoldRepeatedHeads", "FuseAttention"]
+__all__ = [
+    "CanonicaliseFlex",
+    "DropEmptyCats",
+    "DropMergeChecks",
+    "DropNoops",
+    "FoldRepeatedHeads",
+    "FuseAttention",
+]

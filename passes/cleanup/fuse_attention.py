@@ -10,11 +10,9 @@ from vlcache_fx.analysis.eager_attention import EagerAttention, eager_attention
 from vlcache_fx.analysis.products import Operand
 from vlcache_fx.analysis.scores import OtherFormError
 from vlcache_fx.analysis.sites import ATTEND, SDPA
-from vlcache_fx.passes.attention import insert_call
+from vlcache_fx.passes.attention import insert_call, loosen_views
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.masks import Masks
-
-aten = torch.ops.aten
 
 
 class FuseAttention(Pass):
@@ -63,9 +61,7 @@ def _replace(program: Program, found: EagerAttention, masks: Masks) -> None:
             result = insert_call(graph, target, result, *arguments, origin=node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    for user in result.users:  # a product is contiguous, the result of a call need not be
-        if user.target in (aten.view.default, aten._unsafe_view.default):
-            user.target = aten.reshape.default
+    loosen_views(result)
 
 
 def _made(program: Program, operand: Operand, origin: Node) -> Node:
