@@ -25,6 +25,7 @@ from vlcache_fx.passes.standard import CLEANUP
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
 
 Compiled = Callable[..., Sequence[Any]]
@@ -92,6 +93,10 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
     if is_encoder(captured):
         return _keep_results(captured, engine)
+    marks = MergeMarks.of(captured)
+    if marks is not None:
+        merge = unmodified.prepare()
+        return lambda *args: marks.mark(args, merge(*args))
     facts = analyze(captured)
     if not facts.merges:
         if facts.stream.boundaries[0].op != "placeholder":

@@ -10,6 +10,7 @@ from vlcache_fx.analysis.eager_attention import EagerAttention, eager_attention
 from vlcache_fx.analysis.products import Operand
 from vlcache_fx.analysis.scores import OtherFormError
 from vlcache_fx.analysis.sites import ATTEND, SDPA
+from vlcache_fx.analysis.token_axis import sizes_equal
 from vlcache_fx.passes.attention import insert_call, loosen_views
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.masks import Masks
@@ -48,7 +49,7 @@ def _replace(program: Program, found: EagerAttention, masks: Masks) -> None:
         query, key, value = (_made(program, one, node) for one in (found.query, found.key, found.value))
         mask = masks.joined(found.terms, query.meta["val"].dtype, found.rank, node)
         sinks = None if found.sinks is None else _made(program, found.sinks, node)
-        gqa = found.query.shape[1] != found.key.shape[1]
+        gqa = not sizes_equal(found.query.shape[1], found.key.shape[1])
         given = [one.meta["val"].dtype for one in (query, key, value, mask) if one is not None]
         plain = sinks is None and found.softcap is None
         if plain and set(given) <= {given[0], torch.bool}:

@@ -235,11 +235,11 @@ def _grouped(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Ope
 
 
 def _check_heads(query: Operand, key: Operand, value: Operand) -> None:
+    same = all(sizes_equal(key.shape[dim], value.shape[dim]) for dim in (0, 1))
     heads, key_heads = query.shape[1], key.shape[1]
-    if not all(isinstance(one, int) for one in (heads, key_heads, query.shape[-1], value.shape[-1])):
-        raise OtherFormError("the number of its heads or their width is not fixed")
-    same = sizes_equal(query.shape[0], key.shape[0]) and sizes_equal(key.shape[0], value.shape[0])
-    if not same or key_heads != value.shape[1] or heads % key_heads:
+    if not sizes_equal(heads, key_heads):
+        same = same and isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads == 0
+    if not same or not sizes_equal(query.shape[0], key.shape[0]):
         raise OtherFormError("its queries, keys and values differ in samples or heads")
 
 

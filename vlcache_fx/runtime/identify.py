@@ -83,7 +83,7 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
-            found.extend(_runs(places, features))
+            found.extend(runs_of(places, features))
         return num_tokens, sorted(found, key=lambda run: run.start)
 
     def positions(self, args: Sequence[Any], run: Run, num_tokens: int) -> list[Part]:
@@ -116,7 +116,7 @@ def _says_nothing(relative: Tensor) -> bool:
     return not relative.any() or bool((relative == ramp).all())
 
 
-def _runs(places: Tensor, features: Tensor) -> list[Run]:
+def runs_of(places: Tensor, features: Tensor) -> list[Run]:
     """The runs of consecutive ``places`` (sorted, int64), with their rows of ``features``."""
     if not len(places):
         return []
