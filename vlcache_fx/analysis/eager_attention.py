@@ -192,8 +192,9 @@ def _root(node: Node) -> Scores | None:
 def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand | None) -> EagerAttention:
     """Everything with the four dimensions of an attention call."""
     query, factor = _unscaled(product.left, found.root)
-    key, key_factor = _unscaled(product.right, found.root)
-    key, value = key.transposed(), values.right
+    key, value = product.right.transposed(), values.right
+    swap = product.right.node if key.node is not product.right.node else found.root
+    key, key_factor = _unscaled(key, swap)
     found = replace(found, inner=found.inner * factor * key_factor)
     rank, shape = len(query.shape), shape_of(values.node)
     ordered = tuple(shape) if values.order is None else _before(shape, values.order)
