@@ -93,7 +93,7 @@ def insert_graph(program: Program, module: GraphModule, given: Sequence[Any], or
             copies[node] = next(waiting)
         elif node.op == "get_attr":
             name = f"_constant_{len(program.graph.nodes)}"
-            setattr(program.graph_module, name, getattr(module, str(node.target)))
+            program.graph_module.register_buffer(name, getattr(module, str(node.target)), persistent=False)
             copies[node] = program.graph.get_attr(name)
             copies[node].meta = dict(node.meta)
         elif node.op == "call_function":
