@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from vlcache_fx.analysis.scores import Term
 from vlcache_fx.passes.attention import insert_call
@@ -18,12 +20,15 @@ class Masks:
 
     One bool term that hides with minus infinity gives a bool mask. Everything else gives one that is added;
     there, a finite number that hides is the lowest of the scores' dtype, which leaves nothing of a score: a
-    row that reads nothing then reads everything alike, as where its scores are replaced.
+    row that reads nothing then reads everything alike, as where its scores are replaced. Layers that each
+    compute the same mask anew share the first one.
     """
 
     def __init__(self, program: Program) -> None:
         self._graph = program.graph
         self._made: dict[tuple[object, ...], Node] = {}
+        self._first: dict[Node, Node] = {}
+        self._computed: dict[tuple[object, str], Node] = {}
 
     def joined(self, terms: Sequence[Term], dtype: torch.dtype, rank: int, origin: Node) -> Node | None:
         """A mask of two or four dimensions for an attention call, or None where there are no terms.
@@ -36,10 +41,22 @@ class Masks:
         """
         if not terms:
             return None
+        terms = [replace(term, node=self._first_of(term.node)) for term in terms]
         key = (*terms, dtype, rank)
         if key not in self._made:
             self._made[key] = self._in_heads(self._of(terms, dtype, origin), rank, origin)
         return self._made[key]
+
+    def _first_of(self, node: Node) -> Node:
+        """The first node that computes the same from the same."""
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
+            node.target, "tags", ()
+        ):
+            return node
+        if node not in self._first:
+            given = map_arg((node.args, node.kwargs), self._first_of)
+            self._first[node] = self._computed.setdefault((node.target, repr(given)), node)
+        return self._first[node]
 
     def _of(self, terms: Sequence[Term], dtype: torch.dtype, origin: Node) -> Node:
         first = terms[0]

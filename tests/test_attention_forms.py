@@ -1,8 +1,8 @@
 """Models whose attention comes in one form or another: cold and fully recomputed calls equal the model.
 
 ``test_invariants.py`` says the same of models with ``scaled_dot_product_attention``, bit for bit. Here
-another kernel may do what the model writes out, so results agree within rounding: logits and keys of these models
-are around 1, and float32 rounds at 1e-7.
+another kernel may do what the model writes out, so results agree within rounding: logits and keys of these
+models are around 1, and float32 rounds at 1e-7.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def test_graphs_of_one_length_move_too(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), dynamic=None, policy="full"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{**CAP, "sinks": True}, FLEX], ids=str)
 def test_through_inductor(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), policy="full", lowering="inductor"))
@@ -142,6 +143,7 @@ def check_model(pair: Pair, calls: list[dict[str, Any]]) -> None:
     assert pair.engine.stats()["calls"]["bypass"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [with_api, with_backend], ids=["compile", "backend"])
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_llava(attention: str, compiled: Any) -> None:
@@ -149,6 +151,7 @@ def test_llava(attention: str, compiled: Any) -> None:
     check_model(pair, [llava_inputs(before, 5, [0], text_seed=before) for before in (4, 11)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [with_api, with_backend], ids=["compile", "backend"])
 def test_qwen(compiled: Any) -> None:
     """(transformers offers no flex attention for it.)"""
@@ -156,6 +159,7 @@ def test_qwen(compiled: Any) -> None:
     check_model(pair, [qwen_inputs(before, 5, [(8, 12, 0)], text_seed=before) for before in (4, 11)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_a_padded_prompt(attention: str) -> None:
     """Masked tokens in front. What the model makes of them is kept, too."""
@@ -165,6 +169,7 @@ def test_a_padded_prompt(attention: str) -> None:
     check_model(pair, [inputs, inputs])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "flex_attention"])
 def test_generation_goes_on(attention: str) -> None:
     pair = with_api(tiny_llava(2, attention=attention), policy="full")

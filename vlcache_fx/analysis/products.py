@@ -61,6 +61,8 @@ class Operand:
             swapped = {int(dim) % rank for dim in node.args[1:3]}  # type: ignore[arg-type]
             if swapped == {rank - 1, rank - 2} and isinstance(node.args[0], Node):
                 return Operand.of(node.args[0])
+        if not self.steps and node.target is aten.mT.default and isinstance(node.args[0], Node):
+            return Operand.of(node.args[0])
         if not self.steps and node.target is aten.permute.default and isinstance(node.args[0], Node):
             order = [int(dim) % rank for dim in node.args[1]]  # type: ignore[union-attr, arg-type]
             return Operand.of(node.args[0]).permuted((*order[:-2], order[-1], order[-2]))

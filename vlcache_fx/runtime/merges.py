@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
+from torch.fx import Node
 
 from vlcache_fx.analysis.merge import MERGE_OPS
 from vlcache_fx.analysis.other_attention import other_attention
 from vlcache_fx.analysis.sites import find_sites
+from vlcache_fx.analysis.token_axis import is_one, shape_of
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import PlanError
@@ -37,15 +39,20 @@ class MergeMarks:
         graph = captured.graph_module.graph
         results = graph.output_node().args[0]
         assert isinstance(results, tuple | list)
-        merged = [index for index, node in enumerate(results) if getattr(node, "target", None) in MERGE_OPS]
+        merged = {
+            index: node
+            for index, node in enumerate(results)
+            if isinstance(node, Node) and node.target in MERGE_OPS
+        }
         if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
             return None
-        shape = results[merged[0]].meta["val"].shape
-        if len(shape) != 3 or str(shape[0]) != "1":
+        ((place, last),) = merged.items()
+        shape = shape_of(last)
+        if len(shape) != 3 or not is_one(shape[0]):
             return None
-        needed = needed_for([results[merged[0]]])
+        needed = needed_for([last])
         merges = [node for node in graph.nodes if node in needed and node.target in MERGE_OPS]
-        return cls(extract(captured.graph_module, [node.args[1] for node in merges]), merged[0])
+        return cls(extract(captured.graph_module, [node.args[1] for node in merges]), place)
 
     def mark(self, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
         """``results`` of the call with ``args``, marked."""

@@ -144,8 +144,8 @@ class Attention(nn.Module):
             sinks = self.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
             scores = torch.cat([scores, sinks], dim=-1)
             scores = scores - scores.max(dim=-1, keepdim=True).values
-        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-        return (weights[..., :-1] if self.shape.sinks else weights) @ value
+        weights: Tensor = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        return (weights[..., :-1] if self.shape.sinks else weights).matmul(value)
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
         """Flex attention, with a cap if the shape has one."""
