@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from vlcache_fx.analysis.sites import ATTEND, Site
+from vlcache_fx.analysis.sites import ATTEND, SDPA, Site
 from vlcache_fx.passes.base import Program
 
 aten = torch.ops.aten
@@ -19,6 +19,15 @@ aten = torch.ops.aten
 MOVES = frozenset(
     {aten.transpose.int, aten.permute.default, aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor}
 )
+
+
+def is_grouped_by_writing_out(target: Any, value: Any, mask: Any) -> bool:
+    """True where grouped heads would cost more than repeated ones.
+
+    On CUDA the fused kernels that take a mask take as many key heads as heads; with fewer, PyTorch falls back
+    to one that writes all scores out.
+    """
+    return target is SDPA and mask is not None and bool(value.device.type == "cuda")
 
 
 def write_site(site: Site) -> None:

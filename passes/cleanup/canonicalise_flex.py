@@ -21,6 +21,7 @@ from vlcache_fx.passes.attention import (
     insert_call,
     insert_graph,
     insert_size,
+    is_grouped_by_writing_out,
     loosen_views,
     without_guards,
 )
@@ -70,8 +71,14 @@ class _Rewriter:
             is_causal = found.is_causal and not found.terms
             mask = None if is_causal else self._mask(found)
             gqa = shape_of(found.query)[1] != shape_of(found.key)[1]
-            given: tuple[Any, ...] = (found.query, found.key, found.value, mask)
-            if found.softcap is None:
+            key, value = found.key, found.value
+            target = SDPA if found.softcap is None else ATTEND
+            if gqa and is_grouped_by_writing_out(target, value.meta["val"], mask):
+                groups = shape_of(found.query)[1] // shape_of(key)[1]
+                key, value = (self._repeated(one, groups, node) for one in (key, value))
+                gqa = False
+            given: tuple[Any, ...] = (found.query, key, value, mask)
+            if target is SDPA:
                 named = {"scale": found.scale, "enable_gqa": gqa}
                 causal = (0.0, True) if is_causal else ()
                 result = insert_call(graph, SDPA, *given, *causal, origin=node, **named)
@@ -84,6 +91,16 @@ class _Rewriter:
         for user in [*node.users, node]:
             graph.erase_node(user)
         loosen_views(result)
+
+    def _repeated(self, node: Node, groups: int, origin: Node) -> Node:
+        batch, heads, _, dim = shape_of(node)
+        for target, argument in (
+            (aten.unsqueeze.default, 2),
+            (aten.expand.default, [-1, -1, groups, -1, -1]),
+            (aten.reshape.default, [batch, heads * groups, -1, dim]),
+        ):
+            node = insert_call(self._program.graph, target, node, argument, origin=origin)
+        return node
 
     def _in_float32(self, node: Node, origin: Node) -> Node:
         if node.meta["val"].dtype not in (torch.float16, torch.bfloat16):

@@ -9,7 +9,7 @@ from torch.fx import Node
 from vlcache_fx.analysis.frontier import packet_of
 from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.analysis.token_axis import shape_of
-from vlcache_fx.passes.attention import write_site
+from vlcache_fx.passes.attention import is_grouped_by_writing_out, write_site
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -22,7 +22,8 @@ class FoldRepeatedHeads(Pass):
     """Keys and values that are repeated for the call alone are read unrepeated, with ``enable_gqa``.
 
     Query head h reads key head h // group either way, so this is exact. The warm program has keys and values
-    of every token: repeated, they would be its largest tensors.
+    of every token: repeated, they would be its largest tensors. Left alone where that costs more than it
+    saves (CUDA, with a mask).
     """
 
     name: ClassVar[str] = "fold_repeated_heads"
@@ -34,6 +35,8 @@ class FoldRepeatedHeads(Pass):
         for site in find_sites(program.graph):
             key, value = _before_repeat(site.key, site.node), _before_repeat(site.value, site.node)
             if key is None or value is None or shape_of(key)[1] != shape_of(value)[1]:
+                continue
+            if is_grouped_by_writing_out(site.node.target, value.meta["val"], site.mask):
                 continue
             write_site(replace(site, key=key, value=value, enable_gqa=True))
             changed = True

@@ -15,6 +15,7 @@ from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.cleanup import CanonicaliseFlex, DropNoops
+from vlcache_fx.passes.cleanup import canonicalise_flex as module
 from vlcache_fx.testing.graphs import traced_graphs
 
 from ...runtime.helpers import own_compiler_state
@@ -176,6 +177,16 @@ def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
         want = model(**inputs)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+
+
+def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+    model, inputs = Flex(padded), call()
+    site, got, _ = canonical(model, inputs, dynamic=True)
+    assert not site.enable_gqa
+    assert site.key.meta["val"].shape[1] == 4
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_masks_are_no_larger_than_they_must_be() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.analysis.sites import find_sites
+from vlcache_fx.analysis.sites import ATTEND, SDPA, find_sites
+from vlcache_fx.passes.attention import is_grouped_by_writing_out
 from vlcache_fx.passes.cleanup import FoldRepeatedHeads
+from vlcache_fx.passes.cleanup import fold_repeated_heads as module
 
 from ..programs import before_and_after, unchanged
 from .graphs import program_of
@@ -76,6 +79,17 @@ def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
     assert (site.enable_gqa, site.softcap, site.is_causal) == (True, 2.0, True)
     got, want = program.graph_module(*operands())[0], of_the_operator(*operands())[0]
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+def test_heads_stay_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    mask = object()
+    assert is_grouped_by_writing_out(SDPA, on_cuda, mask)
+    assert not is_grouped_by_writing_out(SDPA, on_cuda, None)
+    assert not is_grouped_by_writing_out(SDPA, on_cpu, mask)
+    assert not is_grouped_by_writing_out(ATTEND, on_cuda, mask)
+    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+    assert unchanged(FoldRepeatedHeads(), program_of(attention(expanded), *operands()))
 
 
 def returned(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
