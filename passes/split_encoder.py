@@ -8,6 +8,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.dataflow import descendants
 from vlcache_fx.analysis.frontier import packet_of
 from vlcache_fx.analysis.sites import find_sites
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 
 COMPUTES = frozenset(
     {aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.conv2d, aten.conv3d, aten.convolution}
-    | {aten.scaled_dot_product_attention}
+    | {aten.scaled_dot_product_attention, torch.ops.vlcache.attend}
 )
 """Ops that make a region worth skipping."""
 

@@ -7,10 +7,13 @@ from vlcache_fx.capture import Captured
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
+    CanonicaliseFlex,
     DenseAdditions,
     DropEmptyCats,
     DropMergeChecks,
     DropNoops,
+    FoldRepeatedHeads,
+    FuseAttention,
     InvertPermutations,
 )
 from vlcache_fx.passes.pipeline import Pipeline
@@ -26,7 +29,18 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 
-CLEANUP = Pipeline((DropNoops(), DropEmptyCats(), DenseAdditions(), DropMergeChecks(), InvertPermutations()))
+CLEANUP = Pipeline(
+    (
+        DropNoops(),
+        DropEmptyCats(),
+        DenseAdditions(),
+        DropMergeChecks(),
+        CanonicaliseFlex(),
+        FuseAttention(),
+        FoldRepeatedHeads(),
+        InvertPermutations(),
+    )
+)
 """Before analysis."""
 
 COLD = Pipeline(

@@ -27,6 +27,7 @@ from vlcache_fx.runtime.cross import CrossAttendingRunner
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
 
 Compiled = Callable[..., Sequence[Any]]
@@ -94,6 +95,10 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
     if is_encoder(captured):
         return _keep_results(captured, engine)
+    marks = MergeMarks.of(captured)
+    if marks is not None:
+        merge = unmodified.prepare()
+        return lambda *args: marks.mark(args, merge(*args))
     attended = split_encoder(captured, find_cross_attended(captured))
     if attended is not None and attended.computes:
         return _keep_attended(attended, engine)

@@ -64,6 +64,8 @@ class Reason(StrEnum):
     """The graph writes to its inputs (a static KV cache, for example)."""
     PAST_KEYS = "past_keys"
     """The call continues a non-empty KV cache."""
+    ATTENTION_FORM = "attention_form"
+    """An attention cannot be brought to the one form that is understood; says which one and why."""
     MASK_FORM = "mask_form"
     """An attention mask has a form that cannot be cut to rows."""
     CAPTURE_FAILED = "capture_failed"

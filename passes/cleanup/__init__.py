@@ -1,9 +1,21 @@
 """Lossless clean-up that makes graphs from different tracers look alike."""
 
+from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_additions import DenseAdditions
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
 from vlcache_fx.passes.cleanup.drop_merge_checks import DropMergeChecks
 from vlcache_fx.passes.cleanup.drop_noops import DropNoops
+from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
+from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
 
-__all__ = ["DenseAdditions", "DropEmptyCats", "DropMergeChecks", "DropNoops", "InvertPermutations"]
+__all__ = [
+    "CanonicaliseFlex",
+    "DenseAdditions",
+    "DropEmptyCats",
+    "DropMergeChecks",
+    "DropNoops",
+    "FoldRepeatedHeads",
+    "FuseAttention",
+    "InvertPermutations",
+]

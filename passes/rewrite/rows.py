@@ -1,6 +1,7 @@
 """What the rewriting passes share: gathers, and one node restricted to a set of rows."""
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis import RowStep, Site
 from vlcache_fx.analysis.axis import expressions, quotient, shape_of
 from vlcache_fx.analysis.batch import operand_batch_dim
+from vlcache_fx.analysis.sites import site_of
+from vlcache_fx.passes.attention import write_site
 from vlcache_fx.passes.base import Program
 
 aten = torch.ops.aten
@@ -125,6 +128,6 @@ def _set_row_mask(program: Program, site: Site, rows: Node, segment: str) -> Non
         mask = graph.call_function(aten.le.Tensor, (keys, queries))
     for one in (*made, mask):
         one.meta["segment"] = segment
-    query, key, value = site.node.args[:3]
-    site.node.args = (query, key, value, mask)
-    site.node.kwargs = {"scale": site.scale, "enable_gqa": site.enable_gqa}
+    now = site_of(site.node)  # its keys and values may have been spliced
+    assert now is not None
+    write_site(replace(now, mask=mask, is_causal=False))

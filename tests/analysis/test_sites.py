@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.analysis.sites import find_sites
+from vlcache_fx.analysis.sites import find_sites, site_of
 
 from .graphs import capture, captured_vlm
 
@@ -30,8 +30,8 @@ def test_masks_made_in_the_graph_and_repeated_heads(dynamic: bool | None) -> Non
     for site in sites:
         assert site.mask is not None
         assert site.mask.meta["val"].dtype is torch.bool
-        assert (site.is_causal, site.enable_gqa) == (False, False)
-        assert site.key.meta["val"].shape[1] == site.query.meta["val"].shape[1]
+        assert (site.is_causal, site.enable_gqa) == (False, True)  # clean-up has folded what was repeated
+        assert (site.key.meta["val"].shape[1], site.query.meta["val"].shape[1]) == (1, 2)
     assert sites[0].mask is sites[1].mask
 
 
@@ -53,6 +53,23 @@ def test_past_keys_are_no_prefill(dynamic: bool | None) -> None:
     captured = capture(step, {"x": X, "past": torch.ones(1, 2, 5, 4)}, dynamic=dynamic)
     (site,) = find_sites(captured.graph_module.graph)
     assert not site.is_prefill
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_caps_and_sinks(dynamic: bool | None) -> None:
+    captured = captured_vlm(dynamic=dynamic, attention="math", softcap=1.5, sinks=True)
+    sites = find_sites(captured.graph_module.graph)
+    assert len(sites) == 2
+    for site in sites:
+        assert str(site.node.target) == "vlcache.attend.default"
+        assert site.mask is not None
+        assert site.sinks is not None
+        assert site.sinks.meta["val"].shape == (2,)
+        assert (site.softcap, site.is_causal, site.enable_gqa) == (1.5, False, True)
+        assert site.scale == pytest.approx(8**-0.5)
+        assert site.is_prefill
+        assert site_of(site.node) == site
+    assert sites[0].mask is sites[1].mask
 
 
 def test_no_attention() -> None:

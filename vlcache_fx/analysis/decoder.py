@@ -11,11 +11,12 @@ from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, p
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.mixing import as_mixing, mixing_refusal
+from vlcache_fx.analysis.other_attention import other_attention
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.sites import Site, find_sites
-from vlcache_fx.analysis.stream import Stream, find_stream
+from vlcache_fx.analysis.stream import Stream, find_stream, output_nodes
 from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -88,10 +89,14 @@ def analyze(captured: Captured) -> DecoderFacts:
     placeholders = captured.placeholders
     data = [node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.DATA]
     sites = find_sites(graph)
+    others = dict(other_attention(graph))
     if not sites:
+        for node, what in others.items():
+            raise refuse(Reason.ATTENTION_FORM, node, what)
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
     merges = find_merges(graph, sites)
     sites = sites_behind(sites, merges)
+    _check_others(graph, others, merges)
     _check_attention(sites)
     try:
         stream = find_stream(graph, sites, data)
@@ -135,6 +140,17 @@ def analyze(captured: Captured) -> DecoderFacts:
         _used_weights(graph, weights, stream),
         _encoder_region([*merges, *additions]),
     )
+
+
+def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ...]) -> None:
+    """The decoder attends in no other form. (An encoder may: it runs as it is.)"""
+    if not others:
+        return
+    needed = ancestors(output_nodes(graph))
+    behind = descendants([merges[-1].node]) if merges else needed
+    for node, what in others.items():
+        if node in needed and node in behind:
+            raise refuse(Reason.ATTENTION_FORM, node, what)
 
 
 def _check_attention(sites: tuple[Site, ...]) -> None:

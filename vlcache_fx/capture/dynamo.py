@@ -15,6 +15,7 @@ from torch._functorch.aot_autograd import aot_export_module
 
 from vlcache_fx.capture.captured import Captured, InputKind
 from vlcache_fx.capture.direct import trace_without_writes
+from vlcache_fx.capture.flex import drop_block_masks
 from vlcache_fx.capture.vmap import inline_vmap
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
@@ -27,12 +28,16 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         example_inputs: the real inputs of the call that is being compiled.
 
     Raises:
-        UnsupportedGraphError: the graph mutates its inputs, or torch cannot export it.
+        UnsupportedGraphError: the graph mutates its inputs, torch cannot export it, or it computes with
+            integers alone, so that there is no attention in it.
     """
+    if _has_no_floats(graph_module.graph):
+        raise UnsupportedGraphError(Reason.NO_ATTENTION, "the graph has no floating-point tensor")
     module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     kinds = tuple(_kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True))
     specialised = _fold_numbers(module, placeholders, example_inputs)
+    drop_block_masks(module)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
         inline_vmap(module)
@@ -74,6 +79,13 @@ def _kind(node: fx.Node, example: Any) -> InputKind:
     if isinstance(example, torch.nn.Parameter) or (source is not None and _is_module_source(source)):
         return InputKind.WEIGHT
     return InputKind.DATA
+
+
+def _has_no_floats(graph: fx.Graph) -> bool:
+    """True where values are known, and none is a floating-point tensor: masks are made in such graphs."""
+    values = [node.meta["example_value"] for node in graph.nodes if "example_value" in node.meta]
+    parts = [one for value in values for one in (value if isinstance(value, tuple | list) else (value,))]
+    return bool(parts) and not any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in parts)
 
 
 def _is_module_source(source: Any) -> bool:

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
 from vlcache_fx.ops.attention import FastAttention, decompose_attention
 
 __all__ = [
     "FastAttention",
+    "attend",
+    "attend_reference",
     "attention",
     "bind_donors",
+    "decompose_attend",
     "decompose_attention",
     "lookup",
     "scatter_rows",

@@ -14,6 +14,7 @@ from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGra
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import (
+    decompose_attend,
     decompose_attention,
     scatter_rows_reference,
     splice_rows_reference,
@@ -57,6 +58,7 @@ class Engine:
                 torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
                 torch.ops.vlcache.take_rows.default: take_rows_reference,
                 torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
+                torch.ops.vlcache.attend.default: decompose_attend,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.refusals: list[UnsupportedGraphError] = []

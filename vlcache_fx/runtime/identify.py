@@ -111,7 +111,7 @@ class Identifier:
                 return None
             if place < self.num_merges:
                 lengths = next((one for one in items if sum(one) == len(places)), ())
-                found.extend(_runs(places, features, tokens, lengths))
+                found.extend(runs_of(places, features, tokens, lengths))
             else:
                 extended = _with_additions(found, places, features, tokens)
                 if extended is None:
@@ -163,7 +163,7 @@ def of_sample(value: Any, sample: int, num_samples: int, num_tokens: int) -> Any
     return value
 
 
-def _runs(places: Tensor, features: Tensor, num_tokens: int, lengths: Sequence[int]) -> list[Run]:
+def runs_of(places: Tensor, features: Tensor, num_tokens: int, lengths: Sequence[int] = ()) -> list[Run]:
     """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
 
     An item lies in one sample, so none goes on in the next; where ``lengths`` of items are known, none goes

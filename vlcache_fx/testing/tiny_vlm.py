@@ -35,6 +35,10 @@ class DecoderShape:
         bias: biases in all projections.
         parallel: attention and MLP read the same normalised tokens and are added together.
         explicit_mask: a bool mask made in the graph, and repeated K/V heads, in place of ``is_causal``.
+        attention: one call, products and a softmax written out, or flex attention with a block mask made in
+            ``forward``.
+        softcap: bound of the scores' magnitude; not with ``sdpa``.
+        sinks: every head has a logit of its own in the softmax; only with ``math``.
         last_only: return the last token's logits alone.
     """
 
@@ -51,7 +55,16 @@ class DecoderShape:
     bias: bool = False
     parallel: bool = False
     explicit_mask: bool = False
+    attention: Literal["sdpa", "math", "flex"] = "sdpa"
+    softcap: float | None = None
+    sinks: bool = False
     last_only: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.softcap is not None and self.attention == "sdpa") or (
+            self.sinks and self.attention != "math"
+        ):
+            raise ValueError(f"attention {self.attention!r} has no cap or no sinks")
 
     @property
     def head_dim(self) -> int:
@@ -82,6 +95,8 @@ class Attention(nn.Module):
                 nn.RMSNorm(shape.head_dim, 1e-6),
                 nn.RMSNorm(shape.head_dim, 1e-6),
             )
+        if shape.sinks:
+            self.sinks = nn.Parameter(torch.randn(shape.heads))
         self.out = nn.Linear(shape.hidden, shape.hidden, bias=shape.bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,19 +115,50 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
         """Attention of all tokens to themselves and earlier ones."""
         query, key, value = self.project(x)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if mask is None:
+        if self.shape.attention == "flex":
+            attended = self.flex(query, key, value, mask)
+        elif mask is None:
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         else:
             groups = self.shape.heads // self.shape.kv_heads
             key, value = repeat_heads(key, groups), repeat_heads(value, groups)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            if self.shape.attention == "math":
+                attended = self.written_out(query, key, value, mask)
+            else:
+                attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         result: Tensor = self.out(attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1))
         return result
+
+    def written_out(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Products and a softmax, with cap and sinks as the shape says."""
+        scores = query @ key.transpose(2, 3) * self.shape.head_dim**-0.5
+        if self.shape.softcap is not None:
+            scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        if self.shape.sinks:
+            sinks = self.sinks.reshape(1, -1, 1, 1).expand(query.shape[0], -1, query.shape[-2], -1)
+            scores = torch.cat([scores, sinks], dim=-1)
+            scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights: Tensor = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        return (weights[..., :-1] if self.shape.sinks else weights).matmul(value)
+
+    def flex(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
+        """Flex attention, with a cap if the shape has one."""
+        from torch.nn.attention.flex_attention import flex_attention
+
+        softcap = self.shape.softcap
+
+        def capped(score: Tensor, *_: Tensor) -> Tensor:
+            return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+        attended = flex_attention(query, key, value, capped, block_mask, enable_gqa=True)
+        assert isinstance(attended, Tensor)
+        return attended
 
 
 class Mlp(nn.Module):
@@ -138,7 +184,7 @@ class Layer(nn.Module):
         self.attention, self.mlp = Attention(shape), Mlp(shape)
         self.norm_1, self.norm_2 = _norm(shape), _norm(shape)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
         """The residual stream behind this layer."""
         attention, mlp, place = self.attention, self.mlp, self.shape.norm_place
         if self.shape.parallel:
@@ -175,7 +221,11 @@ class TinyDecoder(nn.Module):
             position_ids = torch.arange(embeds.shape[1], device=embeds.device)
         x = embeds + self.positions(position_ids) if shape.learned_positions else embeds
         rotary = rotary_angles(position_ids, shape.rotary_dim) if shape.rotary_dim else None
-        mask = causal_mask(embeds.shape[1], embeds.device) if shape.explicit_mask else None
+        mask: Any = None
+        if shape.attention == "flex":
+            mask = causal_blocks(embeds.shape[1], embeds.device)
+        elif shape.explicit_mask or shape.attention == "math":
+            mask = causal_mask(embeds.shape[1], embeds.device)
         for layer in self.layers:
             x = layer(x, rotary, mask)
         if shape.last_only:
@@ -281,6 +331,16 @@ def causal_mask(tokens: int, device: torch.device) -> Tensor:
     """Bool [1, 1, tokens, tokens], True where a key is not later than the query."""
     place = torch.arange(tokens, device=device)
     return (place[None, :] <= place[:, None])[None, None]
+
+
+def causal_blocks(tokens: int, device: torch.device) -> Any:
+    """The same as a block mask of flex attention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
+        return query >= key
+
+    return create_block_mask(causal, None, None, tokens, tokens, device)
 
 
 def _norm(shape: DecoderShape) -> nn.Module:

@@ -1,0 +1,179 @@
+"""Turn flex attention into an attention call with a mask."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.analysis.axis import shape_of
+from vlcache_fx.analysis.flex_attention import FLEX, FlexAttention, Function, flex_attention
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.scores import OtherFormError, Term
+from vlcache_fx.analysis.sites import ATTEND, SDPA
+from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.errors import Reason
+from vlcache_fx.passes.attention import (
+    fake_mode,
+    insert_call,
+    insert_graph,
+    insert_size,
+    is_grouped_by_writing_out,
+    loosen_views,
+    without_guards,
+)
+from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.masks import Masks
+
+aten = torch.ops.aten
+
+
+class CanonicaliseFlex(Pass):
+    """The mask is what ``mask_mod`` says of every query and key; ``score_mod`` gives a cap and biases.
+
+    Both are functions of one score, which ``torch.vmap`` makes functions of all of them. A mask is
+    [1 or batch, 1 or heads, rows, tokens]; samples and heads that a function does not look at stay 1.
+    """
+
+    name: ClassVar[str] = "canonicalise_flex"
+    ensures: ClassVar[frozenset[str]] = frozenset({"no_flex"})
+
+    def run(self, program: Program) -> bool:
+        """Replace every call.
+
+        Raises:
+            UnsupportedGraphError: ATTENTION_FORM, naming the call and why there is no such mask.
+        """
+        rewriter = _Rewriter(program)
+        calls = list(program.graph.find_nodes(op="call_function", target=FLEX))
+        for node in calls:
+            try:
+                found = flex_attention(node)
+            except OtherFormError as form:
+                raise refuse(Reason.ATTENTION_FORM, node, f"flex attention: {form}") from form
+            rewriter.replace(found)
+        return bool(calls)
+
+
+class _Rewriter:
+    """Layers share what they mask, so every function of the same text is evaluated once."""
+
+    def __init__(self, program: Program) -> None:
+        self._program, self._masks = program, Masks(program)
+        self._evaluated: dict[Any, list[Node]] = {}
+
+    def replace(self, found: FlexAttention) -> None:
+        graph, node = self._program.graph, found.node
+        with graph.inserting_before(node):
+            is_causal = found.is_causal and not found.terms
+            mask = None if is_causal else self._mask(found)
+            gqa = shape_of(found.query)[1] != shape_of(found.key)[1]
+            key, value = found.key, found.value
+            target = SDPA if found.softcap is None else ATTEND
+            if gqa and is_grouped_by_writing_out(target, value.meta["val"], mask):
+                groups = shape_of(found.query)[1] // shape_of(key)[1]
+                key, value = (self._repeated(one, groups, node) for one in (key, value))
+                gqa = False
+            given: tuple[Any, ...] = (found.query, key, value, mask)
+            if target is SDPA:
+                named = {"scale": found.scale, "enable_gqa": gqa}
+                causal = (0.0, True) if is_causal else ()
+                result = insert_call(graph, SDPA, *given, *causal, origin=node, **named)
+            else:
+                wide = [self._in_float32(one, node) for one in given[:2]]  # as flex attention computes scores
+                rest = (None, is_causal, found.scale, found.softcap, gqa)
+                result = insert_call(graph, ATTEND, *wide, *given[2:], *rest, origin=node)
+        for taken in found.results:
+            taken.replace_all_uses_with(result)
+        for user in [*node.users, node]:
+            graph.erase_node(user)
+        loosen_views(result)
+
+    def _repeated(self, node: Node, groups: int, origin: Node) -> Node:
+        batch, heads, _, dim = shape_of(node)
+        for target, argument in (
+            (aten.unsqueeze.default, 2),
+            (aten.expand.default, [-1, -1, groups, -1, -1]),
+            (aten.reshape.default, [batch, heads * groups, -1, dim]),
+        ):
+            node = insert_call(self._program.graph, target, node, argument, origin=origin)
+        return node
+
+    def _in_float32(self, node: Node, origin: Node) -> Node:
+        if node.meta["val"].dtype not in (torch.float16, torch.bfloat16):
+            return node
+        return insert_call(
+            self._program.graph, aten._to_copy.default, node, dtype=torch.float32, origin=origin
+        )
+
+    def _mask(self, found: FlexAttention) -> Node | None:
+        terms: list[Term] = []
+        if found.terms:
+            values = self._evaluate(found, found.score, [term.node for term in found.terms], has_score=True)
+            terms += [replace(term, node=value) for term, value in zip(found.terms, values, strict=True)]
+        if found.mask is not None:
+            (visible,) = self._evaluate(found, found.mask, [found.mask.result], has_score=False)
+            terms.append(Term("visible", visible, -torch.inf))
+        return self._masks.joined(terms, found.query.meta["val"].dtype, 4, found.node)
+
+    def _evaluate(
+        self, found: FlexAttention, function: Function, results: Sequence[Node], *, has_score: bool
+    ) -> list[Node]:
+        """``results`` of ``function`` for every sample, head, query and key."""
+        module = extract(function.module, results)
+        inputs = list(module.graph.find_nodes(op="placeholder"))
+        places, sizes = inputs[has_score : has_score + 4], shape_of(found.query)
+        counts = [
+            sizes[0] if places[0].users else 1,
+            sizes[1] if places[1].users else 1,
+            sizes[2],
+            shape_of(found.key)[2],
+        ]
+        key = (str(module.graph), function.reads, tuple(map(str, counts)), has_score)
+        if any(node.op == "get_attr" for node in module.graph.nodes) or key not in self._evaluated:
+            self._evaluated[key] = self._evaluate_anew(found, module, function.reads, counts, has_score)
+        return self._evaluated[key]
+
+    def _evaluate_anew(
+        self,
+        found: FlexAttention,
+        module: GraphModule,
+        reads: tuple[Any, ...],
+        counts: Sequence[Any],
+        has_score: bool,
+    ) -> list[Node]:
+        graph, origin = self._program.graph, found.node
+        device = found.query.meta["val"].device
+        sizes = [insert_size(graph, count, origin) for count in counts]
+        places = [
+            insert_call(graph, aten.arange.default, size, device=device, origin=origin) for size in sizes
+        ]
+        given = [*places, *reads]
+        values = [one.meta["val"] if isinstance(one, Node) else one for one in given]
+        traced = _trace(_of_all(module, len(reads), has_score), values)
+        return insert_graph(self._program, traced, given, origin)
+
+
+def _of_all(module: GraphModule, num_reads: int, has_score: bool) -> Callable[..., Any]:
+    """The function of four places, for all of them: [samples, heads, queries, keys]."""
+
+    def one(*arguments: Any) -> Any:
+        score = [torch.zeros((), device=arguments[0].device)] if has_score else []
+        return module(*score, *arguments)
+
+    function: Callable[..., Any] = one
+    for dim in (3, 2, 1, 0):
+        over = tuple(0 if place == dim else None for place in range(4))
+        function = torch.vmap(function, in_dims=(*over, *[None] * num_reads))
+    return function
+
+
+def _trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
+    mode = fake_mode(values)
+    with torch.no_grad(), mode, without_guards(mode.shape_env):
+        traced = make_fx(function)(*values)
+    assert isinstance(traced, GraphModule)
+    return traced

@@ -1,0 +1,122 @@
+"""Flex attention goes through capture without the blocks of its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.testing.graphs import traced_graphs
+
+from ..runtime.helpers import own_compiler_state
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
+]
+
+X, PADDING = torch.randn(1, 2, 20, 16), torch.ones(1, 20, dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+class Flex(nn.Module):
+    """Makes its blocks in ``forward``; the mask reads an input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor, padding: Tensor) -> Any:
+        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (q >= k) & padding[b, k]
+
+        blocks = create_block_mask(mask, 1, None, x.shape[2], x.shape[2], device=x.device)
+        return flex_attention(x @ self.weight, x, x, block_mask=blocks)
+
+
+def captures(model: nn.Module, call: dict[str, Any], dynamic: bool | None = None) -> list[Captured]:
+    found: list[Captured] = []
+    traced_graphs(model, call, dynamic=dynamic, seen=lambda *given: found.append(capture_dynamo(*given)))
+    return found
+
+
+def targets(captured: Captured) -> list[str]:
+    return [str(node.target) for node in captured.graph_module.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_call_is_kept_and_the_blocks_are_not(dynamic: bool | None) -> None:
+    (captured,) = captures(Flex(), {"x": X, "padding": PADDING}, dynamic)
+    found = targets(captured)
+    assert found.count("flex_attention") == 1
+    assert set(found) == {"flex_attention", "aten.matmul.default", "<built-in function getitem>"}
+    assert all(type(buffer) is Tensor for buffer in captured.graph_module.buffers())
+
+
+def test_the_graph_of_dynamo_stays_as_it_is() -> None:
+    (graph,) = traced_graphs(Flex(), {"x": X, "padding": PADDING})
+    before = str(graph.graph_module.graph)
+    capture_dynamo(graph.graph_module, graph.example_inputs)
+    assert str(graph.graph_module.graph) == before
+
+
+def test_blocks_that_are_returned_too_are_refused() -> None:
+    class Returning(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return q >= k
+
+            blocks: BlockMask = create_block_mask(causal, 1, None, 20, 20, device=x.device)
+            return flex_attention(x, x, x, block_mask=blocks), blocks.kv_indices
+
+    with pytest.raises(Exception, match=r"transforms of torch\.func") as failure:
+        captures(Returning(), {"x": X})
+    refusal = getattr(failure.value, "inner_exception", failure.value)
+    assert isinstance(refusal, UnsupportedGraphError)
+    assert refusal.reason is Reason.CAPTURE_FAILED
+
+
+def test_vmap_elsewhere_is_refused_and_not_traced_wrongly() -> None:
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.vmap(lambda row: row * row.sum())(x)
+
+    (graph,) = traced_graphs(Mapped(), {"x": X})
+    with pytest.raises(UnsupportedGraphError, match=r"transforms of torch\.func") as refusal:
+        capture_dynamo(graph.graph_module, graph.example_inputs)
+    assert refusal.value.reason is Reason.CAPTURE_FAILED
+
+
+def test_a_write_to_another_tensor_stays() -> None:
+    """Only what is done to tensors of the blocks alone goes with them."""
+
+    class Writing(Flex):
+        def forward(self, x: Tensor, padding: Tensor) -> Any:
+            kept = x.new_zeros(2, 3)
+            kept[padding[0, :2].long(), 0] = 1.0
+            return super().forward(x, padding), kept
+
+    (captured,) = captures(Writing(), {"x": X, "padding": PADDING})
+    assert "aten.index_put.default" in targets(captured)
+
+
+def test_graphs_of_integers_alone_have_no_attention() -> None:
+    class Mask(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.arange(x.shape[0]) <= x[:, None]
+
+    (graph,) = traced_graphs(Mask(), {"x": torch.arange(4)})
+    with pytest.raises(UnsupportedGraphError, match="no floating-point tensor") as refusal:
+        capture_dynamo(graph.graph_module, graph.example_inputs)
+    assert refusal.value.reason is Reason.NO_ATTENTION
