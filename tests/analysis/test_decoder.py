@@ -68,15 +68,28 @@ def past(x: Tensor) -> Tensor:
     return x + F.scaled_dot_product_attention(x[:, None], keys, keys)[:, 0]
 
 
+def decoding_step(x: Tensor) -> Tensor:
+    return past(x[:, :1])
+
+
+def cross_attention(x: Tensor) -> Tensor:
+    x = x * 2
+    x = x + attend(x)
+    other, mask = torch.ones(1, 1, 5, 4), torch.ones(6, 5, dtype=torch.bool)
+    return x + F.scaled_dot_product_attention(x[:, None], other, other, attn_mask=mask)[:, 0]
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (lambda x: x.exp(), Reason.NO_ATTENTION),
         (both_ways, Reason.MASK_FORM),
         (mask_from_the_stream, Reason.MASK_FORM),
-        (past, Reason.PAST_KEYS),
+        (past, Reason.MASK_FORM),
+        (decoding_step, Reason.PAST_KEYS),
+        (cross_attention, Reason.FOREIGN_KEYS),
     ],
-    ids=["none", "both_ways", "mask_from_the_stream", "past"],
+    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step", "cross_attention"],
 )
 def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
     captured = capture(function, {"x": X})

@@ -8,6 +8,7 @@ from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, p
 from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.merge import Merge, find_merges, sites_behind
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
+from vlcache_fx.analysis.past import CachePath, cache_path
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site, find_sites
 from vlcache_fx.analysis.stream import Stream, find_stream, output_nodes
@@ -24,6 +25,7 @@ class DecoderFacts:
         merges: where encoder features enter (empty where spans can only be marked).
         stream: the residual stream and its layers.
         layers: each layer's parts.
+        caches: per layer, the ways of its keys and of its values to the attention.
         steps: row treatment of every node in kv and q parts.
         tail_rows: which rows results need.
         taint: position-dependent nodes outside the stream.
@@ -35,6 +37,7 @@ class DecoderFacts:
     merges: tuple[Merge, ...]
     stream: Stream
     layers: tuple[LayerParts, ...]
+    caches: tuple[tuple[CachePath, CachePath], ...]
     steps: dict[Node, RowStep]
     tail_rows: TailRows
     taint: dict[Node, None]
@@ -45,6 +48,11 @@ class DecoderFacts:
     def num_layers(self) -> int:
         """Number of decoder layers, which is the number of attention sites."""
         return len(self.layers)
+
+    @property
+    def past(self) -> frozenset[Node]:
+        """What keys and values of this call are joined with; empty without a cache that may hold some."""
+        return frozenset(node for paths in self.caches for path in paths for node in path.past)
 
 
 def analyze(captured: Captured) -> DecoderFacts:
@@ -72,12 +80,28 @@ def analyze(captured: Captured) -> DecoderFacts:
     position = positions(graph)
     taint = position_taint(stream.nodes, data, graph)
     _check_positions(stream, merges, graph)
+    _check_operands(sites, stream)
     layers = tuple(
         split_layer(site, entering, members, taint, position)
         for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
     )
     steps = _follow_rows(stream, layers)
     _check_results(graph, layers, stream)
+    caches = tuple(
+        (
+            cache_path(
+                layer.key_frontier, steps[layer.key_frontier].axis, layer.site.key, layer.full_part, position
+            ),
+            cache_path(
+                layer.value_frontier,
+                steps[layer.value_frontier].axis,
+                layer.site.value,
+                layer.full_part,
+                position,
+            ),
+        )
+        for layer in layers
+    )
     weights = [
         node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
     ]
@@ -85,6 +109,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         merges,
         stream,
         layers,
+        caches,
         steps,
         find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2),
         taint,
@@ -95,16 +120,22 @@ def analyze(captured: Captured) -> DecoderFacts:
 
 def _check_attention(sites: tuple[Site, ...]) -> None:
     for site in sites:
-        if not site.is_prefill:
-            raise refuse(
-                Reason.PAST_KEYS,
-                site.node,
-                f"{shape_of(site.query)[-2]} queries attend to {shape_of(site.key)[-2]} keys: no prefill",
-            )
+        if is_one(shape_of(site.query)[-2]):
+            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")
         if site.mask is None and not site.is_causal:
             raise refuse(
                 Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
             )
+
+
+def _check_operands(sites: tuple[Site, ...], stream: Stream) -> None:
+    for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False):
+        own = {entering, *members}
+        for operand in (site.key, site.value):
+            if own.isdisjoint(ancestors([operand])):
+                raise refuse(
+                    Reason.FOREIGN_KEYS, site.node, f"{operand.name} is not computed from the layer's tokens"
+                )
 
 
 def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:

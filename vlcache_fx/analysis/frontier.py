@@ -3,7 +3,8 @@
 *Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
 and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
 on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout
-ops. So the stored K is free of positions whatever the position scheme is.
+ops. So the stored K is free of positions whatever the position scheme is. Ops that mix tokens on that way (a
+quantised cache's scales, say) count as tainted too: they run on all tokens.
 """
 
 from dataclasses import dataclass
@@ -128,10 +129,14 @@ def _frontier(
 ) -> Node:
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
+    first: UnsupportedGraphError | None = None  # why, where the first of them mixes tokens
     axes = {entering: len(shape_of(entering)) - 2}
     for node in sorted(path, key=position.__getitem__):
-        meets_table = _meets_table(node, axes)
-        if meets_table or any(parent in taint or parent in tainted for parent in data_inputs(node)):
+        try:
+            tainting = _meets_table(node, axes)
+        except UnsupportedGraphError as refusal:
+            tainting, first = True, first if tainted else refusal
+        if tainting or any(parent in taint or parent in tainted for parent in data_inputs(node)):
             tainted[node] = None
     clean = {node: None for node in path if node not in tainted}
     if operand in clean:
@@ -142,7 +147,7 @@ def _frontier(
         points = articulation_points([entering], edge, position, within) if edge else []
         points = [point for point in points if _is_tensor(point)]
         if not points or points[-1] is entering:
-            raise refuse(
+            raise first or refuse(
                 Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected"
             )
         point = points[-1]
@@ -153,11 +158,11 @@ def _meets_table(node: Node, axes: dict[Node, int]) -> bool:
     """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
 
     Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.
+
+    Raises:
+        UnsupportedGraphError: it mixes tokens.
     """
-    try:
-        step = row_step(node, axes)
-    except UnsupportedGraphError:  # mixes tokens: refused where its rows are followed, if they have to be
-        return False
+    step = row_step(node, axes)
     axes[node] = step.axis
     return bool(step.gathers)
 

@@ -18,6 +18,7 @@ from vlcache_fx.analysis.dataflow import (
     in_graph_order,
     positions,
 )
+from vlcache_fx.analysis.past import sources_of_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
 from vlcache_fx.analysis.token_axis import shape_of
@@ -93,8 +94,9 @@ def _find_start(
     graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node], position: dict[Node, int]
 ) -> Node:
     value = sites[0].value
-    needed = ancestors([value])
-    sources = [node for node in data_placeholders if node in needed]
+    # What a cache holds is no source of the embeddings: queries do not depend on it.
+    needed, asked = sources_of_rows(value), ancestors([sites[0].query])
+    sources = [node for node in data_placeholders if node in needed and node in asked]
     dependent = descendants(sources, needed)
     useful = ancestors([*output_nodes(graph), sites[-1].node])
     for candidate in reversed(articulation_points(sources, [value], position, dependent)):

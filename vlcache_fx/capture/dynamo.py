@@ -3,7 +3,7 @@
 Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own (``make_fx``, and
 ``torch._functorch.aot_autograd.aot_export_module`` for graphs that write to tensors); here are only the two
 things they need on the way: module floats that arrive as 0-d tensors are folded in as numbers, and inputs are
-classified by their source.
+classified by their source. What the graph writes to its inputs becomes results (``writes``).
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
-from vlcache_fx.capture.captured import Captured, InputKind
+from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
+from vlcache_fx.capture.writes import settle_scatters, split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
@@ -26,7 +27,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         example_inputs: the real inputs of the call that is being compiled.
 
     Raises:
-        UnsupportedGraphError: the graph mutates its inputs, or torch cannot export it.
+        UnsupportedGraphError: a result is a part of an input that the graph writes to, or torch cannot
+            export it.
     """
     module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
@@ -34,7 +36,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     specialised = _fold_numbers(module, placeholders, example_inputs)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
-        exported = trace_without_writes(module, fakes) or _exported(module, fakes)
+        traced = trace_without_writes(module, fakes)
+        exported, writes = (traced, ()) if traced is not None else functionalised(module, fakes)
     except UnsupportedGraphError:
         raise
     except Exception as error:  # torch raises many kinds here; all mean the same to the caller
@@ -42,20 +45,34 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
             Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     exported.graph.lint()
-    return Captured(exported, kinds, specialised)
+    return Captured(exported, data_where_written(kinds, writes), specialised, writes)
 
 
-def _exported(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """By way of functionalisation: writes to tensors of the graph's own are undone, others are refused."""
+def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, tuple[Write, ...]]:
+    """By way of functionalisation: writes to tensors of the graph's own are undone, others become results.
+
+    Raises:
+        UnsupportedGraphError: MUTATED_INPUTS, see ``split_writes``.
+    """
     with torch.no_grad():
         exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
-    mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
-    if mutated:
-        raise UnsupportedGraphError(
-            Reason.MUTATED_INPUTS, f"the graph writes to {len(mutated)} of its inputs", node=str(mutated[0])
-        )
     assert isinstance(exported, fx.GraphModule)
-    return exported
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    returned: Any = exported.graph.output_node().args[0]
+    if len(returned) != len(mutated) + len(signature.user_outputs):
+        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "several inputs are written to with one value")
+    inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    targets = [inputs[mutated[value.name]] for value in returned[: len(mutated)]]
+    settle_scatters(exported.graph)
+    writes = split_writes(exported.graph, targets)
+    exported.recompile()
+    return exported, writes
+
+
+def data_where_written(kinds: Sequence[InputKind], writes: Sequence[Write]) -> tuple[InputKind, ...]:
+    """A buffer that the graph writes to is not the same tensor in every request."""
+    written = {write.input for write in writes}
+    return tuple(InputKind.DATA if index in written else kind for index, kind in enumerate(kinds))
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

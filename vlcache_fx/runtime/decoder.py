@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.capture import Captured
+from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.capture.writes import deliver, overlapping
 from vlcache_fx.errors import PlanError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
@@ -40,15 +41,17 @@ class DecoderRunner:
         self.engine = engine
         self._unmodified = unmodified
         facts = analyze(captured)
-        self._mask_check: MaskCheck | None = MaskCheck(captured.graph_module, facts)
-        self._is_causal = False  # until the masks were looked at
+        self._masks = MaskCheck(captured.graph_module, facts)
+        self._masks_checked = self._is_causal = False
         self._refused: UnsupportedGraphError | None = None
         self._num_layers, self._tail_rows = facts.num_layers, facts.tail_rows
-        self._num_outputs = captured.num_outputs
+        self._num_outputs, self._num_results = captured.num_outputs, captured.num_results
+        self._writes = captured.writes
+        self._data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
         self._device = facts.stream.boundaries[0].meta["val"].device
         self._cold = ProgramRunner("cold", cold_program(captured), self._device, engine)
         self._warm = ProgramRunner("warm", warm_program(captured), self._device, engine)
-        self._donors = DonorLookup(captured, facts, self._cold.recorded, engine)
+        self._donors = DonorLookup(captured, facts, self._cold.recorded, self._masks, engine)
 
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
@@ -65,24 +68,27 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
+        if self._writes and overlapping(self._writes, args, self._data):
+            return self._bypass(args, "an input that is written to shares memory with another", num_tokens)
         self._check_masks(request)
         if self._refused is not None:
             return self._bypass(args, str(self._refused), num_tokens)
         with clock.measure("lookup"):
             request, entries = self._donors.find(replace(request, is_causal=self._is_causal))
-        worth_recording = not request.reuse_is_exact and self._donors.is_worth_recording(request.spans)
+        worth_recording = not request.reuse_is_exact and self._donors.is_worth_recording(request)
         if not entries or worth_recording:
             return self._run_cold(request)
         return self._run_warm(request, entries)
 
     def _check_masks(self, request: Request) -> None:
         """Once per graph, with the first call that has spans."""
-        if self._mask_check is None or not request.spans:
+        if self._masks_checked or not request.spans:
             return
-        check, self._mask_check = self._mask_check, None
+        self._masks_checked = True
+        call = (request.args, request.num_tokens, request.spans)
         try:
-            check.require_causal(request.args, request.spans)
-            self._is_causal = check.hides_what_follows(request.args, request.spans)
+            self._masks.require_causal(*call)
+            self._is_causal = self._masks.hides_what_follows(*call)
         except UnsupportedGraphError as refusal:
             self._refused = refusal
             self.engine.refuse(refusal)
@@ -103,7 +109,7 @@ class DecoderRunner:
             self.engine.report(request.report("cold", "no donor for its spans", plan, 1.0))
         else:
             self.engine.report(request.report("bypass", "no media span", plan, 1.0))
-        return results[: self._num_outputs]
+        return deliver(self._writes, request.args, results, self._num_results)
 
     def _admit(self, request: Request, slots: Sequence[str], results: Sequence[Any], plan: Plan) -> None:
         recorded = dict(zip(slots, results[self._num_outputs :], strict=True))
@@ -126,7 +132,7 @@ class DecoderRunner:
         if request.reuse_is_exact:
             self._admit(request, self._warm.recorded, results, plan)
         self.engine.report(request.report("warm", None, plan, plan.token_layer_fraction))
-        return results[: self._num_outputs]
+        return deliver(self._writes, request.args, results, self._num_results)
 
     def _plan(self, request: Request) -> Plan | None:
         """The plan, or None where none can be made (raised in strict mode)."""

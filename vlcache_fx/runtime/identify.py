@@ -10,6 +10,8 @@ from torch import Tensor, fx
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
+from vlcache_fx.analysis.frontier import LAYOUT, packet_of
+from vlcache_fx.analysis.token_axis import is_one
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.store.keys import Part, content_digest
@@ -33,6 +35,7 @@ class Identifier:
         features: per merge, the index of the input that holds its feature rows.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
+        has_past: True where the keys of the call may be joined with those of earlier calls.
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
 
@@ -40,6 +43,7 @@ class Identifier:
     features: tuple[int, ...]
     position_inputs: tuple[int, ...]
     embeddings: int | None = None
+    has_past: bool = False
     width: int | None = None
 
     @classmethod
@@ -55,12 +59,15 @@ class Identifier:
             for p in node.all_input_nodes
             if p in facts.taint
         }
-        reached = ancestors(used)
+        reached = ancestors(used - facts.past)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         return cls(
             masks=extract(module, [merge.mask for merge in facts.merges]),
             features=tuple(index[merge.features] for merge in facts.merges),
-            position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
+            position_inputs=tuple(
+                i for i in data_inputs if placeholders[i] in reached and not only_shifts(placeholders[i])
+            ),
+            has_past=bool(facts.past),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
             width=width if isinstance(width, int) else None,
         )
@@ -98,7 +105,8 @@ class Identifier:
             if len(dims) >= 2 and dims[-2:] == [value.dim() - 2, value.dim() - 1]:
                 continue  # a mask over pairs of tokens
             if len(dims) != 1:
-                parts.append(value)
+                if not (self.has_past and _is_constant(value) and value.shape[-1] > num_tokens):
+                    parts.append(value)  # else it says the same of all tokens, past ones included
                 continue
             own = value.narrow(dims[0], run.start, run.length).movedim(dims[0], -1)
             if own.is_floating_point() or own.dtype == torch.bool:
@@ -108,6 +116,29 @@ class Identifier:
             if not _says_nothing(relative):
                 parts.append(relative)
         return parts
+
+
+def only_shifts(node: fx.Node) -> bool:
+    """True for a single integer of the request that is only ever added: the length of a cache, say."""
+    value = node.meta["val"]
+    if (
+        value.is_floating_point()
+        or value.dtype == torch.bool
+        or not all(is_one(size) for size in value.shape)
+    ):
+        return False
+    copies = [node]
+    while copies:
+        for user in copies.pop().users:
+            if packet_of(user) in LAYOUT | {torch.ops.aten._to_copy}:
+                copies.append(user)
+            elif user.op != "output" and packet_of(user) not in (torch.ops.aten.add, torch.ops.aten.sub):
+                return False
+    return True
+
+
+def _is_constant(value: Tensor) -> bool:
+    return value.dim() > 0 and not value.is_floating_point() and bool((value == value.flatten()[0]).all())
 
 
 def _says_nothing(relative: Tensor) -> bool:

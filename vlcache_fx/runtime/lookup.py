@@ -14,6 +14,7 @@ from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key
+from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.prefix import Piece, PrefixReader
 from vlcache_fx.runtime.request import Request
 from vlcache_fx.store.entry import Entry
@@ -30,11 +31,14 @@ class DonorLookup:
         captured: the decoder graph.
         facts: its analysis.
         slots: names of what its programs record.
+        masks: tell whether rows depend on keys of earlier calls.
         engine: has the store.
     """
 
-    def __init__(self, captured: Captured, facts: DecoderFacts, slots: Sequence[str], engine: Engine) -> None:
-        self._engine = engine
+    def __init__(
+        self, captured: Captured, facts: DecoderFacts, slots: Sequence[str], masks: MaskCheck, engine: Engine
+    ) -> None:
+        self._engine, self._masks = engine, masks
         data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
         place = {node: index for index, node in enumerate(captured.placeholders)}
         self.identifier = Identifier.of(captured.graph_module, facts, data)
@@ -106,6 +110,8 @@ class DonorLookup:
             return self._get(piece.key) if piece.span is None else found.get(piece.start)
 
         length, entries = donors.known_prefix(self._pieces(request), find, self.forms)
+        if length and not self.is_whole(request):
+            return 0, []
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
@@ -114,19 +120,29 @@ class DonorLookup:
             request.args, request.runs, request.spans, request.num_tokens, request.root
         )
 
-    def is_worth_recording(self, spans: Sequence[Span]) -> bool:
+    def is_whole(self, request: Request) -> bool:
+        """True where rows depend on this call's tokens alone, not on what a cache holds already.
+
+        Rows behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
+        computed exactly: those keys may be reused ones.
+        """
+        return not self.identifier.has_past or self._masks.hides_the_past(request.args, request.num_tokens)
+
+    def is_worth_recording(self, request: Request) -> bool:
         """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
 
         In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
         are never stored.
         """
-        missed = [span.key for span in spans if not span.hit and not self._engine.is_unstorable(span.key)]
+        missed = [
+            span.key for span in request.spans if not span.hit and not self._engine.is_unstorable(span.key)
+        ]
         repeated = [self._engine.missed_before(key) for key in missed]
-        return any(repeated)
+        return any(repeated) and self.is_whole(request)
 
     def admit(self, request: Request, recorded: Mapping[str, Tensor], plan: Plan) -> None:
         """Store the pieces behind the known prefix; every one of their rows was computed, and exactly."""
-        if request.prefix == request.num_tokens:
+        if request.prefix == request.num_tokens or not self.is_whole(request):
             return
         for piece in self._pieces(request):
             with self._engine.tolerating_store_errors():

@@ -1,0 +1,123 @@
+"""What a key-value cache does between a layer's frontiers and its attention.
+
+New keys and values join those of earlier calls: by ``cat``, or as rows written into a buffer. Sliding caches
+cut what they joined. Everything there runs on all tokens, so rewriting needs none of it; but where this
+call's tokens lie among the keys decides what a mask says about them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.dataflow import NodeSet, ancestors, data_inputs, in_graph_order
+from vlcache_fx.analysis.token_axis import is_full_slice, row_step, shape_of
+from vlcache_fx.capture.writes import scattered_rows
+from vlcache_fx.errors import UnsupportedGraphError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Move:
+    """A node that changes which token lies where: ``cat``, rows written into a buffer, or a slice.
+
+    Attributes:
+        node: the call.
+        own: its operand with this call's tokens.
+        others: tensors whose rows it puts beside them.
+    """
+
+    node: Node
+    own: Node
+    others: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class CachePath:
+    """The way of one operand, K or V, from its frontier to the attention.
+
+    Attributes:
+        moves: in order; each works on what the one before gave.
+        is_known: False where something on the way moves tokens in another manner.
+    """
+
+    moves: tuple[Move, ...]
+    is_known: bool
+
+    @property
+    def past(self) -> tuple[Node, ...]:
+        """Tensors with rows of earlier calls, or with places for later ones."""
+        return tuple(other for move in self.moves for other in move.others)
+
+
+def cache_path(
+    frontier: Node, axis: int, operand: Node, full_part: NodeSet, position: dict[Node, int]
+) -> CachePath:
+    """Follow the tokens of one layer's keys, or of its values.
+
+    Args:
+        frontier: where they come from, with the tokens along ``axis``.
+        axis: see there.
+        operand: of the attention, with the tokens in the last but one dimension.
+        full_part: what lies between.
+        position: each node's place in the graph.
+    """
+    path = ancestors([operand], {frontier: None, **full_part})
+    axes = {frontier: axis}
+    moves = []
+    for node in in_graph_order(path, position):
+        if node is frontier:
+            continue
+        found = _move(node, axes)
+        if found is not None:
+            move, axes[node] = found
+            moves.append(move)
+            continue
+        try:
+            axes[node] = row_step(node, axes).axis
+        except UnsupportedGraphError:  # scales over all tokens, say: what reads them may still be followed
+            continue
+    ends_well = axes.get(operand) == len(shape_of(operand)) - 2
+    ends = [*(move.node for move in moves), operand]
+    starts = [move.own for move in moves[1:]] + [operand]
+    is_chain = all(before in ancestors([after], path) for before, after in zip(ends, starts, strict=False))
+    return CachePath(tuple(moves), ends_well and is_chain)
+
+
+def _move(node: Node, axes: dict[Node, int]) -> tuple[Move, int] | None:
+    """``node`` as a move, and the token axis of its result; None where it moves no tokens."""
+    rank = len(shape_of(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0
+    rows = scattered_rows(node)
+    if rows is not None:
+        own, dim, _ = rows
+        others = [node.args[0]]
+    elif node.target is aten.cat.default or node.target is aten.slice.Tensor:
+        dim = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[arg-type]
+        parts = [part for part in node.all_input_nodes if part in axes]
+        if len(parts) != 1 or (node.target is aten.slice.Tensor and is_full_slice(node)):
+            return None
+        own = parts[0]
+        others = [part for part in data_inputs(node) if part is not own]
+    else:
+        return None
+    if own not in axes or axes[own] + rank - len(shape_of(own)) != dim or not axes.keys().isdisjoint(others):
+        return None
+    return Move(node, own, tuple(other for other in others if isinstance(other, Node))), dim
+
+
+def sources_of_rows(operand: Node) -> NodeSet:
+    """Everything the rows of ``operand`` are computed from.
+
+    Where rows are written into a buffer, neither their places nor what the buffer held belongs to it.
+    """
+    seen: NodeSet = {operand: None}
+    stack = [operand]
+    while stack:
+        node = stack.pop()
+        rows = scattered_rows(node)
+        for parent in data_inputs(node) if rows is None else (rows[0],):
+            if parent not in seen:
+                seen[parent] = None
+                stack.append(parent)
+    return seen
