@@ -3,8 +3,10 @@
 *Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
 and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
 on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout
-ops. So the stored K is free of positions whatever the position scheme is. Ops that mix tokens on that way (a
-quantised cache's scales, say) count as tainted too: they run on all tokens.
+ops. So the stored K is free of positions whatever the position scheme is.
+
+What has to run on all tokens counts as tainted too: ops that mix them, and what reads a result of the graph.
+A quantised cache has both, scales over all tokens, and integers that it keeps and reads back.
 """
 
 from dataclasses import dataclass
@@ -136,7 +138,9 @@ def _frontier(
             tainting = _meets_table(node, axes)
         except UnsupportedGraphError as refusal:
             tainting, first = True, first if tainted else refusal
-        if tainting or any(parent in taint or parent in tainted for parent in data_inputs(node)):
+        parents = list(data_inputs(node))
+        tainting = tainting or any(parent in path and _is_result(parent) for parent in parents)
+        if tainting or any(parent in taint or parent in tainted for parent in parents):
             tainted[node] = None
     clean = {node: None for node in path if node not in tainted}
     if operand in clean:
@@ -165,6 +169,10 @@ def _meets_table(node: Node, axes: dict[Node, int]) -> bool:
     step = row_step(node, axes)
     axes[node] = step.axis
     return bool(step.gathers)
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _is_tensor(node: Node) -> bool:

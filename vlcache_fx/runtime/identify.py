@@ -10,10 +10,9 @@ from torch import Tensor, fx
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
-from vlcache_fx.analysis.frontier import LAYOUT, packet_of
-from vlcache_fx.analysis.token_axis import is_one
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
+from vlcache_fx.runtime.shifts import only_shifts, same_for_all
 from vlcache_fx.store.keys import Part, content_digest
 
 
@@ -35,6 +34,7 @@ class Identifier:
         features: per merge, the index of the input that holds its feature rows.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
         position_inputs: indices of inputs that positions are computed from.
+        masks_only: those of them that masks of attentions are made of, and nothing else.
         has_past: True where the keys of the call may be joined with those of earlier calls.
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
@@ -43,6 +43,7 @@ class Identifier:
     features: tuple[int, ...]
     position_inputs: tuple[int, ...]
     embeddings: int | None = None
+    masks_only: frozenset[int] = frozenset()
     has_past: bool = False
     width: int | None = None
 
@@ -60,6 +61,8 @@ class Identifier:
             if p in facts.taint
         }
         reached = ancestors(used - facts.past)
+        masks = {layer.site.mask for layer in facts.layers if layer.site.mask is not None}
+        beside_masks = ancestors(used - facts.past - masks)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         return cls(
             masks=extract(module, [merge.mask for merge in facts.merges]),
@@ -67,6 +70,7 @@ class Identifier:
             position_inputs=tuple(
                 i for i in data_inputs if placeholders[i] in reached and not only_shifts(placeholders[i])
             ),
+            masks_only=frozenset(i for i in data_inputs if placeholders[i] not in beside_masks),
             has_past=bool(facts.past),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
             width=width if isinstance(width, int) else None,
@@ -104,11 +108,15 @@ class Identifier:
             dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
             if len(dims) >= 2 and dims[-2:] == [value.dim() - 2, value.dim() - 1]:
                 continue  # a mask over pairs of tokens
+            if index in self.masks_only and dims == [value.dim() - 2]:
+                continue  # a mask over tokens and keys
             if len(dims) != 1:
-                if not (self.has_past and _is_constant(value) and value.shape[-1] > num_tokens):
-                    parts.append(value)  # else it says the same of all tokens, past ones included
+                if not (self.has_past and same_for_all(value, num_tokens)):
+                    parts.append(value)
                 continue
             own = value.narrow(dims[0], run.start, run.length).movedim(dims[0], -1)
+            if own.dtype == torch.bool and own.all():
+                continue
             if own.is_floating_point() or own.dtype == torch.bool:
                 parts.append(own)  # differences of cos and sin mean nothing: such donors serve one offset
                 continue
@@ -116,29 +124,6 @@ class Identifier:
             if not _says_nothing(relative):
                 parts.append(relative)
         return parts
-
-
-def only_shifts(node: fx.Node) -> bool:
-    """True for a single integer of the request that is only ever added: the length of a cache, say."""
-    value = node.meta["val"]
-    if (
-        value.is_floating_point()
-        or value.dtype == torch.bool
-        or not all(is_one(size) for size in value.shape)
-    ):
-        return False
-    copies = [node]
-    while copies:
-        for user in copies.pop().users:
-            if packet_of(user) in LAYOUT | {torch.ops.aten._to_copy}:
-                copies.append(user)
-            elif user.op != "output" and packet_of(user) not in (torch.ops.aten.add, torch.ops.aten.sub):
-                return False
-    return True
-
-
-def _is_constant(value: Tensor) -> bool:
-    return value.dim() > 0 and not value.is_floating_point() and bool((value == value.flatten()[0]).all())
 
 
 def _says_nothing(relative: Tensor) -> bool:

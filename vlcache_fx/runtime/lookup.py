@@ -53,11 +53,12 @@ class DonorLookup:
         }
         # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in slots if slot != donors.RESIDUAL}
+        sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
         self._form = str(
             (
                 [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()],
                 [layer.site.scale for layer in facts.layers],
-                arithmetic(node for members in facts.stream.members for node in members),
+                arithmetic(n for members in facts.stream.members for n in members if n not in sites),
             )
         )
 
