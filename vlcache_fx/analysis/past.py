@@ -94,7 +94,8 @@ def _move(node: Node, axes: dict[Node, int]) -> tuple[Move, int] | None:
         others = [node.args[0]]
     elif node.target is aten.cat.default or node.target is aten.slice.Tensor:
         dim = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[arg-type]
-        parts = [part for part in node.all_input_nodes if part in axes]
+        given = node.args[0] if node.target is aten.cat.default else node.args[:1]
+        parts = [part for part in given if part in axes]  # type: ignore[union-attr]
         if len(parts) != 1 or (node.target is aten.slice.Tensor and is_full_slice(node)):
             return None
         own = parts[0]

@@ -4,6 +4,7 @@ A key-value cache of fixed size is such an input. Functionalised, its graph give
 return the rows that were written, and to write only those, spares a copy of the buffer.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -162,8 +163,10 @@ def settle_scatters(graph: fx.Graph) -> None:
 
 
 def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
+    """``slice_scatter`` as ``index_copy``; places depend on the slice and the target's size, not on what is
+    written, which would have to be computed to know its size."""
     target, source = node.args[:2]
-    dim, start, _, step = _slice_settings(node.args[2:])
+    dim, start, end, step = _slice_settings(node.args[2:])
     assert isinstance(source, Node)
     if step != 1:
         return None
@@ -177,14 +180,35 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         return made
 
     with graph.inserting_before(node), value.fake_mode:
-        places = call(aten.arange.default, call(aten.sym_size.int, source, dim), device=value.device)
-        if start is not None and start != 0:
-            places = call(aten.add.Tensor, places, start)
-            if not isinstance(start, int) or start < 0:  # it may count from the end
-                places = call(aten.remainder.Scalar, places, call(aten.sym_size.int, target, dim))
+        size: Any = (
+            whole.shape[dim] if isinstance(whole.shape[dim], int) else call(aten.sym_size.int, target, dim)
+        )
+        first = 0 if start is None else _from_front(call, start, size)
+        after = size if end in (None, TO_THE_END) else _from_front(call, end, size)
+        count = _difference(call, after, first)
+        if str(_known(count)) != str(value.shape[dim]):
+            return None  # the slice is cut at the end of its tensor, or not known to be as long
+        places = call(aten.arange.default, count, device=value.device)
+        if first != 0:
+            places = call(aten.add.Tensor, places, first)
         made = graph.call_function(aten.index_copy.default, (target, dim, places, source))
     made.meta.update(node.meta, val=whole)
     return made
+
+
+def _from_front(call: Any, bound: Any, size: Any) -> Any:
+    negative = isinstance(bound, int) and bound < 0
+    return _difference(call, size, -bound) if negative else bound
+
+
+def _difference(call: Any, left: Any, right: Any) -> Any:
+    if right == 0 or (isinstance(left, int) and isinstance(right, int)):
+        return left - right if right != 0 else left
+    return call(operator.sub, left, right)
+
+
+def _known(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, Node) else size
 
 
 def _keeps_everything(arguments: Sequence[Any]) -> bool:

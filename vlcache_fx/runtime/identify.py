@@ -56,7 +56,7 @@ class Identifier:
         used |= {
             p
             for layer in facts.layers
-            for node in layer.full_part
+            for node in ancestors([layer.site.key, layer.site.value], layer.full_part)
             for p in node.all_input_nodes
             if p in facts.taint
         }
