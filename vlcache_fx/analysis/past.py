@@ -6,6 +6,7 @@ call's tokens lie among the keys decides what a mask says about them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -87,24 +88,25 @@ def cache_path(
 
 def _move(node: Node, axes: dict[Node, int]) -> tuple[Move, int] | None:
     """``node`` as a move, and the token axis of its result; None where it moves no tokens."""
-    rank = len(shape_of(node)) if isinstance(node.meta.get("val"), torch.Tensor) else 0
     rows = scattered_rows(node)
+    own: Any
     if rows is not None:
         own, dim, _ = rows
-        others = [node.args[0]]
-    elif node.target is aten.cat.default or node.target is aten.slice.Tensor:
-        dim = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[arg-type]
-        given = node.args[0] if node.target is aten.cat.default else node.args[:1]
-        parts = [part for part in given if part in axes]  # type: ignore[union-attr]
-        if len(parts) != 1 or (node.target is aten.slice.Tensor and is_full_slice(node)):
+        others: list[Any] = [node.args[0]]
+    elif node.target is aten.cat.default or (node.target is aten.slice.Tensor and not is_full_slice(node)):
+        given: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
+        dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[arg-type]
+        parts = [part for part in given if part in axes]
+        if len(parts) != 1:
             return None
-        own = parts[0]
-        others = [part for part in data_inputs(node) if part is not own]
+        own, others = parts[0], [part for part in given if part is not parts[0]]
     else:
         return None
-    if own not in axes or axes[own] + rank - len(shape_of(own)) != dim or not axes.keys().isdisjoint(others):
+    if own not in axes or axes[own] + len(shape_of(node)) - len(shape_of(own)) != dim:
         return None
-    return Move(node, own, tuple(other for other in others if isinstance(other, Node))), dim
+    if any(other in axes for other in others):
+        return None
+    return Move(node, own, tuple(others)), dim
 
 
 def sources_of_rows(operand: Node) -> NodeSet:

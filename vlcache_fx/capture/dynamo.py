@@ -30,7 +30,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         UnsupportedGraphError: a result is a part of an input that the graph writes to, or torch cannot
             export it.
     """
-    module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
+    module = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     kinds = tuple(_kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True))
     specialised = _fold_numbers(module, placeholders, example_inputs)
@@ -75,7 +75,8 @@ def data_where_written(kinds: Sequence[InputKind], writes: Sequence[Write]) -> t
     return tuple(InputKind.DATA if index in written else kind for index, kind in enumerate(kinds))
 
 
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same graph with nodes of its own."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy
