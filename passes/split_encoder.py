@@ -1,7 +1,7 @@
 """Cut the encoder out of a graph that holds other things too, so that a hit can skip it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -152,4 +152,4 @@ def _rest(captured: Captured, results: list[Node]) -> Captured:
     graph.eliminate_dead_code()
     graph.lint()
     kinds = (*captured.kinds, *[InputKind.DATA] * len(results))
-    return Captured(fx.GraphModule(captured.graph_module, graph), kinds, captured.specialised)
+    return replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), kinds=kinds)

@@ -1,5 +1,7 @@
 """The standard pipelines, first pass to last."""
 
+from dataclasses import replace
+
 from torch import fx
 
 from vlcache_fx.analysis import analyze
@@ -78,7 +80,7 @@ def copy_captured(captured: Captured) -> Captured:
     """The same captured graph with nodes of its own."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(captured.graph_module.graph, {}))
-    return Captured(fx.GraphModule(captured.graph_module, graph), captured.kinds, captured.specialised)
+    return replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph))
 
 
 def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:

@@ -94,6 +94,8 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 
 def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
     if is_encoder(captured):
+        if captured.writes:
+            raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "an encoder that writes to its inputs")
         return _keep_results(captured, engine)
     marks = MergeMarks.of(captured)
     if marks is not None:

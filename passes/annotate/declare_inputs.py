@@ -2,11 +2,13 @@
 
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.capture.fakes import FakeInputs
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.axis import is_one, shape_of
+from vlcache_fx.capture.fakes import FakeInputs, expression_of
 from vlcache_fx.passes.base import Pass, Program
 
 
@@ -19,7 +21,7 @@ class DeclareInputs(Pass):
 
     def run(self, program: Program) -> bool:
         """Set ``meta["val"]`` of the placeholders."""
-        fakes = FakeInputs()
+        fakes = FakeInputs(equal_sizes(program.decoder))
         slots = {node: slot for slot, node in program.slots.items()}
         values = {
             node: _slot_value(program, fakes, slots[node], node)
@@ -31,6 +33,26 @@ class DeclareInputs(Pass):
         for node, value in values.items():
             node.meta["val"] = value
         return True
+
+
+def equal_sizes(facts: DecoderFacts) -> dict[str, str]:
+    """Symbols of one length, each with another one for it: an attention has as many values as keys.
+
+    Tracers keep attention whole and need not notice; the lengths of a cache's keys and values then differ in
+    name.
+    """
+    same: dict[sympy.Basic, sympy.Basic] = {}
+    for layer in facts.layers:
+        keys, site = shape_of(layer.site.key)[-2], layer.site
+        masks = [] if site.mask is None else [size for size in shape_of(site.mask)[-1:] if not is_one(size)]
+        for other in (shape_of(site.value)[-2], *masks):
+            difference = sympy.sympify(expression_of(keys)) - sympy.sympify(expression_of(other))
+            while (simpler := difference.xreplace(same)) != difference:
+                difference = simpler
+            pair = sorted(difference.free_symbols, key=str)
+            if len(pair) == 2 and difference in (pair[0] - pair[1], pair[1] - pair[0]):
+                same[pair[1]] = pair[0]
+    return {str(name): str(other) for name, other in same.items()}
 
 
 def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> Any:

@@ -68,15 +68,27 @@ def past(x: Tensor) -> Tensor:
     return x + F.scaled_dot_product_attention(x[:, None], keys, keys)[:, 0]
 
 
+def decoding_step(x: Tensor) -> Tensor:
+    return past(x[:, :1])
+
+
+def cross_attention(x: Tensor) -> Tensor:
+    x = x * 2
+    x = x + attend(x)
+    other, mask = torch.ones(1, 1, 5, 4), torch.ones(6, 5, dtype=torch.bool)
+    return x + F.scaled_dot_product_attention(x[:, None], other, other, attn_mask=mask)[:, 0]
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (lambda x: x.exp(), Reason.NO_ATTENTION),
         (both_ways, Reason.MASK_FORM),
         (mask_from_the_stream, Reason.MASK_FORM),
-        (past, Reason.PAST_KEYS),
+        (past, Reason.MASK_FORM),
+        (decoding_step, Reason.PAST_KEYS),
     ],
-    ids=["none", "both_ways", "mask_from_the_stream", "past"],
+    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step"],
 )
 def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
     captured = capture(function, {"x": X})
@@ -85,6 +97,13 @@ def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
         analyze(captured)
     assert refusal.value.reason is reason
     assert str(captured.graph_module.graph) == before
+
+
+def test_attention_to_what_is_no_token_of_the_call_has_no_frontier() -> None:
+    facts = analyze(capture(cross_attention, {"x": X}))
+    assert [layer.key_frontier is None for layer in facts.layers] == [False, True]
+    assert facts.caches[1] == (None, None)
+    assert facts.past == frozenset()
 
 
 def test_a_mask_with_one_row_serves_every_row() -> None:

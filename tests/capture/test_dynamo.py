@@ -102,28 +102,6 @@ def test_weights_and_data_are_told_by_where_they_come_from() -> None:
     assert shapes["size"] == [()]
 
 
-class StaticCache(nn.Module):
-    def __init__(self, inside: bool) -> None:
-        super().__init__()
-        self.inside = inside
-        self.register_buffer("cache", torch.zeros(8, 2))
-
-    def forward(self, x: Tensor, cache: Tensor, place: Tensor) -> Tensor:
-        target = self.cache if self.inside else cache
-        target.index_copy_(0, place, x)
-        return target * 2
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_graphs_that_write_to_their_inputs_are_refused(inside: bool) -> None:
-    call = {"x": torch.ones(3, 2), "cache": torch.zeros(8, 2), "place": torch.arange(3)}
-    (graph,) = traced_graphs(StaticCache(inside), call)
-    with pytest.raises(UnsupportedGraphError, match="writes to 1 of its inputs") as refusal:
-        capture(graph)
-    assert refusal.value.reason is Reason.MUTATED_INPUTS
-    assert refusal.value.node is not None
-
-
 def test_writing_to_ones_own_tensors_is_no_mutation() -> None:
     class Inplace(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

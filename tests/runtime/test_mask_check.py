@@ -35,4 +35,10 @@ def with_more(*places: tuple[slice | int, slice | int]) -> Tensor:
 @pytest.mark.parametrize("additive", [False, True])
 def test_only_images_may_look_ahead(mask: Tensor, looks_ahead: bool, additive: bool) -> None:
     given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
-    assert _looks_ahead(given[None, None], SPANS) is looks_ahead
+    assert _looks_ahead(given[None, None], torch.arange(8), 8, SPANS) is looks_ahead
+    # Behind three keys of earlier calls, which everything sees, and in front of two places for later ones.
+    rows = len(given)
+    seen, hidden = given[0, 0].expand(rows, 3), given.new_full((rows, 2), False if not additive else -1e30)
+    wider = torch.cat([seen, given, hidden], dim=-1)[None, None]
+    tokens = torch.tensor([-1] * 3 + list(range(8)) + [-1] * 2)
+    assert _looks_ahead(wider, tokens, 8, SPANS) is looks_ahead

@@ -107,6 +107,13 @@ def test_runs_of_the_mask_are_marked() -> None:
     assert marked_spans(results[0]) == ((0, 1, 2), (0, 5, 1))
 
 
+def test_runs_are_marked_sample_by_sample() -> None:
+    marks, args = marks_of(Merge(), merge_call(2))
+    assert marks is not None
+    (embeds,) = marks.mark(args, (torch.zeros(2, 7, 4),))
+    assert marked_spans(embeds) == ((0, 1, 2), (0, 5, 1), (1, 1, 2), (1, 5, 1))
+
+
 def test_other_graphs_mark_nothing() -> None:
     class Attending(Merge):
         def forward(self, x: Tensor, mask: Tensor, features: Tensor) -> Any:
@@ -119,4 +126,3 @@ def test_other_graphs_mark_nothing() -> None:
 
     assert marks_of(Attending(), merge_call())[0] is None
     assert marks_of(Changing(), merge_call())[0] is None
-    assert marks_of(Merge(), merge_call(2))[0] is None

@@ -13,6 +13,7 @@ from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merg
 from vlcache_fx.analysis.mixing import as_mixing, mixing_refusal
 from vlcache_fx.analysis.other_attention import other_attention
 from vlcache_fx.analysis.outputs import TailRows, find_tail_rows
+from vlcache_fx.analysis.past import CachePath, cache_paths
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.sites import Site, find_sites
@@ -41,6 +42,8 @@ class DecoderFacts:
         additions: where features are added to the stream of some layer.
         stream: the residual stream and its layers.
         layers: each layer's parts.
+        caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
+            other things than tokens of this call.
         steps: row treatment of every node in kv and q parts.
         carried: values that flow around the residual from one layer to a later one.
         tail_rows: which rows results need.
@@ -55,6 +58,7 @@ class DecoderFacts:
     additions: tuple[Addition, ...]
     stream: Stream
     layers: tuple[LayerParts, ...]
+    caches: tuple[tuple[CachePath | None, CachePath | None], ...]
     steps: dict[Node, RowStep]
     carried: tuple[Carried, ...]
     tail_rows: TailRows
@@ -77,6 +81,12 @@ class DecoderFacts:
             for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier))
             if node is not None
         )
+
+    @property
+    def past(self) -> frozenset[Node]:
+        """What keys and values of this call are joined with; empty without a cache that may hold some."""
+        known = [path for paths in self.caches for path in paths if path is not None]
+        return frozenset(node for path in known for node in path.past)
 
 
 def analyze(captured: Captured) -> DecoderFacts:
@@ -118,6 +128,7 @@ def analyze(captured: Captured) -> DecoderFacts:
     steps = follow_rows(stream, layers)
     carried = find_carried(stream, layers, steps)
     check_results(graph, layers, stream)
+    caches = cache_paths(layers, steps, stream.nodes, position)
     weights = [
         node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
     ]
@@ -132,6 +143,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         additions,
         stream,
         layers,
+        caches,
         steps,
         carried,
         tail_rows,
@@ -155,12 +167,8 @@ def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ..
 
 def _check_attention(sites: tuple[Site, ...]) -> None:
     for site in sites:
-        if not site.is_prefill:
-            raise refuse(
-                Reason.PAST_KEYS,
-                site.node,
-                f"{shape_of(site.query)[-2]} queries attend to {shape_of(site.key)[-2]} keys: no prefill",
-            )
+        if is_one(shape_of(site.query)[-2]):
+            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")
         if site.mask is None and not site.is_causal:
             raise refuse(
                 Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"

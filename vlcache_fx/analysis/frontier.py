@@ -4,6 +4,9 @@
 and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
 on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout
 ops. So the stored K is free of positions whatever the position scheme is.
+
+What has to run on all tokens counts as tainted too: ops that mix them, and what reads a result of the graph.
+A quantised cache has both, scales over all tokens, and integers that it keeps and reads back.
 """
 
 from dataclasses import dataclass
@@ -138,10 +141,16 @@ def _frontier(
 ) -> Node:
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
+    first: UnsupportedGraphError | None = None  # why, where the first of them mixes tokens
     axes = {entering: TokenAxis(len(shape_of(entering)) - 2)}
     for node in sorted(path, key=position.__getitem__):
-        meets_table = _meets_table(node, axes)
-        if meets_table or any(parent in taint or parent in tainted for parent in data_inputs(node)):
+        try:
+            tainting = _meets_table(node, axes)
+        except UnsupportedGraphError as refusal:
+            tainting, first = True, first if tainted else refusal
+        parents = list(data_inputs(node))
+        tainting = tainting or any(parent in path and _is_result(parent) for parent in parents)
+        if tainting or any(parent in taint or parent in tainted for parent in parents):
             tainted[node] = None
     clean = {node: None for node in path if node not in tainted}
     if operand in clean:
@@ -152,7 +161,7 @@ def _frontier(
         points = articulation_points([entering], edge, position, within) if edge else []
         points = [point for point in points if _is_tensor(point)]
         if not points or points[-1] is entering:
-            raise refuse(
+            raise first or refuse(
                 Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected"
             )
         point = points[-1]
@@ -163,13 +172,17 @@ def _meets_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
     """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
 
     Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.
+
+    Raises:
+        UnsupportedGraphError: it mixes tokens.
     """
-    try:
-        step = row_step(node, axes)
-    except UnsupportedGraphError:  # mixes tokens: refused where its rows are followed, if they have to be
-        return False
+    step = row_step(node, axes)
     axes[node] = step.axis
     return bool(step.gathers)
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _is_tensor(node: Node) -> bool:

@@ -19,6 +19,8 @@ from vlcache_fx.analysis.dataflow import (
     in_graph_order,
     positions,
 )
+from vlcache_fx.analysis.merge import SCATTER_ROWS
+from vlcache_fx.analysis.past import sources_of_rows
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site
 from vlcache_fx.errors import Reason
@@ -99,10 +101,13 @@ def _find_start(
     graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node], position: dict[Node, int]
 ) -> Node:
     value = sites[0].value
-    needed = ancestors([value])
-    sources = [node for node in data_placeholders if node in needed]
+    # What a cache holds is no source of the embeddings: queries do not depend on it.
+    needed, asked = sources_of_rows(value), ancestors([sites[0].query])
+    sources = [node for node in data_placeholders if node in needed and node in asked]
     dependent = descendants(sources, needed)
-    useful = ancestors([*output_nodes(graph), sites[-1].node])
+    # Features that are added in later layers come by the encoder, beside the embeddings.
+    beside = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
+    useful = ancestors([*output_nodes(graph), sites[-1].node], beside)
     for candidate in reversed(articulation_points(sources, [value], position, dependent)):
         before = ancestors([candidate])
         leaks = (

@@ -2,5 +2,6 @@
 
 from vlcache_fx.capture.captured import Captured, InputKind
 from vlcache_fx.capture.dynamo import capture_dynamo
+from vlcache_fx.capture.exported import capture_exported
 
-__all__ = ["Captured", "InputKind", "capture_dynamo"]
+__all__ = ["Captured", "InputKind", "capture_dynamo", "capture_exported"]

@@ -11,9 +11,31 @@ from torch import fx
 class InputKind(StrEnum):
     """What a graph input is: decided from where the value came from, never from its name."""
 
-    WEIGHT = "weight"  # parameter or buffer of the traced module: the same tensor in every request
+    WEIGHT = "weight"  # parameter or buffer of the traced module that it does not write to: the same tensor
+    # in every request
     DATA = "data"  # a tensor of this request
     SIZE = "size"  # an int or SymInt
+
+
+@dataclass(frozen=True)
+class Write:
+    """What the traced code writes to one of its inputs.
+
+    The graph is functional and returns what is written; who runs it repeats the write on the caller's tensor.
+
+    Attributes:
+        input: index of the input.
+        value: index, among the graph's outputs, of what is written.
+        dim: the dimension along which rows are written; None where ``value`` replaces all of the input.
+        places: index, among the outputs, of the places of these rows along ``dim`` (int64 [rows]).
+        results: indices of the results that are the input itself; the graph returns None there.
+    """
+
+    input: int
+    value: int
+    dim: int | None = None
+    places: int | None = None
+    results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,11 +49,14 @@ class Captured:
         kinds: what each placeholder is, in order.
         specialised: ``(input index, value)`` of 0-d inputs that were folded in as Python numbers; a call in
             which one differs must not use this graph.
+        writes: what the traced code writes to its inputs, in order. The outputs for it stand behind the
+            traced code's own.
     """
 
     graph_module: fx.GraphModule
     kinds: tuple[InputKind, ...]
     specialised: tuple[tuple[int, float | int | bool], ...] = ()
+    writes: tuple[Write, ...] = ()
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -40,11 +65,17 @@ class Captured:
 
     @property
     def num_outputs(self) -> int:
-        """Number of entries that the graph returns."""
+        """Number of entries that the graph returns, those for writes included."""
         output = self.graph_module.graph.output_node()
         results = output.args[0]
         assert isinstance(results, tuple | list)
         return len(results)
+
+    @property
+    def num_results(self) -> int:
+        """Number of entries that the traced code returns."""
+        places = [write.places for write in self.writes if write.places is not None]
+        return min([*places, *(write.value for write in self.writes)], default=self.num_outputs)
 
     def holds_for(self, args: tuple[Any, ...] | list[Any]) -> bool:
         """True where the folded-in numbers are still those of this call."""

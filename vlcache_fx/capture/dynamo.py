@@ -3,7 +3,7 @@
 Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own (``make_fx``, and
 ``torch._functorch.aot_autograd.aot_export_module`` for graphs that write to tensors); here are only the two
 things they need on the way: module floats that arrive as 0-d tensors are folded in as numbers, and inputs are
-classified by their source.
+classified by their source. What the graph writes to its inputs becomes results (``writes``).
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
-from vlcache_fx.capture.captured import Captured, InputKind
+from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.capture.flex import drop_block_masks
 from vlcache_fx.capture.vmap import inline_vmap
+from vlcache_fx.capture.writes import settle_scatters, split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
@@ -28,12 +29,12 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         example_inputs: the real inputs of the call that is being compiled.
 
     Raises:
-        UnsupportedGraphError: the graph mutates its inputs, torch cannot export it, or it computes with
-            integers alone, so that there is no attention in it.
+        UnsupportedGraphError: a result is a part of an input that the graph writes to, torch cannot export
+            it, or it computes with integers alone, so that there is no attention in it.
     """
     if _has_no_floats(graph_module.graph):
         raise UnsupportedGraphError(Reason.NO_ATTENTION, "the graph has no floating-point tensor")
-    module = fx.GraphModule(graph_module, _copy_graph(graph_module.graph))
+    module = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     kinds = tuple(_kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True))
     specialised = _fold_numbers(module, placeholders, example_inputs)
@@ -41,7 +42,8 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
         inline_vmap(module)
-        exported = trace_without_writes(module, fakes) or _exported(module, fakes)
+        traced = trace_without_writes(module, fakes)
+        exported, writes = (traced, ()) if traced is not None else functionalised(module, fakes)
     except UnsupportedGraphError:
         raise
     except Exception as error:  # torch raises many kinds here; all mean the same to the caller
@@ -49,23 +51,38 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
             Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}"
         ) from error
     exported.graph.lint()
-    return Captured(exported, kinds, specialised)
+    return Captured(exported, data_where_written(kinds, writes), specialised, writes)
 
 
-def _exported(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
-    """By way of functionalisation: writes to tensors of the graph's own are undone, others are refused."""
+def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, tuple[Write, ...]]:
+    """By way of functionalisation: writes to tensors of the graph's own are undone, others become results.
+
+    Raises:
+        UnsupportedGraphError: MUTATED_INPUTS, see ``split_writes``.
+    """
     with torch.no_grad():
         exported, signature = aot_export_module(module, fakes, trace_joint=False, pre_dispatch=True)
-    mutated = [*signature.user_inputs_to_mutate.values(), *signature.buffers_to_mutate.values()]
-    if mutated:
-        raise UnsupportedGraphError(
-            Reason.MUTATED_INPUTS, f"the graph writes to {len(mutated)} of its inputs", node=str(mutated[0])
-        )
     assert isinstance(exported, fx.GraphModule)
-    return exported
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    returned: Any = exported.graph.output_node().args[0]
+    if len(returned) != len(mutated) + len(signature.user_outputs):
+        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "several inputs are written to with one value")
+    inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    targets = [inputs[mutated[value.name]] for value in returned[: len(mutated)]]
+    settle_scatters(exported.graph)
+    writes = split_writes(exported.graph, targets)
+    exported.recompile()
+    return exported, writes
 
 
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
+def data_where_written(kinds: Sequence[InputKind], writes: Sequence[Write]) -> tuple[InputKind, ...]:
+    """A buffer that the graph writes to is not the same tensor in every request."""
+    written = {write.input for write in writes}
+    return tuple(InputKind.DATA if index in written else kind for index, kind in enumerate(kinds))
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same graph with nodes of its own."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
     return copy

@@ -4,7 +4,7 @@ Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not
 must not reach the environment that Dynamo makes its guards from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -17,15 +17,22 @@ FIRST_HINT = 1009  # hints are distinct and large, so that no guard is added by 
 
 
 class FakeInputs:
-    """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol."""
+    """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol.
 
-    def __init__(self) -> None:
+    Args:
+        names: other names of sizes, where the trace had two symbols for one length.
+    """
+
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env)
+        self._names = dict(names or {})
         self._sizes: dict[str, torch.SymInt] = {}
 
     def size(self, name: str) -> torch.SymInt:
         """The symbolic size called ``name``, at least 2."""
+        while name in self._names:
+            name = self._names[name]
         if name not in self._sizes:
             hint = FIRST_HINT + 101 * len(self._sizes)
             source = ConstantSource(f"vlcache_{name}")

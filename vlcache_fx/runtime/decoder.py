@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.capture import Captured
+from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.capture.writes import deliver, overlapping
 from vlcache_fx.errors import PlanError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
@@ -41,7 +42,9 @@ class DecoderRunner:
         facts = analyze(captured)
         self._masks = MaskCheck(captured.graph_module, facts)
         self._num_layers, self._tail_rows = facts.num_layers, facts.tail_rows
-        self._num_outputs = captured.num_outputs
+        self._num_outputs, self._num_results = captured.num_outputs, captured.num_results
+        self._writes = captured.writes
+        self._data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
         self._device = facts.stream.boundaries[0].meta["val"].device
         self._cold = ProgramRunner("cold", cold_program(captured), self._device, engine)
         self._warm = ProgramRunner("warm", warm_program(captured), self._device, engine)
@@ -62,8 +65,10 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
+        if self._writes and overlapping(self._writes, args, self._data):
+            return self._bypass(args, "an input that is written to shares memory with another", num_tokens)
         if request.spans:
-            look = self._masks.look(args, [sample.spans for sample in request.samples])
+            look = self._masks.look(args, num_tokens, [sample.spans for sample in request.samples])
             if look.refusal is not None:
                 self.engine.refuse_call(look.refusal)
                 return self._bypass(args, str(look.refusal), num_tokens)
@@ -71,7 +76,12 @@ class DecoderRunner:
                 replace(sample, unseen=unseen if num_samples > 1 else None)
                 for sample, unseen in zip(request.samples, look.unseen, strict=True)
             ]
-            request = replace(request, samples=tuple(samples), is_causal=look.hides_what_follows)
+            request = replace(
+                request,
+                samples=tuple(samples),
+                is_causal=look.hides_what_follows,
+                is_whole=look.hides_the_past,
+            )
         with clock.measure("lookup"):
             request = self._donors.find(request)
         return self._run_warm(request) if request.donors else self._run_cold(request)
@@ -91,7 +101,7 @@ class DecoderRunner:
             self.engine.report(request.report("cold", "no donor for its spans", plans, 1.0))
         else:
             self.engine.report(request.report("bypass", "no media span", plans, 1.0))
-        return results[: self._num_outputs]
+        return deliver(self._writes, request.args, results, self._num_results)
 
     def _admit(
         self, request: Request, slots: Sequence[str], results: Sequence[Any], plans: Sequence[Plan]
@@ -117,7 +127,7 @@ class DecoderRunner:
         if any(sample.reuse_is_exact for sample in request.samples):
             self._admit(request, self._warm.recorded, results, plans)
         self.engine.report(request.report("warm", None, plans, request.computed_share(plans)))
-        return results[: self._num_outputs]
+        return deliver(self._writes, request.args, results, self._num_results)
 
     def _plans(self, request: Request) -> list[Plan] | None:
         """A plan per sample, or None where none can be made (raised in strict mode)."""

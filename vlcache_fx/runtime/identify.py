@@ -12,6 +12,7 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
+from vlcache_fx.runtime.shifts import only_shifts, same_for_all
 from vlcache_fx.store.keys import Part, content_digest
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -50,6 +51,8 @@ class Identifier:
         position_inputs: indices of inputs that positions are computed from.
         looked_up: those of them that name rows of a table, as token ids do: what they are counts, not how
             they differ from each other.
+        masks_only: those of them that masks of attentions are made of, and nothing else.
+        has_past: True where the keys of the call may be joined with those of earlier calls.
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
 
@@ -59,6 +62,8 @@ class Identifier:
     position_inputs: tuple[int, ...]
     looked_up: frozenset[int] = frozenset()
     embeddings: int | None = None
+    masks_only: frozenset[int] = frozenset()
+    has_past: bool = False
     width: int | None = None
 
     @classmethod
@@ -66,10 +71,17 @@ class Identifier:
         """Build it from the facts of ``module``; every merge's features must be an input."""
         placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
         index = {node: i for i, node in enumerate(placeholders)}
-        full = [node for layer in facts.layers for node in layer.full_part]
+        full = [
+            node
+            for layer in facts.layers
+            for node in ancestors([layer.site.key, layer.site.value], layer.full_part)
+        ]
         used = {p for node in (*facts.steps, *full) for p in node.all_input_nodes if p in facts.taint}
         used -= {addition.node for addition in facts.additions}  # their rows are part of a run's content
+        used -= facts.past
         reached = ancestors(used)
+        masks = {layer.site.mask for layer in facts.layers if layer.site.mask is not None}
+        beside_masks = ancestors(used - masks)
         tables = ancestors(node.args[1] for node in reached if node.target is EMBEDDING)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         places = [*facts.merges, *facts.additions]
@@ -77,8 +89,12 @@ class Identifier:
             masks=extract(module, [place.mask for place in places]),
             features=tuple(index[place.features] for place in places),
             num_merges=len(facts.merges),
-            position_inputs=tuple(i for i in data_inputs if placeholders[i] in reached),
+            position_inputs=tuple(
+                i for i in data_inputs if placeholders[i] in reached and not only_shifts(placeholders[i])
+            ),
             looked_up=frozenset(i for i in data_inputs if placeholders[i] in tables),
+            masks_only=frozenset(i for i in data_inputs if placeholders[i] not in beside_masks),
+            has_past=bool(facts.past),
             embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
             width=width if isinstance(width, int) else None,
         )
@@ -130,10 +146,15 @@ class Identifier:
             dims = [dim for dim, size in enumerate(value.shape) if size == num_tokens]
             if len(dims) >= 2 and dims[-2:] == [value.dim() - 2, value.dim() - 1]:
                 continue  # a mask over pairs of tokens
+            if index in self.masks_only and dims == [value.dim() - 2]:
+                continue  # a mask over tokens and keys
             if len(dims) != 1:
-                parts.append(value)
+                if not (self.has_past and same_for_all(value, num_tokens)):
+                    parts.append(value)
                 continue
             own = value.narrow(dims[0], run.start, run.length).movedim(dims[0], -1)
+            if own.dtype == torch.bool and own.all():
+                continue
             if index in self.looked_up or own.is_floating_point() or own.dtype == torch.bool:
                 parts.append(own)  # differences of cos and sin mean nothing: such donors serve one offset
                 continue

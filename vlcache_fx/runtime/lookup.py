@@ -49,11 +49,12 @@ class DonorLookup:
         }
         # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in slots if slot != donors.RESIDUAL}
+        sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
         self._form = str(
             (
                 [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()],
                 [layer.site.scale for layer in facts.layers],
-                arithmetic(node for members in facts.stream.members for node in members),
+                arithmetic(n for members in facts.stream.members for n in members if n not in sites),
             )
         )
 
@@ -93,7 +94,7 @@ class DonorLookup:
         samples = []
         for sample in request.samples:
             found = self._find(sample, request)
-            records = not found.reuse_is_exact and self._is_worth_recording(found.spans)
+            records = request.is_whole and not found.reuse_is_exact and self._is_worth_recording(found.spans)
             samples.append(found.without_donors() if records else found)
         return replace(request, samples=tuple(samples))
 
@@ -131,7 +132,7 @@ class DonorLookup:
 
     def _keeps_prefixes(self, request: Request) -> bool:
         """Prompts of several samples are padded, so their beginnings are not those of other prompts."""
-        return request.is_causal and len(request.samples) == 1
+        return request.is_causal and request.is_whole and len(request.samples) == 1
 
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
         if len(request.samples) > 1:
@@ -152,6 +153,8 @@ class DonorLookup:
 
     def admit(self, request: Request, recorded: Mapping[str, Tensor], plans: Sequence[Plan]) -> None:
         """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
+        if not request.is_whole:
+            return
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue

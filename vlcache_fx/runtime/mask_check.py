@@ -1,18 +1,20 @@
-"""What explicit attention masks let tokens see: whether rows of a span belong to it alone."""
+"""What the attention masks of a call let its tokens see: tokens behind them, and keys of earlier calls."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.key_tokens import KeyTokens
 from vlcache_fx.store.keys import content_digest
 
 HIDDEN_BELOW = -1e3
@@ -28,11 +30,13 @@ class MaskLook:
     Attributes:
         refusal: a span's tokens attend to tokens behind it, so their K and V belong to one question alone.
         hides_what_follows: no token attends to a later one, but for tokens of one span among themselves.
-        unseen: per sample, positions that no other token attends to; None where there is no mask.
+        hides_the_past: no token attends to a key that this call did not make: the rest of a cache is empty.
+        unseen: per sample, positions that no other token attends to; None where some layer has no mask.
     """
 
     refusal: UnsupportedGraphError | None = None
     hides_what_follows: bool = True
+    hides_the_past: bool = True
     unseen: tuple[Tensor | None, ...] = ()
 
 
@@ -40,76 +44,109 @@ class MaskCheck:
     """The masks of one decoder graph, as a small graph of their own.
 
     They are evaluated again for every call whose masks may differ: whose inputs to them or spans do.
+    Attentions without a mask hide later tokens by themselves, and are looked at only where they have keys of
+    earlier calls.
+
+    Raises:
+        UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
     """
 
     def __init__(self, module: fx.GraphModule, facts: DecoderFacts) -> None:
-        masks = {layer.site.mask: layer.site.node for layer in facts.layers if layer.site.mask is not None}
-        self._sites = list(masks.values())
-        self._masks = extract(module, list(masks)) if masks else None
+        sites: dict[Node | None, tuple[Node, KeyTokens]] = {}
+        for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True):
+            site = layer.site
+            if keys is None or site.mask in sites or (site.mask is None and site.is_prefill):
+                continue
+            if not keys.is_known and not site.is_prefill:
+                raise refuse(
+                    Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
+                )
+            sites[site.mask] = (site.node, KeyTokens(module, () if site.is_prefill else keys.moves))
+        self._sites = list(sites.values())
+        masks = [mask for mask in sites if mask is not None]
+        self._given = [mask is not None for mask in sites]
+        self._every_layer_has_one = all(layer.site.mask is not None for layer in facts.layers)
+        self._masks = extract(module, masks) if masks else None
         needed, placeholders = needed_for(masks), module.graph.find_nodes(op="placeholder")
-        self._inputs = [index for index, node in enumerate(placeholders) if node in needed]
+        self._inputs = [
+            index for index, node in enumerate(placeholders) if node in needed and node not in facts.past
+        ]
         self._looks: OrderedDict[str, MaskLook] = OrderedDict()
 
-    def look(self, args: Sequence[Any], spans: Sequence[Sequence[Span]]) -> MaskLook:
+    def look(self, args: Sequence[Any], num_tokens: int, spans: Sequence[Sequence[Span]]) -> MaskLook:
         """What tokens see in one call.
 
         Args:
             args: the graph's inputs.
+            num_tokens: of each sample.
             spans: per sample. Images may look both ways inside themselves, not behind them.
         """
-        if self._masks is None:
+        if not self._sites:
             return MaskLook(unseen=(None,) * len(spans))
+        key_tokens = [tokens(args, num_tokens) for _, tokens in self._sites]
         places = [(span.sample, span.start, span.length) for sample in spans for span in sample]
-        key = content_digest([*(args[index] for index in self._inputs), len(spans), *places])
+        inputs = (args[index] for index in self._inputs)
+        key = content_digest([*inputs, *key_tokens, num_tokens, len(spans), *places])
         if key not in self._looks:
-            self._looks[key] = self._look(args, spans)
+            self._looks[key] = self._look(self._evaluated(args, num_tokens, key_tokens), num_tokens, spans)
             if len(self._looks) > LOOKS_REMEMBERED:
                 self._looks.popitem(last=False)
         return self._looks[key]
 
-    def _look(self, args: Sequence[Any], spans: Sequence[Sequence[Span]]) -> MaskLook:
-        assert self._masks is not None
-        refusal, hides = None, True
-        seen: list[Tensor | None] = [None] * len(spans)
-        for mask, site in zip(self._masks(*args), self._sites, strict=True):
-            if mask.dim() < 2:
-                continue
+    def _evaluated(
+        self, args: Sequence[Any], num_tokens: int, key_tokens: Sequence[Tensor]
+    ) -> Iterator[tuple[Node, Tensor, Tensor]]:
+        """``(attention, mask [..., rows, keys], token of each key)`` of each kind of attention."""
+        given = iter(() if self._masks is None else self._masks(*args))
+        for (site, _), tokens, is_given in zip(self._sites, key_tokens, self._given, strict=True):
+            mask = next(given) if is_given else torch.ones(num_tokens, len(tokens), dtype=torch.bool).tril()
+            if mask.dim() >= 2:
+                yield site, mask, tokens.to(mask.device)
+
+    def _look(
+        self,
+        evaluated: Iterator[tuple[Node, Tensor, Tensor]],
+        num_tokens: int,
+        spans: Sequence[Sequence[Span]],
+    ) -> MaskLook:
+        refusal, hides, is_whole = None, True, True
+        seen = torch.zeros(len(spans), num_tokens, dtype=torch.bool)
+        for site, mask, tokens in evaluated:
             for sample, own in enumerate(spans):
                 part = mask[sample : sample + 1] if mask.dim() > 2 and mask.shape[0] > 1 else mask
-                beyond = next((span for span in own if _sees_beyond(part, span)), None)
+                beyond = next((span for span in own if _sees_beyond(part, tokens, span)), None)
                 if beyond is not None and refusal is None:
                     detail = f"tokens of the span at {beyond.start} attend to tokens behind it"
                     refusal = refuse(Reason.MASK_FORM, site, detail)
-                hides = hides and not _looks_ahead(part, own)
-                columns, before = _seen(part), seen[sample]
-                seen[sample] = columns if before is None else before | columns
-        unseen = tuple(None if one is None else (~one).nonzero().flatten().cpu() for one in seen)
-        return MaskLook(refusal, hides, unseen)
+                hides = hides and not _looks_ahead(part, tokens, num_tokens, own)
+                is_whole = is_whole and not bool(_visible(part)[..., tokens < 0].any())
+                seen[sample] |= _seen(part, tokens, num_tokens)
+        unseen = tuple((~one).nonzero().flatten() if self._every_layer_has_one else None for one in seen)
+        return MaskLook(refusal, hides, is_whole, unseen)
 
 
-def _looks_ahead(mask: Tensor, spans: Sequence[Span]) -> bool:
-    tokens = mask.shape[-1]
-    if mask.shape[-2] != tokens:
+def _looks_ahead(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span]) -> bool:
+    if mask.shape[-2] != num_tokens:
         return True
-    horizon = torch.arange(tokens, device=mask.device)
+    horizon = torch.arange(num_tokens, device=mask.device)
     for span in spans:
         horizon[span.start : span.end] = span.end - 1
-    later = torch.arange(tokens, device=mask.device) > horizon[:, None]
-    return bool((_visible(mask) & later).any())
+    return bool((_visible(mask) & (tokens > horizon[:, None])).any())
 
 
-def _sees_beyond(mask: Tensor, span: Span) -> bool:
+def _sees_beyond(mask: Tensor, tokens: Tensor, span: Span) -> bool:
     rows = mask[..., span.start : span.end, :] if mask.shape[-2] > 1 else mask
-    return bool(_visible(rows[..., span.end :]).any())
+    return bool(_visible(rows[..., tokens >= span.end]).any())
 
 
-def _seen(mask: Tensor) -> Tensor:
-    """Which tokens are attended to by another one, bool [tokens]."""
-    tokens = mask.shape[-1]
+def _seen(mask: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """Which tokens of the call are attended to by another one, bool [tokens]."""
     visible = _visible(mask).reshape(-1, *mask.shape[-2:])
-    if mask.shape[-2] == tokens:
-        visible = visible & ~torch.eye(tokens, dtype=torch.bool, device=mask.device)
-    return visible.any(dim=1).any(dim=0)
+    if mask.shape[-2] == num_tokens:
+        visible = visible & (tokens != torch.arange(num_tokens, device=mask.device)[:, None])
+    seen = torch.zeros(num_tokens, dtype=torch.bool)
+    seen[tokens[(tokens >= 0) & visible.any(dim=1).any(dim=0)].cpu()] = True
+    return seen
 
 
 def _visible(mask: Tensor) -> Tensor:

@@ -64,7 +64,10 @@ class PrefixReader:
     def of(cls, captured: Captured, facts: DecoderFacts, features: Sequence[int]) -> "PrefixReader":
         """Build it for a captured graph; ``features`` are the inputs that spans' contents stand for."""
         frontiers = [site for layer in facts.layers for site in (layer.site.key, layer.site.value)]
-        reached = ancestors([*frontiers, facts.stream.boundaries[-1]])
+        # A cache whose earlier keys rows depend on has no known prefix; others say nothing about them.
+        graph = captured.graph_module.graph
+        nodes = {node: None for node in graph.nodes if node not in facts.past}
+        reached = ancestors([*frontiers, facts.stream.boundaries[-1]], nodes)
         wanted = [
             index
             for index, (node, kind) in enumerate(zip(captured.placeholders, captured.kinds, strict=True))

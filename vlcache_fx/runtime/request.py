@@ -56,6 +56,9 @@ class Request:
         root: what keys of rows depend on beside the prompt; empty without spans.
         encoder_hit: see ``Report``.
         is_causal: True where no token sees a later one, but for media among themselves.
+        is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
+            behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
+            computed exactly: those keys may be reused ones.
     """
 
     args: Sequence[Any]
@@ -65,6 +68,7 @@ class Request:
     encoder_hit: bool | None
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
+    is_whole: bool = True
 
     @property
     def spans(self) -> tuple[Span, ...]:

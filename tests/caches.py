@@ -1,0 +1,164 @@
+"""Every kind of KV cache: a model that uses it, new caches, and what a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from vlcache_fx.testing.families import LLAVA_IMAGE_SIZE, LLAVA_IMAGE_TOKENS, tiny_llava
+from vlcache_fx.testing.prompts import BOS, EOS, IMAGE_TOKEN, PAD, VOCABULARY, seeded
+
+LAYERS = 2
+MAX_LENGTH = 160
+WINDOW = 20
+"""Of sliding layers: less than an image."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of cache.
+
+    Attributes:
+        model: makes a model that uses it.
+        cache: from the model's configuration to a new cache.
+        traced: the library takes other kernels where it is not traced, so the unmodified model has to be.
+    """
+
+    model: Callable[[], Any]
+    cache: Callable[[Any], Any]
+    traced: bool = False
+
+
+def sliding_llava(layer_types: list[str] | None = None) -> Any:
+    """LLaVA whose decoder attends to the last ``WINDOW`` tokens, in all layers or in those named so."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        MistralConfig,
+        Qwen2Config,
+    )
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "sliding_window": WINDOW,
+    }
+    text = (
+        MistralConfig(**sizes, head_dim=16)
+        if layer_types is None
+        else Qwen2Config(**sizes, use_sliding_window=True, layer_types=layer_types)
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=LLAVA_IMAGE_SIZE,
+        patch_size=4,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=LLAVA_IMAGE_TOKENS,
+    )
+    with seeded(0):
+        return LlavaForConditionalGeneration(config).eval()
+
+
+def hybrid_llava() -> Any:
+    return sliding_llava(["full_attention", "sliding_attention"])
+
+
+class Int8Layer(DynamicLayer):
+    """Holds all keys and values as int8 with scales, and gives the attention what it holds and the new ones.
+
+    Attributes:
+        dim: what a scale is taken over: -1 for one scale per token and head, -2 for one per channel, over
+            all tokens.
+        exact_new: hand the new tokens over as they are, or as they are held.
+    """
+
+    def __init__(self, dim: int, exact_new: bool) -> None:
+        super().__init__()
+        self.dim, self.exact_new = dim, exact_new
+        self.held: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.is_initialized = True
+        new = [key_states, value_states]
+        past = [(held.to(scale.dtype) * scale) for held, scale in self.held]
+        full = [torch.cat(pair, -2) for pair in zip(past, new, strict=True)] if past else new
+        self.held = [self._quantised(states) for states in full]
+        self.keys, self.values = (held for held, _ in self.held)
+        if self.exact_new:
+            return full
+        return [held.to(scale.dtype) * scale for held, scale in self.held]
+
+    def _quantised(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        scale = states.abs().amax(self.dim, keepdim=True).clamp(min=1e-6) / 127
+        return (states / scale).round().to(torch.int8), scale
+
+
+def int8_cache(dim: int, exact_new: bool = True) -> Callable[[Any], Cache]:
+    return lambda config: Cache(layers=[Int8Layer(dim, exact_new) for _ in range(LAYERS)])
+
+
+def dynamic_cache(config: Any) -> Any:
+    return DynamicCache(config=config)
+
+
+def static_cache(config: Any) -> Any:
+    """Allocated in the first call: inside its graph."""
+    return StaticCache(config=config, max_cache_len=MAX_LENGTH)
+
+
+def allocated_cache(config: Any) -> Any:
+    """Allocated before the first call."""
+    cache = static_cache(config)
+    cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
+    return cache
+
+
+def llava() -> Any:
+    return tiny_llava(LAYERS)
+
+
+KINDS: dict[str, Kind] = {
+    "dynamic": Kind(llava, dynamic_cache),
+    "sliding": Kind(sliding_llava, dynamic_cache),
+    "hybrid": Kind(hybrid_llava, dynamic_cache),
+    "static": Kind(llava, static_cache, traced=True),
+    "static, allocated": Kind(llava, allocated_cache, traced=True),
+    "static, sliding": Kind(sliding_llava, allocated_cache, traced=True),
+    "static, hybrid": Kind(hybrid_llava, allocated_cache, traced=True),
+    "int8 per token": Kind(llava, int8_cache(-1)),
+    "int8 per channel": Kind(llava, int8_cache(-2)),
+    "int8 read back": Kind(llava, int8_cache(-1, exact_new=False)),
+    "int8 per channel, read back": Kind(llava, int8_cache(-2, exact_new=False)),
+}
+
+
+def state(cache: Cache) -> dict[str, Any]:
+    """Everything that a cache holds, by layer and name: all positions, scales and lengths included."""
+    found: dict[str, Any] = {}
+    for index, layer in enumerate(cache.layers):
+        found[f"{index}.keys"], found[f"{index}.values"] = layer.keys, layer.values
+        found[f"{index}.length"] = int(layer.get_seq_length())
+        for name, (_, scale) in zip(("keys", "values"), getattr(layer, "held", ()), strict=False):
+            found[f"{index}.{name}.scale"] = scale
+    return found

@@ -1,0 +1,340 @@
+"""Every kind of KV cache: none, growing, of fixed size, sliding, quantised; empty, and with earlier turns.
+
+Reuse that recomputes every row leaves what the unmodified model leaves, bit for bit where the kernels are the
+same: logits, the state of the cache for all positions, and the tokens decoded from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.api import DYNAMO_CONFIG
+from vlcache_fx.lowering import EagerLowering
+from vlcache_fx.testing.families import llava_inputs
+
+from .caches import KINDS, Kind, llava, state, static_cache
+from .runtime.helpers import Pair, distance, hits, own_compiler_state, with_api, with_backend
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+@dataclass
+class Conversation:
+    """A compiled model and its unmodified copy, each with a cache of its own, that are told the same.
+
+    Attributes:
+        pair: the models.
+        caches: of the compiled and of the unmodified one; both None for calls without a cache.
+        tolerance: of logits and state.
+        length: tokens so far.
+        logits: of the unmodified model in the last turn.
+    """
+
+    pair: Pair
+    caches: tuple[Any, Any]
+    tolerance: float = 0.0
+    length: int = 0
+    logits: Tensor | None = None
+
+    def say(self, inputs: dict[str, Tensor], rows: Sequence[int] | None = None) -> dict[str, Any]:
+        """A turn; what the models return and what their caches hold must be equal. The report.
+
+        Args:
+            inputs: of the models.
+            rows: where logits are compared; everywhere if not given.
+        """
+        self.length += inputs["input_ids"].shape[1]
+        inputs["attention_mask"] = torch.ones(1, self.length, dtype=torch.int64)
+        with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
+            got, expected = (
+                model(**inputs, past_key_values=cache, use_cache=cache is not None)
+                for model, cache in zip((self.pair.model, self.pair.reference), self.caches, strict=True)
+            )
+        places = slice(None) if rows is None else list(rows)
+        assert distance(got.logits[:, places], expected.logits[:, places]) <= self.tolerance
+        if self.caches[0] is not None:
+            same(*map(state, self.caches), self.tolerance)
+        self.logits = expected.logits
+        return self.pair.report
+
+    def listen(self, tokens: int = 2) -> None:
+        """Greedy decoding on the caches; steps leave no report.
+
+        Compiled or not, a decoding step has kernels of its own: their rounding stays in the caches.
+        """
+        self.tolerance = max(self.tolerance, 1e-6)
+        before = self.pair.engine.stats()["calls"], self.pair.engine.last_report
+        for _ in range(tokens):
+            assert self.logits is not None
+            self.say({"input_ids": self.logits[:, -1:].argmax(-1)})
+        assert (self.pair.engine.stats()["calls"], self.pair.engine.last_report) == before
+
+
+def same(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        want = expected[name]
+        if isinstance(value, Tensor):
+            assert value.shape == want.shape, name
+            # An int8 value may fall on either side of a rounding.
+            off = float((value.to(torch.float64) - want.to(torch.float64)).abs().max())
+            assert off <= (tolerance if value.is_floating_point() else bool(tolerance)), (name, off)
+        else:
+            assert value == want, name
+
+
+def prompt(before: int, *images: int, seed: int = 0) -> dict[str, Tensor]:
+    return llava_inputs(before, 5, images, text_seed=seed)
+
+
+def conversations(kind: Kind, door: Callable[..., Pair], **options: Any) -> Callable[[], Conversation]:
+    """Starts conversations with one compiled model and its unmodified copy."""
+    pair = door(kind.model(), policy="full", **options)
+    if kind.traced:
+        pair.reference.forward = torch.compile(pair.reference.forward, backend="eager", dynamic=True)
+    config = pair.reference.config
+    tolerance = 0.0 if options.get("lowering", "eager") == "eager" else TOLERANCE
+    return lambda: Conversation(pair, (kind.cache(config), kind.cache(config)), tolerance)
+
+
+def check_turns(start: Callable[[], Conversation]) -> None:
+    first = start()
+    assert first.say(prompt(4, 0))["mode"] == "cold"
+    # A new image behind it: computed on the keys of the first turn.
+    assert first.say(prompt(7, 1, seed=1))["mode"] == "cold"
+
+    second = start()
+    report = second.say(prompt(11, 0, seed=2))
+    assert (report["mode"], hits(report)) == ("warm", [True])
+    second.listen()
+    # The known image once more, at another place.
+    report = second.say(prompt(2, 0, seed=3))
+    assert (report["mode"], hits(report)) == ("warm", [True])
+    assert report["rows_per_layer"][0] == report["num_tokens"] == 43
+    second.listen(1)
+    engine = first.pair.engine
+    assert engine.refusals == []
+    assert engine.stats()["calls"] == {"cold": 2, "warm": 2, "bypass": 0}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_turns_with_the_api(name: str) -> None:
+    check_turns(conversations(KINDS[name], with_api))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", ["dynamic", "hybrid", "static", "static, hybrid", "int8 per channel"])
+def test_turns_with_the_backend(name: str, dynamic: bool | None) -> None:
+    check_turns(conversations(KINDS[name], with_backend, dynamic=dynamic))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynamic", "hybrid", "static", "static, sliding", "int8 per channel"])
+def test_turns_with_inductor(name: str) -> None:
+    check_turns(conversations(KINDS[name], with_api, lowering="inductor"))
+
+
+@pytest.mark.parametrize("door", [with_api, with_backend])
+def test_without_a_cache(door: Callable[..., Pair]) -> None:
+    start = conversations(Kind(llava, lambda _: None), door)
+    for before, mode in [(4, "cold"), (9, "warm"), (2, "warm")]:
+        assert start().say(prompt(before, 0, seed=before))["mode"] == mode
+
+
+def test_a_prefill_in_chunks() -> None:
+    """Text, an image, the question: each on the cache of those before."""
+    start = conversations(KINDS["dynamic"], with_api)
+    start().say(prompt(4, 0))
+    chunks = start()
+    assert chunks.say({"input_ids": torch.arange(20, 29)[None]})["mode"] == "bypass"  # text alone
+    assert chunks.say(prompt(0, 0))["mode"] == "warm"
+    assert chunks.say({"input_ids": torch.arange(40, 52)[None]})["mode"] == "bypass"
+    chunks.listen()
+    assert chunks.pair.engine.refusals == []
+
+
+# Small budgets ----------------------------------------------------------------------------------------------
+
+
+class Donated:
+    """The unmodified model; some rows of a span can be taken from another call, before positions enter.
+
+    That is what reuse is, written straight down: every row is computed, and those that are not in the plan
+    have their keys and values replaced.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.rows: slice | None = None
+        self.records = False
+        self.stored: dict[int, Tensor] = {}
+        for layer in model.model.language_model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.register_forward_hook(self._projected)
+
+    def _projected(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
+        if self.rows is None or output.shape[1] == 1:
+            return None
+        if self.records:
+            self.stored[id(module)] = output[:, self.rows].clone()
+            return None
+        replaced = output.clone()
+        replaced[:, self.rows] = self.stored[id(module)]
+        return replaced
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["empty", "past"])
+@pytest.mark.parametrize(
+    "name", ["dynamic", "hybrid", "static, allocated", "static, sliding", "int8 per token"]
+)
+def test_a_small_budget_gives_what_the_same_rows_give(name: str, past: bool) -> None:
+    kind = KINDS[name]
+    pair = with_api(kind.model(), policy="first_k", budget=0.1)
+    config = pair.reference.config
+    start = 3
+    computed = 3  # of 36
+    donated = Donated(pair.reference)
+
+    def conversation() -> Conversation:
+        return Conversation(pair, (kind.cache(config), kind.cache(config)), TOLERANCE)
+
+    donated.rows, donated.records = slice(8 + computed, 8 + 36), True
+    assert conversation().say(prompt(8, 0))["mode"] == "cold"
+    donated.rows, donated.records = None, False
+
+    talk = conversation()
+    if past:
+        assert talk.say(prompt(5, 1, seed=1))["mode"] == "cold"
+    exact = kind.cache(config)
+    with torch.no_grad():
+        if past:
+            pair.reference(**prompt(5, 1, seed=1), past_key_values=exact)
+        unmodified = pair.reference(
+            **prompt(start, 0, seed=2) | {"attention_mask": None}, past_key_values=exact
+        ).logits
+    donated.rows = slice(start + computed, start + 36)
+    report = talk.say(
+        prompt(start, 0, seed=2), rows=[*range(start + computed), *range(start + 36, start + 41)]
+    )
+    assert report["mode"] == "warm"
+    assert report["rows_per_layer"] == (start + computed + 5,) * 3
+    assert talk.logits is not None
+    assert not torch.allclose(talk.logits, unmodified, rtol=0, atol=1e-3)  # it is an approximation
+    talk.listen()
+
+
+def test_donors_are_not_made_on_a_past() -> None:
+    """Its keys may be reused ones: what is computed on them is not known to be exact."""
+    start = conversations(KINDS["dynamic"], with_api)
+    engine, talk = start().pair.engine, start()
+    talk.say(prompt(4, 0))
+    stored = engine.stats()["store"]["entries"]
+    for seed in (1, 2, 3):
+        assert talk.say(prompt(4, 1, seed=seed))["mode"] == "cold"
+        features = int(seed == 1)  # the encoder's output is kept
+        assert engine.stats()["store"]["entries"] == stored + features
+        stored += features
+    assert start().say(prompt(6, 1, seed=4))["mode"] == "cold"
+    assert engine.stats()["store"]["entries"] > stored
+    assert start().say(prompt(9, 1, seed=5))["mode"] == "warm"
+
+
+def test_no_prefix_is_known_behind_a_past() -> None:
+    """The same tokens with other keys before them are other rows."""
+    kind = KINDS["dynamic"]
+    pair = with_api(kind.model(), policy="first_k", budget=0.1)
+    config = pair.reference.config
+
+    def start() -> Any:
+        return Conversation(pair, (kind.cache(config), kind.cache(config)), tolerance=1e9)
+
+    start().say(prompt(4, 0))
+    assert start().say(prompt(4, 0))["prefix_tokens"] == 45
+    talk = start()
+    talk.say(prompt(9, 0, seed=1))
+    report = talk.say(prompt(4, 0))
+    assert (report["mode"], report["prefix_tokens"]) == ("warm", 0)
+
+
+@pytest.mark.parametrize("name", ["static", "static, allocated"])
+def test_an_empty_cache_of_fixed_size_is_no_past(name: str) -> None:
+    """Its places are hidden by the mask: donors are made, and a known prefix is exact."""
+    kind = KINDS[name]
+    pair = with_api(kind.model(), policy="first_k", budget=0.1)
+    config = pair.reference.config
+
+    def start() -> Any:
+        return Conversation(pair, (kind.cache(config), kind.cache(config)), TOLERANCE)
+
+    talk = start()
+    assert talk.say(prompt(4, 0))["mode"] == "cold"
+    for _ in range(2):
+        again = start()
+        report = again.say(prompt(4, 0))
+        assert (report["mode"], report["prefix_tokens"]) == ("warm", 45)
+        assert report["rows_per_layer"][0] == 2
+    again.tolerance = 1e9
+    assert again.say(prompt(4, 0))["prefix_tokens"] == 0  # not empty any more
+
+
+# Doors ------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = conversations(KINDS["static, allocated"], with_api)
+    start().say(prompt(4, 0))
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("deliberate")
+
+    def lower(self: EagerLowering, program: Any, *, name: str) -> Any:
+        return fails
+
+    monkeypatch.setattr(EagerLowering, "lower", lower)
+    talk = start()
+    assert talk.say(prompt(6, 0, seed=1))["mode"] == "bypass"  # and length and rows are written once
+    talk.listen()
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_generate_goes_on_from_turn_to_turn(implementation: str | None) -> None:
+    pair = with_api(llava(), policy="full")
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    for place in range(2):
+        caches: list[Any] = [None, None]
+        asked = torch.empty(1, 0, dtype=torch.int64)
+        for turn, mode in enumerate(["cold" if place == 0 else "warm", "warm"]):
+            new = prompt(4 + 3 * place + turn, 0, seed=place + turn)
+            asked = torch.cat([asked, new["input_ids"]], 1)
+            results = []
+            for index, model in enumerate((pair.model, pair.reference)):
+                cache = caches[index]
+                if cache is None and implementation is not None:
+                    cache = static_cache(pair.reference.config)
+                inputs = new | {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
+                results.append(model.generate(**inputs, past_key_values=cache, **options))
+                caches[index] = results[-1].past_key_values
+            got, expected = results
+            assert pair.report["mode"] == mode
+            assert pair.report["num_tokens"] == new["input_ids"].shape[1] + (
+                turn > 0
+            )  # and the last answer token
+            assert torch.equal(got.sequences, expected.sequences)
+            for a, b in zip(got.logits, expected.logits, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
+            same(state(caches[0]), state(caches[1]), TOLERANCE)
+            asked = got.sequences
+    assert pair.engine.refusals == []
