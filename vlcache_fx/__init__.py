@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         UnsupportedGraphError,
         VlcacheError,
     )
+    from vlcache_fx.exported import compile_exported
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
 
@@ -41,6 +42,7 @@ __all__ = [
     "VlcacheError",
     "__version__",
     "compile",
+    "compile_exported",
     "mark_spans",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     "Engine": "vlcache_fx.runtime.engine",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
+    "compile_exported": "vlcache_fx.exported",
     "mark_spans": "vlcache_fx.api",
 }
 

@@ -9,7 +9,7 @@ A graph that cannot be rewritten runs unmodified, for a typed reason.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +31,17 @@ from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
 
 Compiled = Callable[..., Sequence[Any]]
+
+
+class Unmodified(Protocol):
+    """What was captured, as it was: takes the inputs of the captured graph and returns its results."""
+
+    def prepare(self) -> Compiled:
+        """Whatever must be done before the first call, done now."""
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        """Run it."""
+
 
 NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
 """Pieces of a model and decoding steps: neither logged, raised nor reported."""
@@ -77,10 +88,21 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
 
 
 def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
-    unmodified = _Unmodified(graph_module, example_inputs, engine)
+    def capture() -> Captured:
+        check_gradients(example_inputs)
+        return capture_dynamo(graph_module, example_inputs)
+
+    return compile_captured(capture, _DynamoGraph(graph_module, example_inputs, engine), engine)
+
+
+def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, engine: Engine) -> Compiled:
+    """What ``capture`` brings to the IR, with reuse; or ``unmodified``, where that cannot be, for a reason.
+
+    Raises:
+        UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
+    """
     try:
-        _check_gradients(example_inputs)
-        captured = capture_dynamo(graph_module, example_inputs)
+        captured = capture()
         CLEANUP.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
@@ -92,7 +114,7 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
     return _guarded(compiled, captured, unmodified)
 
 
-def _rewrite(captured: Captured, engine: Engine, unmodified: "_Unmodified") -> Compiled:
+def _rewrite(captured: Captured, engine: Engine, unmodified: Unmodified) -> Compiled:
     if is_encoder(captured):
         if captured.writes:
             raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "an encoder that writes to its inputs")
@@ -153,7 +175,8 @@ def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
     return lambda *args: run(args)
 
 
-def _check_gradients(example_inputs: Sequence[Any]) -> None:
+def check_gradients(example_inputs: Sequence[Any]) -> None:
+    """Raises UnsupportedGraphError where torch records gradients for any of the inputs."""
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
         raise UnsupportedGraphError(
             Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()"
@@ -166,7 +189,7 @@ def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Co
     return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
 
 
-def _refused(refusal: UnsupportedGraphError, unmodified: "_Unmodified", engine: Engine) -> Compiled:
+def _refused(refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Engine) -> Compiled:
     if refusal.reason not in NOT_AN_ERROR:
         engine.refuse(refusal)
     compiled = unmodified.prepare()
@@ -178,8 +201,8 @@ def _refused(refusal: UnsupportedGraphError, unmodified: "_Unmodified", engine: 
     return run
 
 
-class _Unmodified:
-    """The graph as it was captured, compiled as ``torch.compile`` would, when first needed."""
+class _DynamoGraph:
+    """The graph as Dynamo gave it, compiled as ``torch.compile`` would, when first needed."""
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> None:
         self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine

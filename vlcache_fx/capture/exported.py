@@ -63,11 +63,21 @@ def bound_tensors(program: ExportedProgram) -> list[torch.Tensor | None]:
     tensors: list[torch.Tensor | None] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind in BOUND:
+            assert spec.target is not None
             held = program.state_dict if spec.target in program.state_dict else program.constants
             tensors.append(held[spec.target])
         elif _is_given(spec):
             tensors.append(None)
     return tensors
+
+
+def given_arguments(program: ExportedProgram) -> list[bool]:
+    """For each leaf of the caller's arguments, whether it is an input of ``capture_exported(program)``.
+
+    Others are constants (None, flags) that the export folded in.
+    """
+    specs = program.graph_signature.input_specs
+    return [_is_given(spec) for spec in specs if spec.kind is Spec.USER_INPUT]
 
 
 def _is_given(spec: InputSpec) -> bool:

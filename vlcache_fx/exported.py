@@ -1,0 +1,120 @@
+"""Reuse for programs that ``torch.export`` made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from vlcache_fx.backend import check_gradients, compile_captured
+from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_arguments
+from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.report import Report
+
+
+def compile_exported(program: ExportedProgram, **options: Any) -> "CompiledProgram":
+    """Run an exported language model with reuse: one export with a dynamic length serves all prompts.
+
+    Args:
+        program: of a model that merges encoder features into its token embeddings, or that takes embeddings
+            in which spans are marked (``mark_spans``). It is left as it is; its parameters and buffers are
+            used where they lie.
+        **options: see ``Options``; ``dynamic`` says nothing here, the export decided it.
+
+    Raises:
+        OptionError: an option is unknown or has a bad value.
+        UnsupportedGraphError: with ``strict``, a program that cannot be rewritten.
+    """
+    return CompiledProgram(program, Engine(Options.parse(options)))
+
+
+class CompiledProgram:
+    """An exported program with reuse; called as the exported module was.
+
+    Attributes:
+        vlcache: the engine: reports, statistics, other settings.
+    """
+
+    def __init__(self, program: ExportedProgram, engine: Engine) -> None:
+        self.vlcache = engine
+        self._arguments = _Arguments(program)
+        self._bound = bound_tensors(program)
+        self._run = compile_captured(lambda: capture_exported(program), self._arguments, engine)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The program's results. Arguments that it does not cover raise its own error."""
+        given = self._arguments.given(args, kwargs)
+        if given is None:
+            return self._arguments.module(*args, **kwargs)
+        waiting = iter(given)
+        inputs = [next(waiting) if bound is None else bound for bound in self._bound]
+        try:
+            check_gradients(inputs)
+        except UnsupportedGraphError as refusal:
+            self.vlcache.report(Report("bypass", str(refusal)))
+            return self._arguments.module(*args, **kwargs)
+        return self._arguments.results(self._run(*inputs))
+
+
+class _Arguments:
+    """Between the caller's arguments and the inputs of the captured graph; runs the program as it is, too."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.module = program.module()
+        self._in_spec, self._out_spec = program.call_spec.in_spec, program.call_spec.out_spec
+        self._is_given = given_arguments(program)
+        self._is_bound = [tensor is not None for tensor in bound_tensors(program)]
+        placeholders = program.graph.find_nodes(op="placeholder")
+        self._forms = [node.meta["val"] for node in placeholders[-len(self._is_given) :]]
+        self._ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
+
+    def prepare(self) -> "_Arguments":
+        """Nothing: exported programs run as they are."""
+        return self
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        """Run the program as it is, with the inputs of the captured graph."""
+        given = iter(value for value, is_bound in zip(inputs, self._is_bound, strict=True) if not is_bound)
+        leaves = [
+            next(given) if is_given else form
+            for form, is_given in zip(self._forms, self._is_given, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
+        results: list[Any] = pytree.tree_leaves(self.module(*args, **kwargs))
+        return results
+
+    def given(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The inputs among the arguments, in order; None where the program was not exported for such ones."""
+        leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
+        if spec != self._in_spec:
+            return None
+        sizes: dict[str, int] = {}
+        if not all(self._covers(form, leaf, sizes) for form, leaf in zip(self._forms, leaves, strict=True)):
+            return None
+        return [leaf for leaf, is_given in zip(leaves, self._is_given, strict=True) if is_given]
+
+    def _covers(self, form: Any, leaf: Any, sizes: dict[str, int]) -> bool:
+        """True where ``leaf`` is what ``form`` says. ``sizes`` has the symbols seen so far."""
+        if not isinstance(form, Tensor):
+            return isinstance(form, torch.SymInt) or (type(form) is type(leaf) and bool(form == leaf))
+        if not isinstance(leaf, Tensor) or (leaf.dtype, leaf.device, leaf.dim()) != (
+            form.dtype, form.device, form.dim(),
+        ):  # fmt: skip
+            return False
+        for size, want in zip(leaf.shape, form.shape, strict=True):
+            name, bounds = str(want), self._ranges.get(str(want))
+            if isinstance(want, int) and size != want:
+                return False
+            if bounds is not None and not bounds.lower <= size <= bounds.upper:
+                return False
+            if bounds is not None and sizes.setdefault(name, size) != size:
+                return False
+        return True
+
+    def results(self, found: Sequence[Any]) -> Any:
+        """What the program returns, of what the captured graph does."""
+        return pytree.tree_unflatten(list(found), self._out_spec)
