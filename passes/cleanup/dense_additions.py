@@ -56,13 +56,15 @@ def _addition(node: Node) -> tuple[Node, Node, Node] | None:
         return None
     stream, indices, total = node.args[:3]
     mask = _only_mask(indices)
-    if mask is None or not isinstance(total, Node) or total.target is not aten.add.Tensor or total.kwargs:
+    if mask is None or not isinstance(stream, Node) or not isinstance(total, Node):
+        return None
+    if total.target is not aten.add.Tensor or total.kwargs:
         return None
     for read, features in (total.args, total.args[::-1]):
         if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
             continue
         if read.args[0] is stream and _only_mask(read.args[1]) is mask and _fits(stream, features):
-            return read.args[0], mask, features
+            return stream, mask, features
     return None
 
 

@@ -48,7 +48,7 @@ def _inverts(node: Node) -> bool:
     count = shape_of(permutation)[0]
     whole = len(shape_of(base)) == 1 and equal(shape_of(base)[0], count)
     same_dtype = node.meta["val"].dtype == permutation.meta["val"].dtype
-    return whole and same_dtype and isinstance(values, Node) and _counts(values, count)
+    return bool(whole and same_dtype and isinstance(values, Node) and _counts(values, count))
 
 
 def _is_permutation(node: Node) -> bool:
@@ -56,7 +56,7 @@ def _is_permutation(node: Node) -> bool:
         return False
     source = node.args[0] if node.args else None
     taken = isinstance(source, Node) and packet_of(source) is aten.sort and node.args[1] == 1
-    return taken or packet_of(node) is aten.argsort
+    return bool(taken or packet_of(node) is aten.argsort)
 
 
 def _counts(node: Node, count: Any) -> bool:

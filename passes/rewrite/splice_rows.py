@@ -1,6 +1,6 @@
 """Splice stored and recomputed rows where positions have not entered yet."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -42,7 +42,7 @@ def _splice(program: Program, lookup: Node, fresh: Node, source_slot: str, segme
     source = program.add_input(source_slot)
     dim = lookup.args[2]
     with program.graph.inserting_after(lookup):
-        args = (lookup, fresh, source, dim)
+        args: tuple[Any, ...] = (lookup, fresh, source, dim)
         if program.is_batched:
             args = (*args, sample_dim(program, fresh))
         node = program.graph.call_function(torch.ops.vlcache.splice_rows.default, args)

@@ -53,7 +53,7 @@ def computation_digest(module: fx.GraphModule, result: Node, names: Mapping[Node
                 return f"{{{', '.join(f'{key}: {form(value[key])}' for key in sorted(value))}}}"
         return repr(value)
 
-    lines = []
+    lines: list[str] = []
     for node in module.graph.nodes:
         if node not in needed or node.op == "placeholder":
             continue

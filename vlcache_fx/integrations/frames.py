@@ -36,7 +36,7 @@ class FrameCache:
         """Same arguments and result as the encoder's own method."""
         call = self._cache.arguments(args, kwargs)
         grids = call.get(self._cache.grids_name)
-        if len(args) > 2 or torch.is_grad_enabled() or not _has_frames(grids):
+        if grids is None or len(args) > 2 or torch.is_grad_enabled() or not _has_frames(grids):
             return self._cache(*args, **kwargs)
         counts = [int(count) for count in grids[:, 0].tolist()]
         framed = {**call, self._cache.grids_name: frame_grids(grids)}

@@ -93,7 +93,7 @@ def with_one_tensor(output: Any) -> Any:
     fields = features_of(output)
     if fields is None:
         return output
-    changed = {}
+    changed: dict[str, Any] = {}
     for name, value in fields.items():
         if _are_rows(value):
             changed[name] = (torch.cat(tuple(value)),)

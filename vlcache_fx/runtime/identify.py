@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
+from vlcache_fx.analysis.merge import Addition, Merge
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.runtime.shifts import only_shifts, same_for_all
@@ -82,9 +83,9 @@ class Identifier:
         reached = ancestors(used)
         masks = {layer.site.mask for layer in facts.layers if layer.site.mask is not None}
         beside_masks = ancestors(used - masks)
-        tables = ancestors(node.args[1] for node in reached if node.target is EMBEDDING)
+        tables = ancestors(node.all_input_nodes[-1] for node in reached if node.target is EMBEDDING)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
-        places = [*facts.merges, *facts.additions]
+        places: list[Merge | Addition] = [*facts.merges, *facts.additions]
         return cls(
             masks=extract(module, [place.mask for place in places]),
             features=tuple(index[place.features] for place in places),
