@@ -57,7 +57,7 @@ class CachePath:
 
 
 def cache_paths(
-    layers: Sequence[LayerParts], steps: Mapping[Node, RowStep], stream: NodeSet, position: Mapping[Node, int]
+    layers: Sequence[LayerParts], steps: Mapping[Node, RowStep], stream: NodeSet, position: dict[Node, int]
 ) -> tuple[tuple[CachePath | None, CachePath | None], ...]:
     """Each layer's paths of keys and values, its own or an earlier layer's; None where they are of no token
     of this call."""
@@ -83,7 +83,7 @@ def cache_paths(
 
 
 def cache_path(
-    frontier: Node, axis: TokenAxis, operand: Node, inside: NodeSet, position: Mapping[Node, int]
+    frontier: Node, axis: TokenAxis, operand: Node, inside: NodeSet, position: dict[Node, int]
 ) -> CachePath:
     """Follow the tokens of one layer's keys, or of its values.
 
