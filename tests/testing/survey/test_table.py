@@ -1,0 +1,65 @@
+"""Outcomes as a table in a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from vlcache_fx.testing.survey.__main__ import main
+from vlcache_fx.testing.survey.families import known_families
+from vlcache_fx.testing.survey.outcome import Outcome
+from vlcache_fx.testing.survey.table import BEGIN, END, NAMED, markdown, write_into
+
+LLAVA = Outcome("llava", "Llava", {"vlcache_fx.compile": "reuse", "torch.compile": "reuse"})
+REFUSED = Outcome(
+    "qwen3_5",
+    "Qwen",
+    {"vlcache_fx.compile": "refused: token_mixing", "torch.compile": "not reused"},
+    "conv1d",
+)
+UNBUILT = Outcome("other", "Other", {}, "TypeError: no")
+ODD = Outcome("odd", "Odd", {"vlcache_fx.compile": "reuse", "torch.compile": "not reused"})
+
+
+def test_named_families_have_rows_and_others_are_listed() -> None:
+    lines = markdown([UNBUILT, REFUSED, ODD, LLAVA]).splitlines()
+    assert lines[2] == "| llava | `Llava` | reuse | reuse |  |"
+    assert lines[3] == "| qwen3_5 | `Qwen` | refused: x | not reused | conv1d |"
+    assert "- reuse through `vlcache_fx.compile`; not reused through `torch.compile`: odd" in lines
+    assert "- small model could not be built or run without this package: other" in lines
+
+
+def test_an_entry_that_was_not_tried_says_so() -> None:
+    outcome = Outcome("llava", "Llava", {"torch.compile": "reuse"})
+    assert "| llava | `Llava` | not run | reuse |  |" in markdown([outcome])
+
+
+def test_writing_replaces_what_stands_between_the_marks(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nbehind\n")
+    write_into(document, "new")
+    assert document.read_text() == f"before\n{BEGIN}\nnew\n{END}\nbehind\n"
+
+
+def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
+    document = tmp_path / "README.md"
+    document.write_text("nothing\n")
+    with pytest.raises(ValueError, match="families: begin"):
+        write_into(document, "new")
+    assert document.read_text() == "nothing\n"
+
+
+def test_unknown_families_are_named_on_the_command_line() -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, ["llava", "no_such_family"])
+    assert result.exit_code == 2
+    assert "no_such_family" in result.output
+    assert "qwen2_5_vl" in result.output
+
+
+def test_transformers_knows_the_named_families() -> None:
+    assert set(NAMED) <= set(known_families())
