@@ -17,7 +17,7 @@ LLAVA = Outcome("llava", "Llava", {"vlcache_fx.compile": "reuse", "torch.compile
 REFUSED = Outcome(
     "qwen3_5",
     "Qwen",
-    {"vlcache_fx.compile": "refused: token_mixing", "torch.compile": "not reused"},
+    {"vlcache_fx.compile": "refused: x", "torch.compile": "not reused"},
     "conv1d",
 )
 UNBUILT = Outcome("other", "Other", {}, "TypeError: no")
