@@ -288,8 +288,8 @@ def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places
         return
     outputs = request["output_rows"]
     needed = set() if outputs is None else set(outputs.tolist())
-    for s in request["spans"]:
-        needed |= set(range(s.start, s.end)) if s.hit else set()
+    for s in request["spans"]:  # rows of missed ones are recorded
+        needed |= set(range(s.start, s.end))
     left_out = set(unseen.tolist()) - needed
     added = any("at least two" in note for note in plan.explanations)
     for rows, source, all_rows in zip(plan.rows[:-1], plan.source, usual.rows, strict=False):
@@ -298,6 +298,18 @@ def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places
         # Unless it is one of two rows that there must be, it is given what the table begins with.
         assert all(source[place] == 0 for place in left_out - set(rows.tolist()))
         assert len(rows) >= min(2, tokens)
+
+
+def test_all_of_a_missed_span_is_computed() -> None:
+    plan = build_plan(
+        num_tokens=8,
+        spans=[span(1, 2), span(4, 3, hit=False)],
+        num_layers=1,
+        policy=NoRows(),
+        budget=0.0,
+        unseen=ids(0, 2, 4, 5),
+    )
+    assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
 
 
 def test_padding_is_computed_where_outputs_need_it() -> None:
