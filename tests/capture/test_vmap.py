@@ -11,6 +11,10 @@ from torch import Tensor, fx, nn
 
 from vlcache_fx.capture.vmap import CLOSE, OPEN, inline_vmap
 from vlcache_fx.testing.graphs import captured_graph, traced_graphs
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_vlm import TinyVlm, rotary_angles, tiny_vlm, tiny_vlm_inputs
+
+from ..runtime.helpers import own_compiler_state, with_backend
 
 SIZES = (2, 5)
 
@@ -139,3 +143,32 @@ def test_a_failure_leaves_no_level_open() -> None:
     module, args = graph_of(once)
     assert inline_vmap(module)
     equal(module(*args), (once(**call()),))
+
+
+class Vmapped(TinyVlm):
+    """Its mask is made by a function of one query and one key."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        x = embeds.masked_scatter(image, self.encoder(pixel_values))
+        places = torch.arange(x.shape[1])
+        row = torch.vmap(lambda query, key: key <= query, in_dims=(None, 0))
+        mask = torch.vmap(row, in_dims=(0, None))(places, places)[None, None]
+        for layer in self.decoder.layers:
+            x = layer(x, rotary_angles(places, self.decoder.shape.rotary_dim), mask)
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+
+def test_a_model_with_such_a_mask_is_rewritten() -> None:
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Vmapped
+    with own_compiler_state():
+        pair = with_backend(model, policy="full")
+        off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))
+        assert (off, report["mode"]) == (0.0, "cold")
+        off, report = pair.run(**tiny_vlm_inputs(9, 4, [(20, 0)], text_seed=1))
+        assert report["mode"] == "warm"
+        assert off <= 1e-5
+        assert pair.engine.refusals == []
