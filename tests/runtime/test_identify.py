@@ -262,6 +262,14 @@ def test_a_padding_mask_counts_where_it_hides_the_item(dtype: torch.dtype) -> No
     assert len(keys) == 3
 
 
+def test_counts_that_masks_alone_read_hide_nothing() -> None:
+    """The first of them is zero where an item comes first."""
+    call = {"input_ids": ids("oooobbcc"), "features": noise(0, 4, HIDDEN), "kept": torch.arange(8)[None]}
+    check = Identifying(**call)
+    assert check.place["kept"] in check.identifier.masks_only
+    assert check.positions() == []
+
+
 def test_masks_over_pairs_of_tokens_are_no_positions() -> None:
     check = Identifying(**ONE, bias=causal_mask(8, torch.device("cpu")))
     assert check.positions() == []
