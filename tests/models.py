@@ -1,14 +1,15 @@
-"""Tiny models whose layers are wired up in other ways than one behind the other."""
+"""Tiny models whose layers are wired up in other ways, and one for prompts of several lengths."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.prompts import IMAGE_TOKEN, PAD
 from vlcache_fx.testing.tiny_vlm import (
     Layer,
     TinyVlm,
@@ -95,3 +96,58 @@ def wired(kind: str, **options: Any) -> Any:
     model.__class__ = Wired
     model.kind = kind
     return model
+
+
+class Padded(TinyVlm):
+    """A ``TinyVlm`` for prompts of several lengths in one batch.
+
+    Attributes:
+        counted: positions are counted from a prompt's first token, not from the beginning of its padding.
+    """
+
+    counted = False
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        x = embeds.masked_scatter(image, self.encoder(pixel_values))
+        positions, dim = torch.arange(x.shape[1]), self.decoder.shape.rotary_dim
+        if self.counted:
+            positions = (kept.long().cumsum(1) - 1).clamp(min=0)
+            cos, sin = rotary_angles(positions.flatten(), dim)
+            rotary = tuple(part.view(*positions.shape, dim)[:, None] for part in (cos, sin))
+        else:
+            rotary = rotary_angles(positions, dim)
+        mask = causal_mask(x.shape[1], x.device) & kept[:, None, None, :]
+        for layer in self.decoder.layers:
+            x = layer(x, rotary, mask)
+        x = x[:, -1:] if self.decoder.shape.last_only else x
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+
+def padded(*, counted: bool = False, **options: Any) -> Any:
+    """With one key and value head; ``options`` as for ``tiny_vlm``."""
+    model: Any = tiny_vlm(**options)
+    model.__class__ = Padded
+    model.counted = counted
+    return model
+
+
+def batch_of(*prompts: Mapping[str, Tensor], left: bool = True, tokens: int = 0) -> dict[str, Tensor]:
+    """Prompts of ``tiny_vlm_inputs`` as one call of a ``Padded``, with padding on one side.
+
+    Args:
+        prompts: one per sample; pixels only where there are images.
+        left: padding stands in front.
+        tokens: length of all; by default that of the longest.
+    """
+    tokens = tokens or max(prompt["input_ids"].shape[1] for prompt in prompts)
+    ids, kept = [], []
+    for prompt in prompts:
+        missing = tokens - prompt["input_ids"].shape[1]
+        sides = (missing, 0) if left else (0, missing)
+        ids.append(F.pad(prompt["input_ids"], sides, value=PAD))
+        kept.append(F.pad(torch.ones_like(prompt["input_ids"], dtype=torch.bool), sides, value=False))
+    pixels = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
+    return {"input_ids": torch.cat(ids), "pixel_values": torch.cat(pixels), "kept": torch.cat(kept)}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.flex import refuse_transforms
+from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import traced_graphs
 
@@ -71,31 +73,39 @@ def test_the_graph_of_dynamo_stays_as_it_is() -> None:
     assert str(graph.graph_module.graph) == before
 
 
-def test_blocks_that_are_returned_too_are_refused() -> None:
+def test_blocks_that_are_returned_too_are_still_made() -> None:
+    """They are traced below the levels of ``vmap``, writes included."""
+
+    def made(x: Tensor) -> BlockMask:
+        def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return q >= k
+
+        return create_block_mask(causal, 1, None, 20, 20, device=x.device, BLOCK_SIZE=4)
+
     class Returning(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            def causal(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return q >= k
-
-            blocks: BlockMask = create_block_mask(causal, 1, None, 20, 20, device=x.device)
+            blocks = made(x)
             return flex_attention(x, x, x, block_mask=blocks), blocks.kv_indices
 
-    with pytest.raises(Exception, match=r"transforms of torch\.func") as failure:
-        captures(Returning(), {"x": X})
-    refusal = getattr(failure.value, "inner_exception", failure.value)
-    assert isinstance(refusal, UnsupportedGraphError)
-    assert refusal.reason is Reason.CAPTURE_FAILED
+    (captured,) = captures(Returning(), {"x": X})
+    results: Any = captured.graph_module.graph.output_node().args[0]
+    (got,) = extract(captured.graph_module, [results[1]])(X)
+    assert got.shape[-1] == 5
+    assert torch.equal(got, made(X).kv_indices)
 
 
-def test_vmap_elsewhere_is_refused_and_not_traced_wrongly() -> None:
+def test_transforms_that_remain_are_refused_and_not_traced_wrongly() -> None:
     class Mapped(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return torch.vmap(lambda row: row * row.sum())(x)
 
     (graph,) = traced_graphs(Mapped(), {"x": X})
     with pytest.raises(UnsupportedGraphError, match=r"transforms of torch\.func") as refusal:
-        capture_dynamo(graph.graph_module, graph.example_inputs)
+        refuse_transforms(graph.graph_module.graph)
     assert refusal.value.reason is Reason.CAPTURE_FAILED
+    captured = capture_dynamo(graph.graph_module, graph.example_inputs)
+    refuse_transforms(captured.graph_module.graph)
+    torch.testing.assert_close(captured.graph_module(X)[0], X * X.sum((1, 2, 3), keepdim=True))
 
 
 def test_a_write_to_another_tensor_stays() -> None:

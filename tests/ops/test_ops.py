@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.ops import bind_donors, splice_rows_reference
+from vlcache_fx.ops import (
+    bind_donors,
+    scatter_rows_reference,
+    splice_rows_reference,
+    take_rows_reference,
+)
 
 vlcache = torch.ops.vlcache
 
@@ -52,6 +61,108 @@ def test_splice_has_the_dtype_of_what_is_computed() -> None:
         )
     assert (fake.dtype, tuple(fake.shape)) == (torch.bfloat16, (1, 5, 4))
     assert vlcache.splice_rows(half, half, torch.zeros(5, dtype=torch.int64), 1).dtype is torch.bfloat16
+
+
+# Several samples, each with rows of its own ----------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw: st.DrawFn, samples: int) -> tuple[int, int, list[int]]:
+    """Token dimension, sample dimension (both may count from the end), and the sizes of the others."""
+    rank = draw(st.integers(2, 4))
+    dim, batch_dim = draw(st.permutations(range(rank)))[:2]
+    sizes = [draw(st.integers(1, 3)) for _ in range(rank)]
+    sizes[batch_dim] = samples
+    back = rank if draw(st.booleans()) else 0
+    return dim - back, batch_dim - back, sizes
+
+
+def numbered(sizes: list[int], start: float = 0.0) -> Tensor:
+    """Every value another one."""
+    return start + torch.arange(float(torch.Size(sizes).numel())).reshape(sizes)
+
+
+def with_size(sizes: list[int], dim: int, size: int) -> list[int]:
+    changed = list(sizes)
+    changed[dim] = size
+    return changed
+
+
+@given(samples=st.integers(1, 3), tokens=st.integers(1, 4), rows=st.integers(1, 5), data=st.data())
+def test_each_sample_gets_its_own_rows(samples: int, tokens: int, rows: int, data: st.DataObject) -> None:
+    dim, batch_dim, sizes = data.draw(layouts(samples))
+    shared = data.draw(st.booleans())  # one for all samples, as tables of cosines are
+    x = numbered(with_size(with_size(sizes, dim, tokens), batch_dim, 1 if shared else samples))
+    places = st.lists(st.integers(0, tokens - 1), min_size=rows, max_size=rows)
+    index = torch.tensor(data.draw(st.lists(places, min_size=samples, max_size=samples)))
+    # One sample after the other, without the dimension over samples.
+    parts = [
+        x.narrow(batch_dim, 0 if shared else sample, 1).index_select(dim, own)
+        for sample, own in enumerate(index)
+    ]
+    want = torch.cat(parts, batch_dim)
+    assert torch.equal(vlcache.take_rows(x, index, dim, batch_dim), want)
+    assert torch.equal(take_rows_reference(x, index, dim, batch_dim), want)
+    with FakeTensorMode() as mode:
+        fake = vlcache.take_rows(mode.from_tensor(x), mode.from_tensor(index), dim, batch_dim)
+    assert (fake.shape, fake.dtype) == (want.shape, want.dtype)
+
+
+@given(
+    samples=st.integers(1, 3), donor_rows=st.integers(1, 4), rows=st.integers(1, 4),
+    tokens=st.integers(1, 5), data=st.data(),
+)  # fmt: skip
+def test_each_sample_is_spliced_by_its_own_source(
+    samples: int, donor_rows: int, rows: int, tokens: int, data: st.DataObject
+) -> None:
+    dim, batch_dim, sizes = data.draw(layouts(samples))
+    donor = numbered(with_size(with_size(sizes, dim, donor_rows), batch_dim, 1))
+    fresh = numbered(with_size(sizes, dim, rows), 1000.0)
+    one = st.lists(st.integers(-rows, donor_rows - 1), min_size=tokens, max_size=tokens)
+    source = torch.tensor(data.draw(st.lists(one, min_size=samples, max_size=samples)))
+    want = torch.cat(
+        [
+            splice_rows_reference(donor, fresh.narrow(batch_dim, sample, 1), own, dim)
+            for sample, own in enumerate(source)
+        ],
+        batch_dim,
+    )
+    assert torch.equal(vlcache.splice_rows(donor, fresh, source, dim, batch_dim), want)
+    assert torch.equal(splice_rows_reference(donor, fresh, source, dim, batch_dim), want)
+
+
+@given(samples=st.integers(1, 3), tokens=st.integers(1, 6), deep=st.booleans(), data=st.data())
+def test_features_stand_where_the_mask_says(
+    samples: int, tokens: int, deep: bool, data: st.DataObject
+) -> None:
+    flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    mask = torch.tensor(data.draw(st.lists(flags, min_size=samples, max_size=samples).filter(np.any)))
+    features = numbered([int(mask.sum()), 2], 1.0)
+    want = torch.zeros(samples, tokens, 2)
+    want[mask] = features
+    given_as = features[None] if deep else features
+    assert torch.equal(vlcache.scatter_rows(given_as, mask), want)
+    assert torch.equal(scatter_rows_reference(given_as, mask), want)
+
+
+ROWS = torch.tensor([[2, 0], [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("operator", "args"),
+    [
+        (vlcache.take_rows, (torch.randn(2, 3, 4), ROWS, 1, 0)),
+        (vlcache.take_rows, (torch.randn(3, 3, 1, 4), ROWS, 1, 2)),
+        (vlcache.splice_rows, (torch.randn(1, 3, 4), torch.randn(2, 2, 4), ROWS - 2, 1, 0)),
+        (vlcache.splice_rows, (torch.randn(3, 1, 4), torch.randn(2, 2, 4), ROWS - 2, -3, -2)),
+        (vlcache.scatter_rows, (torch.randn(2, 4), ROWS == 1)),
+        (vlcache.scatter_rows, (torch.randn(2, 4), (ROWS == 1).t())),
+    ],
+    ids=lambda value: getattr(value, "_qualified_op_name", ""),
+)
+def test_they_pass_torchs_own_checks(operator: Any, args: tuple[Any, ...]) -> None:
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator.default, args, test_utils=checks)
 
 
 def test_lookup_reads_what_is_bound() -> None:

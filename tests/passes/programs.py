@@ -15,6 +15,7 @@ from vlcache_fx.capture import Captured
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
 from vlcache_fx.plan.build import build_plan
+from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -22,6 +23,10 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 PROMPT = tiny_vlm_inputs(3, 2, [(5, 0)])
 """Ten tokens; those of the image are 3 to 7."""
 START, LENGTH, TOKENS = 3, 5, 10
+OTHER = tiny_vlm_inputs(1, 4, [(5, 1)], text_seed=1)
+BOTH = {name: torch.cat([PROMPT[name], OTHER[name]]) for name in PROMPT}
+"""Two samples of ten tokens; the second one's image is at 1 to 5."""
+STARTS = (START, 1)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,15 @@ def small(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
     captured, graph = captured_graph(model, PROMPT)
     with torch.no_grad():
         return captured, graph, model(**PROMPT)
+
+
+@functools.cache
+def two_samples(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
+    """The same for ``BOTH``."""
+    model = tiny_vlm(**{"num_layers": 1, **options})
+    captured, graph = captured_graph(model, BOTH)
+    with torch.no_grad():
+        return captured, graph, model(**BOTH)
 
 
 def prepared(captured: Captured, *earlier: Pass, warm: bool = True) -> Program:
@@ -76,20 +90,46 @@ def everything(captured: Captured) -> Plan:
     return plan_for(program, TOKENS, [hit], Rows((tuple(range(LENGTH)),) * program.decoder.num_layers))
 
 
+def plan_for_both(program: Program, *policies: Any) -> StackedPlan:
+    """Both images of ``BOTH`` are hits, with donors one behind the other; a policy for each, or for all."""
+    plans = [
+        build_plan(
+            num_tokens=TOKENS,
+            spans=[Span(sample, start, LENGTH, "key", True)],
+            num_layers=program.decoder.num_layers,
+            policy=policies[sample % len(policies)],
+            budget=1.0,
+            output_rows=program.decoder.tail_rows.positions(TOKENS),
+            first_donor=sample * LENGTH,
+        )
+        for sample, start in enumerate(STARTS)
+    ]
+    return stack_plans(plans)
+
+
+def everything_of_both(program: Program) -> StackedPlan:
+    return plan_for_both(program, Rows((tuple(range(LENGTH)),) * program.decoder.num_layers))
+
+
 def run(
-    program: Program, args: Sequence[Any], plan: Plan, donors: Mapping[str, Tensor] | None = None
+    program: Program,
+    args: Sequence[Any],
+    plan: Plan | StackedPlan,
+    donors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, ...]:
     """Run a program: its own results, then what it records."""
     bound: list[Tensor] = []
+    num_tokens = plan.num_tokens if isinstance(plan, Plan) else plan.plans[0].num_tokens
     for slot in program.slots:
         kind, _, rest = slot.partition(".")
         if kind == "donor":
             assert donors is not None
             bound.append(donors[rest])
         elif kind == "results":
-            positions = program.decoder.tail_rows.positions(plan.num_tokens)
+            positions = program.decoder.tail_rows.positions(num_tokens)
             assert positions is not None
-            bound.append(torch.searchsorted(plan.rows[-1], positions))
+            wanted = positions.expand(*plan.rows[-1].shape[:-1], -1).contiguous()
+            bound.append(torch.searchsorted(plan.rows[-1], wanted))
         elif kind == "place":
             made_at, read_at = map(int, rest.split("."))
             bound.append(torch.searchsorted(plan.rows[made_at], plan.rows[read_at]))
@@ -113,7 +153,26 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
         sizes = [
             rows if dim == axes[slot] else int(size) for dim, size in enumerate(frontier.meta["val"].shape)
         ]
+        if facts.batch_dims is not None:  # one table for all samples
+            sizes[facts.batch_dims[frontier]] = 1
         tables[slot] = torch.full(sizes, float("nan"))
+    return tables
+
+
+def own_donors(captured: Captured, args: Sequence[Any], starts: Sequence[int] = STARTS) -> dict[str, Tensor]:
+    """Donor tables with the image of each sample as this very call computes it."""
+    cold = cold_program(captured)
+    facts, count = cold.decoder, len(starts)
+    plans = [plan_for(cold, TOKENS, [], Rows(())) for _ in starts]
+    results = run(cold, args, plans[0] if count == 1 else stack_plans(plans))
+    nodes = {one.slot: (one.node, one.dim) for one in facts.frontiers}
+    nodes["residual"] = (facts.stream.boundaries[-1], facts.tail_rows.axis)
+    tables = {}
+    for slot, value in zip(cold.recorded, results[len(results) - len(cold.recorded) :], strict=True):
+        node, dim = nodes[slot]
+        batch_dim = 0 if facts.batch_dims is None else facts.batch_dims[node]
+        parts = [value.narrow(batch_dim, i, 1).narrow(dim, start, LENGTH) for i, start in enumerate(starts)]
+        tables[slot] = torch.cat(parts, dim)
     return tables
 
 
@@ -143,12 +202,18 @@ def _argument(value: Any) -> str:
 def before_and_after(step: Pass, program: Program) -> str:
     """Run the pass, which must change something: the graph before it, and what it changed as a diff."""
     before = text(program.graph)
+    return f"{before}\n\n{what_changes(step, program)}"
+
+
+def what_changes(step: Pass, program: Program) -> str:
+    """Run the pass, which must change something: the difference that it makes."""
+    before = text(program.graph)
     assert step.run(program)
     program.graph.lint()
     difference = difflib.unified_diff(
         before.splitlines(), text(program.graph).splitlines(), "before", "after", "", "", 1
     )
-    return "\n".join([before, "", *(line.rstrip("\n") for line in difference)])
+    return "\n".join(line.rstrip("\n") for line in difference)
 
 
 def unchanged(step: Pass, program: Program) -> bool:

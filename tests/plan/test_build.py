@@ -245,3 +245,78 @@ def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> No
     }
     with pytest.raises(PlanError, match=message):
         build_plan(**request | change)
+
+
+# One sample of several -------------------------------------------------------------------------------------
+
+
+@given(requests(), st.integers(0, 50))
+def test_a_donor_table_may_begin_with_rows_of_other_samples(request: dict[str, Any], first: int) -> None:
+    """All else stays; places in the table move by as many rows."""
+    alone, behind = build_plan(**request), build_plan(**request, first_donor=first)
+    for name in ("rows", "keep"):
+        for a, b in zip(getattr(alone, name), getattr(behind, name), strict=True):
+            assert torch.equal(a, b)
+    hits = torch.zeros(request["num_tokens"], dtype=torch.bool)
+    for one in request["spans"]:
+        hits[one.start : one.end] |= one.hit
+    for a, b in zip(alone.source, behind.source, strict=True):
+        assert torch.equal(torch.where(hits & (a >= 0), a + first, a), b)
+
+
+def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
+    plan = build_plan(
+        num_tokens=9,
+        spans=[span(1, 2), span(5, 2)],
+        num_layers=1,
+        policy=NoRows(),
+        budget=0.0,
+        prefix=4,
+        first_donor=10,
+    )
+    assert plan.source[0].tolist() == [10, 11, 12, 13, -1, 14, 15, -2, -3]
+
+
+@given(requests(), st.sets(st.integers(0, 50)))
+def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
+    tokens = request["num_tokens"]
+    unseen = ids(*sorted(place for place in places if place < tokens))
+    plan = build_plan(**request, unseen=unseen)
+    usual = build_plan(**request)
+    if request["policy"].ignores_budget:
+        assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
+        return
+    outputs = request["output_rows"]
+    needed = set() if outputs is None else set(outputs.tolist())
+    for s in request["spans"]:  # rows of missed ones are recorded
+        needed |= set(range(s.start, s.end))
+    left_out = set(unseen.tolist()) - needed
+    added = any("at least two" in note for note in plan.explanations)
+    for rows, source, all_rows in zip(plan.rows[:-1], plan.source, usual.rows, strict=False):
+        if not added:
+            assert set(rows.tolist()) == set(all_rows.tolist()) - left_out
+        # Unless it is one of two rows that there must be, it is given what the table begins with.
+        assert all(source[place] == 0 for place in left_out - set(rows.tolist()))
+        assert len(rows) >= min(2, tokens)
+
+
+def test_all_of_a_missed_span_is_computed() -> None:
+    plan = build_plan(
+        num_tokens=8,
+        spans=[span(1, 2), span(4, 3, hit=False)],
+        num_layers=1,
+        policy=NoRows(),
+        budget=0.0,
+        unseen=ids(0, 2, 4, 5),
+    )
+    assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_padding_is_computed_where_outputs_need_it() -> None:
+    common: dict[str, Any] = {"num_tokens": 8, "spans": [span(3, 3)], "num_layers": 2, "policy": NoRows()}
+    plan = build_plan(budget=0.0, unseen=ids(0, 1), **common)
+    assert [rows.tolist() for rows in plan.rows] == [[2, 6, 7]] * 3
+    plan = build_plan(budget=0.0, unseen=ids(0, 1), output_rows=ids(1, 7), **common)
+    assert [rows.tolist() for rows in plan.rows] == [[1, 2, 6, 7], [1, 2, 6, 7], [1, 7]]
+    full = build_plan(budget=0.0, unseen=ids(0, 1), **common | {"policy": Full()})
+    assert [rows.tolist() for rows in full.rows] == [list(range(8))] * 3

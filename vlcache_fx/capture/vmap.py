@@ -7,11 +7,14 @@ levels, so each such region is traced below them, by functorch's own batching ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
 from torch._functorch import predispatch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -50,6 +53,25 @@ def _regions(graph: fx.Graph) -> list[list[Node]]:
     return regions
 
 
+@contextmanager
+def _as_before(values: Sequence[Any]) -> Iterator[None]:
+    """Let constants, which are no fakes, meet ``values``; leave no level open behind a failure.
+
+    An open level would be one of everything that is traced afterwards.
+    """
+    mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    allowed = mode is not None and mode.allow_non_fake_inputs
+    try:
+        if mode is not None:
+            mode.allow_non_fake_inputs = True
+        yield
+    finally:
+        if mode is not None:
+            mode.allow_non_fake_inputs = allowed
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+
+
 def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
     inside = set(region)
     inputs = list(dict.fromkeys(p for node in region for p in node.all_input_nodes if p not in inside))
@@ -60,8 +82,8 @@ def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     values = [node.meta.get("example_value", node.meta.get("val")) for node in inputs]
-    with torch.no_grad():
-        traced = make_fx(fx.GraphModule(module, graph))(*values)
+    with torch.no_grad(), _as_before(values):
+        traced = make_fx(fx.GraphModule(module, graph), _allow_non_fake_inputs=True)(*values)
     places = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with module.graph.inserting_before(region[0]):
         for node in traced.graph.nodes:

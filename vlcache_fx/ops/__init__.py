@@ -118,7 +118,7 @@ def splice_rows_reference(
         computed = take_rows_reference(fresh, (-1 - source).clamp(min=0), dim, batch_dim)
         shape = [1] * fresh.dim()
         shape[batch_dim], shape[dim] = source.shape
-        order = source if batch_dim < dim else source.t()
+        order = source if batch_dim < dim else source.t().contiguous()  # results take over its strides
         return torch.where((order >= 0).reshape(shape), stored, computed)
     shape = [1] * fresh.dim()
     shape[dim] = -1
@@ -160,7 +160,7 @@ def scatter_rows_reference(features: Tensor, mask: Tensor) -> Tensor:
     """
     rows = features.reshape(-1, features.shape[-1])
     place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
-    return torch.where(mask.unsqueeze(-1), rows[place], 0)
+    return torch.where(mask.contiguous().unsqueeze(-1), rows[place], 0)
 
 
 @torch.library.custom_op("vlcache::scatter_rows", mutates_args=())

@@ -56,8 +56,9 @@ def build_plan(
         strict: raise instead of repairing a policy's choice.
         prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
             lie inside it or behind it.
-        unseen: positions that no other token attends to (padding). They are not computed, unless outputs need
-            them or the policy ignores budgets, and hold whatever the first row of the donor table holds.
+        unseen: positions that no token attends to (padding). Outside of spans they are not computed, unless
+            outputs need them or the policy ignores budgets, and hold whatever the first row of the donor
+            table holds.
         first_donor: the sample's first row in the donor table.
 
     Raises:
@@ -89,6 +90,8 @@ def build_plan(
     donors = torch.zeros(num_tokens, dtype=torch.int64)
     if unseen is not None and not policy.ignores_budget:
         computed[unseen] = False
+        for span in spans:
+            computed[span.start : span.end] = True  # what is recorded of a missed span is whole
     computed[:prefix] = False
     donors[:prefix] = torch.arange(first_donor, first_donor + prefix)
     offset = first_donor + prefix

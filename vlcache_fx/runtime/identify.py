@@ -159,6 +159,8 @@ class Identifier:
             if index in self.looked_up or own.is_floating_point() or own.dtype == torch.bool:
                 parts.append(own)  # differences of cos and sin mean nothing: such donors serve one offset
                 continue
+            if index in self.masks_only and not own.all() and own.max() <= 1:
+                parts.append(own == 0)  # hidden tokens: what is computed for them is no good elsewhere
             relative = own - own[..., :1]
             if not _says_nothing(relative):
                 parts.append(relative)

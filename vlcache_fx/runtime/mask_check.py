@@ -31,7 +31,8 @@ class MaskLook:
         refusal: a span's tokens attend to tokens behind it, so their K and V belong to one question alone.
         hides_what_follows: no token attends to a later one, but for tokens of one span among themselves.
         hides_the_past: no token attends to a key that this call did not make: the rest of a cache is empty.
-        unseen: per sample, positions that no other token attends to; None where some layer has no mask.
+        unseen: per sample, positions that no token attends to; None where some layer has no mask. A prompt's
+            last token is none of them: it attends to itself.
     """
 
     refusal: UnsupportedGraphError | None = None
@@ -140,10 +141,8 @@ def _sees_beyond(mask: Tensor, tokens: Tensor, span: Span) -> bool:
 
 
 def _seen(mask: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
-    """Which tokens of the call are attended to by another one, bool [tokens]."""
+    """Which tokens of the call are attended to, bool [tokens]."""
     visible = _visible(mask).reshape(-1, *mask.shape[-2:])
-    if mask.shape[-2] == num_tokens:
-        visible = visible & (tokens != torch.arange(num_tokens, device=mask.device)[:, None])
     seen = torch.zeros(num_tokens, dtype=torch.bool)
     seen[tokens[(tokens >= 0) & visible.any(dim=1).any(dim=0)].cpu()] = True
     return seen

@@ -23,7 +23,7 @@ class Sample:
         runs: everything that merges fill.
         spans: the runs that may be reused.
         prefix: leading tokens that have exact donors.
-        unseen: positions that no other token attends to (padding); None where that is not known.
+        unseen: positions that no token attends to (padding); None where that is not known.
         donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
     """
 

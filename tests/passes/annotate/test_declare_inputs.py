@@ -13,7 +13,15 @@ from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.annotate import DeclareInputs
 from vlcache_fx.passes.standard import cold_program, warm_program
 
-from ..programs import bare, everything, nothing_stored, run, small
+from ..programs import (
+    bare,
+    everything,
+    everything_of_both,
+    nothing_stored,
+    run,
+    small,
+    two_samples,
+)
 
 
 def declared(program: Program) -> str:
@@ -29,6 +37,25 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     captured = small(last_only=False)[0]
     before = declared(bare(captured))
     golden("declare_inputs", f"before\n{before}\n\nafter\n{declared(warm_program(captured))}")
+
+
+def test_inputs_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    """Rows, places and sources per sample; donor tables for all together."""
+    golden("declare_inputs_two_samples", declared(warm_program(two_samples()[0])))
+
+
+@pytest.mark.parametrize("make", [cold_program, warm_program])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_a_program_of_two_samples_propagates(make: Callable[..., Program], last_only: bool) -> None:
+    captured, graph, want = two_samples(num_layers=2, last_only=last_only)
+    program = make(captured)
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    results = FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*values)
+    assert tuple(results[0].shape) == tuple(want.shape)
+    donors = nothing_stored(program) if make is warm_program else None
+    got = run(program, graph.calls[0], everything_of_both(program), donors)[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])

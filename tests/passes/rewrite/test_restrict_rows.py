@@ -17,12 +17,17 @@ from ..programs import (
     Rows,
     before_and_after,
     everything,
+    everything_of_both,
     nothing_stored,
+    own_donors,
     plan_for,
+    plan_for_both,
     prepared,
     run,
     small,
+    two_samples,
     unchanged,
+    what_changes,
 )
 
 EARLIER = (InsertLookups(), SpliceRows(), HoistLookups())
@@ -83,6 +88,36 @@ def test_layers_run_on_their_rows_only() -> None:
             assert seen[node.name][facts.steps[node].dim] == count, node
         for node in layer.full_part:
             assert TOKENS in seen[node.name]
+
+
+@pytest.mark.parametrize("explicit_mask", [False, True])
+def test_graph_of_two_samples(explicit_mask: bool, golden: Callable[[str, str], None]) -> None:
+    """Tables without a place for samples get one; masks have their own rows in each."""
+    program = prepared(two_samples(explicit_mask=explicit_mask)[0], *EARLIER)
+    name = "restrict_rows_two_samples" + "_explicit_mask" * explicit_mask
+    golden(name, what_changes(RestrictRows(), program))
+
+
+BATCHED = [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"fused_qkv": True}]
+
+
+@pytest.mark.parametrize("options", BATCHED, ids=lambda options: "-".join(options) or "plain")
+@pytest.mark.parametrize("last_only", [True, False])
+def test_two_samples(options: dict[str, object], last_only: bool) -> None:
+    captured, graph, want = two_samples(**options, last_only=last_only)
+    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
+    got = run(program, graph.calls[0], everything_of_both(program), nothing_stored(program))[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    # With donors of their own, whatever rows each of them computes.
+    layers = program.decoder.num_layers
+    plan = plan_for_both(program, Rows(((0, 2),) * layers), Rows(((),) * layers))
+    assert plan.rows_per_layer[0] == 7
+    got = run(program, graph.calls[0], plan, own_donors(captured, graph.calls[0]))[0]
+    if last_only:
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    else:
+        for sample, rows in enumerate(plan.rows[-1]):
+            torch.testing.assert_close(got[sample, rows], want[sample, rows], atol=1e-5, rtol=1e-5)
 
 
 def test_rows_that_are_all_tokens_change_nothing() -> None:

@@ -20,11 +20,16 @@ from ..programs import (
     Rows,
     before_and_after,
     everything,
+    everything_of_both,
     nothing_stored,
+    own_donors,
     plan_for,
+    plan_for_both,
     prepared,
     run,
     small,
+    two_samples,
+    what_changes,
 )
 
 
@@ -59,6 +64,37 @@ def test_stored_rows_are_read_for_the_others() -> None:
         other = {slot: table + 1 for slot, table in donors.items()}
     with torch.no_grad(), bind_donors(other):
         assert not torch.equal(program.graph_module(*graph.calls[0], *bound)[0], want)
+
+
+def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    program = prepared(two_samples()[0], InsertLookups())
+    golden("splice_rows_two_samples", what_changes(SpliceRows(), program))
+
+
+@pytest.mark.parametrize("last_only", [True, False])
+def test_all_rows_of_two_samples_are_the_unmodified_model(last_only: bool) -> None:
+    captured, graph, want = two_samples(last_only=last_only)
+    program = prepared(captured, InsertLookups(), SpliceRows())
+    with bind_donors(nothing_stored(program)):
+        assert torch.equal(run(program, graph.calls[0], everything_of_both(program))[0], want)
+
+
+def test_each_sample_reads_its_own_part_of_the_table() -> None:
+    captured, graph, want = two_samples()
+    program = prepared(captured, InsertLookups(), SpliceRows())
+    plan = plan_for_both(program, Rows(((),)))
+    source = plan.source[0]
+    # As above: rows are not restricted yet.
+    source = torch.where(source >= 0, source, -1 - torch.arange(TOKENS))
+    donors = own_donors(captured, graph.calls[0])
+    swapped = {slot: torch.cat(table.split(LENGTH, 1)[::-1], 1) for slot, table in donors.items()}
+    program.graph_module.recompile()
+    bound = [source if slot.startswith("source") else plan.rows[0] for slot in program.slots]
+    with torch.no_grad(), bind_donors(donors):
+        assert torch.equal(program.graph_module(*graph.calls[0], *bound)[0], want)
+    with torch.no_grad(), bind_donors(swapped):
+        got = program.graph_module(*graph.calls[0], *bound)[0]
+    assert (got - want).flatten(1).abs().amax(1).min() > 1e-3
 
 
 def test_without_lookups_it_does_not_run() -> None:

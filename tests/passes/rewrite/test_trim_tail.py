@@ -18,7 +18,21 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 
-from ..programs import before_and_after, everything, nothing_stored, prepared, run, small, unchanged
+from ..programs import (
+    Rows,
+    before_and_after,
+    everything,
+    everything_of_both,
+    nothing_stored,
+    own_donors,
+    plan_for_both,
+    prepared,
+    run,
+    small,
+    two_samples,
+    unchanged,
+    what_changes,
+)
 
 EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows(), KvOnlyRows())
 
@@ -35,6 +49,30 @@ def test_numbers(warm: bool) -> None:
     donors = nothing_stored(program) if warm else None
     results = run(program, graph.calls[0], everything(captured), donors)
     torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+
+
+def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    golden("trim_tail_two_samples", what_changes(TrimTail(), prepared(two_samples()[0], *EARLIER)))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_numbers_of_two_samples(warm: bool) -> None:
+    captured, graph, want = two_samples()
+    earlier = EARLIER if warm else (RestrictRows(), KvOnlyRows())
+    program = prepared(captured, *earlier, TrimTail(), warm=warm)
+    donors = nothing_stored(program) if warm else None
+    results = run(program, graph.calls[0], everything_of_both(program), donors)
+    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("explicit_mask", [True, False])
+def test_samples_with_other_rows_have_their_own_results(explicit_mask: bool) -> None:
+    captured, graph, want = two_samples(num_layers=2, explicit_mask=explicit_mask)
+    program = prepared(captured, *EARLIER, TrimTail())
+    plan = plan_for_both(program, Rows(((0, 3), (3,))), Rows(((), ())))
+    assert plan.rows_per_layer == (7, 6, 2)
+    got = run(program, graph.calls[0], plan, own_donors(captured, graph.calls[0]))[0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_results_of_all_rows_are_left_alone() -> None:

@@ -1,0 +1,133 @@
+"""Videos frame by frame, where an encoder looks at each frame alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlcache_fx.integrations.encoder_cache import EncoderCache
+from vlcache_fx.integrations.frames import FrameCache, frame_grids, regrouped
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.testing.prompts import noise
+
+PER_FRAME = 4
+"""Patches: of a grid of two by two."""
+
+
+class Encoder(nn.Module):
+    """Features per video; whether frames see each other is said by ``alone``."""
+
+    def __init__(self, alone: bool = True) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+        self.alone = alone
+        self.weight = nn.Parameter(noise(9, 6, 3))
+
+    def forward(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **options: Any) -> Any:
+        self.calls.append(pixel_values_videos.shape[0] // PER_FRAME)
+        videos = pixel_values_videos.split(video_grid_thw.prod(-1).tolist())
+        features: Any = tuple((part if self.alone else part - part.mean(0)) @ self.weight for part in videos)
+        if options.get("plain"):
+            return features
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values_videos, pooler_output=features)
+
+
+def cached(encoder: Encoder) -> FrameCache:
+    engine = Engine(Options(lowering="eager"))
+    return FrameCache(EncoderCache(encoder.forward, encoder, "video", engine))
+
+
+def video(*frames: int) -> Tensor:
+    """A frame per seed."""
+    return torch.cat([noise(seed, PER_FRAME, 6) for seed in frames])
+
+
+def call(*videos: Tensor) -> dict[str, Tensor]:
+    grids = [[len(one) // PER_FRAME, 2, 2] for one in videos]
+    return {"pixel_values_videos": torch.cat(videos), "video_grid_thw": torch.tensor(grids)}
+
+
+def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
+    """The features must be the encoder's own; how many frames each of its calls took."""
+    encoder.calls.clear()
+    with torch.no_grad():
+        got = cache(**call(*videos))
+        calls = list(encoder.calls)
+        want = encoder(**call(*videos))
+    assert len(got.pooler_output) == len(videos)
+    for ours, theirs in zip(got.pooler_output, want.pooler_output, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    return calls
+
+
+def test_a_window_finds_all_frames_but_the_new_ones() -> None:
+    encoder = Encoder()
+    cache = cached(encoder)
+    # Tried out with the first video, both ways; then each frame is kept.
+    assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
+    assert check(cache, encoder, video(1, 2, 3)) == [1]
+    assert check(cache, encoder, video(3, 2)) == []
+    assert check(cache, encoder, video(2, 4), video(5, 0, 1)) == [2]
+    assert check(cache, encoder, video(4)) == []  # a video of one frame
+    assert check(cache, encoder, video(6)) == [1]
+
+
+def test_frames_that_see_each_other_are_kept_as_a_whole() -> None:
+    encoder = Encoder(alone=False)
+    cache = cached(encoder)
+    assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
+    assert check(cache, encoder, video(0, 1, 2)) == []
+    assert check(cache, encoder, video(1, 2, 3)) == [3]
+    assert check(cache, encoder, video(1, 2, 3), video(0, 1)) == [2]
+
+
+def test_an_output_without_fields_is_handed_through() -> None:
+    encoder = Encoder()
+    cache = cached(encoder)
+    with torch.no_grad():
+        for _ in range(2):
+            got = cache(**call(video(0, 1)), plain=True)
+            assert isinstance(got, tuple)
+            assert torch.equal(got[0], video(0, 1) @ encoder.weight)
+
+
+def test_gradients_go_past_it() -> None:
+    encoder = Encoder()
+    cache = cached(encoder)
+    for _ in range(2):
+        cache(**call(video(0, 1))).pooler_output[0].sum().backward()
+    assert encoder.calls == [2, 2]
+
+
+def test_grids_of_frames() -> None:
+    grids = torch.tensor([[2, 4, 6], [1, 2, 2], [3, 2, 8]])
+    assert frame_grids(grids).tolist() == [[1, 4, 6]] * 2 + [[1, 2, 2]] + [[1, 2, 8]] * 3
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_frames_are_joined_video_by_video(layers: bool) -> None:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    frames = tuple(noise(seed, seed + 1, 4) for seed in range(5))
+    output = BaseModelOutputWithDeepstackFeatures(
+        pooler_output=frames, deepstack_features=[frames, frames[::-1]] if layers else None
+    )
+    got = regrouped(output, [2, 1, 2])
+
+    def equal(joined: Any, parts: tuple[Tensor, ...]) -> None:
+        want = (torch.cat(parts[:2]), parts[2], torch.cat(parts[3:]))
+        for a, b in zip(joined, want, strict=True):
+            assert torch.equal(a, b)
+
+    equal(got.pooler_output, frames)
+    assert got.last_hidden_state is None
+    if layers:
+        equal(got.deepstack_features[0], frames)
+        equal(got.deepstack_features[1], frames[::-1])
+    else:
+        assert got.deepstack_features is None

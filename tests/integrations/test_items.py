@@ -1,0 +1,141 @@
+"""Encoder outputs are taken apart and put together without a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlcache_fx.integrations.items import (
+    as_lists,
+    features_of,
+    flatten,
+    join_items,
+    split_items,
+    unflatten,
+    with_one_tensor,
+)
+from vlcache_fx.testing.prompts import noise
+
+
+def per_item(*rows: int) -> tuple[Tensor, ...]:
+    return tuple(noise(seed, count, 4) for seed, count in enumerate(rows))
+
+
+ROWS = noise(0, 3, 5, 4)
+FORMS: dict[str, Any] = {
+    "list": per_item(2, 3, 1),
+    "layers": [per_item(2, 3, 1), per_item(4, 1, 2)],
+    "rows": ROWS,
+}
+
+
+def same(got: Any, want: Any) -> bool:
+    if isinstance(want, Tensor):
+        return isinstance(got, Tensor) and torch.equal(got, want)
+    return len(got) == len(want) and all(same(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_apart_and_together(form: str) -> None:
+    fields = {"pooler_output": FORMS[form], "deepstack_features": FORMS["layers"]}
+    items = split_items(fields, 3)
+    assert items is not None
+    assert [set(item) for item in items] == [set(fields)] * 3
+    joined = join_items(items)
+    assert joined is not None
+    assert all(same(joined[name], value) for name, value in fields.items())
+    turned = join_items(items[::-1])
+    assert turned is not None
+    assert not same(turned["pooler_output"], FORMS[form])
+    assert same(turned["deepstack_features"][1], FORMS["layers"][1][::-1])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        noise(0, 2, 4),
+        torch.tensor(1.0),
+        per_item(2, 3),
+        (),
+        [per_item(2, 3, 1), per_item(2, 3)],
+        [per_item(2, 3, 1), noise(0, 3, 4)],
+        [("a", "b", "c")],
+        3,
+    ],
+    ids=[
+        "other rows", "number", "other count", "empty", "ragged layers", "layer of rows", "no tensors", "int"
+    ],
+)  # fmt: skip
+def test_what_does_not_tell_items_apart(value: Any) -> None:
+    assert split_items({"pooler_output": value}, 3) is None
+    assert split_items({"pooler_output": per_item(2, 3, 1), "more": value}, 3) is None
+
+
+def test_items_of_other_forms_do_not_fit_together() -> None:
+    apart = [split_items({"pooler_output": FORMS[form]}, 3) for form in FORMS]
+    firsts = [items[0] for items in apart if items is not None]
+    assert len(firsts) == 3
+    for first in firsts:
+        for second in firsts:
+            assert (join_items([first, second]) is None) == (first is not second)
+    deeper = split_items({"pooler_output": [*FORMS["layers"], per_item(1, 1, 1)]}, 3)
+    assert deeper is not None
+    assert join_items([firsts[1], deeper[0]]) is None  # another number of depths
+    other = split_items({"last_hidden_state": ROWS}, 3)
+    assert other is not None
+    assert join_items([firsts[2], other[0]]) is None
+
+
+def test_features_are_what_a_decoder_may_read() -> None:
+    inner = noise(0, 1, 2, 4)
+    output = BaseModelOutputWithPooling(last_hidden_state=inner, pooler_output=ROWS, hidden_states=(inner,))
+    assert features_of(output) == {"pooler_output": ROWS}
+    plain = BaseModelOutputWithPooling(last_hidden_state=inner, hidden_states=(inner,), attentions=(inner,))
+    assert features_of(plain) == {"last_hidden_state": inner}
+    assert features_of(BaseModelOutputWithPooling()) is None
+    assert features_of((ROWS,)) is None
+
+
+def test_flattened_and_back() -> None:
+    value = {"a": ("list", [ROWS]), "b": ("layers", ([ROWS + 1, ROWS + 2], []))}
+    text, tensors = flatten(value)
+    assert "\n" not in text
+    assert len(tensors) == 3
+    copies = [tensor.clone() for tensor in tensors]
+    back = unflatten(text, copies)
+    assert back == {"a": ["list", [copies[0]]], "b": ["layers", [[copies[1], copies[2]], []]]}
+    assert as_lists(value["b"]) == ["layers", [[tensors[1], tensors[2]], []]]
+
+
+@pytest.mark.parametrize("value", [3, None, [ROWS, 1.0], {"a": print}])
+def test_other_values_are_not_flattened(value: Any) -> None:
+    with pytest.raises(TypeError, match="neither a tensor"):
+        flatten(value)
+
+
+def test_features_of_all_items_as_one_tensor() -> None:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    output = BaseModelOutputWithDeepstackFeatures(
+        pooler_output=per_item(2, 3, 1), last_hidden_state=ROWS, deepstack_features=FORMS["layers"]
+    )
+    joined = with_one_tensor(output)
+    assert type(joined) is type(output)
+    assert same(joined.pooler_output, [torch.cat(per_item(2, 3, 1))])
+    assert same(joined.deepstack_features, [[torch.cat(part)] for part in FORMS["layers"]])
+    assert joined.last_hidden_state is ROWS
+    assert same(output.pooler_output, per_item(2, 3, 1))  # left as it was
+
+
+@pytest.mark.parametrize(
+    "features",
+    [ROWS, per_item(2), (noise(0, 2, 4), noise(0, 2, 5)), (ROWS, ROWS)],
+    ids=["one tensor", "one item", "other widths", "no rows"],
+)
+def test_other_features_are_left_as_they_are(features: Any) -> None:
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    assert with_one_tensor(output) is output

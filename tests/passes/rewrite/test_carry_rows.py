@@ -1,0 +1,136 @@
+"""What flows around the residual is brought to the rows of the layer that reads it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.capture import Captured
+from vlcache_fx.errors import PassError
+from vlcache_fx.passes import Pipeline, Program
+from vlcache_fx.passes.rewrite import (
+    CarryRows,
+    HoistLookups,
+    InsertLookups,
+    KvOnlyRows,
+    RestrictRows,
+    SpliceRows,
+    TrimTail,
+)
+from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.plan.types import Span
+from vlcache_fx.testing.graphs import TracedGraph, captured_graph
+
+from ...models import wired
+from ..programs import (
+    BOTH,
+    LENGTH,
+    PROMPT,
+    START,
+    TOKENS,
+    Rows,
+    everything,
+    nothing_stored,
+    own_donors,
+    plan_for,
+    plan_for_both,
+    prepared,
+    run,
+    small,
+    unchanged,
+    what_changes,
+)
+
+EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows(), KvOnlyRows())
+SHRINKING = Rows(((0, 1, 3), (1, 3), (3,)))
+"""Other rows at every level: a gather by a wrong level's places takes other rows, or none."""
+
+
+@functools.cache
+def captured_wired(
+    kind: str, samples: int = 1, last_only: bool = True
+) -> tuple[Captured, TracedGraph, Tensor]:
+    model, call = wired(kind, last_only=last_only), PROMPT if samples == 1 else BOTH
+    captured, graph = captured_graph(model, call)
+    with torch.no_grad():
+        return captured, graph, model(**call)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    golden("carry_rows", what_changes(CarryRows(), prepared(captured_wired("side")[0], *EARLIER)))
+
+
+def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    program = prepared(captured_wired("side", 2)[0], *EARLIER)
+    golden("carry_rows_two_samples", what_changes(CarryRows(), program))
+
+
+@pytest.mark.parametrize("kind", ["side", "skip"])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_all_rows_is_the_unmodified_model(kind: str, last_only: bool) -> None:
+    captured, graph, want = captured_wired(kind, last_only=last_only)
+    program = prepared(captured, *EARLIER, CarryRows(), TrimTail())
+    close(run(program, graph.calls[0], everything(captured), nothing_stored(program))[0], want)
+
+
+@pytest.mark.parametrize("kind", ["side", "skip", "shared", "shared values", "residual values"])
+def test_some_rows_with_their_own_donors_lose_nothing(kind: str) -> None:
+    captured, graph, want = captured_wired(kind)
+    program = warm_program(captured)
+    plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], SHRINKING)
+    assert plan.rows_per_layer == (8, 7, 6, 2)
+    close(run(program, graph.calls[0], plan, own_donors(captured, graph.calls[0], [START]))[0], want)
+
+
+@pytest.mark.parametrize("kind", ["side", "skip", "shared values"])
+def test_samples_carry_rows_of_their_own(kind: str) -> None:
+    captured, graph, want = captured_wired(kind, 2)
+    program = warm_program(captured)
+    plan = plan_for_both(program, SHRINKING, Rows(((2,), (2,), ())))
+    assert plan.rows_per_layer == (8, 7, 6, 2)
+    close(run(program, graph.calls[0], plan, own_donors(captured, graph.calls[0]))[0], want)
+
+
+@pytest.mark.parametrize("kind", ["side", "skip"])
+def test_the_cold_program_carries_to_the_rows_of_the_results(kind: str) -> None:
+    captured, graph, want = captured_wired(kind)
+    program = cold_program(captured)
+    close(run(program, graph.calls[0], plan_for(program, TOKENS, [], Rows(())))[0], want)
+
+
+def gathers(program: Program) -> list[Any]:
+    return [node for node in program.graph.nodes if "gathers" in node.meta]
+
+
+def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
+    program = prepared(captured_wired("side")[0], *EARLIER)
+    before = set(gathers(program))
+    assert CarryRows().run(program)
+    carried = [node for node in gathers(program) if node not in before]
+    assert [node.meta["segment"] for node in carried] == ["layer.1", "layer.2"]
+    assert [node.args[2] for node in carried] == [program.slots["place.1.2"], program.slots["place.1.3"]]
+
+
+def test_where_nothing_is_carried_nothing_changes() -> None:
+    assert unchanged(CarryRows(), prepared(small()[0], *EARLIER))
+    assert unchanged(CarryRows(), prepared(captured_wired("shared")[0], *EARLIER))
+
+
+def test_levels_with_all_rows_are_left_alone() -> None:
+    program = prepared(captured_wired("side", last_only=False)[0], RestrictRows(), KvOnlyRows(), warm=False)
+    assert program.decoder.carried
+    assert unchanged(CarryRows(), program)
+
+
+def test_it_wants_rows_restricted() -> None:
+    with pytest.raises(PassError, match=r"carry_rows.*requires kv_only, rows_restricted"):
+        Pipeline((CarryRows(),)).run(prepared(small()[0]))

@@ -1,0 +1,239 @@
+"""Several prompts in one call: each is served as if it were alone, whatever its padding and neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.testing.families import llava_inputs, tiny_llava
+from vlcache_fx.testing.prompts import PAD
+from vlcache_fx.testing.tiny_vlm import tiny_vlm_inputs
+
+from ..models import batch_of, padded
+from .helpers import Pair, hits, with_api, with_backend
+
+LAYERS = 2
+TOLERANCE = 1e-5
+
+
+def prompt(before: int, after: int, *images: int, text: int = 0) -> dict[str, Tensor]:
+    """Images of 16 to 20 tokens, by seed."""
+    return tiny_vlm_inputs(before, after, [(16 + seed, seed) for seed in images], text_seed=text)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["places", "counted"])
+def pair(request: Any, _compiler: None) -> Pair:
+    """A model whose positions count padding, and one whose positions do not; all logits."""
+    return with_backend(padded(num_layers=LAYERS, last_only=False, counted=request.param), budget=0.1)
+
+
+@pytest.fixture
+def fresh(pair: Pair) -> Pair:
+    pair.engine.clear()
+    return pair
+
+
+def on_real_tokens(pair: Pair, call: dict[str, Tensor]) -> tuple[float, dict[str, Any]]:
+    """How far the logits of tokens that are no padding are from the unmodified model's, and the report."""
+    got, want = pair.both(**call)
+    assert got.shape == want.shape
+    return float((got - want)[call["kept"]].abs().max()), pair.report
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_cold_is_the_unmodified_model(fresh: Pair, left: bool) -> None:
+    call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
+    got, want = fresh.both(**call)
+    assert fresh.report["mode"] == "cold"
+    assert torch.equal(got, want)
+    assert [(s["sample"], s["length"], s["hit"]) for s in fresh.report["spans"]] == [
+        (0, 16, False),
+        (1, 17, False),
+    ]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_all_rows_recomputed_is_the_unmodified_model(fresh: Pair, left: bool) -> None:
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    call = batch_of(prompt(2, 4, 1, 0, text=2), prompt(11, 9, 0, text=3), left=left)
+    with fresh.engine.using(policy="full"):
+        got, want = fresh.both(**call)
+    assert fresh.report["mode"] == "warm"
+    assert [(s["sample"], s["hit"]) for s in fresh.report["spans"]] == [(0, True), (0, True), (1, True)]
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_padding_is_not_computed(fresh: Pair, left: bool) -> None:
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    call = batch_of(prompt(4, 8, 0, text=2), prompt(3, 7, 1, text=3), left=left, tokens=60)
+    with fresh.engine.using(policy="none", budget=0.0):
+        _, report = on_real_tokens(fresh, call)
+    assert report["mode"] == "warm"
+    assert report["num_tokens"] == 60
+    assert report["rows_per_layer"] == (12,) * (LAYERS + 1)  # of the sample with more text
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_known_prompts_in_their_places_lose_nothing(fresh: Pair, left: bool) -> None:
+    """Behind the very tokens that donors were computed behind, no row has to be computed again."""
+    call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
+    on_real_tokens(fresh, call)
+    for policy in ("none", "uniform"):
+        with fresh.engine.using(policy=policy):
+            off, report = on_real_tokens(fresh, call)
+        assert report["mode"] == "warm"
+        assert off < TOLERANCE
+        assert report["rows_per_layer"][0] < 20
+
+
+def test_one_sample_may_hit_and_another_miss(fresh: Pair) -> None:
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    call = batch_of(prompt(7, 5, 0, text=2), prompt(4, 6, 3, text=3))
+    with fresh.engine.using(policy="none"):
+        got, want = fresh.both(**call)
+    assert fresh.report["mode"] == "warm"
+    assert hits(fresh.report) == [True, False]
+    torch.testing.assert_close(got[1][call["kept"][1]], want[1][call["kept"][1]], atol=TOLERANCE, rtol=0)
+    assert float((got[0] - want[0]).abs().max()) > 1e-3  # reused behind another text
+    # The one that missed was computed exactly, and is known from now on.
+    with fresh.engine.using(policy="none"):
+        on_real_tokens(fresh, call)
+    assert hits(fresh.report) == [True, True]
+
+
+def test_a_sample_without_images_is_computed_in_full(fresh: Pair) -> None:
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    call = batch_of(prompt(7, 5, 0, text=2), prompt(30, 0, text=3))
+    with fresh.engine.using(policy="none"):
+        got, want = fresh.both(**call)
+    assert [span["sample"] for span in fresh.report["spans"]] == [0]
+    assert fresh.report["rows_per_layer"] == (30,) * (LAYERS + 1)
+    torch.testing.assert_close(got[1][call["kept"][1]], want[1][call["kept"][1]], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("policy", ["full", "uniform", "none"])
+@pytest.mark.parametrize("left", [True, False])
+def test_an_answer_does_not_depend_on_the_neighbours(fresh: Pair, policy: str, left: bool) -> None:
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), prompt(3, 3, 2, text=4)))
+    own = prompt(7, 5, 0, text=2)
+    others = (
+        prompt(2, 2, 1, text=5),  # short, so that it is padded
+        prompt(4, 6, 2, 1, 0, text=3),
+        prompt(8, 1, 4, text=6),  # a miss
+        prompt(40, 0, text=7),
+    )
+    answers = []
+    with fresh.engine.using(policy=policy):
+        for place, other in enumerate(others):
+            pair_of = (own, other) if place % 2 else (other, own)
+            # The same length: where positions count padding, another length would be another question.
+            call = batch_of(*pair_of, left=left, tokens=80)
+            with torch.no_grad():
+                got = fresh.model(**call)
+            assert fresh.report["mode"] == "warm"
+            sample = 0 if place % 2 else 1
+            answers.append(got[sample][call["kept"][sample]])
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_the_last_token_is_always_computed(fresh: Pair, left: bool) -> None:
+    """No other token attends to it; it is no padding all the same."""
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
+    with fresh.engine.using(policy="none"):
+        got, want = fresh.both(**call)
+    assert fresh.report["mode"] == "warm"
+    for sample, kept in enumerate(call["kept"]):
+        last = int(kept.nonzero()[-1])
+        same = torch.dist(got[sample, last], want[sample, last])
+        off_by_text = torch.dist(got[sample, last], want[1 - sample, last])
+        assert same < off_by_text / 3
+
+
+def test_donors_serve_alone_and_among_others(fresh: Pair) -> None:
+    """What a batch recorded, one prompt finds, and the other way round."""
+    on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
+    _, alone = on_real_tokens(fresh, batch_of(prompt(7, 5, 1, text=2)))
+    assert (alone["mode"], hits(alone)) == ("warm", [True])
+    _, new = on_real_tokens(fresh, batch_of(prompt(7, 5, 4, text=2)))
+    assert new["mode"] == "cold"
+    with fresh.engine.using(policy="full"):
+        off, report = on_real_tokens(fresh, batch_of(prompt(5, 6, 4), prompt(9, 3, 0, text=1)))
+    assert hits(report) == [True, True]
+    assert off < TOLERANCE
+
+
+def test_an_image_that_nothing_sees_leaves_no_donor_for_one_that_is_seen(fresh: Pair) -> None:
+    hidden, usual = batch_of(prompt(5, 6, 0)), batch_of(prompt(5, 6, 0))
+    hidden["kept"][:, 5:21] = False
+    assert on_real_tokens(fresh, hidden)[1]["mode"] == "cold"
+    with fresh.engine.using(policy="none"):
+        off, report = on_real_tokens(fresh, usual)
+    assert (report["mode"], off) == ("cold", 0.0)
+    # And none of rows that were never computed, when it misses beside a hit.
+    both = batch_of(prompt(5, 6, 0), prompt(9, 3, 3, text=1))
+    both["kept"][1, 9:28] = False
+    with fresh.engine.using(policy="none"):
+        on_real_tokens(fresh, both)
+        assert hits(fresh.report) == [True, False]
+        off, report = on_real_tokens(fresh, both)
+    assert hits(report) == [True, True]
+    assert off < TOLERANCE
+
+
+def test_last_logits_alone() -> None:
+    pair = with_backend(padded(num_layers=LAYERS, counted=True), policy="none")
+    on = [prompt(5, 6, 0), prompt(9, 3, 1, text=1)]
+    assert pair.run(**batch_of(*on))[0] < TOLERANCE
+    off, report = pair.run(**batch_of(*on))
+    assert report["mode"] == "warm"
+    assert report["rows_per_layer"] == (12, 12, 2)  # of the results, and a neighbour
+    assert off < TOLERANCE
+
+
+# A model of the library -------------------------------------------------------------------------------------
+
+
+def llava_batch(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With padding in front, as for generation."""
+    longest = max(one["input_ids"].shape[1] for one in prompts)
+
+    def joined(name: str, value: int) -> Tensor:
+        return torch.cat(
+            [
+                torch.nn.functional.pad(one[name], (longest - one[name].shape[1], 0), value=value)
+                for one in prompts
+            ]
+        )
+
+    pixels = torch.cat([one["pixel_values"] for one in prompts if "pixel_values" in one])
+    return {
+        "input_ids": joined("input_ids", PAD),
+        "attention_mask": joined("attention_mask", 0),
+        "pixel_values": pixels,
+    }
+
+
+def test_llava_generates_what_the_unmodified_model_does() -> None:
+    pair = with_api(tiny_llava(2), policy="full")
+    calls = [
+        llava_batch(llava_inputs(5, 7, [0]), llava_inputs(9, 3, [1], 1)),
+        llava_batch(llava_inputs(7, 5, [1, 0], 2), llava_inputs(4, 6, [0], 3)),
+        llava_batch(llava_inputs(7, 5, [1], 2), llava_inputs(4, 6, [2], 3)),
+    ]
+    found = [[False, False], [True, True, True], [True, False]]
+    for call, expected in zip(calls, found, strict=True):
+        off, report = pair.run(**call)
+        assert hits(report) == expected
+        assert off < TOLERANCE
+    ours, theirs = (
+        model.generate(**calls[1], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        for model in (pair.model, pair.reference)
+    )
+    assert torch.equal(ours, theirs)

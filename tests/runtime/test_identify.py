@@ -1,0 +1,336 @@
+"""Which tokens of which samples an item fills, and what its key is made of."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.capture import InputKind
+from vlcache_fx.runtime.identify import Identifier, Run, donor_key, of_sample, runs_of
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
+from vlcache_fx.testing.tiny_vlm import TinyVlm, causal_mask, rotary_angles, tiny_vlm
+
+HIDDEN = 16
+
+
+class Taking(TinyVlm):
+    """Takes features; the call says what else enters, and where."""
+
+    table: nn.Embedding
+
+    def forward(self, input_ids: Tensor, features: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+        embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
+        x = embeds.masked_scatter(image[..., None].expand_as(embeds), features)
+        tokens, mask = x.shape[1], causal_mask(x.shape[1], x.device)
+        if "kept" in more:
+            mask = mask & (more["kept"] != 0)[:, None, None, :]
+        if "bias" in more:
+            mask = mask & more["bias"]
+        rotary = rotary_angles(more.get("position_ids", torch.arange(tokens)), 8)
+        for layer in self.decoder.layers:
+            x = layer(x, rotary, mask)
+            if "deep" in more:
+                x = x + torch.ops.vlcache.scatter_rows(more["deep"], more.get("deep_mask", image))
+            if "ids_of_layers" in more:
+                x = x + self.table(more["ids_of_layers"])
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+
+class Identifying:
+    """The identifier of a graph, and its inputs by name."""
+
+    def __init__(self, **call: Tensor) -> None:
+        model: Any = tiny_vlm(last_only=False)
+        model.__class__ = Taking
+        model.table = nn.Embedding(VOCABULARY, HIDDEN)
+        captured, graph = captured_graph(model, call)
+        data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
+        self.identifier = Identifier.of(captured.graph_module, analyze(captured), data)
+        self.args = list(graph.calls[0])
+        self.place = {
+            name: next(index for index, arg in enumerate(self.args) if arg is value)
+            for name, value in call.items()
+        }
+
+    def with_changes(self, changes: dict[str, Tensor]) -> list[Any]:
+        args = list(self.args)
+        for name, value in changes.items():
+            args[self.place[name]] = value
+        return args
+
+    def runs(
+        self, items: list[list[int]] | None = None, **changes: Tensor
+    ) -> tuple[int, int, list[Run]] | None:
+        return self.identifier.runs(self.with_changes(changes), items or ())
+
+    def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
+        """``(sample, start, length)`` of each run."""
+        identified = self.runs(items, **changes)
+        assert identified is not None
+        return [(run.sample, run.start, run.length) for run in identified[2]]
+
+    def positions(self, run: int = 0, **changes: Tensor) -> list[Any]:
+        """Of one run, in the given call."""
+        args = self.with_changes(changes)
+        identified = self.identifier.runs(args)
+        assert identified is not None
+        samples, tokens, runs = identified
+        return self.identifier.positions(args, runs[run], samples, tokens)
+
+
+def ids(*prompts: str) -> Tensor:
+    """A character per token: ``o`` for an image, others for text."""
+    tokens = [[IMAGE_TOKEN if letter == "o" else ord(letter) for letter in prompt] for prompt in prompts]
+    return torch.tensor(tokens)
+
+
+TWO = ids("aooobboo", "oobooocc")
+"""One item ends where the sample does, and the next sample begins with one."""
+
+
+@pytest.fixture(scope="module")
+def two(_compiler: None) -> Identifying:
+    return Identifying(input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN))
+
+
+# Runs -------------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_each_sample(two: Identifying) -> None:
+    identified = two.runs()
+    assert identified is not None
+    samples, tokens, runs = identified
+    assert (samples, tokens) == (2, 8)
+    assert [(run.sample, run.start, run.end) for run in runs] == [(0, 1, 4), (0, 6, 8), (1, 0, 2), (1, 3, 6)]
+    first = 0
+    for run in runs:
+        features, *deep = run.content
+        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + run.length])
+        assert len(deep) == 2  # of each layer
+        for added in deep:
+            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + run.length])
+        first += run.length
+
+
+def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
+    whole = [(0, 1, 3), (0, 6, 2), (1, 0, 2), (1, 3, 3)]
+    assert two.found() == whole
+    assert two.found([[3, 2, 2, 3]]) == whole
+    assert two.found([[1, 2, 2, 2, 3]]) == [(0, 1, 1), (0, 2, 2), *whole[1:]]
+    assert two.found([[4, 4], [3, 2, 2, 1, 2]]) == [*whole[:3], (1, 3, 1), (1, 4, 2)]
+    assert two.found([[1, 2, 3]]) == whole  # of something else
+    assert two.found([[3, 4, 3]]) == whole  # no item goes on in the next sample
+
+
+def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> None:
+    assert two.runs(features=noise(0, 9, HIDDEN)) is None
+    assert two.runs(features=noise(0, 10, HIDDEN // 2)) is None
+    assert two.runs(deep=noise(1, 11, HIDDEN)) is None
+    one_less = TWO.clone()
+    one_less[0, 1] = 7
+    assert two.runs(input_ids=one_less) is None
+    assert two.found(input_ids=TWO.flip(0)) == [(0, 0, 2), (0, 3, 3), (1, 1, 3), (1, 6, 2)]
+
+
+def test_additions_at_other_tokens_are_not_understood() -> None:
+    image = TWO == IMAGE_TOKEN
+    check = Identifying(
+        input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=image
+    )
+    assert len(check.found()) == 4
+    assert check.runs(deep_mask=image.roll(1, 1)) is None
+    # In fewer places, each run has the rows that are added to it.
+    image = image.clone()
+    image[0, 1:3] = False
+    identified = check.runs(deep_mask=image, deep=noise(1, 8, HIDDEN))
+    assert identified is not None
+    assert [len(run.content[1]) for run in identified[2]] == [1, 2, 2, 3]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), st.data())
+@settings(max_examples=100)
+def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObject) -> None:
+    places = torch.tensor(flags).flatten().nonzero().flatten()
+    features = torch.arange(len(places))[:, None]
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(places) - 1)))) if len(places) > 1 else set()
+    bounds = [0, *sorted(cuts), len(places)]
+    lengths = [b - a for a, b in pairwise(bounds)] if data.draw(st.booleans()) else []
+    want: list[list[int]] = []
+    for number, place in enumerate(places.tolist()):
+        joins = want and want[-1][-1] == place - 1 and place % 5 != 0 and not (lengths and number in cuts)
+        want[-1].append(place) if joins else want.append([place])
+    runs = runs_of(places, features, 5, lengths)
+    assert [[run.sample * 5 + run.start + i for i in range(run.length)] for run in runs] == want
+    assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
+
+
+# Inputs of one sample ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((2, 8), 0),
+        ((3, 2, 8), 1),  # positions in time, height and width
+        ((2, 1, 8), 0),
+        ((2, 1, 8, 8), 0),
+        ((2, 8, 4), 0),
+        ((2,), 0),
+        ((8,), None),
+        ((1, 8), None),
+        ((3, 1, 8), None),
+        ((8, 4), None),
+        ((), None),
+    ],
+    ids=str,
+)
+def test_the_part_of_a_sample(shape: tuple[int, ...], dim: int | None) -> None:
+    value = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    for sample in range(2):
+        part = of_sample(value, sample, 2, 8)
+        assert torch.equal(part, value if dim is None else value.narrow(dim, sample, 1))
+    assert of_sample(value, 0, 1, 8) is value
+    assert of_sample(5, 1, 2, 8) == 5
+
+
+# Positions --------------------------------------------------------------------------------------------------
+
+ONE = {"input_ids": ids("aoooobcc"), "features": noise(0, 4, HIDDEN)}
+
+
+@pytest.fixture(scope="module")
+def placed(_compiler: None) -> Identifying:
+    return Identifying(**ONE, position_ids=torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("positions", "part"),
+    [
+        (range(8), None),
+        (range(100, 108), None),
+        ([0, 1, 1, 1, 1, 2, 3, 4], None),  # a still image in time
+        ([0, 1, 1, 2, 2, 3, 4, 5], [0, 0, 1, 1]),  # rows of a grid
+        ([5, 6, 6, 7, 7, 0, 4, 5], [0, 0, 1, 1]),
+        ([0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 0, 1]),
+    ],
+    ids=str,
+)
+def test_positions_count_from_the_first_token(
+    placed: Identifying, positions: Any, part: list[int] | None
+) -> None:
+    found = placed.positions(position_ids=torch.tensor(positions))
+    assert [one.tolist() for one in found] == ([] if part is None else [part])
+
+
+def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
+    check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+    assert check.place["ids_of_layers"] in check.identifier.looked_up
+    assert [one.flatten().tolist() for one in check.positions()] == [[2, 3, 4, 5]]
+    same = torch.full((1, 8), 9)
+    assert [one.flatten().tolist() for one in check.positions(ids_of_layers=same)] == [[9] * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_padding_mask_counts_where_it_hides_the_item(dtype: torch.dtype) -> None:
+    kept = torch.ones(2, 8, dtype=dtype)
+    call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN), "kept": kept}
+    check = Identifying(**call)
+    assert check.positions() == check.positions(1) == []
+    text = kept.clone()
+    text[0, 0] = text[1, 7] = 0
+    assert check.positions(kept=text) == check.positions(1, kept=text) == []
+    hidden = kept.clone()
+    hidden[1, 3:7] = 0
+    assert check.positions(kept=hidden) == []
+    assert len(check.positions(1, kept=hidden)) == 1
+    partly = kept.clone()
+    partly[1, 3:5] = 0
+    assert len(check.positions(1, kept=partly)) >= 1
+    keys = {
+        donor_key(Run(1, 3, 4, ()), check.positions(1, kept=mask), "weights", "")
+        for mask in (kept, text, hidden, partly)
+    }
+    assert len(keys) == 3
+
+
+def test_counts_that_masks_alone_read_hide_nothing() -> None:
+    """The first of them is zero where an item comes first."""
+    call = {"input_ids": ids("oooobbcc"), "features": noise(0, 4, HIDDEN), "kept": torch.arange(8)[None]}
+    check = Identifying(**call)
+    assert check.place["kept"] in check.identifier.masks_only
+    assert check.positions() == []
+
+
+def test_masks_over_pairs_of_tokens_are_no_positions() -> None:
+    check = Identifying(**ONE, bias=causal_mask(8, torch.device("cpu")))
+    assert check.positions() == []
+
+
+def test_positions_of_each_sample() -> None:
+    positions = torch.tensor([[0, 1, 1, 2, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+    class Counted(Taking):
+        def forward(self, input_ids: Tensor, features: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+            embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
+            x = embeds.masked_scatter(image[..., None].expand_as(embeds), features)
+            angles = rotary_angles(more["position_ids"].flatten(), 8)
+            rotary = tuple(part.view(2, 1, 8, 8) for part in angles)
+            for layer in self.decoder.layers:
+                x = layer(x, rotary, causal_mask(8, x.device))
+            logits: Tensor = self.decoder.head(self.decoder.norm(x))
+            return logits
+
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Counted
+    call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
+    captured, graph = captured_graph(model, call | {"position_ids": positions})
+    data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
+    identifier = Identifier.of(captured.graph_module, analyze(captured), data)
+    identified = identifier.runs(graph.calls[0])
+    assert identified is not None
+    samples, tokens, (first, second) = identified
+    (part,) = identifier.positions(graph.calls[0], first, samples, tokens)
+    assert part.flatten().tolist() == [0, 0, 1, 1]
+    assert identifier.positions(graph.calls[0], second, samples, tokens) == []
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_a_run_is_in_its_key(two: Identifying) -> None:
+    def keys(**changes: Tensor) -> list[str]:
+        identified = two.runs(**changes)
+        assert identified is not None
+        return [donor_key(run, [], "weights", "salt") for run in identified[2]]
+
+    usual = keys()
+    assert len(set(usual)) == 4
+    assert keys() == usual
+    for name in ("features", "deep"):
+        changed = two.args[two.place[name]].clone()
+        changed[4] += 1  # of the second run
+        assert [a == b for a, b in zip(keys(**{name: changed}), usual, strict=True)] == [
+            True,
+            False,
+            True,
+            True,
+        ]
+    run = Run(0, 1, 2, (noise(0, 2, 4),))
+    elsewhere = Run(1, 5, 2, (noise(0, 2, 4),))
+    key = donor_key(run, [], "weights", "salt")
+    assert donor_key(elsewhere, [], "weights", "salt") == key
+    others = {
+        donor_key(run, [torch.tensor([0, 1])], "weights", "salt"),
+        donor_key(run, [], "other", "salt"),
+        donor_key(run, [], "weights", ""),
+    }
+    assert len(others | {key}) == 4
