@@ -80,19 +80,36 @@ def test_blocks_that_are_returned_too_are_refused() -> None:
             blocks: BlockMask = create_block_mask(causal, 1, None, 20, 20, device=x.device)
             return flex_attention(x, x, x, block_mask=blocks), blocks.kv_indices
 
-    with pytest.raises(Exception, match=r"transforms of torch\.func") as failure:
+    with pytest.raises(Exception, match=r"\[capture_failed\]") as failure:
         captures(Returning(), {"x": X})
     refusal = getattr(failure.value, "inner_exception", failure.value)
     assert isinstance(refusal, UnsupportedGraphError)
     assert refusal.reason is Reason.CAPTURE_FAILED
 
 
-def test_vmap_elsewhere_is_refused_and_not_traced_wrongly() -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_vmap_elsewhere_is_taken_out(dynamic: bool | None) -> None:
+    """Many models make the masks of other attention in this way."""
+
     class Mapped(nn.Module):
         def forward(self, x: Tensor) -> Any:
             return torch.vmap(lambda row: row * row.sum())(x)
 
+    (captured,) = captures(Mapped(), {"x": X}, dynamic)
+    sizes = [n.meta["val"] for n in captured.placeholders if not isinstance(n.meta["val"], Tensor)]
+    (result,) = captured.graph_module(*(int(size) for size in sizes), X)
+    assert torch.equal(result, X * X.sum((1, 2, 3), keepdim=True))
+
+
+def test_transforms_that_remain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace would not see through them, and give something else."""
+
+    class Mapped(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return torch.vmap(torch.exp)(x)
+
     (graph,) = traced_graphs(Mapped(), {"x": X})
+    monkeypatch.setattr("vlcache_fx.capture.dynamo.inline_vmap", lambda module: False)
     with pytest.raises(UnsupportedGraphError, match=r"transforms of torch\.func") as refusal:
         capture_dynamo(graph.graph_module, graph.example_inputs)
     assert refusal.value.reason is Reason.CAPTURE_FAILED

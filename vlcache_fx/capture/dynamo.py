@@ -15,7 +15,7 @@ from torch._functorch.aot_autograd import aot_export_module
 
 from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
-from vlcache_fx.capture.flex import drop_block_masks
+from vlcache_fx.capture.flex import drop_block_masks, refuse_transforms
 from vlcache_fx.capture.vmap import inline_vmap
 from vlcache_fx.capture.writes import settle_scatters, split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -42,6 +42,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]
     try:
         inline_vmap(module)
+        refuse_transforms(module.graph)
         traced = trace_without_writes(module, fakes)
         exported, writes = (traced, ()) if traced is not None else functionalised(module, fakes)
     except UnsupportedGraphError:

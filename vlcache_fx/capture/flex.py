@@ -26,9 +26,6 @@ def drop_block_masks(module: fx.GraphModule) -> None:
     """Take the blocks out of the calls of flex attention in a Dynamo graph, and what only made them.
 
     The graph then serves to find out what is masked, not to run flex attention.
-
-    Raises:
-        UnsupportedGraphError: CAPTURE_FAILED, where transforms of ``torch.func`` remain.
     """
     graph, blocks = module.graph, set()
     for call in graph.find_nodes(op="call_function", target=FLEX):
@@ -45,6 +42,14 @@ def drop_block_masks(module: fx.GraphModule) -> None:
                 if node not in needed and node.op != "placeholder":
                     graph.erase_node(node)
         module.recompile()
+
+
+def refuse_transforms(graph: fx.Graph) -> None:
+    """To be called when vmapped regions are gone.
+
+    Raises:
+        UnsupportedGraphError: CAPTURE_FAILED, where transforms of ``torch.func`` remain.
+    """
     for node in graph.nodes:
         if _is_transform(node):
             raise UnsupportedGraphError(
