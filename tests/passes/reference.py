@@ -57,10 +57,12 @@ def forward(
         behind = after[:, None] - torch.arange(num_tokens)  # of each row, and each key
         window = shape.window_of(index)
         hidden = (behind < 0) | (behind >= (num_tokens if window is None else window))
-        weights = scores.masked_fill(hidden, float("-inf")).exp()
+        scores = scores.masked_fill(hidden, float("-inf"))
+        most = scores.amax(-1, keepdim=True)  # taken off, because exp() of large scores is infinite
+        weights = (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
         if shape.sinks:
-            total = total + layer.attention.sinks.exp()[:, None, None]
+            total = total + (layer.attention.sinks[:, None, None] - most).exp()
         attended = (weights / total @ repeat_heads(value, groups)).transpose(1, 2).flatten(2)
         out = layer.attention.out(attended)
         if shape.parallel:
