@@ -18,6 +18,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.steps import is_decoding_step
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -33,7 +34,9 @@ from vlcache_fx.runtime.report import Report
 Compiled = Callable[..., Sequence[Any]]
 
 NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
-"""Pieces of a model and decoding steps: neither logged, raised nor reported."""
+"""Pieces of a model and decoding steps: neither logged, raised nor reported.
+
+A decoding step may be refused for another reason before that one is found; it is as silent then."""
 
 NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
 """A prompt of text alone: reported, but no reason to warn or raise."""
@@ -84,7 +87,7 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
         CLEANUP.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
-        if refusal.reason in NOTHING_TO_REUSE:
+        if refusal.reason in NOTHING_TO_REUSE or is_decoding_step(graph_module.graph):
             return unmodified.prepare()
         return _refused(refusal, unmodified, engine)
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
