@@ -344,7 +344,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of entries 0 and 1, 2 and 3 and so on of each head."""
     half = x.shape[-1] // 2
-    first, second = x.unflatten(-1, (half, 2)).unbind(-1)
+    first, second = x.reshape(*x.shape[:-1], half, 2).unbind(-1)
     cos, sin = cos[..., :half], sin[..., :half]
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 
