@@ -78,6 +78,9 @@ class Masked(TinyVlm):
             return torch.where(causal, distances, float("-inf"))[None, None]
         if self.kind == "image both ways":
             return (causal | (image[:, None] & image[None, :]))[None, None]
+        if self.kind == "vmap":  # as transformers makes masks
+            seen = torch.vmap(torch.vmap(lambda q, k: (k <= q) | (image[q] & image[k]), (None, 0)), (0, None))
+            return seen(place, place)[None, None]
         if self.kind == "image sees all":
             return (causal | image[:, None])[None, None]
         return None  # everything sees everything
@@ -245,7 +248,7 @@ def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixtu
     assert "[mask_form]" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["bias", "image both ways"])
+@pytest.mark.parametrize("kind", ["bias", "image both ways", "vmap"])
 def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
     pair = with_backend(masked(kind), policy="full")
     assert pair.run(**FIRST)[0] == 0.0

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlcache_fx.api import DYNAMO_CONFIG
 from vlcache_fx.lowering import EagerLowering
@@ -287,6 +288,44 @@ def test_an_empty_cache_of_fixed_size_is_no_past(name: str) -> None:
         assert report["rows_per_layer"][0] == 2
     again.tolerance = 1e9
     assert again.say(prompt(4, 0))["prefix_tokens"] == 0  # not empty any more
+
+
+class Step(nn.Module):
+    """A decoding step of a layer with a cache, and a recurrent state, that it writes to.
+
+    Attributes:
+        kind: ``returned``: it returns a part of each as well. ``another form``: its attention is not
+            understood.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.project = kind, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, keys: Tensor, state: Tensor, place: Tensor) -> Any:
+        heads = self.project(x)[:, None]
+        keys[:, :, place] = heads.sin()
+        state.mul_(0.5).add_(x)
+        if self.kind == "another form":
+            return x + ((heads @ keys.mT).softmax(-1) * 0.5 @ keys)[:, 0] + state
+        y = x + F.scaled_dot_product_attention(heads, keys, keys)[:, 0] + state
+        return (y, keys[:, :, :3], state[..., :2]) if self.kind == "returned" else y
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["returned", "another form"])
+def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
+    """Refused they may be, but nothing is lost by it."""
+    pair = with_api(Step(kind), strict=strict)
+    ours, theirs = ([torch.ones(1, 1, 16, 8), torch.ones(1, 1, 8)] for _ in range(2))
+    for place in range(3):
+        x, at = torch.full((1, 1, 8), place + 0.5), torch.tensor([place])
+        with torch.no_grad():
+            got, expected = pair.model(x, *ours, at), pair.reference(x, *theirs, at)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert all(map(torch.equal, ours, theirs))
+    assert pair.engine.last_report is None
+    assert pair.engine.refusals == []
 
 
 # Doors ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.steps import is_decoding_step
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -39,12 +40,17 @@ class Unmodified(Protocol):
     def prepare(self) -> Compiled:
         """Whatever must be done before the first call, done now."""
 
+    def is_decoding_step(self) -> bool:
+        """True for a step that continues a prompt: it has nothing to reuse."""
+
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run it."""
 
 
 NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
-"""Pieces of a model and decoding steps: neither logged, raised nor reported."""
+"""Pieces of a model and decoding steps: neither logged, raised nor reported.
+
+A decoding step may be refused for another reason before that one is found; it is as silent then."""
 
 NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
 """A prompt of text alone: reported, but no reason to warn or raise."""
@@ -106,7 +112,7 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
         CLEANUP.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
-        if refusal.reason in NOTHING_TO_REUSE:
+        if refusal.reason in NOTHING_TO_REUSE or unmodified.is_decoding_step():
             return unmodified.prepare()
         return _refused(refusal, unmodified, engine)
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
@@ -209,6 +215,10 @@ class _DynamoGraph:
         # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again
         # for it would not pay.
         self._run: Compiled = graph_module
+
+    def is_decoding_step(self) -> bool:
+        """See ``Unmodified``."""
+        return is_decoding_step(self._graph_module.graph)
 
     def prepare(self) -> Compiled:
         """Compile now, while Dynamo's compilation context is there."""

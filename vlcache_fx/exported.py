@@ -76,6 +76,10 @@ class _Arguments:
         """Nothing: exported programs run as they are."""
         return self
 
+    def is_decoding_step(self) -> bool:
+        """Who exports a decoding step and compiles it for reuse is told why there is none."""
+        return False
+
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run the program as it is, with the inputs of the captured graph."""
         given = iter(value for value, is_bound in zip(inputs, self._is_bound, strict=True) if not is_bound)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import captured_graph
-from vlcache_fx.testing.tiny_vlm import rotary_angles
+from vlcache_fx.testing.tiny_vlm import rotary_angles, tiny_vlm
 
 from ..models import wired
 from .graphs import CALL, attend, capture, captured_vlm
@@ -30,6 +30,8 @@ def kinds(facts: DecoderFacts) -> list[tuple[str, str]]:
         ({"rope": "full"}, "linear", "linear"),
         ({"rope": "partial"}, "linear", "linear"),
         ({"rope": "none"}, "linear", "linear"),
+        ({"rope": "interleaved"}, "linear", "linear"),
+        ({"rope": "complex"}, "linear", "linear"),
         ({"rope": "full", "qk_norm": True}, "rms_norm", "linear"),
         ({"rope": "none", "qk_norm": True}, "rms_norm", "linear"),
         ({"rope": "full", "fused_qkv": True}, "getitem", "getitem"),
@@ -41,6 +43,14 @@ def kinds(facts: DecoderFacts) -> list[tuple[str, str]]:
 def test_frontiers(options: dict[str, object], key: str, value: str, dynamic: bool | None) -> None:
     facts = analyze(captured_vlm(dynamic=dynamic, **options))
     assert kinds(facts) == [(key, value)] * 2
+
+
+def test_keys_are_stored_before_they_are_widened() -> None:
+    """A product of complex numbers is one of float32, which would double what is stored."""
+    model = tiny_vlm(rope="complex").to(torch.bfloat16)
+    facts = analyze(captured_graph(model, CALL | {"pixel_values": CALL["pixel_values"].bfloat16()})[0])
+    assert kinds(facts) == [("linear", "linear")] * 2
+    assert {frontier.node.meta["val"].dtype for frontier in facts.frontiers} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ ROWS = torch.tensor([1, 4, 5])
 X = torch.randn(1, TOKENS, 4, generator=torch.Generator().manual_seed(0))
 WEIGHT = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 TABLE = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(2))
+MASK = X[..., 0] > 0
 ROUTER = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
 EXPERTS = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(4))
 
@@ -139,6 +140,8 @@ TOKENWISE: dict[str, Function] = {
     "select": lambda x: x[0],
     "select_behind": lambda x: x[..., 1],
     "index_select": lambda x: x.index_select(2, torch.tensor([3, 0])),
+    "masked_behind": lambda x: x[..., torch.tensor([True, False, True, True])],
+    "masked_in_front": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
     "cat": lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1),
     "cat_with_a_table": lambda x: torch.cat([x, TABLE[None]], -1),
     "mean": lambda x: x.mean(-1, keepdim=True),
@@ -272,6 +275,10 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "split": (lambda x: x.split(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
     "chunk": (lambda x: x.chunk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
     "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
+    "masked": (lambda x: x[x[..., 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_by_others": (lambda x: x[MASK], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_alone": (lambda x: x[:, MASK[0]], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_table": (lambda x: TABLE[x[0, :, 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
     "crossed": (lambda x: x[..., :1] + x[..., 0], Reason.TOKEN_AXIS_LOST, "different places"),
 }
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.capture.flex import refuse_transforms
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import traced_graphs
@@ -94,18 +93,27 @@ def test_blocks_that_are_returned_too_are_still_made() -> None:
     assert torch.equal(got, made(X).kv_indices)
 
 
-def test_transforms_that_remain_are_refused_and_not_traced_wrongly() -> None:
-    class Mapped(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return torch.vmap(lambda row: row * row.sum())(x)
+class Mapped(nn.Module):
+    def forward(self, x: Tensor) -> Any:
+        return torch.vmap(lambda row: row * row.sum())(x)
 
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_vmap_elsewhere_is_taken_out(dynamic: bool | None) -> None:
+    """Many models make the masks of other attention in this way."""
+    (captured,) = captures(Mapped(), {"x": X}, dynamic)
+    sizes = [n.meta["val"] for n in captured.placeholders if not isinstance(n.meta["val"], Tensor)]
+    (result,) = captured.graph_module(*(int(size) for size in sizes), X)
+    assert torch.equal(result, X * X.sum((1, 2, 3), keepdim=True))
+
+
+def test_transforms_that_remain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace would not see through them, and give something else."""
     (graph,) = traced_graphs(Mapped(), {"x": X})
+    monkeypatch.setattr("vlcache_fx.capture.dynamo.inline_vmap", lambda module: False)
     with pytest.raises(UnsupportedGraphError, match=r"transforms of torch\.func") as refusal:
-        refuse_transforms(graph.graph_module.graph)
+        capture_dynamo(graph.graph_module, graph.example_inputs)
     assert refusal.value.reason is Reason.CAPTURE_FAILED
-    captured = capture_dynamo(graph.graph_module, graph.example_inputs)
-    refuse_transforms(captured.graph_module.graph)
-    torch.testing.assert_close(captured.graph_module(X)[0], X * X.sum((1, 2, 3), keepdim=True))
 
 
 def test_a_write_to_another_tensor_stays() -> None:

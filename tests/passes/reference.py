@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import TinyVlm, repeat_heads, rotary_angles, rotate
+from vlcache_fx.testing.tiny_vlm import ROTATIONS, TinyVlm, repeat_heads, rotary_angles
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -34,7 +34,7 @@ def forward(
     embeds = model.embed(ids)
     embeds[ids == IMAGE_TOKEN] = model.encoder(inputs["pixel_values"])
     rotary = rotary_angles(torch.arange(num_tokens), shape.rotary_dim)
-    x = embeds[:, rows[0]]
+    x = embeds[:, rows[0]] * (shape.hidden**0.5 if shape.embed_scale else 1)
     kept = []
     for index, layer in enumerate(model.decoder.layers):
         entering = x if shape.norm_place != "pre" and not shape.parallel else layer.norm_1(x)
@@ -48,12 +48,22 @@ def forward(
         place = torch.searchsorted(here, after)
         x, entering, query = x[:, place], entering[:, place], query[:, :, place]
         if shape.rotary_dim:
-            cos, sin = rotary
-            query, key = rotate(query, cos[after], sin[after]), rotate(key, cos, sin)
+            (cos, sin), turn = rotary, ROTATIONS[shape.rope]
+            query, key = turn(query, cos[after], sin[after]), turn(key, cos, sin)
         groups = shape.heads // shape.kv_heads
         scores = query @ repeat_heads(key, groups).transpose(2, 3) / shape.head_dim**0.5
-        scores = scores.masked_fill(torch.arange(num_tokens)[None] > after[:, None], float("-inf"))
-        attended = (scores.softmax(-1) @ repeat_heads(value, groups)).transpose(1, 2).flatten(2)
+        if shape.softcap is not None:
+            scores = (scores / shape.softcap).tanh() * shape.softcap
+        behind = after[:, None] - torch.arange(num_tokens)  # of each row, and each key
+        window = shape.window_of(index)
+        hidden = (behind < 0) | (behind >= (num_tokens if window is None else window))
+        scores = scores.masked_fill(hidden, float("-inf"))
+        most = scores.amax(-1, keepdim=True)  # taken off, because exp() of large scores is infinite
+        weights = (scores - most).exp()
+        total = weights.sum(-1, keepdim=True)
+        if shape.sinks:
+            total = total + (layer.attention.sinks[:, None, None] - most).exp()
+        attended = (weights / total @ repeat_heads(value, groups)).transpose(1, 2).flatten(2)
         out = layer.attention.out(attended)
         if shape.parallel:
             x = x + out + layer.mlp(entering)

@@ -2,8 +2,9 @@
 
 *Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
 and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
-on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over pure layout
-ops. So the stored K is free of positions whatever the position scheme is.
+on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over what changes
+no value: layout, casts to a wider dtype, pairs read as complex numbers. So the stored K is free of positions
+whatever the position scheme is.
 
 What has to run on all tokens counts as tainted too: ops that mix them, and what reads a result of the graph.
 A quantised cache has both, scales over all tokens, and integers that it keeps and reads back.
@@ -190,10 +191,23 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _before_layout(node: Node, clean: NodeSet) -> Node:
-    while packet_of(node) in LAYOUT:
+    while packet_of(node) in LAYOUT or packet_of(node) is aten.view_as_complex or _is_widening(node):
         parents = [parent for parent in data_inputs(node) if parent in clean]
         partial = packet_of(node) is aten.slice and not is_full_slice(node)
         if partial or len(parents) != 1 or len(list(data_inputs(node))) != 1:
             break
         node = parents[0]
     return node
+
+
+def _is_widening(node: Node) -> bool:
+    """True for a cast in which no value changes: what is stored of the wider one takes more memory."""
+    if packet_of(node) not in (aten.to, aten._to_copy):
+        return False
+    before, after = (one.meta["val"] for one in (node.args[0], node))  # type: ignore[union-attr]
+    return bool(
+        before.is_floating_point()
+        and after.is_floating_point()
+        and torch.promote_types(before.dtype, after.dtype) == after.dtype
+        and before.device == after.device
+    )

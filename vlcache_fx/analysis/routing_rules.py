@@ -18,6 +18,8 @@ from torch.fx import Node
 from vlcache_fx.analysis.axis import Axes, Entries, RowStep, TokenAxis, equal, rank_of
 from vlcache_fx.analysis.layout_rules import Rule, lost, same, single, with_place
 from vlcache_fx.analysis.math_rules import pointwise
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.errors import Reason
 
 aten = torch.ops.aten
 
@@ -69,7 +71,10 @@ def _index(node: Node, axes: Axes) -> RowStep:
     if len(given) != 1 or not isinstance(given[0][1], Node):
         raise lost(node, "it looks values up by several indices")
     place, index = given[0]
-    index_rank = rank_of(index)
+    by_mask = index.meta["val"].dtype in (torch.bool, torch.uint8)
+    replaced, placed = (rank_of(index), 1) if by_mask else (1, rank_of(index))  # dimensions
+    if by_mask and (index in axes or 0 <= axes[source].place - place < replaced):
+        raise refuse(Reason.DATA_DEPENDENT, node, "values decide how many tokens it leaves")
     if source not in axes:
         axis = with_place(node, axes[index])
         return RowStep(TokenAxis(place + axis.place, axis.entries))
@@ -81,7 +86,7 @@ def _index(node: Node, axes: Axes) -> RowStep:
         return RowStep(TokenAxis(place + own.place, own.entries))
     if place == axis.place:
         raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis.at(axis.place + (index_rank - 1 if place < axis.place else 0)))
+    return RowStep(axis.at(axis.place + (placed - replaced if place < axis.place else 0)))
 
 
 def _embedding(node: Node, axes: Axes) -> RowStep:

@@ -28,7 +28,8 @@ class DecoderShape:
         kv_heads: key and value heads.
         norm: kind of every norm of the stream.
         norm_place: norms before attention and MLP, behind them (on the branch), or behind the addition.
-        rope: rotary embedding of whole heads, of their first half, or none.
+        rope: rotary embedding of whole heads, of their first half, of neighbouring pairs (``complex``: by a
+            product of complex numbers), or none.
         learned_positions: add an embedding of each token's position to the token embeddings.
         qk_norm: RMSNorm of every query and key head.
         fused_qkv: one projection for queries, keys and values.
@@ -39,6 +40,9 @@ class DecoderShape:
             ``forward``.
         softcap: bound of the scores' magnitude; not with ``sdpa``.
         sinks: every head has a logit of its own in the softmax; only with ``math``.
+        window: in some layers, tokens attend to this many last ones, themselves included; by a mask.
+        window_every: of this many layers the last has the window.
+        embed_scale: token embeddings, those of images included, are multiplied by the root of ``hidden``.
         last_only: return the last token's logits alone.
     """
 
@@ -48,7 +52,7 @@ class DecoderShape:
     kv_heads: int = 1
     norm: Literal["rms", "layer"] = "rms"
     norm_place: Literal["pre", "branch", "post"] = "pre"
-    rope: Literal["full", "partial", "none"] = "full"
+    rope: Literal["full", "partial", "interleaved", "complex", "none"] = "full"
     learned_positions: bool = False
     qk_norm: bool = False
     fused_qkv: bool = False
@@ -58,6 +62,9 @@ class DecoderShape:
     attention: Literal["sdpa", "math", "flex"] = "sdpa"
     softcap: float | None = None
     sinks: bool = False
+    window: int | None = None
+    window_every: int = 1
+    embed_scale: bool = False
     last_only: bool = True
 
     def __post_init__(self) -> None:
@@ -74,7 +81,11 @@ class DecoderShape:
     @property
     def rotary_dim(self) -> int:
         """How much of a head is rotated."""
-        return {"full": self.head_dim, "partial": self.head_dim // 2, "none": 0}[self.rope]
+        return {"partial": self.head_dim // 2, "none": 0}.get(self.rope, self.head_dim)
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a layer's tokens attend to; None for all."""
+        return self.window if (layer + 1) % self.window_every == 0 else None
 
 
 class Attention(nn.Module):
@@ -119,7 +130,8 @@ class Attention(nn.Module):
         """Attention of all tokens to themselves and earlier ones."""
         query, key, value = self.project(x)
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            turn = ROTATIONS[self.shape.rope]
+            query, key = turn(query, *rotary), turn(key, *rotary)
         if self.shape.attention == "flex":
             attended = self.flex(query, key, value, mask)
         elif mask is None:
@@ -220,18 +232,26 @@ class TinyDecoder(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(embeds.shape[1], device=embeds.device)
         x = embeds + self.positions(position_ids) if shape.learned_positions else embeds
+        if shape.embed_scale:
+            x = x * shape.hidden**0.5
         rotary = rotary_angles(position_ids, shape.rotary_dim) if shape.rotary_dim else None
-        mask: Any = None
-        if shape.attention == "flex":
-            mask = causal_blocks(embeds.shape[1], embeds.device)
-        elif shape.explicit_mask or shape.attention == "math":
-            mask = causal_mask(embeds.shape[1], embeds.device)
-        for layer in self.layers:
-            x = layer(x, rotary, mask)
+        windows = [shape.window_of(index) for index in range(shape.num_layers)]
+        masks = {window: self.mask(embeds, window) for window in dict.fromkeys(windows)}
+        for layer, window in zip(self.layers, windows, strict=True):
+            x = layer(x, rotary, masks[window])
         if shape.last_only:
             x = x[:, -1:]
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def mask(self, embeds: Tensor, window: int | None) -> Any:
+        """What layers with this window hand to their attention; None for ``is_causal``."""
+        shape, tokens = self.shape, embeds.shape[1]
+        if shape.attention == "flex":
+            return causal_blocks(tokens, embeds.device, window)
+        if shape.explicit_mask or shape.attention == "math" or window is not None:
+            return causal_mask(tokens, embeds.device, window)
+        return None
 
 
 class TinyVlm(nn.Module):
@@ -321,24 +341,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if dim == x.shape[-1] else torch.cat([turned, kept], dim=-1)
 
 
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of entries 0 and 1, 2 and 3 and so on of each head."""
+    half = x.shape[-1] // 2
+    first, second = x.reshape(*x.shape[:-1], half, 2).unbind(-1)
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+
+
+def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same as ``rotate_pairs``, by a product of complex numbers."""
+    half = x.shape[-1] // 2
+    turns = torch.complex(cos[..., :half], sin[..., :half])
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], half, 2))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+ROTATIONS = {"full": rotate, "partial": rotate, "interleaved": rotate_pairs, "complex": rotate_complex}
+
+
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
     """[1, kv_heads, tokens, head_dim] to [1, kv_heads * groups, tokens, head_dim]."""
     batch, heads, tokens, dim = x.shape
     return x[:, :, None].expand(batch, heads, groups, tokens, dim).reshape(batch, heads * groups, tokens, dim)
 
 
-def causal_mask(tokens: int, device: torch.device) -> Tensor:
-    """Bool [1, 1, tokens, tokens], True where a key is not later than the query."""
+def causal_mask(tokens: int, device: torch.device, window: int | None = None) -> Tensor:
+    """Bool [1, 1, tokens, tokens], True where a key is not later than the query and inside its window."""
     place = torch.arange(tokens, device=device)
-    return (place[None, :] <= place[:, None])[None, None]
+    seen = place[None, :] <= place[:, None]
+    if window is not None:
+        seen = seen & (place[None, :] > place[:, None] - window)
+    return seen[None, None]
 
 
-def causal_blocks(tokens: int, device: torch.device) -> Any:
+def causal_blocks(tokens: int, device: torch.device, window: int | None = None) -> Any:
     """The same as a block mask of flex attention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
-        return query >= key
+        seen = query >= key
+        return seen if window is None else seen & (query - key < window)
 
     return create_block_mask(causal, None, None, tokens, tokens, device)
 

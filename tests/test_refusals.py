@@ -1,0 +1,268 @@
+"""Every reason to refuse, each with the smallest model that gives it, through ``vlcache_fx.compile``.
+
+What analysis refuses, and in which words, is tested there; here that a refusal reaches the user: as an error
+with ``strict``, and else in the counts and reports, while the model runs as it would without this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
+from vlcache_fx.lowering import EagerLowering
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
+
+from .runtime.helpers import Pair, own_compiler_state, with_api
+
+ONE = tiny_vlm_inputs(3, 5, [(20, 0)])
+MANY = {name: torch.cat([value, value]) for name, value in ONE.items()}
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+# Parts of decoders: each takes [batch, tokens, hidden] and returns as much ----------------------------------
+
+
+class Part(nn.Module):
+    """A function in the place of a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return self.function(x)
+
+
+def attend(x: Tensor, **options: Any) -> Tensor:
+    heads = x[:, None]
+    return F.scaled_dot_product_attention(heads.exp(), heads.sin(), heads.cos(), **options)[:, 0]
+
+
+def weighted_again(x: Tensor) -> Tensor:
+    weights = (x @ x.mT).softmax(-1) * 0.5
+    return weights @ x
+
+
+def samples_among_heads(x: Tensor) -> Tensor:
+    samples, tokens, hidden = x.shape
+    heads = x.view(samples, tokens, 2, hidden // 2).permute(2, 0, 1, 3).flatten(0, 1)
+    y = F.scaled_dot_product_attention(heads.exp(), heads.sin(), heads.cos(), is_causal=True)
+    return y.view(2, samples, tokens, hidden // 2).permute(1, 2, 0, 3).flatten(2)
+
+
+def images_see_all(x: Tensor) -> Tensor:
+    place = torch.arange(x.shape[1])
+    return attend(x, attn_mask=(place[None, :] <= place[:, None]) | (place[:, None] < 20))
+
+
+class Other(TinyVlm):
+    """With something between the merge and the decoder, or in its place."""
+
+    kind = "plain"
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, state: Tensor | None = None) -> Any:
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        x = embeds.masked_scatter(image, self.encoder(pixel_values))
+        if self.kind == "written":
+            assert state is not None
+            state[:, : x.shape[1]].copy_(x)
+            return self.decoder(x), state[:, :3]
+        if self.kind == "pruned":
+            x = x[input_ids < 150][None]
+        if self.kind == "derivative":
+            x = x * torch.func.grad(lambda scale: (scale * scale).sum())(x)
+        if self.kind == "two streams":
+            heads = F.scaled_dot_product_attention(x[:, None].exp(), x[:, None], x[:, None], is_causal=True)
+            heads = F.scaled_dot_product_attention(heads.exp(), heads.sin(), heads.cos(), is_causal=True)
+            return self.decoder.head(x + heads[:, 0])
+        return self.decoder(x)
+
+
+def other(kind: str) -> Any:
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Other
+    model.kind = kind
+    return model
+
+
+def with_part(name: str, function: Callable[[Tensor], Tensor]) -> Any:
+    """Each layer's ``attention`` or ``mlp`` replaced by a function."""
+    model = tiny_vlm(last_only=False)
+    for layer in model.decoder.layers:
+        setattr(layer, name, Part(function))
+    return model
+
+
+class HiddenStates(TinyVlm):
+    """Returns what leaves its first layer."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        first = self.decoder.layers[0](embeds.masked_scatter(image, self.encoder(pixel_values)), None, None)
+        return self.decoder.head(self.decoder.layers[1](first, None, None)), first
+
+
+def hidden_states() -> Any:
+    model: Any = tiny_vlm()
+    model.__class__ = HiddenStates
+    return model
+
+
+class OneQuery(nn.Module):
+    """A decoding step: one token attends to the keys of a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        heads = self.project(x)[:, None]
+        keys = torch.cat([past, heads], 2)
+        return x + F.scaled_dot_product_attention(heads, keys, keys)[:, 0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One reason.
+
+    Attributes:
+        model: makes the model.
+        inputs: of the call.
+        raises: with ``strict``, and counted without; False for what is no error.
+        reported: as a bypass with this reason.
+        no_grad: around the calls.
+    """
+
+    model: Callable[[], Any]
+    inputs: dict[str, Tensor]
+    raises: bool = True
+    reported: bool = True
+    no_grad: bool = True
+
+
+CASES: dict[Reason, Case] = {
+    Reason.NO_ATTENTION: Case(
+        lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+        {"input": torch.ones(2, 4)},
+        raises=False,
+        reported=False,
+    ),
+    Reason.NO_MERGE: Case(tiny_vlm, tiny_vlm_inputs(9, 3, []), raises=False),
+    Reason.NO_STREAM: Case(lambda: other("two streams"), ONE),
+    Reason.UNKNOWN_OP: Case(lambda: with_part("mlp", lambda x: x.flip(1)), ONE),
+    Reason.TOKEN_AXIS_LOST: Case(hidden_states, ONE),
+    Reason.TOKEN_MIXING: Case(lambda: with_part("mlp", lambda x: x.cumsum(1)), ONE),
+    Reason.POSITION_IN_STREAM: Case(lambda: tiny_vlm(learned_positions=True), ONE),
+    Reason.BATCHED: Case(lambda: with_part("attention", samples_among_heads), MANY),
+    Reason.MUTATED_INPUTS: Case(lambda: other("written"), ONE | {"state": torch.zeros(1, 64, 16)}),
+    Reason.PAST_KEYS: Case(
+        OneQuery, {"x": torch.ones(1, 1, 4), "past": torch.ones(1, 1, 7, 4)}, raises=False, reported=False
+    ),
+    Reason.ATTENTION_FORM: Case(lambda: with_part("attention", weighted_again), ONE),
+    Reason.MASK_FORM: Case(lambda: with_part("attention", images_see_all), ONE),
+    Reason.CAPTURE_FAILED: Case(lambda: other("derivative"), ONE),
+    Reason.GRAD_REQUIRED: Case(tiny_vlm, ONE, no_grad=False),
+    Reason.DATA_DEPENDENT: Case(lambda: other("pruned"), ONE),
+}
+"""All but LOWERING_FAILED, for which there is no model: see below."""
+
+
+def call(model: Any, case: Case) -> Any:
+    # Clones, because one of the models writes to its inputs.
+    with torch.set_grad_enabled(not case.no_grad):
+        return model(**{name: value.clone() for name, value in case.inputs.items()})
+
+
+def same(got: Any, expected: Any) -> bool:
+    if isinstance(got, Tensor):
+        return torch.equal(got, expected)
+    return len(got) == len(expected) > 0 and all(map(same, got, expected))
+
+
+def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
+    """The model's own answers, and what is said of them."""
+    for _ in range(2):
+        assert same(call(pair.model, case), call(pair.reference, case))
+    stats, report = pair.engine.stats(), pair.engine.last_report
+    assert stats["calls"] == {"cold": 0, "warm": 0, "bypass": 2 * case.reported}
+    assert stats["refusals"] == ({reason.value: 1} if case.raises else {})
+    assert (report is None) == (not case.reported)
+    if report is not None:
+        assert (report["mode"], report["spans"]) == ("bypass", ())
+        assert f"[{reason.value}]" in report["reason"]
+
+
+def test_every_reason_has_a_case() -> None:
+    assert {*CASES, Reason.LOWERING_FAILED} == set(Reason)
+
+
+@pytest.mark.parametrize("reason", CASES)
+def test_refused_models_run_unmodified(reason: Reason) -> None:
+    check_unmodified(with_api(CASES[reason].model()), CASES[reason], reason)
+
+
+@pytest.mark.parametrize("reason", [reason for reason, case in CASES.items() if case.raises])
+def test_strict_raises_the_reason(reason: Reason) -> None:
+    pair = with_api(CASES[reason].model(), strict=True)
+    with pytest.raises(UnsupportedGraphError) as refusal:
+        call(pair.model, CASES[reason])
+    assert refusal.value.reason is reason
+
+
+@pytest.mark.parametrize("reason", [reason for reason, case in CASES.items() if not case.raises])
+def test_strict_lets_pass_what_is_no_error(reason: Reason) -> None:
+    check_unmodified(with_api(CASES[reason].model(), strict=True), CASES[reason], reason)
+
+
+# Programs that do not compile -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower = EagerLowering.lower
+
+    def fails(self: EagerLowering, graph_module: Any, *, name: str) -> Any:
+        if name == "encoder":
+            return lower(self, graph_module, name=name)
+        raise LoweringError("deliberate")
+
+    monkeypatch.setattr(EagerLowering, "lower", fails)
+
+
+LOWERED = Case(tiny_vlm, ONE)
+
+
+@pytest.mark.usefixtures("_broken")
+def test_what_does_not_compile_runs_unmodified() -> None:
+    """Programs are lowered when first called: the graph was not refused, its calls say that they bypass."""
+    pair = with_api(tiny_vlm())
+    for _ in range(2):
+        assert same(call(pair.model, LOWERED), call(pair.reference, LOWERED))
+        assert (pair.report["mode"], pair.report["reason"]) == (
+            "bypass",
+            "the rewritten graph did not compile",
+        )
+    assert pair.engine.stats()["refusals"] == {Reason.LOWERING_FAILED.value: 1}
+
+
+@pytest.mark.usefixtures("_broken")
+def test_strict_raises_that_it_does_not_compile() -> None:
+    pair = with_api(tiny_vlm(), strict=True)
+    with pytest.raises(UnsupportedGraphError, match="deliberate") as refusal:
+        call(pair.model, LOWERED)
+    assert refusal.value.reason is Reason.LOWERING_FAILED

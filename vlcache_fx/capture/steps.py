@@ -1,0 +1,38 @@
+"""Decoding steps, recognised in the graph as Dynamo gives it: also where it cannot be brought to the IR."""
+
+import torch
+from torch import fx
+from torch.fx import Node
+from torch.nn import functional as F
+
+ATTENTION = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        torch.ops.higher_order.flex_attention,
+        F.softmax,
+        torch.softmax,
+        "softmax",
+    }
+)
+"""What gives a row per query, in the last dimension but one."""
+
+MERGES = frozenset({torch.masked_scatter, "masked_scatter"})
+
+
+def is_decoding_step(graph: fx.Graph) -> bool:
+    """True where a single query attends, in every attention of the graph, and no features are merged."""
+    calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
+    if any(node.target in MERGES for node in calls):
+        return False
+    attended = [node for node in calls if node.target in ATTENTION]
+    return bool(attended) and all(map(_has_one_row, attended))
+
+
+def _has_one_row(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    if isinstance(value, tuple | list):  # flex attention gives more than its result
+        value = value[0]
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return False
+    rows = value.shape[-2]
+    return isinstance(rows, int) and rows == 1
