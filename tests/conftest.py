@@ -17,6 +17,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="rewrite golden files with what tests produce"
     )
+    parser.addoption("--all-families", action="store_true", help="try every family of the README's table")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.errors import Reason
@@ -190,9 +192,7 @@ def check_few_rows(pair: Pair, call: Call, length: int, policy: Given, states: S
         close(got, partial[:, -1:])  # of two rows: programs compute no single one
     else:
         close(got[:, plan.rows[-1]], partial)
-    if (
-        shape.window is None and shape.num_layers > 1
-    ):  # small windows may not reach the image from the last row
+    if shape.window is None and shape.num_layers > 1:  # windows may not reach the image from the last row
         assert not torch.allclose(got, exact, rtol=0, atol=1e-4)  # it is an approximation
 
 
@@ -223,18 +223,20 @@ def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given
         assert pair.engine.stats()["calls"]["bypass"] == 0
 
 
-# Seeds of Random in place of hypothesis: it prefers a few values of each choice, and these are many choices.
-@pytest.mark.parametrize("seed", range(25))
-def test_any_decoder(seed: int) -> None:
-    random = Random(seed)
+# Seeds, because hypothesis draws a few values of each choice again and again, and these are many choices.
+RANDOMS = st.randoms(use_true_random=True)
+
+
+@settings(max_examples=16)
+@given(random=RANDOMS)
+def test_any_decoder(random: Random) -> None:
     shape = decoder_shape(random)
     check(shape, *request(random, shape.num_layers))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))  # Dynamo takes several times as long as for other forms
-def test_any_decoder_with_flex_attention(seed: int) -> None:
-    random = Random(seed)
+@settings(max_examples=1)  # Dynamo takes several times as long as for other forms
+@given(random=RANDOMS)
+def test_any_decoder_with_flex_attention(random: Random) -> None:
     shape = decoder_shape(random, FLEX)
     check(shape, *request(random, shape.num_layers))
 
@@ -269,10 +271,11 @@ def test_corners(corner: str) -> None:
     check(shape, 20, [Call(3, 5, 1), Call(11, 2, 2), Call(17, 4, 3)], Given(rows))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_learned_positions_are_refused(seed: int) -> None:
+@settings(max_examples=3)
+@given(random=RANDOMS)
+def test_learned_positions_are_refused(random: Random) -> None:
     """Whatever else the decoder is made of."""
-    shape = replace(decoder_shape(Random(seed)), learned_positions=True)
+    shape = replace(decoder_shape(random), learned_positions=True)
     with own_compiler_state():
         pair = compiled(shape)
         for call in (Call(3, 5, 1), Call(11, 2, 2)):
