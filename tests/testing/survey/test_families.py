@@ -13,7 +13,7 @@ from vlcache_fx.testing.survey.table import BEGIN, END, NAMED, row
 README = Path(__file__).parents[3] / "README.md"
 
 EVERY_TIME = frozenset({"qwen3_vl", "llama4", "gemma3", "gemma4", "mllama"})
-"""Those with the most unlike graphs; each takes half a minute. Qwen2.5-VL and LLaVA are in many other tests."""
+"""Those with the most unlike graphs. Qwen2.5-VL and LLaVA are in many other tests."""
 
 
 def documented_row(name: str) -> str:
