@@ -20,7 +20,7 @@ ORDER = [
     ["runtime"],
     ["backend"],
     ["fidelity", "integrations"],
-    ["api", "export"],
+    ["api", "export", "exported"],
     ["testing"],
     ["bench"],
     ["cli"],

@@ -24,6 +24,7 @@ PUBLIC = {
     "VlcacheError",
     "__version__",
     "compile",
+    "compile_exported",
     "mark_spans",
 }
 

@@ -21,7 +21,7 @@ class DeclareInputs(Pass):
 
     def run(self, program: Program) -> bool:
         """Set ``meta["val"]`` of the placeholders."""
-        fakes = FakeInputs(equal_sizes(program.decoder))
+        fakes = FakeInputs(known_sizes(program.decoder))
         slots = {node: slot for slot, node in program.slots.items()}
         values = {
             node: _slot_value(program, fakes, slots[node], node)
@@ -35,24 +35,35 @@ class DeclareInputs(Pass):
         return True
 
 
-def equal_sizes(facts: DecoderFacts) -> dict[str, str]:
-    """Symbols of one length, each with another one for it: an attention has as many values as keys.
+def known_sizes(facts: DecoderFacts) -> dict[str, tuple[str, int]]:
+    """Sizes that are another one plus a number: an attention has as many values, and columns of its mask, as
+    keys.
 
-    Tracers keep attention whole and need not notice; the lengths of a cache's keys and values then differ in
-    name.
+    Tracers keep attention whole and need not notice; what says how much a cache holds (lengths of its keys,
+    of its values, of a mask over all of them) then has symbols of its own.
     """
-    same: dict[sympy.Basic, sympy.Basic] = {}
+    known: dict[sympy.Basic, tuple[sympy.Basic, int]] = {}
     for layer in facts.layers:
         keys, site = shape_of(layer.site.key)[-2], layer.site
         masks = [] if site.mask is None else [size for size in shape_of(site.mask)[-1:] if not is_one(size)]
         for other in (shape_of(site.value)[-2], *masks):
             difference = sympy.sympify(expression_of(keys)) - sympy.sympify(expression_of(other))
-            while (simpler := difference.xreplace(same)) != difference:
+            rules = {name: base + more for name, (base, more) in known.items()}
+            while (simpler := difference.xreplace(rules)) != difference:
                 difference = simpler
             pair = sorted(difference.free_symbols, key=str)
-            if len(pair) == 2 and difference in (pair[0] - pair[1], pair[1] - pair[0]):
-                same[pair[1]] = pair[0]
-    return {str(name): str(other) for name, other in same.items()}
+            if len(pair) != 2:
+                continue
+            found = [
+                (name, base, int(more))
+                for base, name in (pair, pair[::-1])
+                for more in (difference - base + name, -difference - base + name)
+                if more.is_Integer and more >= 0
+            ]
+            if found:
+                name, base, more = found[0]
+                known[name] = (base, more)
+    return {str(name): (str(base), more) for name, (base, more) in known.items()}
 
 
 def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> Any:

@@ -72,6 +72,11 @@ def decoding_step(x: Tensor) -> Tensor:
     return past(x[:, :1])
 
 
+def between_graph_breaks(x: Tensor) -> Tensor:
+    heads = x[:, None].transpose(1, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads)[:, 0] * 2
+
+
 def cross_attention(x: Tensor) -> Tensor:
     x = x * 2
     x = x + attend(x)
@@ -87,8 +92,9 @@ def cross_attention(x: Tensor) -> Tensor:
         (mask_from_the_stream, Reason.MASK_FORM),
         (past, Reason.MASK_FORM),
         (decoding_step, Reason.PAST_KEYS),
+        (between_graph_breaks, Reason.NO_ATTENTION),
     ],
-    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step"],
+    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step", "between_graph_breaks"],
 )
 def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
     captured = capture(function, {"x": X})

@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.axis import RowStep, TokenAxis, is_one, shape_of
 from vlcache_fx.analysis.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.dataflow import ancestors, carries_data, descendants, positions
-from vlcache_fx.analysis.frontier import LayerParts, position_taint, split_layer
+from vlcache_fx.analysis.frontier import LAYOUT, LayerParts, packet_of, position_taint, split_layer
 from vlcache_fx.analysis.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.mixing import as_mixing, mixing_refusal
 from vlcache_fx.analysis.other_attention import other_attention
@@ -165,7 +165,15 @@ def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ..
             raise refuse(Reason.ATTENTION_FORM, node, what)
 
 
+def _is_made_elsewhere(site: Site) -> bool:
+    """True where queries, keys and values come from other graphs: a piece between two graph breaks."""
+    made = ancestors([site.query, site.key, site.value])
+    return all(node.op != "call_function" or packet_of(node) in LAYOUT for node in made if carries_data(node))
+
+
 def _check_attention(sites: tuple[Site, ...]) -> None:
+    if all(_is_made_elsewhere(site) for site in sites):
+        raise refuse(Reason.NO_ATTENTION, sites[0].node, "what it attends to is made in another graph")
     for site in sites:
         if is_one(shape_of(site.query)[-2]):
             raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")

@@ -20,19 +20,20 @@ class FakeInputs:
     """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol.
 
     Args:
-        names: other names of sizes, where the trace had two symbols for one length.
+        known: sizes that are another one plus a number (0 or more), where the trace had symbols for both.
     """
 
-    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+    def __init__(self, known: Mapping[str, tuple[str, int]] | None = None) -> None:
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env)
-        self._names = dict(names or {})
+        self._known = dict(known or {})
         self._sizes: dict[str, torch.SymInt] = {}
 
     def size(self, name: str) -> torch.SymInt:
         """The symbolic size called ``name``, at least 2."""
-        while name in self._names:
-            name = self._names[name]
+        if name in self._known:
+            other, more = self._known[name]
+            return self.size(other) + more
         if name not in self._sizes:
             hint = FIRST_HINT + 101 * len(self._sizes)
             source = ConstantSource(f"vlcache_{name}")
