@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _collections_stay_short() -> Iterator[None]:
+    """What a file of tests leaves behind, torch's caches above all, is not searched by every later collection.
+
+    After some hundred tests that took seconds each time, and torch collects often.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -65,3 +65,9 @@ def test_like_keeps_what_has_no_size() -> None:
     assert fakes.like(3) == 3
     assert fakes.like(None) is None
     assert tuple(fakes.like(torch.ones(2, 3)).shape) == (2, 3)
+
+
+def test_a_size_that_is_another_one_and_more() -> None:
+    fakes = FakeInputs({"b": ("a", 3), "c": ("b", 0)})
+    assert str(fakes.size("b") - fakes.size("a")) == "3"
+    assert str(fakes.size("c") - fakes.size("b")) == "0"
