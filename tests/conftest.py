@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _collections_stay_short() -> Iterator[None]:
-    """What a file of tests leaves behind, torch's caches above all, is not searched by every later collection.
+    """What a file of tests leaves behind, torch's caches above all, is not searched again and again.
 
     After some hundred tests that took seconds each time, and torch collects often.
     """
