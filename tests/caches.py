@@ -148,7 +148,6 @@ KINDS: dict[str, Kind] = {
     "static, hybrid": Kind(hybrid_llava, allocated_cache, traced=True),
     "int8 per token": Kind(llava, int8_cache(-1)),
     "int8 per channel": Kind(llava, int8_cache(-2)),
-    "int8 read back": Kind(llava, int8_cache(-1, exact_new=False)),
     "int8 per channel, read back": Kind(llava, int8_cache(-2, exact_new=False)),
 }
 
