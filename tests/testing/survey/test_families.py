@@ -12,7 +12,7 @@ from vlcache_fx.testing.survey.table import BEGIN, END, NAMED, row
 
 README = Path(__file__).parents[3] / "README.md"
 
-EVERY_TIME = frozenset({"qwen3_vl", "llama4", "gemma4"})
+EVERY_TIME = frozenset({"qwen3_vl", "llama4"})
 """Those with the most unlike graphs. Qwen2.5-VL, LLaVA and Mllama are in other tests."""
 
 
