@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vlcache_fx.testing.families import LLAVA_IMAGE_SIZE, LLAVA_IMAGE_TOKENS, tiny_llava
+from vlcache_fx.testing.families import LLAVA_IMAGE_TOKENS, tiny_clip, tiny_llava
 from vlcache_fx.testing.prompts import BOS, EOS, IMAGE_TOKEN, PAD, VOCABULARY, seeded
 
 LAYERS = 2
@@ -38,7 +38,6 @@ class Kind:
 def sliding_llava(layer_types: list[str] | None = None) -> Any:
     """LLaVA whose decoder attends to the last ``WINDOW`` tokens, in all layers or in those named so."""
     from transformers import (
-        CLIPVisionConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         MistralConfig,
@@ -62,16 +61,8 @@ def sliding_llava(layer_types: list[str] | None = None) -> Any:
         if layer_types is None
         else Qwen2Config(**sizes, use_sliding_window=True, layer_types=layer_types)
     )
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=LLAVA_IMAGE_SIZE,
-        patch_size=4,
-    )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tiny_clip(),
         text_config=text,
         image_token_id=IMAGE_TOKEN,
         image_seq_length=LLAVA_IMAGE_TOKENS,

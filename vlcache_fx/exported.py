@@ -41,8 +41,8 @@ class CompiledProgram:
 
     def __init__(self, program: ExportedProgram, engine: Engine) -> None:
         self.vlcache = engine
-        self._arguments = _Arguments(program)
         self._bound = bound_tensors(program)
+        self._arguments = _Arguments(program, [tensor is not None for tensor in self._bound])
         self._run = compile_captured(lambda: capture_exported(program), self._arguments, engine)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +63,11 @@ class CompiledProgram:
 class _Arguments:
     """Between the caller's arguments and the inputs of the captured graph; runs the program as it is, too."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, is_bound: Sequence[bool]) -> None:
         self.module = program.module()
         self._in_spec, self._out_spec = program.call_spec.in_spec, program.call_spec.out_spec
         self._is_given = given_arguments(program)
-        self._is_bound = [tensor is not None for tensor in bound_tensors(program)]
+        self._is_bound = is_bound
         placeholders = program.graph.find_nodes(op="placeholder")
         self._forms = [node.meta["val"] for node in placeholders[-len(self._is_given) :]]
         self._ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}

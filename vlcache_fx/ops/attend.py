@@ -73,20 +73,7 @@ def attend_reference(
     return result
 
 
-@torch.library.custom_op("vlcache::attend", mutates_args=())
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    softcap: float | None,
-    enable_gqa: bool,
-) -> Tensor:
-    """See ``attend_reference``."""
-    return attend_reference(query, key, value, mask, sinks, is_causal, scale, softcap, enable_gqa)
+attend = torch.library.custom_op("vlcache::attend", attend_reference, mutates_args=())
 
 
 @attend.register_fake

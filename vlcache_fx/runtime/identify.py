@@ -120,9 +120,9 @@ class Identifier:
         for place, (mask, index) in enumerate(zip(self.masks(*args), self.features, strict=True)):
             if self.width is not None and args[index].shape[-1] != self.width:
                 return None
-            flags = mask[..., 0] if mask.dim() > 2 else mask
-            samples, tokens = flags.numel() // flags.shape[-1], flags.shape[-1]
-            places = flags.flatten().nonzero().flatten().cpu()
+            flags = token_flags(mask)
+            samples, tokens = flags.shape
+            places = flagged_places(flags)
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
@@ -185,6 +185,17 @@ def of_sample(value: Any, sample: int, num_samples: int, num_tokens: int) -> Any
         if value.dim() > 0 and value.shape[dim] == num_samples:
             return value.narrow(dim, sample, 1)
     return value
+
+
+def token_flags(mask: Tensor) -> Tensor:
+    """The mask of a merge token by token, bool [samples, tokens]; its own form may spell out the width."""
+    flags = mask[..., 0] if mask.dim() > 2 else mask
+    return flags.reshape(-1, flags.shape[-1])
+
+
+def flagged_places(flags: Tensor) -> Tensor:
+    """Places of the flagged tokens over all samples, int64, sorted, on the CPU."""
+    return flags.flatten().nonzero().flatten().cpu()
 
 
 def runs_of(places: Tensor, features: Tensor, num_tokens: int, lengths: Sequence[int] = ()) -> list[Run]:

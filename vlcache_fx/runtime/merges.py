@@ -17,7 +17,7 @@ from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import PlanError
-from vlcache_fx.runtime.identify import runs_of
+from vlcache_fx.runtime.identify import flagged_places, runs_of, token_flags
 from vlcache_fx.runtime.marks import mark_spans
 
 
@@ -58,8 +58,7 @@ class MergeMarks:
         """``results`` of the call with ``args``, marked."""
         embeds, spans = results[self.place], []
         for mask in self.masks(*args):
-            flags = mask[..., 0] if mask.dim() > 2 else mask
-            places = flags.flatten().nonzero().flatten().cpu()
+            places = flagged_places(token_flags(mask))
             runs = runs_of(places, embeds.flatten(0, 1)[places], embeds.shape[1])
             spans += [(run.sample, run.start, run.length) for run in runs]
         with contextlib.suppress(PlanError):  # merges into the same tokens: no span is what one encoder gave

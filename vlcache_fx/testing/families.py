@@ -78,6 +78,20 @@ def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa")
     return model.eval()
 
 
+def tiny_clip() -> Any:
+    """The configuration of the vision tower of tiny LLaVAs."""
+    from transformers import CLIPVisionConfig
+
+    return CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=LLAVA_IMAGE_SIZE,
+        patch_size=4,
+    )
+
+
 def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
     """A ``LlavaForConditionalGeneration``: CLIP vision tower, Llama decoder, 36 tokens per image.
 
@@ -86,18 +100,11 @@ def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> A
         seed: of the weights.
         attention: ``attn_implementation`` of the whole model.
     """
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     options: dict[str, Any] = {"image_token_id": IMAGE_TOKEN, "attn_implementation": attention}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=LLAVA_IMAGE_SIZE,
-            patch_size=4,
-        ),
+        vision_config=tiny_clip(),
         text_config=LlamaConfig(
             hidden_size=64,
             intermediate_size=128,

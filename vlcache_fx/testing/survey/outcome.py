@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import vlcache_fx
+from vlcache_fx.api import DYNAMO_CONFIG
 from vlcache_fx.backend import engine_for
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import MemoryStore
@@ -24,13 +25,6 @@ TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest one: kernels round other shapes otherwise."""
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "min_span_tokens": 2, "budget": 0.1, "policy": "uniform"}
-DYNAMO = {
-    "capture_scalar_outputs": True,
-    "capture_dynamic_output_shape_ops": True,
-    "recompile_limit": 64,
-}
-
-
 STATIC_FIRST = frozenset({"gemma4"})
 """Families that are traced with plain lengths first: with symbolic ones from the start, their own check of
 the number of features contradicts what torch knows of these lengths."""
@@ -163,7 +157,7 @@ def _quiet_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     log.setLevel(logging.ERROR)
     try:
-        with torch._dynamo.config.patch(DYNAMO):
+        with torch._dynamo.config.patch(DYNAMO_CONFIG):
             yield
     finally:
         log.setLevel(level)
