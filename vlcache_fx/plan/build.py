@@ -110,7 +110,7 @@ def build_plan(
     return Plan(
         num_tokens=num_tokens,
         rows=tuple(rows),
-        keep=_keep(rows),
+        keep=places_of_next(rows),
         source=tuple(source),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
@@ -220,7 +220,8 @@ def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
     return last[at - 1 : at + 1] if at > 0 else last[:2]
 
 
-def _keep(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def places_of_next(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Per level, the places of the next level's rows; equal neighbours share their tensor."""
     keep: list[Tensor] = []
     identity: dict[int, Tensor] = {}  # one per set of rows, by the id of its tensor
     for before, after in pairwise(rows):

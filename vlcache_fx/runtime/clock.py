@@ -13,9 +13,10 @@ class Clock:
 
     @contextmanager
     def measure(self, step: str) -> Iterator[None]:
-        """Time the body as ``step``."""
+        """Time the body as ``step``, in addition to what that step took before."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.elapsed_ms[step] = (time.perf_counter() - start) * 1e3
+            elapsed_ms = (time.perf_counter() - start) * 1e3
+            self.elapsed_ms[step] = self.elapsed_ms.get(step, 0.0) + elapsed_ms

@@ -9,13 +9,14 @@ from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.writes import deliver, overlapping
 from vlcache_fx.errors import PlanError
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.plan.build import build_plan
+from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.lookup import DonorLookup
 from vlcache_fx.runtime.mask_check import MaskCheck
+from vlcache_fx.runtime.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.request import Request, together
@@ -119,6 +120,16 @@ class DecoderRunner:
         with request.clock.measure("bind"):
             tables = donors.tables(request.donors, self._donors.forms, self._device)
             positions = self._tail_rows.positions(request.num_tokens)
+        policy, _ = self.engine.choice()
+        if needs_probe(policy, request):
+            with request.clock.measure("probe"):
+                found = measure(policy, self._warm, request, plans, tables, self._donors.forms, positions)
+            if found is None:
+                return self._bypass(request.args, "the warm program failed", request.num_tokens)
+            plans = self._plans(request, ChosenRows(policy, found))
+            if plans is None:
+                return self._bypass(request.args, "the policy's rows make no plan", request.num_tokens)
+        with request.clock.measure("bind"):
             bound = self._warm.bind(together(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
@@ -129,10 +140,14 @@ class DecoderRunner:
         self.engine.report(request.report("warm", None, plans, request.computed_share(plans)))
         return deliver(self._writes, request.args, results, self._num_results)
 
-    def _plans(self, request: Request) -> list[Plan] | None:
-        """A plan per sample, or None where none can be made (raised in strict mode)."""
+    def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
+        """A plan per sample, or None where none can be made (raised in strict mode).
+
+        Without a ``chooser`` the policy is asked, or for the rows of its probe.
+        """
         strict = self.engine.options.strict
         policy, budget = self.engine.choice()
+        chooser = chooser or first_chooser(policy, self._donors.forms)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
@@ -143,7 +158,7 @@ class DecoderRunner:
                             num_tokens=request.num_tokens,
                             spans=sample.spans,
                             num_layers=self._num_layers,
-                            policy=policy,
+                            policy=chooser,
                             profile=self.engine.profile,
                             budget=budget,
                             output_rows=self._tail_rows.positions(request.num_tokens),

@@ -1,0 +1,73 @@
+"""Recompute the rows whose keys and values differ most from the donor's (CacheBlend, arXiv 2405.16444).
+
+CacheBlend computes all rows of a reused text in the first layers, looks where the last of them differs from
+what is stored, and goes on with the tokens of the largest deviation ("high KV deviation" tokens). Tokens that
+deviate at one layer mostly deviate at the next, which is why one look serves all later layers.
+
+The paper speaks of the deviation of keys and values. The authors' code (github.com/YaoJiayi/CacheBlend) takes
+the squared difference of the values at layer index 1, the one in LMCache (github.com/LMCache/LMCache) that of
+the keys. The paper's gradual filtering, a falling share from layer to layer, is in neither, and not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.plan.budget import row_allowance
+from vlcache_fx.policies.base import Deviation, ProbingPolicy, Profile
+
+Measure = Literal["value", "key", "key_value"]
+
+
+@dataclass(frozen=True)
+class CacheBlend(ProbingPolicy):
+    """All rows in the first layers, then the budget's share of rows that deviate most from the donor's.
+
+    The check layers come on top of the budget, as in the paper; the report's ``token_layer_fraction`` counts
+    them. With 2 of 28 layers and a budget of 0.02 it is about 0.09. They also run twice, once as the probe
+    (see ``ProbingPolicy``). Of equal deviations the earliest row is taken.
+
+    Attributes:
+        check_layers: how many first layers compute keys and values of all rows; the deviation is measured in
+            the last of them. At least 2, because those of layer 0 depend on the token alone and deviate
+            nowhere.
+        measure: ``value`` as in the authors' code, ``key`` as in LMCache, ``key_value`` for their sum.
+    """
+
+    name: ClassVar[str] = "cacheblend"
+    ignores_budget: ClassVar[bool] = True
+
+    check_layers: int = 2
+    measure: Measure = "value"
+
+    def __post_init__(self) -> None:
+        count = self.check_layers
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise PolicyError(f"cacheblend: check_layers must be an integer >= 2, not {count!r}")
+        if self.measure not in get_args(Measure):
+            valid = ", ".join(get_args(Measure))
+            raise PolicyError(f"cacheblend: measure must be one of {valid}, not {self.measure!r}")
+
+    @property
+    def probe_layer(self) -> int:
+        """The last check layer."""
+        return self.check_layers - 1
+
+    def choose(
+        self, deviation: Deviation, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        """See ``ProbingPolicy.choose``; the profile plays no part."""
+        if self.measure == "key_value":
+            distance = deviation.key + deviation.value
+        else:
+            distance = deviation.key if self.measure == "key" else deviation.value
+        count = row_allowance(budget, len(distance))
+        largest = torch.sort(distance, descending=True, stable=True).indices[:count].sort().values
+        all_rows = torch.arange(len(distance))
+        return tuple(all_rows if layer < self.check_layers else largest for layer in range(num_layers))
