@@ -68,6 +68,8 @@ class CacheBlend(ProbingPolicy):
         else:
             distance = deviation.key if self.measure == "key" else deviation.value
         count = row_allowance(budget, len(distance))
-        largest = torch.sort(distance, descending=True, stable=True).indices[:count].sort().values
         all_rows = torch.arange(len(distance))
+        if count == len(distance):
+            return (all_rows,) * num_layers
+        largest = torch.sort(distance, descending=True, stable=True).indices[:count].sort().values
         return tuple(all_rows if layer < self.check_layers else largest for layer in range(num_layers))

@@ -1,7 +1,8 @@
-"""Every registered policy makes executable choices within the budget; each does what its name says."""
+"""Every registered policy keeps the contract, and each does what its name says."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan import row_allowance, token_layer_allowance
-from vlcache_fx.policies import Policy, Profile, get_policy, known_policies
+from vlcache_fx.policies import Deviation, Policy, Profile, get_policy, known_policies
+from vlcache_fx.policies.cacheblend import CacheBlend
 from vlcache_fx.policies.first_k import FirstK
 from vlcache_fx.policies.full import Full
 from vlcache_fx.policies.layer_aware import LayerAware, non_increasing
 from vlcache_fx.policies.none import NoRows
+from vlcache_fx.policies.random import Random
 from vlcache_fx.policies.uniform import Uniform
+from vlcache_fx.testing.policy_contract import check_policy
 
-NAMES = sorted(known_policies())
 sensitivities = st.lists(st.floats(0, 100), min_size=1, max_size=12)
 budgets = st.floats(0, 1)
 lengths = st.integers(1, 300)
@@ -32,32 +35,35 @@ def profile(values: Sequence[float]) -> Profile:
     return Profile("weights", "float32", tuple(values))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(values=sensitivities, with_profile=st.booleans(), budget=budgets, length=lengths)
-def test_choices_are_executable_and_affordable(
-    name: str, values: list[float], with_profile: bool, budget: float, length: int
-) -> None:
-    policy = get_policy(name)
-    layers = len(values)
-    chosen = policy.select(length, layers, profile(values) if with_profile else None, budget)
-    assert len(chosen) == layers
-    for rows in chosen:
-        assert rows.dtype == torch.int64
-        assert torch.equal(rows, torch.arange(len(rows)))  # the earliest ones, which makes them nested
-        assert len(rows) <= length
-    assert counts(chosen) == sorted(counts(chosen), reverse=True)
-    if not policy.ignores_budget:
-        assert sum(counts(chosen)) <= token_layer_allowance(budget, length, layers)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *map(get_policy, sorted(known_policies())),
+        Random(seed=7),
+        CacheBlend(check_layers=4, measure="key_value"),
+    ],
+    ids=str,
+)
+def test_the_contract_is_kept_and_nothing_is_recommended(policy: Policy) -> None:
+    assert check_policy(policy, profiles=[profile([3, 1, 0, 2, 2])]) == []
+
+
+def test_first_k_leaves_the_cut_to_the_plan() -> None:
+    """So the report says that the budget was too small for k."""
+    with pytest.raises(AssertionError, match="token-layers, the budget allows"):
+        check_policy(FirstK(tokens=32))
+
+
+@pytest.mark.parametrize("policy", [Full(), NoRows(), FirstK(), FirstK(tokens=5), Uniform(), LayerAware()])
+@given(values=sensitivities, budget=budgets, length=lengths)
+def test_the_earliest_rows_are_taken(policy: Policy, values: list[float], budget: float, length: int) -> None:
+    for rows in policy.select(length, len(values), profile(values), budget):
+        assert torch.equal(rows, torch.arange(len(rows)))
 
 
 def test_full_and_none() -> None:
     assert counts(Full().select(50, 3, None, 0.0)) == [50] * 3
     assert counts(NoRows().select(50, 3, None, 1.0)) == [0] * 3
-
-
-@pytest.mark.parametrize("policy", [Full(), NoRows(), FirstK(), Uniform(), LayerAware()])
-def test_equal_layers_are_one_tensor(policy: Policy) -> None:
-    assert len({id(rows) for rows in policy.select(100, 28, None, 0.1)}) == 1
 
 
 @given(budget=budgets, length=lengths, layers=st.integers(1, 30))
@@ -133,3 +139,54 @@ def test_non_increasing_is_the_closest(values: list[float]) -> None:
     for end in range(1, len(values) + 1):  # the cone is spanned by steps: ones, then zeros
         assert sum(residual[:end]) <= tolerance
     assert abs(sum(residual)) <= tolerance
+
+
+def test_random_rows_follow_the_seed_and_the_budget() -> None:
+    few, many, other = (
+        Random(seed).select(200, 3, None, budget)[0].tolist()
+        for seed, budget in [(0, 0.05), (0, 0.1), (1, 0.05)]
+    )
+    assert (len(few), len(many), len(other)) == (10, 20, 10)
+    assert set(few) < set(many)
+    assert few != other
+    assert few != list(range(10))
+
+
+def test_random_is_fair() -> None:
+    """Each of 20 rows is drawn in a quarter of 400 seeds: 100 times, give or take five deviations."""
+    drawn = torch.cat([Random(seed).select(20, 1, None, 0.25)[0] for seed in range(400)])
+    counted = torch.bincount(drawn, minlength=20)
+    assert counted.sum() == 400 * 5
+    assert (counted - 100).abs().max() < 5 * (400 * 0.25 * 0.75) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, True, 0.5, "0"])
+def test_random_checks_its_seed(seed: Any) -> None:
+    with pytest.raises(PolicyError, match="random: seed"):
+        Random(seed)
+
+
+@pytest.mark.parametrize(("measure", "expected"), [("value", [1, 4]), ("key", [0, 2]), ("key_value", [0, 4])])
+def test_cacheblend_takes_the_rows_that_deviate_most(measure: Any, expected: list[int]) -> None:
+    deviation = Deviation(1, torch.tensor([9.0, 0, 5, 1, 4]), torch.tensor([1.0, 5, 0, 3, 8]))
+    chosen = CacheBlend(measure=measure).choose(deviation, 4, None, 0.4)
+    assert [rows.tolist() for rows in chosen] == [[0, 1, 2, 3, 4]] * 2 + [expected] * 2
+
+
+def test_cacheblend_breaks_ties_towards_the_beginning() -> None:
+    chosen = CacheBlend().choose(Deviation(1, *torch.ones(2, 50)), 3, None, 0.1)
+    assert chosen[2].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cacheblend_probes_its_check_layers() -> None:
+    policy = CacheBlend(check_layers=3)
+    assert policy.probe_layer == 2
+    assert counts(policy.select(7, 5, None, 0.0)) == [7, 7, 7, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"check_layers": 1}, {"check_layers": 2.0}, {"check_layers": True}, {"measure": "query"}]
+)
+def test_cacheblend_checks_its_parameters(arguments: dict[str, Any]) -> None:
+    with pytest.raises(PolicyError, match=f"cacheblend: {next(iter(arguments))}"):
+        CacheBlend(**arguments)

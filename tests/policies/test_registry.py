@@ -36,7 +36,7 @@ def test_an_object_is_returned_as_it_is() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        PolicyError, match=r"unknown policy 'unifrom'; known policies are: first_k, .*uniform"
+        PolicyError, match=r"unknown policy 'unifrom'; known policies are: cacheblend, .*uniform"
     ):
         get_policy("unifrom")
 

@@ -1,0 +1,46 @@
+"""A policy in a package of its own: recompute where the rows of a picture begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.plan import row_allowance
+from vlcache_fx.policies import Policy, Profile
+
+
+@dataclass(frozen=True)
+class EveryRowStart(Policy):
+    """The earliest tokens for half of the budget, and the first token of every row of the picture for the rest.
+
+    An example of how a policy is written, not a recommendation. The same tokens in every layer. Where the
+    budget is too small for all picture rows, the upper ones are served.
+
+    Attributes:
+        width: tokens per row of the picture.
+    """
+
+    name: ClassVar[str] = "every_row_start"
+
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.width, int) or self.width < 1:
+            raise PolicyError(f"every_row_start: width must be an integer >= 1, not {self.width!r}")
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        """See ``Policy.select``; the profile plays no part."""
+        allowed = row_allowance(budget, span_length)
+        chosen = torch.zeros(span_length, dtype=torch.bool)
+        chosen[: (allowed + 1) // 2] = True
+        starts = torch.arange(0, span_length, self.width)
+        starts = starts[~chosen[starts]][: allowed // 2]
+        chosen[starts] = True
+        return (chosen.nonzero().flatten(),) * num_layers  # one object: planning is faster

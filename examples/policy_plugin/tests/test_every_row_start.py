@@ -1,0 +1,47 @@
+"""What a package with a policy should test: its choice, the contract, and a model that runs with it."""
+
+import pytest
+import torch
+from every_row_start import EveryRowStart
+from typer.testing import CliRunner
+
+from vlcache_fx.backend import engine_for
+from vlcache_fx.cli import app
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.policies import get_policy
+from vlcache_fx.testing.policy_contract import check_policy
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+
+@pytest.mark.parametrize("width", [1, 7, 16])
+def test_the_contract_is_kept(width: int) -> None:
+    assert check_policy(EveryRowStart(width)) == []
+
+
+def test_what_is_chosen() -> None:
+    first, last = EveryRowStart(width=10).select(50, 2, None, 0.2)
+    assert first.tolist() == [0, 1, 2, 3, 4, 10, 20, 30, 40]
+    assert last is first
+
+
+def test_a_picture_row_has_tokens() -> None:
+    with pytest.raises(PolicyError, match="width must be an integer >= 1, not 0"):
+        EveryRowStart(0)
+
+
+def test_it_is_found_by_name() -> None:
+    assert get_policy("every_row_start") == EveryRowStart()
+    listed = CliRunner().invoke(app, ["policies"], env={"COLUMNS": "200"})
+    assert "The earliest tokens for half of the budget" in listed.output
+
+
+def test_a_model_runs_with_it() -> None:
+    options = {"policy": "every_row_start", "budget": 0.1, "lowering": "eager"}
+    model = torch.compile(tiny_vlm(), backend="vlcache", options=options, dynamic=True)
+    with torch.no_grad():
+        for text in range(2):
+            model(**tiny_vlm_inputs(before=5 + text, after=6, images=[(40, 0)], text_seed=text))
+    report = engine_for(options).last_report
+    assert report["mode"] == "warm"
+    assert report["rows_per_layer"][0] == 12 + 4  # the text around the picture, and a tenth of the picture
+    assert report["explanations"] == ()

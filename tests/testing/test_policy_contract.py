@@ -1,0 +1,164 @@
+"""The contract test finds each way in which a policy can break the interface, and says which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.policies import Policy, ProbingPolicy, Profile
+from vlcache_fx.policies.layer_aware import LayerAware
+from vlcache_fx.testing.policy_contract import check_policy
+
+
+def first(length: int, layers: int) -> list[Tensor]:
+    return [torch.arange(1)] * layers
+
+
+@dataclass(frozen=True)
+class Asked(Policy):
+    """Does what a test says."""
+
+    name: ClassVar[str] = "asked"
+    ignores_budget: ClassVar[bool] = True
+
+    answer: Callable[[int, int], Any] = first
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        return self.answer(span_length, num_layers)
+
+
+def test_a_good_policy_passes() -> None:
+    assert check_policy(Asked()) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda n, layers: None, "want a sequence of tensors, got NoneType"),
+        (lambda n, layers: [torch.arange(1)] * (layers + 1), "tensors for .* layers"),
+        (lambda n, layers: [[0]] * layers, "layer 0: want a tensor, got list"),
+        (
+            lambda n, layers: [torch.zeros(1)] * layers,
+            "want int64 offsets of one dimension, got torch.float32",
+        ),
+        (lambda n, layers: [torch.zeros(1, 1, dtype=torch.int64)] * layers, r"of shape \(1, 1\)"),
+        (lambda n, layers: [torch.tensor([n])] * layers, r"rows \[\d+\] are outside of the span"),
+        (lambda n, layers: [torch.tensor([-1])] * layers, r"rows \[-1\] are outside of the span"),
+        (lambda n, layers: [torch.tensor([0, 0])] * layers, "not sorted, or some come twice"),
+        (lambda n, layers: [torch.arange(n).flip(0)] * layers, "not sorted"),
+        (lambda n, layers: [torch.arange(min(n, 1 + i)) for i in range(layers)], "shrink with depth"),
+        (lambda n, layers: [torch.randperm(n)[:1]] * layers, "asked twice, it gave two answers"),
+    ],
+)
+def test_bad_answers_are_found(answer: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"Asked\.select\(span_length=\d+, num_layers=.*{message}"):
+        check_policy(Asked(answer))
+
+
+def test_a_broken_budget_is_found() -> None:
+    @dataclass(frozen=True)
+    class Dear(Asked):
+        """The first row, whatever it may cost."""
+
+        ignores_budget: ClassVar[bool] = False
+
+    with pytest.raises(AssertionError, match="budget=0.0.*token-layers, the budget allows 0"):
+        check_policy(Dear())
+
+
+def test_recommendations() -> None:
+    @dataclass(frozen=True)
+    class Plain(Asked):
+        more: int = field(kw_only=True)
+
+        def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+            return [torch.arange(1) for _ in range(num_layers)]
+
+    assert [text.partition(" ")[2] for text in check_policy(Plain(more=1))] == [
+        "has no docstring; `vlcache policies` shows its first paragraph",
+        "has fields without defaults, so it cannot be asked for by name",
+        "gives equal layers different tensors; planning is faster where they share one object",
+    ]
+
+
+def made(**changes: Any) -> Any:
+    """A policy class whose ``dataclass`` arguments, or attributes, are not as they should be."""
+    arguments = {"frozen": True} | changes.pop("arguments", {})
+    bases = changes.pop("bases", (Policy,))
+    own = {"__doc__": "Odd.", "name": "odd", "select": lambda self, n, layers, *rest: first(n, layers)}
+    return dataclass(**arguments)(type("Odd", bases, own | changes))()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bases": ()}, "not a subclass"),
+        ({"arguments": {"frozen": False}}, "not a frozen dataclass"),
+        ({"arguments": {"eq": False}}, "a copy with equal fields is not equal"),
+        ({"name": ""}, "name must be a string, not ''"),
+        ({"ignores_budget": None}, "ignores_budget must be True or False, not None"),
+        ({"__annotations__": {"rows": list}, "rows": field(default_factory=list)}, "not hashable"),
+        ({"bases": (ProbingPolicy,), "choose": None, "probe_layer": -1}, "probe_layer must be an index"),
+    ],
+)
+def test_odd_objects_are_found(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_policy(made(**changes))
+
+
+@dataclass(frozen=True)
+class Probing(ProbingPolicy):
+    """Chooses as a test says."""
+
+    name: ClassVar[str] = "probing"
+
+    answer: Callable[[Any, int], Any] = lambda deviation, layers: [torch.empty(0, dtype=torch.int64)] * layers
+    probe_layer: int = 2
+    probed: int = 3
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        return super().select(span_length, num_layers, profile, budget)[: self.probed] + (
+            torch.empty(0, dtype=torch.int64),
+        ) * (num_layers - self.probed)
+
+    def choose(self, deviation: Any, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+        return self.answer(deviation, num_layers)
+
+
+def all_rows(deviation: Any, layers: int) -> list[Tensor]:
+    return [torch.arange(len(deviation.key))] * layers
+
+
+def test_what_probing_policies_choose_is_checked() -> None:
+    with pytest.raises(AssertionError, match=r"Probing\.choose.*the budget allows"):
+        check_policy(Probing(all_rows))
+    with pytest.raises(AssertionError, match="changed the deviation's tensors in place"):
+        check_policy(Probing(lambda found, layers: [found.key.sub_(1).long()[:0]] * layers))
+    with pytest.raises(AssertionError, match="layer 2: the probe needs all rows up to layer 2"):
+        check_policy(Probing(probed=2))
+
+
+def test_profiles_of_ones_own_are_asked_with() -> None:
+    with pytest.raises(AssertionError, match=r"sensitivities=\(7\.0, 7\.5\)"):
+        check_policy(Picky(), profiles=[Profile("mine", "float32", (7, 7.5))])
+    assert check_policy(Picky()) == []
+
+
+@dataclass(frozen=True)
+class Picky(LayerAware):
+    """Fails for one profile."""
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        found = profile is not None and profile.sensitivities == (7.0, 7.5)
+        return [] if found else super().select(span_length, num_layers, profile, budget)
