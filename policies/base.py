@@ -132,7 +132,7 @@ class Deviation:
 
 
 class ProbingPolicy(Policy):
-    """A policy that first looks how far a span's rows are from the donor's. Subclasses are frozen dataclasses.
+    """A policy that first looks how far rows are from the donor's. Subclasses are frozen dataclasses.
 
     The runtime runs the warm program once with all rows of the reused spans in layers 0 to ``probe_layer``,
     compares their keys and values with the donors', asks ``choose``, and runs the warm program again for the
@@ -146,11 +146,11 @@ class ProbingPolicy(Policy):
     @property
     @abstractmethod
     def probe_layer(self) -> int:
-        """Index, from 0, of the layer whose keys and values are compared: a property, or a field with a default.
+        """Index of the layer whose keys and values are compared: a property, or a field with a default.
 
-        Where a layer reads keys or values of an earlier one, that earlier one is looked at. A model with fewer
-        layers is a ``PolicyError`` when it runs. Layer 0 shows nothing: its keys and values depend on the
-        token alone.
+        Where a layer reads keys or values of an earlier one, that one is looked at. Layer 0 shows nothing:
+        its keys and values depend on the token alone. A model that has no such layer is a ``PolicyError``
+        when it runs.
         """
 
     def select(

@@ -24,7 +24,7 @@ def run(*command: str | Path) -> str:
 
 
 def new_environment(directory: Path, visible: Sequence[str]) -> Path:
-    """The interpreter of a new environment that also sees what is installed in ``visible``; no network is used.
+    """The interpreter of a new environment that sees what is installed in ``visible``, without network.
 
     Without pip: what would come with it (an old setuptools) would hide what is visible.
     """

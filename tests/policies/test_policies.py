@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.plan import row_allowance, token_layer_allowance
+from vlcache_fx.plan import row_allowance
 from vlcache_fx.policies import Deviation, Policy, Profile, get_policy, known_policies
 from vlcache_fx.policies.cacheblend import CacheBlend
 from vlcache_fx.policies.first_k import FirstK

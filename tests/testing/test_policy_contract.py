@@ -69,7 +69,7 @@ def test_a_broken_budget_is_found() -> None:
 
         ignores_budget: ClassVar[bool] = False
 
-    with pytest.raises(AssertionError, match="budget=0.0.*token-layers, the budget allows 0"):
+    with pytest.raises(AssertionError, match=r"budget=0\.0.*token-layers, the budget allows 0"):
         check_policy(Dear())
 
 

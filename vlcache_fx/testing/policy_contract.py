@@ -89,7 +89,7 @@ def _check_object(policy: Policy) -> list[str]:
     """The policy as a value: frozen, equal to its like, named."""
     name, kind = _name(policy), type(policy)
     _require(isinstance(policy, Policy), f"{name} is not a subclass of vlcache_fx.policies.Policy")
-    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
     _require(frozen, f"{name} is not a frozen dataclass; options and caches compare policies by value")
     registered = getattr(kind, "name", None)
     _require(
@@ -144,7 +144,7 @@ def _profile(draw: random.Random, num_layers: int) -> Profile | None:
     shapes: list[Callable[[int], float]] = [
         lambda _: 1.0,
         lambda _: 0.0,
-        lambda layer: float(layer),
+        float,
         lambda layer: float(num_layers - layer),
         lambda _: draw.random(),
         lambda _: 10.0 ** draw.randint(-12, 12) * draw.randint(0, 1),

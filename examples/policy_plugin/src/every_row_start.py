@@ -16,7 +16,7 @@ from vlcache_fx.policies import Policy, Profile
 
 @dataclass(frozen=True)
 class EveryRowStart(Policy):
-    """The earliest tokens for half of the budget, and the first token of every row of the picture for the rest.
+    """The earliest tokens for half of the budget, and the first token of every picture row for the rest.
 
     An example of how a policy is written, not a recommendation. The same tokens in every layer. Where the
     budget is too small for all picture rows, the upper ones are served.
