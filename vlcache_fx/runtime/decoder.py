@@ -7,7 +7,7 @@ from typing import Any
 from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.writes import deliver, overlapping
-from vlcache_fx.errors import PlanError
+from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Plan
@@ -132,20 +132,21 @@ class DecoderRunner:
     def _plans(self, request: Request) -> list[Plan] | None:
         """A plan per sample, or None where none can be made (raised in strict mode)."""
         strict = self.engine.options.strict
-        policy, budget = self.engine.choice()
+        choice = self.engine.choice()
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
+                profile = self.engine.profile_for(request.model_fingerprint, self._donors.dtype)
                 for sample in request.samples:
                     plans.append(
                         build_plan(
                             num_tokens=request.num_tokens,
                             spans=sample.spans,
                             num_layers=self._num_layers,
-                            policy=policy,
-                            profile=self.engine.profile,
-                            budget=budget,
+                            policy=choice.policy,
+                            profile=profile,
+                            budget=choice.budget,
                             output_rows=self._tail_rows.positions(request.num_tokens),
                             strict=strict,
                             prefix=sample.prefix,
@@ -154,7 +155,7 @@ class DecoderRunner:
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
-            except PlanError as error:
+            except (PlanError, PolicyError) as error:
                 if strict:
                     raise
                 self.engine.plan_failed(error)
