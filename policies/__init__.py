@@ -9,7 +9,8 @@ entry point in the group ``vlcache_fx.policies``.
 if __name__ != "vlcache_fx.policies":
     raise ImportError("import vlcache_fx.policies, not policies")
 
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy, Profile
+from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
+from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy, known_policies
 
 __all__ = ["Deviation", "Policy", "ProbingPolicy", "Profile", "get_policy", "known_policies"]

@@ -1,72 +1,16 @@
-"""What a policy is, and the profile it may use."""
+"""What a policy is."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import PolicyError
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How much reuse error matters in each layer of one model, as measured by a calibrator.
-
-    Attributes:
-        model_fingerprint: fingerprint of the weights it was measured on.
-        dtype: their dtype, such as ``"bfloat16"``.
-        sensitivities: one finite number >= 0 per layer; only their ratios matter.
-    """
-
-    model_fingerprint: str
-    dtype: str
-    sensitivities: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        values = self.sensitivities
-        if not isinstance(self.model_fingerprint, str) or not isinstance(self.dtype, str):
-            raise PolicyError("a profile's model_fingerprint and dtype must be strings")
-        if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-            raise PolicyError("a profile's sensitivities must be a list with one number per layer")
-        for layer, value in enumerate(values):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
-                raise PolicyError(
-                    f"a profile's sensitivity of layer {layer} must be a number >= 0, not {value!r}"
-                )
-        object.__setattr__(self, "sensitivities", tuple(float(value) for value in values))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Reads a profile from JSON.
-
-        Raises:
-            PolicyError: when the file cannot be read or is not a profile.
-        """
-        try:
-            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise PolicyError(f"cannot read the profile {os.fspath(path)!r}: {error}") from error
-        names = set(cls.__dataclass_fields__)
-        if not isinstance(data, dict) or set(data) != names:
-            raise PolicyError(
-                f"the profile {os.fspath(path)!r} must be a JSON object with exactly these names: "
-                f"{', '.join(sorted(names))}"
-            )
-        return cls(**data)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the profile as JSON that ``load`` reads."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+from vlcache_fx.policies.profile import Profile
 
 
 class Policy(ABC):

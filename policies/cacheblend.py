@@ -20,7 +20,8 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import row_allowance
-from vlcache_fx.policies.base import Deviation, ProbingPolicy, Profile
+from vlcache_fx.policies.base import Deviation, ProbingPolicy
+from vlcache_fx.policies.profile import Profile
 
 Measure = Literal["value", "key", "key_value"]
 

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlcache_fx.policies.base import Policy, Profile
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.plan.budget import row_allowance
-from vlcache_fx.policies.base import Policy, Profile
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.profile import Profile
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports from itself and from the lines above it, never from its own line or from below.
 ORDER = [
-    ["errors"],
+    ["errors", "version"],
     ["plan", "store", "ops", "options"],
     ["capture"],
     ["analysis"],
@@ -19,10 +19,10 @@ ORDER = [
     ["explain"],
     ["runtime"],
     ["backend"],
-    ["fidelity", "integrations"],
+    ["integrations"],
     ["api", "export", "exported"],
     ["testing"],
-    ["bench"],
+    ["bench", "fidelity"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name that tools look for
+
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
     from vlcache_fx.errors import (
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from vlcache_fx.exported import compile_exported
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Engine",

@@ -1,7 +1,6 @@
 """Every registered policy keeps the contract, and each does what its name says."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,10 +12,11 @@ from torch import Tensor
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan import row_allowance
 from vlcache_fx.policies import Deviation, Policy, Profile, get_policy, known_policies
+from vlcache_fx.policies.auto import Auto
 from vlcache_fx.policies.cacheblend import CacheBlend
 from vlcache_fx.policies.first_k import FirstK
 from vlcache_fx.policies.full import Full
-from vlcache_fx.policies.layer_aware import LayerAware, non_increasing
+from vlcache_fx.policies.layer_aware import LayerAware
 from vlcache_fx.policies.none import NoRows
 from vlcache_fx.policies.random import Random
 from vlcache_fx.policies.uniform import Uniform
@@ -32,7 +32,7 @@ def counts(chosen: Sequence[Tensor]) -> list[int]:
 
 
 def profile(values: Sequence[float]) -> Profile:
-    return Profile("weights", "float32", tuple(values))
+    return Profile("weights", "float32", tuple(values), ((0.0, 0.1), (0.1, 0.01), (1.0, 0.0)))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,9 @@ def test_first_k_leaves_the_cut_to_the_plan() -> None:
         check_policy(FirstK(tokens=32))
 
 
-@pytest.mark.parametrize("policy", [Full(), NoRows(), FirstK(), FirstK(tokens=5), Uniform(), LayerAware()])
+@pytest.mark.parametrize(
+    "policy", [Full(), NoRows(), FirstK(), FirstK(tokens=5), Uniform(), LayerAware(), Auto()]
+)
 @given(values=sensitivities, budget=budgets, length=lengths)
 def test_the_earliest_rows_are_taken(policy: Policy, values: list[float], budget: float, length: int) -> None:
     for rows in policy.select(length, len(values), profile(values), budget):
@@ -71,14 +73,6 @@ def test_uniform_spends_the_budget_evenly(budget: float, length: int, layers: in
     assert counts(Uniform().select(length, layers, None, budget)) == [row_allowance(budget, length)] * layers
 
 
-@given(budget=budgets, length=lengths, layers=st.integers(1, 30))
-def test_layer_aware_without_a_profile_is_uniform(budget: float, length: int, layers: int) -> None:
-    flat = profile([3.0] * layers)
-    expected = counts(Uniform().select(length, layers, None, budget))
-    assert counts(LayerAware().select(length, layers, None, budget)) == expected
-    assert counts(LayerAware().select(length, layers, flat, budget)) == expected
-
-
 def test_first_k() -> None:
     assert counts(FirstK(tokens=32).select(100, 2, None, 0.01)) == [32, 32]
     assert counts(FirstK(tokens=32).select(10, 2, None, 0.01)) == [10, 10]
@@ -92,53 +86,6 @@ def test_first_k() -> None:
 def test_first_k_checks_its_parameters(arguments: dict[str, float]) -> None:
     with pytest.raises(PolicyError, match="first_k"):
         FirstK(**arguments)  # type: ignore[arg-type]
-
-
-def test_layer_aware_drops_layers_that_do_not_matter() -> None:
-    # 40 token-layers: all of them where it matters.
-    assert counts(LayerAware().select(100, 4, profile([1, 1, 0, 0]), 0.1)) == [20, 20, 0, 0]
-
-
-def test_layer_aware_is_flat_when_the_late_layers_matter_most() -> None:
-    assert counts(LayerAware().select(100, 4, profile([0, 0, 1, 2]), 0.1)) == [10] * 4
-
-
-def test_layer_aware_follows_falling_sensitivities() -> None:
-    chosen = counts(LayerAware().select(1000, 4, profile([4, 3, 2, 1]), 0.1))
-    assert sum(chosen) <= 400
-    assert chosen == pytest.approx([160, 120, 80, 40], abs=2)
-
-
-def test_layer_aware_fills_up_at_the_span() -> None:
-    assert counts(LayerAware().select(10, 3, profile([8, 1, 1]), 0.6)) == [10, 4, 4]
-    assert counts(LayerAware().select(10, 3, profile([8, 1, 1]), 1.0)) == [10, 10, 10]
-
-
-def test_layer_aware_takes_the_first_row_through_all_layers_that_matter() -> None:
-    assert counts(LayerAware().select(16, 4, profile([9, 1, 1, 1]), 0.02)) == [1] * 4
-
-
-def test_layer_aware_with_nothing_sensitive_is_uniform() -> None:
-    assert counts(LayerAware().select(100, 2, profile([0, 0]), 0.1)) == [10, 10]
-
-
-def test_layer_aware_refuses_another_models_profile() -> None:
-    with pytest.raises(PolicyError, match="the profile has 2 layers, the model has 3"):
-        LayerAware().select(100, 3, profile([1, 2]), 0.1)
-
-
-@given(sensitivities)
-def test_non_increasing_is_the_closest(values: list[float]) -> None:
-    fitted = non_increasing(values)
-    assert len(fitted) == len(values)
-    assert all(a >= b for a, b in pairwise(fitted))
-    # A projection on a convex cone: the residual is orthogonal to the fit, and at most 0 against any member.
-    residual = [value - fit for value, fit in zip(values, fitted, strict=True)]
-    tolerance = 1e-6 * (1 + sum(value * value for value in values))
-    assert abs(sum(r * f for r, f in zip(residual, fitted, strict=True))) <= tolerance
-    for end in range(1, len(values) + 1):  # the cone is spanned by steps: ones, then zeros
-        assert sum(residual[:end]) <= tolerance
-    assert abs(sum(residual)) <= tolerance
 
 
 def test_random_rows_follow_the_seed_and_the_budget() -> None:

@@ -20,7 +20,12 @@ def with_entries(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> 
 
 
 def test_file_names_are_the_registered_names() -> None:
-    files = {path.stem for path in (ROOT / "policies").glob("*.py")} - {"__init__", "base", "registry"}
+    files = {path.stem for path in (ROOT / "policies").glob("*.py")} - {
+        "__init__",
+        "base",
+        "profile",
+        "registry",
+    }
     assert files == {n for n, e in known_policies().items() if e.module.startswith("vlcache_fx.")}
 
 
@@ -36,7 +41,7 @@ def test_an_object_is_returned_as_it_is() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        PolicyError, match=r"unknown policy 'unifrom'; known policies are: cacheblend, .*uniform"
+        PolicyError, match=r"unknown policy 'unifrom'; known policies are: auto, cacheblend, .*uniform"
     ):
         get_policy("unifrom")
 

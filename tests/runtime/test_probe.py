@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import PolicyError
 from vlcache_fx.policies import Deviation, Policy, ProbingPolicy, Profile
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -201,31 +201,29 @@ def test_a_layer_that_reads_anothers_keys_shows_those_of_an_earlier_one() -> Non
     assert [found.layer for found in seen] == [1]
 
 
-def test_a_model_without_that_layer_is_a_policy_error(pair: Pair) -> None:
+class Half(Looking):
+    def select(self, span_length: int, *rest: Any) -> Sequence[Tensor]:
+        return super().select(span_length // 2, *rest)
+
+
+class Short(Looking):
+    def choose(self, *arguments: Any) -> Sequence[Tensor]:
+        return super().choose(*arguments)[1:]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Looking(LAYERS), "policy 'looking' probes layer 3; the model has layers 0 to 2"),
+        (Half(), "select must ask for all 16 rows of a span up to layer 1, not for 8"),
+        (Short(), "chose rows for 2 layers; the model has 3"),
+    ],
+)
+def test_a_policy_that_makes_no_plan_costs_the_reuse_alone(
+    pair: Pair, policy: Policy, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pair.run(**prompt(0))
-    with (
-        asking(pair, Looking(LAYERS)),
-        pytest.raises(PolicyError, match="probes layer 3; the model has layers 0 to 2"),
-    ):
-        pair.run(**prompt(0, before=9, text=1))
-
-
-def test_a_probe_that_leaves_rows_out_is_a_policy_error(pair: Pair) -> None:
-    class Half(Looking):
-        def select(self, span_length: int, *rest: Any) -> Sequence[Tensor]:
-            return super().select(span_length // 2, *rest)
-
-    pair.run(**prompt(0))
-    with asking(pair, Half()), pytest.raises(PolicyError, match=r"must ask for all 16 rows .* not for 8"):
-        pair.run(**prompt(0, before=9, text=1))
-
-
-def test_a_choice_that_makes_no_plan_costs_the_reuse_alone(pair: Pair) -> None:
-    class Short(Looking):
-        def choose(self, *arguments: Any) -> Sequence[Tensor]:
-            return super().choose(*arguments)[1:]
-
-    pair.run(**prompt(0))
-    with asking(pair, Short()):
+    with asking(pair, policy), caplog.at_level(logging.WARNING, "vlcache_fx"):
         off, report = pair.run(**prompt(0, before=9, text=1))
     assert (off, report["mode"], report["reason"]) == (0.0, "bypass", "the policy's rows make no plan")
+    assert message in caplog.text

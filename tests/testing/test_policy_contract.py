@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.errors import PolicyError
 from vlcache_fx.policies import Policy, ProbingPolicy, Profile
 from vlcache_fx.policies.layer_aware import LayerAware
 from vlcache_fx.testing.policy_contract import check_policy
@@ -42,7 +43,7 @@ def test_a_good_policy_passes() -> None:
     ("answer", "message"),
     [
         (lambda n, layers: None, "want a sequence of tensors, got NoneType"),
-        (lambda n, layers: [torch.arange(1)] * (layers + 1), "tensors for .* layers"),
+        (lambda n, layers: [torch.arange(1)] * (layers + 1), "tensors for these layers"),
         (lambda n, layers: [[0]] * layers, "layer 0: want a tensor, got list"),
         (
             lambda n, layers: [torch.zeros(1)] * layers,
@@ -73,6 +74,26 @@ def test_a_broken_budget_is_found() -> None:
         check_policy(Dear())
 
 
+def refuse(*_: int) -> Any:
+    raise PolicyError("not today")
+
+
+def test_a_profile_may_be_refused_but_not_every_profile() -> None:
+    with pytest.raises(AssertionError, match="refused, whatever the profile: not today"):
+        check_policy(Asked(refuse))
+
+    @dataclass(frozen=True)
+    class Measured(Asked):
+        """Needs a profile."""
+
+        def select(
+            self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+        ) -> Sequence[Tensor]:
+            return refuse() if profile is None else super().select(span_length, num_layers, profile, budget)
+
+    assert check_policy(Measured()) == []
+
+
 def test_recommendations() -> None:
     @dataclass(frozen=True)
     class Plain(Asked):
@@ -84,7 +105,7 @@ def test_recommendations() -> None:
     assert [text.partition(" ")[2] for text in check_policy(Plain(more=1))] == [
         "has no docstring; `vlcache policies` shows its first paragraph",
         "has fields without defaults, so it cannot be asked for by name",
-        "gives equal layers different tensors; planning is faster where they share one object",
+        "gives equal layers different tensors; planning is faster if they share one",
     ]
 
 

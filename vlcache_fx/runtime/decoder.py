@@ -7,7 +7,7 @@ from typing import Any
 from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.writes import deliver, overlapping
-from vlcache_fx.errors import PlanError
+from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
@@ -120,7 +120,7 @@ class DecoderRunner:
         with request.clock.measure("bind"):
             tables = donors.tables(request.donors, self._donors.forms, self._device)
             positions = self._tail_rows.positions(request.num_tokens)
-        policy, _ = self.engine.choice()
+        policy = self.engine.choice().policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._donors.forms, positions)
@@ -146,12 +146,13 @@ class DecoderRunner:
         Without a ``chooser`` the policy is asked, or for the rows of its probe.
         """
         strict = self.engine.options.strict
-        policy, budget = self.engine.choice()
-        chooser = chooser or first_chooser(policy, self._donors.forms)
+        choice = self.engine.choice()
+        chooser = chooser or first_chooser(choice.policy, self._donors.forms)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
+                profile = self.engine.profile_for(request.model_fingerprint, self._donors.dtype)
                 for sample in request.samples:
                     plans.append(
                         build_plan(
@@ -159,8 +160,8 @@ class DecoderRunner:
                             spans=sample.spans,
                             num_layers=self._num_layers,
                             policy=chooser,
-                            profile=self.engine.profile,
-                            budget=budget,
+                            profile=profile,
+                            budget=choice.budget,
                             output_rows=self._tail_rows.positions(request.num_tokens),
                             strict=strict,
                             prefix=sample.prefix,
@@ -169,7 +170,7 @@ class DecoderRunner:
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
-            except PlanError as error:
+            except (PlanError, PolicyError) as error:
                 if strict:
                     raise
                 self.engine.plan_failed(error)

@@ -5,12 +5,13 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import OptionError, PlanError, StoreError, UnsupportedGraphError
+from vlcache_fx.errors import OptionError, PlanError, PolicyError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
 from vlcache_fx.ops import (
@@ -21,7 +22,8 @@ from vlcache_fx.ops import (
     take_rows_reference,
 )
 from vlcache_fx.options import Options
-from vlcache_fx.policies.base import Policy, Profile
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.store import open_store
@@ -31,6 +33,15 @@ log = logging.getLogger("vlcache_fx")
 
 KEYS_REMEMBERED = 4096
 WEIGHT_SETS_REMEMBERED = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What calls are planned with."""
+
+    policy: Policy
+    budget: float
+    profile: Profile | None
 
 
 class Engine:
@@ -71,6 +82,7 @@ class Engine:
         self._missed: OrderedDict[str, None] = OrderedDict()
         self._unstorable: OrderedDict[str, None] = OrderedDict()
         self._call = threading.local()
+        self._misfit: str | None = None
 
     @property
     def last_report(self) -> dict[str, Any] | None:
@@ -108,19 +120,28 @@ class Engine:
         return explain(self.explained, **inputs)
 
     @contextmanager
-    def using(self, *, policy: str | Policy | None = None, budget: float | None = None) -> Iterator[None]:
-        """Calls that this thread makes in the body use another policy or budget; nothing is compiled anew.
+    def using(
+        self,
+        *,
+        policy: str | Policy | None = None,
+        budget: float | None = None,
+        profile: Profile | None = None,
+    ) -> Iterator[None]:
+        """Calls that this thread makes in the body use another policy, budget or profile.
+
+        Nothing is compiled anew.
 
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
-        policy_before, budget_before = self.choice()
+        before = self.choice()
         outer = getattr(self._call, "choice", None)
         given = {"policy": policy, "budget": budget}
         options = Options.parse({name: value for name, value in given.items() if value is not None})
-        self._call.choice = (
-            policy_before if policy is None else get_policy(options.policy),
-            budget_before if budget is None else options.budget,
+        self._call.choice = Choice(
+            before.policy if policy is None else get_policy(options.policy),
+            before.budget if budget is None else options.budget,
+            before.profile if profile is None else profile,
         )
         try:
             yield
@@ -140,10 +161,10 @@ class Engine:
 
     # The methods below are for the runtime.
 
-    def choice(self) -> tuple[Policy, float]:
-        """The policy and the budget of this thread's next call."""
-        chosen: tuple[Policy, float] | None = getattr(self._call, "choice", None)
-        return chosen or (self.policy, self.options.budget)
+    def choice(self) -> Choice:
+        """What this thread's next call is planned with."""
+        chosen: Choice | None = getattr(self._call, "choice", None)
+        return chosen or Choice(self.policy, self.options.budget, self.profile)
 
     def report(self, report: Report) -> None:
         """Keep the report of a call and count it."""
@@ -203,7 +224,30 @@ class Engine:
             self.count("store_failures")
             log.warning("store failed, computing instead: %s", error)
 
-    def plan_failed(self, error: PlanError) -> None:
+    def profile_for(self, model_fingerprint: str | None, dtype: str) -> Profile | None:
+        """The profile where it is this model's; otherwise policies do without one, and the log says so once.
+
+        Args:
+            model_fingerprint: of the decoder's weights now, None where no span asked for it.
+            dtype: of the keys and values.
+
+        Raises:
+            PolicyError: with ``strict``, a profile of another model, dtype or version.
+        """
+        profile = self.choice().profile
+        if profile is None or model_fingerprint is None:
+            return None
+        misfit = profile.misfits(model_fingerprint, dtype)
+        if misfit is None:
+            return profile
+        if self.options.strict:
+            raise PolicyError(misfit)
+        if misfit != self._misfit:
+            self._misfit = misfit
+            log.warning("goes on without a profile: %s", misfit)
+        return None
+
+    def plan_failed(self, error: PlanError | PolicyError) -> None:
         """A policy whose rows cannot be executed costs reuse, never the request."""
         self.count("plan_failures")
         log.warning("no plan, computing instead: %s", error)

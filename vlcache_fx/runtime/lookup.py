@@ -47,6 +47,7 @@ class DonorLookup:
             slot: donors.RowForm.of(node.meta["val"], dim, batch.get(node))
             for slot, (node, dim) in ((slot, frontiers[slot]) for slot in slots)
         }
+        self.dtype = str(next(iter(self.forms.values())).dtype).removeprefix("torch.")
         # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
         rows = {slot: frontiers[slot][0] for slot in slots if slot != donors.RESIDUAL}
         sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
@@ -71,7 +72,7 @@ class DonorLookup:
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
         spans: list[Span] = []
-        root = ""
+        root, fingerprint = "", None
         if long:  # with text alone there is nothing to look the weights over for
             fingerprint = self._engine.weights_fingerprint([args[index] for index in self._weights])
             weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
@@ -84,7 +85,7 @@ class DonorLookup:
             Sample(index, own, tuple(span for span in spans if span.sample == index))
             for index, own in enumerate(by_sample)
         )
-        return Request(args, num_tokens, samples, root, encoder_hit, clock)
+        return Request(args, num_tokens, samples, root, encoder_hit, clock, model_fingerprint=fingerprint)
 
     def find(self, request: Request) -> Request:
         """The request with what the store has for it.
@@ -119,7 +120,7 @@ class DonorLookup:
     def _known_prefix(
         self, request: Request, sample: Sample, found: Mapping[int, Entry]
     ) -> tuple[int, list[Entry]]:
-        policy, _ = self._engine.choice()
+        policy = self._engine.choice().policy
         if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 

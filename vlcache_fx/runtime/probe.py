@@ -12,7 +12,8 @@ from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.build import RowChooser
 from vlcache_fx.plan.cut import cut_behind
 from vlcache_fx.plan.types import Plan, Span
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy, Profile
+from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
+from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors import RowForm, length_of
 from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.runtime.request import Request, Sample, together
@@ -32,7 +33,7 @@ class ProbeRows:
         """See ``RowChooser``.
 
         Raises:
-            PolicyError: the model has fewer layers.
+            PolicyError: the model has fewer layers, or rows are left out.
             PlanError: no layer up to the policy's stores keys and values.
         """
         if not 0 <= self.policy.probe_layer < num_layers:
@@ -40,8 +41,14 @@ class ProbeRows:
                 f"policy {self.policy.name!r} probes layer {self.policy.probe_layer}; "
                 f"the model has layers 0 to {num_layers - 1}"
             )
-        stored_layer(self.policy, self.forms)
-        return self.policy.select(span_length, num_layers, profile, budget)
+        rows = self.policy.select(span_length, num_layers, profile, budget)
+        layer = stored_layer(self.policy, self.forms)
+        if layer < len(rows) and len(rows[layer]) != span_length:
+            raise PolicyError(
+                f"policy {self.policy.name!r}: select must ask for all {span_length} rows of a span up to "
+                f"layer {self.policy.probe_layer}, not for {len(rows[layer])}"
+            )
+        return rows
 
 
 class ChosenRows:
@@ -107,9 +114,6 @@ def measure(
 
     Returns:
         None where the program failed.
-
-    Raises:
-        PolicyError: the plans do not have all rows of the spans.
     """
     layer = stored_layer(policy, forms)
     plans = [cut_behind(plan, layer, output_rows) for plan in plans]
@@ -130,7 +134,7 @@ def measure(
     for sample, plan in zip(request.samples, plans, strict=True):
         donor = first_donor + sample.prefix
         for span in _approximate(sample):
-            place = _first_place(policy, plan.rows[layer], span)
+            place = int(torch.searchsorted(plan.rows[layer], span.start))  # all rows of a span are there
             key, value = torch.stack([*distances(sample, place, donor, span.length)]).cpu()
             found.append(Deviation(layer, key, value))
             donor += span.length
@@ -141,17 +145,6 @@ def measure(
 def _approximate(sample: Sample) -> list[Span]:
     """The reused spans for which plans ask, in order."""
     return [span for span in sample.spans if span.hit and span.start >= sample.prefix]
-
-
-def _first_place(policy: ProbingPolicy, rows: Tensor, span: Span) -> int:
-    """Where the span's rows begin among ``rows``, one behind the other."""
-    start, end = (int(place) for place in torch.searchsorted(rows, torch.tensor([span.start, span.end])))
-    if end - start != span.length:
-        raise PolicyError(
-            f"policy {policy.name!r}: select must ask for all {span.length} rows of a span up to layer "
-            f"{policy.probe_layer}, not for {end - start}"
-        )
-    return start
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ class Report:
         encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.
         timings_ms: milliseconds per step of the call.
         explanations: repairs that the plan made.
+        model_fingerprint: of the decoder's weights, to which a profile is bound; None without spans.
     """
 
     mode: Mode
@@ -46,6 +47,7 @@ class Report:
     encoder_hit: bool | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     explanations: tuple[str, ...] = ()
+    model_fingerprint: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""

@@ -59,6 +59,7 @@ class Request:
         is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
+        model_fingerprint: of the decoder's weights; None without spans, where nobody asks for it.
     """
 
     args: Sequence[Any]
@@ -69,6 +70,7 @@ class Request:
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
     is_whole: bool = True
+    model_fingerprint: str | None = None
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -97,6 +99,7 @@ class Request:
             encoder_hit=self.encoder_hit,
             timings_ms=dict(self.clock.elapsed_ms),
             explanations=tuple(note for plan in plans for note in plan.explanations),
+            model_fingerprint=self.model_fingerprint,
         )
 
     def computed_share(self, plans: Sequence[Plan]) -> float:

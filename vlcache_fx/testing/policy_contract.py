@@ -10,38 +10,66 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import token_layer_allowance
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy, Profile
+from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
+from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.prompts import seeded
 
-Answer = Callable[[], Sequence[Tensor]]
+CURVE = ((0.0, 0.1), (0.05, 0.02), (0.3, 0.01), (1.0, 0.0))
 
 
 @dataclass(frozen=True)
-class _Case:
+class _Question:
+    """What a policy is asked: ``select`` for a span, or ``choose`` for what a probe found of it."""
+
+    policy: Policy
     span_length: int
     num_layers: int
     profile: Profile | None
     budget: float
+    deviation: Deviation | None = None
+
+    @property
+    def method(self) -> str:
+        name = "select" if self.deviation is None else "choose"
+        return f"{type(self.policy).__name__}.{name}"
 
     def __str__(self) -> str:
         return (
-            f"(span_length={self.span_length}, num_layers={self.num_layers}, profile={self.profile}, "
-            f"budget={self.budget})"
+            f"{self.method}(span_length={self.span_length}, num_layers={self.num_layers}, "
+            f"profile={self.profile}, budget={self.budget})"
         )
+
+    def ask(self, seed: int = 0) -> Sequence[Tensor]:
+        """With torch's own generator at ``seed``, on which an answer must not depend."""
+        with seeded(seed):
+            if self.deviation is None:
+                return self.policy.select(self.span_length, self.num_layers, self.profile, self.budget)
+            assert isinstance(self.policy, ProbingPolicy)
+            return self.policy.choose(self.deviation, self.num_layers, self.profile, self.budget)
+
+    def is_refused(self) -> bool:
+        try:
+            self.ask()
+        except PolicyError:
+            return True
+        return False
 
 
 def check_policy(
     policy: Policy, *, profiles: Sequence[Profile] = (), cases: int = 100, seed: int = 0
 ) -> list[str]:
     """Check a policy against the interface.
+
+    A ``PolicyError`` is a fair answer where it is about the profile: with none, or with a measured one, the
+    same question must be answered.
 
     Args:
         policy: the object to check; check one per set of parameters that matters.
@@ -57,22 +85,21 @@ def check_policy(
     """
     advice = _check_object(policy)
     draw = random.Random(seed)  # noqa: S311  # no secret
-    least_layers = policy.probe_layer + 1 if isinstance(policy, ProbingPolicy) else 1
-    for case in _cases(draw, profiles, cases, least_layers):
-        context = (case.num_layers, case.profile, case.budget)
-        question = f"{_name(policy)}.select{case}"
-        rows = _answer(partial(policy.select, case.span_length, *context), question, case)
-        if not isinstance(policy, ProbingPolicy):
-            advice += _check_choice(rows, policy, question, case)
+    for question in _questions(policy, draw, profiles, cases):
+        rows = _answer(question)
+        if rows is None:
             continue
-        _check_probe(rows, policy, question, case)
-        question = f"{_name(policy)}.choose{case}"
-        for deviation in _deviations(draw, policy.probe_layer, case.span_length):
+        if not isinstance(policy, ProbingPolicy):
+            advice += _check_choice(rows, question)
+            continue
+        _check_probe(rows, policy, question)
+        for deviation in _deviations(draw, policy.probe_layer, question.span_length):
             before = deviation.key.clone(), deviation.value.clone()
-            rows = _answer(partial(policy.choose, deviation, *context), question, case)
+            shown = replace(question, deviation=deviation)
+            rows = _answer(shown)
             kept = torch.equal(before[0], deviation.key) and torch.equal(before[1], deviation.value)
-            _require(kept, f"{question}: it changed the deviation's tensors in place")
-            advice += _check_choice(rows, policy, question, case)
+            _require(kept, f"{shown}: it changed the deviation's tensors in place")
+            advice += [] if rows is None else _check_choice(rows, shown)
     return list(dict.fromkeys(advice))
 
 
@@ -81,13 +108,9 @@ def _require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
-def _name(policy: Policy) -> str:
-    return type(policy).__name__
-
-
 def _check_object(policy: Policy) -> list[str]:
     """The policy as a value: frozen, equal to its like, named."""
-    name, kind = _name(policy), type(policy)
+    name, kind = type(policy).__name__, type(policy)
     _require(isinstance(policy, Policy), f"{name} is not a subclass of vlcache_fx.policies.Policy")
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
     _require(frozen, f"{name} is not a frozen dataclass; options and caches compare policies by value")
@@ -120,14 +143,16 @@ def _check_object(policy: Policy) -> list[str]:
     return advice
 
 
-def _cases(
-    draw: random.Random, profiles: Sequence[Profile], count: int, least_layers: int
-) -> Iterator[_Case]:
+def _questions(
+    policy: Policy, draw: random.Random, profiles: Sequence[Profile], count: int
+) -> Iterator[_Question]:
+    least_layers = policy.probe_layer + 1 if isinstance(policy, ProbingPolicy) else 1
     lengths = [1, 2, 3, 16, 100]
     budgets = [0.0, 1e-6, 0.02, 0.1, 0.5, 1.0]
     for index in range(count):
         num_layers = least_layers + draw.choice([0, 1, 2, 7, 27, draw.randint(0, 40)])
-        yield _Case(
+        yield _Question(
+            policy,
             lengths[index] if index < len(lengths) else draw.randint(1, 500),
             num_layers,
             _profile(draw, num_layers),
@@ -136,7 +161,7 @@ def _cases(
     for given in profiles:
         for budget in budgets:
             if len(given.sensitivities) >= least_layers:
-                yield _Case(draw.randint(1, 500), len(given.sensitivities), given, budget)
+                yield _Question(policy, draw.randint(1, 500), len(given.sensitivities), given, budget)
 
 
 def _profile(draw: random.Random, num_layers: int) -> Profile | None:
@@ -150,7 +175,13 @@ def _profile(draw: random.Random, num_layers: int) -> Profile | None:
         lambda _: 10.0 ** draw.randint(-12, 12) * draw.randint(0, 1),
     ]
     shape = draw.choice([None, *shapes])
-    return None if shape is None else Profile("contract", "float32", tuple(map(shape, range(num_layers))))
+    return None if shape is None else _with_shape(shape, num_layers, draw.choice([(), CURVE]))
+
+
+def _with_shape(
+    shape: Callable[[int], float], num_layers: int, curve: tuple[tuple[float, float], ...] = CURVE
+) -> Profile:
+    return Profile("contract", "float32", tuple(map(shape, range(num_layers))), curve)
 
 
 def _deviations(draw: random.Random, layer: int, span_length: int) -> Iterator[Deviation]:
@@ -160,27 +191,30 @@ def _deviations(draw: random.Random, layer: int, span_length: int) -> Iterator[D
     yield Deviation(layer, *torch.zeros(2, span_length))
 
 
-def _answer(ask: Answer, question: str, case: _Case) -> Sequence[Tensor]:
-    """The rows, checked for what every answer must be."""
-    with seeded(1):
-        rows = ask()
+def _answer(question: _Question) -> Sequence[Tensor] | None:
+    """The rows, checked for what every answer must be; None where the profile is refused."""
+    try:
+        rows = question.ask(seed=1)
+    except PolicyError as error:
+        others = (None, _with_shape(lambda _: 1.0, question.num_layers))
+        answered = any(not replace(question, profile=other).is_refused() for other in others)
+        _require(answered, f"{question}: refused, whatever the profile: {error}")
+        return None
     _require(isinstance(rows, Sequence), f"{question}: want a sequence of tensors, got {type(rows).__name__}")
-    _require(len(rows) == case.num_layers, f"{question}: {len(rows)} tensors for {case.num_layers} layers")
+    _require(len(rows) == question.num_layers, f"{question}: {len(rows)} tensors for these layers")
     checked: set[int] = set()
     for layer, tensor in enumerate(rows):
         if id(tensor) not in checked:
-            _check_rows(tensor, f"{question}, layer {layer}", case.span_length)
+            _check_rows(tensor, f"{question}, layer {layer}", question.span_length)
             checked.add(id(tensor))
     for layer, (before, after) in enumerate(pairwise(rows), 1):
-        if after is not before:
-            new = after[~torch.isin(after, before)].tolist()
-            _require(
-                not new,
-                f"{question}, layer {layer}: rows {new[:5]} were not computed in the layer before; "
-                "row sets must shrink with depth",
-            )
-    with seeded(2):
-        again = ask()
+        new = [] if after is before else after[~torch.isin(after, before)].tolist()
+        _require(
+            not new,
+            f"{question}, layer {layer}: rows {new[:5]} were not computed in the layer before; "
+            "row sets must shrink with depth",
+        )
+    again = question.ask(seed=2)
     _require(
         len(again) == len(rows) and all(map(torch.equal, rows, again)),
         f"{question}: asked twice, it gave two answers; random choices need a generator of their own",
@@ -202,21 +236,20 @@ def _check_rows(tensor: Any, where: str, span_length: int) -> None:
     )
 
 
-def _check_choice(rows: Sequence[Tensor], policy: Policy, question: str, case: _Case) -> list[str]:
+def _check_choice(rows: Sequence[Tensor], question: _Question) -> list[str]:
     """The budget is kept; and a recommendation where planning could be faster."""
-    if not policy.ignores_budget:
-        allowed = token_layer_allowance(case.budget, case.span_length, case.num_layers)
+    if not question.policy.ignores_budget:
+        allowed = token_layer_allowance(question.budget, question.span_length, question.num_layers)
         asked = sum(len(tensor) for tensor in rows)
         _require(asked <= allowed, f"{question}: {asked} token-layers, the budget allows {allowed}")
     if all(after is before or not torch.equal(after, before) for before, after in pairwise(rows)):
         return []
-    method = question.partition("(")[0]
-    return [f"{method} gives equal layers different tensors; planning is faster where they share one object"]
+    return [f"{question.method} gives equal layers different tensors; planning is faster if they share one"]
 
 
-def _check_probe(rows: Sequence[Tensor], policy: ProbingPolicy, question: str, case: _Case) -> None:
+def _check_probe(rows: Sequence[Tensor], policy: ProbingPolicy, question: _Question) -> None:
     for layer in range(policy.probe_layer + 1):
         _require(
-            len(rows[layer]) == case.span_length,
+            len(rows[layer]) == question.span_length,
             f"{question}, layer {layer}: the probe needs all rows up to layer {policy.probe_layer}",
         )

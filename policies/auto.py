@@ -1,0 +1,80 @@
+"""The smallest budget whose predicted error is under a bound."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.plan.allocate import Gain, convex_hull, worth
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.layer_aware import earliest, row_counts
+from vlcache_fx.policies.profile import Profile
+
+
+@dataclass(frozen=True)
+class Auto(Policy):
+    """As few rows as keep the error that the model's profile predicts under a bound.
+
+    The rows are those of ``layer_aware`` (VLCache, arXiv 2512.12977); the budget does not apply. The error
+    that a choice leaves is predicted as that of no rows, less what the rows of each layer are worth
+    (``vlcache_fx.plan.allocate``). It is a mean over the prompts that the profile was measured on, no bound
+    for a single request.
+
+    Attributes:
+        max_error: bound of the mean KL divergence of the next token from full recompute, in nats.
+    """
+
+    name: ClassVar[str] = "auto"
+    ignores_budget: ClassVar[bool] = True
+
+    max_error: float = 0.01
+
+    def __post_init__(self) -> None:
+        value = self.max_error
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise PolicyError(f"auto: max_error must be a number >= 0 (nats), not {value!r}")
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        """See ``Policy.select``.
+
+        Raises:
+            PolicyError: without a profile that has an error curve, or with one of another model.
+        """
+        if profile is None or not profile.error_curve:
+            raise PolicyError(
+                "auto needs a profile with an error curve (option profile; vlcache calibrate makes one)"
+            )
+        return earliest(_counts(span_length, num_layers, profile, float(self.max_error)))
+
+
+@functools.lru_cache(maxsize=256)
+def _counts(span_length: int, num_layers: int, profile: Profile, max_error: float) -> list[int]:
+    """By bisection over the token-layers: more of them never predict a larger error."""
+    few, many = 0, span_length * num_layers
+    while few < many:
+        middle = (few + many) // 2
+        counts = row_counts(span_length, num_layers, profile, middle)
+        if predicted_error(counts, profile, span_length) <= max_error:
+            many = middle
+        else:
+            few = middle + 1
+    return row_counts(span_length, num_layers, profile, many)
+
+
+def predicted_error(counts: Sequence[int], profile: Profile, span_length: int) -> float:
+    """The error that the profile predicts for these row counts, in nats.
+
+    That of no rows less what the rows are worth, each layer's share by its sensitivity.
+    """
+    hull = convex_hull(profile.error_curve)
+    sensitivities = profile.sensitivities if any(profile.sensitivities) else [1.0] * len(counts)
+    gain = Gain.of_curve(profile.error_curve, span_length)
+    return hull[0][1] - worth(sensitivities, gain, counts) / sum(sensitivities)

@@ -1,0 +1,112 @@
+"""The profile: what recomputing is worth in each layer of one model, as measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from vlcache_fx.errors import PolicyError
+from vlcache_fx.version import VERSION
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What recomputing is worth in each layer of one model; ``vlcache calibrate`` measures it.
+
+    Attributes:
+        model_fingerprint: of the weights it was measured on (``Engine.last_report["model_fingerprint"]``).
+        dtype: of the keys and values, such as ``"bfloat16"``.
+        sensitivities: one finite number >= 0 per layer: the share of what recomputing gains that is lost when
+            rows stop in front of this layer and not behind it. Only their ratios matter.
+        error_curve: ``(share, error)`` pairs: the error against full recompute (mean KL divergence of the
+            next token, in nats) with that share of a span's rows, the earliest ones, recomputed in all
+            layers. The shares rise from 0 to 1. Empty where it was not measured.
+        library_version: of vlcache_fx at that time. Programs of another version may compute something else.
+    """
+
+    model_fingerprint: str
+    dtype: str
+    sensitivities: tuple[float, ...]
+    error_curve: tuple[tuple[float, float], ...] = ()
+    library_version: str = VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("model_fingerprint", "dtype", "library_version"):
+            if not isinstance(getattr(self, name), str):
+                raise PolicyError(f"a profile's {name} must be a string, not {getattr(self, name)!r}")
+        if not _is_list(self.sensitivities) or not self.sensitivities:
+            raise PolicyError("a profile's sensitivities must be a list with one number per layer")
+        for layer, value in enumerate(self.sensitivities):
+            if not _is_amount(value):
+                raise PolicyError(
+                    f"a profile's sensitivity of layer {layer} must be a number >= 0, not {value!r}"
+                )
+        object.__setattr__(self, "sensitivities", tuple(float(value) for value in self.sensitivities))
+        object.__setattr__(self, "error_curve", _checked_curve(self.error_curve))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Reads a profile from JSON.
+
+        Raises:
+            PolicyError: when the file cannot be read or is not a profile.
+        """
+        try:
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PolicyError(f"cannot read the profile {os.fspath(path)!r}: {error}") from error
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or set(data) != names:
+            raise PolicyError(
+                f"the profile {os.fspath(path)!r} must be a JSON object with exactly these names: "
+                f"{', '.join(sorted(names))}"
+            )
+        return cls(**data)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the profile as JSON that ``load`` reads."""
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def misfits(self, model_fingerprint: str, dtype: str) -> str | None:
+        """Why the profile must not be used for this model, in words; None where it may."""
+        wanted = {
+            "model_fingerprint": model_fingerprint,
+            "dtype": dtype,
+            "library_version": VERSION,
+        }
+        for name, value in wanted.items():
+            if getattr(self, name) != value:
+                return (
+                    f"the profile is for {name} {getattr(self, name)!r}, this is {value!r}; calibrate this "
+                    "model (vlcache calibrate)"
+                )
+        return None
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_amount(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
+
+
+def _checked_curve(curve: Any) -> tuple[tuple[float, float], ...]:
+    pairs = [tuple(pair) if _is_list(pair) else () for pair in curve] if _is_list(curve) else [()]
+    if not all(len(pair) == 2 and all(_is_amount(value) for value in pair) for pair in pairs):
+        raise PolicyError("a profile's error_curve must be a list of pairs (share, error), numbers >= 0")
+    checked = tuple((float(share), float(error)) for share, error in pairs)
+    if checked and not (checked[0][0] == 0 and checked[-1][0] == 1 and _rises(x for x, _ in checked)):
+        raise PolicyError("the shares of a profile's error_curve must rise from 0 to 1")
+    return checked
+
+
+def _rises(values: Iterable[float]) -> bool:
+    return all(a < b for a, b in pairwise(values))
