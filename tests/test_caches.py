@@ -129,6 +129,12 @@ def check_turns(start: Callable[[], Conversation]) -> None:
     assert engine.refusals == []
     assert engine.stats()["calls"] == {"cold": 2, "warm": 2, "bypass": 0}
 
+    # A policy that looks first runs the program twice; caches are written, and lengths counted, once.
+    third = start()
+    with engine.using(policy="cacheblend", budget=1.0):
+        report = third.say(prompt(9, 0, seed=4))
+    assert (report["mode"], "probe" in report["timings_ms"]) == ("warm", True)
+
 
 @pytest.mark.parametrize(
     "name",
