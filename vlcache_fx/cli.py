@@ -109,3 +109,89 @@ def bench(
     except VlcacheError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+_DATA = typer.Option(
+    help="prompts, one JSON object a line: images (paths), prompt, answer; lines about the same images "
+    "reuse them [default: the model's own questions]"
+)
+_POSITIONS = typer.Option(help="answer tokens compared at most")
+
+
+@app.command()
+def fidelity(
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    data: Annotated[Path | None, _DATA] = None,
+    family: Annotated[list[str] | None, typer.Option(help="of the model's questions [default: all]")] = None,
+    count: Annotated[int, typer.Option(help="questions per family")] = 100,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="see vlcache policies [default: all that take a budget]")
+    ] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="share recomputed [default: 0 0.01 0.02 0.05 0.1 0.2 1]")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
+    batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
+    positions: Annotated[int, _POSITIONS] = 1,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
+    output_dir: Annotated[Path, typer.Option(help="for fidelity.json and .png")] = Path("fidelity-output"),
+) -> None:
+    """Accuracy, agreement and divergence of policies and budgets, against the unmodified model."""
+    try:
+        from vlcache_fx.fidelity import command  # here: torch takes a second to import
+        from vlcache_fx.fidelity.run import BUDGETS
+
+        command.fidelity(
+            model,
+            data=data,
+            families=family or (),
+            count=count,
+            policies=policy or (),
+            budgets=budget or BUDGETS,
+            profile=profile,
+            batch=batch,
+            positions=positions,
+            seed=seed,
+            output_dir=output_dir,
+            options={"lowering": lowering, "strict": True},
+        )
+    except VlcacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    data: Annotated[Path | None, _DATA] = None,
+    family: Annotated[list[str] | None, typer.Option(help="of the model's questions [default: all]")] = None,
+    count: Annotated[int, typer.Option(help="questions per family")] = 30,
+    batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
+    positions: Annotated[int, _POSITIONS] = 1,
+    depth_share: Annotated[
+        float, typer.Option(help="share of the rows that is stopped at each depth")
+    ] = 0.05,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
+    output: Annotated[Path, typer.Option(help="the profile")] = Path("profile.json"),
+) -> None:
+    """Measure what recomputing is worth in each layer of a model; write its profile."""
+    try:
+        from vlcache_fx.fidelity import command  # here: torch takes a second to import
+
+        command.calibration(
+            model,
+            data=data,
+            families=family or (),
+            count=count,
+            batch=batch,
+            positions=positions,
+            depth_share=depth_share,
+            seed=seed,
+            output=output,
+            options={"lowering": lowering, "strict": True},
+        )
+    except VlcacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -170,6 +170,20 @@ def make_questions(
             )
         )
     return questions
+
+
+def ask_again(
+    question: Question, rng: np.random.Generator, *, question_first: bool, system_words: int | None = None
+) -> Question:
+    """Another question of the same family about the same pictures, behind another system prompt."""
+    asked = draw_question(rng, question.family, question.digits)
+    return replace(
+        question,
+        system_prompt=draw_system_prompt(rng, system_words),
+        text=asked.text,
+        answer=asked.answer,
+        question_first=question_first,
+    )
 
 
 def build_prompt(question: Question) -> str:

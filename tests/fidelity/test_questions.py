@@ -1,0 +1,36 @@
+"""Every family of cases is what its name says."""
+
+import pytest
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.questions import FAMILIES, make_cases
+from vlcache_fx.testing import reference_vlm
+
+
+def system_words(text: str) -> list[str]:
+    return text.split("<|im_start|>system\n")[1].split("<|im_end|>")[0].split()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str) -> None:
+    cases = make_cases(reference_vlm, family, 4)
+    assert len(cases) == 4
+    for case in cases:
+        donor, asked = case.donor, case.asked
+        assert asked.images is donor.images
+        assert len(donor.images) == (2 if family == "multi_hop" else 1)
+        first = asked.text.index("?") < asked.text.index("<|image_pad|>")
+        assert first == (family == "question_first")
+        before, now = system_words(donor.text), system_words(asked.text)
+        assert (before == now) == (family == "asked_again")
+        if family == "system_prompt":
+            assert len(before) == len(now)
+        if family == "position_shift":
+            assert len(now) > len(before) + 50
+    again = make_cases(reference_vlm, family, 4)
+    assert [case.asked.text for case in again] == [case.asked.text for case in cases]
+
+
+def test_an_unknown_family_lists_the_known_ones() -> None:
+    with pytest.raises(OptionError, match=r"unknown family 'two_hop'; known are: single_hop, .*asked_again"):
+        make_cases(reference_vlm, "two_hop", 1)

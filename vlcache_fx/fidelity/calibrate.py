@@ -1,0 +1,166 @@
+"""Measures a model's profile: what recomputing is worth in each layer, and how the error falls with rows.
+
+1. *Error curve.* The error (mean KL divergence from the unmodified model over the answers' tokens) with a
+   rising share of a span's earliest rows recomputed in all layers.
+2. *Depth.* A share of the earliest rows recomputed up to a depth d only, for some depths. Of what the
+   same rows gain through all layers, h(d) is the part that they gain up to d; h is made monotone (isotonic
+   regression), and linear between the depths measured. The sensitivity of layer l is h(l + 1) - h(l).
+3. *Check.* Measured sensitivities are noisy. On prompts that were not used so far, the row counts that
+   ``vlcache_fx.plan.allocate`` makes of them are tried against equal counts, at several budgets; unless they
+   are better, the profile says that all layers are equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.prompts import Case
+from vlcache_fx.fidelity.run import ALL, Setting, run
+from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.plan.allocate import pools
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.profile import Profile
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+CHECKED_BUDGETS = (0.01, 0.02, 0.05)
+MAX_DEPTHS = 10
+
+
+@dataclass(frozen=True)
+class UpTo(Policy):
+    """The earliest rows, recomputed in the first layers only. For calibration.
+
+    Attributes:
+        share: of a span's rows.
+        depth: layers; None for all.
+    """
+
+    name: ClassVar[str] = "up_to"
+    ignores_budget: ClassVar[bool] = True
+    keeps_prefix: ClassVar[bool] = False
+
+    share: float
+    depth: int | None = None
+
+    def select(
+        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+    ) -> Sequence[Tensor]:
+        """See ``Policy.select``; neither profile nor budget plays a part."""
+        rows = torch.arange(math.ceil(self.share * span_length))
+        depth = num_layers if self.depth is None else self.depth
+        return (rows,) * depth + (rows[:0],) * (num_layers - depth)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A profile and what it was made of.
+
+    Attributes:
+        profile: to be saved.
+        by_depth: ``(depth, error)`` with ``depth_share`` of the rows recomputed up to that depth.
+        depth_share: that share.
+        checked: per budget ``(budget, error of equal counts, error of the solved ones)``, on other prompts.
+        is_flat: True where the check did not confirm the sensitivities.
+        prompts: that were measured and checked.
+    """
+
+    profile: Profile
+    by_depth: tuple[tuple[int, float], ...]
+    depth_share: float
+    checked: tuple[tuple[float, float, float], ...]
+    is_flat: bool
+    prompts: tuple[int, int]
+
+
+def calibrate(
+    subject: Subject,
+    cases: Sequence[Case],
+    *,
+    batch: int = 16,
+    depth_share: float = 0.05,
+    after_batch: Callable[[int], None] = lambda prompts: None,
+) -> Calibration:
+    """Measure the profile of ``subject`` on ``cases``; every third is kept for the check.
+
+    Raises:
+        OptionError: too few cases, or reuse is refused for this model.
+    """
+    if len(cases) < 3:
+        raise OptionError(f"calibration needs at least 3 cases, not {len(cases)}")
+    if not 0 < depth_share < 1:
+        raise OptionError(f"depth_share must be between 0 and 1, not {depth_share!r}")
+    held_out = [case for index, case in enumerate(cases) if index % 3 == 2]
+    measured = [case for index, case in enumerate(cases) if index % 3 != 2]
+    subject.record(measured[:1])
+    fingerprint, dtype, num_layers = _identity(subject)
+
+    def errors(prompts: Sequence[Case], compared: Sequence[Setting]) -> list[float]:
+        scores = run(subject, prompts, compared, batch=batch, after_batch=after_batch)
+        return [score.kl.mean for score in scores if score.family == ALL]
+
+    depths = _depths(num_layers)
+    by_share = [Setting(UpTo(share), 1.0) for share in SHARES]
+    by_depth = [Setting(UpTo(depth_share, depth), 1.0) for depth in depths]
+    found = errors(measured, [*by_share, *by_depth])
+    depth_errors = found[len(SHARES) :]
+    curve = [(0.0, depth_errors[0]), *zip(SHARES, found, strict=False), (1.0, 0.0)]
+    profile = Profile(fingerprint, dtype, sensitivities(depths, depth_errors), falling(curve))
+    trials = [
+        Setting(policy, budget, profile)
+        for budget in CHECKED_BUDGETS
+        for policy in ("uniform", "layer_aware")
+    ]
+    tried = errors(held_out, trials)
+    checked = tuple(zip(CHECKED_BUDGETS, tried[::2], tried[1::2], strict=True))
+    is_flat = fmean(solved / equal if equal else 1.0 for _, equal, solved in checked) >= 1
+    if is_flat:
+        profile = replace(profile, sensitivities=(1.0,) * num_layers)
+    points = tuple(zip(depths, depth_errors, strict=True))
+    return Calibration(profile, points, depth_share, checked, is_flat, (len(measured), len(held_out)))
+
+
+def _identity(subject: Subject) -> tuple[str, str, int]:
+    """Fingerprint, dtype of keys and values, and number of layers."""
+    report = subject.engine.last_report
+    assert report is not None
+    entry = subject.engine.store.get(report["spans"][0]["key"])
+    assert entry is not None
+    dtype = str(next(iter(entry.tensors.values())).dtype).removeprefix("torch.")
+    return report["model_fingerprint"], dtype, len(report["rows_per_layer"]) - 1
+
+
+def _depths(num_layers: int) -> list[int]:
+    """At most ``MAX_DEPTHS`` steps from 0 to all layers, as even as they can be."""
+    steps = min(MAX_DEPTHS, num_layers)
+    return [round(step * num_layers / steps) for step in range(steps + 1)]
+
+
+def sensitivities(depths: Sequence[int], errors: Sequence[float]) -> tuple[float, ...]:
+    """Per layer, the share of the gain that lies in it.
+
+    Args:
+        depths: rising, from 0 to the number of layers.
+        errors: with rows recomputed up to each of them.
+    """
+    gained = errors[0] - errors[-1]
+    if gained <= 0:
+        return (1.0,) * depths[-1]
+    shares = [min(1.0, max(0.0, (errors[0] - error) / gained)) for error in errors]
+    rising = [-mean for mean, size in pools([-share for share in shares]) for _ in range(size)]
+    steps = zip(pairwise(depths), pairwise(rising), strict=True)
+    return tuple((up - low) / (end - start) for (start, end), (low, up) in steps for _ in range(end - start))
+
+
+def falling(curve: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """The closest curve that never rises: more rows are worth no less."""
+    errors = [mean for mean, size in pools([error for _, error in curve]) for _ in range(size)]
+    return tuple((share, error) for (share, _), error in zip(curve, errors, strict=True))

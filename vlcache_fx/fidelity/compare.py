@@ -1,0 +1,76 @@
+"""What two models say about the same prompts, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+Z = 1.959964
+"""Two-sided 95 % of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of one prompt.
+
+    Attributes:
+        kl: mean over the answer's tokens of the KL divergence of the next token, exact against reused, nats.
+        agrees: True where the likeliest token is the same at each of them.
+        right: True where the likeliest tokens are the answer.
+    """
+
+    kl: float
+    agrees: bool
+    right: bool
+
+
+def compare(exact: Tensor, reused: Tensor, answers: Sequence[Tensor]) -> list[Comparison]:
+    """Compare prompt by prompt.
+
+    Args:
+        exact, reused: scores float32 [prompts, positions, vocabulary]; the last positions are the answer's.
+        answers: per prompt, ids int64 [tokens].
+    """
+    truth, other = (torch.log_softmax(scores.double(), -1) for scores in (exact, reused))
+    divergence = (truth.exp() * (truth - other)).sum(-1)
+    said, expected = reused.argmax(-1).cpu(), exact.argmax(-1).cpu()
+    compared = []
+    for index, answer in enumerate(answers):
+        places = slice(-len(answer), None)
+        compared.append(
+            Comparison(
+                kl=max(0.0, float(divergence[index, places].mean())),
+                agrees=torch.equal(said[index, places], expected[index, places]),
+                right=torch.equal(said[index, places], answer),
+            )
+        )
+    return compared
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def proportion(successes: Sequence[bool]) -> Interval:
+    """The share of successes with the interval of Wilson (1927), which is sound near 0 and 1 too."""
+    count, share = len(successes), fmean(successes)
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    spread = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    return Interval(share, max(0.0, centre - spread), min(1.0, centre + spread))
+
+
+def average(values: Sequence[float]) -> Interval:
+    """The mean with the interval of the normal approximation; never below 0, for amounts."""
+    mean = fmean(values)
+    spread = Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Interval(mean, max(0.0, mean - spread), mean + spread)

@@ -1,0 +1,67 @@
+"""Models by name or folder, compiled and with their prompts, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import vlcache_fx
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.prompts import Case, read_cases
+from vlcache_fx.fidelity.questions import FAMILIES, make_cases
+from vlcache_fx.fidelity.subject import Subject
+
+NAMED: Mapping[str, str] = {
+    "reference": "vlcache_fx.testing.reference_vlm",
+    "photo": "vlcache_fx.testing.photo_vlm",
+}
+"""Models with questions of their own."""
+
+
+def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subject:
+    """The model, compiled with ``options`` (``dynamic`` and on top of it), and its processor.
+
+    Raises:
+        OptionError: there is no such name or folder, or its model cannot be loaded.
+    """
+    if model in NAMED:
+        source = import_module(NAMED[model])
+        loaded, processor = source.load_model(), source.load_processor()
+    else:
+        loaded, processor = _from_folder(model)
+    return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
+
+
+def _from_folder(model: str) -> tuple[Any, Any]:
+    if not Path(model).is_dir():
+        raise OptionError(f"no model {model!r}: give one of {', '.join(NAMED)}, or a folder of transformers")
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    load: Callable[..., Any] = AutoProcessor.from_pretrained
+    try:
+        loaded = AutoModelForImageTextToText.from_pretrained(model, local_files_only=True)
+        return loaded.eval(), load(model, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise OptionError(f"cannot load the model in {model!r}: {error}") from error
+
+
+def load_cases(
+    model: str, data: Path | None, families: tuple[str, ...], count: int, *, split: str, seed: int
+) -> list[Case]:
+    """Cases from a file, or ``count`` of each family of the model's own questions.
+
+    Raises:
+        OptionError: the model has no questions and no file is given, or a family is unknown.
+    """
+    if data is not None:
+        return read_cases(data)
+    if model not in NAMED:
+        raise OptionError(f"{model!r} has no questions of its own: give prompts with --data")
+    source: Any = import_module(NAMED[model])
+    return [
+        case
+        for family in families or FAMILIES
+        for case in make_cases(source, family, count, split=split, seed=seed)
+    ]

@@ -1,0 +1,113 @@
+"""Prompts in pairs: one that makes an item's donor, one that reuses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlcache_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+DATA_KEYS = {"images", "prompt", "answer"}
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt with its answer.
+
+    Attributes:
+        text: up to where the answer begins, with the processor's placeholder for every image.
+        images: in the order of their placeholders.
+        answer: the right one; it is fed to the model token by token, whatever the model would say.
+    """
+
+    text: str
+    images: tuple[Image, ...]
+    answer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """``donor`` is computed in full, then ``asked`` reuses its images.
+
+    Attributes:
+        family: what is hard about it; results are given per family.
+    """
+
+    family: str
+    donor: Prompt
+    asked: Prompt
+
+
+def read_cases(path: Path, family: str = "data") -> list[Case]:
+    """Cases out of a file of prompts, one JSON object a line: ``images`` (paths), ``prompt``, ``answer``.
+
+    Lines about the same images belong together: the first makes the donors that each of the others reuses.
+    Paths are relative to the file.
+
+    Raises:
+        OptionError: the file cannot be read, a line is malformed, or no images come twice.
+    """
+    from PIL import Image
+
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the prompts {str(path)!r}: {error}") from error
+    first: dict[tuple[str, ...], Prompt] = {}
+    cases = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        names, data = _checked(line, f"{path}:{number}")
+        known = first.get(names)
+        try:
+            images = known.images if known else tuple(_opened(path.parent / name) for name in names)
+        except (OSError, Image.UnidentifiedImageError) as error:
+            raise OptionError(f"{path}:{number}: cannot read an image: {error}") from error
+        prompt = Prompt(data["prompt"], images, data["answer"])
+        if known is None:
+            first[names] = prompt
+        else:
+            cases.append(Case(family, known, prompt))
+    if not cases:
+        raise OptionError(f"{path}: no two prompts are about the same images, so nothing could be reused")
+    return cases
+
+
+def _checked(line: str, place: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    try:
+        data: Any = json.loads(line)
+    except ValueError as error:
+        raise OptionError(f"{place}: not JSON: {error}") from error
+    if not isinstance(data, dict) or set(data) != DATA_KEYS:
+        raise OptionError(f"{place}: expected an object with exactly {', '.join(sorted(DATA_KEYS))}")
+    names = data["images"]
+    listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+    if not listed or not all(isinstance(data[key], str) and data[key] for key in ("prompt", "answer")):
+        raise OptionError(
+            f"{place}: images must be a list of paths, prompt and answer strings that say something"
+        )
+    return tuple(names), data
+
+
+def _opened(path: Path) -> Image:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
+    """Cases in batches of one family each, in order."""
+    if size < 1:
+        raise OptionError(f"a batch must have at least one prompt, not {size}")
+    families: dict[str, list[Case]] = {}
+    for case in cases:
+        families.setdefault(case.family, []).append(case)
+    return [own[at : at + size] for own in families.values() for at in range(0, len(own), size)]

@@ -1,0 +1,71 @@
+"""Cases about pictures, for the models that come with questions of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.prompts import Case, Prompt
+
+FAMILIES = (
+    "single_hop",
+    "question_first",
+    "multi_hop",
+    "system_prompt",
+    "position_shift",
+    "asked_again",
+)
+"""One picture; the question before it; two pictures; as many other words before it; many more words before
+it; the same words before it, which makes every reused row exact."""
+
+SHORT, LONG = 4, 60
+
+
+class Questions(Protocol):
+    """What a model's module offers, such as ``vlcache_fx.testing.reference_vlm``."""
+
+    make_questions: Callable[..., list[Any]]
+    ask_again: Callable[..., Any]
+    build_prompt: Callable[[Any], str]
+    FAMILIES: tuple[str, ...]
+
+
+def make_cases(
+    source: Questions, family: str, count: int, *, split: str = "test", seed: int = 0
+) -> list[Case]:
+    """Make ``count`` cases of one family; equal arguments give equal cases.
+
+    Raises:
+        OptionError: for an unknown family.
+    """
+    if family not in FAMILIES:
+        raise OptionError(f"unknown family {family!r}; known are: {', '.join(FAMILIES)}")
+    about_two = [kind for kind in source.FAMILIES if kind == "same"]
+    kinds = about_two if family == "multi_hop" else [k for k in source.FAMILIES if k not in about_two]
+    words = {"system_prompt": 30, "position_shift": SHORT}.get(family)
+    rng = np.random.default_rng([seed, FAMILIES.index(family)])
+    shares = [count // len(kinds) + (index < count % len(kinds)) for index in range(len(kinds))]
+    cases = []
+    for kind, share in zip(kinds, shares, strict=True):
+        made = source.make_questions(
+            split, kind, share, seed=seed + FAMILIES.index(family), system_words=words
+        )
+        for first in made:
+            then = source.ask_again(
+                first,
+                rng,
+                question_first=family == "question_first",
+                system_words=LONG if family == "position_shift" else words,
+            )
+            if family == "asked_again":
+                then = dataclasses.replace(then, system_prompt=first.system_prompt)
+            cases.append(Case(family, _prompt(source, first), _prompt(source, then)))
+    return cases
+
+
+def _prompt(source: Questions, question: Any) -> Prompt:
+    return Prompt(source.build_prompt(question), question.images, question.answer)

@@ -1,0 +1,139 @@
+"""Policies and budgets against the unmodified model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.compare import Comparison, Interval, average, compare, proportion
+from vlcache_fx.fidelity.prompts import Case, batches
+from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.profile import Profile
+
+BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is compared with full recompute: a policy (name or object), a budget, perhaps a profile."""
+
+    policy: str | Policy
+    budget: float
+    profile: Profile | None = None
+
+    @property
+    def name(self) -> str:
+        """The policy's."""
+        return self.policy if isinstance(self.policy, str) else self.policy.name
+
+
+def settings(
+    policies: Sequence[str | Policy], budgets: Sequence[float] = BUDGETS, profile: Profile | None = None
+) -> list[Setting]:
+    """Every policy at every budget; ``none`` stands for all of them at 0, ``full`` for all of them at 1."""
+    chosen = []
+    if 0 in budgets:
+        chosen.append(Setting("none", 0.0))
+    between = [budget for budget in budgets if 0 < budget < 1]
+    chosen += [Setting(policy, budget, profile) for policy in policies for budget in between]
+    if 1 in budgets:
+        chosen.append(Setting("full", 1.0))
+    return chosen
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one setting in one family (or ``all``).
+
+    Attributes:
+        recomputed: share of the reused spans' token-layers that was computed, mean over the prompts.
+        accuracy: share of right answers.
+        exact_accuracy: the unmodified model's share, on the same prompts.
+        agreement: share of prompts in which both say the same at every answer token.
+        kl: divergence from the unmodified model, nats a token.
+    """
+
+    policy: str
+    budget: float
+    family: str
+    prompts: int
+    recomputed: float
+    accuracy: Interval
+    exact_accuracy: Interval
+    agreement: Interval
+    kl: Interval
+
+
+@dataclass
+class _Found:
+    comparisons: list[Comparison] = field(default_factory=list)
+    exact: list[Comparison] = field(default_factory=list)
+    recomputed: list[float] = field(default_factory=list)
+
+
+def run(
+    subject: Subject,
+    cases: Sequence[Case],
+    compared: Sequence[Setting],
+    *,
+    batch: int = 16,
+    after_batch: Callable[[int], None] = lambda prompts: None,
+) -> list[Score]:
+    """Ask every case with every setting; one score per setting and family, and one over all.
+
+    Args:
+        subject: compiled with any policy; nothing is compiled anew for another.
+        cases: of any number of families.
+        compared: the settings.
+        batch: prompts per call.
+        after_batch: called with the number of cases done.
+
+    Raises:
+        OptionError: there is nothing to compare, or reuse is refused for this model or prompt.
+    """
+    if not cases or not compared:
+        raise OptionError(f"nothing to compare: {len(cases)} cases, {len(compared)} settings")
+    found: dict[tuple[int, str], _Found] = {}
+    for own in batches(cases, batch):
+        subject.record(own)
+        question = subject.prepare([case.asked for case in own])
+        exact = subject.exact(question)
+        truth = compare(exact, exact, question.answers)
+        for index, setting in enumerate(compared):
+            with subject.engine.using(policy=setting.policy, budget=setting.budget, profile=setting.profile):
+                comparisons = compare(exact, subject.answer(question), question.answers)
+            share = _recomputed(subject, setting)
+            for family in (own[0].family, ALL):
+                place = found.setdefault((index, family), _Found())
+                place.comparisons += comparisons
+                place.exact += truth
+                place.recomputed += [share] * len(own)
+        after_batch(len(own))
+    return [_score(compared[index], family, place) for (index, family), place in sorted(found.items())]
+
+
+def _recomputed(subject: Subject, setting: Setting) -> float:
+    report = subject.engine.last_report
+    assert report is not None
+    if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
+        raise OptionError(f"{setting.name} did not reuse: {report['mode']}, {report['reason']}")
+    share: float = report["token_layer_fraction"]
+    return share
+
+
+def _score(setting: Setting, family: str, found: _Found) -> Score:
+    return Score(
+        policy=setting.name,
+        budget=setting.budget,
+        family=family,
+        prompts=len(found.comparisons),
+        recomputed=fmean(found.recomputed),
+        accuracy=proportion([one.right for one in found.comparisons]),
+        exact_accuracy=proportion([one.right for one in found.exact]),
+        agreement=proportion([one.agrees for one in found.comparisons]),
+        kl=average([one.kl for one in found.comparisons]),
+    )

@@ -1,0 +1,80 @@
+"""Scores and calibrations as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from vlcache_fx.fidelity.calibrate import Calibration
+from vlcache_fx.fidelity.compare import Interval
+from vlcache_fx.fidelity.run import ALL, Score
+
+_COLUMNS = ("recomputed", "right", "agreement", "KL (nats)")
+
+
+def overall_table(scores: Sequence[Score], title: str) -> Table:
+    """One row per policy and budget, over all families."""
+    overall = [score for score in scores if score.family == ALL]
+    exact = overall[0].exact_accuracy
+    table = _table(
+        f"{title}: {overall[0].prompts} prompts; unmodified model right: {_percent(exact)}",
+        ("policy", "budget"),
+    )
+    for score in overall:
+        table.add_row(score.policy, f"{100 * score.budget:g} %", *_cells(score))
+    return table
+
+
+def family_table(scores: Sequence[Score], budget: float, title: str) -> Table:
+    """One row per family and policy, at one budget."""
+    table = _table(f"{title}: {100 * budget:g} % budget", ("family", "prompts", "policy", "unmodified right"))
+    chosen = [score for score in scores if score.budget == budget and score.family != ALL]
+    for score in sorted(chosen, key=lambda score: score.family):
+        exact = _percent(score.exact_accuracy)
+        table.add_row(score.family, f"{score.prompts:,}", score.policy, exact, *_cells(score))
+    return table
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """What was measured, in the order of the measurement."""
+    table = Table(
+        "recomputed", "layers", "KL (nats)", title="Error while rows are recomputed", title_style="bold"
+    )
+    layers = len(calibration.profile.sensitivities)
+    for share, error in calibration.profile.error_curve:
+        table.add_row(f"{100 * share:g} %", f"all {layers}", f"{error:.3g}")
+    for depth, error in calibration.by_depth:
+        table.add_row(f"{100 * calibration.depth_share:g} %", f"first {depth}", f"{error:.3g}")
+    for budget, equal, solved in calibration.checked:
+        table.add_row(f"{100 * budget:g} %", "held out: equal counts", f"{equal:.3g}")
+        table.add_row(f"{100 * budget:g} %", "held out: by sensitivity", f"{solved:.3g}")
+    return table
+
+
+def markdown(scores: Sequence[Score]) -> str:
+    """The overall table in Markdown."""
+    overall = [score for score in scores if score.family == ALL]
+    lines = ["| policy | budget | recomputed | right | agreement | KL |", "|---|---|---|---|---|---|"]
+    for score in overall:
+        cells = " | ".join([score.policy, f"{100 * score.budget:g} %", *_cells(score)])
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
+
+
+def _table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    for heading in _COLUMNS:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _cells(score: Score) -> tuple[str, ...]:
+    kl = f"{score.kl.mean:.2g} ({score.kl.low:.2g} to {score.kl.high:.2g})"
+    return f"{100 * score.recomputed:.1f} %", _percent(score.accuracy), _percent(score.agreement), kl
+
+
+def _percent(interval: Interval) -> str:
+    return f"{100 * interval.mean:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
