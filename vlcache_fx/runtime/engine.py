@@ -5,6 +5,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from vlcache_fx.ops import (
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy, Profile
 from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.guards import Guards
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.store import open_store
 from vlcache_fx.store.weights import WeightsFingerprint
@@ -61,6 +63,7 @@ class Engine:
                 torch.ops.vlcache.attend.default: decompose_attend,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
+        self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graph_calls = 0
         self.explained: Callable[..., Any] | None = None
@@ -79,7 +82,7 @@ class Engine:
         return None if report is None else report.as_dict()
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: calls per mode, store, compilations, refusals by reason."""
+        """Counts since the start: calls per mode, store, compilations, refusals by reason, shadow runs."""
         with self._lock:
             counts = dict(self._counts)
         store = self.store.stats()
@@ -93,6 +96,7 @@ class Engine:
             "compilations": len(compiled.compilations),
             "compile_seconds": round(compiled.seconds, 3),
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
+            "shadow": self.guards.stats(),
         }
 
     def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
@@ -126,6 +130,22 @@ class Engine:
             yield
         finally:
             self._call.choice = outer
+
+    def set_budget(self, budget: float) -> None:
+        """Use another budget from now on, for all models of this engine; nothing is compiled anew.
+
+        Raises:
+            OptionError: as for the option.
+        """
+        self.options = replace(self.options, budget=budget)
+
+    def resume(self) -> None:
+        """Lift what shadow runs or the gate decided: every model of this engine reuses again.
+
+        Violations are counted anew. Donors are as they were: those of a model that went without reuse are
+        still there, unless they were evicted meanwhile.
+        """
+        self.guards.resume()
 
     def clear(self) -> None:
         """Drop every donor and encoder output."""
@@ -191,6 +211,16 @@ class Engine:
         known = any((other.reason, other.node) == (refusal.reason, refusal.node) for other in self.refusals)
         if not known or self.options.strict:
             self.refuse(refusal)
+
+    def refuse_shadow(self, refusal: UnsupportedGraphError) -> None:
+        """Shadow runs of a graph that is served otherwise; logged once per engine, raised in strict mode."""
+        if self.options.strict:
+            raise refusal
+        with self._lock:
+            known = any(other.reason == refusal.reason for other in self.refusals)
+            self.refusals.append(refusal)
+        if not known:
+            log.warning("no shadow runs: %s", refusal)
 
     @contextmanager
     def tolerating_store_errors(self) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""How faithful reuse is: measured on traffic, and what follows from it."""
