@@ -93,10 +93,11 @@ def test_approximate_rows_are_not_stored(vlm: Pair) -> None:
 def test_what_is_stored_equals_a_cold_run_of_the_same_prompt(vlm: Pair) -> None:
     """After any history, a donor holds what full attention gave in some context (no mean is taken here)."""
     store = vlm.engine.store
-    with settings_of(vlm.engine, donor_contexts=1), vlm.engine.using(policy="none"):
-        for seed, images in enumerate([(A,), (A, C), (C, A), (A, C, B), (B, C)]):
-            vlm.run(**prompt(*images, seed=seed))
-    _, report = vlm.run(**prompt(A, C, B, seed=9))
+    with settings_of(vlm.engine, donor_contexts=1):
+        with vlm.engine.using(policy="none"):
+            for seed, images in enumerate([(A,), (A, C), (C, A), (A, C, B), (B, C)]):
+                vlm.run(**prompt(*images, seed=seed))
+        _, report = vlm.run(**prompt(A, C, B, seed=9))
     before = {key: store.get(key) for key in keys(report)}
     exact: dict[str, list[Entry]] = {key: [] for key in before}
     # Every prompt from above again, alone and cold.
