@@ -87,7 +87,7 @@ def compare(
         flip = flip or bool(ours[at].argmax() != theirs[at].argmax())
         if chosen is not None:
             ours, theirs = (part[chosen.to(part.device)] for part in (ours, theirs))
-        chunks = zip(ours.split(CHUNK_ROWS), theirs.split(CHUNK_ROWS), strict=True)
+        chunks = zip(*(torch.split(part, CHUNK_ROWS) for part in (ours, theirs)), strict=True)
         means.append(torch.cat([kl_per_row(*chunk) for chunk in chunks]).mean())
     return Comparison(float(torch.stack(means).mean()), flip)
 
