@@ -25,6 +25,7 @@ PUBLIC = {
     "__version__",
     "compile",
     "compile_exported",
+    "gate",
     "mark_spans",
 }
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         VlcacheError,
     )
     from vlcache_fx.exported import compile_exported
+    from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
 
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_exported",
+    "gate",
     "mark_spans",
 ]
 
@@ -51,6 +53,7 @@ _HOMES = {
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.exported",
+    "gate": "vlcache_fx.fidelity.gate:check",
     "mark_spans": "vlcache_fx.api",
 }
 
@@ -59,7 +62,8 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Not cached in this module: Python's import system does that for the modules, and the look-up is cheap.
-    return getattr(import_module(_HOMES.get(name, "vlcache_fx.errors")), name)
+    home, _, inner = _HOMES.get(name, "vlcache_fx.errors").partition(":")
+    return getattr(import_module(home), inner or name)
 
 
 def __dir__() -> list[str]:

@@ -35,6 +35,12 @@ class Options:
         capacity_bytes: bound of a store opened from a URL, in bytes.
         profile: path of a per-layer sensitivity profile (JSON), or None.
         min_span_tokens: spans shorter than this many tokens are computed, never reused.
+        donor_contexts: a donor becomes the mean over up to this many contexts in which its item was computed
+            exactly; 1 keeps the latest alone.
+        shadow: share in [0, 1] of the warm requests that are computed in full as well, to be compared.
+        shadow_max_kl: a shadow run whose logits have a mean KL divergence above this, in nats, is a
+            violation; with None only those are that give another next token.
+        shadow_max_violations: after this many violations a model goes without reuse.
         salt: mixed into every key; requests with different salts never share donors.
         strict: raise refusals and plan repairs instead of falling back.
         cuda_graphs: on a GPU, replay warm programs as CUDA graphs where sizes come again.
@@ -48,6 +54,10 @@ class Options:
     capacity_bytes: int = 4 * GIB
     profile: str | os.PathLike[str] | None = None
     min_span_tokens: int = 16
+    donor_contexts: int = 4
+    shadow: float = 0.0
+    shadow_max_kl: float | None = 0.1
+    shadow_max_violations: int = 3
     salt: str = ""
     strict: bool = False
     cuda_graphs: bool = False
@@ -104,6 +114,14 @@ def _share(name: str, value: Any) -> float:
     return float(value)
 
 
+def _optional_bound(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
+        raise _bad(name, value, "a number of nats, 0 or more, or None")
+    return float(value)
+
+
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value <= 0:
         raise _bad(name, value, "a positive integer")
@@ -149,6 +167,10 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "capacity_bytes": _positive_int,
     "profile": _path,
     "min_span_tokens": _positive_int,
+    "donor_contexts": _positive_int,
+    "shadow": _share,
+    "shadow_max_kl": _optional_bound,
+    "shadow_max_violations": _positive_int,
     "salt": _text,
     "strict": _flag,
     "cuda_graphs": _flag,

@@ -18,6 +18,7 @@ class Span:
         key: key of the item's donor.
         hit: True when a donor was found, so that its rows may be reused.
         tier: store tier the donor came from, None when there is none.
+        contexts: number of contexts that the donor is the mean of, 0 when there is none.
     """
 
     sample: int
@@ -26,6 +27,7 @@ class Span:
     key: str
     hit: bool
     tier: str | None = None
+    contexts: int = 0
 
     @property
     def end(self) -> int:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.writes import deliver, overlapping
-from vlcache_fx.errors import PlanError, PolicyError
+from vlcache_fx.errors import PlanError, PolicyError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
@@ -20,6 +20,7 @@ from vlcache_fx.runtime.probe import ChosenRows, first_chooser, measure, needs_p
 from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.request import Request, together
+from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_logits
 
 
 class DecoderRunner:
@@ -50,6 +51,7 @@ class DecoderRunner:
         self._cold = ProgramRunner("cold", cold_program(captured), self._device, engine)
         self._warm = ProgramRunner("warm", warm_program(captured), self._device, engine)
         self._donors = DonorLookup(captured, facts, self._cold.recorded, engine)
+        self._logits = _logits_to_shadow(captured, facts, engine)
 
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
@@ -68,6 +70,9 @@ class DecoderRunner:
             return self._bypass(args, "a sequence of one token", num_tokens)
         if self._writes and overlapping(self._writes, args, self._data):
             return self._bypass(args, "an input that is written to shares memory with another", num_tokens)
+        reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
+        if reason is not None:
+            return self._bypass(args, reason, num_tokens)
         if request.spans:
             look = self._masks.look(args, num_tokens, [sample.spans for sample in request.samples])
             if look.refusal is not None:
@@ -135,10 +140,41 @@ class DecoderRunner:
             results = self._warm.run(request.args, bound)
         if results is None:
             return self._bypass(request.args, "the warm program failed", request.num_tokens)
-        if any(sample.reuse_is_exact for sample in request.samples):
+        shadow = self._shadow(request, results)
+        if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
             self._admit(request, self._warm.recorded, results, plans)
-        self.engine.report(request.report("warm", None, plans, request.computed_share(plans)))
+        report = request.report("warm", None, plans, request.computed_share(plans))
+        if shadow is not None:
+            results, comparison = shadow
+            report = replace(report, shadow_kl=comparison.kl)
+            self.engine.guards.record(request.model_fingerprint, comparison)
+        self.engine.report(report)
         return deliver(self._writes, request.args, results, self._num_results)
+
+    def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
+        """The exact results of a warm request that is due, and how far ``reused`` ones are from their logits.
+
+        What it computes is stored like a cold run's, so donors refine. Reuse of known prefixes alone needs no
+        check.
+        """
+        if self._logits is None or all(sample.reuse_is_exact for sample in request.samples):
+            return None
+        if not self.engine.guards.is_due(request.model_fingerprint):
+            return None
+        with request.clock.measure("shadow"):
+            full = replace(request.without_donors(), clock=Clock())
+            plans = self._plans(full)
+            if plans is None or not self._cold.ready():
+                return None
+            positions = self._tail_rows.positions(request.num_tokens)
+            exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, {}))
+            if exact is None:
+                return None
+            num_rows = exact[self._logits][..., 0].numel() // len(request.samples)
+            rows, last = compared_rows(request, positions, num_rows)
+            comparison = compare(exact[self._logits], reused[self._logits], rows, last)
+            self._admit(full, self._cold.recorded, exact, plans)
+        return exact, comparison
 
     def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
         """A plan per sample, or None where none can be made (raised in strict mode).
@@ -180,3 +216,14 @@ class DecoderRunner:
     def _bypass(self, args: Sequence[Any], reason: str, num_tokens: int = 0) -> Sequence[Any]:
         self.engine.report(Report("bypass", reason, num_tokens))
         return self._unmodified(*args)
+
+
+def _logits_to_shadow(captured: Captured, facts: DecoderFacts, engine: Engine) -> int | None:
+    """The result that shadow runs compare; None without the option, or where there is none."""
+    if not engine.options.shadow:
+        return None
+    try:
+        return find_logits(captured, facts)
+    except UnsupportedGraphError as refusal:
+        engine.refuse_shadow(refusal)
+        return None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime import refine
 from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
@@ -109,8 +110,12 @@ def admit(
     forms: Mapping[str, RowForm],
     plan: Plan,
     sample: int = 0,
+    max_contexts: int = 1,
 ) -> bool:
-    """Store the rows of one piece, all of which were computed; False where the store refused them."""
+    """Store the rows of one piece, all of which were computed exactly; False where the store refused them.
+
+    Donors of media refine: up to ``max_contexts`` contexts go into their mean.
+    """
     places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
     rows = {}
     for slot, form in forms.items():
@@ -120,9 +125,9 @@ def admit(
             places[id(active)] = int(torch.searchsorted(active, piece.start))
         own = form.of_sample(recorded[slot], sample)
         rows[slot] = own.narrow(form.dim, places[id(active)], piece.length)
-    return store.put(
-        piece.key, Entry(rows, {"kind": "donor", "length": piece.length, "before": piece.before})
-    )
+    if piece.span is not None:
+        return refine.admit_item(store, piece.key, rows, piece.length, piece.before, max_contexts)
+    return store.put(piece.key, refine.exact_donor(rows, piece.length, piece.before))
 
 
 def known_prefix(
@@ -139,6 +144,7 @@ def known_prefix(
     for piece in pieces:
         entry = find(piece)
         # The rows of a media item may have been computed behind something else: good to reuse, but not exact.
+        # A refined donor has no `before` at all.
         if entry is None or entry.info.get("before") != piece.before or not fits(entry, forms, piece.length):
             break
         known.append(entry)

@@ -5,7 +5,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.guards import Guards
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.store import open_store
 from vlcache_fx.store.weights import WeightsFingerprint
@@ -72,6 +73,7 @@ class Engine:
                 torch.ops.vlcache.attend.default: decompose_attend,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
+        self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graph_calls = 0
         self.explained: Callable[..., Any] | None = None
@@ -91,7 +93,7 @@ class Engine:
         return None if report is None else report.as_dict()
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: calls per mode, store, compilations, refusals by reason."""
+        """Counts since the start: calls per mode, store, compilations, refusals by reason, shadow runs."""
         with self._lock:
             counts = dict(self._counts)
         store = self.store.stats()
@@ -105,6 +107,7 @@ class Engine:
             "compilations": len(compiled.compilations),
             "compile_seconds": round(compiled.seconds, 3),
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
+            "shadow": self.guards.stats(),
         }
 
     def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
@@ -147,6 +150,22 @@ class Engine:
             yield
         finally:
             self._call.choice = outer
+
+    def set_budget(self, budget: float) -> None:
+        """Use another budget from now on, for all models of this engine; nothing is compiled anew.
+
+        Raises:
+            OptionError: as for the option.
+        """
+        self.options = replace(self.options, budget=budget)
+
+    def resume(self) -> None:
+        """Lift what shadow runs or the gate decided: every model of this engine reuses again.
+
+        Violations are counted anew. Donors are as they were: those of a model that went without reuse are
+        still there, unless they were evicted meanwhile.
+        """
+        self.guards.resume()
 
     def clear(self) -> None:
         """Drop every donor and encoder output."""
@@ -213,6 +232,16 @@ class Engine:
         if not known or self.options.strict:
             self.refuse(refusal)
 
+    def refuse_shadow(self, refusal: UnsupportedGraphError) -> None:
+        """Shadow runs of a graph that is served otherwise; logged once per engine, raised in strict mode."""
+        if self.options.strict:
+            raise refusal
+        with self._lock:
+            known = any(other.reason == refusal.reason for other in self.refusals)
+            self.refusals.append(refusal)
+        if not known:
+            log.warning("no shadow runs: %s", refusal)
+
     @contextmanager
     def tolerating_store_errors(self) -> Iterator[None]:
         """A store that fails in the body costs reuse, never the request; raised in strict mode."""
@@ -224,18 +253,18 @@ class Engine:
             self.count("store_failures")
             log.warning("store failed, computing instead: %s", error)
 
-    def profile_for(self, model_fingerprint: str | None, dtype: str) -> Profile | None:
+    def profile_for(self, model_fingerprint: str, dtype: str) -> Profile | None:
         """The profile where it is this model's; otherwise policies do without one, and the log says so once.
 
         Args:
-            model_fingerprint: of the decoder's weights now, None where no span asked for it.
+            model_fingerprint: of the decoder's weights now; empty where no span asked for it.
             dtype: of the keys and values.
 
         Raises:
             PolicyError: with ``strict``, a profile of another model, dtype or version.
         """
         profile = self.choice().profile
-        if profile is None or model_fingerprint is None:
+        if profile is None or not model_fingerprint:
             return None
         misfit = profile.misfits(model_fingerprint, dtype)
         if misfit is None:

@@ -10,10 +10,10 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.plan.types import Plan, Span
-from vlcache_fx.runtime import donors
+from vlcache_fx.runtime import donors, refine
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key
+from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key, of_sample
 from vlcache_fx.runtime.prefix import Piece, PrefixReader
 from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.store.entry import Entry
@@ -72,7 +72,7 @@ class DonorLookup:
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
         spans: list[Span] = []
-        root, fingerprint = "", None
+        root = fingerprint = ""
         if long:  # with text alone there is nothing to look the weights over for
             fingerprint = self._engine.weights_fingerprint([args[index] for index in self._weights])
             weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
@@ -105,11 +105,13 @@ class DonorLookup:
             entry = self._get(span.key)
             if entry is not None and donors.fits(entry, self.forms, span.length):
                 found[span.start] = entry
-                looked.append(replace(span, hit=True, tier=self._engine.store.tier))
+                contexts = len(refine.contexts_of(entry))
+                looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
             else:
                 looked.append(span)
         prefix, entries = self._known_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
+        looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
         return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
 
     def _get(self, key: str) -> Entry | None:
@@ -125,7 +127,10 @@ class DonorLookup:
             return 0, []
 
         def find(piece: Piece) -> Entry | None:
-            return self._get(piece.key) if piece.span is None else found.get(piece.start)
+            entry = self._get(piece.key) if piece.span is None else found.get(piece.start)
+            if piece.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
+                return self._get(refine.exact_key(piece.key))
+            return entry
 
         length, entries = donors.known_prefix(self._pieces(request, sample), find, self.forms)
         reuses = any(start < length for start in found)
@@ -136,11 +141,13 @@ class DonorLookup:
         return request.is_causal and request.is_whole and len(request.samples) == 1
 
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
-        if len(request.samples) > 1:
-            return [Piece(span.start, span.length, span.key, "", span) for span in sample.spans]
-        return self._prefixes.pieces(
-            request.args, sample.runs, sample.spans, request.num_tokens, request.root
-        )
+        num_samples, num_tokens = len(request.samples), request.num_tokens
+        args = [of_sample(value, sample.index, num_samples, num_tokens) for value in request.args]
+        pieces = self._prefixes.pieces(args, sample.runs, sample.spans, num_tokens, request.root)
+        if num_samples == 1:
+            return pieces
+        # Behind padding, an item's context is another one than behind the same text alone.
+        return [replace(p, before=content_digest(["batch", p.before])) for p in pieces if p.span is not None]
 
     def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
         """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
@@ -163,7 +170,8 @@ class DonorLookup:
                 with self._engine.tolerating_store_errors():
                     if piece.start >= sample.prefix and self._is_wanted(piece, request):
                         store, index = self._engine.store, sample.index
-                        stored = donors.admit(store, piece, recorded, self.forms, plan, index)
+                        most = self._engine.options.donor_contexts
+                        stored = donors.admit(store, piece, recorded, self.forms, plan, index, most)
                         if not stored and piece.span is not None:
                             self._engine.note_unstorable(piece.key)
 

@@ -8,7 +8,11 @@ Mode = Literal["cold", "warm", "bypass"]
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: token positions in its sample, the key of its item, whether a donor was found, and where."""
+    """One span: token positions in its sample, the key of its item, whether a donor was found, and where.
+
+    ``donor_contexts`` is the number of contexts that the donor is the mean of: 1 for one that is exact
+    somewhere, 0 for a miss.
+    """
 
     start: int
     length: int
@@ -16,6 +20,7 @@ class SpanReport:
     hit: bool
     donor_tier: str | None = None
     sample: int = 0
+    donor_contexts: int = 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,10 @@ class Report:
         encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.
         timings_ms: milliseconds per step of the call.
         explanations: repairs that the plan made.
-        model_fingerprint: of the decoder's weights, to which a profile is bound; None without spans.
+        model_fingerprint: of the decoder's weights, by which an engine tells models apart and to which a
+            profile is bound; empty where no span was found.
+        shadow_kl: of a warm call that was computed in full as well: mean KL divergence, in nats, of the
+            logits with reuse from the exact ones, which were returned. None for every other call.
     """
 
     mode: Mode
@@ -47,7 +55,8 @@ class Report:
     encoder_hit: bool | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
     explanations: tuple[str, ...] = ()
-    model_fingerprint: str | None = None
+    model_fingerprint: str = ""
+    shadow_kl: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""

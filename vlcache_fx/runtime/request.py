@@ -41,7 +41,7 @@ class Sample:
 
     def without_donors(self) -> "Sample":
         """The same, to be computed in full."""
-        spans = tuple(replace(span, hit=False, tier=None) for span in self.spans)
+        spans = tuple(replace(span, hit=False, tier=None, contexts=0) for span in self.spans)
         return replace(self, spans=spans, prefix=0, donors=())
 
 
@@ -59,7 +59,7 @@ class Request:
         is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
-        model_fingerprint: of the decoder's weights; None without spans, where nobody asks for it.
+        model_fingerprint: of the decoder's weights; empty without spans.
     """
 
     args: Sequence[Any]
@@ -70,7 +70,7 @@ class Request:
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
     is_whole: bool = True
-    model_fingerprint: str | None = None
+    model_fingerprint: str = ""
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -92,7 +92,9 @@ class Request:
             mode=mode,
             reason=reason,
             num_tokens=self.num_tokens,
-            spans=tuple(SpanReport(s.start, s.length, s.key, s.hit, s.tier, s.sample) for s in self.spans),
+            spans=tuple(
+                SpanReport(s.start, s.length, s.key, s.hit, s.tier, s.sample, s.contexts) for s in self.spans
+            ),
             rows_per_layer=together(plans).rows_per_layer,
             prefix_tokens=max(sample.prefix for sample in self.samples),
             token_layer_fraction=fraction,

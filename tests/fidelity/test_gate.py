@@ -1,0 +1,112 @@
+"""The gate sets the smallest budget that passes, or ends reuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlcache_fx
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity.gate import check
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from ..runtime.helpers import Pair, own_compiler_state, with_api
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+def prompt(image: int, seed: int) -> dict[str, Tensor]:
+    return tiny_vlm_inputs(3 + seed, 6, [(24, image)], text_seed=seed)
+
+
+TRAFFIC = [prompt(image, seed) for seed in range(4) for image in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def compiled(_compiler: None) -> Pair:
+    return with_api(tiny_vlm(num_layers=2), policy="uniform", budget=0.3, shadow=1.0)
+
+
+@pytest.fixture
+def vlm(compiled: Pair) -> Iterator[Pair]:
+    compiled.engine.clear()
+    compiled.engine.resume()
+    compiled.engine.set_budget(0.3)
+    return compiled
+
+
+def test_the_smallest_budget_that_passes_is_set(vlm: Pair) -> None:
+    runs = vlm.engine.stats()["shadow"]["runs"]
+    report = check(vlm.model, iter(TRAFFIC), max_kl=1e-9, budgets=(1.0, 0.0, 0.1))
+    assert (report.passed, report.budget) == (True, 1.0)
+    assert [trial.budget for trial in report.trials] == [0.0, 0.1, 1.0]
+    assert [trial.passed for trial in report.trials] == [False, False, True]
+    assert [trial.num_warm for trial in report.trials] == [6, 6, 6]
+    none, some, everything = report.trials
+    assert none.max_kl >= none.mean_kl > 1e-9
+    assert everything.agreement == 1.0
+    assert everything.mean_kl < 1e-9
+    assert (none.token_layer_fraction, everything.token_layer_fraction) == (0.0, 1.0)
+    assert some.token_layer_fraction == pytest.approx(0.1, abs=0.03)
+    assert json.loads(json.dumps(report.as_dict()))["trials"][1]["budget"] == 0.1
+    assert vlm.engine.options.budget == 1.0
+    assert vlm.engine.stats()["shadow"]["runs"] == runs  # shadow runs would have hidden what reuse does
+    # The donors of the replay are kept.
+    assert vlm.run(**prompt(0, 9))[1]["mode"] == "warm"
+
+
+def test_a_model_that_does_not_pass_goes_without_reuse(vlm: Pair) -> None:
+    report = vlcache_fx.gate(vlm.model, TRAFFIC, max_kl=1e-9, budgets=(0.0, 0.1))
+    assert (report.passed, report.budget) == (False, None)
+    assert vlm.engine.options.budget == 0.3
+    assert len(vlm.engine.store) == 0
+    off, called = vlm.run(**prompt(0, 9))
+    assert (called["mode"], off) == ("bypass", 0.0)
+    assert "the gate passed none of the budgets 0, 0.1" in called["reason"]
+    # A later gate may find otherwise, and lifts it then.
+    assert check(vlm.model, TRAFFIC, min_agreement=0.0, budgets=(0.1,)).passed
+    assert vlm.run(**prompt(0, 9))[1]["mode"] == "warm"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "none of the 0 prompts .*there were none"),
+        ([prompt(0, 0), prompt(1, 1)], "none of the 2 prompts .*2 cold .*at least twice"),
+        ([prompt(0, 0)] * 2, r"1 warm\)"),  # the same beginning: exact anyway
+    ],
+)
+def test_traffic_without_reuse_says_nothing(vlm: Pair, prompts: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        check(vlm.model, prompts)
+    assert vlm.engine.options.budget == 0.3
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"min_agreement": 1.1}, {"max_kl": -1.0}, {"budgets": ()}, {"budgets": (0.1, 2)}],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_bad_arguments_are_named(vlm: Pair, bad: dict[str, Any]) -> None:
+    (name,) = bad
+    with pytest.raises(OptionError, match=name):
+        check(vlm.model, TRAFFIC, **bad)
+
+
+def test_other_models_have_no_gate() -> None:
+    with pytest.raises(OptionError, match="TinyVlm has no engine"):
+        check(tiny_vlm(), TRAFFIC)
+
+
+def test_a_model_must_return_logits(vlm: Pair) -> None:
+    with pytest.raises(OptionError, match=r"\[batch, tokens, vocabulary\], not \(1, 7\)"):
+        check(lambda **_: torch.zeros(1, 7), TRAFFIC, engine=vlm.engine)
