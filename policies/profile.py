@@ -94,8 +94,9 @@ def _is_list(value: object) -> bool:
 
 
 def _is_amount(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value >= 0
 
 
 def _checked_curve(curve: Any) -> tuple[tuple[float, float], ...]:

@@ -22,7 +22,8 @@ ORDER = [
     ["integrations"],
     ["api", "export", "exported"],
     ["testing"],
-    ["bench", "fidelity"],
+    ["bench"],
+    ["fidelity"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -52,7 +52,11 @@ class UpTo(Policy):
     depth: int | None = None
 
     def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
+        self,
+        span_length: int,
+        num_layers: int,
+        profile: Profile | None,  # noqa: ARG002
+        budget: float,  # noqa: ARG002
     ) -> Sequence[Tensor]:
         """See ``Policy.select``; neither profile nor budget plays a part."""
         rows = torch.arange(math.ceil(self.share * span_length))
@@ -87,7 +91,7 @@ def calibrate(
     *,
     batch: int = 16,
     depth_share: float = 0.05,
-    after_batch: Callable[[int], None] = lambda prompts: None,
+    after_batch: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Measure the profile of ``subject`` on ``cases``; every third is kept for the check.
 

@@ -26,6 +26,7 @@ def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subj
     Raises:
         OptionError: there is no such name or folder, or its model cannot be loaded.
     """
+    check_name(model)
     if model in NAMED:
         source = import_module(NAMED[model])
         loaded, processor = source.load_model(), source.load_processor()
@@ -34,9 +35,13 @@ def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subj
     return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
 
 
-def _from_folder(model: str) -> tuple[Any, Any]:
-    if not Path(model).is_dir():
+def check_name(model: str) -> None:
+    """Raises OptionError where there is no model of this name, and no such folder."""
+    if model not in NAMED and not Path(model).is_dir():
         raise OptionError(f"no model {model!r}: give one of {', '.join(NAMED)}, or a folder of transformers")
+
+
+def _from_folder(model: str) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     load: Callable[..., Any] = AutoProcessor.from_pretrained
@@ -53,8 +58,9 @@ def load_cases(
     """Cases from a file, or ``count`` of each family of the model's own questions.
 
     Raises:
-        OptionError: the model has no questions and no file is given, or a family is unknown.
+        OptionError: there is no such model, it has no questions and no file is given, or a family is unknown.
     """
+    check_name(model)
     if data is not None:
         return read_cases(data)
     if model not in NAMED:

@@ -81,7 +81,7 @@ def run(
     compared: Sequence[Setting],
     *,
     batch: int = 16,
-    after_batch: Callable[[int], None] = lambda prompts: None,
+    after_batch: Callable[[int], None] | None = None,
 ) -> list[Score]:
     """Ask every case with every setting; one score per setting and family, and one over all.
 
@@ -112,7 +112,8 @@ def run(
                 place.comparisons += comparisons
                 place.exact += truth
                 place.recomputed += [share] * len(own)
-        after_batch(len(own))
+        if after_batch is not None:
+            after_batch(len(own))
     return [_score(compared[index], family, place) for (index, family), place in sorted(found.items())]
 
 
