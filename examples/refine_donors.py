@@ -28,12 +28,17 @@ COMPARED = 3
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One number of contexts: prompts compared, mean and median KL (nats), share of equal next words."""
+    """One number of contexts: prompts compared, their KL (nats), share of equal next words.
+
+    Few prompts make most of the mean: look at the other figures before you believe it.
+    """
 
     contexts: int
     prompts: int
     mean_kl: float
     median_kl: float
+    p95_kl: float
+    max_kl: float
     agreement: float
 
 
@@ -108,12 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             ]
             for count in CONTEXTS:
                 found[count] += experiment.compare(asked[:count], compared)
-    print(f"budget {options.budget:g}; contexts | prompts | mean KL | median KL | same next word")
+    print(f"budget {options.budget:g}; contexts | prompts | KL: mean | median | p95 | max | same next word")
     rows = []
     for count, results in found.items():
         kl, same = np.array([one for one, _ in results]), [one for _, one in results]
-        rows.append(Row(count, len(kl), float(kl.mean()), float(np.median(kl)), sum(same) / len(same)))
-        print(f"{count} | {len(kl)} | {kl.mean():.2e} | {np.median(kl):.2e} | {sum(same) / len(same):.1%}")
+        spread = (kl.mean(), np.median(kl), np.quantile(kl, 0.95), kl.max())
+        rows.append(Row(count, len(kl), *map(float, spread), sum(same) / len(same)))
+        figures = " | ".join(f"{value:.2e}" for value in spread)
+        print(f"{count} | {len(kl)} | {figures} | {rows[-1].agreement:.1%}")
     return rows
 
 

@@ -19,4 +19,4 @@ def test_donors_of_more_contexts_are_compared(capsys: pytest.CaptureFixture[str]
     assert [(row.contexts, row.prompts) for row in rows] == [(1, 3), (2, 3), (4, 3)]
     assert all(0 < row.mean_kl < 0.1 for row in rows)
     assert len({row.mean_kl for row in rows}) == 3  # other donors, other logits
-    assert capsys.readouterr().out.count(" | ") == 4 * 4
+    assert capsys.readouterr().out.count(" | ") == 4 * 6
