@@ -8,6 +8,7 @@ from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import MeasurementError
 from vlcache_fx.bench.systems import Systems, Variant, outlives_process
 from vlcache_fx.errors import OptionError, PolicyError
+from vlcache_fx.policies.uniform import Uniform
 
 TWO = (Variant("first_k", 0.25), Variant("uniform", 0.5))
 
@@ -24,7 +25,7 @@ def test_one_compiled_model_serves_all_variants(model: Any) -> None:
     assert systems.engine.options.budget == 0.25
     systems.prepare_warm(TWO[1])
     assert systems.engine.options.budget == 0.5
-    assert type(systems.engine.policy).__name__ == "Uniform"
+    assert systems.engine.choices.now.policy == Uniform()
     assert systems.engine.store is first  # one store per URL
     systems.prepare_cold()
     assert systems.engine.store is not first

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import vlcache_fx
 from vlcache_fx.backend import engine_for
-from vlcache_fx.policies import get_policy
 from vlcache_fx.runtime.engine import Engine
 
 _serial = itertools.count()
@@ -97,13 +96,12 @@ def cache_distance(got: Any, expected: Any) -> float:
 @contextmanager
 def settings_of(engine: Engine, **changes: Any) -> Iterator[None]:
     """Other options for a while: a graph need not be compiled again for another policy or budget."""
-    options, policy = engine.options, engine.policy
-    engine.options = replace(options, **changes)
-    engine.policy = get_policy(engine.options.policy)
+    options = engine.options
+    engine.set_options(replace(options, **changes))
     try:
         yield
     finally:
-        engine.options, engine.policy = options, policy
+        engine.set_options(options)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from vlcache_fx.bench.device import synchronizer
 from vlcache_fx.bench.model import share_weights
 from vlcache_fx.bench.rounds import MeasurementError
 from vlcache_fx.options import Options
-from vlcache_fx.policies import get_policy
 from vlcache_fx.store import Store, open_store
 
 GIB = 1024**3
@@ -63,7 +62,6 @@ class Systems:
         torch._dynamo.reset()
         self.variants = tuple(variants)
         self._options = {variant: _options(variant, lowering, capacity_bytes) for variant in variants}
-        self._policies = {variant: get_policy(variant.policy) for variant in variants}
         self.plain = model
         self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
         own = dataclasses.replace(self._options[self.variants[0]], store="memory://")
@@ -85,7 +83,8 @@ class Systems:
 
     def prepare_cold(self) -> None:
         """The next run finds an empty store of its own."""
-        self.engine.store, self.engine.options = self._cold_store, self._cold_options
+        self.engine.store = self._cold_store
+        self.engine.set_options(self._cold_options)
         self.engine.clear()
 
     def prepare_warm(self, variant: Variant) -> None:
@@ -98,7 +97,7 @@ class Systems:
             self._stores[variant.store].close()
             self._stores[variant.store] = open_store(variant.store, self._cold_options.capacity_bytes)
         self.engine.store = self._stores[variant.store]
-        self.engine.policy, self.engine.options = self._policies[variant], self._options[variant]
+        self.engine.set_options(self._options[variant])
 
     def forget_donors(self) -> None:
         """Empty the stores of this process; donors elsewhere stay for the next one."""

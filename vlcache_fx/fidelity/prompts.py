@@ -53,7 +53,7 @@ def read_cases(path: Path, family: str = "data") -> list[Case]:
     Raises:
         OptionError: the file cannot be read, a line is malformed, or no images come twice.
     """
-    from PIL import Image
+    from PIL import UnidentifiedImageError
 
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -68,7 +68,7 @@ def read_cases(path: Path, family: str = "data") -> list[Case]:
         known = first.get(names)
         try:
             images = known.images if known else tuple(_opened(path.parent / name) for name in names)
-        except (OSError, Image.UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError) as error:
             raise OptionError(f"{path}:{number}: cannot read an image: {error}") from error
         prompt = Prompt(data["prompt"], images, data["answer"])
         if known is None:

@@ -146,7 +146,7 @@ class EncoderCache:
         """One key per item; None where an argument cannot be part of a key."""
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
-        weights = self._engine.weights_fingerprint([*self._module.parameters(), *self._module.buffers()])
+        weights = self._engine.fingerprints.of([*self._module.parameters(), *self._module.buffers()])
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         start = ["features", self._engine.options.salt, weights, self._pixels_name]
         try:

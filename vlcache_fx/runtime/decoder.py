@@ -125,7 +125,7 @@ class DecoderRunner:
         with request.clock.measure("bind"):
             tables = donors.tables(request.donors, self._donors.forms, self._device)
             positions = self._tail_rows.positions(request.num_tokens)
-        policy = self.engine.choice().policy
+        policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._donors.forms, positions)
@@ -182,13 +182,15 @@ class DecoderRunner:
         Without a ``chooser`` the policy is asked, or for the rows of its probe.
         """
         strict = self.engine.options.strict
-        choice = self.engine.choice()
+        choice = self.engine.choices.now
         chooser = chooser or first_chooser(choice.policy, self._donors.forms)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
-                profile = self.engine.profile_for(request.model_fingerprint, self._donors.dtype)
+                profile = self.engine.choices.profile_for(
+                    request.model_fingerprint, self._donors.dtype, strict=strict
+                )
                 for sample in request.samples:
                     plans.append(
                         build_plan(

@@ -48,7 +48,7 @@ class EncoderRunner:
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[str]:
-        weights = self._engine.weights_fingerprint([args[index] for index in self._weights])
+        weights = self._engine.fingerprints.of([args[index] for index in self._weights])
         content: list[Part] = [args[index] for index in self._inputs]
         inputs = content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
         return [content_digest([inputs, computation]) for computation in self._computations]

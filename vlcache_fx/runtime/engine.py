@@ -2,14 +2,13 @@
 
 import logging
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlcache_fx.errors import OptionError, PlanError, PolicyError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
@@ -25,24 +24,13 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.choice import Choice, Choices
 from vlcache_fx.runtime.guards import Guards
+from vlcache_fx.runtime.remembered import Fingerprints, RecentKeys
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.store import open_store
-from vlcache_fx.store.weights import WeightsFingerprint
 
 log = logging.getLogger("vlcache_fx")
-
-KEYS_REMEMBERED = 4096
-WEIGHT_SETS_REMEMBERED = 16
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What calls are planned with."""
-
-    policy: Policy
-    budget: float
-    profile: Profile | None
 
 
 class Engine:
@@ -51,14 +39,20 @@ class Engine:
     Args:
         options: checked options.
 
+    Attributes:
+        choices: policy, budget and profile of the next call.
+        guards: which models go without reuse.
+        fingerprints: of weights.
+        missed: keys of items that were looked up in vain.
+        unstorable: keys of donors that the store refused, as too large: recording them again would not help.
+
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
     """
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.policy = get_policy(self.options.policy)
-        self.profile = None if self.options.profile is None else Profile.load(self.options.profile)
+        self.choices = Choices(_choice(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
         self.compile_cache = CompileCache()
         self.lowering: Lowering
@@ -80,11 +74,9 @@ class Engine:
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._fingerprints: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
-        self._missed: OrderedDict[str, None] = OrderedDict()
-        self._unstorable: OrderedDict[str, None] = OrderedDict()
+        self.fingerprints = Fingerprints()
+        self.missed, self.unstorable = RecentKeys(), RecentKeys()
         self._call = threading.local()
-        self._misfit: str | None = None
 
     @property
     def last_report(self) -> dict[str, Any] | None:
@@ -137,19 +129,16 @@ class Engine:
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
-        before = self.choice()
-        outer = getattr(self._call, "choice", None)
+        before = self.choices.now
         given = {"policy": policy, "budget": budget}
         options = Options.parse({name: value for name, value in given.items() if value is not None})
-        self._call.choice = Choice(
+        choice = Choice(
             before.policy if policy is None else get_policy(options.policy),
             before.budget if budget is None else options.budget,
             before.profile if profile is None else profile,
         )
-        try:
+        with self.choices.using(choice):
             yield
-        finally:
-            self._call.choice = outer
 
     def set_budget(self, budget: float) -> None:
         """Use another budget from now on, for all models of this engine; nothing is compiled anew.
@@ -157,7 +146,7 @@ class Engine:
         Raises:
             OptionError: as for the option.
         """
-        self.options = replace(self.options, budget=budget)
+        self.set_options(replace(self.options, budget=budget))
 
     def resume(self) -> None:
         """Lift what shadow runs or the gate decided: every model of this engine reuses again.
@@ -170,20 +159,18 @@ class Engine:
     def clear(self) -> None:
         """Drop every donor and encoder output."""
         self.store.clear()
-        with self._lock:
-            self._missed.clear()
-            self._unstorable.clear()
+        self.missed.clear()
+        self.unstorable.clear()
 
     def close(self) -> None:
         """Release the store; the compiled model goes on without reuse."""
         self.store.close()
 
-    # The methods below are for the runtime.
+    # The methods below are for the runtime, and for measurements.
 
-    def choice(self) -> Choice:
-        """What this thread's next call is planned with."""
-        chosen: Choice | None = getattr(self._call, "choice", None)
-        return chosen or Choice(self.policy, self.options.budget, self.profile)
+    def set_options(self, options: Options) -> None:
+        """Other options from now on; store and lowering stay what they are."""
+        self.options, self.choices.default = options, _choice(options)
 
     def report(self, report: Report) -> None:
         """Keep the report of a call and count it."""
@@ -253,64 +240,12 @@ class Engine:
             self.count("store_failures")
             log.warning("store failed, computing instead: %s", error)
 
-    def profile_for(self, model_fingerprint: str, dtype: str) -> Profile | None:
-        """The profile where it is this model's; otherwise policies do without one, and the log says so once.
-
-        Args:
-            model_fingerprint: of the decoder's weights now; empty where no span asked for it.
-            dtype: of the keys and values.
-
-        Raises:
-            PolicyError: with ``strict``, a profile of another model, dtype or version.
-        """
-        profile = self.choice().profile
-        if profile is None or not model_fingerprint:
-            return None
-        misfit = profile.misfits(model_fingerprint, dtype)
-        if misfit is None:
-            return profile
-        if self.options.strict:
-            raise PolicyError(misfit)
-        if misfit != self._misfit:
-            self._misfit = misfit
-            log.warning("goes on without a profile: %s", misfit)
-        return None
-
     def plan_failed(self, error: PlanError | PolicyError) -> None:
         """A policy whose rows cannot be executed costs reuse, never the request."""
         self.count("plan_failures")
         log.warning("no plan, computing instead: %s", error)
 
-    def weights_fingerprint(self, tensors: Sequence[Tensor]) -> str:
-        """Fingerprint of these weights now; shared by all graphs that use the same tensors."""
-        key = tuple(id(tensor) for tensor in tensors)
-        with self._lock:
-            known = self._fingerprints.get(key)
-            if known is None:
-                known = self._fingerprints[key] = WeightsFingerprint(tensors)
-                while len(self._fingerprints) > WEIGHT_SETS_REMEMBERED:
-                    self._fingerprints.popitem(last=False)
-            return known.current(tensors)
 
-    def note_unstorable(self, key: str) -> None:
-        """Remember that the store refused this donor (as too large): recording it again would not help."""
-        with self._lock:
-            _remember(self._unstorable, key)
-
-    def is_unstorable(self, key: str) -> bool:
-        """True where the store has refused the donor of this key."""
-        return key in self._unstorable
-
-    def missed_before(self, key: str) -> bool:
-        """Remember a miss; True where the same item has missed already."""
-        with self._lock:
-            before = key in self._missed
-            _remember(self._missed, key)
-            return before
-
-
-def _remember(keys: OrderedDict[str, None], key: str) -> None:
-    keys[key] = None
-    keys.move_to_end(key)
-    while len(keys) > KEYS_REMEMBERED:
-        keys.popitem(last=False)
+def _choice(options: Options) -> Choice:
+    profile = None if options.profile is None else Profile.load(options.profile)
+    return Choice(get_policy(options.policy), options.budget, profile)

@@ -74,7 +74,7 @@ class DonorLookup:
         spans: list[Span] = []
         root = fingerprint = ""
         if long:  # with text alone there is nothing to look the weights over for
-            fingerprint = self._engine.weights_fingerprint([args[index] for index in self._weights])
+            fingerprint = self._engine.fingerprints.of([args[index] for index in self._weights])
             weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
             for run in long:
                 positions = self.identifier.positions(args, run, num_samples, num_tokens)
@@ -122,7 +122,7 @@ class DonorLookup:
     def _known_prefix(
         self, request: Request, sample: Sample, found: Mapping[int, Entry]
     ) -> tuple[int, list[Entry]]:
-        policy = self._engine.choice().policy
+        policy = self._engine.choices.now.policy
         if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 
@@ -155,8 +155,8 @@ class DonorLookup:
         In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
         are never stored.
         """
-        missed = [span.key for span in spans if not span.hit and not self._engine.is_unstorable(span.key)]
-        repeated = [self._engine.missed_before(key) for key in missed]
+        missed = [span.key for span in spans if not span.hit and span.key not in self._engine.unstorable]
+        repeated = [self._engine.missed.add(key) for key in missed]
         return any(repeated)
 
     def admit(self, request: Request, recorded: Mapping[str, Tensor], plans: Sequence[Plan]) -> None:
@@ -173,7 +173,7 @@ class DonorLookup:
                         most = self._engine.options.donor_contexts
                         stored = donors.admit(store, piece, recorded, self.forms, plan, index, most)
                         if not stored and piece.span is not None:
-                            self._engine.note_unstorable(piece.key)
+                            self._engine.unstorable.add(piece.key)
 
     def _is_wanted(self, piece: Piece, request: Request) -> bool:
         """True for media, whose donor may be of another prefix, and for text that is not stored yet."""
