@@ -135,7 +135,9 @@ def fidelity(
     positions: Annotated[int, _POSITIONS] = 1,
     seed: Annotated[int, typer.Option(help="of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
-    output_dir: Annotated[Path, typer.Option(help="for fidelity.json and .png")] = Path("fidelity-output"),
+    output_dir: Annotated[Path, typer.Option(help="for fidelity.json, .md and .png")] = Path(
+        "fidelity-output"
+    ),
 ) -> None:
     """Accuracy, agreement and divergence of policies and budgets, against the unmodified model."""
     try:

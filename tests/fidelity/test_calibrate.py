@@ -5,14 +5,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity.calibrate import SHARES, UpTo, calibrate, falling, sensitivities
-from vlcache_fx.fidelity.questions import make_cases
-from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.fidelity.calibrate import SHARES, UpTo, falling, sensitivities
 from vlcache_fx.policies import Profile
 from vlcache_fx.policies.layer_aware import LayerAware
 from vlcache_fx.policies.uniform import Uniform
-from vlcache_fx.testing import reference_vlm
 
 TRUE_SENSITIVITIES = (0.3, 0.25, 0.2, 0.1, 0.05, 0.05, 0.03, 0.02)
 SPAN = 400
@@ -49,27 +45,3 @@ def test_noise_makes_no_negative_sensitivity() -> None:
     shares, errors = zip(*falling([(0.0, 1.0), (0.5, 0.2), (0.7, 0.4), (1.0, 0.0)]), strict=True)
     assert shares == (0.0, 0.5, 0.7, 1.0)
     assert errors == pytest.approx((1.0, 0.3, 0.3, 0.0))
-
-
-def test_the_reference_model_is_calibrated(subject: Subject) -> None:
-    cases = make_cases(reference_vlm, "system_prompt", 6, split="train")
-    found = calibrate(subject, cases, batch=4)
-    profile = found.profile
-    assert len(profile.sensitivities) == 6
-    assert profile.misfits(profile.model_fingerprint, "float32") is None
-    assert [share for share, _ in profile.error_curve] == [0.0, *SHARES, 1.0]
-    errors = [error for _, error in profile.error_curve]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0
-    assert found.by_depth[0][0] == 0
-    assert found.by_depth[-1][0] == 6
-    assert found.prompts == (4, 2)
-    assert found.is_flat == (len(set(profile.sensitivities)) == 1)
-
-
-def test_bad_arguments(subject: Subject) -> None:
-    cases = make_cases(reference_vlm, "single_hop", 3)
-    with pytest.raises(OptionError, match="at least 3 cases, not 2"):
-        calibrate(subject, cases[:2])
-    with pytest.raises(OptionError, match="depth_share must be between 0 and 1, not 2"):
-        calibrate(subject, cases, depth_share=2)

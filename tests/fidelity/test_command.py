@@ -1,33 +1,11 @@
 """``vlcache fidelity`` and ``vlcache calibrate``, as people call them."""
 
-import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from vlcache_fx.cli import app
-from vlcache_fx.policies import Profile
-
-
-def test_calibrated_then_compared(tmp_path: Path) -> None:
-    profile, output = tmp_path / "new" / "profile.json", tmp_path / "out"
-    arguments = ["--family", "single_hop", "--count", "3"]
-    made = CliRunner().invoke(app, ["calibrate", "reference", *arguments, "--output", str(profile)])
-    assert made.exit_code == 0, made.output
-    assert len(Profile.load(profile).sensitivities) == 6
-    assert str(profile) in made.output.replace("\n", "")
-    chosen = ["--policy", "layer_aware", "--budget", "0.02", "--profile", str(profile)]
-    compared = CliRunner().invoke(
-        app, ["fidelity", "reference", *arguments, *chosen, "--output-dir", str(output)]
-    )
-    assert compared.exit_code == 0, compared.output
-    assert "layer_aware" in compared.output
-    record = json.loads((output / "fidelity.json").read_text())
-    assert {(one["policy"], one["family"], one["prompts"]) for one in record["scores"]} == {
-        ("layer_aware", "single_hop", 3), ("layer_aware", "all", 3)
-    }  # fmt: skip
-    assert (output / "fidelity.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def fidelity(
     output_dir: Path,
     options: Mapping[str, Any],
 ) -> list[Score]:
-    """Compare policies and budgets; print tables, write ``fidelity.json`` and ``fidelity.png``.
+    """Compare policies and budgets; print tables, write ``fidelity.json``, ``.md`` and ``.png``.
 
     Raises:
         VlcacheError: see ``run``; and for what the arguments name.
@@ -67,8 +67,9 @@ def fidelity(
     output_dir.mkdir(parents=True, exist_ok=True)
     record = {"model": model, "machine": machine, "seed": seed, "scores": [asdict(score) for score in scores]}
     (output_dir / "fidelity.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (output_dir / "fidelity.md").write_text(table.markdown(scores), encoding="utf-8")
     plot_scores(scores, model, machine, output_dir / "fidelity.png")
-    console.print(f"wrote {output_dir / 'fidelity.json'} and {output_dir / 'fidelity.png'}")
+    console.print(f"wrote fidelity.json, .md and .png to {output_dir}")
     return scores
 
 

@@ -53,13 +53,18 @@ def calibration_table(calibration: Calibration) -> Table:
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """The overall table in Markdown."""
-    overall = [score for score in scores if score.family == ALL]
-    lines = ["| policy | budget | recomputed | right | agreement | KL |", "|---|---|---|---|---|---|"]
-    for score in overall:
-        cells = " | ".join([score.policy, f"{100 * score.budget:g} %", *_cells(score)])
-        lines.append(f"| {cells} |")
-    return "\n".join(lines)
+    """All scores in Markdown: over all families, then family by family."""
+    ordered = [score for score in scores if score.family == ALL]
+    ordered += sorted((score for score in scores if score.family != ALL), key=lambda score: score.family)
+    lines = [
+        "| family | prompts | policy | budget | recomputed | unmodified right | right | agreement | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for score in ordered:
+        cells = (score.family, f"{score.prompts:,}", score.policy, f"{100 * score.budget:g} %")
+        share, *measured = _cells(score)
+        lines.append(f"| {' | '.join([*cells, share, _percent(score.exact_accuracy), *measured])} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:

@@ -1,0 +1,121 @@
+"""The reference model, compared and calibrated: in one file, so that it is compiled once."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import vlcache_fx
+from vlcache_fx.cli import app
+from vlcache_fx.errors import OptionError
+from vlcache_fx.fidelity import command
+from vlcache_fx.fidelity.calibrate import SHARES, calibrate
+from vlcache_fx.fidelity.plot import plot_scores
+from vlcache_fx.fidelity.prompts import Prompt
+from vlcache_fx.fidelity.questions import make_cases
+from vlcache_fx.fidelity.run import ALL, Setting, run, settings
+from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.policies import Profile
+from vlcache_fx.testing import reference_vlm
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    model = vlcache_fx.compile(reference_vlm.load_model(), lowering="eager", dynamic=True, strict=True)
+    return Subject("reference", model, reference_vlm.load_processor(), positions=1)
+
+
+def test_scores_of_the_reference_model(subject: Subject, tmp_path: Path) -> None:
+    cases = [
+        case for family in ("system_prompt", "multi_hop") for case in make_cases(reference_vlm, family, 3)
+    ]
+    done: list[int] = []
+    scores = run(subject, cases, settings(["uniform"], (0.0, 0.1, 1.0)), batch=2, after_batch=done.append)
+    assert done == [2, 1, 2, 1]
+    assert {(one.policy, one.family): one.prompts for one in scores} == {
+        (policy, family): count
+        for policy in ("none", "uniform", "full")
+        for family, count in (("system_prompt", 3), ("multi_hop", 3), (ALL, 6))
+    }
+    by_policy = {one.policy: one for one in scores if one.family == ALL}
+    assert by_policy["none"].kl.mean > 0
+    assert by_policy["none"].recomputed == 0.0
+    # As the unmodified model, token by token; only the shapes of the kernels may differ.
+    assert by_policy["full"].kl.mean < 1e-9
+    assert by_policy["full"].agreement.mean == 1.0
+    assert 0.05 < by_policy["uniform"].recomputed < 0.1 + 1e-9
+    assert by_policy["full"].accuracy == by_policy["full"].exact_accuracy
+    plot_scores(scores, "reference", "a machine", tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 10_000
+
+
+def test_the_unmodified_model_is_the_oracle(subject: Subject) -> None:
+    question = subject.prepare([make_cases(reference_vlm, "single_hop", 1)[0].asked])
+    with torch.no_grad():
+        plain = reference_vlm.load_model()(**question.inputs).logits[:, -2:-1]
+    torch.testing.assert_close(subject.exact(question), plain)
+
+
+def test_an_answer_that_cannot_be_compared(subject: Subject) -> None:
+    prompt = make_cases(reference_vlm, "single_hop", 1)[0].asked
+    with pytest.raises(OptionError, match="has 2 tokens: it must have 1 to 1"):
+        subject.prepare([dataclasses.replace(prompt, answer="yes no")])
+    with pytest.raises(OptionError, match="has 0 tokens"):
+        subject.prepare([Prompt(prompt.text, prompt.images, "")])
+
+
+def test_nothing_to_compare(subject: Subject) -> None:
+    with pytest.raises(OptionError, match="0 cases, 1 settings"):
+        run(subject, [], [Setting("none", 0.0)])
+    with pytest.raises(OptionError, match=r"Linear was not compiled with vlcache_fx\.compile"):
+        Subject("linear", nn.Linear(1, 1), None)
+
+
+def test_the_reference_model_is_calibrated(subject: Subject) -> None:
+    cases = make_cases(reference_vlm, "system_prompt", 6, split="train")
+    found = calibrate(subject, cases, batch=4)
+    profile = found.profile
+    assert len(profile.sensitivities) == 6
+    assert profile.misfits(profile.model_fingerprint, "float32") is None
+    assert [share for share, _ in profile.error_curve] == [0.0, *SHARES, 1.0]
+    errors = [error for _, error in profile.error_curve]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0
+    assert found.by_depth[0][0] == 0
+    assert found.by_depth[-1][0] == 6
+    assert found.prompts == (4, 2)
+    assert found.is_flat == (len(set(profile.sensitivities)) == 1)
+
+
+def test_what_cannot_be_calibrated(subject: Subject) -> None:
+    cases = make_cases(reference_vlm, "single_hop", 3)
+    with pytest.raises(OptionError, match="at least 3 cases, not 2"):
+        calibrate(subject, cases[:2])
+    with pytest.raises(OptionError, match="depth_share must be between 0 and 1, not 2"):
+        calibrate(subject, cases, depth_share=2)
+
+
+def test_calibrated_then_compared(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load_subject", lambda *_: subject)  # compiled once for this file
+    profile, output = tmp_path / "new" / "profile.json", tmp_path / "out"
+    arguments = ["--family", "single_hop", "--count", "3"]
+    made = CliRunner().invoke(app, ["calibrate", "reference", *arguments, "--output", str(profile)])
+    assert made.exit_code == 0, made.output
+    assert len(Profile.load(profile).sensitivities) == 6
+    assert str(profile) in made.output.replace("\n", "")
+    chosen = ["--policy", "layer_aware", "--budget", "0.02", "--profile", str(profile)]
+    compared = CliRunner().invoke(
+        app, ["fidelity", "reference", *arguments, *chosen, "--output-dir", str(output)]
+    )
+    assert compared.exit_code == 0, compared.output
+    assert "layer_aware" in compared.output
+    record = json.loads((output / "fidelity.json").read_text())
+    assert {(one["policy"], one["family"], one["prompts"]) for one in record["scores"]} == {
+        ("layer_aware", "single_hop", 3), ("layer_aware", "all", 3)
+    }  # fmt: skip
+    assert (output / "fidelity.png").exists()
+    assert (output / "fidelity.md").read_text().count("| layer_aware |") == 2
