@@ -14,6 +14,7 @@ from vlcache_fx.cli import app
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity import command
 from vlcache_fx.fidelity.calibrate import SHARES, calibrate
+from vlcache_fx.fidelity.donor_study import KINDS, results_table, study
 from vlcache_fx.fidelity.plot import plot_scores
 from vlcache_fx.fidelity.prompts import Prompt
 from vlcache_fx.fidelity.questions import make_cases
@@ -119,3 +120,13 @@ def test_calibrated_then_compared(subject: Subject, tmp_path: Path, monkeypatch:
     }  # fmt: skip
     assert (output / "fidelity.png").exists()
     assert (output / "fidelity.md").read_text().count("| layer_aware |") == 2
+
+
+def test_donors_of_more_contexts_are_compared(subject: Subject) -> None:
+    found = study(subject, reference_vlm, 4, batch=4)
+    assert list(found) == list(KINDS)
+    assert {kind: len(comparisons) for kind, comparisons in found.items()} == dict.fromkeys(KINDS, 4)
+    # Other donors, other errors: were one of them not put in place, two kinds would be equal.
+    errors = [tuple(one.kl for one in found[kind]) for kind in ("one", "mean of 2", "mean of 4", "typical")]
+    assert len(set(errors)) == 4
+    assert results_table(found, "a title").row_count == len(KINDS)

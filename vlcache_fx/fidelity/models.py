@@ -47,7 +47,7 @@ def _from_folder(model: str) -> tuple[Any, Any]:
     load: Callable[..., Any] = AutoProcessor.from_pretrained
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(model, local_files_only=True)
-        return loaded.eval(), load(model, local_files_only=True)
+        return loaded.train(False), load(model, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         raise OptionError(f"cannot load the model in {model!r}: {error}") from error
 

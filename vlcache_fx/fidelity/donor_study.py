@@ -1,0 +1,187 @@
+"""Which donor is best: ``python -m vlcache_fx.fidelity.donor_study reference``.
+
+The same pictures are computed exactly behind several prompts, then reused behind others, from donors that are
+
+- ``one``: of a single context;
+- ``mean of 2``, ``mean of 4``: of the position-free keys and values of as many (what the option
+  ``donor_contexts`` does);
+- ``nearest``: of the one among the four contexts whose system prompt shares most words with the new one;
+- ``typical``: of a context with a short, common system prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlcache_fx.bench.machine import describe_machine
+from vlcache_fx.bench.table import machine_line
+from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
+from vlcache_fx.fidelity.models import NAMED, check_name, load_subject
+from vlcache_fx.fidelity.prompts import Case, Prompt
+from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.store.entry import Entry
+
+CONTEXTS = 4
+TYPICAL = "you are a helpful assistant ."
+KINDS = ("one", "mean of 2", "mean of 4", "nearest", "typical")
+
+Donors = Sequence[Mapping[str, Entry]]
+"""Per prompt of a batch: key of an item -> what was computed of it."""
+
+
+def study(
+    subject: Subject,
+    source: Questions,
+    pictures: int,
+    *,
+    budget: float = 0.02,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> dict[str, list[Comparison]]:
+    """Comparisons with the unmodified model per kind of donor, on the same prompts for all kinds."""
+    rng = np.random.default_rng(seed)
+    families = [family for family in source.FAMILIES if family != "same"]
+    found: dict[str, list[Comparison]] = {kind: [] for kind in KINDS}
+    for start in progress(range(0, pictures, batch)):
+        family = families[(start // batch) % len(families)]
+        first = source.make_questions("test", family, min(batch, pictures - start), seed=seed + 1 + start)
+        contexts = [[_another(source, one, rng) for one in first] for _ in range(CONTEXTS)]
+        asked = [_another(source, one, rng) for one in first]
+        donors = [_computed(subject, source, context) for context in contexts]
+        short = [dataclasses.replace(one, system_prompt=TYPICAL, question_first=False) for one in contexts[0]]
+        typical = _computed(subject, source, short)
+        question = subject.prepare([_prompt(source, one) for one in asked])
+        exact = subject.exact(question)
+        for kind in KINDS:
+            subject.engine.clear()
+            for index, one in enumerate(asked):
+                near = _nearest([context[index].system_prompt for context in contexts], one.system_prompt)
+                chosen = {
+                    "one": donors[:1],
+                    "mean of 2": donors[:2],
+                    "mean of 4": donors,
+                    "nearest": [donors[near]],
+                    "typical": [typical],
+                }[kind]
+                for key in donors[0][index]:
+                    subject.engine.store.put(key, _mean([donor[index][key] for donor in chosen]))
+            with subject.engine.using(policy="uniform", budget=budget):
+                found[kind] += compare(exact, subject.answer(question), question.answers)
+            _check_reuse(subject)
+    return found
+
+
+def _another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
+    return source.ask_again(question, rng, question_first=bool(rng.random() < 0.5))
+
+
+def _prompt(source: Questions, question: Any) -> Prompt:
+    return Prompt(source.build_prompt(question), question.images, question.answer)
+
+
+def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
+    """What a cold call with these questions leaves in the store."""
+    prompts = [_prompt(source, question) for question in questions]
+    subject.record([Case("donor", prompt, prompt) for prompt in prompts])
+    found: list[dict[str, Entry]] = [{} for _ in prompts]
+    for span in _report(subject)["spans"]:
+        entry = subject.engine.store.get(span["key"])
+        assert entry is not None
+        found[span["sample"]][span["key"]] = entry
+    return found
+
+
+def _report(subject: Subject) -> dict[str, Any]:
+    report = subject.engine.last_report
+    assert report is not None
+    return report
+
+
+def _check_reuse(subject: Subject) -> None:
+    report = _report(subject)
+    if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
+        raise OptionError(f"{subject.name} did not reuse: {report['mode']}, {report['reason']}")
+
+
+def _nearest(known: Sequence[str], new: str) -> int:
+    """The prompt with the largest share of words in common (Jaccard)."""
+    words = set(new.split())
+
+    def likeness(prompt: str) -> float:
+        own = set(prompt.split())
+        return len(own & words) / max(1, len(own | words))
+
+    return max(range(len(known)), key=lambda index: likeness(known[index]))
+
+
+def _mean(entries: Sequence[Entry]) -> Entry:
+    """One entry that is the mean of all, exact nowhere."""
+    means = {
+        slot: torch.stack([entry.tensors[slot].double() for entry in entries]).mean(0).to(tensor.dtype)
+        for slot, tensor in entries[0].tensors.items()
+    }
+    return Entry(means, {"kind": "donor", "length": entries[0].info["length"]})
+
+
+def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Table:
+    """One row per kind of donor."""
+    table = Table("donor", "prompts", "KL (nats)", "median", "agreement", "right", title=title)
+    for kind, comparisons in found.items():
+        kl = average([one.kl for one in comparisons])
+        agreement = proportion([one.agrees for one in comparisons])
+        right = proportion([one.right for one in comparisons])
+        table.add_row(
+            kind,
+            f"{len(comparisons):,}",
+            f"{kl.mean:.2g} ({kl.low:.2g} to {kl.high:.2g})",
+            f"{median(one.kl for one in comparisons):.2g}",
+            *(f"{100 * x.mean:.1f} % ({100 * x.low:.1f} to {100 * x.high:.1f})" for x in (agreement, right)),
+        )
+    return table
+
+
+def main(
+    model: Annotated[str, typer.Argument(help=f"one of {', '.join(NAMED)}")] = "reference",
+    pictures: Annotated[int, typer.Option(help="sets of pictures, each asked about once")] = 200,
+    budget: Annotated[float, typer.Option(help="share recomputed")] = 0.02,
+    batch: Annotated[int, typer.Option(help="prompts per call")] = 8,
+    positions: Annotated[int, typer.Option(help="answer tokens compared at most")] = 1,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+) -> None:
+    """Compare donors of one context, means over several, the nearest, and a typical one."""
+    try:
+        check_name(model)
+        subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
+        found = study(
+            subject,
+            import_module(NAMED[model]),  # type: ignore[arg-type]
+            pictures,
+            budget=budget,
+            batch=batch,
+            seed=seed,
+            progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
+        )
+    except VlcacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(results_table(found, f"{model}, {100 * budget:g} % budget"))
+    console.print(machine_line(describe_machine()), highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
