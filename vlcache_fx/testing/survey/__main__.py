@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +23,7 @@ def main(
     families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them by default.")] = None,
     write: Annotated[Path | None, typer.Option(help="Document that has a place for the table.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the outcomes.")] = None,
+    memory_gib: Annotated[int, typer.Option(help="Address space; a model that wants more fails.")] = 12,
 ) -> None:
     """Build each family's smallest model and generate with and without reuse."""
     console, outcomes = Console(stderr=True), []
@@ -29,22 +33,34 @@ def main(
     if unknown:
         console.print(f"error: unknown families {', '.join(unknown)}; known are: {', '.join(known)}")
         raise typer.Exit(2)
-    for name in track(names, "families", console=console, transient=True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of other libraries about their own defaults
-            try:
-                outcomes.append(try_family(name))
-            except SurveyError as error:
-                outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "wrong"}, str(error)))
-            except Exception as error:  # noqa: BLE001 - one family must not end the survey
-                detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "failed"}, detail))
-        if output is not None:  # after each: it takes half an hour
-            output.write_text(json.dumps([one.as_dict() for one in outcomes], indent=1) + "\n", "utf-8")
+    with at_most(memory_gib):
+        for name in track(names, "families", console=console, transient=True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # those of other libraries about their own defaults
+                try:
+                    outcomes.append(try_family(name))
+                except SurveyError as error:
+                    outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "wrong"}, str(error)))
+                except Exception as error:  # noqa: BLE001 - one family must not end the survey
+                    detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                    outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "failed"}, detail))
+            if output is not None:  # after each: it takes half an hour
+                output.write_text(json.dumps([one.as_dict() for one in outcomes], indent=1) + "\n", "utf-8")
     table = markdown(outcomes)
     typer.echo(table)
     if write is not None:
         write_into(write, table)
+
+
+@contextmanager
+def at_most(memory_gib: int) -> Iterator[None]:
+    """Limit this process's address space: a model that cannot be made small must not fill the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_gib << 30, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 if __name__ == "__main__":
