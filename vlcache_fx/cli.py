@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +21,16 @@ app = typer.Typer(
 )
 
 
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Errors of this package as one line, without a traceback, and exit status 1."""
+    try:
+        yield
+    except VlcacheError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
@@ -31,13 +43,10 @@ def policies() -> None:
     from vlcache_fx.policies import get_policy, known_policies  # here: torch takes a second to import
 
     table = Table("policy", "implementation", "what it recomputes")
-    try:
+    with readable_errors():
         for name, entry in known_policies().items():
             summary = (type(get_policy(name)).__doc__ or "").strip().partition("\n\n")[0]
             table.add_row(name, entry.value, " ".join(summary.split()))
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     Console().print(table)
 
 
@@ -88,7 +97,7 @@ def bench(
         "compile_layers": compile_layers,
         "store_entries": store_entries,
     }
-    try:
+    with readable_errors():
         from vlcache_fx.bench import command  # here: torch takes a second to import
 
         command.bench(
@@ -106,9 +115,6 @@ def bench(
             encoder=encoder,
             **{name: tuple(values) for name, values in given.items() if values},
         )
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 _DATA = typer.Option(
@@ -140,7 +146,7 @@ def fidelity(
     ),
 ) -> None:
     """Accuracy, agreement and divergence of policies and budgets, against the unmodified model."""
-    try:
+    with readable_errors():
         from vlcache_fx.fidelity import command  # here: torch takes a second to import
         from vlcache_fx.fidelity.run import BUDGETS
 
@@ -158,9 +164,6 @@ def fidelity(
             output_dir=output_dir,
             options={"lowering": lowering, "strict": True},
         )
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -179,7 +182,7 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="the profile")] = Path("profile.json"),
 ) -> None:
     """Measure what recomputing is worth in each layer of a model; write its profile."""
-    try:
+    with readable_errors():
         from vlcache_fx.fidelity import command  # here: torch takes a second to import
 
         command.calibration(
@@ -194,6 +197,3 @@ def calibrate(
             output=output,
             options={"lowering": lowering, "strict": True},
         )
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
