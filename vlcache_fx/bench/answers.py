@@ -10,7 +10,6 @@ import torch
 import vlcache_fx
 from vlcache_fx.testing import reference_vlm
 from vlcache_fx.testing.reference_vlm import Question
-from vlcache_fx.testing.reference_vlm.data import draw_question, draw_system_prompt
 
 RETURNS = (False, True)
 """How pictures come back: with the question behind them, then with the question before them."""
@@ -133,14 +132,7 @@ def _returns(first: Question) -> Iterator[Question]:
     """Other questions about the pictures of ``first``, behind other system prompts."""
     rng = np.random.default_rng(first.scan_ids[0].reshape(-1))
     for question_first in RETURNS:
-        drawn = draw_question(rng, first.family, first.digits)
-        yield dataclasses.replace(
-            first,
-            system_prompt=draw_system_prompt(rng),
-            text=drawn.text,
-            answer=drawn.answer,
-            question_first=question_first,
-        )
+        yield reference_vlm.ask_again(first, rng, question_first=question_first)
 
 
 def score(results: Sequence[Sequence[Asked]]) -> list[FamilyScore]:
