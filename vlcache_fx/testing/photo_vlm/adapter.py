@@ -45,7 +45,7 @@ class Projector(nn.Module):
         return projected
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map ``[images, rows, columns, TILE_TOKENS, FEATURES]`` to ``[images, tokens, WIDTH]``, tile by tile."""
+        """Map ``[images, rows, columns, TILE_TOKENS, FEATURES]`` to ``[images, tokens, WIDTH]``, by tile."""
         images, rows, columns = features.shape[:3]
         places = self.rows[:rows, None] + self.columns[None, :columns]
         return (self.content(features) + places[None, :, :, None]).reshape(images, -1, WIDTH)

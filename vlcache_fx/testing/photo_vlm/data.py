@@ -51,11 +51,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Asked:
-    """A drawn question: its text, its answer, and the cells that hold the answer, as (picture, row, column)."""
+    """A drawn question: its text and its answer.
+
+    ``cells`` are those that hold the answer, as (picture, row, column), from 0;
+    ``named`` are the two words of the text that say where to look: column and row, or column and kind.
+    """
 
     text: str
     answer: str
     cells: tuple[tuple[int, int, int], ...]
+    named: tuple[str, str]
 
 
 def image_count(family: str) -> int:
@@ -64,7 +69,7 @@ def image_count(family: str) -> int:
 
 
 def draw_boards(rng: np.random.Generator, family: str, rows: int, columns: int) -> list[IntArray]:
-    """Draw the boards ``[rows, columns]`` of a question; a second one repeats half of the first one's cells."""
+    """Draw a question's boards ``[rows, columns]``; a second one repeats half of the first one's cells."""
     first = rng.integers(len(CLASSES), size=(rows, columns))
     if image_count(family) == 1:
         return [first]
@@ -98,19 +103,20 @@ def draw_question(rng: np.random.Generator, family: str, boards: Sequence[IntArr
     board = boards[0]
     row, column = int(rng.integers(board.shape[0])), int(rng.integers(board.shape[1]))
     kind = int(board[row, column])
+    named = (f" {COLUMN_NAMES[column]}", str(row + 1))
     if family == "cell":
-        return Asked(f"What is in {cell_name(row, column)}?", CLASSES[kind], ((0, row, column),))
+        return Asked(f"What is in {cell_name(row, column)}?", CLASSES[kind], ((0, row, column),), named)
     if family == "where":
         line = board[:, column].tolist()
         once = [one for one in line if line.count(one) == 1]
         kind = once[int(rng.integers(len(once)))] if once else kind
         row = line.index(kind)
         text = f"In which row of column {COLUMN_NAMES[column]} is the first {CLASSES[kind]}?"
-        return Asked(text, str(row + 1), ((0, row, column),))
+        return Asked(text, str(row + 1), ((0, row, column),), (named[0], f" {CLASSES[kind]}"))
     if family == "same":
         text = f"Is {cell_name(row, column)} the same kind in both pictures?"
         answer = "yes" if kind == int(boards[1][row, column]) else "no"
-        return Asked(text, answer, ((0, row, column), (1, row, column)))
+        return Asked(text, answer, ((0, row, column), (1, row, column)), named)
     raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
 
 

@@ -9,7 +9,10 @@ from vlcache_fx.testing.photo_vlm.data import Question, build_prompt
 
 
 def prepare(processor: Any, questions: Sequence[Question], device: Any = None) -> Any:
-    """Process questions with pictures of one size into one left-padded batch of model inputs, on ``device`` when one is given."""
+    """Process questions into one left-padded batch of model inputs, on ``device`` when one is given.
+
+    Their pictures have one size.
+    """
     images = [image for question in questions for image in question.images]
     inputs = processor(text=[build_prompt(question) for question in questions], images=images)
     return inputs if device is None else inputs.to(device)

@@ -47,7 +47,7 @@ class PhotoModel(LlavaModel):
         self.language_model = decoder
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Encode ``pixel_values [images, 3, height, width]``: a list of ``[tokens, WIDTH]``, one per image."""
+        """Encode ``pixel_values [images, 3, height, width]``: a list of one ``[tokens, WIDTH]`` per image."""
         features = self.multi_modal_projector(self.vision_tower(pixel_values))
         return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
 
@@ -63,6 +63,7 @@ class PhotoVlm(LlavaForConditionalGeneration):
     @classmethod
     def assemble(cls, decoder: Any, encoder: nn.Module, projector: Projector) -> PhotoVlm:
         """Put the parts together; ``decoder`` is a ``LlamaForCausalLM``."""
+        attention = decoder.config._attn_implementation  # The new configuration forgets it.
         config = LlavaConfig(
             # LLaVA's configuration wants one; nothing reads it, the tower is ours.
             vision_config=CLIPVisionConfig(image_size=TILE_PIXELS, patch_size=TILE_PIXELS // POOL),
@@ -72,5 +73,6 @@ class PhotoVlm(LlavaForConditionalGeneration):
             tie_word_embeddings=True,
         )
         model = cls(config, PhotoModel(config, decoder.model, encoder, projector), decoder.lm_head)
+        model.config._attn_implementation = attention
         model.generation_config = decoder.generation_config
         return model

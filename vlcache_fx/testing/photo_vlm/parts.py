@@ -1,4 +1,4 @@
-"""Where the pretrained parts of the photo VLM lie: files inside installed packages, found without importing them."""
+"""Where the pretrained parts of the photo VLM lie: in installed packages, found without importing them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def normalise(pixels: np.ndarray[Any, Any]) -> Tensor:
-    """Map bytes ``[n, height, width, 3]`` to what EfficientNet-Lite expects: ``[n, 3, height, width]``, -1..1."""
+    """Map bytes ``[n, height, width, 3]`` to ``[n, 3, height, width]`` in -1..1, for EfficientNet-Lite."""
     values = (torch.from_numpy(np.ascontiguousarray(pixels)).float() - 127.0) / 128.0
     return values.permute(0, 3, 1, 2)
 
@@ -53,9 +53,7 @@ class PhotoProcessor:
         if images:
             sizes = sorted({image.size for image in images})
             if len(sizes) > 1 or any(side % TILE_PIXELS for side in sizes[0]):
-                raise ValueError(
-                    f"pictures have one size, in multiples of {TILE_PIXELS} pixels, not {sizes}"
-                )
+                raise ValueError(f"pictures have one size, in multiples of {TILE_PIXELS} pixels, not {sizes}")
             tokens = TILE_TOKENS * sizes[0][0] * sizes[0][1] // TILE_PIXELS**2
             data["pixel_values"] = normalise(np.stack([np.asarray(one.convert("RGB")) for one in images]))
         widened = [one.replace(IMAGE, IMAGE * tokens) for one in texts]

@@ -18,7 +18,6 @@ from vlcache_fx.testing.photo_vlm.data import (
     draw_photos,
     draw_question,
     draw_system_prompt,
-    image_count,
 )
 from vlcache_fx.testing.photo_vlm.pictures import IntArray, Photos
 from vlcache_fx.testing.photo_vlm.words import (
@@ -47,9 +46,10 @@ class Recipe:
 class Packed:
     """Several questions about the same pictures in one sequence; each sees the prefix and itself alone.
 
-    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids of
-    the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
-    ``answers [n]``; ``wanted [n, s]`` marks the vision tokens that hold an answer.
+    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids
+    of the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
+    ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
+    ``named [2, n, s]`` the two words of the question that say where to look.
     """
 
     ids: Tensor
@@ -59,6 +59,7 @@ class Packed:
     asking: Tensor
     answers: Tensor
     wanted: Tensor
+    named: Tensor
 
 
 class SequenceMaker:
@@ -72,7 +73,9 @@ class SequenceMaker:
 
     def _tokens(self, text: str, tokens_per_picture: int) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return [one for token in ids for one in [token] * (tokens_per_picture if token == self.image_id else 1)]
+        return [
+            one for token in ids for one in [token] * (tokens_per_picture if token == self.image_id else 1)
+        ]
 
     def _shape(self, cells: tuple[int, int]) -> tuple[int, int]:
         while True:
@@ -86,7 +89,9 @@ class SequenceMaker:
         shape = self._shape(recipe.cells)
         boards = draw_boards(rng, recipe.families[0], *shape)
         photos = tuple(draw_photos(rng, self.photos, board) for board in boards)
-        families = [recipe.families[int(i)] for i in rng.integers(len(recipe.families), size=recipe.questions)]
+        families = [
+            recipe.families[int(i)] for i in rng.integers(len(recipe.families), size=recipe.questions)
+        ]
         asked = [draw_question(rng, family, boards) for family in families]
         system = draw_system_prompt(rng, int(rng.integers(recipe.system_words + 1)))
         return self.pack(system, asked, photos, recipe.question_first)
@@ -97,7 +102,10 @@ class SequenceMaker:
         """Lay questions about the same pictures out behind what they share."""
         tokens = TILE_TOKENS * photos[0].size
         whole = [
-            [self._tokens(part, tokens) for part in prompt_parts(system, one.text, len(photos), question_first)]
+            [
+                self._tokens(part, tokens)
+                for part in prompt_parts(system, one.text, len(photos), question_first)
+            ]
             for one in asked
         ]
         # What all questions share: everything up to the pictures, or up to the questions.
@@ -121,6 +129,7 @@ class SequenceMaker:
             mask[end:, start:end] = False
         pictures = torch.tensor(ids) == self.image_id
         wanted = torch.zeros(len(asking), len(ids), dtype=torch.bool)
+        named = torch.zeros(2, len(asking), len(ids), dtype=torch.bool)
         columns = photos[0].shape[1]
         for number, ((start, end), one) in enumerate(zip(spans, asked, strict=True)):
             begin, stop = (start, end) if question_first else (0, shared)
@@ -128,6 +137,9 @@ class SequenceMaker:
             for picture, row, column in one.cells:
                 cell = picture * tokens + TILE_TOKENS * (row * columns + column)
                 wanted[2 * number, places[cell : cell + TILE_TOKENS]] = True
+            for which, word in enumerate(one.named):
+                (token,) = self._tokens(word, 0)
+                named[which, 2 * number, ids.index(token, start)] = True
         return Packed(
             torch.tensor(ids),
             torch.tensor(positions),
@@ -136,19 +148,26 @@ class SequenceMaker:
             torch.tensor(asking),
             torch.tensor(answers),
             wanted,
+            named,
         )
 
 
-class Guide:
-    """Tells one head of some layers where to look: at the vision tokens that hold the answer.
+NAMING, FINDING = (4, 8), (12, 18)
+"""Layers in which a head is told to look at the words that name a place, then at the place."""
 
-    Only training uses it, and less and less: finding the cell by the answer's loss alone takes far longer.
+
+class Guide:
+    """Tells a few heads where to look before they answer.
+
+    In early layers one head looks for the question's first naming word and another for its second one; in
+    later layers both look for the vision tokens that hold the answer. Only training uses it, less and less:
+    finding all that by the answer's loss alone takes far longer.
     """
 
-    def __init__(self, decoder: Any, layers: Sequence[int] = (10, 16)) -> None:
+    def __init__(self, decoder: Any) -> None:
         self.rotary = decoder.rotary_emb
         self.hidden: dict[int, Tensor] = {}
-        self.modules = {layer: decoder.layers[layer].self_attn for layer in layers}
+        self.modules = {layer: decoder.layers[layer].self_attn for layer in NAMING + FINDING}
         for layer, module in self.modules.items():
             module.register_forward_pre_hook(self._remember(layer), with_kwargs=True)
 
@@ -158,22 +177,26 @@ class Guide:
 
         return hook
 
-    def loss(self, sequence: Packed) -> Tensor:
-        """Mean over layers and questions of minus the log of the attention on the wanted tokens."""
+    def losses(self, sequence: Packed) -> tuple[Tensor, Tensor]:
+        """Minus the log of the attention on naming words, and on vision tokens; means over questions."""
         rows = sequence.asking[::2]
-        wanted, visible = sequence.wanted[::2], sequence.mask[rows]
-        losses = []
-        for layer, module in self.modules.items():
-            hidden, size = self.hidden[layer][0], module.head_dim
-            cos, sin = (part[0] for part in self.rotary(hidden, sequence.positions[None]))
-            query = module.q_proj(hidden[rows])[:, :size]
-            key = module.k_proj(hidden)[:, :size]
-            query = query * cos[rows] + turn(query) * sin[rows]
-            key = key * cos + turn(key) * sin
-            scores = (query @ key.T).float() * module.scaling
-            weights = scores.masked_fill(~visible, float("-inf")).log_softmax(-1)
-            losses.append(-weights.masked_fill(~wanted, float("-inf")).logsumexp(-1).mean())
-        return torch.stack(losses).mean()
+        visible, named, wanted = sequence.mask[rows], sequence.named[:, ::2], sequence.wanted[::2]
+        naming = [self._loss(n, sequence, rows, visible, named) for n in NAMING]
+        finding = [self._loss(n, sequence, rows, visible, torch.stack([wanted, wanted])) for n in FINDING]
+        return torch.stack(naming).mean(), torch.stack(finding).mean()
+
+    def _loss(self, layer: int, sequence: Packed, rows: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+        module, hidden = self.modules[layer], self.hidden[layer][0]
+        size, group = module.head_dim, module.num_key_value_groups
+        cos, sin = (part[0] for part in self.rotary(hidden, sequence.positions[None]))
+        # The first head of the first two groups: they share no keys.
+        query = module.q_proj(hidden[rows]).unflatten(-1, (-1, size))[:, [0, group]].transpose(0, 1)
+        key = module.k_proj(hidden).unflatten(-1, (-1, size))[:, :2].transpose(0, 1)
+        query = query * cos[rows] + turn(query) * sin[rows]
+        key = key * cos + turn(key) * sin
+        scores = (query @ key.transpose(1, 2)).float() * module.scaling
+        weights = scores.masked_fill(~visible, float("-inf")).log_softmax(-1)
+        return -weights.masked_fill(~wanted, float("-inf")).logsumexp(-1).mean()
 
 
 def turn(vectors: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 COLUMN_NAMES = "ABCDEFGH"
 MAX_CELLS = len(COLUMN_NAMES)
 IMAGE = "<reponame>"
-"""A special token of SmolLM2 that its chats never use. It stands for a picture, then for each vision token."""
+"""A special token of SmolLM2 that its chats never use. It stands for a picture, and for each vision token."""
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -24,12 +24,13 @@ SENTENCES = (
     "Keep every answer short and plain.",
     "The archive was put in order last summer by a new team.",
 )
-FILLERS = (
+_FILLERS = (
     "about after all also always archive ask because before black blue book box careful check clean clear "
     "clerk copy customer day desk dark every field form green hand help letter light list long mark must new "
     "note number old only order page paper pen please post quick read red report right room see sheet short "
     "simple slow small some table test that this time under use very watch water we white will work year"
-).split()
+)
+FILLERS = tuple(_FILLERS.split())
 
 
 def cell_name(row: int, column: int) -> str:
@@ -42,9 +43,7 @@ def answer_text(answer: str) -> str:
     return answer if answer.isdigit() else f" {answer}"
 
 
-def prompt_parts(
-    system_prompt: str, text: str, images: int, question_first: bool
-) -> tuple[str, str]:
+def prompt_parts(system_prompt: str, text: str, images: int, question_first: bool) -> tuple[str, str]:
     """Chat text up to and including the pictures, and what follows up to where the answer begins."""
     pictures = IMAGE * images
     start = f"{TURN_START}system\n{system_prompt}{TURN_END}\n{TURN_START}user\n"
