@@ -79,11 +79,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def recipes(share: float) -> tuple[Recipe, ...]:
     """The kinds of sequences at ``share`` (0..1) of the training, in the order in which they take turns."""
-    most, words = (9, 10) if share < 0.3 else (16, 40) if share < 0.6 else (30, 60)
+    most, words = (9, 10) if share < 0.35 else (16, 40) if share < 0.7 else (30, 60)
     find = Recipe(("cell", "cell", "where"), False, 12, (4, most), words)
     before = Recipe(("cell", "cell", "where"), True, 5, (2, min(most, 9)), words)
     same = Recipe(("same",), False, 10, (2, min(most, 12)), words)
-    return (find, before, find, same)
+    return (find, before, find, find, same, find)
 
 
 class Trainer:

@@ -63,12 +63,13 @@ class LowRank(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """The map of ``inputs [..., in]`` with the update added."""
         down, up = self.down.to(inputs.dtype), (UPDATE_SCALE * self.up).to(inputs.dtype)
-        return self.base(inputs) + F.linear(F.linear(inputs, down), up)
+        updated: Tensor = self.base(inputs) + F.linear(F.linear(inputs, down), up)
+        return updated
 
 
 def _maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Each adapted map of the decoder: its name, the module that holds it, and its name there."""
-    found = []
+    found: list[tuple[str, nn.Module, str]] = []
     for name, module in decoder.named_modules():
         found.extend((f"{name}.{key}", module, key) for key in RANKS if hasattr(module, key))
     return found
@@ -85,7 +86,7 @@ def add_updates(decoder: nn.Module) -> dict[str, LowRank]:
 
 def updates_of(wrapped: dict[str, LowRank]) -> dict[str, Tensor]:
     """The factors of all updates, as they are saved."""
-    factors = {f"{name}.down": one.down for name, one in wrapped.items()}
+    factors: dict[str, Tensor] = {f"{name}.down": one.down for name, one in wrapped.items()}
     return factors | {f"{name}.up": one.up for name, one in wrapped.items()}
 
 

@@ -32,18 +32,19 @@ class Tower(nn.Module):
         tiles = pixels.reshape(images, channels, rows, TILE_PIXELS, columns, TILE_PIXELS)
         tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, TILE_PIXELS, TILE_PIXELS)
         # A few tiles at a time stay in the CPU's caches: four times faster than all at once.
-        maps = torch.cat([self.encoder.extract_features(part) for part in tiles.split(8)])  # type: ignore[operator]
+        encode: Any = self.encoder.extract_features
+        maps = torch.cat([encode(tiles[start : start + 8]) for start in range(0, len(tiles), 8)])
         tokens = F.avg_pool2d(maps, POOL).permute(0, 2, 3, 1)
         return tokens.reshape(images, rows, columns, TILE_TOKENS, FEATURES)
 
 
-class PhotoModel(LlavaModel):
+class PhotoModel(LlavaModel):  # type: ignore[no-untyped-call]
     """LLaVA without its head; built by ``PhotoVlm.assemble``."""
 
     def __init__(self, config: LlavaConfig, decoder: Any, encoder: nn.Module, projector: Projector) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = Tower(encoder)
-        self.multi_modal_projector = projector
+        self.multi_modal_projector = projector  # type: ignore[assignment]
         self.language_model = decoder
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
@@ -52,7 +53,7 @@ class PhotoModel(LlavaModel):
         return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
 
 
-class PhotoVlm(LlavaForConditionalGeneration):
+class PhotoVlm(LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
     """``LlavaForConditionalGeneration`` around a decoder, an encoder and a projector that are given."""
 
     def __init__(self, config: LlavaConfig, model: PhotoModel, head: nn.Module) -> None:
@@ -68,7 +69,7 @@ class PhotoVlm(LlavaForConditionalGeneration):
             # LLaVA's configuration wants one; nothing reads it, the tower is ours.
             vision_config=CLIPVisionConfig(image_size=TILE_PIXELS, patch_size=TILE_PIXELS // POOL),
             text_config=decoder.config,
-            image_token_id=IMAGE_TOKEN_ID,
+            image_token_index=IMAGE_TOKEN_ID,
             vision_feature_select_strategy="full",
             tie_word_embeddings=True,
         )

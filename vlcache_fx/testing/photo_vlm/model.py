@@ -71,7 +71,8 @@ def load_model(
     trained = load_file(Path(folder) / PROJECTOR_FILE)
     projector.load_state_dict({name: value.float() for name, value in trained.items()})
     model = PhotoVlm.assemble(decoder, load_encoder(), projector)
-    model.to(dtype or torch.float32).requires_grad_(False)
+    model.to(dtype=dtype or torch.float32)  # type: ignore[call-arg]
+    model.requires_grad_(False)
     model.train(False)
     return model
 

@@ -152,22 +152,26 @@ class SequenceMaker:
         )
 
 
+READING, SEARCHING = (2,), (5, 7)
 NAMING, FINDING = (4, 8), (12, 18)
-"""Layers in which a head is told to look at the words that name a place, then at the place."""
+"""Layers in which two heads are told where to look, from a naming word and from where the answer begins."""
 
 
 class Guide:
     """Tells a few heads where to look before they answer.
 
-    In early layers one head looks for the question's first naming word and another for its second one; in
-    later layers both look for the vision tokens that hold the answer. Only training uses it, less and less:
-    finding all that by the answer's loss alone takes far longer.
+    The question has two words that name a place. In early layers the second one looks for the first one, then
+    for the vision tokens that hold the answer; where the answer begins, heads look for both words, then for
+    the vision tokens. Only training uses it, less and less: finding all that by the answer's loss alone takes
+    far longer.
     """
 
     def __init__(self, decoder: Any) -> None:
         self.rotary = decoder.rotary_emb
         self.hidden: dict[int, Tensor] = {}
-        self.modules = {layer: decoder.layers[layer].self_attn for layer in NAMING + FINDING}
+        self.modules = {
+            layer: decoder.layers[layer].self_attn for layer in READING + SEARCHING + NAMING + FINDING
+        }
         for layer, module in self.modules.items():
             module.register_forward_pre_hook(self._remember(layer), with_kwargs=True)
 
@@ -179,13 +183,18 @@ class Guide:
 
     def losses(self, sequence: Packed) -> tuple[Tensor, Tensor]:
         """Minus the log of the attention on naming words, and on vision tokens; means over questions."""
-        rows = sequence.asking[::2]
-        visible, named, wanted = sequence.mask[rows], sequence.named[:, ::2], sequence.wanted[::2]
-        naming = [self._loss(n, sequence, rows, visible, named) for n in NAMING]
-        finding = [self._loss(n, sequence, rows, visible, torch.stack([wanted, wanted])) for n in FINDING]
+        rows, named, wanted = sequence.asking[::2], sequence.named[:, ::2], sequence.wanted[::2]
+        both = torch.stack([wanted, wanted])
+        naming = [self._loss(layer, sequence, rows, named) for layer in NAMING]
+        finding = [self._loss(layer, sequence, rows, both) for layer in FINDING]
+        words = named[1].int().argmax(-1)
+        if bool(sequence.mask[words][wanted].all()):  # The pictures stand before the question.
+            first = torch.stack([named[0], named[0]])
+            naming += [self._loss(layer, sequence, words, first) for layer in READING]
+            finding += [self._loss(layer, sequence, words, both) for layer in SEARCHING]
         return torch.stack(naming).mean(), torch.stack(finding).mean()
 
-    def _loss(self, layer: int, sequence: Packed, rows: Tensor, visible: Tensor, wanted: Tensor) -> Tensor:
+    def _loss(self, layer: int, sequence: Packed, rows: Tensor, wanted: Tensor) -> Tensor:
         module, hidden = self.modules[layer], self.hidden[layer][0]
         size, group = module.head_dim, module.num_key_value_groups
         cos, sin = (part[0] for part in self.rotary(hidden, sequence.positions[None]))
@@ -195,8 +204,9 @@ class Guide:
         query = query * cos[rows] + turn(query) * sin[rows]
         key = key * cos + turn(key) * sin
         scores = (query @ key.transpose(1, 2)).float() * module.scaling
-        weights = scores.masked_fill(~visible, float("-inf")).log_softmax(-1)
-        return -weights.masked_fill(~wanted, float("-inf")).logsumexp(-1).mean()
+        weights = scores.masked_fill(~sequence.mask[rows], float("-inf")).log_softmax(-1)
+        looked: Tensor = weights.masked_fill(~wanted, float("-inf")).logsumexp(-1)
+        return -looked.mean()
 
 
 def turn(vectors: Tensor) -> Tensor:
