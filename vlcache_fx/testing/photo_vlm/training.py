@@ -49,7 +49,8 @@ class Packed:
     ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids
     of the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
     ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
-    ``named [2, n, s]`` the two words of the question that say where to look.
+    ``named [2, n, s]`` the two words of the question that say where to look; ``by_row [n / 2]`` says of each
+    question whether its second word names a row.
     """
 
     ids: Tensor
@@ -60,6 +61,7 @@ class Packed:
     answers: Tensor
     wanted: Tensor
     named: Tensor
+    by_row: Tensor
 
 
 class SequenceMaker:
@@ -149,6 +151,7 @@ class SequenceMaker:
             torch.tensor(answers),
             wanted,
             named,
+            torch.tensor([one.named[1].isdigit() for one in asked]),
         )
 
 
@@ -191,7 +194,9 @@ class Guide:
         if bool(sequence.mask[words][wanted].all()):  # The pictures stand before the question.
             first = torch.stack([named[0], named[0]])
             naming += [self._loss(layer, sequence, words, first) for layer in READING]
-            finding += [self._loss(layer, sequence, words, both) for layer in SEARCHING]
+            for layer, chosen in zip(SEARCHING, (sequence.by_row, ~sequence.by_row), strict=True):
+                if bool(chosen.any()):
+                    finding.append(self._loss(layer, sequence, words[chosen], both[:, chosen]))
         return torch.stack(naming).mean(), torch.stack(finding).mean()
 
     def _loss(self, layer: int, sequence: Packed, rows: Tensor, wanted: Tensor) -> Tensor:
