@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grids", type=int, nargs="+", default=[3, 4, 6, 8], help="boards to evaluate on")
     parser.add_argument("--minutes", type=float, default=None, help="stop the decoder's training after this")
     parser.add_argument("--resume", action="store_true", help="go on from the weights in --output")
-    parser.add_argument("--start", type=float, default=0.0, help="share of the curriculum to begin at")
+    parser.add_argument("--begin", type=float, default=0.0, help="share of the curriculum to begin at")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the updates")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -163,7 +163,7 @@ class Trainer:
                 spent = max(spent, agreed((time.perf_counter() - started) / (60 * options.minutes)))
             if spent >= 1.0:
                 break
-            share = options.start + (1.0 - options.start) * spent
+            share = options.begin + (1.0 - options.begin) * spent
             for number in range(max(1, options.sequences // self.world)):
                 kinds = recipes(share)
                 recipe = kinds[(number * self.world + self.rank + step) % len(kinds)]

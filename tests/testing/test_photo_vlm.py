@@ -168,12 +168,12 @@ def test_the_projector_tells_places_apart() -> None:
 
 
 def small_archive(path: Path) -> Path:
-    """An archive like that of CIFAR-10, of a hundred shipped photographs."""
+    """An archive like that of CIFAR-10, of two hundred shipped photographs."""
     photos = load_photos("train")
     png = io.BytesIO()
-    Image.fromarray(photos.pixels[:100].reshape(100, 1024, 3)).save(png, "PNG")
+    Image.fromarray(photos.pixels.reshape(-1, 1024, 3)).save(png, "PNG")
     with tarfile.open(path, "w:gz") as archive:
-        labels = json.dumps(photos.labels[:100].tolist()).encode()
+        labels = json.dumps(photos.labels.tolist()).encode()
         for name, data in (("data_batch_1.png", png.getvalue()), ("train_lables.json", labels)):
             member = tarfile.TarInfo(f"package/{name}")
             member.size = len(data)
@@ -233,6 +233,7 @@ def test_the_processor_refuses_what_it_cannot_batch(processor: Any) -> None:
         processor(text=build_prompt(small))
 
 
+@pytest.mark.slow
 @needs_parts
 def test_answers_are_mostly_right(model: Any, processor: Any) -> None:
     asked = make_questions("test", "cell", 20, seed=5, grid=3)
@@ -241,6 +242,7 @@ def test_answers_are_mostly_right(model: Any, processor: Any) -> None:
     assert answer_questions(model, processor, asked[:2]) == words[:2]
 
 
+@pytest.mark.slow
 @needs_parts
 def test_reuse_on_the_first_layers(model: Any, processor: Any) -> None:
     """The whole chain on six of the thirty layers: cold, warm behind another prompt, full recompute."""
@@ -287,10 +289,11 @@ def train() -> Callable[..., dict[str, Any]]:
     return module.main
 
 
+@pytest.mark.slow
 @needs_parts
 def test_training_runs_with_tiny_settings(tmp_path: Path, train: Callable[..., dict[str, Any]]) -> None:
     archive = str(small_archive(tmp_path / "cifar.tgz"))
-    sizes = {"train-photos": 100, "projector-steps": 2, "steps": 1, "search-at": 0, "search-sequences": 1}
+    sizes = {"train-photos": 200, "projector-steps": 2, "steps": 1, "search-at": 0, "search-sequences": 1}
     sizes |= {"sequences": 1, "questions": 1, "grids": 2}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     report = train(["--photos", archive, "--output", str(tmp_path / "out"), *options])

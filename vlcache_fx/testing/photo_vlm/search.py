@@ -13,7 +13,7 @@ from vlcache_fx.testing.photo_vlm.training import SEARCHING, Recipe, SequenceMak
 from vlcache_fx.testing.photo_vlm.words import CLASSES, MAX_CELLS
 
 SLOW = slice(16, 32)
-"""Dimensions of a head that rotary embedding turns least over a few hundred positions; as many as the rank."""
+"""Dimensions of a head that rotary embedding turns little in a few hundred positions; as many as the rank."""
 
 STRENGTH = (11.0, 5.0)
 """By how much each layer's queries and keys are scaled; more makes the probes' errors louder, too."""
