@@ -5,13 +5,7 @@
 Nothing heavy is imported before a function is called. ``examples/train_reference_vlm.py`` made the weights.
 """
 
-from vlcache_fx.testing.reference_vlm.data import (
-    FAMILIES,
-    Question,
-    ask_again,
-    build_prompt,
-    make_questions,
-)
+from vlcache_fx.testing.reference_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
 from vlcache_fx.testing.reference_vlm.evaluate import accuracy, answer_questions, next_words, prepare
 from vlcache_fx.testing.reference_vlm.model import ASSETS, load_model, load_processor
 

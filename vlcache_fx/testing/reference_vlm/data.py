@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -173,15 +174,26 @@ def make_questions(
 
 
 def ask_again(
-    question: Question, rng: np.random.Generator, *, question_first: bool, system_words: int | None = None
+    question: Question,
+    rng: np.random.Generator,
+    *,
+    question_first: bool,
+    system_words: int | None = None,
 ) -> Question:
-    """Another question of the same family about the same pictures, behind another system prompt."""
-    asked = draw_question(rng, question.family, question.digits)
-    return replace(
+    """Draw another question of the same family about the same pictures, behind another system prompt.
+
+    Args:
+        question: has the pictures.
+        rng: of the draws.
+        question_first: the new question stands before its pictures.
+        system_words: words of the new system prompt (default: 0 to 60, drawn).
+    """
+    drawn = draw_question(rng, question.family, question.digits)
+    return dataclasses.replace(
         question,
         system_prompt=draw_system_prompt(rng, system_words),
-        text=asked.text,
-        answer=asked.answer,
+        text=drawn.text,
+        answer=drawn.answer,
         question_first=question_first,
     )
 

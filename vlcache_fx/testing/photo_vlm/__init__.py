@@ -1,0 +1,32 @@
+"""A small LLaVA put together from real pretrained parts: SmolLM2-135M-Instruct and EfficientNet-Lite2.
+
+``load_model()`` and ``load_processor()`` give what ``from_pretrained`` gives for a published model;
+``make_questions()`` gives questions with right answers, ``answer_questions()`` and ``accuracy()`` score them.
+Nothing heavy is imported before a function is called. ``examples/train_photo_vlm.py`` made the projector and
+the updates of the decoder.
+
+What it can: say in one word which of ten kinds of things (those of CIFAR-10) a named cell of a board of small
+photographs shows, and, less surely, in which row of a column a kind comes first. What it cannot: describe a
+picture, read text, know other things than these, or look at photographs that do not fill a cell. It is good on
+boards of up to 4 x 4 cells and worse on larger ones; whether two boards agree in a cell it hardly knows better
+than chance. ``assets/evaluation.json`` has the figures.
+"""
+
+from vlcache_fx.testing.photo_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
+from vlcache_fx.testing.photo_vlm.evaluate import accuracy, answer_questions, next_words, prepare
+from vlcache_fx.testing.photo_vlm.model import ASSETS, load_model, load_processor
+
+__all__ = [
+    "ASSETS",
+    "FAMILIES",
+    "Question",
+    "accuracy",
+    "answer_questions",
+    "ask_again",
+    "build_prompt",
+    "load_model",
+    "load_processor",
+    "make_questions",
+    "next_words",
+    "prepare",
+]

