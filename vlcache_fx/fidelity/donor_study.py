@@ -168,7 +168,7 @@ def main(
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
         found = study(
             subject,
-            import_module(NAMED[model]),  # type: ignore[arg-type]
+            import_module(NAMED[model]),
             pictures,
             budget=budget,
             batch=batch,
