@@ -6,10 +6,11 @@ Nothing heavy is imported before a function is called. ``examples/train_photo_vl
 the updates of the decoder.
 
 What it can: say in one word which of ten kinds of things (those of CIFAR-10) a named cell of a board of small
-photographs shows, and, less surely, in which row of a column a kind comes first. What it cannot: describe a
-picture, read text, know other things than these, or look at photographs that do not fill a cell. It is good on
-boards of up to 4 x 4 cells and worse on larger ones; whether two boards agree in a cell it hardly knows better
-than chance. ``assets/evaluation.json`` has the figures.
+photographs shows, on boards of up to 4 x 4 cells; on larger ones it is right about half of the time. It finds
+the row that holds a kind only where the question stands before the picture, and does not know whether two
+boards agree in a cell: its answers to that are no better than guesses. What it cannot do at all: describe a
+picture, read text, know other things than these, look at photographs that do not fill a cell.
+``assets/evaluation.json`` has the figures.
 """
 
 from vlcache_fx.testing.photo_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
