@@ -51,7 +51,7 @@ def start_search(
                 update.down[: len(weight)] = weight
                 update.up.zero_()
                 for head in heads:
-                    rows = update.up.unflatten(0, (-1, module.head_dim))[head]
+                    rows = update.up.view(-1, module.head_dim, update.up.shape[1])[head]
                     rows[SLOW] = torch.eye(update.up.shape[1]) * strength / UPDATE_SCALE
 
 
