@@ -1,9 +1,11 @@
 """Every family of cases is what its name says."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity.questions import FAMILIES, make_cases
+from vlcache_fx.fidelity.questions import FAMILIES, make_cases, make_prompt
 from vlcache_fx.testing import reference_vlm
 
 
@@ -34,3 +36,11 @@ def test_families(family: str) -> None:
 def test_an_unknown_family_lists_the_known_ones() -> None:
     with pytest.raises(OptionError, match=r"unknown family 'two_hop'; known are: single_hop, .*asked_again"):
         make_cases(reference_vlm, "two_hop", 1)
+
+
+def test_an_answer_is_what_the_model_writes() -> None:
+    source = SimpleNamespace(
+        build_prompt=lambda question: question.text, answer_text=lambda answer: f" {answer}"
+    )
+    question = SimpleNamespace(text="what is it ?", images=(), answer="cat")
+    assert make_prompt(source, question).answer == " cat"  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ from vlcache_fx.bench.table import machine_line
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.models import NAMED, check_name, load_subject
-from vlcache_fx.fidelity.prompts import Case, Prompt
-from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.prompts import Case
+from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.store.entry import Entry
 
@@ -64,7 +64,7 @@ def study(
         donors = [_computed(subject, source, context) for context in contexts]
         short = [dataclasses.replace(one, system_prompt=TYPICAL, question_first=False) for one in contexts[0]]
         typical = _computed(subject, source, short)
-        question = subject.prepare([_prompt(source, one) for one in asked])
+        question = subject.prepare([make_prompt(source, one) for one in asked])
         exact = subject.exact(question)
         for kind in KINDS:
             subject.engine.clear()
@@ -89,13 +89,9 @@ def _another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
     return source.ask_again(question, rng, question_first=bool(rng.random() < 0.5))
 
 
-def _prompt(source: Questions, question: Any) -> Prompt:
-    return Prompt(source.build_prompt(question), question.images, question.answer)
-
-
 def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
     """What a cold call with these questions leaves in the store."""
-    prompts = [_prompt(source, question) for question in questions]
+    prompts = [make_prompt(source, question) for question in questions]
     subject.record([Case("donor", prompt, prompt) for prompt in prompts])
     found: list[dict[str, Entry]] = [{} for _ in prompts]
     for span in _report(subject)["spans"]:

@@ -31,6 +31,7 @@ class Questions(Protocol):
     make_questions: Callable[..., list[Any]]
     ask_again: Callable[..., Any]
     build_prompt: Callable[[Any], str]
+    answer_text: Callable[[str], str]
     FAMILIES: tuple[str, ...]
 
 
@@ -63,9 +64,10 @@ def make_cases(
             )
             if family == "asked_again":
                 then = dataclasses.replace(then, system_prompt=first.system_prompt)
-            cases.append(Case(family, _prompt(source, first), _prompt(source, then)))
+            cases.append(Case(family, make_prompt(source, first), make_prompt(source, then)))
     return cases
 
 
-def _prompt(source: Questions, question: Any) -> Prompt:
-    return Prompt(source.build_prompt(question), question.images, question.answer)
+def make_prompt(source: Questions, question: Any) -> Prompt:
+    """A question as a prompt; the answer as the model writes it."""
+    return Prompt(source.build_prompt(question), question.images, source.answer_text(question.answer))

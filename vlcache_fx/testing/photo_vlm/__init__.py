@@ -16,6 +16,7 @@ picture, read text, know other things than these, look at photographs that do no
 from vlcache_fx.testing.photo_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
 from vlcache_fx.testing.photo_vlm.evaluate import accuracy, answer_questions, next_words, prepare
 from vlcache_fx.testing.photo_vlm.model import ASSETS, load_model, load_processor
+from vlcache_fx.testing.photo_vlm.words import answer_text
 
 __all__ = [
     "ASSETS",
@@ -23,6 +24,7 @@ __all__ = [
     "Question",
     "accuracy",
     "answer_questions",
+    "answer_text",
     "ask_again",
     "build_prompt",
     "load_model",

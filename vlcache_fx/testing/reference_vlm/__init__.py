@@ -5,7 +5,14 @@
 Nothing heavy is imported before a function is called. ``examples/train_reference_vlm.py`` made the weights.
 """
 
-from vlcache_fx.testing.reference_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
+from vlcache_fx.testing.reference_vlm.data import (
+    FAMILIES,
+    Question,
+    answer_text,
+    ask_again,
+    build_prompt,
+    make_questions,
+)
 from vlcache_fx.testing.reference_vlm.evaluate import accuracy, answer_questions, next_words, prepare
 from vlcache_fx.testing.reference_vlm.model import ASSETS, load_model, load_processor
 
@@ -15,6 +22,7 @@ __all__ = [
     "Question",
     "accuracy",
     "answer_questions",
+    "answer_text",
     "ask_again",
     "build_prompt",
     "load_model",

@@ -198,6 +198,11 @@ def ask_again(
     )
 
 
+def answer_text(answer: str) -> str:
+    """The answer as the model writes it: one token."""
+    return answer
+
+
 def build_prompt(question: Question) -> str:
     """The chat text of ``question`` up to where the answer begins; one ``<|image_pad|>`` per picture."""
     return prompt_text(question.system_prompt, question.text, len(question.images), question.question_first)
