@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +72,14 @@ def test_a_policy_that_lacks_its_profile_costs_reuse_only(pair: Pair) -> None:
     assert pair.engine.stats()["plan_failures"] == failures + 1
     with pair.engine.using(policy=Auto(0.05), profile=profile):
         assert pair.run(**MOVED)[1]["mode"] == "warm"
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_another_budget_leaves_the_profile_alone(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    Profile("another", "float32", (1.0,)).save(path)
+    engine = with_backend(tiny_vlm(num_layers=LAYERS), lowering="eager", profile=path).engine
+    path.unlink()  # read once: a server may go on without the file
+    engine.set_budget(0.5)
+    assert engine.choices.now.budget == engine.options.budget == 0.5
+    assert engine.choices.now.profile == Profile("another", "float32", (1.0,))

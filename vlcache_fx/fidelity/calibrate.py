@@ -134,8 +134,7 @@ def calibrate(
 
 def _identity(subject: Subject) -> tuple[str, str, int]:
     """Fingerprint, dtype of keys and values, and number of layers."""
-    report = subject.engine.last_report
-    assert report is not None
+    report = subject.report
     entry = subject.engine.store.get(report["spans"][0]["key"])
     assert entry is not None
     dtype = str(next(iter(entry.tensors.values())).dtype).removeprefix("torch.")

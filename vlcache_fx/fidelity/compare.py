@@ -10,6 +10,8 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
+from vlcache_fx.runtime.shadow import kl_per_row
+
 Z = 1.959964
 """Two-sided 95 % of the normal distribution."""
 
@@ -36,15 +38,14 @@ def compare(exact: Tensor, reused: Tensor, answers: Sequence[Tensor]) -> list[Co
         exact, reused: scores float32 [prompts, positions, vocabulary]; the last positions are the answer's.
         answers: per prompt, ids int64 [tokens].
     """
-    truth, other = (torch.log_softmax(scores.double(), -1) for scores in (exact, reused))
-    divergence = (truth.exp() * (truth - other)).sum(-1)
+    divergence = kl_per_row(exact.double(), reused.double())
     said, expected = reused.argmax(-1).cpu(), exact.argmax(-1).cpu()
     compared = []
     for index, answer in enumerate(answers):
         places = slice(-len(answer), None)
         compared.append(
             Comparison(
-                kl=max(0.0, float(divergence[index, places].mean())),
+                kl=float(divergence[index, places].mean()),
                 agrees=torch.equal(said[index, places], expected[index, places]),
                 right=torch.equal(said[index, places], answer),
             )

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from importlib import import_module
 from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -26,12 +26,14 @@ from rich.table import Table
 
 from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.table import machine_line
-from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.models import NAMED, check_name, load_subject
 from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.fidelity.table import nats, percent
+from vlcache_fx.runtime.refine import refined
 from vlcache_fx.store.entry import Entry
 
 CONTEXTS = 4
@@ -66,22 +68,24 @@ def study(
         typical = _computed(subject, source, short)
         question = subject.prepare([make_prompt(source, one) for one in asked])
         exact = subject.exact(question)
+        chosen = [
+            {
+                "one": donors[:1],
+                "mean of 2": donors[:2],
+                "mean of 4": donors,
+                "nearest": [donors[_nearest([context[index].system_prompt for context in contexts], one)]],
+                "typical": [typical],
+            }
+            for index, one in enumerate(new.system_prompt for new in asked)
+        ]
         for kind in KINDS:
             subject.engine.clear()
-            for index, one in enumerate(asked):
-                near = _nearest([context[index].system_prompt for context in contexts], one.system_prompt)
-                chosen = {
-                    "one": donors[:1],
-                    "mean of 2": donors[:2],
-                    "mean of 4": donors,
-                    "nearest": [donors[near]],
-                    "typical": [typical],
-                }[kind]
+            for index, of_kind in enumerate(chosen):
                 for key in donors[0][index]:
-                    subject.engine.store.put(key, _mean([donor[index][key] for donor in chosen]))
+                    subject.engine.store.put(key, _mean([donor[index][key] for donor in of_kind[kind]]))
             with subject.engine.using(policy="uniform", budget=budget):
                 found[kind] += compare(exact, subject.answer(question), question.answers)
-            _check_reuse(subject)
+            subject.recomputed()  # raises where a donor was not reused
     return found
 
 
@@ -94,23 +98,11 @@ def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> 
     prompts = [make_prompt(source, question) for question in questions]
     subject.record([Case("donor", prompt, prompt) for prompt in prompts])
     found: list[dict[str, Entry]] = [{} for _ in prompts]
-    for span in _report(subject)["spans"]:
+    for span in subject.report["spans"]:
         entry = subject.engine.store.get(span["key"])
         assert entry is not None
         found[span["sample"]][span["key"]] = entry
     return found
-
-
-def _report(subject: Subject) -> dict[str, Any]:
-    report = subject.engine.last_report
-    assert report is not None
-    return report
-
-
-def _check_reuse(subject: Subject) -> None:
-    report = _report(subject)
-    if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
-        raise OptionError(f"{subject.name} did not reuse: {report['mode']}, {report['reason']}")
 
 
 def _nearest(known: Sequence[str], new: str) -> int:
@@ -125,12 +117,11 @@ def _nearest(known: Sequence[str], new: str) -> int:
 
 
 def _mean(entries: Sequence[Entry]) -> Entry:
-    """One entry that is the mean of all, exact nowhere."""
-    means = {
-        slot: torch.stack([entry.tensors[slot].double() for entry in entries]).mean(0).to(tensor.dtype)
-        for slot, tensor in entries[0].tensors.items()
-    }
-    return Entry(means, {"kind": "donor", "length": entries[0].info["length"]})
+    """What donors refine to when an item is computed behind these prompts, one after the other."""
+    first, *others = entries
+    return reduce(
+        lambda donor, other: refined(donor, other.tensors, str(other.info["before"])), others, first
+    )
 
 
 def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Table:
@@ -143,9 +134,10 @@ def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Tabl
         table.add_row(
             kind,
             f"{len(comparisons):,}",
-            f"{kl.mean:.2g} ({kl.low:.2g} to {kl.high:.2g})",
+            nats(kl),
             f"{median(one.kl for one in comparisons):.2g}",
-            *(f"{100 * x.mean:.1f} % ({100 * x.low:.1f} to {100 * x.high:.1f})" for x in (agreement, right)),
+            percent(agreement),
+            percent(right),
         )
     return table
 

@@ -106,7 +106,7 @@ def run(
         for index, setting in enumerate(compared):
             with subject.engine.using(policy=setting.policy, budget=setting.budget, profile=setting.profile):
                 comparisons = compare(exact, subject.answer(question), question.answers)
-            share = _recomputed(subject, setting)
+            share = subject.recomputed()
             for family in (own[0].family, ALL):
                 place = found.setdefault((index, family), _Found())
                 place.comparisons += comparisons
@@ -115,15 +115,6 @@ def run(
         if after_batch is not None:
             after_batch(len(own))
     return [_score(compared[index], family, place) for (index, family), place in sorted(found.items())]
-
-
-def _recomputed(subject: Subject, setting: Setting) -> float:
-    report = subject.engine.last_report
-    assert report is not None
-    if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
-        raise OptionError(f"{setting.name} did not reuse: {report['mode']}, {report['reason']}")
-    share: float = report["token_layer_fraction"]
-    return share
 
 
 def _score(setting: Setting, family: str, found: _Found) -> Score:

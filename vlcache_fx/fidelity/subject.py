@@ -93,10 +93,32 @@ class Subject:
         """
         self.engine.clear()
         self.answer(self.prepare([case.donor for case in cases]))
+        if self.report["mode"] != "cold":
+            raise OptionError(f"{self.name} makes no donors: {self.report['reason']}")
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Of the last call.
+
+        Raises:
+            OptionError: the engine was not called.
+        """
         report = self.engine.last_report
-        if report is None or report["mode"] != "cold":
-            reason = None if report is None else report["reason"]
-            raise OptionError(f"{self.name} makes no donors: {reason or 'the engine was not called'}")
+        if report is None:
+            raise OptionError(f"{self.name} answered without its engine")
+        return report
+
+    def recomputed(self) -> float:
+        """The share of the reused spans' token-layers that the last call computed.
+
+        Raises:
+            OptionError: it did not reuse every span.
+        """
+        report = self.report
+        if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
+            raise OptionError(f"{self.name} did not reuse: {report['mode']}, {report['reason']}")
+        share: float = report["token_layer_fraction"]
+        return share
 
     def answer(self, question: Question) -> Tensor:
         """Scores of the next token where the answer stands, as the engine's policy has it.

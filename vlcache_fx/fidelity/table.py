@@ -18,7 +18,7 @@ def overall_table(scores: Sequence[Score], title: str) -> Table:
     overall = [score for score in scores if score.family == ALL]
     exact = overall[0].exact_accuracy
     table = _table(
-        f"{title}: {overall[0].prompts} prompts; unmodified model right: {_percent(exact)}",
+        f"{title}: {overall[0].prompts} prompts; unmodified model right: {percent(exact)}",
         ("policy", "budget"),
     )
     for score in overall:
@@ -31,7 +31,7 @@ def family_table(scores: Sequence[Score], budget: float, title: str) -> Table:
     table = _table(f"{title}: {100 * budget:g} % budget", ("family", "prompts", "policy", "unmodified right"))
     chosen = [score for score in scores if score.budget == budget and score.family != ALL]
     for score in sorted(chosen, key=lambda score: score.family):
-        exact = _percent(score.exact_accuracy)
+        exact = percent(score.exact_accuracy)
         table.add_row(score.family, f"{score.prompts:,}", score.policy, exact, *_cells(score))
     return table
 
@@ -63,7 +63,7 @@ def markdown(scores: Sequence[Score]) -> str:
     for score in ordered:
         cells = (score.family, f"{score.prompts:,}", score.policy, f"{100 * score.budget:g} %")
         share, *measured = _cells(score)
-        lines.append(f"| {' | '.join([*cells, share, _percent(score.exact_accuracy), *measured])} |")
+        lines.append(f"| {' | '.join([*cells, share, percent(score.exact_accuracy), *measured])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,9 +77,15 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _cells(score: Score) -> tuple[str, ...]:
-    kl = f"{score.kl.mean:.2g} ({score.kl.low:.2g} to {score.kl.high:.2g})"
-    return f"{100 * score.recomputed:.1f} %", _percent(score.accuracy), _percent(score.agreement), kl
+    share = f"{100 * score.recomputed:.1f} %"
+    return share, percent(score.accuracy), percent(score.agreement), nats(score.kl)
 
 
-def _percent(interval: Interval) -> str:
+def nats(interval: Interval) -> str:
+    """A mean divergence and its interval."""
+    return f"{interval.mean:.2g} ({interval.low:.2g} to {interval.high:.2g})"
+
+
+def percent(interval: Interval) -> str:
+    """A share and its interval."""
     return f"{100 * interval.mean:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"

@@ -142,11 +142,3 @@ def convex_hull(curve: Curve) -> list[tuple[float, float]]:
 
 def _turns_right(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
     return (b[1] - a[1]) * (c[0] - b[0]) >= (c[1] - b[1]) * (b[0] - a[0])
-
-
-def interpolate(curve: Curve, share: float) -> float:
-    """The curve's error at ``share``, linear between its points."""
-    for (start, before), (end, after) in pairwise(curve):
-        if share <= end:
-            return before + (after - before) * (share - start) / (end - start)
-    return curve[-1][1]

@@ -146,7 +146,8 @@ class Engine:
         Raises:
             OptionError: as for the option.
         """
-        self.set_options(replace(self.options, budget=budget))
+        self.options = replace(self.options, budget=budget)
+        self.choices.default = replace(self.choices.default, budget=self.options.budget)
 
     def resume(self) -> None:
         """Lift what shadow runs or the gate decided: every model of this engine reuses again.

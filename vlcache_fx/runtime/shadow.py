@@ -93,7 +93,7 @@ def compare(
 
 
 def kl_per_row(exact: Tensor, reused: Tensor) -> Tensor:
-    """KL divergence of ``reused`` from ``exact``, in nats, of each row of floating logits [rows, vocabulary].
+    """KL divergence of ``reused`` from ``exact``, in nats, of each row of floating logits [..., vocabulary].
 
     Computed in the logits' dtype, added up in float64. 0 for equal rows; infinite where ``reused`` rules a
     token out that ``exact`` does not.
