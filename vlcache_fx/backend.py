@@ -139,10 +139,10 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: Unmodified) -> Comp
         unmodified.prepare()  # serves every call in which no span is marked
     split = split_encoder(captured, facts.encoder)
     if split is None:
-        decoder = DecoderRunner(captured, engine, unmodified)
+        decoder = DecoderRunner.of(captured, engine, unmodified)
         return lambda *args: decoder(args)
     original = len(captured.kinds)
-    decoder = DecoderRunner(split.decoder, engine, lambda *args: unmodified(*args[:original]))
+    decoder = DecoderRunner.of(split.decoder, engine, lambda *args: unmodified(*args[:original]))
     if not split.computes:
         return lambda *args: decoder([*args, *split.encoder(*args)])
     encoder = _kept(split, engine)

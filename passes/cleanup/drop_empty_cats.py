@@ -25,7 +25,7 @@ class DropEmptyCats(Pass):
             parts = node.args[0]
             assert isinstance(parts, list | tuple)
             kept = [part for part in parts if not _is_empty(part)]
-            if len(kept) == len(parts) or not kept:
+            if not kept or len(kept) == len(parts) > 1:
                 continue
             changed = True
             same_dtype = kept[0].meta["val"].dtype == node.meta["val"].dtype

@@ -88,7 +88,7 @@ class Looking:
         model = tiny_vlm(last_only=False)
         model.__class__ = Given
         captured, graph = captured_graph(model, CALL | more)
-        self.check = MaskCheck(captured.graph_module, analyze(captured))
+        self.check = MaskCheck.of(captured.graph_module, analyze(captured))
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)

@@ -12,6 +12,7 @@ from vlcache_fx.analysis.frontier import packet_of
 from vlcache_fx.analysis.layout_rules import is_full_slice
 from vlcache_fx.analysis.token_axis import row_step
 from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.plan.selection import RowSelection
 
 aten = torch.ops.aten
 
@@ -30,15 +31,19 @@ class TailRows:
     axis: int
     steps: dict[Node, RowStep]
 
-    def positions(self, num_tokens: int) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all."""
+    @property
+    def rule(self) -> RowSelection | None:
+        """The selection as plain data; None where all rows are needed."""
         if self.selection is None:
             return None
-        everything = torch.arange(num_tokens)
-        if packet_of(self.selection) is aten.select:
-            return everything[self.selection.args[2]].reshape(1)  # type: ignore[index]
-        start, end, step = (list(self.selection.args[2:]) + [None] * 3)[:3]
-        return everything[slice(start, end, step)]
+        bounds = self.selection.args[2:]
+        if packet_of(self.selection) is not aten.select:
+            bounds = tuple((list(bounds) + [None] * 3)[:3])
+        return RowSelection(bounds)  # type: ignore[arg-type]
+
+    def positions(self, num_tokens: int) -> Tensor | None:
+        """Absolute positions that results need, int64 [n], or None for all."""
+        return None if self.rule is None else self.rule.positions(num_tokens)
 
 
 def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRows:

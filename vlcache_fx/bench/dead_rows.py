@@ -80,7 +80,7 @@ def _runner(
         output_rows=positions,
     )  # fmt: skip
     device = facts.stream.boundaries[0].meta["val"].device
-    runner = ProgramRunner("cold", program, device, engine)
+    runner = ProgramRunner.of("cold", program, device, engine)
     runner.ready()
     bound = runner.bind(plan, positions, {})
     return lambda: runner.run(args, bound)

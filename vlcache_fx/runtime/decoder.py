@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlcache_fx.analysis import DecoderFacts, analyze
-from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.capture import Captured
 from vlcache_fx.capture.writes import deliver, overlapping
 from vlcache_fx.errors import PlanError, PolicyError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
@@ -14,6 +14,7 @@ from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.lookup import DonorLookup
 from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.probe import ChosenRows, first_chooser, measure, needs_probe
@@ -24,39 +25,59 @@ from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_l
 
 
 class DecoderRunner:
-    """A compiled decoder graph: call it with the graph's inputs, get the graph's outputs.
-
-    Both programs are built at once (a graph that cannot be rewritten is refused here) and lowered when first
-    used.
+    """A decoder with reuse: call it with the graph's inputs, get the graph's outputs.
 
     Args:
-        captured: the decoder; encoder features are inputs.
+        form: facts of the graph.
+        masks: what its attention masks let tokens see.
+        cold, warm: its programs; lowered when first used.
         engine: what it shares with the model's other graphs.
-        unmodified: runs the graph as it was captured; serves every call that reuse cannot.
-
-    Raises:
-        UnsupportedGraphError: the graph cannot be rewritten.
+        unmodified: computes the graph's results without reuse; serves every call that reuse cannot.
+        logits: index of the result that shadow runs compare; None without them.
     """
 
-    def __init__(self, captured: Captured, engine: Engine, unmodified: Callable[..., Sequence[Any]]) -> None:
+    def __init__(
+        self,
+        form: DecoderForm,
+        masks: MaskCheck,
+        cold: ProgramRunner,
+        warm: ProgramRunner,
+        engine: Engine,
+        unmodified: Callable[..., Sequence[Any]],
+        logits: int | None = None,
+    ) -> None:
         self.engine = engine
-        self._unmodified = unmodified
+        self._form, self._masks, self._cold, self._warm = form, masks, cold, warm
+        self._unmodified, self._logits = unmodified, logits
+        self._donors = DonorLookup(form, engine)
+
+    @classmethod
+    def of(
+        cls, captured: Captured, engine: Engine, unmodified: Callable[..., Sequence[Any]]
+    ) -> "DecoderRunner":
+        """Of a captured graph whose encoder features are inputs. Both programs are built at once.
+
+        Raises:
+            UnsupportedGraphError: the graph cannot be rewritten.
+        """
         facts = analyze(captured)
-        self._masks = MaskCheck(captured.graph_module, facts)
-        self._num_layers, self._tail_rows = facts.num_layers, facts.tail_rows
-        self._num_outputs, self._num_results = captured.num_outputs, captured.num_results
-        self._writes = captured.writes
-        self._data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-        self._device = facts.stream.boundaries[0].meta["val"].device
-        self._cold = ProgramRunner("cold", cold_program(captured), self._device, engine)
-        self._warm = ProgramRunner("warm", warm_program(captured), self._device, engine)
-        self._donors = DonorLookup(captured, facts, self._cold.recorded, engine)
-        self._logits = _logits_to_shadow(captured, facts, engine)
+        masks = MaskCheck.of(captured.graph_module, facts)
+        cold, warm = cold_program(captured), warm_program(captured)
+        form = DecoderForm.of(captured, facts, cold.recorded)
+        return cls(
+            form,
+            masks,
+            ProgramRunner.of("cold", cold, form.device, engine),
+            ProgramRunner.of("warm", warm, form.device, engine),
+            engine,
+            unmodified,
+            _logits_to_shadow(captured, facts, engine),
+        )
 
     def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
         """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
         noted, items = self.engine.take_encoder_note(), self.engine.take_items()
-        identifier, clock = self._donors.identifier, Clock()
+        identifier, clock = self._form.identifier, Clock()
         with clock.measure("identify"):
             identified = identifier.runs(args, items)
             if identified is None:
@@ -68,7 +89,7 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
-        if self._writes and overlapping(self._writes, args, self._data):
+        if self._form.writes and overlapping(self._form.writes, args, self._form.data):
             return self._bypass(args, "an input that is written to shares memory with another", num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
@@ -97,7 +118,7 @@ class DecoderRunner:
         plans = self._plans(request)
         if plans is None or not self._cold.ready():
             return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
-        bound = self._cold.bind(together(plans), self._tail_rows.positions(request.num_tokens), {})
+        bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), {})
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
@@ -107,12 +128,12 @@ class DecoderRunner:
             self.engine.report(request.report("cold", "no donor for its spans", plans, 1.0))
         else:
             self.engine.report(request.report("bypass", "no media span", plans, 1.0))
-        return deliver(self._writes, request.args, results, self._num_results)
+        return deliver(self._form.writes, request.args, results, self._form.num_results)
 
     def _admit(
         self, request: Request, slots: Sequence[str], results: Sequence[Any], plans: Sequence[Plan]
     ) -> None:
-        recorded = dict(zip(slots, results[self._num_outputs :], strict=True))
+        recorded = dict(zip(slots, results[self._form.num_outputs :], strict=True))
         with request.clock.measure("admit"):
             self._donors.admit(request, recorded, plans)
 
@@ -123,12 +144,12 @@ class DecoderRunner:
         if not self._warm.ready():
             return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
         with request.clock.measure("bind"):
-            tables = donors.tables(request.donors, self._donors.forms, self._device)
-            positions = self._tail_rows.positions(request.num_tokens)
+            tables = donors.tables(request.donors, self._form.rows, self._form.device)
+            positions = self._form.positions(request.num_tokens)
         policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
-                found = measure(policy, self._warm, request, plans, tables, self._donors.forms, positions)
+                found = measure(policy, self._warm, request, plans, tables, self._form.rows, positions)
             if found is None:
                 return self._bypass(request.args, "the warm program failed", request.num_tokens)
             plans = self._plans(request, ChosenRows(policy, found))
@@ -149,7 +170,7 @@ class DecoderRunner:
             report = replace(report, shadow_kl=comparison.kl)
             self.engine.guards.record(request.model_fingerprint, comparison)
         self.engine.report(report)
-        return deliver(self._writes, request.args, results, self._num_results)
+        return deliver(self._form.writes, request.args, results, self._form.num_results)
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
         """The exact results of a warm request that is due, and how far ``reused`` ones are from their logits.
@@ -166,7 +187,7 @@ class DecoderRunner:
             plans = self._plans(full)
             if plans is None or not self._cold.ready():
                 return None
-            positions = self._tail_rows.positions(request.num_tokens)
+            positions = self._form.positions(request.num_tokens)
             exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, {}))
             if exact is None:
                 return None
@@ -183,24 +204,24 @@ class DecoderRunner:
         """
         strict = self.engine.options.strict
         choice = self.engine.choices.now
-        chooser = chooser or first_chooser(choice.policy, self._donors.forms)
+        chooser = chooser or first_chooser(choice.policy, self._form.rows)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
                 profile = self.engine.choices.profile_for(
-                    request.model_fingerprint, self._donors.dtype, strict=strict
+                    request.model_fingerprint, self._form.dtype, strict=strict
                 )
                 for sample in request.samples:
                     plans.append(
                         build_plan(
                             num_tokens=request.num_tokens,
                             spans=sample.spans,
-                            num_layers=self._num_layers,
+                            num_layers=self._form.num_layers,
                             policy=chooser,
                             profile=profile,
                             budget=choice.budget,
-                            output_rows=self._tail_rows.positions(request.num_tokens),
+                            output_rows=self._form.positions(request.num_tokens),
                             strict=strict,
                             prefix=sample.prefix,
                             unseen=sample.unseen if request.donors else None,

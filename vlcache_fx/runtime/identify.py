@@ -1,6 +1,6 @@
 """Which spans a request has, and the keys of what fills them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -57,7 +57,7 @@ class Identifier:
         width: values per token of what is merged; None where there is no merge, or the graph takes any.
     """
 
-    masks: fx.GraphModule
+    masks: Callable[..., Sequence[Tensor]]
     features: tuple[int, ...]
     num_merges: int
     position_inputs: tuple[int, ...]

@@ -6,15 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors, refine
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.identify import Identifier, Run, arithmetic, donor_key, of_sample
-from vlcache_fx.runtime.prefix import Piece, PrefixReader
+from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.identify import Run, donor_key, of_sample
+from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.keys import content_digest
@@ -27,37 +25,12 @@ class DonorLookup:
     """Finds and stores donors.
 
     Args:
-        captured: the decoder graph.
-        facts: its analysis.
-        slots: names of what its programs record.
+        form: of the decoder graph.
         engine: has the store.
     """
 
-    def __init__(self, captured: Captured, facts: DecoderFacts, slots: Sequence[str], engine: Engine) -> None:
-        self._engine = engine
-        data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-        place = {node: index for index, node in enumerate(captured.placeholders)}
-        self.identifier = Identifier.of(captured.graph_module, facts, data)
-        self._prefixes = PrefixReader.of(captured, facts, self.identifier.features)
-        self._weights = tuple(place[node] for node in facts.weights)
-        frontiers = {donors.RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
-        frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
-        batch = facts.batch_dims or {}
-        self.forms = {
-            slot: donors.RowForm.of(node.meta["val"], dim, batch.get(node))
-            for slot, (node, dim) in ((slot, frontiers[slot]) for slot in slots)
-        }
-        self.dtype = str(next(iter(self.forms.values())).dtype).removeprefix("torch.")
-        # What a stored row looks like, and what layers do beside weights: graphs of one model agree on it.
-        rows = {slot: frontiers[slot][0] for slot in slots if slot != donors.RESIDUAL}
-        sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
-        self._form = str(
-            (
-                [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()],
-                [layer.site.scale for layer in facts.layers],
-                arithmetic(n for members in facts.stream.members for n in members if n not in sites),
-            )
-        )
+    def __init__(self, form: DecoderForm, engine: Engine) -> None:
+        self._form, self._engine = form, engine
 
     def request(
         self,
@@ -74,10 +47,12 @@ class DonorLookup:
         spans: list[Span] = []
         root = fingerprint = ""
         if long:  # with text alone there is nothing to look the weights over for
-            fingerprint = self._engine.fingerprints.of([args[index] for index in self._weights])
-            weights, salt = f"{fingerprint}|{self._form}", self._engine.options.salt
+            fingerprint = self._form.model_fingerprint or self._engine.fingerprints.of(
+                [args[index] for index in self._form.weights]
+            )
+            weights, salt = f"{fingerprint}|{self._form.layout}", self._engine.options.salt
             for run in long:
-                positions = self.identifier.positions(args, run, num_samples, num_tokens)
+                positions = self._form.identifier.positions(args, run, num_samples, num_tokens)
                 key = donor_key(run, positions, weights, salt)
                 spans.append(Span(run.sample, run.start, run.length, key, False))
             root = content_digest([weights, salt])
@@ -103,7 +78,7 @@ class DonorLookup:
         looked, found = [], {}
         for span in sample.spans:
             entry = self._get(span.key)
-            if entry is not None and donors.fits(entry, self.forms, span.length):
+            if entry is not None and donors.fits(entry, self._form.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
@@ -132,7 +107,7 @@ class DonorLookup:
                 return self._get(refine.exact_key(piece.key))
             return entry
 
-        length, entries = donors.known_prefix(self._pieces(request, sample), find, self.forms)
+        length, entries = donors.known_prefix(self._pieces(request, sample), find, self._form.rows)
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
@@ -143,7 +118,7 @@ class DonorLookup:
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
         num_samples, num_tokens = len(request.samples), request.num_tokens
         args = [of_sample(value, sample.index, num_samples, num_tokens) for value in request.args]
-        pieces = self._prefixes.pieces(args, sample.runs, sample.spans, num_tokens, request.root)
+        pieces = self._form.prefixes.pieces(args, sample.runs, sample.spans, num_tokens, request.root)
         if num_samples == 1:
             return pieces
         # Behind padding, an item's context is another one than behind the same text alone.
@@ -171,7 +146,7 @@ class DonorLookup:
                     if piece.start >= sample.prefix and self._is_wanted(piece, request):
                         store, index = self._engine.store, sample.index
                         most = self._engine.options.donor_contexts
-                        stored = donors.admit(store, piece, recorded, self.forms, plan, index, most)
+                        stored = donors.admit(store, piece, recorded, self._form.rows, plan, index, most)
                         if not stored and piece.span is not None:
                             self._engine.unstorable.add(piece.key)
 

@@ -1,7 +1,7 @@
 """What the attention masks of a call let its tokens see: tokens behind them, and keys of earlier calls."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.refusal import refuse, source_line
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.plan.types import Span
@@ -41,18 +41,55 @@ class MaskLook:
     unseen: tuple[Tensor | None, ...] = ()
 
 
+@dataclass(frozen=True)
+class MaskSite:
+    """One kind of attention.
+
+    Attributes:
+        node, source_line: for refusals: the name of the first such attention, and where it comes from.
+        has_mask: False where it hides later tokens by itself.
+    """
+
+    node: str
+    source_line: str | None
+    has_mask: bool
+
+
 class MaskCheck:
-    """The masks of one decoder graph, as a small graph of their own.
+    """The masks of one decoder graph.
 
     They are evaluated again for every call whose masks may differ: whose inputs to them or spans do.
     Attentions without a mask hide later tokens by themselves, and are looked at only where they have keys of
     earlier calls.
 
-    Raises:
-        UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
+    Args:
+        sites: the kinds of attention that have to be looked at.
+        key_tokens: per site, from the graph's inputs and the number of tokens to the token of each key.
+        masks: from the graph's inputs to the masks of the sites that have one.
+        inputs: indices of the inputs that masks depend on.
+        every_layer_has_one: whether some layer shows no mask.
     """
 
-    def __init__(self, module: fx.GraphModule, facts: DecoderFacts) -> None:
+    def __init__(
+        self,
+        sites: Sequence[MaskSite],
+        key_tokens: Sequence[Callable[[Sequence[Any], int], Tensor]],
+        masks: Callable[..., Sequence[Tensor]],
+        inputs: Sequence[int],
+        *,
+        every_layer_has_one: bool,
+    ) -> None:
+        self.sites, self.inputs, self.every_layer_has_one = tuple(sites), tuple(inputs), every_layer_has_one
+        self._key_tokens, self._masks = tuple(key_tokens), masks
+        self._looks: OrderedDict[str, MaskLook] = OrderedDict()
+
+    @classmethod
+    def of(cls, module: fx.GraphModule, facts: DecoderFacts) -> "MaskCheck":
+        """Of a captured graph.
+
+        Raises:
+            UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
+        """
         sites: dict[Node | None, tuple[Node, KeyTokens]] = {}
         for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True):
             site = layer.site
@@ -63,16 +100,15 @@ class MaskCheck:
                     Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
                 )
             sites[site.mask] = (site.node, KeyTokens(module, () if site.is_prefill else keys.moves))
-        self._sites = list(sites.values())
         masks = [mask for mask in sites if mask is not None]
-        self._given = [mask is not None for mask in sites]
-        self._every_layer_has_one = all(layer.site.mask is not None for layer in facts.layers)
-        self._masks = extract(module, masks) if masks else None
         needed, placeholders = needed_for(masks), module.graph.find_nodes(op="placeholder")
-        self._inputs = [
-            index for index, node in enumerate(placeholders) if node in needed and node not in facts.past
-        ]
-        self._looks: OrderedDict[str, MaskLook] = OrderedDict()
+        return cls(
+            [MaskSite(node.name, source_line(node), mask is not None) for mask, (node, _) in sites.items()],
+            [tokens for _, tokens in sites.values()],
+            extract(module, masks),
+            [i for i, node in enumerate(placeholders) if node in needed and node not in facts.past],
+            every_layer_has_one=all(layer.site.mask is not None for layer in facts.layers),
+        )
 
     def look(self, args: Sequence[Any], num_tokens: int, spans: Sequence[Sequence[Span]]) -> MaskLook:
         """What tokens see in one call.
@@ -82,11 +118,11 @@ class MaskCheck:
             num_tokens: of each sample.
             spans: per sample. Images may look both ways inside themselves, not behind them.
         """
-        if not self._sites:
+        if not self.sites:
             return MaskLook(unseen=(None,) * len(spans))
-        key_tokens = [tokens(args, num_tokens) for _, tokens in self._sites]
+        key_tokens = [tokens(args, num_tokens) for tokens in self._key_tokens]
         places = [(span.sample, span.start, span.length) for sample in spans for span in sample]
-        inputs = (args[index] for index in self._inputs)
+        inputs = (args[index] for index in self.inputs)
         key = content_digest([*inputs, *key_tokens, num_tokens, len(spans), *places])
         if key not in self._looks:
             self._looks[key] = self._look(self._evaluated(args, num_tokens, key_tokens), num_tokens, spans)
@@ -96,17 +132,19 @@ class MaskCheck:
 
     def _evaluated(
         self, args: Sequence[Any], num_tokens: int, key_tokens: Sequence[Tensor]
-    ) -> Iterator[tuple[Node, Tensor, Tensor]]:
+    ) -> Iterator[tuple[MaskSite, Tensor, Tensor]]:
         """``(attention, mask [..., rows, keys], token of each key)`` of each kind of attention."""
-        given = iter(() if self._masks is None else self._masks(*args))
-        for (site, _), tokens, is_given in zip(self._sites, key_tokens, self._given, strict=True):
-            mask = next(given) if is_given else torch.ones(num_tokens, len(tokens), dtype=torch.bool).tril()
+        given = iter(self._masks(*args) if any(site.has_mask for site in self.sites) else ())
+        for site, tokens in zip(self.sites, key_tokens, strict=True):
+            mask = (
+                next(given) if site.has_mask else torch.ones(num_tokens, len(tokens), dtype=torch.bool).tril()
+            )
             if mask.dim() >= 2:
                 yield site, mask, tokens.to(mask.device)
 
     def _look(
         self,
-        evaluated: Iterator[tuple[Node, Tensor, Tensor]],
+        evaluated: Iterator[tuple[MaskSite, Tensor, Tensor]],
         num_tokens: int,
         spans: Sequence[Sequence[Span]],
     ) -> MaskLook:
@@ -118,11 +156,11 @@ class MaskCheck:
                 beyond = next((span for span in own if _sees_beyond(part, tokens, span)), None)
                 if beyond is not None and refusal is None:
                     detail = f"tokens of the span at {beyond.start} attend to tokens behind it"
-                    refusal = refuse(Reason.MASK_FORM, site, detail)
+                    refusal = UnsupportedGraphError(Reason.MASK_FORM, detail, site.node, site.source_line)
                 hides = hides and not _looks_ahead(part, tokens, num_tokens, own)
                 is_whole = is_whole and not bool(_visible(part)[..., tokens < 0].any())
                 seen[sample] |= _seen(part, tokens, num_tokens)
-        unseen = tuple((~one).nonzero().flatten() if self._every_layer_has_one else None for one in seen)
+        unseen = tuple((~one).nonzero().flatten() if self.every_layer_has_one else None for one in seen)
         return MaskLook(refusal, hides, is_whole, unseen)
 
 

@@ -1,6 +1,6 @@
 """One program of a decoder graph, lowered when first used."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,30 +19,47 @@ class ProgramRunner:
 
     Args:
         name: ``cold`` or ``warm``; appears in logs.
-        program: the rewritten graph.
+        slots: names of the inputs that passes added, in order, behind the graph's own.
+        recorded: names of the results that passes appended.
+        lower: makes it callable; raises LoweringError where it cannot.
         device: where the program's inputs live.
-        engine: gives the lowering and takes a refusal.
+        engine: takes a refusal.
     """
 
-    def __init__(self, name: str, program: Program, device: torch.device, engine: Engine) -> None:
-        self.name, self.recorded, self.slots = name, tuple(program.recorded), tuple(program.slots)
-        self._graph_module, self._device, self._engine = program.graph_module, device, engine
+    def __init__(
+        self,
+        name: str,
+        slots: Sequence[str],
+        recorded: Sequence[str],
+        lower: Callable[[], Lowered],
+        device: torch.device,
+        engine: Engine,
+    ) -> None:
+        self.name, self.recorded, self.slots = name, tuple(recorded), tuple(slots)
+        self._lower, self._device, self._engine = lower, device, engine
         self._lowered: Lowered | None = None
         self._failed = False
+
+    @classmethod
+    def of(cls, name: str, program: Program, device: torch.device, engine: Engine) -> "ProgramRunner":
+        """Of a rewritten graph, lowered as the engine's options say."""
+
+        def lower() -> Lowered:
+            lowered = engine.lowering.lower(program.graph_module, name=name)
+            is_recorded = name == "warm" and device.type == "cuda" and engine.options.cuda_graphs
+            return CudaGraphs(lowered) if is_recorded else lowered
+
+        return cls(name, tuple(program.slots), program.recorded, lower, device, engine)
 
     def ready(self) -> bool:
         """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
         if self._lowered is None and not self._failed:
             try:
-                lowered = self._engine.lowering.lower(self._graph_module, name=self.name)
-                self._lowered = CudaGraphs(lowered) if self._is_recorded() else lowered
+                self._lowered = self._lower()
             except LoweringError as error:
                 self._failed = True
                 self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
         return not self._failed
-
-    def _is_recorded(self) -> bool:
-        return self.name == "warm" and self._device.type == "cuda" and self._engine.options.cuda_graphs
 
     def bind(
         self, plan: Plan | StackedPlan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]

@@ -1,0 +1,104 @@
+"""What the runtime must know of a decoder beside its programs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.axis import shape_of
+from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.capture.captured import Write
+from vlcache_fx.plan.selection import RowSelection
+from vlcache_fx.runtime.donors import RESIDUAL, RowForm
+from vlcache_fx.runtime.identify import Identifier, arithmetic
+from vlcache_fx.runtime.prefix import PrefixReader
+
+
+@dataclass(frozen=True)
+class DecoderForm:
+    """Facts of one decoder graph that hold for every call: plain data, but for the identifier's masks.
+
+    Indices are those of the graph's inputs.
+
+    Attributes:
+        num_layers: L.
+        num_outputs: entries that the graph returns, those for writes included.
+        num_results: entries that the traced code returns.
+        writes: what the traced code writes to its inputs.
+        data: inputs that are tensors of the request.
+        device: where the token embeddings are.
+        tail: tokens that results need; None for all.
+        rows: what programs read from each slot.
+        layout: digest-like text of what a stored row looks like and of what layers do beside weights; graphs
+            of one model agree on it. Part of the keys.
+        weights: inputs that are weights of the decoder.
+        model_fingerprint: of these weights, where they are no inputs; else None.
+        identifier: finds spans and their keys.
+        prefixes: cuts prompts into pieces.
+    """
+
+    num_layers: int
+    num_outputs: int
+    num_results: int
+    writes: tuple[Write, ...]
+    data: tuple[int, ...]
+    device: torch.device
+    tail: RowSelection | None
+    rows: Mapping[str, RowForm]
+    layout: str
+    weights: tuple[int, ...]
+    model_fingerprint: str | None
+    identifier: Identifier
+    prefixes: PrefixReader
+
+    @classmethod
+    def of(cls, captured: Captured, facts: DecoderFacts, slots: Sequence[str]) -> "DecoderForm":
+        """Of a captured graph; ``slots`` are what its programs record."""
+        data = tuple(index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA)
+        place = {node: index for index, node in enumerate(captured.placeholders)}
+        identifier = Identifier.of(captured.graph_module, facts, data)
+        frontiers = {RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
+        frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
+        batch = facts.batch_dims or {}
+        rows = {slot: frontiers[slot][0] for slot in slots if slot != RESIDUAL}
+        sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
+        return cls(
+            num_layers=facts.num_layers,
+            num_outputs=captured.num_outputs,
+            num_results=captured.num_results,
+            writes=captured.writes,
+            data=data,
+            device=facts.stream.boundaries[0].meta["val"].device,
+            tail=facts.tail_rows.rule,
+            rows={
+                slot: RowForm.of(
+                    frontiers[slot][0].meta["val"], frontiers[slot][1], batch.get(frontiers[slot][0])
+                )
+                for slot in slots
+            },
+            layout=str(
+                (
+                    [
+                        (slot, str(node.meta["val"].dtype), str(shape_of(node)[-1]))
+                        for slot, node in rows.items()
+                    ],
+                    [layer.site.scale for layer in facts.layers],
+                    arithmetic(n for members in facts.stream.members for n in members if n not in sites),
+                )
+            ),
+            weights=tuple(place[node] for node in facts.weights),
+            model_fingerprint=None,
+            identifier=identifier,
+            prefixes=PrefixReader.of(captured, facts, identifier.features),
+        )
+
+    @property
+    def dtype(self) -> str:
+        """Of stored rows, as profiles name it."""
+        return str(next(iter(self.rows.values())).dtype).removeprefix("torch.")
+
+    def positions(self, num_tokens: int) -> Tensor | None:
+        """Absolute positions that results need, int64 [n], or None for all."""
+        return None if self.tail is None else self.tail.positions(num_tokens)
