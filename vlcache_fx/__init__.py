@@ -14,6 +14,7 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
     from vlcache_fx.errors import (
+        ExportError,
         LoweringError,
         OptionError,
         PassError,
@@ -25,13 +26,17 @@ if TYPE_CHECKING:
         VlcacheError,
     )
     from vlcache_fx.exported import compile_exported
+    from vlcache_fx.exporting.entry import export
+    from vlcache_fx.exporting.session import OnnxSession
     from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
 
 __all__ = [
     "Engine",
+    "ExportError",
     "LoweringError",
+    "OnnxSession",
     "OptionError",
     "Options",
     "PassError",
@@ -44,15 +49,18 @@ __all__ = [
     "__version__",
     "compile",
     "compile_exported",
+    "export",
     "gate",
     "mark_spans",
 ]
 
 _HOMES = {
     "Engine": "vlcache_fx.runtime.engine",
+    "OnnxSession": "vlcache_fx.exporting.session",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.exported",
+    "export": "vlcache_fx.exporting.entry",
     "gate": "vlcache_fx.fidelity.gate:check",
     "mark_spans": "vlcache_fx.api",
 }

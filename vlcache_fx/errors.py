@@ -9,7 +9,8 @@
     ├── StoreError             a store, an entry or a key could not be made, read or written
     ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
     ├── PassError              a pass failed; names itself and the passes before it
-    └── LoweringError          a rewritten graph could not be compiled
+    ├── LoweringError          a rewritten graph could not be compiled
+    └── ExportError            a model could not be exported, or an exported one not be read
 
 A refusal never reaches users unless the option ``strict`` is set: the model then runs as it would without
 this package, and the report says why.
@@ -140,3 +141,7 @@ class PassError(VlcacheError):
 
 class LoweringError(VlcacheError):
     """A rewritten graph could not be compiled or bound to its inputs."""
+
+
+class ExportError(VlcacheError):
+    """A model could not be exported, or what was exported cannot be read or run; says which file or value."""

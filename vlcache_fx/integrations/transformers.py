@@ -7,8 +7,10 @@ Nothing here imports transformers. A model qualifies by what it offers:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +63,19 @@ def hook_placeholder_check(model: nn.Module) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def hooked_placeholder_check(model: nn.Module) -> Iterator[None]:
+    """``hook_placeholder_check`` for the body; the model is what it was behind it."""
+    base: Any = getattr(model, "base_model", model)
+    before = vars(base).get("get_placeholder_mask")
+    hooked = before is None and hook_placeholder_check(model)
+    try:
+        yield
+    finally:
+        if hooked:
+            del base.get_placeholder_mask
+
+
 class EncodersFirst:
     """Runs a model's encoders before its ``forward``, as ``generate()`` does it.
 
@@ -70,6 +85,9 @@ class EncodersFirst:
 
     Args:
         model: its ``forward`` as it is now decides whether it takes encoders' outputs.
+
+    Attributes:
+        serves: whether it does.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,13 +95,13 @@ class EncodersFirst:
         parameters = list(inspect.signature(model.forward).parameters)
         self._names = parameters
         offered = all(callable(getattr(model, name, None)) for name in (PREPARE_ENCODERS, PREPARE_POSITIONS))
-        self._serves = OUTPUTS in parameters and offered
+        self.serves = OUTPUTS in parameters and offered
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of ``forward`` with encoders' outputs in place of pixels."""
-        if not self._serves or torch.is_grad_enabled():
+        if not self.serves or torch.is_grad_enabled():
             return args, kwargs
         given = dict(zip(self._names, args, strict=False)) | kwargs
         has_pixels = any(isinstance(given.get(pixels), Tensor) for pixels, _ in PIXELS.values())

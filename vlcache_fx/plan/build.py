@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan.repair import checked_rows
+from vlcache_fx.plan.repair import checked_rows, grouped_rows
 from vlcache_fx.plan.types import Plan, Span
 
 
@@ -38,6 +38,7 @@ def build_plan(
     prefix: int = 0,
     unseen: Tensor | None = None,
     first_donor: int = 0,
+    groups: Sequence[int] = (),
 ) -> Plan:
     """The plan of one request.
 
@@ -60,6 +61,8 @@ def build_plan(
             outputs need them or the policy ignores budgets, and hold whatever the first row of the donor
             table holds.
         first_donor: the sample's first row in the donor table.
+        groups: number of layers in each run of neighbouring layers that compute the same rows: those that the
+            policy chose for the last of them. They add up to L; by default each layer has its own.
 
     Raises:
         PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
@@ -83,6 +86,9 @@ def build_plan(
         selected = policy.select(span.length, num_layers, profile, budget)
         limit = None if policy.ignores_budget else budget
         rows_of_span, repairs = checked_rows(selected, span, num_layers, limit, strict)
+        if groups:
+            rows_of_span, grouping = grouped_rows(rows_of_span, span, groups)
+            repairs = [*repairs, *grouping]
         chosen.append(rows_of_span)
         notes.extend(repairs)
 

@@ -46,6 +46,30 @@ def checked_rows(
     return rows, notes
 
 
+def grouped_rows(rows: Sequence[Tensor], span: Span, groups: Sequence[int]) -> tuple[list[Tensor], list[str]]:
+    """The same rows for all layers of a group: those of its last, so that sets stay nested and in budget.
+
+    Args:
+        rows: per layer, checked offsets.
+        span: the span they are for.
+        groups: number of layers of each group.
+
+    Raises:
+        PlanError: for groups that do not add up to the number of layers.
+    """
+    if sum(groups) != len(rows) or any(count < 1 for count in groups):
+        raise PlanError(f"groups of {list(groups)} layers do not make up the {len(rows)} layers of the model")
+    grouped: list[Tensor] = []
+    for count in groups:
+        grouped += [rows[len(grouped) + count - 1]] * count
+    dropped = sum(len(before) - len(after) for before, after in zip(rows, grouped, strict=True))
+    if not dropped:
+        return grouped, []
+    return grouped, [
+        f"{_name(span)}: dropped {dropped} token-layers, so that each group of layers has one set"
+    ]
+
+
 def _name(span: Span) -> str:
     return f"span [{span.start}, {span.end})"
 

@@ -11,6 +11,7 @@ from vlcache_fx.errors import PlanError, PolicyError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
+from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
@@ -209,6 +210,7 @@ class DecoderRunner:
         first_donor = 0
         with request.clock.measure("plan"):
             try:
+                self._check_groups(choice.policy)
                 profile = self.engine.choices.profile_for(
                     request.model_fingerprint, self._form.dtype, strict=strict
                 )
@@ -226,6 +228,7 @@ class DecoderRunner:
                             prefix=sample.prefix,
                             unseen=sample.unseen if request.donors else None,
                             first_donor=first_donor,
+                            groups=self._form.groups,
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
@@ -235,6 +238,13 @@ class DecoderRunner:
                 self.engine.plan_failed(error)
                 return None
         return plans
+
+    def _check_groups(self, policy: Policy) -> None:
+        if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._form.groups):
+            raise PlanError(
+                f"policy {policy.name!r} needs rows of its own in every layer; these programs share rows in "
+                f"groups of {list(self._form.groups)} layers: make them with this policy"
+            )
 
     def _bypass(self, args: Sequence[Any], reason: str, num_tokens: int = 0) -> Sequence[Any]:
         self.engine.report(Report("bypass", reason, num_tokens))

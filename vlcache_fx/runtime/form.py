@@ -37,6 +37,8 @@ class DecoderForm:
         model_fingerprint: of these weights, where they are no inputs; else None.
         identifier: finds spans and their keys.
         prefixes: cuts prompts into pieces.
+        groups: number of layers in each run of layers that compute the same rows; empty where each layer may
+            have its own.
     """
 
     num_layers: int
@@ -52,9 +54,12 @@ class DecoderForm:
     model_fingerprint: str | None
     identifier: Identifier
     prefixes: PrefixReader
+    groups: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, captured: Captured, facts: DecoderFacts, slots: Sequence[str]) -> "DecoderForm":
+    def of(
+        cls, captured: Captured, facts: DecoderFacts, slots: Sequence[str], groups: tuple[int, ...] = ()
+    ) -> "DecoderForm":
         """Of a captured graph; ``slots`` are what its programs record."""
         data = tuple(index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA)
         place = {node: index for index, node in enumerate(captured.placeholders)}
@@ -92,6 +97,7 @@ class DecoderForm:
             model_fingerprint=None,
             identifier=identifier,
             prefixes=PrefixReader.of(captured, facts, identifier.features),
+            groups=groups,
         )
 
     @property

@@ -100,7 +100,7 @@ class MaskCheck:
                     Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
                 )
             sites[site.mask] = (site.node, KeyTokens(module, () if site.is_prefill else keys.moves))
-        masks = [mask for mask in sites if mask is not None]
+        masks = masks_of(facts)
         needed, placeholders = needed_for(masks), module.graph.find_nodes(op="placeholder")
         return cls(
             [MaskSite(node.name, source_line(node), mask is not None) for mask, (node, _) in sites.items()],
@@ -162,6 +162,16 @@ class MaskCheck:
                 seen[sample] |= _seen(part, tokens, num_tokens)
         unseen = tuple((~one).nonzero().flatten() if self.every_layer_has_one else None for one in seen)
         return MaskLook(refusal, hides, is_whole, unseen)
+
+
+def masks_of(facts: DecoderFacts) -> list[Node]:
+    """The different masks of attentions to tokens of the call, in the order of layers."""
+    kinds = dict.fromkeys(
+        layer.site.mask
+        for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
+        if keys is not None
+    )
+    return [mask for mask in kinds if mask is not None]
 
 
 def _looks_ahead(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span]) -> bool:

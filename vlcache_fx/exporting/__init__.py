@@ -1,0 +1,1 @@
+"""Exported graphs: ONNX, TensorRT engines, and sessions that run them with reuse."""

@@ -1,0 +1,294 @@
+"""``vlcache_fx.export``: the rewritten graphs as files.
+
+::
+
+    trace -> clean up, analyse -> [cut the encoder off] -> rewrite -> flatten -> ONNX -> [engines] -> manifest
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.errors import ExportError, OptionError, PolicyError
+from vlcache_fx.exporting.captured import ExportInput, capture_for_export, unrolled
+from vlcache_fx.exporting.describe import ExportReport, describe, wiring
+from vlcache_fx.exporting.examples import ExampleCall, example_calls, features_of
+from vlcache_fx.exporting.facts import decoder_spec, layer_groups
+from vlcache_fx.exporting.flatten import FlatGraph, flatten, slot_name
+from vlcache_fx.exporting.manifest import (
+    FORMAT,
+    EncoderSpec,
+    GraphSpec,
+    Manifest,
+    ProgramSpec,
+    missing,
+)
+from vlcache_fx.exporting.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights, to_onnx
+from vlcache_fx.exporting.operators import plain_operators
+from vlcache_fx.integrations.exporting import Stage
+from vlcache_fx.integrations.transformers import hooked_placeholder_check
+from vlcache_fx.options import Options
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.mask_check import masks_of
+from vlcache_fx.runtime.remembered import Fingerprints
+from vlcache_fx.version import VERSION
+
+FORMATS = ("onnx", "tensorrt")
+WEIGHTS = "weights.bin"
+COLD, WARM, DECODE, SPANS, MASKS = "prefill_cold", "prefill_warm", "decode", "spans", "masks"
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    directory: str | os.PathLike[str],
+    format: str = "onnx",  # noqa: A002 - the contract's name
+    *,
+    opset: int = DEFAULT_OPSET,
+    dynamic_shapes: Any = None,
+    **options: Any,
+) -> ExportReport:
+    """Write a model's encoder, cold and warm prefill and decoding step as graphs, with a manifest.
+
+    Args:
+        model: a vision-language model of the transformers library, or any that ``torch.export`` takes and
+            that merges encoder features into its token embeddings. In eval mode; it is left as it is.
+        example_inputs: keyword arguments of one prompt with an image (a mapping), or positional ones (a
+            tuple). Lengths and numbers of images may differ later; the grids of images with grids may not.
+        directory: where to write; must not exist, or be empty. Nothing is left there when something fails.
+        format: ``"onnx"``, or ``"tensorrt"`` for engines of the same graphs as well.
+        opset: version of ONNX's default domain: up to 22 attention is written out, from 23 on it is one node.
+        dynamic_shapes: as ``torch.export.export`` takes it, for models that are not of that library.
+        **options: ``policy``, ``budget`` and ``profile`` (see ``Options``) decide which layers share their
+            rows; sessions may choose others within that.
+
+    Raises:
+        OptionError, PolicyError: an option or argument has a bad value, or the profile is another model's.
+        ExportError: the directory is taken, a package is missing, or the model cannot be exported.
+        UnsupportedGraphError: a graph that cannot be rewritten.
+    """
+    parsed = _checked(format, opset, options)
+    target = _free(Path(directory))
+    training = model.training
+    model.eval()
+    try:
+        with _whole(target) as folder, hooked_placeholder_check(model):
+            manifest = _write(model, example_inputs, folder, opset, dynamic_shapes, parsed)
+            if format == "tensorrt":
+                from vlcache_fx.exporting.engines import build_engines
+
+                manifest = build_engines(manifest, folder)
+            manifest = manifest.save(folder)
+    finally:
+        model.train(training)
+    return ExportReport.of(manifest, target)
+
+
+def _checked(format: str, opset: int, options: dict[str, Any]) -> Options:  # noqa: A002
+    if format not in FORMATS:
+        raise OptionError(f"format={format!r} is not valid: it must be {' or '.join(map(repr, FORMATS))}")
+    if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise OptionError(
+            f"opset={opset!r} is not valid: it must be a whole number from {MIN_OPSET} to {MAX_OPSET}"
+        )
+    known = ("policy", "budget", "profile")
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"unknown option {unknown[0]!r} of export; valid options are: {', '.join(known)}")
+    for package in ("onnx", "onnxscript", "pydantic"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise missing(package, "onnx") from error
+    return Options.parse(options)
+
+
+def _free(directory: Path) -> Path:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ExportError(
+            f"{directory} exists and is not an empty directory: choose another one, or remove it"
+        )
+    return directory
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when all is written, and goes away otherwise."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write to {target.parent}: {error}") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(
+    model: nn.Module, example: Any, folder: Path, opset: int, dynamic_shapes: Any, options: Options
+) -> Manifest:
+    found = capture_for_export(model, example, dynamic_shapes)
+    profile = None if options.profile is None else Profile.load(options.profile)
+    policy = get_policy(options.policy)
+    groups = layer_groups(policy, found.facts.num_layers, profile, options.budget)
+    cold, warm = cold_program(found.decoder), warm_program(found.decoder)
+    form = DecoderForm.of(found.decoder, found.facts, cold.recorded, groups)
+    fingerprint = Fingerprints().of([found.weights[index][1] for index in form.weights])
+    misfit = None if profile is None else profile.misfits(fingerprint, form.dtype)
+    if misfit is not None:
+        raise PolicyError(misfit)
+    cold_call, warm_call = example_calls(found, form, cold, warm)
+    refused: list[dict[str, str]] = []
+    graphs: dict[str, GraphSpec] = {}
+    with SharedWeights(folder / WEIGHTS) as weights:
+        writer = _Writer(found, groups, opset, folder, weights, graphs)
+        programs = {
+            COLD: writer.program(COLD, cold, cold_call),
+            WARM: writer.program(WARM, warm, warm_call),
+        }
+        places = (*found.facts.merges, *found.facts.additions)
+        spans = writer.masks(SPANS, [place.mask for place in places])
+        masks = writer.masks(MASKS, masks_of(found.facts))
+        encoders = writer.encoders(refused)
+        decode = writer.stage(DECODE, found.stages.decode, refused) if found.stages else None
+    if found.stages is None:
+        refused.append(
+            {"graph": DECODE, "reason": "only models of the transformers library have a known cache"}
+        )
+    return Manifest(
+        format=FORMAT,
+        library_version=VERSION,
+        model=type(model).__name__,
+        dtype=form.dtype,
+        opset=opset,
+        policy=policy.name,
+        budget=options.budget,
+        profile_fingerprint=None if profile is None else profile.model_fingerprint,
+        graphs=graphs,
+        cold=programs[COLD],
+        warm=programs[WARM],
+        encoders=tuple(encoders),
+        decoder=decoder_spec(found, form, fingerprint, spans, masks),
+        decode=DECODE if decode else None,
+        engines={},
+        wiring=wiring(bool(found.stages)),
+        report=describe(found.facts, warm, programs[WARM], refused),
+        files={},
+    )
+
+
+class _Writer:
+    """Writes the graphs of one export."""
+
+    def __init__(
+        self,
+        found: ExportInput,
+        groups: Sequence[int],
+        opset: int,
+        folder: Path,
+        weights: SharedWeights,
+        graphs: dict[str, GraphSpec],
+    ) -> None:
+        self._found, self._groups, self._opset = found, groups, opset
+        self._folder, self._weights, self._graphs = folder, weights, graphs
+
+    def program(self, name: str, program: Program, call: ExampleCall) -> ProgramSpec:
+        """One of the two prefill programs."""
+        found = self._found
+        slots = [slot_name(slot, self._groups) for slot in program.slots]
+        results = [*found.results, *(f"recorded.{slot}" for slot in program.recorded)]
+        flat = self._flat(program.graph_module, [*found.inputs, *slots], results)
+        placeholders = program.graph_module.graph.find_nodes(op="placeholder")
+        slot_of = dict(zip(placeholders[len(found.inputs) :], program.slots, strict=True))
+        dynamic = {
+            key: found.dynamic.get(key)
+            or self._open(key, slot_of.get(placeholders[index]), placeholders[index])
+            for key, index in flat.inputs.items()
+        }
+        examples = {key: call.inputs[index] for key, index in flat.inputs.items()}
+        self._save(name, flat, examples, dynamic)
+        data = [key for key in found.inputs if key is not None]
+        kept = [key if key in flat.inputs else None for key in (*data, *slots)]
+        return ProgramSpec(name, tuple(kept), tuple(program.slots), flat.results, tuple(program.recorded))
+
+    def _open(self, name: str, slot: str | None, node: fx.Node) -> dict[int, str]:
+        """Names of the sizes that vary, of an input that passes added."""
+        if slot is None or slot == "results":
+            return {}
+        kind, _, rest = name.partition(".")
+        size = {"donor": "donor_rows", "source": "tokens"}.get(kind, f"rows_{rest.rpartition('.')[2]}")
+        shape = node.meta["val"].shape
+        return {dim: size for dim, length in enumerate(shape) if not isinstance(length, int)}
+
+    def masks(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+        """A graph that gives masks; the names of its outputs, per node."""
+        found = self._found
+        if not nodes:
+            return ()
+        results = [f"mask.{number}" for number in range(len(nodes))]
+        flat = self._flat(extract(found.decoder.graph_module, nodes), list(found.inputs), results)
+        examples = {key: found.values[key] for key in flat.inputs}
+        self._save(name, flat, examples, {key: found.dynamic[key] for key in flat.inputs})
+        return tuple(str(result) for result in flat.results)
+
+    def encoders(self, refused: list[dict[str, str]]) -> list[EncoderSpec]:
+        """The encoders, as far as torch can export them."""
+        found = self._found
+        if found.split is not None and found.stages is None:
+            count = len(found.inputs) - len(features_of(found.split))
+            names = [str(name) for name in found.inputs[count:]]
+            flat = self._flat(found.split.encoder, list(found.inputs[:count]), names)
+            examples = {key: found.values[key] for key in flat.inputs}
+            self._save("encoder", flat, examples, {key: found.dynamic[key] for key in flat.inputs})
+            return [EncoderSpec("encoder", "", None, tuple(names))]
+        made = []
+        for number, item in enumerate(found.stages.encoders if found.stages else ()):
+            name = "encoder" if number == 0 else f"encoder.{number}"
+            if self.stage(name, item.stage, refused):
+                made.append(EncoderSpec(name, item.modality, item.grid, item.stage.outputs))
+        return made
+
+    def stage(self, name: str, stage: Stage, refused: list[dict[str, str]]) -> bool:
+        """A stage that is exported as it is; False, with a reason in ``refused``, where that cannot be."""
+        try:
+            is_fixed = not any(stage.dynamic.values())
+            module = unrolled(stage) if is_fixed else stage.module
+            shapes = None if is_fixed else stage.shapes(str)
+            model = to_onnx(module.eval(), stage.inputs, shapes, stage.outputs, self._opset)
+            self._graphs[name] = self._weights.save(model, self._folder / f"{name}.onnx", {})
+        except ExportError as error:
+            refused.append({"graph": name, "reason": str(error)})
+            return False
+        return True
+
+    def _flat(self, graph: fx.GraphModule, inputs: list[str | None], results: Sequence[str]) -> FlatGraph:
+        found = self._found
+        weights = {index: pair for index, pair in found.weights.items() if index < len(inputs)}
+        return flatten(graph, inputs, weights, results, plain_operators(self._opset))
+
+    def _save(
+        self, name: str, flat: FlatGraph, examples: dict[str, Tensor], dynamic: dict[str, dict[int, str]]
+    ) -> None:
+        names = {f"weight_{index}": weight for index, (weight, _) in self._found.weights.items()}
+        shapes = tuple(dynamic[key] for key in examples)
+        model = to_onnx(flat.module.eval(), examples, shapes, flat.outputs, self._opset)
+        self._graphs[name] = self._weights.save(model, self._folder / f"{name}.onnx", names)

@@ -1,0 +1,133 @@
+"""From a program to a module that ``torch.export`` takes: weights inside, shared inputs joined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+TAIL = "tail"
+
+CHECKS = frozenset(
+    {
+        aten._assert_async.default,
+        aten._assert_async.msg,
+        aten._assert_scalar.default,
+        aten._assert_tensor_metadata.default,
+        aten.sym_constrain_range.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+"""What models check on the way. Exported graphs have no place for it; the session checks inputs itself."""
+
+
+@dataclass(frozen=True)
+class FlatGraph:
+    """A graph of named tensors.
+
+    Attributes:
+        module: takes the inputs in order, returns the outputs in order.
+        inputs: name -> index of the program's input that it takes.
+        outputs: names.
+        results: per result of the program, the name of the output that it is; None for a constant.
+    """
+
+    module: fx.GraphModule
+    inputs: Mapping[str, int]
+    outputs: tuple[str, ...]
+    results: tuple[str | None, ...]
+
+
+def flatten(
+    program: fx.GraphModule,
+    inputs: Sequence[str | None],
+    weights: Mapping[int, tuple[str, Tensor]],
+    results: Sequence[str],
+    replacements: Mapping[Any, Callable[..., Any]],
+) -> FlatGraph:
+    """Copy a program; it stays as it is.
+
+    Args:
+        program: flat graph whose inputs are all placeholders.
+        inputs: per placeholder its name; inputs of one name are one. None for weights, and for an index whose
+            gather does nothing.
+        weights: placeholder -> name and tensor of what is put inside.
+        results: names of what it returns; a tensor that is returned twice has the first name.
+        replacements: operator -> function to call instead.
+    """
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    named: dict[str, fx.Node] = {}
+    used: dict[str, int] = {}
+    idle: set[fx.Node] = set()
+    placeholders = program.graph.find_nodes(op="placeholder")
+    for index, node in enumerate(placeholders):
+        if index in weights:
+            root.register_buffer(f"weight_{index}", weights[index][1].detach())
+            copies[node] = graph.get_attr(f"weight_{index}")
+        elif inputs[index] is None:
+            idle.add(node)
+        elif node.users:
+            name = str(inputs[index])
+            if name not in named:
+                named[name], used[name] = graph.placeholder(f"input_{index}"), index
+            copies[node] = named[name]
+    output = program.graph.output_node()
+    for node in program.graph.nodes:
+        if node.op == "placeholder" or node is output or node.target in CHECKS:
+            continue
+        gathers = node.target is aten.index_select.default and node.args[2] in idle
+        copies[node] = copies[node.args[0]] if gathers else graph.node_copy(node, copies.__getitem__)
+        if copies[node].target in replacements:
+            copies[node].target = replacements[copies[node].target]
+    places: dict[fx.Node, str] = {}
+    for value, name in zip(output.args[0], results, strict=True):
+        if isinstance(value, fx.Node):
+            places.setdefault(value, name)
+    graph.output(tuple(copies[value] for value in places))
+    _first_placeholders(graph)
+    for node in graph.find_nodes(op="get_attr"):
+        if not str(node.target).startswith("weight_"):
+            root.register_buffer(str(node.target), getattr(program, str(node.target)))
+    graph.eliminate_dead_code()
+    module = fx.GraphModule(root, graph)
+    found = tuple(places.get(value) if isinstance(value, fx.Node) else None for value in output.args[0])
+    return FlatGraph(module, used, tuple(places.values()), found)
+
+
+def _first_placeholders(graph: fx.Graph) -> None:
+    """Placeholders stand in front of everything, in the order in which they were made."""
+    first = next(iter(graph.nodes))
+    for node in graph.find_nodes(op="placeholder"):
+        if node is not first:
+            first.prepend(node)
+
+
+def group_of(level: int, groups: Sequence[int]) -> str:
+    """The group that a level of rows belongs to: a number, or ``tail`` behind the last layer."""
+    ends = list(accumulate(groups))
+    return next((str(number) for number, end in enumerate(ends) if level < end), TAIL)
+
+
+def slot_name(slot: str, groups: Sequence[int]) -> str | None:
+    """The name of an input that passes added, the same for all levels of a group; None where it does nothing.
+
+    Args:
+        slot: as passes name it: ``rows.3``, ``keep.3``, ``donor.3.k``.
+        groups: number of layers in each run of layers that compute the same rows.
+    """
+    kind, *levels = slot.split(".")
+    if kind in ("donor", "results"):
+        return slot
+    if kind in ("rows", "source"):
+        return f"{kind}.{group_of(int(levels[0]), groups)}"
+    made_at = int(levels[0])
+    read_at = int(levels[1]) if kind == "place" else made_at + 1
+    before, after = group_of(made_at, groups), group_of(read_at, groups)
+    return None if before == after else f"{kind}.{before}.{after}"

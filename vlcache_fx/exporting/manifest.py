@@ -1,0 +1,265 @@
+"""``manifest.json``: what an exported folder holds, and how one request is wired through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import blake3
+
+from vlcache_fx.errors import ExportError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output: ONNX's name of its dtype in lower case; sizes, named where they vary."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its file, and inputs and outputs in order."""
+
+    file: str
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """How a program's graph is called.
+
+    Attributes:
+        graph: name of its graph.
+        inputs: name of each input of the runtime's call, request data first, then ``slots``; None where the
+            graph does not need it.
+        slots: what passes added, in order.
+        results: output of each result, those recorded included; None for what the traced code returned as a
+            constant.
+        recorded: names of the donor slots that the last results are for, in order.
+    """
+
+    graph: str
+    inputs: tuple[str | None, ...]
+    slots: tuple[str, ...]
+    results: tuple[str | None, ...]
+    recorded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder.
+
+    Attributes:
+        graph: name of its graph.
+        modality: ``image``, ``video``, or empty for one that takes the request's inputs as they are.
+        grid: the patches that an item must have; None for any that the graph's sizes allow.
+        features: outputs, which are inputs of the prefill graphs under the same names.
+    """
+
+    graph: str
+    modality: str
+    grid: tuple[int, ...] | None
+    features: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """The form of one slot's donor rows: see ``RowForm``."""
+
+    dim: int
+    dtype: str
+    sizes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """One kind of attention whose mask is looked at in every call: see ``MaskSite``."""
+
+    node: str
+    source_line: str | None
+    has_mask: bool
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """What the runtime knows of the decoder: see ``DecoderForm``. Indices are those of ``inputs``.
+
+    Attributes:
+        embeddings: the input whose rows may be marked as spans, where nothing is merged.
+        spans: outputs of the graph ``spans``: the masks of merges and additions, in order.
+        masks: outputs of the graph ``masks``: the masks of ``mask_sites`` that have one, in order.
+    """
+
+    inputs: tuple[str, ...]
+    num_layers: int
+    layer_groups: tuple[int, ...]
+    num_outputs: int
+    tail: tuple[int | None, ...] | None
+    rows: dict[str, RowSpec]
+    layout: str
+    model_fingerprint: str
+    features: tuple[int, ...]
+    num_merges: int
+    position_inputs: tuple[int, ...]
+    looked_up: tuple[int, ...]
+    masks_only: tuple[int, ...]
+    width: int | None
+    embeddings: int | None
+    prefix_inputs: tuple[int, ...]
+    mask_sites: tuple[MaskSpec, ...]
+    mask_inputs: tuple[int, ...]
+    every_layer_has_a_mask: bool
+    spans: tuple[str, ...]
+    masks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """A TensorRT engine of one graph.
+
+    Attributes:
+        file: its plan.
+        builder: package and version that built it, and that must run it.
+        compute_capabilities: of the GPUs that it runs on.
+        profile: input -> smallest, usual and largest shape.
+        dtypes: input or output -> dtype.
+        build_seconds: how long that took.
+    """
+
+    file: str
+    builder: str
+    compute_capabilities: tuple[str, ...]
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    dtypes: dict[str, str]
+    build_seconds: float
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    """Size and BLAKE3 of a file."""
+
+    size_bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about an exported folder.
+
+    Attributes:
+        format: version of this description.
+        library_version: of vlcache_fx that wrote it.
+        model: class of the model.
+        dtype: of its donors.
+        opset: of the graphs.
+        policy, budget: that the layer groups were made for; sessions take them as defaults.
+        profile_fingerprint: of the profile that was used, if any.
+        graphs: by name.
+        cold, warm: the two prefill programs.
+        encoders: tried in order.
+        decoder: facts for the runtime.
+        decode: name of the graph of one decoding step; None where there is none.
+        engines: by name of the graph.
+        wiring: the steps of one request, in words.
+        report: which nodes became lookups, what is restricted, what was hoisted, what was not exported.
+        files: everything else in the folder.
+        digest: BLAKE3 of all of the above.
+    """
+
+    format: int
+    library_version: str
+    model: str
+    dtype: str
+    opset: int
+    policy: str
+    budget: float
+    profile_fingerprint: str | None
+    graphs: dict[str, GraphSpec]
+    cold: ProgramSpec
+    warm: ProgramSpec
+    encoders: tuple[EncoderSpec, ...]
+    decoder: DecoderSpec
+    decode: str | None
+    engines: dict[str, EngineSpec]
+    wiring: tuple[str, ...]
+    report: dict[str, Any]
+    files: dict[str, FileSpec]
+    digest: str = ""
+
+    def save(self, directory: Path) -> Manifest:
+        """Write it, with the digests of the folder's files; returns what was written."""
+        files = {path.name: file_spec(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
+        plain = replace(self, files=files, digest="")
+        whole = replace(plain, digest=blake3.blake3(_adapter().dump_json(plain)).hexdigest())
+        (directory / MANIFEST).write_bytes(_adapter().dump_json(whole, indent=2) + b"\n")
+        return whole
+
+    @staticmethod
+    def load(directory: str | Path, *, verify: Literal["files", "sizes"] = "files") -> Manifest:
+        """Read and check a folder.
+
+        Args:
+            directory: what ``export`` wrote.
+            verify: whether the bytes of all files are read and compared, or their sizes alone.
+
+        Raises:
+            ExportError: no such folder or manifest, one of another format, or files and manifest that are not
+                those that were written.
+        """
+        from pydantic import ValidationError
+
+        path = Path(directory) / MANIFEST
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ExportError(
+                f"{directory} is no exported folder: {path.name} cannot be read ({error})"
+            ) from error
+        try:
+            manifest: Manifest = _adapter().validate_json(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise ExportError(f"{path} is no manifest of this version: {place}: {first['msg']}") from error
+        if manifest.format != FORMAT:
+            raise ExportError(
+                f"{path} has format {manifest.format}; this version reads {FORMAT}: export again"
+            )
+        expected = blake3.blake3(_adapter().dump_json(replace(manifest, digest=""))).hexdigest()
+        if manifest.digest != expected:
+            raise ExportError(f"{path} was changed after it was written (its digest does not fit)")
+        for name, spec in manifest.files.items():
+            _check_file(path.parent / name, spec, verify)
+        return manifest
+
+
+def _check_file(path: Path, spec: FileSpec, verify: str) -> None:
+    if not path.is_file():
+        raise ExportError(f"{path} is missing: the manifest lists it")
+    if path.stat().st_size != spec.size_bytes or (verify == "files" and file_spec(path) != spec):
+        raise ExportError(f"{path} is not the file that was exported: its content does not fit the manifest")
+
+
+def file_spec(path: Path) -> FileSpec:
+    """Size and digest of a file."""
+    return FileSpec(path.stat().st_size, blake3.blake3().update_mmap(path).hexdigest())
+
+
+def _adapter() -> Any:
+    try:
+        from pydantic import TypeAdapter
+    except ImportError as error:
+        raise missing("pydantic", "onnx") from error
+    return TypeAdapter(Manifest)
+
+
+def missing(package: str, extra: str) -> ExportError:
+    """The error for a package that is not installed."""
+    return ExportError(f"{package} is not installed; pip install 'vlcache_fx[{extra}]' brings it")

@@ -1,0 +1,284 @@
+"""Runs an exported folder with reuse: the same store, policies, plans and reports as the torch path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import ExportError, OptionError
+from vlcache_fx.exporting.facts import decoder_form, mask_check
+from vlcache_fx.exporting.items import encoder_inputs
+from vlcache_fx.exporting.manifest import Manifest, ProgramSpec
+from vlcache_fx.exporting.onnx_runner import OnnxRunner
+from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.options import Options
+from vlcache_fx.plan import build_plan
+from vlcache_fx.policies.none import NoRows
+from vlcache_fx.runtime.decoder import DecoderRunner
+from vlcache_fx.runtime.encoder import EncoderRunner
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.program import ProgramRunner
+
+OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs")
+"""Options of the torch path that say nothing about exported graphs."""
+
+
+class GraphRunner(Protocol):
+    """Runs the graphs of one exported folder."""
+
+    device: torch.device
+    """Where inputs are and outputs will be."""
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a graph by name."""
+
+
+class Session:
+    """An exported model with reuse.
+
+    Args:
+        manifest: of the folder.
+        runner: runs its graphs.
+        options: see ``Options``; policy and budget are those of the export unless given.
+
+    Attributes:
+        vlcache: the engine: reports, statistics, store, other settings.
+        manifest: of the folder.
+    """
+
+    def __init__(self, manifest: Manifest, runner: GraphRunner, options: Mapping[str, Any]) -> None:
+        self.manifest, self._runner = manifest, runner
+        self.vlcache = engine = Engine(_options(manifest, options))
+        decoder = manifest.decoder
+        self._form = decoder_form(manifest, self._masks("spans", decoder.spans), runner.device)
+        self._cold = self._program("cold", manifest.cold, engine)
+        self._decoder = DecoderRunner(
+            self._form,
+            mask_check(manifest, self._masks("masks", decoder.masks)),
+            self._cold,
+            self._program("warm", manifest.warm, engine),
+            engine,
+            self._without_reuse,
+            0 if engine.options.shadow and "logits" in manifest.cold.results[:1] else None,
+        )
+        self._encoders = {spec.graph: self._encoder(spec.graph, spec.features) for spec in manifest.encoders}
+
+    def prefill(self, **inputs: Any) -> dict[str, Tensor]:
+        """Run one prompt.
+
+        Args:
+            **inputs: token ids and whatever else the graphs take, and for each item its pixels (and grid) or
+                its features.
+
+        Returns:
+            Results by name: ``logits`` of the last token and ``present.<layer>.key`` and ``.value`` of all
+            tokens, [1, heads, tokens, dim], for models of the transformers library.
+
+        Raises:
+            ExportError: an input is missing, unknown or of another form than the graphs take.
+        """
+        features, hit = self._features(inputs)
+        values = {**{name: value for name, value in inputs.items() if isinstance(value, Tensor)}, **features}
+        if not features and "position_ids" not in values:
+            values |= self._counted(values)
+        args = [self._checked(name, values) for name in self.manifest.decoder.inputs]
+        with torch.no_grad():
+            results = self._decoder(args, encoder_hit=hit)
+        names = self.manifest.cold.results
+        return {
+            name: result
+            for name, result in zip(names, results, strict=False)
+            if name is not None and result is not None
+        }
+
+    def decode(
+        self, input_ids: Tensor, position_ids: Tensor, cache: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One more token.
+
+        Args:
+            input_ids: int64 [1, 1].
+            position_ids: its position, in the form of the prefill's.
+            cache: results of ``prefill`` or of the step before; everything but ``present.*`` is ignored.
+
+        Returns:
+            ``logits`` and the cache with the token.
+
+        Raises:
+            ExportError: the export holds no decoding step.
+        """
+        if self.manifest.decode is None:
+            raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
+        past = {
+            name.replace("present", "past", 1): value for name, value in cache.items() if "present." in name
+        }
+        given = {"input_ids": input_ids, "position_ids": position_ids, **past}
+        known = self.manifest.graphs[self.manifest.decode].inputs
+        return self._runner.run(self.manifest.decode, {name: given[name] for name in known})
+
+    def generate(self, max_new_tokens: int, eos_token_id: int | None = None, **inputs: Any) -> Tensor:
+        """Greedy answer to one prompt: int64 [new tokens].
+
+        Args:
+            max_new_tokens: at most so many.
+            eos_token_id: ends the answer.
+            **inputs: see ``prefill``.
+        """
+        state = self.prefill(**inputs)
+        position = inputs.get("position_ids")
+        if position is None:
+            position = torch.full((1, 1), inputs["input_ids"].shape[1] - 1)
+        answer: list[int] = []
+        for step in range(1, max_new_tokens + 1):
+            answer.append(int(state["logits"][0, -1].argmax()))
+            if answer[-1] == eos_token_id or step == max_new_tokens:
+                break
+            token = torch.tensor([[answer[-1]]], device=self._runner.device)
+            state = self.decode(token, position[..., -1:] + step, state)
+        return torch.tensor(answer)
+
+    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool | None]:
+        """Features of all items, and whether every encoder was skipped; None where none was needed."""
+        found: dict[str, list[Tensor]] = {}
+        hits: list[bool] = []
+        for item in encoder_inputs(self.manifest, inputs):
+            results, hit = self._encoders[item.spec.graph](list(item.values))
+            hits.append(hit)
+            for name, value in zip(item.spec.features, results, strict=True):
+                found.setdefault(name, []).append(value)
+        for modality in {spec.modality for spec in self.manifest.encoders if spec.modality}:
+            rows = next((parts for name, parts in found.items() if name.startswith(f"{modality}.")), [])
+            self.vlcache.note_items(modality, [part.shape[-2] for part in rows])
+        features = {name: torch.cat(parts, -2) for name, parts in found.items()}
+        return features, all(hits) if hits else None
+
+    def _checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        value, spec = values.get(name), self._spec(name)
+        if value is None and spec is not None and name in self._optional():
+            return torch.zeros([0 if isinstance(size, str) else size for size in spec.shape])
+        if value is None:
+            given = ", ".join(values) or "none"
+            raise ExportError(f"input {name!r} is missing; given were: {given}")
+        if spec is not None and (
+            value.dim() != len(spec.shape)
+            or any(
+                isinstance(want, int) and size != want
+                for size, want in zip(value.shape, spec.shape, strict=True)
+            )
+        ):
+            raise ExportError(
+                f"input {name!r} has the shape {list(value.shape)}; the graphs take {list(spec.shape)}"
+            )
+        return value.to(self._runner.device)
+
+    def _counted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Positions of a prompt of text alone, where the graphs take positions."""
+        spec, ids = self._spec("position_ids"), values.get("input_ids")
+        if spec is None or ids is None:
+            return {}
+        sizes = [size if isinstance(size, int) else ids.shape[-1] for size in spec.shape]
+        return {"position_ids": torch.arange(ids.shape[-1]).expand(sizes)}
+
+    def _optional(self) -> set[str]:
+        """Features: a prompt may hold no item."""
+        return {name for spec in self.manifest.encoders for name in spec.features}
+
+    def _spec(self, name: str) -> Any:
+        graphs = self.manifest.graphs
+        found = (
+            graphs[program.graph].inputs.get(name) for program in (self.manifest.cold, self.manifest.warm)
+        )
+        return next((spec for spec in found if spec is not None), None)
+
+    def _masks(self, graph: str, outputs: Sequence[str]) -> Any:
+        """From the decoder's inputs to masks."""
+
+        def run(*args: Any) -> list[Tensor]:
+            if not outputs:
+                return []
+            named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+            inputs = {name: named[name] for name in self.manifest.graphs[graph].inputs}
+            results = self._runner.run(graph, inputs)
+            return [results[name] for name in outputs]
+
+        return run
+
+    def _program(self, name: str, spec: ProgramSpec, engine: Engine) -> ProgramRunner:
+        def run(args: Sequence[Any]) -> tuple[Any, ...]:
+            inputs = {key: arrived(value) for key, value in zip(spec.inputs, args, strict=True) if key}
+            results = self._runner.run(spec.graph, inputs)
+            return tuple(None if key is None else results[key] for key in spec.results)
+
+        lowered: Lowered = run
+        return ProgramRunner(name, spec.slots, spec.recorded, lambda: lowered, self._runner.device, engine)
+
+    def _encoder(self, graph: str, features: Sequence[str]) -> EncoderRunner:
+        names = list(self.manifest.graphs[graph].inputs)
+
+        def run(*args: Any) -> list[Tensor]:
+            results = self._runner.run(graph, dict(zip(names, args, strict=True)))
+            return [results[name] for name in features]
+
+        files = self.manifest.files
+        digests = [spec.blake3 for name, spec in files.items() if name.startswith(f"{graph}.")]
+        digests += [files["weights.bin"].blake3]
+        return EncoderRunner(
+            run, range(len(names)), (), [f"{digests}:{name}" for name in features], self.vlcache
+        )
+
+    def _without_reuse(self, *args: Any) -> Sequence[Any]:
+        num_tokens = self._num_tokens(args)
+        positions = self._form.positions(num_tokens)
+        plan = build_plan(
+            num_tokens=num_tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
+            output_rows=positions,
+        )  # fmt: skip
+        self._cold.ready()
+        results = self._cold.run(args, self._cold.bind(plan, positions, {}))
+        if results is None:
+            raise ExportError("the cold graph failed; vlcache.refusals says how")
+        return results[: self._form.num_outputs]
+
+    def _num_tokens(self, args: Sequence[Any]) -> int:
+        for name, value in zip(self.manifest.decoder.inputs, args, strict=True):
+            shape = getattr(self._spec(name), "shape", ())
+            if "tokens" in shape:
+                return int(value.shape[shape.index("tokens")])
+        raise ExportError("no input says how many tokens the prompt has")
+
+
+class OnnxSession(Session):
+    """An exported folder on ONNX Runtime.
+
+    Args:
+        directory: what ``vlcache_fx.export`` wrote.
+        providers: execution providers of ONNX Runtime, in order.
+        **options: see ``Options``.
+
+    Raises:
+        ExportError: no such folder, files that are not those that were exported, or a package is missing.
+        OptionError, PolicyError: a bad option.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        **options: Any,
+    ) -> None:
+        manifest = Manifest.load(Path(directory))
+        super().__init__(manifest, OnnxRunner(Path(directory), manifest, providers), options)
+
+
+def _options(manifest: Manifest, given: Mapping[str, Any]) -> Options:
+    for name in OWN_OPTIONS:
+        if name in given:
+            raise OptionError(f"option {name!r} says nothing about exported graphs")
+    defaults = {"policy": manifest.policy, "budget": manifest.budget, "lowering": "eager"}
+    return Options.parse({**defaults, **given})

@@ -1,0 +1,271 @@
+"""A model of the transformers library as three plain functions of tensors, ready for ``torch.export``.
+
+Nothing here imports transformers, except for the cache class that the model itself uses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlcache_fx.errors import ExportError
+from vlcache_fx.integrations.encoder_cache import PIXELS
+from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.transformers import OUTPUTS, EncodersFirst
+
+Tensors = dict[str, Tensor]
+
+UNREAD = frozenset({"attention_mask", "mm_token_type_ids"})
+"""Arguments that say nothing in a prompt without padding whose positions are given."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One function to export.
+
+    Attributes:
+        module: takes ``inputs`` in order and returns a tuple of tensors named ``outputs``.
+        inputs: example values.
+        outputs: names.
+        dynamic: per input, the dimensions that vary, by name.
+    """
+
+    module: nn.Module
+    inputs: Tensors
+    outputs: tuple[str, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+    def shapes(self, size: Callable[[str], Any]) -> Any:
+        """``dynamic`` as exporters take it; ``size`` makes theirs of a name.
+
+        A trailing ``*args`` of ``forward`` takes all that is left as one.
+        """
+        shapes = [{dim: size(n) for dim, n in self.dynamic[name].items()} for name in self.inputs]
+        parameters = list(inspect.signature(self.module.forward).parameters.values())
+        if parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+            return tuple(shapes)
+        fixed = len(parameters) - 1
+        return (*shapes[:fixed], tuple(shapes[fixed:]))
+
+
+@dataclass(frozen=True)
+class ItemEncoder:
+    """The encoder of one item at a time.
+
+    Attributes:
+        modality: ``image`` or ``video``.
+        grid: patches that the item has; it is a constant of the graph. None for a model without grids.
+        stage: pixels of one item -> its features.
+    """
+
+    modality: str
+    grid: tuple[int, ...] | None
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class GenerationStages:
+    """What a prompt goes through.
+
+    Attributes:
+        encoders: one for each modality and grid of the example.
+        prefill: token ids, features and positions -> logits of the last token, keys and values.
+        decode: one token and the cache so far -> logits, keys and values.
+    """
+
+    encoders: tuple[ItemEncoder, ...]
+    prefill: Stage
+    decode: Stage
+
+
+def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> GenerationStages | None:
+    """The stages of a model of the transformers library; None for another model.
+
+    Args:
+        model: of one prompt without padding.
+        example: its keyword arguments for a prompt with at least one image.
+
+    Raises:
+        ExportError: several prompts, padding, or a model whose cache holds something else than keys and
+            values.
+    """
+    first = EncodersFirst(model)
+    if not first.serves:
+        return None
+    _check_prompt(example)
+    with torch.no_grad():
+        _, given = first((), dict(example))
+        encoded: Tensors = {}
+        outputs = given.pop(OUTPUTS, None) or {}
+        joined = {modality: with_one_tensor(output) for modality, output in outputs.items()}
+        if not joined:
+            raise ExportError("example_inputs hold no image or video: nothing in them could be reused")
+        fields = {modality: features_of(output) or {} for modality, output in joined.items()}
+        for modality, named in fields.items():
+            encoded |= dict(_leaves(named, modality))
+        text = {
+            name: value
+            for name, value in given.items()
+            if isinstance(value, Tensor)
+            and name not in UNREAD
+            and not any(name in pair for pair in PIXELS.values())
+        }
+        rebuild = {name: (type(joined[name]), named) for name, named in fields.items()}
+        prefill = _Prefill(model, tuple(text), rebuild)
+        inputs = text | encoded
+        results = prefill(*inputs.values())
+    num_layers = (len(results) - 1) // 2
+    caches = tuple(f"present.{i}.{what}" for i in range(num_layers) for what in ("key", "value"))
+    return GenerationStages(
+        encoders=tuple(one for name in joined for one in _encoders(model, name, example, fields[name])),
+        prefill=Stage(
+            prefill,
+            inputs,
+            ("logits", *caches),
+            {name: _token_dims(name, value, text["input_ids"].shape[1]) for name, value in inputs.items()},
+        ),
+        decode=_decode(model, text, results[1:]),
+    )
+
+
+def _check_prompt(example: Mapping[str, Any]) -> None:
+    ids, mask = example.get("input_ids"), example.get("attention_mask")
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != 1:
+        shown = list(ids.shape) if isinstance(ids, Tensor) else ids
+        raise ExportError(f"example_inputs['input_ids'] must have the shape [1, tokens], not {shown}")
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise ExportError("example_inputs['attention_mask'] hides tokens; exported graphs take no padding")
+
+
+def _token_dims(name: str, value: Tensor, num_tokens: int) -> dict[int, str]:
+    """Which dimensions vary: those over tokens, and the rows of features."""
+    prefix = name.partition(".")[0]
+    if prefix in PIXELS and "." in name:
+        return {value.dim() - 2: f"{prefix}_tokens"}
+    return {dim: "tokens" for dim, size in enumerate(value.shape) if size == num_tokens}
+
+
+def _leaves(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    """Tensors of nested lists and mappings, with names that say where each was."""
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return [leaf for key, part in pairs for leaf in _leaves(part, f"{name}.{key}")]
+
+
+def _refilled(value: Any, tensors: list[Tensor]) -> Any:
+    """``value`` with other tensors in its places."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if isinstance(value, Mapping):
+        return {key: _refilled(part, tensors) for key, part in value.items()}
+    return tuple(_refilled(part, tensors) for part in value)
+
+
+class _Prefill(nn.Module):
+    """Token ids and features -> logits of the last token, then keys and values of each layer."""
+
+    def __init__(
+        self, model: nn.Module, text: Sequence[str], fields: Mapping[str, tuple[type, dict[str, Any]]]
+    ) -> None:
+        super().__init__()
+        self.model, self._text, self._fields = model, tuple(text), fields
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(zip(self._text, inputs, strict=False))
+        rest = list(inputs[len(self._text) :])
+        given[OUTPUTS] = {
+            name: kind(**_refilled(named, rest)) for name, (kind, named) in self._fields.items()
+        }
+        return _flat(self.model(**given, use_cache=True, logits_to_keep=1))
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    layers = result.past_key_values.layers
+    if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
+        raise ExportError("this model's cache holds something else than keys and values per layer")
+    return (result.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+
+def _decode(model: nn.Module, text: Tensors, caches: Sequence[Tensor]) -> Stage:
+    num_tokens = text["input_ids"].shape[1]
+    token = text["input_ids"][:, -1:]
+    positions = text.get("position_ids")
+    position = torch.full((1, 1), num_tokens) if positions is None else positions[..., -1:] + 1
+    names = [f"past.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(caches))]
+    inputs = {"input_ids": token, "position_ids": position, **dict(zip(names, caches, strict=True))}
+    outputs = ("logits", *(name.replace("past", "present") for name in names))
+    dynamic: dict[str, dict[int, str]] = {name: {2: "past_tokens"} for name in names}
+    return Stage(_Decode(model), inputs, outputs, {"input_ids": {}, "position_ids": {}, **dynamic})
+
+
+class _Decode(nn.Module):
+    """One token, its position and the cache so far -> logits, then keys and values with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        return _flat(
+            self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=DynamicCache(pairs),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        )
+
+
+def _encoders(
+    model: nn.Module, modality: str, example: Mapping[str, Any], fields: dict[str, Any]
+) -> list[ItemEncoder]:
+    pixels, grids = PIXELS[modality]
+    base: Any = getattr(model, "base_model", model)
+    encode = getattr(base, f"get_{modality}_features")
+    outputs = tuple(name for name, _ in _leaves(fields, modality))
+    given = example.get(grids)
+    if not isinstance(given, Tensor):
+        inputs = {pixels: example[pixels][:1]}
+        return [
+            ItemEncoder(
+                modality, None, Stage(_Encoder(encode, base, pixels, {}), inputs, outputs, {pixels: {}})
+            )
+        ]
+    parts = torch.split_with_sizes(example[pixels], given.prod(-1).tolist())
+    by_grid = {tuple(grid): part for grid, part in zip(given.tolist(), parts, strict=True)}
+    return [
+        ItemEncoder(
+            modality,
+            grid,
+            Stage(
+                _Encoder(encode, base, pixels, {grids: torch.tensor([grid])}),
+                {pixels: part},
+                outputs,
+                {pixels: {}},
+            ),
+        )
+        for grid, part in by_grid.items()
+    ]
+
+
+class _Encoder(nn.Module):
+    """Pixels of one item -> features; grids are constants of the graph."""
+
+    def __init__(self, encode: Callable[..., Any], owner: nn.Module, pixels: str, fixed: Tensors) -> None:
+        super().__init__()
+        self.owner, self._encode, self._pixels, self._fixed = owner, encode, pixels, fixed
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        output = self._encode(**{self._pixels: pixels}, **self._fixed)
+        named = features_of(with_one_tensor(output)) or {}
+        return tuple(tensor for _, tensor in _leaves(named, ""))
