@@ -1,7 +1,7 @@
 """What would happen to a model's graphs, and why, without compiling anything."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import CLEANUP, cold_program, warm_program
 
@@ -29,6 +30,8 @@ class GraphExplanation:
         attention: per layer, ``causal`` or ``mask``.
         results_need: ``all rows`` or the selection that says which rows follow the last layer.
         nodes: number of graph nodes captured, and in the cold and warm programs.
+        engines: of the warm program under ``lowering="tensorrt"``, the nodes of each engine.
+        outside_engines: and the nodes that would stay outside, with the reason.
     """
 
     kind: str
@@ -41,6 +44,8 @@ class GraphExplanation:
     attention: tuple[str, ...] = ()
     results_need: str = ""
     nodes: tuple[int, ...] = ()
+    engines: tuple[tuple[str, ...], ...] = ()
+    outside_engines: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
@@ -59,6 +64,7 @@ def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
         return GraphExplanation("unmodified", str(refusal))
     selection = facts.tail_rows.selection
     programs = (cold_program(captured), warm_program(captured))
+    split = dry_run(programs[1].graph_module)
     return GraphExplanation(
         kind="decoder",
         num_layers=facts.num_layers,
@@ -72,6 +78,8 @@ def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
             len(captured.graph_module.graph.nodes),
             *(len(program.graph.nodes) for program in programs),
         ),
+        engines=split.engines,
+        outside_engines=dict(split.outside),
     )
 
 

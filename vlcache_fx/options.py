@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 
-LOWERINGS = ("eager", "inductor")
-# Named in the contract, but not built in this version: the message says so instead of "unknown".
-PLANNED_LOWERINGS = ("tensorrt",)
+LOWERINGS = ("eager", "inductor", "tensorrt")
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Options:
     Attributes:
         policy: name of a registered policy, or a policy object.
         budget: share in [0, 1] of a span's token-layers that may be recomputed.
-        lowering: how programs are compiled, ``"eager"`` or ``"inductor"``.
+        lowering: how programs are compiled: ``"eager"``, ``"inductor"``, or ``"tensorrt"`` on an NVIDIA GPU.
         store: a ``Store``, or the URL of one: ``memory://`` (donors stay on the model's device) or ``host://``.
         capacity_bytes: bound of a store opened from a URL, in bytes.
         profile: path of a per-layer sensitivity profile (JSON), or None.
@@ -131,10 +129,7 @@ def _positive_int(name: str, value: Any) -> int:
 def _lowering(name: str, value: Any) -> str:
     if isinstance(value, str) and value in LOWERINGS:
         return value
-    valid = " or ".join(repr(item) for item in LOWERINGS)
-    if isinstance(value, str) and value in PLANNED_LOWERINGS:
-        raise OptionError(f"option {name}={value!r} is not available in this version: use {valid}")
-    raise _bad(name, value, valid)
+    raise _bad(name, value, " or ".join(repr(item) for item in LOWERINGS))
 
 
 def _path(name: str, value: Any) -> str | os.PathLike[str] | None:

@@ -21,6 +21,7 @@ from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.errors import ExportError, OptionError, PolicyError
 from vlcache_fx.exporting.captured import ExportInput, capture_for_export, unrolled
 from vlcache_fx.exporting.describe import ExportReport, describe, wiring
+from vlcache_fx.exporting.engines import EngineOptions, build_engines, find_package
 from vlcache_fx.exporting.examples import ExampleCall, example_calls, features_of
 from vlcache_fx.exporting.facts import decoder_spec, layer_groups
 from vlcache_fx.exporting.flatten import FlatGraph, flatten, slot_name
@@ -59,6 +60,7 @@ def export(
     *,
     opset: int = DEFAULT_OPSET,
     dynamic_shapes: Any = None,
+    engine: EngineOptions | None = None,
     **options: Any,
 ) -> ExportReport:
     """Write a model's encoder, cold and warm prefill and decoding step as graphs, with a manifest.
@@ -72,6 +74,7 @@ def export(
         format: ``"onnx"``, or ``"tensorrt"`` for engines of the same graphs as well.
         opset: version of ONNX's default domain: up to 22 attention is written out, from 23 on it is one node.
         dynamic_shapes: as ``torch.export.export`` takes it, for models that are not of that library.
+        engine: GPUs and sizes that engines are built for.
         **options: ``policy``, ``budget`` and ``profile`` (see ``Options``) decide which layers share their
             rows; sessions may choose others within that.
 
@@ -82,15 +85,15 @@ def export(
     """
     parsed = _checked(format, opset, options)
     target = _free(Path(directory))
+    if format == "tensorrt":
+        find_package(None if engine is None else engine.package)  # before minutes of tracing
     training = model.training
     model.eval()
     try:
         with _whole(target) as folder, hooked_placeholder_check(model):
             manifest = _write(model, example_inputs, folder, opset, dynamic_shapes, parsed)
             if format == "tensorrt":
-                from vlcache_fx.exporting.engines import build_engines
-
-                manifest = build_engines(manifest, folder)
+                manifest = build_engines(manifest, folder, engine)
             manifest = manifest.save(folder)
     finally:
         model.train(training)

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.manifest import GraphSpec, TensorSpec
 
-MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 20
+MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 22
 """Of the default domain. Up to 22 attention is written out, which every importer takes; from 23 on it is one
-``Attention`` node. 20 is old enough for the parsers of TensorRT 10 and every ONNX Runtime since 1.17."""
+``Attention`` node. 22 is the first in which convolutions take bfloat16."""
+
+NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
 
 SHARED_FROM_BYTES = 1024
 ALIGNMENT_BYTES = 64
@@ -79,15 +81,17 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The converter warns of packages that it could use, of its own deprecations, and of shared sizes."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = {name: logging.getLogger(name) for name in NOISY}
+    before = {name: logger.level for name, logger in loggers.items()}
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for name, logger in loggers.items():
+            logger.setLevel(before[name])
 
 
 def _simplify_sizes(model: Any) -> None:
@@ -155,6 +159,7 @@ class SharedWeights:
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            path.unlink()
             raise ExportError(f"{path.name} is no valid ONNX model: {error}") from error
         return GraphSpec(
             path.name,

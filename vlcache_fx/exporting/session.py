@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError, OptionError
+from vlcache_fx.exporting.engine_runner import EngineRunner
 from vlcache_fx.exporting.facts import decoder_form, mask_check
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest, ProgramSpec
@@ -33,6 +34,9 @@ class GraphRunner(Protocol):
 
     device: torch.device
     """Where inputs are and outputs will be."""
+
+    def check(self, graph: str, inputs: Mapping[str, Tensor]) -> None:
+        """Raises ExportError for sizes that it was not built for."""
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Outputs of a graph by name."""
@@ -87,6 +91,7 @@ class Session:
         if not features and "position_ids" not in values:
             values |= self._counted(values)
         args = [self._checked(name, values) for name in self.manifest.decoder.inputs]
+        self._check_sizes(args)
         with torch.no_grad():
             results = self._decoder(args, encoder_hit=hit)
         names = self.manifest.cold.results
@@ -184,6 +189,12 @@ class Session:
         sizes = [size if isinstance(size, int) else ids.shape[-1] for size in spec.shape]
         return {"position_ids": torch.arange(ids.shape[-1]).expand(sizes)}
 
+    def _check_sizes(self, args: Sequence[Tensor]) -> None:
+        """Before anything is looked up: a program that fails later is not tried again."""
+        named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+        for program in (self.manifest.cold, self.manifest.warm):
+            self._runner.check(program.graph, named)
+
     def _optional(self) -> set[str]:
         """Features: a prompt may hold no item."""
         return {name for spec in self.manifest.encoders for name in spec.features}
@@ -274,6 +285,26 @@ class OnnxSession(Session):
     ) -> None:
         manifest = Manifest.load(Path(directory))
         super().__init__(manifest, OnnxRunner(Path(directory), manifest, providers), options)
+
+
+class EngineSession(Session):
+    """An exported folder on TensorRT: tensors stay on the GPU, and all runs on torch's current stream.
+
+    Args:
+        directory: what ``vlcache_fx.export(format="tensorrt")`` wrote.
+        device: a GPU that the engines were built for.
+        **options: see ``Options``.
+
+    Raises:
+        ExportError: as for ``OnnxSession``; no GPU, no engines, or engines of another GPU or version.
+        OptionError, PolicyError: a bad option.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, device: str | torch.device = "cuda", **options: Any
+    ) -> None:
+        manifest = Manifest.load(Path(directory))
+        super().__init__(manifest, EngineRunner(Path(directory), manifest, device), options)
 
 
 def _options(manifest: Manifest, given: Mapping[str, Any]) -> Options:

@@ -7,6 +7,7 @@ from vlcache_fx.lowering.cache import CompileCache, CompileStats
 from vlcache_fx.lowering.cuda_graphs import CudaGraphs
 from vlcache_fx.lowering.eager import EagerLowering
 from vlcache_fx.lowering.inductor import InductorLowering
+from vlcache_fx.lowering.tensorrt import TensorRtLowering
 
 __all__ = [
     "Arriving",
@@ -18,4 +19,5 @@ __all__ = [
     "InductorLowering",
     "Lowered",
     "Lowering",
+    "TensorRtLowering",
 ]

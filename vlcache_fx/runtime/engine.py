@@ -12,7 +12,14 @@ import torch
 
 from vlcache_fx.errors import OptionError, PlanError, PolicyError, StoreError, UnsupportedGraphError
 from vlcache_fx.explain import GraphExplanation, explain
-from vlcache_fx.lowering import CompileCache, Decompositions, EagerLowering, InductorLowering, Lowering
+from vlcache_fx.lowering import (
+    CompileCache,
+    Decompositions,
+    EagerLowering,
+    InductorLowering,
+    Lowering,
+    TensorRtLowering,
+)
 from vlcache_fx.ops import (
     decompose_attend,
     decompose_attention,
@@ -58,6 +65,8 @@ class Engine:
         self.lowering: Lowering
         if self.options.lowering == "eager":
             self.lowering = EagerLowering()
+        elif self.options.lowering == "tensorrt":
+            self.lowering = TensorRtLowering()
         else:
             decompositions: Decompositions = {
                 torch.ops.vlcache.splice_rows.default: splice_rows_reference,

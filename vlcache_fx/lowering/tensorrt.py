@@ -1,0 +1,122 @@
+"""The TensorRT lowering: regions of a program become engines through Torch-TensorRT.
+
+Cache operators stay outside. Needs a CUDA GPU and the package ``torch_tensorrt``. What would go into engines can be told without either.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
+from torch.fx.passes.operator_support import OperatorSupportBase
+
+from vlcache_fx.errors import LoweringError, OptionError
+from vlcache_fx.lowering.base import Lowered, arrived
+
+__all__ = ["DryRun", "TensorRtLowering", "dry_run"]
+
+MIN_NODES = 3
+"""A region of fewer nodes is not worth an engine."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What would become of a program.
+
+    Attributes:
+        engines: per engine, the nodes that it would hold, in order.
+        outside: node -> why it would run as it does now.
+    """
+
+    engines: tuple[tuple[str, ...], ...]
+    outside: Mapping[str, str]
+
+
+class _Convertible(OperatorSupportBase):
+    """ATen operators, and the sizes that they need; operators of ours are not TensorRT's matter."""
+
+    def is_node_supported(self, submodules: Mapping[str, torch.nn.Module], node: fx.Node) -> bool:  # noqa: ARG002
+        return why_outside(node) is None
+
+
+def why_outside(node: fx.Node) -> str | None:
+    """Why a node cannot go into an engine; None where it can."""
+    if node.op != "call_function":
+        return "not a call"
+    namespace = getattr(node.target, "namespace", None)
+    if namespace == "vlcache":
+        return "a cache operator: it reads what the store gave"
+    value = node.meta.get("val")
+    if namespace == "aten" and isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+        return "TensorRT has no float64"
+    return None
+
+
+def _partitions(program: fx.GraphModule) -> list[Any]:
+    found = CapabilityBasedPartitioner(
+        program, _Convertible(), allows_single_node_partition=True
+    ).propose_partitions()
+    return [partition for partition in found if len(partition.nodes) >= MIN_NODES]
+
+
+def dry_run(program: fx.GraphModule) -> DryRun:
+    """Which nodes would go into which engine, and which would not, for what reason. Compiles nothing."""
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    groups = [sorted(partition.nodes, key=order.__getitem__) for partition in _partitions(program)]
+    groups.sort(key=lambda nodes: order[nodes[0]])
+    inside = {node for nodes in groups for node in nodes}
+    outside = {
+        node.name: why_outside(node) or f"a region of fewer than {MIN_NODES} nodes"
+        for node in program.graph.nodes
+        if node.op == "call_function" and node not in inside
+    }
+    return DryRun(tuple(tuple(node.name for node in nodes) for nodes in groups), outside)
+
+
+class TensorRtLowering:
+    """Compiles the regions between cache operators with Torch-TensorRT, each when it first runs.
+
+    Raises:
+        OptionError: there is no CUDA GPU, or ``torch_tensorrt`` is not installed.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise OptionError(
+                "lowering='tensorrt' needs an NVIDIA GPU, and torch sees none here: use 'inductor' or 'eager', "
+                "or vlcache_fx.export(format='tensorrt') to build engines ahead of time"
+            )
+        try:
+            importlib.import_module("torch_tensorrt")
+        except (ImportError, OSError) as error:
+            raise OptionError(
+                f"lowering='tensorrt' needs the package torch-tensorrt ({error}); pip install torch-tensorrt"
+            ) from error
+
+    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
+        """See `Lowering.lower`."""
+        copy = fx.GraphModule(program, fx.Graph())
+        copy.graph.output(copy.graph.graph_copy(program.graph, {}))
+        partitioner = CapabilityBasedPartitioner(copy, _Convertible(), allows_single_node_partition=True)
+        wanted = [part for part in partitioner.propose_partitions() if len(part.nodes) >= MIN_NODES]
+        try:
+            fused = partitioner.fuse_partitions(wanted, prefix="engine_")
+        except Exception as error:
+            raise LoweringError(f"program {name!r} cannot be cut into engines: {error}") from error
+        for child, module in list(fused.named_children()):
+            if child.startswith("engine_"):
+                setattr(fused, child, torch.compile(module, backend="torch_tensorrt", dynamic=True))
+
+        def run(args: Sequence[Any]) -> tuple[Any, ...]:
+            with torch.no_grad():
+                result = fused(*map(arrived, args))
+            return tuple(result) if isinstance(result, tuple | list) else (result,)
+
+        return run
