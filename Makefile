@@ -18,7 +18,7 @@ env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,dev,demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[transformers,tensorrt-rtx,dev,demo]'
 	touch $@
 
 # One process per core, one thread each: the tensors of tests are too small to share out.

@@ -20,7 +20,7 @@ ORDER = [
     ["runtime"],
     ["backend"],
     ["integrations"],
-    ["api", "export", "exported"],
+    ["api", "exporting", "exported"],
     ["testing"],
     ["bench"],
     ["fidelity"],

@@ -120,11 +120,6 @@ def test_unknown_names_get_the_valid_ones_and_a_suggestion() -> None:
         assert field.name in message
 
 
-def test_a_planned_lowering_is_told_apart_from_an_unknown_one() -> None:
-    with pytest.raises(OptionError, match="not available in this version: use 'eager' or 'inductor'"):
-        Options.parse({"lowering": "tensorrt"})
-
-
 def test_numpy_numbers_become_python_ones() -> None:
     options = Options.parse({"budget": np.float32(0.5), "capacity_bytes": np.int64(7)})
     assert (type(options.budget), options.budget) == (float, 0.5)

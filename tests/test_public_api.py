@@ -12,7 +12,11 @@ from vlcache_fx import errors
 
 PUBLIC = {
     "Engine",
+    "EngineOptions",
+    "EngineSession",
+    "ExportError",
     "LoweringError",
+    "OnnxSession",
     "OptionError",
     "Options",
     "PassError",
@@ -25,6 +29,7 @@ PUBLIC = {
     "__version__",
     "compile",
     "compile_exported",
+    "export",
     "gate",
     "mark_spans",
 }

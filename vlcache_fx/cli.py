@@ -197,3 +197,40 @@ def calibrate(
             output=output,
             options={"lowering": lowering, "strict": True},
         )
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    directory: Annotated[Path, typer.Argument(help="where to write; must not exist, or be empty")],
+    data: Annotated[
+        Path | None, typer.Option(help="prompts as for fidelity; the first reuse of them is the example")
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="onnx, tensorrt")] = "onnx",
+    opset: Annotated[int, typer.Option(help="18 to 23; from 23 on attention is one node")] = 22,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
+    policy: Annotated[str, typer.Option(help="decides which layers share their rows")] = "layer_aware",
+    budget: Annotated[float, typer.Option(help="share recomputed")] = 0.02,
+    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPUs of engines that tensorrt_rtx builds, such as sm86")
+    ] = None,
+    package: Annotated[str | None, typer.Option(help="tensorrt, tensorrt_rtx [default: installed]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="longest prompt of engines [default: 8192]")] = None,
+) -> None:
+    """Write encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""
+    with readable_errors():
+        from vlcache_fx.fidelity import export_command  # here: torch takes a second to import
+
+        export_command.export(
+            model,
+            directory,
+            data=data,
+            output_format=output_format,
+            opset=opset,
+            dtype=dtype,
+            compute_capabilities=compute_capability or (),
+            package=package,
+            tokens=tokens,
+            options={"policy": policy, "budget": budget, "profile": profile},
+        )

@@ -24,15 +24,23 @@ def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subj
     """The model, compiled with ``options`` (``dynamic`` and on top of it), and its processor.
 
     Raises:
+        OptionError: see ``load_model``.
+    """
+    loaded, processor = load_model(model)
+    return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
+
+
+def load_model(model: str) -> tuple[Any, Any]:
+    """The model as it is, and its processor.
+
+    Raises:
         OptionError: there is no such name or folder, or its model cannot be loaded.
     """
     check_name(model)
-    if model in NAMED:
-        source = import_module(NAMED[model])
-        loaded, processor = source.load_model(), source.load_processor()
-    else:
-        loaded, processor = _from_folder(model)
-    return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
+    if model not in NAMED:
+        return _from_folder(model)
+    source = import_module(NAMED[model])
+    return source.load_model(), source.load_processor()
 
 
 def check_name(model: str) -> None:

@@ -1,6 +1,7 @@
 """The TensorRT lowering: regions of a program become engines through Torch-TensorRT.
 
-Cache operators stay outside. Needs a CUDA GPU and the package ``torch_tensorrt``. What would go into engines can be told without either.
+Cache operators stay outside. Needs a CUDA GPU and the package ``torch_tensorrt``; what would go into engines
+can be told without either.
 """
 
 from __future__ import annotations
@@ -90,8 +91,8 @@ class TensorRtLowering:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise OptionError(
-                "lowering='tensorrt' needs an NVIDIA GPU, and torch sees none here: use 'inductor' or 'eager', "
-                "or vlcache_fx.export(format='tensorrt') to build engines ahead of time"
+                "lowering='tensorrt' needs an NVIDIA GPU, and torch sees none here: use 'inductor' or "
+                "'eager', or vlcache_fx.export(format='tensorrt') to build engines ahead of time"
             )
         try:
             importlib.import_module("torch_tensorrt")

@@ -1,0 +1,48 @@
+"""Export the reference model and ask about a picture twice on ONNX Runtime: then it is reused."""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlcache_fx
+from vlcache_fx.integrations.transformers import EncodersFirst
+from vlcache_fx.testing import reference_vlm
+
+PROMPTS = ("you are a helpful assistant .", "look at the picture with care .")
+
+
+def prompt_inputs(model: Any, processor: Any, question: Any) -> dict[str, Any]:
+    """What the graphs take: token ids, pixels, grids and positions."""
+    inputs = dict(reference_vlm.prepare(processor, [question]))
+    with torch.no_grad():
+        _, given = EncodersFirst(model)((), inputs)  # the model's own positions, which depend on grids
+    return {**inputs, "position_ids": given["position_ids"]}
+
+
+def main(directory: Path) -> list[str]:
+    """Export into ``directory`` and ask; the mode, the recomputed share and the answer of each call."""
+    model, processor = reference_vlm.load_model(), reference_vlm.load_processor()
+    question = reference_vlm.make_questions(count=1)[0]
+    asked = [prompt_inputs(model, processor, replace(question, system_prompt=prompt)) for prompt in PROMPTS]
+    report = vlcache_fx.export(model, asked[0], directory)
+    lines = [f"exported {report.size_bytes / 1e6:.1f} MB, {len(report.lookups)} lookups"]
+
+    session = vlcache_fx.OnnxSession(directory)  # the model itself is not needed any more
+    for inputs in asked:
+        answer = session.generate(3, processor.tokenizer.eos_token_id, **inputs)
+        last = session.vlcache.last_report
+        assert last is not None
+        share = 100 * last["token_layer_fraction"]
+        text = processor.decode(answer, skip_special_tokens=True)
+        lines.append(f"{last['mode']}, {share:.1f} % computed: {text}")
+    return lines
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "export"
+        print("\n".join(main(target)))

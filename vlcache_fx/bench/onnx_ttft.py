@@ -1,0 +1,138 @@
+"""Cold and warm prefill of an exported model on ONNX Runtime: ``python -m vlcache_fx.bench.onnx_ttft``.
+
+The encoder's output is given in all cases. Cold computes every token, warm reuses a photo that was seen
+behind another text, at another position. They take turns.
+"""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import vlcache_fx
+from vlcache_fx.bench.machine import describe_machine
+from vlcache_fx.bench.model import build_model
+from vlcache_fx.bench.presets import find_preset
+from vlcache_fx.bench.rounds import (
+    MeasurementError,
+    Summary,
+    System,
+    interleave,
+    paired_ratio,
+    time_once,
+)
+from vlcache_fx.bench.workload import RequestShape, Workload, make_pixels, make_workload
+from vlcache_fx.exporting.describe import ExportReport
+from vlcache_fx.exporting.session import OnnxSession
+
+EXAMPLE_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxTimes:
+    """Seconds of both, and their ratio within each round."""
+
+    vision_tokens: int
+    num_tokens: int
+    cold: Summary
+    warm: Summary
+    ratio: Summary
+
+
+def export_preset(model: Any, directory: Path, opset: int) -> ExportReport:
+    """Export a model of a preset; the example is a small photo."""
+    work = make_workload(model, RequestShape(EXAMPLE_TOKENS))
+    pixels = make_pixels(model, 1, EXAMPLE_TOKENS)
+    ids = work.first["input_ids"]
+    image = ids == model.config.image_token_id
+    given = {name: work.first[name] for name in ("input_ids", "position_ids") if name in work.first}
+    example = {**given, **pixels, "mm_token_type_ids": image.int()}
+    return vlcache_fx.export(model, example, directory, opset=opset)
+
+
+def inputs_of(request: dict[str, Any]) -> dict[str, Tensor]:
+    """What a session takes, of a request as the model takes it."""
+    (features,) = request["mm_encoder_outputs"].values()
+    given = {name: request[name] for name in ("input_ids", "position_ids") if name in request}
+    return {**given, "image.pooler_output.0": torch.cat(tuple(features.pooler_output))}
+
+
+def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:
+    """Time both.
+
+    Raises:
+        MeasurementError: a run was not what it should be.
+    """
+    first, second = inputs_of(work.first), inputs_of(work.second)
+
+    def check(mode: str) -> Any:
+        def is_as_named() -> None:
+            report = session.vlcache.last_report
+            if report is None or report["mode"] != mode:
+                raise MeasurementError(f"a {mode} run was none: {report}")
+
+        return is_as_named
+
+    def seen() -> None:
+        session.vlcache.clear()
+        session.prefill(**first)
+
+    systems = {
+        "cold": System(lambda: session.prefill(**second), session.vlcache.clear, check("cold")),
+        "warm": System(lambda: session.prefill(**second), seen, check("warm")),
+    }
+    for system in systems.values():
+        time_once(system)  # loads the graph
+    seconds = interleave(systems, rounds)
+    return OnnxTimes(
+        work.vision_tokens,
+        work.num_tokens,
+        Summary.of(seconds["cold"]),
+        Summary.of(seconds["warm"]),
+        paired_ratio(seconds["cold"], seconds["warm"]),
+    )
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
+    vision_tokens: Annotated[
+        list[int] | None, typer.Option(help="of the photo [default: 1024, 4096]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    opset: Annotated[int, typer.Option(help="of the graphs")] = 22,
+) -> None:
+    """Print times and ratios."""
+    model = build_model(find_preset(preset).with_feature_tower(), torch.float32, torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        report = export_preset(model, Path(folder) / "export", opset)
+        typer.echo(f"exported: {report.size_bytes / 1e6:,.0f} MB, opset {opset}")
+        for count in vision_tokens or (1024, 4096):
+            session = OnnxSession(report.directory)
+            times = measure(session, make_workload(model, RequestShape(count)), rounds)
+            typer.echo(
+                f"{times.vision_tokens} vision tokens: cold {_ms(times.cold)}, warm {_ms(times.warm)}, "
+                f"cold / warm {times.ratio.median:.1f} ({times.ratio.low:.1f} to {times.ratio.high:.1f})"
+            )
+    machine = describe_machine()
+    typer.echo(
+        f"{preset}, float32; {machine.processor}, {machine.cores} cores, torch {machine.torch}, onnxruntime "
+        f"{_version()}"
+    )
+
+
+def _ms(seconds: Summary) -> str:
+    return f"{1e3 * seconds.median:,.0f} ms ({1e3 * seconds.low:,.0f} to {1e3 * seconds.high:,.0f})"
+
+
+def _version() -> str:
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+if __name__ == "__main__":
+    typer.run(main)
