@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import vlcache_fx
-from vlcache_fx.integrations.transformers import EncodersFirst
+from vlcache_fx.integrations.exporting import prompt_positions
 from vlcache_fx.testing import reference_vlm
 
 PROMPTS = ("you are a helpful assistant .", "look at the picture with care .")
@@ -18,9 +16,7 @@ PROMPTS = ("you are a helpful assistant .", "look at the picture with care .")
 def prompt_inputs(model: Any, processor: Any, question: Any) -> dict[str, Any]:
     """What the graphs take: token ids, pixels, grids and positions."""
     inputs = dict(reference_vlm.prepare(processor, [question]))
-    with torch.no_grad():
-        _, given = EncodersFirst(model)((), inputs)  # the model's own positions, which depend on grids
-    return {**inputs, "position_ids": given["position_ids"]}
+    return {**inputs, "position_ids": prompt_positions(model, inputs)}
 
 
 def main(directory: Path) -> list[str]:

@@ -11,16 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.engines import find_package
-from vlcache_fx.exporting.manifest import EngineSpec, Manifest
-
-TORCH_DTYPES = {
-    "float": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "bool": torch.bool,
-}
+from vlcache_fx.exporting.manifest import TORCH_DTYPES, EngineSpec, Manifest
 
 
 class EngineRunner:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import blake3
+import torch
 
 from vlcache_fx.errors import ExportError
 
@@ -20,6 +21,28 @@ class TensorSpec:
 
     dtype: str
     shape: tuple[int | str, ...]
+
+
+TORCH_DTYPES = {
+    "float": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+
+
+def torch_dtype(spec: TensorSpec) -> torch.dtype:
+    """The dtype of a tensor.
+
+    Raises:
+        ExportError: one that no graph of ours has.
+    """
+    if spec.dtype not in TORCH_DTYPES:
+        raise ExportError(f"dtype {spec.dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
+    return TORCH_DTYPES[spec.dtype]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import ExportError, OptionError
 from vlcache_fx.exporting.engine_runner import EngineRunner
 from vlcache_fx.exporting.facts import decoder_form, mask_check
+from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest, ProgramSpec
 from vlcache_fx.exporting.onnx_runner import OnnxRunner
@@ -87,11 +88,11 @@ class Session:
             ExportError: an input is missing, unknown or of another form than the graphs take.
         """
         features, hit = self._features(inputs)
-        values = {**{name: value for name, value in inputs.items() if isinstance(value, Tensor)}, **features}
-        if not features and "position_ids" not in values:
-            values |= self._counted(values)
-        args = [self._checked(name, values) for name in self.manifest.decoder.inputs]
-        self._check_sizes(args)
+        args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
+        named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+        for program in (self.manifest.cold, self.manifest.warm):
+            # Before anything is looked up: a program that fails later is not tried again.
+            self._runner.check(program.graph, named)
         with torch.no_grad():
             results = self._decoder(args, encoder_hit=hit)
         names = self.manifest.cold.results
@@ -162,50 +163,6 @@ class Session:
         features = {name: torch.cat(parts, -2) for name, parts in found.items()}
         return features, all(hits) if hits else None
 
-    def _checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        value, spec = values.get(name), self._spec(name)
-        if value is None and spec is not None and name in self._optional():
-            return torch.zeros([0 if isinstance(size, str) else size for size in spec.shape])
-        if value is None:
-            given = ", ".join(values) or "none"
-            raise ExportError(f"input {name!r} is missing; given were: {given}")
-        if spec is not None and (
-            value.dim() != len(spec.shape)
-            or any(
-                isinstance(want, int) and size != want
-                for size, want in zip(value.shape, spec.shape, strict=True)
-            )
-        ):
-            raise ExportError(
-                f"input {name!r} has the shape {list(value.shape)}; the graphs take {list(spec.shape)}"
-            )
-        return value.to(self._runner.device)
-
-    def _counted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Positions of a prompt of text alone, where the graphs take positions."""
-        spec, ids = self._spec("position_ids"), values.get("input_ids")
-        if spec is None or ids is None:
-            return {}
-        sizes = [size if isinstance(size, int) else ids.shape[-1] for size in spec.shape]
-        return {"position_ids": torch.arange(ids.shape[-1]).expand(sizes)}
-
-    def _check_sizes(self, args: Sequence[Tensor]) -> None:
-        """Before anything is looked up: a program that fails later is not tried again."""
-        named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
-        for program in (self.manifest.cold, self.manifest.warm):
-            self._runner.check(program.graph, named)
-
-    def _optional(self) -> set[str]:
-        """Features: a prompt may hold no item."""
-        return {name for spec in self.manifest.encoders for name in spec.features}
-
-    def _spec(self, name: str) -> Any:
-        graphs = self.manifest.graphs
-        found = (
-            graphs[program.graph].inputs.get(name) for program in (self.manifest.cold, self.manifest.warm)
-        )
-        return next((spec for spec in found if spec is not None), None)
-
     def _masks(self, graph: str, outputs: Sequence[str]) -> Any:
         """From the decoder's inputs to masks."""
 
@@ -243,24 +200,18 @@ class Session:
         )
 
     def _without_reuse(self, *args: Any) -> Sequence[Any]:
-        num_tokens = self._num_tokens(args)
-        positions = self._form.positions(num_tokens)
+        tokens = num_tokens(self.manifest, list(args))
+        positions = self._form.positions(tokens)
         plan = build_plan(
-            num_tokens=num_tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
+            num_tokens=tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
             output_rows=positions,
         )  # fmt: skip
         self._cold.ready()
         results = self._cold.run(args, self._cold.bind(plan, positions, {}))
         if results is None:
-            raise ExportError("the cold graph failed; vlcache.refusals says how")
+            reasons = "; ".join(str(refusal) for refusal in self.vlcache.refusals)
+            raise ExportError(f"the cold graph failed: {reasons}")
         return results[: self._form.num_outputs]
-
-    def _num_tokens(self, args: Sequence[Any]) -> int:
-        for name, value in zip(self.manifest.decoder.inputs, args, strict=True):
-            shape = getattr(self._spec(name), "shape", ())
-            if "tokens" in shape:
-                return int(value.shape[shape.index("tokens")])
-        raise ExportError("no input says how many tokens the prompt has")
 
 
 class OnnxSession(Session):

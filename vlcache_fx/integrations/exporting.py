@@ -133,6 +133,21 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
     )
 
 
+def prompt_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """The positions that a model gives a prompt, as exported graphs take them; None where it only counts.
+
+    Grids and types of tokens decide them, weights do not: a model on the device ``meta`` will do.
+
+    Args:
+        model: of the transformers library.
+        inputs: what the processor gave.
+    """
+    text = {
+        name: value for name, value in inputs.items() if name not in (pair[0] for pair in PIXELS.values())
+    }
+    return EncodersFirst(model).positions(text)
+
+
 def _check_prompt(example: Mapping[str, Any]) -> None:
     ids, mask = example.get("input_ids"), example.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[0] != 1:

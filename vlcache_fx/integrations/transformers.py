@@ -111,9 +111,17 @@ class EncodersFirst:
         if past is not None and past.get_seq_length() > 0:
             return args, kwargs
         known = {name: value for name, value in given.items() if value is not None}
-        if "position_ids" not in known and self._has_own_positions():
-            known["position_ids"] = getattr(self._model, PREPARE_POSITIONS)(known["input_ids"], known)
+        positions = self.positions(known)
+        if positions is not None:
+            known["position_ids"] = positions
         return (), getattr(self._model, PREPARE_ENCODERS)(known)
+
+    def positions(self, given: dict[str, Any]) -> Tensor | None:
+        """Positions of a call that brings none; None where they are a count of tokens."""
+        if "position_ids" in given or not self._has_own_positions():
+            return None
+        found: Tensor = getattr(self._model, PREPARE_POSITIONS)(given["input_ids"], given)
+        return found
 
     def _has_own_positions(self) -> bool:
         """True where positions are more than a count of tokens."""

@@ -1,0 +1,101 @@
+"""The inputs of one request, checked against what the graphs take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import ExportError
+from vlcache_fx.exporting.manifest import Manifest, TensorSpec, torch_dtype
+from vlcache_fx.integrations.encoder_cache import PIXELS
+from vlcache_fx.integrations.exporting import UNREAD
+
+POSITIONS = "position_ids"
+
+
+def decoder_inputs(
+    manifest: Manifest, given: Mapping[str, Any], features: Mapping[str, Tensor], device: torch.device
+) -> list[Tensor]:
+    """What the prefill graphs are given, in the order of ``manifest.decoder.inputs``.
+
+    Args:
+        manifest: of the export.
+        given: the request.
+        features: of its items.
+        device: where the graphs run.
+
+    Raises:
+        ExportError: an input is missing, unknown, or of another dtype or shape.
+    """
+    _check_names(manifest, given)
+    specs = _specs(manifest)
+    optional = {name for encoder in manifest.encoders for name in encoder.features}
+    values = {**given, **features}
+    if not features and POSITIONS in specs and POSITIONS not in values and "input_ids" in values:
+        values[POSITIONS] = _counted(specs[POSITIONS], values["input_ids"].shape[-1])
+    found = []
+    for name in manifest.decoder.inputs:
+        value, spec = values.get(name), specs.get(name)
+        if value is None and spec is not None and name in optional:  # a prompt may hold no item
+            sizes = [0 if isinstance(size, str) else size for size in spec.shape]
+            value = torch.zeros(sizes, dtype=torch_dtype(spec))
+        if not isinstance(value, Tensor):
+            raise ExportError(f"input {name!r} is missing; given were: {', '.join(values) or 'none'}")
+        if spec is not None:
+            _check(name, value, spec)
+        found.append(value.to(device))
+    return found
+
+
+def num_tokens(manifest: Manifest, inputs: list[Tensor]) -> int:
+    """Tokens of the prompt.
+
+    Raises:
+        ExportError: no input says it.
+    """
+    specs = _specs(manifest)
+    for name, value in zip(manifest.decoder.inputs, inputs, strict=True):
+        shape = specs[name].shape if name in specs else ()
+        if "tokens" in shape:
+            return int(value.shape[shape.index("tokens")])
+    raise ExportError("no input says how many tokens the prompt has")
+
+
+def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
+    """Of every input of the prefill graphs."""
+    warm, cold = (manifest.graphs[program.graph].inputs for program in (manifest.warm, manifest.cold))
+    return {**warm, **cold}
+
+
+def _check_names(manifest: Manifest, given: Mapping[str, Any]) -> None:
+    of_items = {name for pair in PIXELS.values() for name in pair}
+    of_encoders = {name for one in manifest.encoders for name in manifest.graphs[one.graph].inputs}
+    known = {*manifest.decoder.inputs, *of_items, *of_encoders, *UNREAD}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        valid = ", ".join(dict.fromkeys((*manifest.decoder.inputs, *sorted(of_encoders))))
+        raise ExportError(f"input {unknown[0]!r} is unknown; these graphs take: {valid}")
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        raise ExportError("attention_mask hides tokens; exported graphs take prompts without padding")
+
+
+def _counted(spec: TensorSpec, length: int) -> Tensor:
+    """Positions of a prompt of text alone."""
+    sizes = [size if isinstance(size, int) else length for size in spec.shape]
+    return torch.arange(length).expand(sizes)
+
+
+def _check(name: str, value: Tensor, spec: TensorSpec) -> None:
+    if value.dtype != torch_dtype(spec):
+        raise ExportError(f"input {name!r} is {value.dtype}; the graphs take {torch_dtype(spec)}")
+    fits = value.dim() == len(spec.shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(value.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise ExportError(
+            f"input {name!r} has the shape {list(value.shape)}; the graphs take {list(spec.shape)}"
+        )
