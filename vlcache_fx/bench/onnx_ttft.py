@@ -49,16 +49,18 @@ def export_preset(model: Any, directory: Path, opset: int) -> ExportReport:
     pixels = make_pixels(model, 1, EXAMPLE_TOKENS)
     ids = work.first["input_ids"]
     image = ids == model.config.image_token_id
-    given = {name: work.first[name] for name in ("input_ids", "position_ids") if name in work.first}
-    example = {**given, **pixels, "mm_token_type_ids": image.int()}
+    example = {**_text(work.first), **pixels, "mm_token_type_ids": image.int()}
     return vlcache_fx.export(model, example, directory, opset=opset)
 
 
 def inputs_of(request: dict[str, Any]) -> dict[str, Tensor]:
     """What a session takes, of a request as the model takes it."""
     (features,) = request["mm_encoder_outputs"].values()
-    given = {name: request[name] for name in ("input_ids", "position_ids") if name in request}
-    return {**given, "image.pooler_output.0": torch.cat(tuple(features.pooler_output))}
+    return {**_text(request), "image.pooler_output.0": torch.cat(tuple(features.pooler_output))}
+
+
+def _text(request: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in request.items() if name in ("input_ids", "position_ids")}
 
 
 def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:

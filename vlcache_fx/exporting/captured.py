@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -100,10 +101,11 @@ def _split(
         raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
     split = split_encoder(captured, facts.encoder)
     decoder = captured if split is None else split.decoder
-    waiting, targets = iter(names), iter(program.graph_signature.input_specs)
+    waiting = iter(names)
     inputs: list[str | None] = []
     weights: dict[int, tuple[str, Tensor]] = {}
-    specs = [spec for spec in targets if type(spec.arg).__name__ != "ConstantArgument"]
+    signature = program.graph_signature.input_specs
+    specs = [spec for spec in signature if not isinstance(spec.arg, ConstantArgument)]
     for index, (tensor, spec) in enumerate(zip(bound_tensors(program), specs, strict=True)):
         inputs.append(next(waiting) if tensor is None else None)
         if tensor is not None:

@@ -113,9 +113,8 @@ def find_package(name: str | None = None) -> Any:
             return importlib.import_module(candidate)
         except (ImportError, OSError) as error:
             failed = error
-    wanted = name or "tensorrt_rtx"
-    error = missing(wanted.replace("_", "-"), "tensorrt" if wanted == "tensorrt" else "tensorrt-rtx")
-    raise ExportError(f"{error} ({failed})") from failed
+    wanted = (name or "tensorrt_rtx").replace("_", "-")
+    raise ExportError(f"{missing(wanted, wanted)} ({failed})") from failed
 
 
 class _Builder:
@@ -207,7 +206,7 @@ def _range(spec: TensorSpec, sizes: Mapping[str, Range]) -> tuple[Shape, Shape, 
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         """Keeps the last error, which the builder does not return."""
 
         def __init__(self) -> None:

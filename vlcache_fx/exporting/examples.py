@@ -13,6 +13,7 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.captured import ExportInput
 from vlcache_fx.lowering import EagerLowering
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.split_encoder import SplitEncoder
 from vlcache_fx.plan import Span, build_plan
 from vlcache_fx.policies.none import NoRows
 from vlcache_fx.policies.uniform import Uniform
@@ -57,7 +58,11 @@ def example_calls(
         inputs = (*args, *runner.bind(plan, positions, tables))
         return ExampleCall(inputs, tuple(lowered(inputs)))
 
-    common = {"num_tokens": num_tokens, "num_layers": form.num_layers, "output_rows": positions}
+    common: dict[str, Any] = {
+        "num_tokens": num_tokens,
+        "num_layers": form.num_layers,
+        "output_rows": positions,
+    }
     first = call("cold", cold, build_plan(**common, spans=(), policy=NoRows(), budget=0.0), {})
     recorded = dict(zip(cold.recorded, first.results[form.num_outputs :], strict=True))
     marked = [Span(0, run.start, run.length, "example", True) for run in spans]
@@ -81,6 +86,7 @@ def _arguments(found: ExportInput) -> list[Any]:
     return values
 
 
-def features_of(split: Any) -> Sequence[Any]:
+def features_of(split: SplitEncoder) -> Sequence[Any]:
     """The results of a split-off encoder."""
-    return split.encoder.graph.output_node().args[0]  # type: ignore[no-any-return]
+    results: Any = split.encoder.graph.output_node().args[0]
+    return tuple(results)

@@ -79,6 +79,7 @@ def flatten(
                 named[name], used[name] = graph.placeholder(f"input_{index}"), index
             copies[node] = named[name]
     output = program.graph.output_node()
+    returned: Any = output.args[0]
     for node in program.graph.nodes:
         if node.op == "placeholder" or node is output or node.target in CHECKS:
             continue
@@ -87,7 +88,7 @@ def flatten(
         if copies[node].target in replacements:
             copies[node].target = replacements[copies[node].target]
     places: dict[fx.Node, str] = {}
-    for value, name in zip(output.args[0], results, strict=True):
+    for value, name in zip(returned, results, strict=True):
         if isinstance(value, fx.Node):
             places.setdefault(value, name)
     graph.output(tuple(copies[value] for value in places))
@@ -97,7 +98,7 @@ def flatten(
             root.register_buffer(str(node.target), getattr(program, str(node.target)))
     graph.eliminate_dead_code()
     module = fx.GraphModule(root, graph)
-    found = tuple(places.get(value) if isinstance(value, fx.Node) else None for value in output.args[0])
+    found = tuple(places.get(value) if isinstance(value, fx.Node) else None for value in returned)
     return FlatGraph(module, used, tuple(places.values()), found)
 
 

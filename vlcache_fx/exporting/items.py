@@ -50,7 +50,7 @@ def _items(
     pixels: Tensor, grids: Any, has_grids: bool, name: str
 ) -> Iterator[tuple[tuple[int, ...] | None, Tensor]]:
     if not has_grids:
-        yield from ((None, part) for part in pixels.split(1))
+        yield from ((None, part) for part in torch.split_with_sizes(pixels, [1] * pixels.shape[0]))
         return
     if not isinstance(grids, Tensor):
         raise ExportError(f"input {name!r} is missing: it says which pixels belong to which item")

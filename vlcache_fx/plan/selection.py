@@ -22,5 +22,5 @@ class RowSelection:
         """Absolute positions, int64 [n]."""
         everything = torch.arange(num_tokens)
         if len(self.bounds) == 1:
-            return everything[self.bounds[0]].reshape(1)  # type: ignore[index]
+            return everything[self.bounds[0]].reshape(1)
         return everything[slice(*self.bounds)]
