@@ -9,6 +9,7 @@ from vlcache_fx.capture import Captured
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
+    AnchorSizes,
     CanonicaliseFlex,
     DenseAdditions,
     DropEmptyCats,
@@ -33,6 +34,7 @@ from vlcache_fx.passes.rewrite import (
 
 CLEANUP = Pipeline(
     (
+        AnchorSizes(),
         DropNoops(),
         DropEmptyCats(),
         DenseAdditions(),

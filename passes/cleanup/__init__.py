@@ -1,5 +1,6 @@
 """Lossless clean-up that makes graphs from different tracers look alike."""
 
+from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_additions import DenseAdditions
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
@@ -10,6 +11,7 @@ from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
 
 __all__ = [
+    "AnchorSizes",
     "CanonicaliseFlex",
     "DenseAdditions",
     "DropEmptyCats",

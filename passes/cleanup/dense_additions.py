@@ -29,7 +29,7 @@ class DenseAdditions(Pass):
             parts = _addition(node)
             if parts is None:
                 continue
-            stream, mask, features = parts
+            stream, mask, read, features = parts
             call, values = program.graph.call_function, node.meta["val"]
             with program.graph.inserting_before(node):
                 dense = call(SCATTER_ROWS, (features, mask))
@@ -44,12 +44,14 @@ class DenseAdditions(Pass):
                 made.meta["stack_trace"] = node.meta.get("stack_trace")
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
+            for reader in [user for user in read.users if user.target is aten.sym_size.int]:
+                reader.replace_input_with(read, features)  # as many rows: they were added
             changed = True
         return changed
 
 
-def _addition(node: Node) -> tuple[Node, Node, Node] | None:
-    """``(x, mask, features)`` of ``index_put(x, [mask], index(x, [mask]) + features)``."""
+def _addition(node: Node) -> tuple[Node, Node, Node, Node] | None:
+    """``(x, mask, index(x, [mask]), features)`` of ``index_put(x, [mask], index(x, [mask]) + features)``."""
     if packet_of(node) is not aten.index_put:
         return None
     if node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False):
@@ -64,7 +66,7 @@ def _addition(node: Node) -> tuple[Node, Node, Node] | None:
         if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
             continue
         if read.args[0] is stream and _only_mask(read.args[1]) is mask and _fits(stream, features):
-            return stream, mask, features
+            return stream, mask, read, features
     return None
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 FAMILIES = ("cell", "where", "same")
 MAX_SYSTEM_WORDS = 60
-GRID = 4
-"""Rows and columns of a board, unless asked for otherwise: 4 x 4 cells are 64 vision tokens."""
+GRID = 6
+"""Rows and columns of a board, unless asked for otherwise: 6 x 6 cells are 144 vision tokens."""
 
 
 @dataclass(frozen=True, eq=False)
