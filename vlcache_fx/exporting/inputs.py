@@ -73,7 +73,8 @@ def _specs(manifest: Manifest) -> dict[str, TensorSpec]:
 def _check_names(manifest: Manifest, given: Mapping[str, Any]) -> None:
     of_items = {name for pair in PIXELS.values() for name in pair}
     of_encoders = {name for one in manifest.encoders for name in manifest.graphs[one.graph].inputs}
-    known = {*manifest.decoder.inputs, *of_items, *of_encoders, *UNREAD}
+    told = {name for one in manifest.encoders for name in one.fixed}
+    known = {*manifest.decoder.inputs, *of_items, *of_encoders, *told, *UNREAD}
     unknown = [name for name in given if name not in known]
     if unknown:
         valid = ", ".join(dict.fromkeys((*manifest.decoder.inputs, *sorted(of_encoders))))

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.manifest import EncoderSpec, Manifest
 from vlcache_fx.integrations.encoder_cache import PIXELS
+from vlcache_fx.integrations.exporting import items_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[En
     """The calls that a request needs, items in order. None where features are given.
 
     Raises:
-        ExportError: pixels for which there is no encoder, or of a grid for which there is none.
+        ExportError: pixels for which there is no encoder, or of a kind for which there is none.
     """
     for modality in dict.fromkeys(spec.modality for spec in manifest.encoders):
         specs = [spec for spec in manifest.encoders if spec.modality == modality]
@@ -41,36 +41,29 @@ def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[En
         values = inputs.get(pixels)
         if not isinstance(values, Tensor):
             continue
-        for grid, part in _items(values, inputs.get(grids), specs[0].grid is not None, grids):
-            yield EncoderCall(_encoder_for(specs, grid, modality), (part,))
+        missing = [name for name in specs[0].fixed if not isinstance(inputs.get(name), Tensor)]
+        if missing:
+            raise ExportError(f"input {missing[0]!r} is missing: the encoder is told it of every item")
+        told = {name: inputs[name] for name in specs[0].fixed}
+        for part, fixed in items_of(values, told, grids):
+            yield EncoderCall(_encoder_for(specs, fixed, modality), (part,))
     _check_modalities(manifest, inputs)
 
 
-def _items(
-    pixels: Tensor, grids: Any, has_grids: bool, name: str
-) -> Iterator[tuple[tuple[int, ...] | None, Tensor]]:
-    if not has_grids:
-        yield from ((None, part) for part in torch.split_with_sizes(pixels, [1] * pixels.shape[0]))
-        return
-    if not isinstance(grids, Tensor):
-        raise ExportError(f"input {name!r} is missing: it says which pixels belong to which item")
-    counts = grids.prod(-1).tolist()
-    if sum(counts) != pixels.shape[0]:
-        raise ExportError(f"{name} asks for {sum(counts)} rows of pixels, {pixels.shape[0]} are given")
-    for grid, part in zip(grids.tolist(), torch.split_with_sizes(pixels, counts), strict=True):
-        yield tuple(grid), part
-
-
-def _encoder_for(specs: list[EncoderSpec], grid: tuple[int, ...] | None, modality: str) -> EncoderSpec:
+def _encoder_for(specs: list[EncoderSpec], fixed: Mapping[str, Tensor], modality: str) -> EncoderSpec:
+    given = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
     for spec in specs:
-        if spec.grid is None or spec.grid == grid:
+        if spec.fixed == given:
             return spec
-    known = ", ".join("x".join(map(str, spec.grid or ())) for spec in specs)
-    shown = "x".join(map(str, grid or ()))
     raise ExportError(
-        f"no encoder was exported for an {modality} of {shown} patches; there are some for {known}: export "
-        "with an example that holds such an item, or give its features"
+        f"no encoder was exported for the {modality} {_shown(given)}; there are some for "
+        f"{'; '.join(_shown(spec.fixed) for spec in specs)}: export with an example that holds such an "
+        f"item, or give its features ({', '.join(specs[0].features)})"
     )
+
+
+def _shown(fixed: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, value))}" for name, value in fixed.items())
 
 
 def _check_modalities(manifest: Manifest, inputs: Mapping[str, Any]) -> None:

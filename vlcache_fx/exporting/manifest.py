@@ -82,13 +82,14 @@ class EncoderSpec:
     Attributes:
         graph: name of its graph.
         modality: ``image``, ``video``, or empty for one that takes the request's inputs as they are.
-        grid: the patches that an item must have; None for any that the graph's sizes allow.
+        fixed: what an item must be like: inputs beside its pixels (its grid) with their values, which
+            are constants of the graph.
         features: outputs, which are inputs of the prefill graphs under the same names.
     """
 
     graph: str
     modality: str
-    grid: tuple[int, ...] | None
+    fixed: dict[str, tuple[int, ...]]
     features: tuple[str, ...]
 
 

@@ -93,12 +93,12 @@ class GraphWriter:
             flat = self._flat(found.split.encoder, list(found.inputs[:count]), names)
             examples = {key: found.values[key] for key in flat.inputs}
             self._save("encoder", flat, examples, {key: found.dynamic[key] for key in flat.inputs})
-            return [EncoderSpec("encoder", "", None, tuple(names))]
+            return [EncoderSpec("encoder", "", {}, tuple(names))]
         made = []
         for number, item in enumerate(found.stages.encoders if found.stages else ()):
             name = "encoder" if number == 0 else f"encoder.{number}"
             if self.stage(name, item.stage, refused):
-                made.append(EncoderSpec(name, item.modality, item.grid, item.stage.outputs))
+                made.append(EncoderSpec(name, item.modality, item.fixed, item.stage.outputs))
         return made
 
     def stage(self, name: str, stage: Stage, refused: list[dict[str, str]]) -> bool:

@@ -59,12 +59,12 @@ class ItemEncoder:
 
     Attributes:
         modality: ``image`` or ``video``.
-        grid: patches that the item has; it is a constant of the graph. None for a model without grids.
+        fixed: what else the encoder is told of the item, such as its grid of patches: constants of the graph.
         stage: pixels of one item -> its features.
     """
 
     modality: str
-    grid: tuple[int, ...] | None
+    fixed: dict[str, tuple[int, ...]]
     stage: Stage
 
 
@@ -73,7 +73,7 @@ class GenerationStages:
     """What a prompt goes through.
 
     Attributes:
-        encoders: one for each modality and grid of the example.
+        encoders: one for each kind of item in the example.
         prefill: token ids, features and positions -> logits of the last token, keys and values.
         decode: one token and the cache so far -> logits, keys and values.
     """
@@ -248,28 +248,40 @@ def _encoders(
     base: Any = getattr(model, "base_model", model)
     encode = getattr(base, f"get_{modality}_features")
     outputs = tuple(name for name, _ in _leaves(fields, modality))
-    given = example.get(grids)
-    if not isinstance(given, Tensor):
-        inputs = {pixels: example[pixels][:1]}
-        return [
-            ItemEncoder(
-                modality, None, Stage(_Encoder(encode, base, pixels, {}), inputs, outputs, {pixels: {}})
-            )
-        ]
-    parts = torch.split_with_sizes(example[pixels], given.prod(-1).tolist())
-    by_grid = {tuple(grid): part for grid, part in zip(given.tolist(), parts, strict=True)}
+    others = [name for name in inspect.signature(encode).parameters if name not in (pixels, "kwargs")]
+    told = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
+    kinds = {
+        tuple((name, tuple(value.flatten().tolist())) for name, value in fixed.items()): (part, fixed)
+        for part, fixed in items_of(example[pixels], told, grids)
+    }
     return [
         ItemEncoder(
             modality,
-            grid,
-            Stage(
-                _Encoder(encode, base, pixels, {grids: torch.tensor([grid])}),
-                {pixels: part},
-                outputs,
-                {pixels: {}},
-            ),
+            dict(kind),
+            Stage(_Encoder(encode, base, pixels, fixed), {pixels: part}, outputs, {pixels: {}}),
         )
-        for grid, part in by_grid.items()
+        for kind, (part, fixed) in kinds.items()
+    ]
+
+
+def items_of(pixels: Tensor, told: Tensors, grids: str) -> list[tuple[Tensor, Tensors]]:
+    """The pixels of each item, and what else is told of it.
+
+    Args:
+        pixels: of all items; the first dimension runs over items, or over patches where there are grids.
+        told: other tensors about the items, with one row for each.
+        grids: name of the one that says how many patches each item has.
+
+    Raises:
+        ExportError: grids and pixels do not agree.
+    """
+    counts = told[grids].prod(-1).tolist() if grids in told else [1] * pixels.shape[0]
+    if sum(counts) != pixels.shape[0]:
+        raise ExportError(f"{grids} asks for {sum(counts)} rows of pixels, {pixels.shape[0]} are given")
+    parts = torch.split_with_sizes(pixels, counts)
+    return [
+        (part, {name: value[index : index + 1] for name, value in told.items()})
+        for index, part in enumerate(parts)
     ]
 
 
