@@ -65,8 +65,12 @@ class EngineOptions:
         if not self.compute_capabilities:
             raise OptionError("compute_capabilities is empty: name at least one")
         for name, sizes in self.sizes.items():
-            whole = len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
-            if not whole or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            is_range = isinstance(sizes, tuple | list) and len(sizes) == 3
+            if (
+                not is_range
+                or not all(isinstance(size, int) for size in sizes)
+                or not 1 <= sizes[0] <= sizes[1] <= sizes[2]
+            ):
                 raise OptionError(
                     f"sizes[{name!r}]={sizes!r} must be three numbers from 1 on that do not fall"
                 )

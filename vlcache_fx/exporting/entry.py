@@ -81,7 +81,7 @@ def export(
     target = _free(Path(directory))
     if format == "tensorrt":
         find_package(None if engine is None else engine.package)  # before minutes of tracing
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with _whole(target) as folder, hooked_placeholder_check(model):
@@ -90,7 +90,8 @@ def export(
                 manifest = build_engines(manifest, folder, engine)
             manifest = manifest.save(folder)
     finally:
-        model.train(training)
+        for module, was_training in training.items():
+            module.training = was_training
     return ExportReport.of(manifest, target)
 
 
@@ -114,6 +115,7 @@ def _checked(format: str, opset: int, options: dict[str, Any]) -> Options:  # no
 
 
 def _free(directory: Path) -> Path:
+    directory = directory.resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ExportError(
             f"{directory} exists and is not an empty directory: choose another one, or remove it"

@@ -104,8 +104,8 @@ def flatten(
 
 def _first_placeholders(graph: fx.Graph) -> None:
     """Placeholders stand in front of everything, in the order in which they were made."""
-    first = next(iter(graph.nodes))
-    for node in graph.find_nodes(op="placeholder"):
+    for node in reversed(list(graph.find_nodes(op="placeholder"))):
+        first = next(iter(graph.nodes))
         if node is not first:
             first.prepend(node)
 

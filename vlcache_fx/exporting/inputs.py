@@ -32,7 +32,7 @@ def decoder_inputs(
     """
     _check_names(manifest, given)
     specs = _specs(manifest)
-    optional = {name for encoder in manifest.encoders for name in encoder.features}
+    optional = {manifest.decoder.inputs[index] for index in manifest.decoder.features}
     values = {**given, **features}
     if not features and POSITIONS in specs and POSITIONS not in values and "input_ids" in values:
         values[POSITIONS] = _counted(specs[POSITIONS], values["input_ids"].shape[-1])
@@ -48,6 +48,11 @@ def decoder_inputs(
             _check(name, value, spec)
         found.append(value.to(device))
     return found
+
+
+def with_a_row(value: Tensor) -> Tensor:
+    """Nothing becomes one row of zeros: graphs look rows up before they choose, so there must be one."""
+    return value if value.numel() else value.new_zeros([max(1, size) for size in value.shape])
 
 
 def num_tokens(manifest: Manifest, inputs: list[Tensor]) -> int:

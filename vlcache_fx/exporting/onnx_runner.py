@@ -66,14 +66,9 @@ class OnnxRunner:
             except Exception as error:  # its exceptions have no common class but Exception
                 raise ExportError(f"ONNX Runtime cannot load {path.name}: {error}") from error
         names = list(self._manifest.graphs[graph].outputs)
-        feeds = {name: _with_a_row(value).contiguous().numpy() for name, value in inputs.items()}
+        feeds = {name: value.contiguous().numpy() for name, value in inputs.items()}
         try:
             results = self._loaded[graph].run(names, feeds)
         except Exception as error:
             raise ExportError(f"ONNX Runtime cannot run {graph}: {error}") from error
         return {name: torch.from_numpy(value) for name, value in zip(names, results, strict=True)}
-
-
-def _with_a_row(value: Tensor) -> Tensor:
-    """Nothing becomes one row of zeros: ONNX looks rows up before it chooses, and there must be one."""
-    return value if value.numel() else value.new_zeros([max(1, size) for size in value.shape])

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import ExportError, OptionError
 from vlcache_fx.exporting.engine_runner import EngineRunner
 from vlcache_fx.exporting.facts import decoder_form, mask_check
-from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens
+from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest, ProgramSpec
 from vlcache_fx.exporting.onnx_runner import OnnxRunner
@@ -89,7 +89,7 @@ class Session:
         """
         features, hit = self._features(inputs)
         args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
-        named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+        named = dict(zip(self.manifest.decoder.inputs, map(with_a_row, args), strict=True))
         for program in (self.manifest.cold, self.manifest.warm):
             # Before anything is looked up: a program that fails later is not tried again.
             self._runner.check(program.graph, named)
@@ -178,7 +178,8 @@ class Session:
 
     def _program(self, name: str, spec: ProgramSpec, engine: Engine) -> ProgramRunner:
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
-            inputs = {key: arrived(value) for key, value in zip(spec.inputs, args, strict=True) if key}
+            given = zip(spec.inputs, args, strict=True)
+            inputs = {key: with_a_row(arrived(value)) for key, value in given if key}
             results = self._runner.run(spec.graph, inputs)
             return tuple(None if key is None else results[key] for key in spec.results)
 

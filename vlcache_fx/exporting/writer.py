@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.captured import ExportInput, unrolled
+from vlcache_fx.exporting.captured import ExportInput, is_open, unrolled
 from vlcache_fx.exporting.examples import ExampleCall, features_of
 from vlcache_fx.exporting.flatten import FlatGraph, flatten, slot_name
 from vlcache_fx.exporting.manifest import EncoderSpec, GraphSpec, ProgramSpec
@@ -71,7 +71,7 @@ class GraphWriter:
         kind, _, rest = name.partition(".")
         size = {"donor": "donor_rows", "source": "tokens"}.get(kind, f"rows_{rest.rpartition('.')[2]}")
         shape = node.meta["val"].shape
-        return {dim: size for dim, length in enumerate(shape) if not isinstance(length, int)}
+        return {dim: size for dim, length in enumerate(shape) if is_open(length)}
 
     def masks(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
         """A graph that gives masks; the names of its outputs, per node."""

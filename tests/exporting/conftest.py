@@ -1,0 +1,118 @@
+"""Exports that tests share. Each takes seconds, so one process makes it and the others of a run read it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlcache_fx
+from vlcache_fx.policies.profile import Profile
+from vlcache_fx.testing.families import tiny_llava, tiny_qwen2_5_vl
+from vlcache_fx.testing.reference_vlm import load_model
+from vlcache_fx.testing.tiny_vlm import tiny_vlm
+
+from .helpers import Exported, tiny_shapes
+
+LAYERS = 3
+"""Of models in plain torch. Those of the transformers library have one less: each takes seconds."""
+
+Maker = Callable[..., Exported]
+
+
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Exports a model, or finds the export that another process of this run made."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, kind: str, model: Any, **options: Any) -> Exported:
+        from filelock import FileLock
+
+        folder, done = root / f"export-{name}", root / f"export-{name}.json"
+        found = Exported(kind, model, folder, {})
+        with FileLock(root / f"export-{name}.lock"):
+            if not done.exists():
+                report = vlcache_fx.export(
+                    model, found.inputs([0, 1] if kind != "tiny" else [0]), folder, **options
+                )
+                done.write_text(json.dumps(report.as_dict()), encoding="utf-8")
+        return Exported(kind, model, folder, json.loads(done.read_text(encoding="utf-8")))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llava(exported_once: Maker) -> Exported:
+    return exported_once("llava", "llava", tiny_llava(LAYERS - 1))
+
+
+@pytest.fixture(scope="session")
+def qwen(exported_once: Maker) -> Exported:
+    return exported_once("qwen", "qwen", tiny_qwen2_5_vl(LAYERS - 1))
+
+
+@pytest.fixture(scope="session")
+def reference(exported_once: Maker) -> Exported:
+    pytest.importorskip("sklearn", reason="its scans of digits make the reference model's pictures")
+    return exported_once("reference", "reference", load_model())
+
+
+@pytest.fixture(scope="session")
+def tiny(exported_once: Maker) -> Exported:
+    return exported_once("tiny", "tiny", tiny_vlm(num_layers=LAYERS), dynamic_shapes=tiny_shapes())
+
+
+@pytest.fixture(scope="session")
+def tiny_blended(exported_once: Maker) -> Exported:
+    """Made for a policy that chooses rows of its own for every layer."""
+    return exported_once(
+        "blended", "tiny", tiny_vlm(num_layers=LAYERS), dynamic_shapes=tiny_shapes(), policy="cacheblend"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_profile(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile that says that the first layer matters most."""
+    path = tmp_path_factory.mktemp("profile") / "profile.json"
+    fingerprint = tiny.manifest.decoder.model_fingerprint
+    Profile(fingerprint, "float32", (4.0, 1.0, 1.0), ((0.0, 1.0), (0.5, 0.1), (1.0, 0.0))).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
+    """Made with a profile, and with attention as one node."""
+    return exported_once(
+        "profiled",
+        "tiny",
+        tiny_vlm(num_layers=LAYERS),
+        dynamic_shapes=tiny_shapes(),
+        profile=tiny_profile,
+        budget=0.3,
+        opset=23,
+    )
+
+
+@pytest.fixture(scope="session")
+def reference_engines(reference: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The reference model with engines for one GPU, built without one."""
+    pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
+    from vlcache_fx.exporting.engines import EngineOptions, build_engines
+
+    folder = reference.copied(tmp_path_factory.mktemp("engines") / "exported")
+    options = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
+    build_engines(reference.manifest, folder, options).save(folder)
+    return Exported(reference.kind, reference.model, folder, reference.report)
+
+
+@pytest.fixture
+def any_export(request: pytest.FixtureRequest) -> Exported:
+    """The export that a test's parameter names."""
+    found: Exported = request.getfixturevalue(request.param)
+    return found
