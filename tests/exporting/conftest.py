@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -9,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import vlcache_fx
+from vlcache_fx.exporting.engines import EngineOptions, build_engines
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.reference_vlm import load_model
@@ -21,7 +25,30 @@ from .helpers import Exported, tiny_shapes
 LAYERS = 3
 """Of models in plain torch. Those of the transformers library have one less: each takes seconds."""
 
+EXPORTS = frozenset(
+    [
+        "any_export",
+        "half",
+        "llava",
+        "qwen",
+        "reference",
+        "reference_engines",
+        "tiny",
+        "tiny_blended",
+        "tiny_profiled",
+    ]
+)
+
 Maker = Callable[..., Exported]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of exports are slow: the first of each waits for it."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents and EXPORTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +91,21 @@ def reference(exported_once: Maker) -> Exported:
 
 
 @pytest.fixture(scope="session")
+def half(exported_once: Maker) -> Exported:
+    """In float16, and with an encoder that cannot be traced: it decides by a value."""
+    model: Any = tiny_llava(1).to(torch.float16)
+    encode = model.model.get_image_features
+
+    def deciding(pixel_values: Tensor, **options: Any) -> Any:
+        return encode(pixel_values=pixel_values if bool(pixel_values.any()) else None, **options)
+
+    model.model.get_image_features = deciding
+    return exported_once("half", "half", model)
+
+
+@pytest.fixture(scope="session")
 def tiny(exported_once: Maker) -> Exported:
-    return exported_once("tiny", "tiny", tiny_vlm(num_layers=LAYERS), dynamic_shapes=tiny_shapes())
+    return exported_once("tiny", "tiny", tiny_vlm(num_layers=LAYERS))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +127,9 @@ def tiny_profile(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
-    """Made with a profile, and with attention as one node."""
+    """Made with a profile, with attention as one node, and with engines where something builds them."""
+    engine = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
+    package = importlib.util.find_spec("tensorrt_rtx")
     return exported_once(
         "profiled",
         "tiny",
@@ -96,6 +138,8 @@ def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
         profile=tiny_profile,
         budget=0.3,
         opset=23,
+        format="onnx" if package is None else "tensorrt",
+        engine=engine,
     )
 
 
@@ -103,8 +147,6 @@ def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
 def reference_engines(reference: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The reference model with engines for one GPU, built without one."""
     pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
-    from vlcache_fx.exporting.engines import EngineOptions, build_engines
-
     folder = reference.copied(tmp_path_factory.mktemp("engines") / "exported")
     options = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
     build_engines(reference.manifest, folder, options).save(folder)

@@ -117,7 +117,6 @@ def test_without_a_gpu_there_is_no_engine_session(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-@pytest.mark.slow
 def test_without_a_gpu_engines_that_were_built_ahead_of_time_do_not_run(reference_engines: Exported) -> None:
     with pytest.raises(ExportError, match="torch sees none here"):
         vlcache_fx.EngineSession(reference_engines.folder)
@@ -298,7 +297,6 @@ def on_engines(reference_engines: Exported, monkeypatch: pytest.MonkeyPatch) -> 
 STEPS = (([0], "cold"), ([0], "warm"), ([1, 0], "warm"))
 
 
-@pytest.mark.slow
 def test_a_session_on_engines_equals_the_unmodified_model(
     reference_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
@@ -312,7 +310,6 @@ def test_a_session_on_engines_equals_the_unmodified_model(
     assert session.generate(3, **given).tolist() == whole.tolist()
 
 
-@pytest.mark.slow
 def test_a_session_on_engines_reuses_what_one_on_onnx_runtime_reuses(
     reference_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
@@ -325,7 +322,6 @@ def test_a_session_on_engines_reuses_what_one_on_onnx_runtime_reuses(
         assert report_of(session)["mode"] == mode
 
 
-@pytest.mark.slow
 def test_a_session_on_engines_answers_text_alone(
     reference_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
@@ -333,7 +329,6 @@ def test_a_session_on_engines_answers_text_alone(
     assert_close(found, reference_engines.expected([], 3), reference_engines.atol)
 
 
-@pytest.mark.slow
 def test_a_prompt_that_the_engines_were_not_built_for_costs_later_ones_nothing(
     reference_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
@@ -348,7 +343,6 @@ def test_a_prompt_that_the_engines_were_not_built_for_costs_later_ones_nothing(
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
 def test_engines_equal_the_unmodified_model(tmp_path: Path, qwen: Exported) -> None:
     pytest.importorskip("tensorrt", reason="it builds engines for the GPU that is there")
     report = vlcache_fx.export(

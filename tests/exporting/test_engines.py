@@ -19,7 +19,6 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-import vlcache_fx
 from vlcache_fx.errors import ExportError, OptionError
 from vlcache_fx.exporting import engines
 from vlcache_fx.exporting.engines import (
@@ -32,7 +31,6 @@ from vlcache_fx.exporting.engines import (
     find_package,
 )
 from vlcache_fx.exporting.manifest import GraphSpec, Manifest, TensorSpec
-from vlcache_fx.testing.families import llava_inputs, tiny_llava
 
 from .helpers import Exported, bare_manifest
 
@@ -45,7 +43,6 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
 
 
-@pytest.mark.slow
 def test_the_reference_model_has_an_engine_of_every_graph(reference_engines: Exported) -> None:
     manifest = reference_engines.manifest
     assert manifest.engines.keys() == manifest.graphs.keys()
@@ -61,7 +58,6 @@ def test_the_reference_model_has_an_engine_of_every_graph(reference_engines: Exp
         assert engine.build_seconds > 0
 
 
-@pytest.mark.slow
 def test_engines_say_what_built_them_and_what_they_take(reference_engines: Exported, rtx: Any) -> None:
     manifest = reference_engines.manifest
     for name, engine in manifest.engines.items():
@@ -77,7 +73,6 @@ def test_engines_say_what_built_them_and_what_they_take(reference_engines: Expor
                 assert isinstance(form, str) or low == high == form
 
 
-@pytest.mark.slow
 def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(reference_engines: Exported) -> None:
     manifest = reference_engines.manifest
     for images, text in (([0, 1], 0), ([0], 3), ([1, 0], 5), ([], 2)):
@@ -96,30 +91,25 @@ def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(reference_e
         assert low == usual == high
 
 
-@pytest.mark.slow
-def test_engines_are_built_while_exporting_also_in_float16(tmp_path: Path, rtx: Any) -> None:
-    model, example = tiny_llava(1).to(torch.float16), llava_inputs(5, 4, [0])
-    example["pixel_values"] = example["pixel_values"].half()
-    report = vlcache_fx.export(model, example, tmp_path / "half", "tensorrt", engine=FOR_ONE)
-    manifest = Manifest.load(tmp_path / "half")
-    assert report.refused == ()
+def test_engines_in_float16_keep_their_dtype(half: Exported, tmp_path: Path, rtx: Any) -> None:
+    manifest = build_engines(half.manifest, half.copied(tmp_path / "copy"), FOR_ONE)
     assert manifest.dtype == "float16"
-    assert manifest.engines.keys() == manifest.graphs.keys() == report.engines.keys()
+    assert manifest.engines.keys() == manifest.graphs.keys() >= {"prefill_cold", "prefill_warm", "decode"}
     warm = manifest.engines["prefill_warm"]
     assert {name: warm.dtypes[name] for name in ("input_ids", "donor.0.k", "logits", "present.0.key")} == {
         "input_ids": "int64", "donor.0.k": "float16", "logits": "float16", "present.0.key": "float16",
     }  # fmt: skip
+
+
+def test_engines_are_built_while_exporting_also_of_attention_nodes(tiny_profiled: Exported, rtx: Any) -> None:
+    manifest, report = tiny_profiled.manifest, tiny_profiled.report
+    assert manifest.opset == 23
+    assert manifest.engines.keys() == manifest.graphs.keys() == report["engines"].keys()
+    assert [one["graph"] for one in report["refused"]] == ["decode"]
     for name, engine in manifest.engines.items():
-        size = (tmp_path / "half" / engine.file).stat().st_size
-        assert report.engines[name] == {"size_bytes": size, "build_seconds": engine.build_seconds}
-
-
-@pytest.mark.slow
-def test_attention_nodes_are_built_too(tiny_profiled: Exported, tmp_path: Path, rtx: Any) -> None:
-    folder = tiny_profiled.copied(tmp_path / "copy")
-    assert tiny_profiled.manifest.opset == 23
-    manifest = build_engines(tiny_profiled.manifest, folder, FOR_ONE)
-    assert manifest.engines.keys() == manifest.graphs.keys()
+        size = (tiny_profiled.folder / engine.file).stat().st_size
+        assert report["engines"][name] == {"size_bytes": size, "build_seconds": engine.build_seconds}
+        assert report["files"][engine.file] == size
 
 
 def test_engines_of_several_gpus_are_one_file(tmp_path: Path, rtx: Any) -> None:

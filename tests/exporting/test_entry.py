@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -30,7 +30,7 @@ from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import llava_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Exported, assert_close, bare_manifest, tiny_shapes
+from .helpers import Exported, assert_close, bare_manifest, report_of, tiny_shapes
 
 EXAMPLE = tiny_vlm_inputs(5, 4, [(20, 0)])
 
@@ -293,7 +293,6 @@ def assert_as_it_was(model: Any, before: dict[str, Tensor]) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.slow
 def test_an_export_leaves_the_model_as_it_was(llava: Exported, qwen: Exported, tiny: Exported) -> None:
     fresh = {"llava": tiny_llava(2), "qwen": tiny_qwen2_5_vl(2), "tiny": tiny_vlm(num_layers=3)}
     for exported in (llava, qwen, tiny):
@@ -344,79 +343,26 @@ def test_a_directory_may_be_a_string(target: Path, without_graphs: list[Path]) -
     assert (target / MANIFEST).exists()
 
 
-@pytest.mark.slow
-def test_a_plain_torch_model_needs_positional_arguments_alone(target: Path) -> None:
-    pytest.importorskip("onnxruntime")
-    model = tiny_vlm(num_layers=1)
-    target.mkdir()
-    report = export(target, model, tuple(EXAMPLE.values()))
-    assert [one["graph"] for one in report.refused] == ["decode"]
-    session = OnnxSession(target, policy="full", strict=True)
-    for inputs, mode in (
-        (tiny_vlm_inputs(6, 3, [(18, 0)]), "cold"),
-        (tiny_vlm_inputs(11, 7, [(18, 0)]), "warm"),
-    ):
-        given = {f"argument.{place}": value for place, value in enumerate(inputs.values())}
-        with torch.no_grad():
-            assert_close(session.prefill(**given), {"result.0": model(**inputs)})
-        report = session.vlcache.last_report
-        assert report is not None
-        assert report["mode"] == mode
-
-
-class WithoutEncoder:
-    """An export of a model whose encoder decides by a value."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.model = folder, cast(Any, tiny_llava(1))
-        encode = self.model.model.get_image_features
-
-        def deciding(pixel_values: Tensor, **options: Any) -> Any:
-            return encode(pixel_values=pixel_values if bool(pixel_values.any()) else None, **options)
-
-        self.model.model.get_image_features = deciding
-        self.report = export(folder, self.model, llava_inputs(5, 4, [0]))
-
-    def logits(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return {"logits": self.model(**inputs, logits_to_keep=1).logits}
-
-
-@pytest.fixture(scope="module")
-def without_encoder(tmp_path_factory: pytest.TempPathFactory) -> WithoutEncoder:
-    pytest.importorskip("onnxruntime")
-    return WithoutEncoder(tmp_path_factory.mktemp("without") / "exported")
-
-
-@pytest.mark.slow
-def test_an_encoder_that_cannot_be_traced_is_left_out_with_its_reason(
-    without_encoder: WithoutEncoder,
-) -> None:
-    (refused,) = without_encoder.report.refused
+def test_an_encoder_that_cannot_be_traced_is_left_out_with_its_reason(half: Exported) -> None:
+    (refused,) = half.report["refused"]
     assert refused["graph"] == "encoder"
     assert refused["reason"].startswith("torch cannot trace this")
-    assert not (without_encoder.folder / "encoder.onnx").exists()
-    assert Manifest.load(without_encoder.folder).encoders == ()
-    session = OnnxSession(without_encoder.folder)
+    assert not (half.folder / "encoder.onnx").exists()
+    assert half.manifest.encoders == ()
     with pytest.raises(ExportError, match="pixel_values are given, but this export holds no encoder"):
-        session.prefill(**llava_inputs(5, 4, [0]))
+        OnnxSession(half.folder).prefill(**half.given([0]))
 
 
-@pytest.mark.slow
-def test_where_the_encoder_was_left_out_features_are_given(without_encoder: WithoutEncoder) -> None:
-    session = OnnxSession(without_encoder.folder, policy="full", strict=True)
+def test_where_the_encoder_was_left_out_features_are_given(half: Exported) -> None:
+    session = half.session(policy="full")
     (name,) = (name for name in session.manifest.decoder.inputs if name != "input_ids")
-    for before, mode in ((5, "cold"), (9, "warm")):
-        inputs = llava_inputs(before, 4, [0])
+    for text, mode in ((0, "cold"), (1, "warm")):
+        inputs = half.inputs([0], text)
         with torch.no_grad():
-            (features,) = without_encoder.model.model.get_image_features(inputs["pixel_values"]).pooler_output
-        found = session.prefill(input_ids=inputs["input_ids"], **{name: features})
-        assert_close({"logits": found["logits"]}, without_encoder.logits(inputs))
-        assert session.vlcache.last_report is not None
-        assert session.vlcache.last_report["mode"] == mode
+            (features,) = half.model.model.get_image_features(inputs.pop("pixel_values")).pooler_output
+        assert_close(session.prefill(**inputs, **{name: features}), half.expected([0], text), half.atol)
+        assert report_of(session)["mode"] == mode
 
 
-@pytest.mark.slow
-def test_where_the_encoder_was_left_out_text_alone_needs_nothing(without_encoder: WithoutEncoder) -> None:
-    session, text = OnnxSession(without_encoder.folder, strict=True), llava_inputs(9, 4, [])
-    assert_close({"logits": session.prefill(**text)["logits"]}, without_encoder.logits(text))
+def test_where_the_encoder_was_left_out_text_alone_needs_nothing(half: Exported) -> None:
+    assert_close(half.session().prefill(**half.given([], 1)), half.expected([], 1), half.atol)

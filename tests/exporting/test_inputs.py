@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens
+from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.exporting.manifest import GraphSpec, Manifest, TensorSpec
 
 from .helpers import bare_manifest, encoder
@@ -88,7 +88,10 @@ def test_positions_are_not_counted_where_there_are_items(by_the_request: bool) -
         ({"input_ids": IDS[0]}, r"'input_ids' has the shape \[6\]; the graphs take \[1, 'tokens'\]"),
         ({"input_ids": IDS.expand(2, 6)}, r"'input_ids' has the shape \[2, 6\]"),
         ({"input_ids": IDS.float()}, "'input_ids' is torch.float32; the graphs take torch.int64"),
-        ({"input_ids": IDS, "image.features": torch.ones(2, 8)}, "'image.features' is torch.float32"),
+        (
+            {"input_ids": IDS, "position_ids": IDS.expand(3, 1, 6), "image.features": torch.ones(2, 8)},
+            "'image.features' is torch.float32",
+        ),
         ({"input_ids": IDS, "position_ids": IDS.expand(3, 1, 6)[..., :4]}, "position_ids"),
         ({"input_ids": IDS, "atention_mask": IDS}, "'atention_mask' is unknown; .*input_ids.*pixel_values"),
         ({"input_ids": IDS, "attention_mask": IDS > 0}, "attention_mask hides tokens"),
@@ -102,6 +105,12 @@ def test_what_does_not_fit_is_refused_by_name(given: dict[str, Any], message: st
 def test_what_says_nothing_in_a_prompt_without_padding_is_taken() -> None:
     given = {"attention_mask": torch.ones(1, 6), "mm_token_type_ids": IDS}
     assert torch.equal(taken(manifest("input_ids"), input_ids=IDS, **given)[0], IDS)
+
+
+def test_nothing_becomes_one_row_of_zeros() -> None:
+    assert with_a_row(torch.ones(0, 2, dtype=torch.int32)).tolist() == [[0, 0]]
+    rows = torch.ones(1, 2)
+    assert with_a_row(rows) is rows
 
 
 def test_graphs_that_take_no_tokens_have_no_length() -> None:

@@ -176,7 +176,6 @@ def test_sizes_alone_are_compared_where_that_is_asked_for(folder: Path) -> None:
     assert refusal(folder).startswith(f"{folder / 'weights.bin'} is not the file that was exported")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights.bin", "prefill_warm.onnx", "prefill_cold.onnx", "encoder.onnx"])
 def test_one_changed_byte_of_an_export_is_refused(tiny: Exported, tmp_path: Path, name: str) -> None:
     path = tiny.copied(tmp_path / "copy") / name
@@ -186,7 +185,6 @@ def test_one_changed_byte_of_an_export_is_refused(tiny: Exported, tmp_path: Path
     assert refusal(path.parent).startswith(f"{path} is not the file that was exported")
 
 
-@pytest.mark.slow
 def test_a_session_of_a_changed_folder_is_refused(tiny: Exported, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from vlcache_fx.exporting.session import OnnxSession
@@ -199,7 +197,6 @@ def test_a_session_of_a_changed_folder_is_refused(tiny: Exported, tmp_path: Path
         OnnxSession(tmp_path)
 
 
-@pytest.mark.slow
 def test_the_manifest_of_another_export_is_refused(
     tiny: Exported, tiny_blended: Exported, tmp_path: Path
 ) -> None:
@@ -210,7 +207,6 @@ def test_the_manifest_of_another_export_is_refused(
     assert "is not the file that was exported" in message
 
 
-@pytest.mark.slow
 def test_an_export_describes_its_model(tiny: Exported) -> None:
     manifest = tiny.manifest
     assert (manifest.format, manifest.model, manifest.dtype) == (FORMAT, "TinyVlm", "float32")

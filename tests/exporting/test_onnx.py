@@ -24,7 +24,7 @@ from vlcache_fx.exporting.onnx import ALIGNMENT_BYTES, NOISY, SHARED_FROM_BYTES,
 from .helpers import Exported
 
 PREFILL = ("prefill_cold", "prefill_warm")
-EXPORTS = ["llava", "qwen", pytest.param("reference", marks=pytest.mark.slow), "tiny", "tiny_profiled"]
+EXPORTS = ["llava", "qwen", "reference", "tiny", "tiny_profiled"]
 
 
 def graph_of(exported: Exported, name: str) -> onnx.ModelProto:

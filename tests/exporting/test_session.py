@@ -26,7 +26,7 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm_inputs
 
 from .helpers import Exported, assert_close, named_results, report_of, tiny_shapes
 
-FAMILIES = ["llava", "qwen", pytest.param("reference", marks=pytest.mark.slow)]
+FAMILIES = ["llava", "qwen", "reference"]
 OPSETS = ["tiny", "tiny_profiled"]
 """Attention written out, and as one node."""
 
@@ -168,9 +168,9 @@ FIRST_K = {"policy": "first_k", "budget": 0.2}
 
 @pytest.mark.parametrize(
     ("any_export", "options"),
-    [("llava", DEFAULTS), ("qwen", DEFAULTS), ("tiny", DEFAULTS), ("tiny", FIRST_K)],
+    [("qwen", DEFAULTS), ("tiny", DEFAULTS), ("tiny", FIRST_K)],
     indirect=["any_export"],
-    ids=["llava", "qwen", "tiny", "tiny-first_k"],
+    ids=["qwen", "tiny", "tiny-first_k"],
 )
 def test_what_is_reused_within_a_budget_is_what_the_torch_path_reuses(
     any_export: Exported, options: dict[str, Any]
@@ -191,7 +191,6 @@ def test_what_is_reused_within_a_budget_is_what_the_torch_path_reuses(
     assert report_of(session)["token_layer_fraction"] < 0.5
 
 
-@pytest.mark.slow
 def test_the_default_budget_reuses_what_a_compiled_model_reuses(llava: Exported) -> None:
     session = llava.session()
     compiled = vlcache_fx.compile(copy.deepcopy(llava.model), lowering="eager", strict=True, dynamic=True)

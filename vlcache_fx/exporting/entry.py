@@ -78,6 +78,8 @@ def export(
         UnsupportedGraphError: a graph that cannot be rewritten.
     """
     parsed = _checked(format, opset, options)
+    if engine is not None and format != "tensorrt":
+        raise OptionError(f"engine is given, but format={format!r} builds none: it must be 'tensorrt'")
     target = _free(Path(directory))
     if format == "tensorrt":
         find_package(None if engine is None else engine.package)  # before minutes of tracing

@@ -34,20 +34,33 @@ def decoder_inputs(
     specs = _specs(manifest)
     optional = {manifest.decoder.inputs[index] for index in manifest.decoder.features}
     values = {**given, **features}
-    if not features and POSITIONS in specs and POSITIONS not in values and "input_ids" in values:
-        values[POSITIONS] = _counted(specs[POSITIONS], values["input_ids"].shape[-1])
+    ids = values.get("input_ids")
+    if not optional & values.keys() and POSITIONS in specs and isinstance(ids, Tensor):
+        values.setdefault(POSITIONS, _counted(specs[POSITIONS], ids.shape[-1]))
     found = []
+    sizes: dict[str, tuple[int, str]] = {}
     for name in manifest.decoder.inputs:
         value, spec = values.get(name), specs.get(name)
         if value is None and spec is not None and name in optional:  # a prompt may hold no item
-            sizes = [0 if isinstance(size, str) else size for size in spec.shape]
-            value = torch.zeros(sizes, dtype=torch_dtype(spec))
+            form = [0 if isinstance(size, str) else size for size in spec.shape]
+            value = torch.zeros(form, dtype=torch_dtype(spec))
+        if value is None and spec is None:  # only an encoder reads it, and there is no item
+            value = torch.zeros(0)
         if not isinstance(value, Tensor):
             raise ExportError(f"input {name!r} is missing; given were: {', '.join(values) or 'none'}")
         if spec is not None:
             _check(name, value, spec)
+            _check_sizes(name, value, spec, sizes)
         found.append(value.to(device))
     return found
+
+
+def _check_sizes(name: str, value: Tensor, spec: TensorSpec, known: dict[str, tuple[int, str]]) -> None:
+    """Sizes of one name are equal; ``known`` has those of earlier inputs, and whose they are."""
+    for want, size in zip(spec.shape, value.shape, strict=True):
+        if isinstance(want, str) and known.setdefault(want, (size, name))[0] != size:
+            other, whose = known[want]
+            raise ExportError(f"input {name!r} has {size} {want}, {whose!r} has {other}")
 
 
 def with_a_row(value: Tensor) -> Tensor:

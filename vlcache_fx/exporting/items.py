@@ -72,4 +72,6 @@ def _check_modalities(manifest: Manifest, inputs: Mapping[str, Any]) -> None:
         return
     for modality, (pixels, _) in PIXELS.items():
         if isinstance(inputs.get(pixels), Tensor) and modality not in known:
-            raise ExportError(f"{pixels} are given, but this export holds no encoder for a {modality}")
+            raise ExportError(
+                f"{pixels} are given, but this export holds no encoder of the modality {modality}: give features"
+            )

@@ -237,6 +237,7 @@ class Manifest:
             ExportError: no such folder or manifest, one of another format, or files and manifest that are not
                 those that were written.
         """
+        adapter = _adapter()  # says so where pydantic is missing
         from pydantic import ValidationError
 
         path = Path(directory) / MANIFEST
@@ -247,7 +248,7 @@ class Manifest:
                 f"{directory} is no exported folder: {path.name} cannot be read ({error})"
             ) from error
         try:
-            manifest: Manifest = _adapter().validate_json(content)
+            manifest: Manifest = adapter.validate_json(content, extra="forbid")
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the file"

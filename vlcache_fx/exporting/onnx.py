@@ -47,13 +47,14 @@ def to_onnx(
         ``onnx_ir.Model``.
 
     Raises:
-        ExportError: torch's converter cannot; with the last line of its reason.
+        ExportError: torch's converter cannot; with the first line of its reason.
     """
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 module,
-                tuple(examples.values()),
+                # Of its own each: the exporter makes one input of a tensor that is given twice.
+                tuple(value.clone() for value in examples.values()),
                 input_names=list(examples),
                 output_names=list(outputs),
                 dynamic_shapes=dynamic_shapes,

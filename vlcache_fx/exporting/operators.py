@@ -54,7 +54,8 @@ def attention(
     tokens = key.shape[-2]
     groups = heads // key.shape[1] if enable_gqa else 1
     if is_causal:
-        mask = (torch.arange(tokens) <= torch.arange(rows).unsqueeze(1)).expand(1, 1, rows, tokens)
+        keys = torch.arange(tokens, device=query.device)
+        mask = (keys <= torch.arange(rows, device=query.device).unsqueeze(1)).expand(1, 1, rows, tokens)
     query = query * (dim**-0.5 if scale is None else scale)
     if groups > 1:
         query = query.reshape(batch, key.shape[1], groups * rows, dim)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import ExportError, OptionError
+from vlcache_fx.errors import ExportError, OptionError, Reason, UnsupportedGraphError
 from vlcache_fx.exporting.engine_runner import EngineRunner
 from vlcache_fx.exporting.facts import decoder_form, mask_check
 from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
@@ -69,7 +69,7 @@ class Session:
             self._program("warm", manifest.warm, engine),
             engine,
             self._without_reuse,
-            0 if engine.options.shadow and "logits" in manifest.cold.results[:1] else None,
+            self._logits_to_shadow(),
         )
         self._encoders = {spec.graph: self._encoder(spec.graph, spec.features) for spec in manifest.encoders}
 
@@ -118,14 +118,16 @@ class Session:
         Raises:
             ExportError: the export holds no decoding step.
         """
-        if self.manifest.decode is None:
-            raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
+        graph = self._check_decodes()
         past = {
             name.replace("present", "past", 1): value for name, value in cache.items() if "present." in name
         }
         given = {"input_ids": input_ids, "position_ids": position_ids, **past}
-        known = self.manifest.graphs[self.manifest.decode].inputs
-        return self._runner.run(self.manifest.decode, {name: given[name] for name in known})
+        known = self.manifest.graphs[graph].inputs
+        for name in known:
+            if name not in given:
+                raise ExportError(f"{name!r} is missing in the cache")
+        return self._runner.run(graph, {name: given[name] for name in known})
 
     def generate(self, max_new_tokens: int, eos_token_id: int | None = None, **inputs: Any) -> Tensor:
         """Greedy answer to one prompt: int64 [new tokens].
@@ -135,10 +137,12 @@ class Session:
             eos_token_id: ends the answer.
             **inputs: see ``prefill``.
         """
+        self._check_decodes()
         state = self.prefill(**inputs)
         position = inputs.get("position_ids")
         if position is None:
-            position = torch.full((1, 1), inputs["input_ids"].shape[1] - 1)
+            form = self.manifest.graphs[self._check_decodes()].inputs["position_ids"].shape
+            position = torch.full([int(size) for size in form], inputs["input_ids"].shape[1] - 1)
         answer: list[int] = []
         for step in range(1, max_new_tokens + 1):
             answer.append(int(state["logits"][0, -1].argmax()))
@@ -147,6 +151,21 @@ class Session:
             token = torch.tensor([[answer[-1]]], device=self._runner.device)
             state = self.decode(token, position[..., -1:] + step, state)
         return torch.tensor(answer)
+
+    def _logits_to_shadow(self) -> int | None:
+        if not self.vlcache.options.shadow:
+            return None
+        if "logits" in self.manifest.cold.results:
+            return self.manifest.cold.results.index("logits")
+        self.vlcache.refuse_shadow(
+            UnsupportedGraphError(Reason.NO_LOGITS, "no result of these graphs is called logits")
+        )
+        return None
+
+    def _check_decodes(self) -> str:
+        if self.manifest.decode is None:
+            raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
+        return self.manifest.decode
 
     def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool | None]:
         """Features of all items, and whether every encoder was skipped; None where none was needed."""
@@ -201,6 +220,8 @@ class Session:
         )
 
     def _without_reuse(self, *args: Any) -> Sequence[Any]:
+        if self._form.identifier.runs(args) is None:
+            raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
         positions = self._form.positions(tokens)
         plan = build_plan(
