@@ -72,6 +72,7 @@ def _check_modalities(manifest: Manifest, inputs: Mapping[str, Any]) -> None:
         return
     for modality, (pixels, _) in PIXELS.items():
         if isinstance(inputs.get(pixels), Tensor) and modality not in known:
+            article = "an" if modality[0] in "aeiou" else "a"
             raise ExportError(
-                f"{pixels} are given, but this export holds no encoder of the modality {modality}: give features"
+                f"{pixels} are given, but this export holds no encoder for {article} {modality}"
             )
