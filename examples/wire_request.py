@@ -99,7 +99,7 @@ def main(directory: Path) -> list[str]:
         named = {name: inputs[name].numpy() for name in ("input_ids", "position_ids", "pixel_values")}
         mode, results = server.prefill(**named)
         with torch.no_grad():
-            exact = model(**inputs, logits_to_keep=1).logits[0, -1]
+            exact = model(**inputs, logits_to_keep=1).logits[0, -1].numpy()
         words = [processor.decode([int(np.argmax(one))]) for one in (results["logits"][0, -1], exact)]
         lines.append(f"{mode}: {words[0]}, the model alone: {words[1]}")
     return lines

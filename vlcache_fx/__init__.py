@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlcache_fx.exported import compile_exported
     from vlcache_fx.exporting.engines import EngineOptions
     from vlcache_fx.exporting.entry import export
-    from vlcache_fx.exporting.session import EngineSession, OnnxSession
+    from vlcache_fx.exporting.sessions import EngineSession, OnnxSession
     from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
@@ -60,8 +60,8 @@ __all__ = [
 _HOMES = {
     "Engine": "vlcache_fx.runtime.engine",
     "EngineOptions": "vlcache_fx.exporting.engines",
-    "EngineSession": "vlcache_fx.exporting.session",
-    "OnnxSession": "vlcache_fx.exporting.session",
+    "EngineSession": "vlcache_fx.exporting.sessions",
+    "OnnxSession": "vlcache_fx.exporting.sessions",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.exported",

@@ -15,7 +15,7 @@ from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import MeasurementError
 from vlcache_fx.bench.workload import RequestShape, make_workload
-from vlcache_fx.exporting.session import OnnxSession
+from vlcache_fx.exporting.sessions import OnnxSession
 
 
 @pytest.mark.slow
@@ -33,5 +33,5 @@ def test_both_are_timed_and_checked(tmp_path: Path) -> None:
     torch.testing.assert_close(
         session.prefill(**onnx_ttft.inputs_of(work.second))["logits"], exact, atol=1e-4, rtol=1e-4
     )
-    with pytest.raises(MeasurementError, match="a warm run was none"):
+    with pytest.raises(MeasurementError, match="a cold run was none"):
         onnx_ttft.measure(OnnxSession(report.directory, policy="full", min_span_tokens=10_000), work, 1)

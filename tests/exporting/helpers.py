@@ -14,16 +14,10 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from vlcache_fx.exporting.manifest import (
-    FORMAT,
-    DecoderSpec,
-    EncoderSpec,
-    GraphSpec,
-    Manifest,
-    ProgramSpec,
-    TensorSpec,
-)
-from vlcache_fx.exporting.session import OnnxSession, Session
+from vlcache_fx.exporting.manifest import FORMAT, Manifest
+from vlcache_fx.exporting.session import Session
+from vlcache_fx.exporting.sessions import OnnxSession
+from vlcache_fx.exporting.specs import DecoderSpec, EncoderSpec, GraphSpec, ProgramSpec, TensorSpec
 from vlcache_fx.integrations.transformers import EncodersFirst
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs
 from vlcache_fx.testing.reference_vlm import load_processor, make_questions, prepare

@@ -12,7 +12,8 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers")
 
 from vlcache_fx.exporting.describe import ExportReport, wiring
-from vlcache_fx.exporting.manifest import MANIFEST, EngineSpec, FileSpec
+from vlcache_fx.exporting.manifest import MANIFEST
+from vlcache_fx.exporting.specs import EngineSpec, FileSpec
 
 from .helpers import Exported, bare_manifest
 

@@ -18,8 +18,9 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting import engine_runner
 from vlcache_fx.exporting.engine_runner import EngineRunner, bind, check_engines, check_shapes
 from vlcache_fx.exporting.engines import EngineOptions
-from vlcache_fx.exporting.manifest import TORCH_DTYPES, EngineSpec, GraphSpec, Manifest, TensorSpec
-from vlcache_fx.exporting.session import EngineSession
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.sessions import EngineSession
+from vlcache_fx.exporting.specs import TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
 
 from .helpers import Exported, assert_close, bare_manifest, report_of
 

@@ -30,7 +30,8 @@ from vlcache_fx.exporting.engines import (
     build_engines,
     find_package,
 )
-from vlcache_fx.exporting.manifest import GraphSpec, Manifest, TensorSpec
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import GraphSpec, TensorSpec
 
 from .helpers import Exported, bare_manifest
 

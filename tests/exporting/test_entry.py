@@ -25,7 +25,7 @@ from vlcache_fx.errors import ExportError, OptionError, PolicyError, Reason, Uns
 from vlcache_fx.exporting import entry, writer
 from vlcache_fx.exporting.engines import EngineOptions
 from vlcache_fx.exporting.manifest import MANIFEST, Manifest
-from vlcache_fx.exporting.session import OnnxSession
+from vlcache_fx.exporting.sessions import OnnxSession
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import llava_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs

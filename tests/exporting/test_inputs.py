@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
-from vlcache_fx.exporting.manifest import GraphSpec, Manifest, TensorSpec
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import GraphSpec, TensorSpec
 
 from .helpers import bare_manifest, encoder
 

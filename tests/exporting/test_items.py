@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.items import EncoderCall, encoder_inputs
-from vlcache_fx.exporting.manifest import GraphSpec, TensorSpec
+from vlcache_fx.exporting.specs import GraphSpec, TensorSpec
 
 from .helpers import bare_manifest, encoder
 

@@ -16,18 +16,8 @@ pytest.importorskip("pydantic")
 import torch
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import (
-    FORMAT,
-    MANIFEST,
-    TORCH_DTYPES,
-    EngineSpec,
-    FileSpec,
-    Manifest,
-    TensorSpec,
-    file_spec,
-    missing,
-    torch_dtype,
-)
+from vlcache_fx.exporting.manifest import FORMAT, MANIFEST, Manifest, file_spec, missing
+from vlcache_fx.exporting.specs import TORCH_DTYPES, EngineSpec, FileSpec, TensorSpec, torch_dtype
 
 from .helpers import Exported, bare_manifest
 
@@ -187,7 +177,7 @@ def test_one_changed_byte_of_an_export_is_refused(tiny: Exported, tmp_path: Path
 
 def test_a_session_of_a_changed_folder_is_refused(tiny: Exported, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    from vlcache_fx.exporting.session import OnnxSession
+    from vlcache_fx.exporting.sessions import OnnxSession
 
     path = tiny.copied(tmp_path / "copy") / "weights.bin"
     path.write_bytes(bytes(path.stat().st_size))

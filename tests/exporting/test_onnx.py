@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import TensorSpec
 from vlcache_fx.exporting.onnx import ALIGNMENT_BYTES, NOISY, SHARED_FROM_BYTES, SharedWeights, to_onnx
+from vlcache_fx.exporting.specs import TensorSpec
 
 from .helpers import Exported
 

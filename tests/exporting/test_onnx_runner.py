@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import GraphSpec, Manifest, TensorSpec
+from vlcache_fx.exporting.manifest import Manifest
 from vlcache_fx.exporting.onnx import SharedWeights, to_onnx
 from vlcache_fx.exporting.onnx_runner import OnnxRunner
+from vlcache_fx.exporting.specs import GraphSpec, TensorSpec
 
 from .helpers import bare_manifest
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import vlcache_fx
 from vlcache_fx.errors import ExportError, OptionError, PlanError
 from vlcache_fx.exporting.captured import trace
-from vlcache_fx.exporting.session import OnnxSession
+from vlcache_fx.exporting.sessions import OnnxSession
 from vlcache_fx.integrations.exporting import generation_stages
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm_inputs

@@ -27,7 +27,7 @@ from vlcache_fx.bench.rounds import (
 )
 from vlcache_fx.bench.workload import RequestShape, Workload, make_pixels, make_workload
 from vlcache_fx.exporting.describe import ExportReport
-from vlcache_fx.exporting.session import OnnxSession
+from vlcache_fx.exporting.sessions import OnnxSession
 
 EXAMPLE_TOKENS = 64
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.refusal import source_line
-from vlcache_fx.exporting.manifest import Manifest, ProgramSpec
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import ProgramSpec
 from vlcache_fx.passes import Program
 
 

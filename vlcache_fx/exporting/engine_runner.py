@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.engines import find_package
-from vlcache_fx.exporting.manifest import TORCH_DTYPES, EngineSpec, Manifest
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import TORCH_DTYPES, EngineSpec
 
 
 class EngineRunner:

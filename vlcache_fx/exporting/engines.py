@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_fx.errors import ExportError, OptionError
-from vlcache_fx.exporting.manifest import EngineSpec, GraphSpec, Manifest, TensorSpec, missing
+from vlcache_fx.exporting.manifest import Manifest, missing
 from vlcache_fx.exporting.operators import ATTENTION_OPSET
+from vlcache_fx.exporting.specs import EngineSpec, GraphSpec, TensorSpec
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")

@@ -23,13 +23,9 @@ from vlcache_fx.exporting.describe import ExportReport, describe, wiring
 from vlcache_fx.exporting.engines import EngineOptions, build_engines, find_package
 from vlcache_fx.exporting.examples import example_calls
 from vlcache_fx.exporting.facts import decoder_spec, layer_groups
-from vlcache_fx.exporting.manifest import (
-    FORMAT,
-    GraphSpec,
-    Manifest,
-    missing,
-)
+from vlcache_fx.exporting.manifest import FORMAT, Manifest, missing
 from vlcache_fx.exporting.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights
+from vlcache_fx.exporting.specs import GraphSpec
 from vlcache_fx.exporting.writer import MASKS, SPANS, GraphWriter
 from vlcache_fx.integrations.transformers import hooked_placeholder_check
 from vlcache_fx.options import Options

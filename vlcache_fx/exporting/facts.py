@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.exporting.captured import ExportInput
-from vlcache_fx.exporting.manifest import DecoderSpec, Manifest, MaskSpec, RowSpec
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import DecoderSpec, MaskSpec, RowSpec
 from vlcache_fx.plan.selection import RowSelection
 from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.policies.profile import Profile

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import Manifest, TensorSpec, torch_dtype
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import TensorSpec, torch_dtype
 from vlcache_fx.integrations.encoder_cache import PIXELS
 from vlcache_fx.integrations.exporting import UNREAD
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import EncoderSpec, Manifest
+from vlcache_fx.exporting.manifest import Manifest
+from vlcache_fx.exporting.specs import EncoderSpec
 from vlcache_fx.integrations.encoder_cache import PIXELS
 from vlcache_fx.integrations.exporting import items_of
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.manifest import GraphSpec, TensorSpec
+from vlcache_fx.exporting.specs import GraphSpec, TensorSpec
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 22
 """Of the default domain. Up to 22 attention is written out, which every importer takes; from 23 on it is one

@@ -12,9 +12,9 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.captured import ExportInput, is_open, unrolled
 from vlcache_fx.exporting.examples import ExampleCall, features_of
 from vlcache_fx.exporting.flatten import FlatGraph, flatten, slot_name
-from vlcache_fx.exporting.manifest import EncoderSpec, GraphSpec, ProgramSpec
 from vlcache_fx.exporting.onnx import SharedWeights, to_onnx
 from vlcache_fx.exporting.operators import plain_operators
+from vlcache_fx.exporting.specs import EncoderSpec, GraphSpec, ProgramSpec
 from vlcache_fx.integrations.exporting import Stage
 from vlcache_fx.passes import Program
 

@@ -17,6 +17,7 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
 from vlcache_fx.integrations.items import features_of, with_one_tensor
 from vlcache_fx.integrations.transformers import OUTPUTS, EncodersFirst
+from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill, leaves_of
 
 Tensors = dict[str, Tensor]
 
@@ -107,7 +108,7 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
             raise ExportError("example_inputs hold no image or video: nothing in them could be reused")
         fields = {modality: features_of(output) or {} for modality, output in joined.items()}
         for modality, named in fields.items():
-            encoded |= dict(_leaves(named, modality))
+            encoded |= dict(leaves_of(named, modality))
         text = {
             name: value
             for name, value in given.items()
@@ -116,7 +117,7 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
             and not any(name in pair for pair in PIXELS.values())
         }
         rebuild = {name: (type(joined[name]), named) for name, named in fields.items()}
-        prefill = _Prefill(model, tuple(text), rebuild)
+        prefill = Prefill(model, tuple(text), rebuild)
         inputs = text | encoded
         results = prefill(*inputs.values())
     num_layers = (len(results) - 1) // 2
@@ -165,48 +166,6 @@ def _token_dims(name: str, value: Tensor, num_tokens: int) -> dict[int, str]:
     return {dim: "tokens" for dim, size in enumerate(value.shape) if size == num_tokens}
 
 
-def _leaves(value: Any, name: str) -> list[tuple[str, Tensor]]:
-    """Tensors of nested lists and mappings, with names that say where each was."""
-    if isinstance(value, Tensor):
-        return [(name, value)]
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [leaf for key, part in pairs for leaf in _leaves(part, f"{name}.{key}")]
-
-
-def _refilled(value: Any, tensors: list[Tensor]) -> Any:
-    """``value`` with other tensors in its places."""
-    if isinstance(value, Tensor):
-        return tensors.pop(0)
-    if isinstance(value, Mapping):
-        return {key: _refilled(part, tensors) for key, part in value.items()}
-    return tuple(_refilled(part, tensors) for part in value)
-
-
-class _Prefill(nn.Module):
-    """Token ids and features -> logits of the last token, then keys and values of each layer."""
-
-    def __init__(
-        self, model: nn.Module, text: Sequence[str], fields: Mapping[str, tuple[type, dict[str, Any]]]
-    ) -> None:
-        super().__init__()
-        self.model, self._text, self._fields = model, tuple(text), fields
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        given: dict[str, Any] = dict(zip(self._text, inputs, strict=False))
-        rest = list(inputs[len(self._text) :])
-        given[OUTPUTS] = {
-            name: kind(**_refilled(named, rest)) for name, (kind, named) in self._fields.items()
-        }
-        return _flat(self.model(**given, use_cache=True, logits_to_keep=1))
-
-
-def _flat(result: Any) -> tuple[Tensor, ...]:
-    layers = result.past_key_values.layers
-    if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
-        raise ExportError("this model's cache holds something else than keys and values per layer")
-    return (result.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
-
-
 def _decode(model: nn.Module, text: Tensors, caches: Sequence[Tensor]) -> Stage:
     num_tokens = text["input_ids"].shape[1]
     token = text["input_ids"][:, -1:]
@@ -216,29 +175,7 @@ def _decode(model: nn.Module, text: Tensors, caches: Sequence[Tensor]) -> Stage:
     inputs = {"input_ids": token, "position_ids": position, **dict(zip(names, caches, strict=True))}
     outputs = ("logits", *(name.replace("past", "present") for name in names))
     dynamic: dict[str, dict[int, str]] = {name: {2: "past_tokens"} for name in names}
-    return Stage(_Decode(model), inputs, outputs, {"input_ids": {}, "position_ids": {}, **dynamic})
-
-
-class _Decode(nn.Module):
-    """One token, its position and the cache so far -> logits, then keys and values with it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
-        from transformers import DynamicCache
-
-        pairs = list(zip(caches[::2], caches[1::2], strict=True))
-        return _flat(
-            self.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                past_key_values=DynamicCache(pairs),
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        )
+    return Stage(Decode(model), inputs, outputs, {"input_ids": {}, "position_ids": {}, **dynamic})
 
 
 def _encoders(
@@ -247,7 +184,7 @@ def _encoders(
     pixels, grids = PIXELS[modality]
     base: Any = getattr(model, "base_model", model)
     encode = getattr(base, f"get_{modality}_features")
-    outputs = tuple(name for name, _ in _leaves(fields, modality))
+    outputs = tuple(name for name, _ in leaves_of(fields, modality))
     others = [name for name in inspect.signature(encode).parameters if name not in (pixels, "kwargs")]
     told = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
     kinds = {
@@ -258,7 +195,7 @@ def _encoders(
         ItemEncoder(
             modality,
             dict(kind),
-            Stage(_Encoder(encode, base, pixels, fixed), {pixels: part}, outputs, {pixels: {}}),
+            Stage(Encoder(encode, base, pixels, fixed), {pixels: part}, outputs, {pixels: {}}),
         )
         for kind, (part, fixed) in kinds.items()
     ]
@@ -283,16 +220,3 @@ def items_of(pixels: Tensor, told: Tensors, grids: str) -> list[tuple[Tensor, Te
         (part, {name: value[index : index + 1] for name, value in told.items()})
         for index, part in enumerate(parts)
     ]
-
-
-class _Encoder(nn.Module):
-    """Pixels of one item -> features; grids are constants of the graph."""
-
-    def __init__(self, encode: Callable[..., Any], owner: nn.Module, pixels: str, fixed: Tensors) -> None:
-        super().__init__()
-        self.owner, self._encode, self._pixels, self._fixed = owner, encode, pixels, fixed
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        output = self._encode(**{self._pixels: pixels}, **self._fixed)
-        named = features_of(with_one_tensor(output)) or {}
-        return tuple(tensor for _, tensor in _leaves(named, ""))

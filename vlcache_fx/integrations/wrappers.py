@@ -1,0 +1,91 @@
+"""Models of the transformers library as modules whose arguments and results are tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlcache_fx.errors import ExportError
+from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.transformers import OUTPUTS
+
+
+def leaves_of(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    """Tensors of nested lists and mappings, with names that say where each was."""
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return [leaf for key, part in pairs for leaf in leaves_of(part, f"{name}.{key}")]
+
+
+def _refilled(value: Any, tensors: list[Tensor]) -> Any:
+    """``value`` with other tensors in its places."""
+    if isinstance(value, Tensor):
+        return tensors.pop(0)
+    if isinstance(value, Mapping):
+        return {key: _refilled(part, tensors) for key, part in value.items()}
+    return tuple(_refilled(part, tensors) for part in value)
+
+
+class Prefill(nn.Module):
+    """Token ids and features -> logits of the last token, then keys and values of each layer."""
+
+    def __init__(
+        self, model: nn.Module, text: Sequence[str], fields: Mapping[str, tuple[type, dict[str, Any]]]
+    ) -> None:
+        super().__init__()
+        self.model, self._text, self._fields = model, tuple(text), fields
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = dict(zip(self._text, inputs, strict=False))
+        rest = list(inputs[len(self._text) :])
+        given[OUTPUTS] = {
+            name: kind(**_refilled(named, rest)) for name, (kind, named) in self._fields.items()
+        }
+        return _flat(self.model(**given, use_cache=True, logits_to_keep=1))
+
+
+class Decode(nn.Module):
+    """One token, its position and the cache so far -> logits, then keys and values with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        pairs = list(zip(caches[::2], caches[1::2], strict=True))
+        return _flat(
+            self.model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                past_key_values=DynamicCache(pairs),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        )
+
+
+class Encoder(nn.Module):
+    """Pixels of one item -> features; grids are constants of the graph."""
+
+    def __init__(
+        self, encode: Callable[..., Any], owner: nn.Module, pixels: str, fixed: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.owner, self._encode, self._pixels, self._fixed = owner, encode, pixels, fixed
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        output = self._encode(**{self._pixels: pixels}, **self._fixed)
+        named = features_of(with_one_tensor(output)) or {}
+        return tuple(tensor for _, tensor in leaves_of(named, ""))
+
+
+def _flat(result: Any) -> tuple[Tensor, ...]:
+    layers = result.past_key_values.layers
+    if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
+        raise ExportError("this model's cache holds something else than keys and values per layer")
+    return (result.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
