@@ -16,7 +16,7 @@ from typing import Any
 from vlcache_fx.errors import ExportError, OptionError
 from vlcache_fx.exporting.manifest import Manifest, missing
 from vlcache_fx.exporting.operators import ATTENTION_OPSET
-from vlcache_fx.exporting.specs import EngineSpec, GraphSpec, TensorSpec
+from vlcache_fx.exporting.specs import COLD, WARM, EngineSpec, GraphSpec, TensorSpec
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -24,7 +24,7 @@ AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 them: build there, with ``tensorrt``."""
 
 TIMINGS = "timing.cache"
-NEEDED = ("prefill_cold", "prefill_warm")
+NEEDED = (COLD, WARM)
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]

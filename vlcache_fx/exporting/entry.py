@@ -25,8 +25,8 @@ from vlcache_fx.exporting.examples import example_calls
 from vlcache_fx.exporting.facts import decoder_spec, layer_groups
 from vlcache_fx.exporting.manifest import FORMAT, Manifest, missing
 from vlcache_fx.exporting.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights
-from vlcache_fx.exporting.specs import GraphSpec
-from vlcache_fx.exporting.writer import MASKS, SPANS, GraphWriter
+from vlcache_fx.exporting.specs import COLD, DECODE, MASKS, SPANS, WARM, WEIGHTS, GraphSpec
+from vlcache_fx.exporting.writer import GraphWriter
 from vlcache_fx.integrations.transformers import hooked_placeholder_check
 from vlcache_fx.options import Options
 from vlcache_fx.passes.standard import cold_program, warm_program
@@ -38,8 +38,6 @@ from vlcache_fx.runtime.remembered import Fingerprints
 from vlcache_fx.version import VERSION
 
 FORMATS = ("onnx", "tensorrt")
-WEIGHTS = "weights.bin"
-COLD, WARM, DECODE = "prefill_cold", "prefill_warm", "decode"
 
 
 def export(

@@ -99,7 +99,7 @@ class Manifest:
             raise ExportError(
                 f"{path} has format {manifest.format}; this version reads {FORMAT}: export again"
             )
-        expected = blake3.blake3(_adapter().dump_json(replace(manifest, digest=""))).hexdigest()
+        expected = blake3.blake3(adapter.dump_json(replace(manifest, digest=""))).hexdigest()
         if manifest.digest != expected:
             raise ExportError(f"{path} was changed after it was written (its digest does not fit)")
         for name, spec in manifest.files.items():

@@ -13,7 +13,7 @@ from vlcache_fx.exporting.facts import decoder_form, mask_check
 from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest
-from vlcache_fx.exporting.specs import ProgramSpec
+from vlcache_fx.exporting.specs import MASKS, SPANS, WEIGHTS, ProgramSpec
 from vlcache_fx.lowering.base import Lowered, arrived
 from vlcache_fx.options import Options
 from vlcache_fx.plan import build_plan
@@ -57,11 +57,11 @@ class Session:
         self.manifest, self._runner = manifest, runner
         self.vlcache = engine = Engine(_options(manifest, options))
         decoder = manifest.decoder
-        self._form = decoder_form(manifest, self._masks("spans", decoder.spans), runner.device)
+        self._form = decoder_form(manifest, self._masks(SPANS, decoder.spans), runner.device)
         self._cold = self._program("cold", manifest.cold, engine)
         self._decoder = DecoderRunner(
             self._form,
-            mask_check(manifest, self._masks("masks", decoder.masks)),
+            mask_check(manifest, self._masks(MASKS, decoder.masks)),
             self._cold,
             self._program("warm", manifest.warm, engine),
             engine,
@@ -115,7 +115,7 @@ class Session:
         Raises:
             ExportError: the export holds no decoding step.
         """
-        graph = self._check_decodes()
+        graph = self._decoding_graph()
         past = {
             name.replace("present", "past", 1): value for name, value in cache.items() if "present." in name
         }
@@ -134,11 +134,11 @@ class Session:
             eos_token_id: ends the answer.
             **inputs: see ``prefill``.
         """
-        self._check_decodes()
+        graph = self._decoding_graph()
         state = self.prefill(**inputs)
         position = inputs.get("position_ids")
         if position is None:
-            form = self.manifest.graphs[self._check_decodes()].inputs["position_ids"].shape
+            form = self.manifest.graphs[graph].inputs["position_ids"].shape
             position = torch.full([int(size) for size in form], inputs["input_ids"].shape[1] - 1)
         answer: list[int] = []
         for step in range(1, max_new_tokens + 1):
@@ -159,7 +159,7 @@ class Session:
         )
         return None
 
-    def _check_decodes(self) -> str:
+    def _decoding_graph(self) -> str:
         if self.manifest.decode is None:
             raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
         return self.manifest.decode
@@ -211,7 +211,7 @@ class Session:
 
         files = self.manifest.files
         digests = [spec.blake3 for name, spec in files.items() if name.startswith(f"{graph}.")]
-        digests += [files["weights.bin"].blake3]
+        digests += [files[WEIGHTS].blake3]
         return EncoderRunner(
             run, range(len(names)), (), [f"{digests}:{name}" for name in features], self.vlcache
         )

@@ -17,6 +17,12 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+COLD, WARM, DECODE, SPANS, MASKS = "prefill_cold", "prefill_warm", "decode", "spans", "masks"
+"""Names of graphs."""
+
+WEIGHTS = "weights.bin"
+"""The file of the weights that graphs share."""
+
 TORCH_DTYPES = {
     "float": torch.float32,
     "float16": torch.float16,

@@ -18,8 +18,6 @@ from vlcache_fx.exporting.specs import EncoderSpec, GraphSpec, ProgramSpec
 from vlcache_fx.integrations.exporting import Stage
 from vlcache_fx.passes import Program
 
-SPANS, MASKS = "spans", "masks"
-
 
 class GraphWriter:
     """Writes the graphs of one export.
