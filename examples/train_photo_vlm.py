@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from vlcache_fx.testing.photo_vlm import FAMILIES, accuracy, make_questions, next_words
 from vlcache_fx.testing.photo_vlm.adapter import Projector, add_updates, updates_of
 from vlcache_fx.testing.photo_vlm.archive import read_archive
+from vlcache_fx.testing.photo_vlm.guide import Guide
 from vlcache_fx.testing.photo_vlm.llava import Tower
 from vlcache_fx.testing.photo_vlm.model import (
     PROJECTOR_FILE,
@@ -51,7 +52,6 @@ from vlcache_fx.testing.photo_vlm.pictures import Photos, enlarge
 from vlcache_fx.testing.photo_vlm.processor import normalise
 from vlcache_fx.testing.photo_vlm.search import start_search
 from vlcache_fx.testing.photo_vlm.training import (
-    Guide,
     Recipe,
     SequenceMaker,
     answer_loss,

@@ -6,14 +6,16 @@ The same pictures are computed exactly behind several prompts, then reused behin
 - ``mean of 2``, ``mean of 4``: of the position-free keys and values of as many (what the option
   ``donor_contexts`` does);
 - ``nearest``: of the one among the four contexts whose system prompt shares most words with the new one;
-- ``typical``: of a context with a short, common system prompt.
+- ``typical``: of a context with a short, common system prompt;
+- ``fitted``: of the weighted mean of the four contexts that fits the recomputed rows of the new context;
+- ``rank 1 patch``, ``rank 8 patch``: of the mean of the four and the best correction of that rank, taken
+  from the new context itself: how far a correction of low rank could go.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
 from importlib import import_module
 from statistics import median
 from typing import Annotated, Any
@@ -28,17 +30,26 @@ from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.table import machine_line
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
+from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
 from vlcache_fx.fidelity.models import NAMED, check_name, load_subject
 from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
-from vlcache_fx.runtime.refine import refined
 from vlcache_fx.store.entry import Entry
 
 CONTEXTS = 4
 TYPICAL = "you are a helpful assistant ."
-KINDS = ("one", "mean of 2", "mean of 4", "nearest", "typical")
+KINDS = (
+    "one",
+    "mean of 2",
+    "mean of 4",
+    "nearest",
+    "typical",
+    "fitted",
+    "rank 1 patch",
+    "rank 8 patch",
+)
 
 Donors = Sequence[Mapping[str, Entry]]
 """Per prompt of a batch: key of an item -> what was computed of it."""
@@ -66,27 +77,38 @@ def study(
         donors = [_computed(subject, source, context) for context in contexts]
         short = [dataclasses.replace(one, system_prompt=TYPICAL, question_first=False) for one in contexts[0]]
         typical = _computed(subject, source, short)
+        truth = _computed(subject, source, asked)
         question = subject.prepare([make_prompt(source, one) for one in asked])
         exact = subject.exact(question)
-        chosen = [
-            {
-                "one": donors[:1],
-                "mean of 2": donors[:2],
-                "mean of 4": donors,
-                "nearest": [donors[_nearest([context[index].system_prompt for context in contexts], one)]],
-                "typical": [typical],
-            }
-            for index, one in enumerate(new.system_prompt for new in asked)
-        ]
         for kind in KINDS:
             subject.engine.clear()
-            for index, of_kind in enumerate(chosen):
+            for index, new in enumerate(asked):
+                prompts = [context[index].system_prompt for context in contexts]
+                near = nearest(prompts, new.system_prompt)
                 for key in donors[0][index]:
-                    subject.engine.store.put(key, _mean([donor[index][key] for donor in of_kind[kind]]))
+                    kept = [donor[index][key] for donor in donors]
+                    donor = _donor(kind, kept, near, typical[index][key], truth[index][key], budget)
+                    subject.engine.store.put(key, donor)
             with subject.engine.using(policy="uniform", budget=budget):
                 found[kind] += compare(exact, subject.answer(question), question.answers)
             subject.recomputed()  # raises where a donor was not reused
     return found
+
+
+def _donor(kind: str, kept: Sequence[Entry], near: int, typical: Entry, exact: Entry, budget: float) -> Entry:
+    """The donor of one of ``KINDS``, from the contexts ``kept`` and from the new one's ``exact`` rows."""
+    rows = max(1, int(budget * len(next(iter(exact.tensors.values())))))
+    makers: dict[str, Callable[[], Entry]] = {
+        "one": lambda: kept[0],
+        "mean of 2": lambda: mean(kept[:2]),
+        "mean of 4": lambda: mean(kept),
+        "nearest": lambda: kept[near],
+        "typical": lambda: typical,
+        "fitted": lambda: fitted(kept, exact, rows),
+        "rank 1 patch": lambda: patched(kept, exact, 1),
+        "rank 8 patch": lambda: patched(kept, exact, 8),
+    }
+    return makers[kind]()
 
 
 def _another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
@@ -103,25 +125,6 @@ def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> 
         assert entry is not None
         found[span["sample"]][span["key"]] = entry
     return found
-
-
-def _nearest(known: Sequence[str], new: str) -> int:
-    """The prompt with the largest share of words in common (Jaccard)."""
-    words = set(new.split())
-
-    def likeness(prompt: str) -> float:
-        own = set(prompt.split())
-        return len(own & words) / max(1, len(own | words))
-
-    return max(range(len(known)), key=lambda index: likeness(known[index]))
-
-
-def _mean(entries: Sequence[Entry]) -> Entry:
-    """What donors refine to when an item is computed behind these prompts, one after the other."""
-    first, *others = entries
-    return reduce(
-        lambda donor, other: refined(donor, other.tensors, str(other.info["before"])), others, first
-    )
 
 
 def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Table:
@@ -150,7 +153,7 @@ def main(
     positions: Annotated[int, typer.Option(help="answer tokens compared at most")] = 1,
     seed: Annotated[int, typer.Option(help="of the questions")] = 0,
 ) -> None:
-    """Compare donors of one context, means over several, the nearest, and a typical one."""
+    """Compare donors of one context, means over several, the nearest, a typical one, and corrected ones."""
     try:
         check_name(model)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})

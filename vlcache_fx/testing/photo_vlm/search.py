@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.testing.photo_vlm.adapter import TILE_TOKENS, UPDATE_SCALE, LowRank
-from vlcache_fx.testing.photo_vlm.training import SEARCHING, Recipe, SequenceMaker, answer_loss
+from vlcache_fx.testing.photo_vlm.guide import SEARCHING
+from vlcache_fx.testing.photo_vlm.training import Recipe, SequenceMaker, answer_loss
 from vlcache_fx.testing.photo_vlm.words import CLASSES, MAX_CELLS
 
 SLOW = slice(16, 32)

@@ -1,0 +1,80 @@
+"""Donors of several contexts, on tensors whose best combination is known."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
+from vlcache_fx.runtime.refine import exact_donor
+from vlcache_fx.store.entry import Entry
+
+LENGTH = 24
+
+
+def entry(key: Tensor, value: Tensor, before: str = "new") -> Entry:
+    return exact_donor({"key": key, "value": value}, LENGTH, before)
+
+
+@pytest.fixture
+def contexts() -> list[Entry]:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(2, LENGTH, 2, 8, generator=generator)
+    parts = [shared + 0.3 * torch.randn(2, LENGTH, 2, 8, generator=generator) for _ in range(4)]
+    return [entry(key, value, f"context {index}") for index, (key, value) in enumerate(parts)]
+
+
+def blend(entries: list[Entry], name: str, weights: list[float]) -> Tensor:
+    return sum((w * one.tensors[name] for w, one in zip(weights, entries, strict=True)), torch.zeros(()))
+
+
+def off(donor: Entry, exact: Entry, rows: slice = slice(None)) -> float:
+    parts = (donor.tensors[name][rows] - exact.tensors[name][rows] for name in exact.tensors)
+    return sum(float(part.square().sum()) for part in parts)
+
+
+def test_a_fit_finds_other_weights_for_keys_and_values(contexts: list[Entry]) -> None:
+    exact = entry(
+        blend(contexts, "key", [1.5, -0.5, 0.0, 0.0]), blend(contexts, "value", [0.0, 0.1, 0.2, 0.7])
+    )
+    donor = fitted(contexts, exact, rows=4)
+    # Four rows tell the weights; all others follow. The ridge keeps a fit from being exact.
+    assert off(donor, exact, slice(4, None)) < 0.001 * off(mean(contexts), exact, slice(4, None))
+    assert donor.info["contexts"] == [f"context {index}" for index in range(4)]
+    assert donor.tensors["key"].dtype == torch.float32
+
+
+def test_a_fit_sees_the_first_rows_only(contexts: list[Entry]) -> None:
+    exact = contexts[1]
+    noisy = entry(*(torch.cat([t[:3], torch.full_like(t[3:], 1e6)]) for t in exact.tensors.values()))
+    for name, tensor in fitted(contexts, noisy, rows=3).tensors.items():
+        assert torch.equal(tensor, fitted(contexts, exact, rows=3).tensors[name])
+    assert off(fitted(contexts, exact, rows=3), exact) < 0.01 * off(mean(contexts), exact)
+
+
+def test_contexts_that_agree_leave_nothing_to_fit(contexts: list[Entry]) -> None:
+    alike = [
+        entry(contexts[0].tensors["key"], contexts[0].tensors["value"], f"again {index}")
+        for index in range(4)
+    ]
+    donor = fitted(alike, contexts[1], rows=4)
+    torch.testing.assert_close(dict(donor.tensors), dict(alike[0].tensors))
+
+
+def test_a_patch_of_more_rank_is_closer(contexts: list[Entry]) -> None:
+    *kept, exact = contexts
+    errors = [off(patched(kept, exact, rank), exact) for rank in (0, 1, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] == pytest.approx(off(mean(kept), exact), rel=1e-5)
+    assert errors[-1] < 1e-10
+
+
+def test_a_patch_restores_a_difference_of_its_rank(contexts: list[Entry]) -> None:
+    middle = mean(contexts)
+    step = torch.linspace(-1, 1, LENGTH)[:, None, None] * torch.arange(16.0).view(2, 8)
+    exact = entry(middle.tensors["key"] + step, middle.tensors["value"] - step)
+    assert off(patched(contexts, exact, 1), exact) < 1e-6 * off(middle, exact)
+
+
+def test_the_nearest_prompt_shares_most_words() -> None:
+    assert nearest(["", "a b c", "b c d e"], "c b e") == 2
+    assert nearest(["", "a"], "") == 0

@@ -1,0 +1,86 @@
+"""Donors made of several contexts of one item.
+
+``entries`` are what was computed of the item exactly, one per context: per slot a tensor ``[length, ...]`` of
+keys, position-free, or of values. None is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.runtime.refine import refined
+from vlcache_fx.store.entry import Entry
+
+RIDGE = 0.01
+"""How much a fit is drawn to the mean, as a share of the mean square of what contexts differ by."""
+
+
+def mean(entries: Sequence[Entry]) -> Entry:
+    """What a donor refines to when its item is computed in these contexts, one after the other."""
+    first, *others = entries
+    return reduce(
+        lambda donor, other: refined(donor, other.tensors, str(other.info["before"])), others, first
+    )
+
+
+def nearest(known: Sequence[str], new: str) -> int:
+    """Which ``known`` prompt has the largest share of words in common with the ``new`` one (Jaccard)."""
+    words = set(new.split())
+
+    def likeness(prompt: str) -> float:
+        own = set(prompt.split())
+        return len(own & words) / max(1, len(own | words))
+
+    return max(range(len(known)), key=lambda index: likeness(known[index]))
+
+
+def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
+    """Per slot, the weighted mean of the contexts that is closest to ``exact`` in its first ``rows`` rows.
+
+    That is what a warm call could do that recomputes these rows anyway: they show how its context differs
+    from those that are kept, and the low-rank difference is applied to all other rows. Weights add up to one
+    and may be negative.
+    """
+
+    def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
+        middle = contexts.mean(0)
+        parts = (contexts - middle).flatten(1)
+        seen = (contexts - middle)[:, :rows].flatten(1)
+        gram = seen @ seen.T
+        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+        weights = torch.linalg.solve(gram + ridge, seen @ (wanted - middle)[:rows].flatten())
+        blended: Tensor = middle + (weights @ parts).view_as(middle)
+        return blended
+
+    return _made(entries, exact, fit)
+
+
+def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
+    """Per slot, the mean of the contexts and the best correction of ``rank`` that brings it to ``exact``.
+
+    The correction of Kamera (arXiv 2606.23581), taken from the new context itself: how far a patch of this
+    rank can go, not what a call could know beforehand.
+    """
+
+    def patch(contexts: Tensor, wanted: Tensor) -> Tensor:
+        middle = contexts.mean(0)
+        left, sizes, right = torch.linalg.svd((wanted - middle).flatten(1), full_matrices=False)
+        corrected: Tensor = middle + (left[:, :rank] * sizes[:rank] @ right[:rank]).view_as(middle)
+        return corrected
+
+    return _made(entries, exact, patch)
+
+
+def _made(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Tensor], Tensor]) -> Entry:
+    """A donor whose slots are made of all contexts' ``[contexts, length, ...]`` and the exact rows."""
+    made = {
+        name: make(
+            torch.stack([entry.tensors[name].double() for entry in entries]), exact.tensors[name].double()
+        ).to(tensor.dtype)
+        for name, tensor in entries[0].tensors.items()
+    }
+    return Entry(made, mean(entries).info)
