@@ -335,3 +335,8 @@ def test_training_runs_with_tiny_settings(tmp_path: Path, train: Callable[..., d
     report = train(["--photos", archive, "--output", str(tmp_path / "out"), *options])
     assert set(report["accuracy"]) == set(FAMILIES)
     assert json.loads((tmp_path / "out/evaluation.json").read_text(encoding="utf-8")) == report
+    again = train(
+        ["--photos", archive, "--output", str(tmp_path / "out"), *options, "--resume", "--seed", "1"]
+    )
+    assert again["runs"][:-1] == report["runs"]
+    assert [run["seed"] for run in again["runs"]] == [0, 1]
