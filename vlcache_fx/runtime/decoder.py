@@ -24,6 +24,9 @@ from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.request import Request, together
 from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_logits
 
+NO_PLAN = "the policy's rows make no plan"
+NOT_COMPILED = "the rewritten graph did not compile"
+
 
 class DecoderRunner:
     """A decoder with reuse: call it with the graph's inputs, get the graph's outputs.
@@ -117,8 +120,10 @@ class DecoderRunner:
     def _run_cold(self, request: Request) -> Sequence[Any]:
         request = request.without_donors()
         plans = self._plans(request)
-        if plans is None or not self._cold.ready():
-            return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
+        if plans is None:
+            return self._bypass(request.args, NO_PLAN, request.num_tokens)
+        if not self._cold.ready():
+            return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
         bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), {})
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
@@ -141,9 +146,9 @@ class DecoderRunner:
     def _run_warm(self, request: Request) -> Sequence[Any]:
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, "the policy's rows make no plan", request.num_tokens)
+            return self._bypass(request.args, NO_PLAN, request.num_tokens)
         if not self._warm.ready():
-            return self._bypass(request.args, "the rewritten graph did not compile", request.num_tokens)
+            return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
         with request.clock.measure("bind"):
             tables = donors.tables(request.donors, self._form.rows, self._form.device)
             positions = self._form.positions(request.num_tokens)
@@ -155,7 +160,7 @@ class DecoderRunner:
                 return self._bypass(request.args, "the warm program failed", request.num_tokens)
             plans = self._plans(request, ChosenRows(policy, found))
             if plans is None:
-                return self._bypass(request.args, "the policy's rows make no plan", request.num_tokens)
+                return self._bypass(request.args, NO_PLAN, request.num_tokens)
         with request.clock.measure("bind"):
             bound = self._warm.bind(together(plans), positions, tables)
         with request.clock.measure("run"):
