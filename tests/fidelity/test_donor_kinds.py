@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.errors import StoreError
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
 from vlcache_fx.runtime.refine import exact_donor
 from vlcache_fx.store.entry import Entry
@@ -15,11 +16,11 @@ def entry(key: Tensor, value: Tensor, before: str = "new") -> Entry:
     return exact_donor({"key": key, "value": value}, LENGTH, before)
 
 
-@pytest.fixture
-def contexts() -> list[Entry]:
+@pytest.fixture(params=[(1, LENGTH, 16), (1, 2, LENGTH, 8)], ids=["tokens", "heads"])
+def contexts(request: pytest.FixtureRequest) -> list[Entry]:
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(2, LENGTH, 2, 8, generator=generator)
-    parts = [shared + 0.3 * torch.randn(2, LENGTH, 2, 8, generator=generator) for _ in range(4)]
+    shared = torch.randn(2, *request.param, generator=generator)
+    parts = [shared + 0.3 * torch.randn(2, *request.param, generator=generator) for _ in range(4)]
     return [entry(key, value, f"context {index}") for index, (key, value) in enumerate(parts)]
 
 
@@ -27,8 +28,13 @@ def blend(entries: list[Entry], name: str, weights: list[float]) -> Tensor:
     return sum((w * one.tensors[name] for w, one in zip(weights, entries, strict=True)), torch.zeros(()))
 
 
+def rows_of(tensor: Tensor) -> Tensor:
+    """``[length, width]``; a view where it can be, else a copy."""
+    return tensor.movedim(tensor.shape.index(LENGTH), 0).flatten(1)
+
+
 def off(donor: Entry, exact: Entry, rows: slice = slice(None)) -> float:
-    parts = (donor.tensors[name][rows] - exact.tensors[name][rows] for name in exact.tensors)
+    parts = (rows_of(donor.tensors[name] - exact.tensors[name])[rows] for name in exact.tensors)
     return sum(float(part.square().sum()) for part in parts)
 
 
@@ -45,7 +51,9 @@ def test_a_fit_finds_other_weights_for_keys_and_values(contexts: list[Entry]) ->
 
 def test_a_fit_sees_the_first_rows_only(contexts: list[Entry]) -> None:
     exact = contexts[1]
-    noisy = entry(*(torch.cat([t[:3], torch.full_like(t[3:], 1e6)]) for t in exact.tensors.values()))
+    noisy = entry(*(tensor.clone() for tensor in exact.tensors.values()))
+    for tensor in noisy.tensors.values():
+        tensor.movedim(tensor.shape.index(LENGTH), 0)[3:] = 1e6
     for name, tensor in fitted(contexts, noisy, rows=3).tensors.items():
         assert torch.equal(tensor, fitted(contexts, exact, rows=3).tensors[name])
     assert off(fitted(contexts, exact, rows=3), exact) < 0.01 * off(mean(contexts), exact)
@@ -70,9 +78,18 @@ def test_a_patch_of_more_rank_is_closer(contexts: list[Entry]) -> None:
 
 def test_a_patch_restores_a_difference_of_its_rank(contexts: list[Entry]) -> None:
     middle = mean(contexts)
-    step = torch.linspace(-1, 1, LENGTH)[:, None, None] * torch.arange(16.0).view(2, 8)
+    shape = middle.tensors["key"].shape
+    rows = torch.linspace(-1, 1, LENGTH)[:, None]
+    step = (rows * torch.arange(16.0)).view(LENGTH, *[size for size in shape if size != LENGTH])
+    step = step.movedim(0, shape.index(LENGTH))
     exact = entry(middle.tensors["key"] + step, middle.tensors["value"] - step)
     assert off(patched(contexts, exact, 1), exact) < 1e-6 * off(middle, exact)
+
+
+def test_rows_that_cannot_be_told_from_heads() -> None:
+    square = torch.zeros(LENGTH, LENGTH)
+    with pytest.raises(StoreError, match="2 dimensions"):
+        patched([entry(square, square)], entry(square, square), 1)
 
 
 def test_the_nearest_prompt_shares_most_words() -> None:

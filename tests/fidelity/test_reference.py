@@ -129,4 +129,6 @@ def test_donors_of_more_contexts_are_compared(subject: Subject) -> None:
     # Other donors, other errors: were one of them not put in place, two kinds would be equal.
     errors = [tuple(one.kl for one in found[kind]) for kind in ("one", "mean of 2", "mean of 4", "typical")]
     assert len(set(errors)) == 4
+    first, second = (sum(one.kl for one in found[f"rank {rank} patch"]) for rank in (1, 8))
+    assert first > second > 0
     assert results_table(found, "a title").row_count == len(KINDS)

@@ -1,7 +1,7 @@
 """Donors made of several contexts of one item.
 
-``entries`` are what was computed of the item exactly, one per context: per slot a tensor ``[length, ...]`` of
-keys, position-free, or of values. None is written to.
+``entries`` are what was computed of the item exactly, one per context: per slot a tensor of position-free
+keys or of values, one dimension of which runs over the item's ``length`` rows. None is written to.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.donors import length_of
 from vlcache_fx.runtime.refine import refined
 from vlcache_fx.store.entry import Entry
 
@@ -48,12 +50,12 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
 
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
-        parts = (contexts - middle).flatten(1)
-        seen = (contexts - middle)[:, :rows].flatten(1)
+        parts = contexts - middle
+        seen = parts[:, :rows].flatten(1)
         gram = seen @ seen.T
         ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
         weights = torch.linalg.solve(gram + ridge, seen @ (wanted - middle)[:rows].flatten())
-        blended: Tensor = middle + (weights @ parts).view_as(middle)
+        blended: Tensor = middle + torch.tensordot(weights, parts, 1)
         return blended
 
     return _made(entries, exact, fit)
@@ -68,19 +70,30 @@ def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
 
     def patch(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
-        left, sizes, right = torch.linalg.svd((wanted - middle).flatten(1), full_matrices=False)
-        corrected: Tensor = middle + (left[:, :rank] * sizes[:rank] @ right[:rank]).view_as(middle)
+        left, sizes, right = torch.linalg.svd(wanted - middle, full_matrices=False)
+        corrected: Tensor = middle + left[:, :rank] * sizes[:rank] @ right[:rank]
         return corrected
 
     return _made(entries, exact, patch)
 
 
 def _made(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Tensor], Tensor]) -> Entry:
-    """A donor whose slots are made of all contexts' ``[contexts, length, ...]`` and the exact rows."""
-    made = {
-        name: make(
-            torch.stack([entry.tensors[name].double() for entry in entries]), exact.tensors[name].double()
-        ).to(tensor.dtype)
-        for name, tensor in entries[0].tensors.items()
-    }
+    """A donor whose slots are made of all contexts' rows ``[contexts, length, width]`` and the exact ones."""
+    made = {}
+    for name, tensor in entries[0].tensors.items():
+        dim = _rows_dim(tensor, exact)
+        wide = [entry.tensors[name].double().movedim(dim, 0) for entry in (*entries, exact)]
+        *contexts, wanted = (rows.flatten(1) for rows in wide)
+        rows = make(torch.stack(contexts), wanted).view(wide[0].shape)
+        made[name] = rows.movedim(0, dim).to(tensor.dtype)
     return Entry(made, mean(entries).info)
+
+
+def _rows_dim(tensor: Tensor, donor: Entry) -> int:
+    length = length_of(donor)
+    dims = [dim for dim, size in enumerate(tensor.shape) if size == length]
+    if len(dims) != 1:
+        raise StoreError(
+            f"rows of a donor of shape {list(tensor.shape)} and length {length}: {len(dims)} dimensions"
+        )
+    return dims[0]

@@ -36,6 +36,7 @@ from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
+from vlcache_fx.runtime.donors import length_of
 from vlcache_fx.store.entry import Entry
 
 CONTEXTS = 4
@@ -97,7 +98,7 @@ def study(
 
 def _donor(kind: str, kept: Sequence[Entry], near: int, typical: Entry, exact: Entry, budget: float) -> Entry:
     """The donor of one of ``KINDS``, from the contexts ``kept`` and from the new one's ``exact`` rows."""
-    rows = max(1, int(budget * len(next(iter(exact.tensors.values())))))
+    rows = max(1, int(budget * length_of(exact)))
     makers: dict[str, Callable[[], Entry]] = {
         "one": lambda: kept[0],
         "mean of 2": lambda: mean(kept[:2]),
