@@ -84,9 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def recipes(share: float) -> tuple[Recipe, ...]:
     """The kinds of sequences at ``share`` (0..1) of the training, in the order in which they take turns."""
-    most, words = (9, 10) if share < 0.35 else (16, 40) if share < 0.7 else (30, 60)
+    most, words = (9, 10) if share < 0.35 else (16, 40) if share < 0.7 else (36, 60)
     find = Recipe(("cell", "cell", "where"), False, 12, (4, most), words)
-    before = Recipe(("cell", "where"), True, 3, (4, min(most, 20)), words, reused=True)
+    before = Recipe(("cell", "where"), True, 3, (4, most), words, reused=True)
     same = Recipe(("same",), False, 10, (2, min(most, 12)), words)
     return (find, before, find, before, same, before)
 

@@ -6,10 +6,11 @@ Nothing heavy is imported before a function is called. ``examples/train_photo_vl
 the updates of the decoder.
 
 What it can: say in one word which of ten kinds of things (those of CIFAR-10) a named cell of a board of small
-photographs shows, on boards of up to 4 x 4 cells; on larger ones it is right about half of the time. It finds
-the row that holds a kind only where the question stands before the picture, and does not know whether two
-boards agree in a cell: its answers to that are no better than guesses. What it cannot do at all: describe a
-picture, read text, know other things than these, look at photographs that do not fill a cell.
+photographs shows, and find the row of a column that holds a kind, on boards of up to 6 x 6 cells, with the
+question before or after the picture. Whether two boards agree in a cell it does not know: its answers to that
+are no better than guesses. What it cannot do at all: describe a picture, read text, know other things than
+these, look at photographs that do not fill a cell. It was also trained to answer about pictures that saw
+another question, as pictures from a cache have.
 ``assets/evaluation.json`` has the figures.
 """
 
