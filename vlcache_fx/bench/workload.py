@@ -9,6 +9,10 @@ from torch import Tensor
 
 from vlcache_fx.bench.photos import Patches, grid_of, patches_of, squares_of, take_photos
 from vlcache_fx.errors import OptionError
+from vlcache_fx.runtime.marks import mark_spans
+
+OUTPUTS = "mm_encoder_outputs"
+"""The argument of ``forward`` that takes what encoders gave; transformers 5.17 has none."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Workload:
 
     Attributes:
         shape: as asked for, with the vision tokens that the images have in fact.
-        first, second: the requests; all systems are given the encoder's output.
+        first, second: the requests; all systems are given the encoder's output, or, where the library's
+            ``forward`` takes none, embeddings with its rows in place.
         num_tokens: tokens per sample.
         starts: position of the first image's first token in the first and in the second request.
         text_positions: positions of text tokens in the second request.
@@ -124,9 +129,8 @@ def make_workload(model: Any, shape: RequestShape) -> Workload:
     tokens = one.shape[-2]
     shape = RequestShape(tokens, shape.images, shape.batch, shape.text_before, shape.text_after)
     maker = _Maker(model, shape, features, pixels.get("image_grid_thw"))
-    first, start = maker.request(shape.text_before, shape.text_after, seed=1)
-    second, moved = maker.request(shape.text_after, shape.text_before, seed=2)
-    ids = second["input_ids"][0]
+    first, start, _ = maker.request(shape.text_before, shape.text_after, seed=1)
+    second, moved, ids = maker.request(shape.text_after, shape.text_before, seed=2)
     text = (ids != maker.image_token).nonzero().flatten().tolist()
     return Workload(shape, first, second, ids.shape[0], (start, moved), tuple(text), one.reshape(tokens, -1))
 
@@ -147,12 +151,18 @@ class _Maker:
         special = {value for part in (config, text) for value in _special_ids(part)}
         self._words = torch.tensor([word for word in range(text.vocab_size) if word not in special])
         parameters = inspect.signature(model.forward).parameters
+        self._takes_outputs = OUTPUTS in parameters
+        if not self._takes_outputs and getattr(features, "deepstack_features", None) is not None:
+            raise OptionError(
+                f"{type(model).__name__} of this transformers takes no encoder outputs, and its inner layers"
+                " want some: use transformers 5.23 or later"
+            )
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
 
-    def request(self, before: int, after: int, seed: int) -> tuple[dict[str, Any], int]:
-        """A request, and where its first image begins."""
+    def request(self, before: int, after: int, seed: int) -> tuple[dict[str, Any], int, Tensor]:
+        """A request, where its first image begins, and the token ids of its first sample."""
         draw = torch.Generator().manual_seed(seed)
         start, end = ([] if mark is None else [mark] for mark in self._marks)
         image = [*start, *[self.image_token] * self._shape.vision_tokens, *end] * self._shape.images
@@ -162,14 +172,28 @@ class _Maker:
             text = self._words[drawn].tolist()
             rows.append([*text[:before], *image, *text[before:]])
         ids = torch.tensor(rows, device=self._model.device)
-        inputs = {"input_ids": ids, "mm_encoder_outputs": {"image": self._features}, **self._options}
+        inputs = {**self._given(ids), **self._options}
         # Given, because a model that computes them in forward breaks the graph there.
         if hasattr(self._model.base_model, "get_rope_index"):
             kinds = (ids == self.image_token).int()
             inputs["position_ids"], _ = self._model.base_model.get_rope_index(
                 ids, mm_token_type_ids=kinds, image_grid_thw=self._grids
             )
-        return inputs, before + len(start)
+        return inputs, before + len(start), ids[0]
+
+    def _given(self, ids: Tensor) -> dict[str, Any]:
+        """The text and the encoder's output, in the form that ``forward`` takes."""
+        if self._takes_outputs:
+            return {"input_ids": ids, OUTPUTS: {"image": self._features}}
+        images = ids == self.image_token
+        with torch.no_grad():
+            embeds = self._model.get_input_embeddings()(ids)
+            rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in self._features.pooler_output])
+            embeds = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
+        length = self._shape.vision_tokens
+        places = images.flatten().nonzero().flatten()[::length].tolist()
+        spans = [(*divmod(place, ids.shape[1]), length) for place in places]
+        return {"inputs_embeds": mark_spans(embeds, spans)}
 
 
 def _special_ids(config: Any) -> list[int]:

@@ -53,7 +53,7 @@ def start_search(
                 update.up.zero_()
                 for head in heads:
                     rows = update.up.view(-1, module.head_dim, update.up.shape[1])[head]
-                    rows[SLOW] = torch.eye(update.up.shape[1]) * strength / UPDATE_SCALE
+                    rows[SLOW] = torch.eye(update.up.shape[1], device=rows.device) * strength / UPDATE_SCALE
 
 
 Read = tuple[Tensor, Tensor]
@@ -78,10 +78,12 @@ def _read(
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     with torch.no_grad():
         for _ in range(sequences):
-            packed = maker.draw(Recipe((family,), False, QUESTIONS, CELLS, SYSTEM_WORDS))
+            packed = maker.draw(Recipe((family,), False, QUESTIONS, CELLS, SYSTEM_WORDS)).to(features.device)
             answer_loss(decoder, projector, features, packed, maker.image_id)
             hidden, pictures = kept.pop(), packed.ids == maker.image_id
-            codes = _codes(maker, packed.photos[0], family).repeat_interleave(TILE_TOKENS, 0)
+            codes = (
+                _codes(maker, packed.photos[0], family).repeat_interleave(TILE_TOKENS, 0).to(hidden.device)
+            )
             words = packed.named[1, ::2].int().argmax(-1)
             places = packed.wanted[::2].int().argmax(-1) - pictures.int().argmax()
             parts.append((hidden[words], codes[places], hidden[pictures], codes))
@@ -104,9 +106,9 @@ def probe(vectors: Tensor, codes: Tensor, sizes: tuple[int, int]) -> Tensor:
     """
     targets = []
     for column, size in enumerate(sizes):
-        corners = torch.linalg.svd(torch.eye(size) - 1.0 / size).U[:, : size - 1]
+        corners = torch.linalg.svd(torch.eye(size, device=codes.device) - 1.0 / size).U[:, : size - 1]
         targets.append(corners[codes[:, column]])
     gram = vectors.T @ vectors
-    gram += 0.003 * gram.diagonal().mean() * torch.eye(len(gram))
+    gram += 0.003 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
     weight: Tensor = torch.linalg.solve(gram, vectors.T @ torch.cat(targets, 1))
     return weight.T

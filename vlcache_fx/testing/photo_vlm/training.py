@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,12 @@ class Packed:
     named: Tensor
     by_row: Tensor
     reused: bool
+
+    def to(self, device: torch.device) -> Packed:
+        """The same with its tensors on ``device``."""
+        tensors = {one.name: getattr(self, one.name) for one in fields(self)}
+        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 class SequenceMaker:
@@ -196,14 +202,19 @@ SEEN_SHARE = 0.75
 
 
 def answer_loss(
-    decoder: Any, projector: Any, features: Tensor, sequence: Packed, image_id: int
+    decoder: Any,
+    projector: Any,
+    features: Tensor,
+    sequence: Packed,
+    image_id: int,
+    reuse_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the answers and their turn ends, and the share of likeliest answer words.
 
-    A sequence with ``reused`` questions adds the divergence (KL, nats) of the answers given from reused
-    pictures, from the answers given from pictures that saw the question.
+    A sequence with ``reused`` questions adds ``reuse_weight`` times the divergence (KL, nats) of the answers
+    given from reused pictures, from the answers given from pictures that saw the question.
 
-    ``features [photographs, TILE_TOKENS, FEATURES]`` are those of the encoder.
+    ``features [photographs, TILE_TOKENS, FEATURES]`` are those of the encoder. Everything is on one device.
     """
     embeds = decoder.get_input_embeddings()(sequence.ids)
     tokens = torch.cat(
@@ -219,12 +230,12 @@ def answer_loss(
     ).last_hidden_state[0, sequence.asking]
     logits = decoder.lm_head(hidden).float()
     right = (logits[::2].argmax(-1) == sequence.answers[::2]).float().mean()
-    weights = torch.tensor([1.0, 0.1]).repeat(len(logits) // 2)
+    weights = torch.tensor([1.0, 0.1], device=logits.device).repeat(len(logits) // 2)
     losses = F.cross_entropy(logits, sequence.answers, reduction="none")
     loss = (losses * weights).sum() / weights.sum()
     if sequence.reused:
         exact, reused = logits[::2].log_softmax(-1).chunk(2)
-        loss = loss + F.kl_div(reused, exact, reduction="batchmean", log_target=True)
+        loss = loss + reuse_weight * F.kl_div(reused, exact, reduction="batchmean", log_target=True)
     return loss, right.detach()
 
 
