@@ -130,3 +130,16 @@ def test_a_tensor_without_values_has_no_key() -> None:
         fake = torch.zeros(2)
     with pytest.raises(StoreError, match="bytes of a tensor"):
         content_digest([fake])
+
+
+@pytest.mark.gpu
+def test_large_tensors_on_a_gpu_count_by_their_values() -> None:
+    tensor = torch.randn(512, 512, dtype=torch.bfloat16).cuda()
+    other = tensor.clone()
+    assert content_digest([tensor]) == content_digest([other])
+    assert content_digest([tensor]) == content_digest([other.t().contiguous().t()])
+    assert content_digest([tensor]) != content_digest([tensor.view(256, 1024)])
+    other[500, 300] += 1
+    assert content_digest([tensor]) != content_digest([other])
+    odd = torch.zeros(2**18 + 1, dtype=torch.uint8, device="cuda")
+    assert content_digest([odd]) == content_digest([odd.cpu()])

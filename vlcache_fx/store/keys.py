@@ -16,8 +16,12 @@ from blake3 import blake3
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.store.device_digest import device_hashes
 
 Part: TypeAlias = bool | int | float | str | bytes | Tensor | tuple["Part", ...] | list["Part"] | None
+
+# From here on, a tensor on a device is hashed there: below, launching takes longer than copying.
+_DEVICE_BYTES = 1 << 18
 
 # Below this, waking other threads takes longer than hashing.
 _THREADED_BYTES = 1 << 20
@@ -32,14 +36,18 @@ def content_digest(parts: Sequence[Part]) -> str:
 
     Args:
         parts: strings, bytes, numbers, booleans, None, tensors, and tuples or lists of them. A tensor counts
-            with its dtype, shape and values, not with its strides or device. A tuple and a list are
-            different; so are 1, 1.0 and True, and 0.0 and -0.0.
+            with its dtype, shape and values, not with its strides. A tuple and a list are different; so are
+            1, 1.0 and True, and 0.0 and -0.0. Large tensors on a device count by hashes made there
+            (``device_digest``): such a digest is good in this process alone.
 
     Raises:
         StoreError: for a part of another type, or a tensor without plain bytes.
     """
     threaded = any(
-        isinstance(part, Tensor) and part.numel() * part.element_size() >= _THREADED_BYTES for part in parts
+        isinstance(part, Tensor)
+        and part.device.type == "cpu"
+        and part.numel() * part.element_size() >= _THREADED_BYTES
+        for part in parts
     )
     hasher = blake3(max_threads=blake3.AUTO if threaded else 1)
     _write_parts(hasher, b"l", parts)
@@ -85,7 +93,20 @@ def _write_tensor(hasher: _Hasher, tensor: Tensor) -> None:
     hasher.update(b"T")
     _write(hasher, b"s", str(tensor.dtype).encode())
     _write_parts(hasher, b"t", tuple(int(size) for size in tensor.shape))
-    _write(hasher, b"b", tensor_bytes(tensor))
+    hashes = _hashed_on_device(tensor)
+    if hashes is not None:
+        _write(hasher, b"d", tensor_bytes(hashes))
+    else:
+        _write(hasher, b"b", tensor_bytes(tensor))
+
+
+def _hashed_on_device(tensor: Tensor) -> Tensor | None:
+    if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _DEVICE_BYTES:
+        return None
+    try:
+        return device_hashes(tensor)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise StoreError(f"cannot read the bytes of a tensor: {error}") from error
 
 
 def flat(tensor: Tensor) -> Tensor:
