@@ -249,3 +249,19 @@ def test_media_too_short_to_be_spans_count_with_their_content() -> None:
         for value in (0.0, 1.0)
     ]
     assert [one.key == two.key for one, two in zip(*made, strict=True)] == [True, False, False]
+
+
+@pytest.mark.parametrize("place", [0, 3, 8, 12, 19])
+def test_rows_of_embeddings_count_but_for_those_of_spans(place: int) -> None:
+    embeds = torch.arange(80.0).view(1, 20, 4)
+    other = embeds.clone()
+    other[0, place] = -1
+    reader = PrefixReader((), (), embeddings=0)
+    run = Run(0, 4, 6, (embeds[0, 4:10],))
+    one, two = (
+        list(reader.pieces([value], [run], [Span(0, 4, 6, "span", False)], 20, ""))
+        for value in (embeds, other)
+    )
+    in_span = 4 <= place < 10
+    for before, after in zip(one, two, strict=True):
+        assert (before.key == after.key) == (before.end <= place or before.span is not None or in_span)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlcache_fx.bench.presets import ModelSpec, find_preset, read_spec
-from vlcache_fx.bench.run import BenchResult, run_bench
+from vlcache_fx.bench.run import BenchResult, MeasuredPoint, run_bench
 from vlcache_fx.bench.settings import Settings, require_packages
 from vlcache_fx.bench.systems import Variant
 from vlcache_fx.errors import OptionError
@@ -47,6 +47,9 @@ def combine(
 def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: Any) -> None:
     """Measure, print tables, write ``bench.json`` and ``bench.png``.
 
+    Each point is printed, and added to ``points.jsonl``, when it is measured: a run that is interrupted keeps
+    what it has.
+
     Args:
         spec: the model.
         output_dir: is made where it does not exist.
@@ -68,6 +71,8 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"output_dir={str(output_dir)!r} cannot be made: {error}") from error
+    points = output_dir / "points.jsonl"
+    points.unlink(missing_ok=True)
     console = Console() if Console().is_terminal else Console(width=WIDTH)
     columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with _quiet(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -76,7 +81,14 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
         def show(description: str, done: int, total: int) -> None:
             progress.update(task, description=description, completed=done, total=total)
 
-        result = run_bench(spec, asked, show)
+        def keep(measured: MeasuredPoint) -> None:
+            from vlcache_fx.bench.report import time_table
+
+            console.print(time_table(measured))
+            with points.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(dataclasses.asdict(measured)) + "\n")
+
+        result = run_bench(spec, asked, show, keep)
     _print(result, console)
     _write(result, output_dir, console)
 

@@ -38,9 +38,7 @@ def system_name(name: str) -> str:
 
 
 def tables(result: BenchResult) -> Iterator[Table]:
-    """All tables, in the order in which they are read."""
-    for measured in result.points:
-        yield time_table(measured)
+    """What follows the points' own tables (``time_table``), in the order in which it is read."""
     if any(measured.point.ratios for measured in result.points):
         yield ratio_table(result)
     if any(measured.point.warm for measured in result.points):

@@ -54,8 +54,13 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done and all steps."""
 
 
-def run_bench(spec: ModelSpec, settings: Settings, progress: Progress = lambda *_: None) -> BenchResult:
-    """Measure ``spec`` with random weights on real photos.
+def run_bench(
+    spec: ModelSpec,
+    settings: Settings,
+    progress: Progress = lambda *_: None,
+    after_point: Callable[[MeasuredPoint], None] = lambda _: None,
+) -> BenchResult:
+    """Measure ``spec`` with random weights on real photos; ``after_point`` is given each point at once.
 
     Raises:
         OptionError, PolicyError: a setting does not fit this machine or model.
@@ -79,7 +84,7 @@ def run_bench(spec: ModelSpec, settings: Settings, progress: Progress = lambda *
     systems = Systems(model, settings.lowering, settings.variants, capacity)
     progress("measuring the machine", 0, 1)
     rates = measure_rates(dtype, device)
-    points = _points(systems, asked, settings, size, rates, dtype, progress)
+    points = _points(systems, asked, settings, size, rates, dtype, progress, after_point)
     systems.close()
     del systems, model
     return BenchResult(
@@ -107,6 +112,7 @@ def _points(
     rates: Rates,
     dtype: torch.dtype,
     progress: Progress,
+    after_point: Callable[[MeasuredPoint], None],
 ) -> list[MeasuredPoint]:
     runs = runs_of_point(settings.variants, settings.rounds, settings.eager_rounds)
     found = []
@@ -122,6 +128,7 @@ def _points(
 
         point = measure_point(systems, workload, settings.rounds, settings.eager_rounds, advance)
         found.append(_with_bounds(point, workload, size, rates, dtype, systems.device))
+        after_point(found[-1])
     return found
 
 

@@ -114,7 +114,7 @@ def decoder_form(
             embeddings=spec.embeddings,
             width=spec.width,
         ),
-        prefixes=PrefixReader(spec.prefix_inputs, ()),
+        prefixes=PrefixReader(spec.prefix_inputs, (), spec.embeddings),
         groups=spec.layer_groups,
     )
 

@@ -96,7 +96,7 @@ class DecoderForm:
             weights=tuple(place[node] for node in facts.weights),
             model_fingerprint=None,
             identifier=identifier,
-            prefixes=PrefixReader.of(captured, facts, identifier.features),
+            prefixes=PrefixReader.of(captured, facts, identifier.features, identifier.embeddings),
             groups=groups,
         )
 

@@ -8,8 +8,9 @@ PagedAttention's prefix caches, arXiv 2309.06180).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
@@ -55,13 +56,21 @@ class PrefixReader:
     Attributes:
         inputs: indices of the inputs that keys and values depend on, beside merged features and weights.
         sizes: indices of inputs that are numbers; what is the size of a tensor as well says nothing more.
+        embeddings: index of the input whose rows may be marked as spans; their keys stand for these rows.
     """
 
     inputs: tuple[int, ...]
     sizes: tuple[int, ...]
+    embeddings: int | None = None
 
     @classmethod
-    def of(cls, captured: Captured, facts: DecoderFacts, features: Sequence[int]) -> "PrefixReader":
+    def of(
+        cls,
+        captured: Captured,
+        facts: DecoderFacts,
+        features: Sequence[int],
+        embeddings: int | None = None,
+    ) -> "PrefixReader":
         """Build it for a captured graph; ``features`` are the inputs that spans' contents stand for."""
         frontiers = [site for layer in facts.layers for site in (layer.site.key, layer.site.value)]
         # A cache whose earlier keys rows depend on has no known prefix; others say nothing about them.
@@ -71,10 +80,10 @@ class PrefixReader:
         wanted = [
             index
             for index, (node, kind) in enumerate(zip(captured.placeholders, captured.kinds, strict=True))
-            if kind is InputKind.DATA and node in reached and index not in features
+            if kind is InputKind.DATA and node in reached and index not in (*features, embeddings)
         ]
         sizes = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.SIZE]
-        return cls(tuple(wanted), tuple(sizes))
+        return cls(tuple(wanted), tuple(sizes), embeddings)
 
     def pieces(
         self, args: Sequence[Any], runs: Sequence[Run], spans: Sequence[Span], num_tokens: int, root: str
@@ -96,18 +105,35 @@ class PrefixReader:
         before = content_digest(["prefix", root, tuple(whole), tuple(numbers)])
         sliced = [(value, dims) for value, dims in zip(values, by_token, strict=True) if dims]
         by_start = {span.start: span for span in spans}
-        for start, length, run in _cuts(runs, num_tokens):
+        cuts = list(_cuts(runs, num_tokens))
+        embedded = self._embedded_text(args, cuts)
+        for start, length, run in cuts:
             span = by_start.get(start)
             parts: list[Part] = [_rows(value, dims, start, start + length) for value, dims in sliced]
+            parts += embedded.get(start, ())
             if run is not None:
                 parts.append(run.content if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
             yield Piece(start, length, after if span is None else span.key, before, span)
             before = after
 
+    def _embedded_text(self, args: Sequence[Any], cuts: Sequence["Cut"]) -> dict[int, tuple[Tensor]]:
+        """Per start of a block of text, its rows of the embeddings, on the CPU: brought there all at once."""
+        text = [(start, length) for start, length, run in cuts if run is None]
+        if self.embeddings is None or not text:
+            return {}
+        embeds = args[self.embeddings].detach()
+        rows = torch.cat([embeds.narrow(1, *block) for block in text], 1).cpu()
+        parts = rows.split([length for _, length in text], 1)
+        return {start: (part,) for (start, _), part in zip(text, parts, strict=True)}
 
-def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[tuple[int, int, Run | None]]:
-    """``(start, length, run or None)``: each run whole, the text between them in blocks."""
+
+Cut: TypeAlias = tuple[int, int, Run | None]
+"""Where a piece starts, how long it is, and the run that fills it; None for text."""
+
+
+def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[Cut]:
+    """Each run whole, the text between them in blocks."""
     at = 0
     for start, run in [*((run.start, run) for run in runs), (num_tokens, None)]:
         for first in range(at, start, BLOCK_TOKENS):
