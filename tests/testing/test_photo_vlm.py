@@ -42,7 +42,15 @@ from vlcache_fx.testing.photo_vlm import (
     parts,
     prepare,
 )
-from vlcache_fx.testing.photo_vlm.adapter import LowRank, Projector, add_updates, merge_updates, updates_of
+from vlcache_fx.testing.photo_vlm.adapter import (
+    FEATURES,
+    WIDTH,
+    LowRank,
+    Projector,
+    add_updates,
+    merge_updates,
+    updates_of,
+)
 from vlcache_fx.testing.photo_vlm.archive import read_archive
 from vlcache_fx.testing.photo_vlm.data import draw_question
 from vlcache_fx.testing.photo_vlm.pictures import load_photos
@@ -258,6 +266,60 @@ def test_pictures_of_repeated_questions_saw_another_question_or_none(processor: 
     assert 0 < saw_none < 12
     with pytest.raises(ValueError, match="in front of their pictures"):
         maker.pack(question.system_prompt, asked, question.photo_ids, False, reused=True)
+
+
+def tiny_packed(reused: bool) -> Any:
+    """Two questions of one picture of four tokens each, the second one asked again where ``reused``."""
+    from vlcache_fx.testing.photo_vlm.training import Packed
+
+    ids = torch.tensor([1, 4, 4, 4, 4, 2, 3, 1, 4, 4, 4, 4, 2, 3])
+    return Packed(
+        ids=ids,
+        positions=torch.arange(7).repeat(2),
+        mask=torch.block_diag(torch.ones(7, 7), torch.ones(7, 7)).tril().bool(),
+        photos=(np.zeros((1, 1), np.int64), np.ones((1, 1), np.int64)),
+        asking=torch.tensor([4, 5, 11, 12]),
+        answers=torch.tensor([2, 3, 2, 3]),
+        wanted=torch.zeros(4, 14).bool(),
+        named=torch.zeros(2, 4, 14).bool(),
+        by_row=torch.zeros(2).bool(),
+        reused=reused,
+    )
+
+
+def tiny_decoder() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 16}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=9, num_key_value_heads=3, **sizes))
+
+
+def test_agreement_under_reuse_is_weighted() -> None:
+    from vlcache_fx.testing.photo_vlm.training import answer_loss
+
+    decoder, projector, features = tiny_decoder(), Projector(), torch.randn(2, 4, FEATURES)
+
+    def loss(reused: bool, weight: float) -> float:
+        with torch.no_grad():
+            return float(answer_loss(decoder, projector, features, tiny_packed(reused), 4, weight)[0])
+
+    plain, once, thrice = loss(False, 1.0), loss(True, 1.0), loss(True, 3.0)
+    assert once > plain
+    assert thrice - plain == pytest.approx(3 * (once - plain), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_step_of_training_on_a_gpu() -> None:
+    from vlcache_fx.testing.photo_vlm.training import answer_loss
+
+    device = torch.device("cuda")
+    decoder, projector = tiny_decoder().to(device), Projector().to(device)
+    packed = tiny_packed(True).to(device)
+    assert packed.mask.device.type == "cuda"
+    loss, _ = answer_loss(decoder, projector, torch.randn(2, 4, FEATURES).to(device), packed, 4)
+    loss.backward()
+    assert projector.rows.grad is not None
 
 
 @needs_parts
