@@ -81,7 +81,10 @@ class Server:
 
 
 def main(directory: Path) -> list[str]:
-    """Export, serve two prompts about one picture, and compare them with the model; a line for each."""
+    """Serve two prompts about one picture, and compare them with the model; a line for each.
+
+    Where ``directory`` holds no export yet, one is made there.
+    """
     from dataclasses import replace
 
     import torch  # only to export and to compare
@@ -93,7 +96,8 @@ def main(directory: Path) -> list[str]:
     model, processor = reference_vlm.load_model(), reference_vlm.load_processor()
     question = reference_vlm.make_questions(count=1)[0]
     asked = [prompt_inputs(model, processor, replace(question, system_prompt=prompt)) for prompt in PROMPTS]
-    vlcache_fx.export(model, asked[0], directory)
+    if not (directory / "manifest.json").exists():
+        vlcache_fx.export(model, asked[0], directory)
     server, lines = Server(directory), []
     for inputs in asked:
         named = {name: inputs[name].numpy() for name in ("input_ids", "position_ids", "pixel_values")}

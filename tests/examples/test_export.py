@@ -18,9 +18,15 @@ def as_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first example that needs an export leaves it, and the next one finds it."""
+    return tmp_path_factory.mktemp("examples") / "export"
+
+
 @pytest.mark.slow
-def test_an_exported_model_reuses_the_picture(tmp_path: Path) -> None:
-    exported, first, second = load("export_onnx").main(tmp_path / "export")
+def test_an_exported_model_reuses_the_picture(folder: Path) -> None:
+    exported, first, second = load("export_onnx").main(folder)
     assert exported.endswith("12 lookups")
     assert first.startswith("cold, 100.0 % computed: ")
     assert second.startswith("warm, 1.8 % computed: ")
@@ -28,8 +34,8 @@ def test_an_exported_model_reuses_the_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_torch_gives_the_models_answers(tmp_path: Path) -> None:
-    lines = load("wire_request").main(tmp_path / "export")
+def test_a_server_without_torch_gives_the_models_answers(folder: Path) -> None:
+    lines = load("wire_request").main(folder)
     assert [line.partition(":")[0] for line in lines] == ["cold", "warm"]
     for line in lines:
         answer, alone = line.partition(": ")[2].split(", the model alone: ")

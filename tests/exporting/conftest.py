@@ -88,8 +88,13 @@ def qwen(exported_once: Maker) -> Exported:
 
 @pytest.fixture(scope="session")
 def reference(exported_once: Maker) -> Exported:
+    """The first layers of the reference model."""
     pytest.importorskip("sklearn", reason="its scans of digits make the reference model's pictures")
-    return exported_once("reference", "reference", load_model())
+    model: Any = load_model()
+    # Two layers: the examples are tested on all of them, and an export takes time for each.
+    model.model.language_model.layers = model.model.language_model.layers[: LAYERS - 1]
+    model.config.text_config.num_hidden_layers = LAYERS - 1
+    return exported_once("reference", "reference", model)
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +152,7 @@ def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
 
 @pytest.fixture(scope="session")
 def reference_engines(reference: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The reference model with engines for one GPU, built without one."""
+    """The same with engines for one GPU, built without one."""
     pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
     folder = reference.copied(tmp_path_factory.mktemp("engines") / "exported")
     options = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
