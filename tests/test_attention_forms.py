@@ -170,7 +170,7 @@ def test_a_padded_prompt(attention: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.thorough)])
 def test_generation_goes_on(attention: str) -> None:
     pair = with_api(tiny_llava(2, attention=attention), policy="full")
     for before, mode in ((4, "cold"), (11, "warm")):

@@ -157,7 +157,7 @@ def test_turns_with_the_backend(name: str, dynamic: bool | None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid", "static"])
+@pytest.mark.parametrize("name", [pytest.param("hybrid", marks=pytest.mark.thorough), "static"])
 def test_turns_with_inductor(name: str) -> None:
     check_turns(conversations(KINDS[name], with_api, lowering="inductor"))
 

@@ -124,7 +124,7 @@ class PrefixReader:
             return {}
         embeds = args[self.embeddings].detach()
         rows = torch.cat([embeds.narrow(1, *block) for block in text], 1).cpu()
-        parts = rows.split([length for _, length in text], 1)
+        parts = torch.split(rows, [length for _, length in text], 1)
         return {start: (part,) for (start, _), part in zip(text, parts, strict=True)}
 
 

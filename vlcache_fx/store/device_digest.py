@@ -39,7 +39,7 @@ def block_hashes(words: Tensor, keys: Tensor) -> Tensor:
     """
     blocks, rest = divmod(words.numel(), BLOCK_WORDS)
     whole = words[: blocks * BLOCK_WORDS].view(blocks, BLOCK_WORDS)
-    parts = list(whole.split(CHUNK_BLOCKS)) if blocks else []
+    parts = list(torch.split(whole, CHUNK_BLOCKS)) if blocks else []
     found = [_hashed(part, keys) for part in parts]
     if rest or not blocks:
         found.append(_hashed(words[blocks * BLOCK_WORDS :].view(1, rest), keys[:, :rest]))

@@ -32,7 +32,7 @@ def update(optimizer: torch.optim.Optimizer, loss: torch.Tensor | None, share: f
         flat = torch.cat([grad.reshape(-1) for grad in grads]).cpu()
         dist.all_reduce(flat)
         flat = flat.to(weights[0].device) / dist.get_world_size()
-        for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        for weight, part in zip(weights, torch.split(flat, [w.numel() for w in weights]), strict=True):
             weight.grad = part.view_as(weight)
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     for group in optimizer.param_groups:
