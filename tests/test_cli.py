@@ -78,6 +78,8 @@ def test_bench_prints_tables_and_writes_a_record_and_a_picture(tmp_path: Path) -
     assert [one["entries"] for one in record["lookups"]] == [10]
     assert [one["vision_tokens"] for one in record["encoder"]] == [24]
     (measured,) = record["points"]
+    lines = (tmp_path / "new" / "points.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [measured]
     point = measured["point"]
     warm = ["warm layer_aware 2 % memory://", "warm layer_aware 20 % memory://"]
     assert {"eager", "plain", "cold", *warm} <= set(point["seconds"])

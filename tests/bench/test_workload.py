@@ -4,10 +4,12 @@ from typing import Any
 import pytest
 import torch
 
+from vlcache_fx.bench.floor import Floor
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.workload import RequestShape, has_grids, make_workload
 from vlcache_fx.errors import OptionError
+from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.testing.families import LLAVA_IMAGE_TOKENS, tiny_llava
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
 
@@ -41,6 +43,55 @@ def test_several_images_and_samples_hold_different_photos(model: Any) -> None:
     assert not torch.equal(features[0], features[1])
     with torch.no_grad():
         assert model(**workload.second).logits.shape == (2, 1, 64)
+
+
+def without_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give ``model`` a ``forward`` like that of transformers 5.17, which takes no encoder outputs."""
+    whole = model.forward
+
+    def forward(
+        input_ids: Any = None, position_ids: Any = None, past_key_values: Any = None,
+        inputs_embeds: Any = None, use_cache: Any = None, logits_to_keep: Any = 0,
+    ) -> Any:  # fmt: skip
+        return whole(
+            input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+
+    monkeypatch.setattr(model, "forward", forward)
+
+
+def test_where_forward_takes_no_encoder_outputs_marked_embeddings_hold_them(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = RequestShape(24, images=2, batch=2)
+    usual = make_workload(model, shape)
+    with torch.no_grad():
+        expected = model(**usual.second).logits
+    without_outputs(model, monkeypatch)
+    workload = make_workload(model, shape)
+    assert "input_ids" not in workload.second
+    start = usual.starts[1]
+    # Between two images lie the marks of the first one's end and the second one's start.
+    wanted = [(sample, start + place, 24) for sample in range(2) for place in (0, 26)]
+    assert list(marked_spans(workload.second["inputs_embeds"])) == wanted
+    assert (workload.starts, workload.text_positions) == (usual.starts, usual.text_positions)
+    with torch.no_grad():
+        assert torch.equal(model(**workload.second).logits, expected)
+        floor = Floor(model, workload, 5)
+        floor.prepare()
+        torch.testing.assert_close(floor.run().logits, expected)
+        floor.check()
+
+
+def test_features_of_inner_layers_need_a_forward_that_takes_them(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_outputs(model, monkeypatch)
+    features = SimpleNamespace(pooler_output=[torch.zeros(24, 128)], deepstack_features=[])
+    monkeypatch.setattr("vlcache_fx.bench.workload.encode", lambda *_: features)
+    with pytest.raises(OptionError, match="takes no encoder outputs, and its inner layers want some"):
+        make_workload(model, RequestShape(24))
 
 
 def test_an_encoder_without_grids_gives_images_its_own_number_of_tokens() -> None:

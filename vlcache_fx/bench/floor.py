@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.bench.rounds import MeasurementError
-from vlcache_fx.bench.workload import OUTPUTS, Workload
+from vlcache_fx.bench.workload import Workload
+from vlcache_fx.integrations.transformers import OUTPUTS
 
 
 class Floor:

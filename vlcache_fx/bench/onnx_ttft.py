@@ -28,6 +28,7 @@ from vlcache_fx.bench.rounds import (
 from vlcache_fx.bench.workload import RequestShape, Workload, make_pixels, make_workload
 from vlcache_fx.exporting.describe import ExportReport
 from vlcache_fx.exporting.sessions import OnnxSession
+from vlcache_fx.integrations.transformers import OUTPUTS
 
 EXAMPLE_TOKENS = 64
 
@@ -55,7 +56,7 @@ def export_preset(model: Any, directory: Path, opset: int) -> ExportReport:
 
 def inputs_of(request: dict[str, Any]) -> dict[str, Tensor]:
     """What a session takes, of a request as the model takes it."""
-    (features,) = request["mm_encoder_outputs"].values()
+    (features,) = request[OUTPUTS].values()
     return {**_text(request), "image.pooler_output.0": torch.cat(tuple(features.pooler_output))}
 
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from vlcache_fx.bench.photos import Patches, grid_of, patches_of, squares_of, take_photos
 from vlcache_fx.errors import OptionError
+from vlcache_fx.integrations.transformers import OUTPUTS
+from vlcache_fx.runtime.identify import flagged_places
 from vlcache_fx.runtime.marks import mark_spans
-
-OUTPUTS = "mm_encoder_outputs"
-"""The argument of ``forward`` that takes what encoders gave; transformers 5.17 has none."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class _Maker:
         return inputs, before + len(start), ids[0]
 
     def _given(self, ids: Tensor) -> dict[str, Any]:
-        """The text and the encoder's output, in the form that ``forward`` takes."""
+        """The text and the encoder's output, in the form that this library's ``forward`` takes."""
         if self._takes_outputs:
             return {"input_ids": ids, OUTPUTS: {"image": self._features}}
         images = ids == self.image_token
@@ -191,7 +190,7 @@ class _Maker:
             rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in self._features.pooler_output])
             embeds = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
         length = self._shape.vision_tokens
-        places = images.flatten().nonzero().flatten()[::length].tolist()
+        places = flagged_places(images)[::length].tolist()
         spans = [(*divmod(place, ids.shape[1]), length) for place in places]
         return {"inputs_embeds": mark_spans(embeds, spans)}
 

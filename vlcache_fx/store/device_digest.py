@@ -16,6 +16,8 @@ import secrets
 import torch
 from torch import Tensor
 
+from vlcache_fx.store.layout import flat, plain
+
 BLOCK_WORDS = 4096
 """32-bit words of a block."""
 
@@ -56,8 +58,7 @@ def words_of(tensor: Tensor) -> Tensor | None:
     size = tensor.element_size()
     if tensor.is_complex() or (tensor.numel() * size) % 4 or (tensor.storage_offset() * size) % 4:
         return None
-    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-    return flat.view(torch.int32)
+    return flat(tensor.detach()).view(torch.int32)
 
 
 @functools.cache
@@ -78,6 +79,5 @@ def device_hashes(tensor: Tensor) -> Tensor | None:
 
     None where its bytes cannot be read as words on its device.
     """
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    words = words_of(plain)
+    words = words_of(plain(tensor))
     return None if words is None else block_hashes(words, process_keys(words.device)).cpu()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.store.device_digest import device_hashes
+from vlcache_fx.store.layout import flat, plain, reading_bytes
 
 Part: TypeAlias = bool | int | float | str | bytes | Tensor | tuple["Part", ...] | list["Part"] | None
 
@@ -103,16 +104,8 @@ def _write_tensor(hasher: _Hasher, tensor: Tensor) -> None:
 def _hashed_on_device(tensor: Tensor) -> Tensor | None:
     if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _DEVICE_BYTES:
         return None
-    try:
+    with reading_bytes():
         return device_hashes(tensor)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise StoreError(f"cannot read the bytes of a tensor: {error}") from error
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as one dimension of stride 1, sharing its memory."""
-    # Not reshape(-1): a tensor of one value is contiguous whatever its stride, and would keep it.
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -121,8 +114,5 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     Raises:
         StoreError: for a tensor that has no plain bytes (sparse, fake, meta).
     """
-    try:
-        plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        return flat(plain).view(torch.uint8).numpy().data
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise StoreError(f"cannot read the bytes of a tensor: {error}") from error
+    with reading_bytes():
+        return flat(plain(tensor).cpu()).view(torch.uint8).numpy().data

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vlcache_fx.store.keys import flat
+from vlcache_fx.store.layout import flat
 
 # Sampled per tensor: runs spread over it. Runs, because the cost is in cache lines, not in values.
 _RUNS = 16
