@@ -84,12 +84,14 @@ def test_graphs_of_one_length_move_too(shape: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [{**CAP, "sinks": True}, FLEX], ids=str)
+@pytest.mark.parametrize(
+    "shape", [pytest.param({**CAP, "sinks": True}, marks=pytest.mark.thorough), FLEX], ids=str
+)
 def test_through_inductor(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), policy="full", lowering="inductor"))
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(
     softcap=st.sampled_from([None, 0.7]), sinks=st.booleans(), budget=st.sampled_from([0.0, 0.1, 0.5]),
     before=st.integers(1, 20), seed=st.integers(0, 3),
@@ -144,8 +146,15 @@ def check_model(pair: Pair, calls: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [with_api, with_backend], ids=["compile", "backend"])
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize(
+    ("attention", "compiled"),
+    [
+        pytest.param("eager", with_api, id="eager-compile"),
+        pytest.param("flex_attention", with_backend, id="flex_attention-backend"),
+        pytest.param("eager", with_backend, id="eager-backend", marks=pytest.mark.thorough),
+        pytest.param("flex_attention", with_api, id="flex_attention-compile", marks=pytest.mark.thorough),
+    ],
+)
 def test_llava(attention: str, compiled: Any) -> None:
     pair = compiled(tiny_llava(2, attention=attention), policy="full")
     check_model(pair, [llava_inputs(before, 5, [0], text_seed=before) for before in (4, 11)])
@@ -160,7 +169,7 @@ def test_qwen(compiled: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.thorough)])
 def test_a_padded_prompt(attention: str) -> None:
     """Masked tokens in front. What the model makes of them is kept, too."""
     pair = with_api(tiny_llava(2, attention=attention), policy="full")

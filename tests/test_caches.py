@@ -140,26 +140,39 @@ def check_turns(start: Callable[[], Conversation]) -> None:
     "name",
     [
         "dynamic",
-        "hybrid",
-        "static, allocated",
         "static, sliding",
         "int8 per token",
-        "int8 per channel, read back",
+        pytest.param("hybrid", marks=pytest.mark.thorough),
+        pytest.param("static, allocated", marks=pytest.mark.thorough),
+        pytest.param("int8 per channel, read back", marks=pytest.mark.thorough),
     ],
 )
 def test_turns_with_the_api(name: str) -> None:
     check_turns(conversations(KINDS[name], with_api))
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("static, hybrid", True), ("int8 per channel", None)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [pytest.param("static, hybrid", True, marks=pytest.mark.thorough), ("int8 per channel", None)],
+)
 def test_turns_with_the_backend(name: str, dynamic: bool | None) -> None:
     check_turns(conversations(KINDS[name], with_backend, dynamic=dynamic))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("hybrid", marks=pytest.mark.thorough), "static"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["hybrid", "static"])
 def test_turns_with_inductor(name: str) -> None:
     check_turns(conversations(KINDS[name], with_api, lowering="inductor"))
+
+
+@pytest.mark.slow
+def test_a_static_cache_with_inductor() -> None:
+    start = conversations(KINDS["static"], with_api, lowering="inductor", dynamic=True)
+    assert start().say(prompt(4, 0))["mode"] == "cold"
+    second = start()
+    assert second.say(prompt(11, 0, seed=2))["mode"] == "warm"
+    second.listen(1)
+    assert second.pair.engine.refusals == []
 
 
 @pytest.mark.parametrize("door", [with_api, with_backend])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from vlcache_fx.testing import reference_vlm
 
 from .loading import EXAMPLES, load
 
@@ -43,8 +46,13 @@ def test_a_server_without_torch_gives_the_models_answers(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engines_are_built_without_a_gpu(tmp_path: Path) -> None:
+def test_engines_are_built_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+    # One layer: an export takes seconds for each, and nothing is asked.
+    model: Any = reference_vlm.load_model()
+    model.model.language_model.layers = model.model.language_model.layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
     lines = load("build_engines").main(tmp_path / "engines", "tensorrt_rtx")
     built = [line.partition(":")[0] for line in lines]
     assert built == ["prefill_cold", "prefill_warm", "spans", "masks", "encoder", "decode"]

@@ -17,7 +17,6 @@ import vlcache_fx
 from vlcache_fx.exporting.engines import EngineOptions, build_engines
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import tiny_llava, tiny_qwen2_5_vl
-from vlcache_fx.testing.reference_vlm import load_model
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 from .helpers import Exported, tiny_shapes
@@ -31,8 +30,7 @@ EXPORTS = frozenset(
         "half",
         "llava",
         "qwen",
-        "reference",
-        "reference_engines",
+        "qwen_engines",
         "tiny",
         "tiny_blended",
         "tiny_profiled",
@@ -84,17 +82,6 @@ def llava(exported_once: Maker) -> Exported:
 @pytest.fixture(scope="session")
 def qwen(exported_once: Maker) -> Exported:
     return exported_once("qwen", "qwen", tiny_qwen2_5_vl(LAYERS - 1))
-
-
-@pytest.fixture(scope="session")
-def reference(exported_once: Maker) -> Exported:
-    """The first layers of the reference model."""
-    pytest.importorskip("sklearn", reason="its scans of digits make the reference model's pictures")
-    model: Any = load_model()
-    # Two layers: the examples are tested on all of them, and an export takes time for each.
-    model.model.language_model.layers = model.model.language_model.layers[: LAYERS - 1]
-    model.config.text_config.num_hidden_layers = LAYERS - 1
-    return exported_once("reference", "reference", model)
 
 
 @pytest.fixture(scope="session")
@@ -151,13 +138,13 @@ def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def reference_engines(reference: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def qwen_engines(qwen: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The same with engines for one GPU, built without one."""
     pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
-    folder = reference.copied(tmp_path_factory.mktemp("engines") / "exported")
+    folder = qwen.copied(tmp_path_factory.mktemp("engines") / "exported")
     options = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
-    build_engines(reference.manifest, folder, options).save(folder)
-    return Exported(reference.kind, reference.model, folder, reference.report)
+    build_engines(qwen.manifest, folder, options).save(folder)
+    return Exported(qwen.kind, qwen.model, folder, qwen.report)
 
 
 @pytest.fixture

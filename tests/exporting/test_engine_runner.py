@@ -118,9 +118,9 @@ def test_without_a_gpu_there_is_no_engine_session(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_engines_that_were_built_ahead_of_time_do_not_run(reference_engines: Exported) -> None:
+def test_without_a_gpu_engines_that_were_built_ahead_of_time_do_not_run(qwen_engines: Exported) -> None:
     with pytest.raises(ExportError, match="torch sees none here"):
-        vlcache_fx.EngineSession(reference_engines.folder)
+        vlcache_fx.EngineSession(qwen_engines.folder)
 
 
 def test_engines_are_run_by_the_package_that_built_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,9 +279,9 @@ class Computing:
 
 
 @pytest.fixture
-def on_engines(reference_engines: Exported, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineSession]:
+def on_engines(qwen_engines: Exported, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineSession]:
     """Makes sessions on a stand-in that takes sizes and memory as TensorRT does."""
-    manifest, folder = reference_engines.manifest, reference_engines.folder
+    manifest, folder = qwen_engines.manifest, qwen_engines.folder
     fake(monkeypatch, version=manifest.engines["decode"].builder.split()[1])
     package = engine_runner.find_package("")
     plans = {(folder / spec.file).read_bytes(): name for name, spec in manifest.engines.items()}
@@ -299,47 +299,47 @@ STEPS = (([0], "cold"), ([0], "warm"), ([1, 0], "warm"))
 
 
 def test_a_session_on_engines_equals_the_unmodified_model(
-    reference_engines: Exported, on_engines: Callable[..., EngineSession]
+    qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
     session = on_engines(policy="full")
     for text, (images, mode) in enumerate(STEPS):
-        found = session.prefill(**reference_engines.given(images, text))
-        assert_close(found, reference_engines.expected(images, text), reference_engines.atol)
+        found = session.prefill(**qwen_engines.given(images, text))
+        assert_close(found, qwen_engines.expected(images, text), qwen_engines.atol)
         assert report_of(session)["mode"] == mode
-    given = reference_engines.given([1, 0], 2)
-    whole = reference_engines.session(policy="full").generate(3, **given)
+    given = qwen_engines.given([1, 0], 2)
+    whole = qwen_engines.session(policy="full").generate(3, **given)
     assert session.generate(3, **given).tolist() == whole.tolist()
 
 
 def test_a_session_on_engines_reuses_what_one_on_onnx_runtime_reuses(
-    reference_engines: Exported, on_engines: Callable[..., EngineSession]
+    qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
-    session, other = on_engines(), reference_engines.session()
+    session, other = on_engines(), qwen_engines.session()
     for text, (images, mode) in enumerate(STEPS):
-        given = reference_engines.given(images, text)
-        assert_close(session.prefill(**given), other.prefill(**given), reference_engines.atol)
+        given = qwen_engines.given(images, text)
+        assert_close(session.prefill(**given), other.prefill(**given), qwen_engines.atol)
         for what in ("mode", "rows_per_layer", "token_layer_fraction", "encoder_hit"):
             assert report_of(session)[what] == report_of(other)[what]
         assert report_of(session)["mode"] == mode
 
 
 def test_a_session_on_engines_answers_text_alone(
-    reference_engines: Exported, on_engines: Callable[..., EngineSession]
+    qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
-    found = on_engines().prefill(**reference_engines.given([], 3))
-    assert_close(found, reference_engines.expected([], 3), reference_engines.atol)
+    found = on_engines().prefill(**qwen_engines.given([], 3))
+    assert_close(found, qwen_engines.expected([], 3), qwen_engines.atol)
 
 
 def test_a_prompt_that_the_engines_were_not_built_for_costs_later_ones_nothing(
-    reference_engines: Exported, on_engines: Callable[..., EngineSession]
+    qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
-    session, given = on_engines(policy="full"), reference_engines.given([0], 0)
+    session, given = on_engines(policy="full"), qwen_engines.given([0], 0)
     long = {**given, "input_ids": torch.zeros(1, 9000, dtype=torch.int64)}
     long["position_ids"] = given["position_ids"][..., :1].expand(-1, -1, 9000)
     with pytest.raises(ExportError, match=r"'input_ids' of \w+ has the shape \[1, 9000\]; the engine takes"):
         session.prefill(**long)
     for text, mode in ((0, "cold"), (1, "warm")):
-        session.prefill(**reference_engines.given([0], text))
+        session.prefill(**qwen_engines.given([0], text))
         assert report_of(session)["mode"] == mode
 
 

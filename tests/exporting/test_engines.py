@@ -44,23 +44,21 @@ def rtx() -> Any:
     return pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
 
 
-def test_the_reference_model_has_an_engine_of_every_graph(reference_engines: Exported) -> None:
-    manifest = reference_engines.manifest
+def test_every_graph_has_an_engine(qwen_engines: Exported) -> None:
+    manifest = qwen_engines.manifest
     assert manifest.engines.keys() == manifest.graphs.keys()
     assert {"prefill_cold", "prefill_warm", "decode", "encoder", "spans"} <= manifest.engines.keys()
     assert manifest.report["refused"] == []
     for name, engine in manifest.engines.items():
         assert engine.file == f"{name}.engine"
-        assert (reference_engines.folder / engine.file).stat().st_size == manifest.files[
-            engine.file
-        ].size_bytes
+        assert (qwen_engines.folder / engine.file).stat().st_size == manifest.files[engine.file].size_bytes
         assert manifest.files[engine.file].size_bytes > 10_000
         assert engine.compute_capabilities == ("sm86",)
         assert engine.build_seconds > 0
 
 
-def test_engines_say_what_built_them_and_what_they_take(reference_engines: Exported, rtx: Any) -> None:
-    manifest = reference_engines.manifest
+def test_engines_say_what_built_them_and_what_they_take(qwen_engines: Exported, rtx: Any) -> None:
+    manifest = qwen_engines.manifest
     for name, engine in manifest.engines.items():
         graph = manifest.graphs[name]
         assert engine.builder == f"tensorrt_rtx {rtx.__version__}"
@@ -74,10 +72,10 @@ def test_engines_say_what_built_them_and_what_they_take(reference_engines: Expor
                 assert isinstance(form, str) or low == high == form
 
 
-def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(reference_engines: Exported) -> None:
-    manifest = reference_engines.manifest
+def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(qwen_engines: Exported) -> None:
+    manifest = qwen_engines.manifest
     for images, text in (([0, 1], 0), ([0], 3), ([1, 0], 5), ([], 2)):
-        given = reference_engines.given(images, text)
+        given = qwen_engines.given(images, text)
         tokens = {"input_ids": given["input_ids"].shape}
         if "position_ids" in given:
             tokens["position_ids"] = given["position_ids"].shape

@@ -24,7 +24,7 @@ from vlcache_fx.exporting.specs import TensorSpec
 from .helpers import Exported
 
 PREFILL = ("prefill_cold", "prefill_warm")
-EXPORTS = ["llava", "qwen", "reference", "tiny", "tiny_profiled"]
+EXPORTS = ["llava", "qwen", "tiny", "tiny_profiled"]
 
 
 def graph_of(exported: Exported, name: str) -> onnx.ModelProto:

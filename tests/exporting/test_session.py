@@ -26,7 +26,7 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm_inputs
 
 from .helpers import Exported, assert_close, named_results, report_of, tiny_shapes
 
-FAMILIES = ["llava", "qwen", "reference"]
+FAMILIES = ["llava", "qwen"]
 OPSETS = ["tiny", "tiny_profiled"]
 """Attention written out, and as one node."""
 
