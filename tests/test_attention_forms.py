@@ -150,8 +150,8 @@ def check_model(pair: Pair, calls: list[dict[str, Any]]) -> None:
     ("attention", "compiled"),
     [
         pytest.param("eager", with_api, id="eager-compile"),
-        pytest.param("flex_attention", with_backend, id="flex_attention-backend"),
-        pytest.param("eager", with_backend, id="eager-backend", marks=pytest.mark.thorough),
+        pytest.param("eager", with_backend, id="eager-backend"),
+        pytest.param("flex_attention", with_backend, id="flex_attention-backend", marks=pytest.mark.thorough),
         pytest.param("flex_attention", with_api, id="flex_attention-compile", marks=pytest.mark.thorough),
     ],
 )
@@ -161,7 +161,9 @@ def test_llava(attention: str, compiled: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [with_api, with_backend], ids=["compile", "backend"])
+@pytest.mark.parametrize(
+    "compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)], ids=["compile", "backend"]
+)
 def test_qwen(compiled: Any) -> None:
     """(transformers offers no flex attention for it.)"""
     pair = compiled(tiny_qwen2_5_vl(2, attention="eager"), policy="full")
