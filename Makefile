@@ -22,9 +22,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,dev,demo]'
 	touch $@
 
-# One process per core, one thread each: the tensors of tests are too small to share out.
+# One process per core, one thread each: the tensors of tests are too small to share out. In the order of their names:
+# files with few tests are often those that take long, and would come last otherwise.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: env typecheck
 	$(BIN)/ruff format --check .

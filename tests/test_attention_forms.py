@@ -83,10 +83,8 @@ def test_graphs_of_one_length_move_too(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), dynamic=None, policy="full"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "shape", [pytest.param({**CAP, "sinks": True}, marks=pytest.mark.thorough), FLEX], ids=str
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("shape", [{**CAP, "sinks": True}, FLEX], ids=str)
 def test_through_inductor(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), policy="full", lowering="inductor"))
 
