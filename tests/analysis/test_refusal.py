@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.fx import Graph
 
-from vlcache_fx.analysis.refusal import refuse, source_line
+from vlcache_fx.analysis.refusal import refuse, source_line, without_folders
 from vlcache_fx.errors import Reason
 
 TRACE = """
@@ -36,6 +36,19 @@ def test_a_trace_that_ends_with_a_place() -> None:
     node = Graph().placeholder("x")
     node.meta["stack_trace"] = 'File "model.py", line 1, in forward'
     assert source_line(node) == '"model.py", line 1, in forward'
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ('from "/home/me/model.py", line 12: x = "a/b"', 'from "model.py", line 12: x = "a/b"'),
+        (r'"C:\me\model.py", line 1, and "/x/y.py", line 2', '"model.py", line 1, and "y.py", line 2'),
+        ('"model.py", line 1', '"model.py", line 1'),
+        ("", ""),
+    ],
+)
+def test_folders_are_for_this_machine_alone(text: str, rest: str) -> None:
+    assert without_folders(text) == rest
 
 
 def test_without_a_node() -> None:

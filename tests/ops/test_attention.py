@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlcache_fx.ops import attention as module
-from vlcache_fx.ops.attention import FastAttention, attention, decompose_attention
+from vlcache_fx.ops.attention import FastAttention, attention, decompose_attention, row_mask
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 
@@ -80,6 +80,28 @@ def test_kernel_is_attention(
 
 
 @needs_kernel
+@given(
+    batch=st.integers(1, 2), of_samples=st.booleans(), masked=st.booleans(), group=st.sampled_from([1, 8]),
+    rows=st.integers(1, 150), tokens=st.integers(1, 600), seed=st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=40)
+def test_rows_read_up_to_their_places(
+    batch: int, of_samples: bool, masked: bool, group: int, rows: int, tokens: int, seed: int
+) -> None:
+    query, key, value = operands(batch, group, 2, rows, tokens, 32, seed)
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (batch, rows) if of_samples else (rows,)
+    places = torch.randint(-1, tokens + 3, sizes, generator=generator)  # also before and behind all tokens
+    mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
+    allowed = row_mask(places, tokens)
+    assert allowed.shape == ((batch, 1, rows, tokens) if of_samples else (rows, tokens))
+    assert torch.equal(allowed.view(*sizes, tokens), torch.arange(tokens) <= places[..., None])
+    want = exact(query, key, value, allowed if mask is None else allowed & mask, False, 0.2)
+    got = attention(query, key, value, mask, False, 0.2, places)
+    torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
+
+
+@needs_kernel
 def test_it_is_as_exact_as_pytorchs() -> None:
     query, key, value = operands(1, 4, 2, 100, 3000, 64)
     allowed = torch.arange(2900, 3000)[:, None] >= torch.arange(3000)
@@ -115,9 +137,10 @@ def test_operands_of_any_layout_give_the_same() -> None:
 def test_it_passes_torchs_own_checks(masked: bool) -> None:
     query, key, value = operands(1, 2, 2, 4, 6, 16)
     mask = torch.ones(4, 6, dtype=torch.bool) if masked else None
+    places = torch.arange(4) if masked else None
     torch.library.opcheck(
         torch.ops.vlcache.attention.default,
-        (query, key, value, mask, not masked, 0.25),
+        (query, key, value, mask, not masked, 0.25, places),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -132,6 +155,9 @@ def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyP
     with FakeTensorMode() as mode:
         fake = attention(*(mode.from_tensor(one) for one in (query, key, value)), None, True, 0.25)
     assert fake.stride() == result.stride()
+    places = torch.tensor([3, 0, 5, 1])
+    got = attention(query, key, value, None, False, 0.25, places)
+    assert torch.equal(got, attention(query, key, value, row_mask(places, 6), False, 0.25))
     assert decompose_attention(query, key, value) is NotImplemented
 
 

@@ -1,5 +1,7 @@
 """Typed refusals that name the node and its source line."""
 
+import re
+
 from torch.fx import Node
 
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -17,6 +19,11 @@ def source_line(node: Node) -> str | None:
     last = places[-1]
     code = lines[last + 1] if last + 1 < len(lines) else ""
     return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
+
+
+def without_folders(text: str) -> str:
+    """``text`` with quoted paths cut down to files' names, for what is read on other machines."""
+    return re.sub(r'"[^"\n]*[/\\]([^"/\\\n]+\.py)"', r'"\1"', text)
 
 
 def refuse(reason: Reason, node: Node | None, detail: str) -> UnsupportedGraphError:

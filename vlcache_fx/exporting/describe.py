@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.refusal import source_line
+from vlcache_fx.analysis.refusal import source_line, without_folders
 from vlcache_fx.exporting.manifest import Manifest
 from vlcache_fx.exporting.specs import ProgramSpec
 from vlcache_fx.passes import Program
@@ -85,14 +85,14 @@ def describe(
                 "slot": one.slot,
                 "layer": one.layer,
                 "node": one.node.name,
-                "source_line": source_line(one.node),
+                "source_line": without_folders(source_line(one.node) or "") or None,
                 "input": f"donor.{one.slot}",
             }
             for one in facts.frontiers
         ],
         "restricted": restricted,
         "hoisted": list(dict.fromkeys(name for name in spec.inputs[data:] if name is not None)),
-        "refused": refused,
+        "refused": [{name: without_folders(text) for name, text in one.items()} for one in refused],
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlcache_fx.analysis.refusal import without_folders
 from vlcache_fx.exporting.captured import ExportInput
 from vlcache_fx.exporting.manifest import Manifest
 from vlcache_fx.exporting.specs import DecoderSpec, MaskSpec, RowSpec
@@ -71,7 +72,10 @@ def decoder_spec(
         width=identifier.width,
         embeddings=None if identifier.embeddings is None else place[identifier.embeddings],
         prefix_inputs=places(form.prefixes.inputs),
-        mask_sites=tuple(MaskSpec(site.node, site.source_line, site.has_mask) for site in check.sites),
+        mask_sites=tuple(
+            MaskSpec(site.node, without_folders(site.source_line or "") or None, site.has_mask)
+            for site in check.sites
+        ),
         mask_inputs=places(check.inputs),
         every_layer_has_a_mask=check.every_layer_has_one,
         spans=tuple(spans),

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering.base import Decompositions
 from vlcache_fx.lowering.fingerprint import Structure
+from vlcache_fx.lowering.row_places import SDPA, read_places
 from vlcache_fx.lowering.shapes import Shapes, compile_expressions, hint
 
 __all__ = ["CompileCache", "CompileStats", "Compiled"]
@@ -203,7 +204,9 @@ class Compiled:
             graph.placeholder(str(symbol))
         graph.output(graph.graph_copy(self.structure.module.graph, {}))
         module = GraphModule(self.structure.module, graph, class_name="Segment")
-        if any(node.target in self.decompositions for node in graph.nodes):
+        reads_places = SDPA in self.decompositions and read_places(graph)
+        if reads_places or any(node.target in self.decompositions for node in graph.nodes):
+            module.recompile()
             with shapes.mode:
                 module = make_fx(module, decomposition_table=dict(self.decompositions), pre_dispatch=True)(
                     *inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
-from vlcache_fx.ops.attention import FastAttention, decompose_attention
+from vlcache_fx.ops.attention import FastAttention, decompose_attention, row_mask
 
 __all__ = [
     "FastAttention",
@@ -23,6 +23,7 @@ __all__ = [
     "decompose_attend",
     "decompose_attention",
     "lookup",
+    "row_mask",
     "scatter_rows",
     "scatter_rows_reference",
     "splice_rows",

@@ -118,10 +118,11 @@ extern "C" int vlcache_attention_serves() {
 
 // query [batch, heads, rows, dim], key and value [batch, key heads, tokens, dim], mask (or null) [batch, heads,
 // rows, tokens], each with strides of its own (in values) and dim and tokens dense; out [batch, rows, heads, dim],
-// dense. Causal: row i reads tokens 0..i. A row that reads nothing becomes zero.
+// dense. Causal: row i reads tokens 0..i; with places (one per row, those of the next sample places_batch further on)
+// tokens 0..places[i]. A row that reads nothing becomes zero.
 extern "C" void vlcache_attention(
     const bf16* query, const bf16* key, const bf16* value, const bool* mask, bf16* out, const int64_t* sizes,
-    const int64_t* strides, int64_t causal, float scale) {
+    const int64_t* strides, int64_t causal, const int64_t* places, int64_t places_batch, float scale) {
   const int64_t batch = sizes[0], heads = sizes[1], key_heads = sizes[2], rows = sizes[3], tokens = sizes[4],
                 dim = sizes[5];
   const auto stride = [&](int64_t i) { return Strides{strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
@@ -149,6 +150,7 @@ extern "C" void vlcache_attention(
     const auto scores = uninitialised<float>(most * BLOCK_KEYS), sums = uninitialised<float>(most * dim);
     const auto highest = uninitialised<float>(most), total = uninitialised<float>(most);
     const auto weights = uninitialised<bf16>(most * BLOCK_KEYS), gathered = uninitialised<bf16>(most * dim);
+    const auto ends = uninitialised<int64_t>(rows_per_block);  // per row, one past the last token that it may read
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
       for (int64_t t = 0; t < row_blocks; ++t) {
@@ -162,13 +164,20 @@ extern "C" void vlcache_attention(
           std::memcpy(gathered.get() + line * dim, query + b * q.batch + head * q.head + row * q.row,
                       dim * sizeof(bf16));
         }
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = first_row + i;
+          ends[i] = places != nullptr ? std::clamp<int64_t>(places[b * places_batch + row] + 1, 0, tokens)
+                    : causal          ? std::min(row + 1, tokens)
+                                      : tokens;
+        }
+        const int64_t end = *std::max_element(ends.get(), ends.get() + count);
         std::fill(sums.get(), sums.get() + lines * dim, 0.f);
         std::fill(highest.get(), highest.get() + lines, MINUS_INFINITY);
         std::fill(total.get(), total.get() + lines, 0.f);
 
         for (int64_t n = 0; n < key_blocks; ++n) {
           const int64_t first = n * BLOCK_KEYS, length = std::min(BLOCK_KEYS, tokens - first);
-          if (causal && first > first_row + count - 1) break;
+          if (first >= end) break;
           if (mask != nullptr) {
             const int64_t distinct = m.head == 0 ? count : lines;
             bool any = false;
@@ -180,8 +189,7 @@ extern "C" void vlcache_attention(
           at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
                                       keys.get() + at, scores.get(), true);
           for (int64_t line = 0; line < lines; ++line) {
-            const int64_t readable = causal ? std::clamp<int64_t>(first_row + line % count + 1 - first, 0, length)
-                                            : length;
+            const int64_t readable = std::clamp<int64_t>(ends[line % count] - first, 0, length);
             const bool* allowed = mask == nullptr ? nullptr : mask_line(line, first);
             const float shrink = soften(scores.get() + line * BLOCK_KEYS, readable, allowed, scale, highest[line],
                                         total[line], weights.get() + line * BLOCK_KEYS);

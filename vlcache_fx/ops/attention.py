@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FastAttention", "attention", "decompose_attention"]
+__all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def _kernel() -> Callable[..., None] | None:
     if not library.vlcache_attention_serves():
         return None
     function, pointer = library.vlcache_attention, ctypes.c_void_p
-    function.argtypes = [*[pointer] * 7, ctypes.c_int64, ctypes.c_float]
+    function.argtypes = [*[pointer] * 7, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_float]
     function.restype = None
     kernel: Callable[..., None] = function
     return kernel
@@ -50,9 +50,38 @@ def _mkldnn_enabled() -> bool:
     return bool(torch._C._get_mkldnn_enabled())
 
 
+@torch.library.custom_op("vlcache::row_mask", mutates_args=())
+def row_mask(rows: Tensor, tokens: int) -> Tensor:
+    """Which tokens come up to each row's place.
+
+    An operator, because on CPUs Inductor's code for this comparison takes ten times as long as PyTorch's.
+
+    Args:
+        rows: places, int64 [rows] or [batch, rows].
+        tokens: how many there are.
+
+    Returns:
+        bool [rows, tokens] or [batch, 1, rows, tokens].
+    """
+    places = rows[:, None] if rows.dim() == 1 else rows[:, None, :, None]
+    return torch.arange(tokens, device=rows.device) <= places
+
+
+@row_mask.register_fake
+def _(rows: Tensor, tokens: int) -> Tensor:
+    sizes = rows.shape if rows.dim() == 1 else (rows.shape[0], 1, rows.shape[1])
+    return rows.new_empty((*sizes, tokens), dtype=torch.bool)
+
+
 @torch.library.custom_op("vlcache::attention", mutates_args=())
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Scaled-dot-product attention with grouped key heads.
 
@@ -63,12 +92,17 @@ def attention(
         mask: bool, broadcastable to [batch, heads, rows, tokens]: True where a row reads a token; or None.
         is_causal: row i reads tokens 0 to i alone.
         scale: of the scores.
+        places: int64 [rows] or [batch, rows]: row i reads tokens 0 to ``places[i]`` alone; or None. Not
+            together with ``is_causal``.
 
     Returns:
         [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads nothing.
     """
     kernel = _kernel() if _mkldnn_enabled() else None
     if kernel is None:  # switched off since this was compiled
+        if places is not None:
+            allowed = row_mask(places, key.shape[2])
+            mask = allowed if mask is None else mask & allowed
         result = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=True
         )
@@ -82,11 +116,15 @@ def attention(
         mask = mask.expand(batch, heads, rows, tokens)
         mask = mask if mask.stride(-1) == 1 or tokens == 1 else mask.contiguous()
         strides += mask.stride()[:3]
+    if places is not None:
+        places = places.contiguous()
     kernel(
         *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
         _integers(batch, heads, key_heads, rows, tokens, dim),
         _integers(*strides),
         int(is_causal),
+        None if places is None else places.data_ptr(),
+        rows if places is not None and places.dim() == 2 else 0,
         scale,
     )
     return out.transpose(1, 2)
@@ -100,6 +138,7 @@ def _(
     mask: Tensor | None,  # noqa: ARG001
     is_causal: bool,  # noqa: ARG001
     scale: float,  # noqa: ARG001
+    places: Tensor | None = None,  # noqa: ARG001
 ) -> Tensor:
     batch, heads, rows, dim = query.shape
     return query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
@@ -115,8 +154,12 @@ def decompose_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    places: Tensor | None = None,
 ) -> Any:
-    """``aten.scaled_dot_product_attention`` as ``vlcache.attention``, or NotImplemented."""
+    """``aten.scaled_dot_product_attention`` as ``vlcache.attention``, or NotImplemented.
+
+    With ``places``, rows read tokens up to these alone.
+    """
     operands = (query, key, value)
     serves = (
         all(one.device.type == "cpu" and one.dtype == torch.bfloat16 and one.dim() == 4 for one in operands)
@@ -132,7 +175,7 @@ def decompose_attention(
     if not serves:
         return NotImplemented
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.vlcache.attention(query, key, value, attn_mask, is_causal, scale)
+    return torch.ops.vlcache.attention(query, key, value, attn_mask, is_causal, scale, places)
 
 
 class FastAttention(TorchFunctionMode):
