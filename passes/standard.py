@@ -26,6 +26,7 @@ from vlcache_fx.passes.rewrite import (
     InsertLookups,
     KvOnlyRows,
     RecordDonors,
+    RestrictMasks,
     RestrictMerge,
     RestrictRows,
     SpliceRows,
@@ -71,6 +72,7 @@ WARM = Pipeline(
         KvOnlyRows(),
         CarryRows(),
         TrimTail(),
+        RestrictMasks(),
         TagSegments(),
         DeclareInputs(),
     )

@@ -5,6 +5,7 @@ from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
 from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
 from vlcache_fx.passes.rewrite.record_donors import RecordDonors
+from vlcache_fx.passes.rewrite.restrict_masks import RestrictMasks
 from vlcache_fx.passes.rewrite.restrict_merge import RestrictMerge
 from vlcache_fx.passes.rewrite.restrict_rows import RestrictRows
 from vlcache_fx.passes.rewrite.splice_rows import SpliceRows
@@ -16,6 +17,7 @@ __all__ = [
     "InsertLookups",
     "KvOnlyRows",
     "RecordDonors",
+    "RestrictMasks",
     "RestrictMerge",
     "RestrictRows",
     "SpliceRows",

@@ -1,0 +1,134 @@
+"""Make masks of the active rows only."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from vlcache_fx.passes.base import Pass, Program
+
+aten = torch.ops.aten
+SELECT, TAKE = aten.index_select.default, torch.ops.vlcache.take_rows.default
+UNTAGGED = frozenset({aten._to_copy.default, aten.__and__.Tensor, aten.__or__.Tensor})
+"""Pointwise operators that torch does not tag as such."""
+
+
+class RestrictMasks(Pass):
+    """A bool mask of all rows over all tokens, of which rows are taken, is made of those rows alone.
+
+    Models compare vectors of places with each other, so the gather moves in front of the comparison, to the
+    vectors: nothing of the size tokens x tokens is made. A mask that comes as it is keeps its gather.
+    """
+
+    name: ClassVar[str] = "restrict_masks"
+    requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"masks_restricted"})
+
+    def run(self, program: Program) -> bool:
+        """Rewrite each gather of rows of a mask, and drop the masks that nothing reads any more."""
+        changed = False
+        for gather in list(program.graph.nodes):
+            if gather.target not in (SELECT, TAKE):
+                continue
+            restriction = _Restriction(program, gather)
+            if not restriction.pays():
+                continue
+            with program.graph.inserting_before(gather):
+                restricted = restriction.of(restriction.mask, restriction.dim)
+            gather.replace_all_uses_with(restricted)
+            program.graph.erase_node(gather)
+            changed = True
+        if changed:
+            program.graph.eliminate_dead_code()
+        return changed
+
+
+def _is_one(value: torch.Tensor, dim: int) -> bool:
+    return isinstance(value.shape[dim], int) and value.shape[dim] == 1
+
+
+def _is_pointwise(node: Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and (torch.Tag.pointwise in tags or node.target in UNTAGGED)
+
+
+class _Restriction:
+    """What one gather takes rows of, made of these rows, in front of the gather."""
+
+    def __init__(self, program: Program, gather: Node) -> None:
+        self._graph, self._gather = program.graph, gather
+        is_select = gather.target is SELECT
+        self.mask: Any = gather.args[0]
+        self.dim: Any = gather.args[1 if is_select else 2]
+        self._index: Any = gather.args[2 if is_select else 1]
+        # Rows of several samples have a dimension over samples as well, which vectors of lower rank lack.
+        value = self.mask.meta.get("val")
+        self._least_rank = 0 if is_select or value is None else value.dim()
+        self._made: dict[tuple[Node, int], Node] = {}
+
+    def pays(self) -> bool:
+        """True for a computed mask [.., rows, tokens] that comes from vectors with one value per row."""
+        value = self.mask.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+            return False
+        if self.dim != value.dim() - 2 or _is_one(value, self.dim):
+            return False
+        return self._operands(self.mask, self.dim) is not None and self._is_thin(self.mask, self.dim)
+
+    def _is_thin(self, node: Node, dim: int) -> bool:
+        operands = self._operands(node, dim)
+        if operands is None:
+            value = node.meta["val"]
+            return all(place == dim or _is_one(value, place) for place in range(value.dim()))
+        return all(self._is_thin(*operand) for operand in operands)
+
+    def _operands(self, node: Node, dim: int) -> list[tuple[Node, int]] | None:
+        """Operands that run over ``dim`` of ``node``, with their dimension; None where its rows are taken."""
+        rank = node.meta["val"].dim()
+        if node.target is aten.unsqueeze.default:
+            source, place = node.args[:2]
+            assert isinstance(source, Node)
+            assert isinstance(place, int)
+            candidates = [(source, dim - (place % rank < dim))]
+        elif _is_pointwise(node) or node.target is aten.expand.default:
+            values = [(one, one.meta.get("val")) for one in node.all_input_nodes]
+            candidates = [
+                (one, dim - rank + value.dim()) for one, value in values if isinstance(value, torch.Tensor)
+            ]
+        else:
+            return None
+        found = [(one, at) for one, at in candidates if at >= 0 and not _is_one(one.meta["val"], at)]
+        return None if any(one.meta["val"].dim() < self._least_rank for one, _ in found) else found
+
+    def of(self, node: Node, dim: int) -> Node:
+        """``node`` at the rows, which are its dimension ``dim``."""
+        if (node, dim) not in self._made:
+            self._made[node, dim] = self._restricted(node, dim)
+        return self._made[node, dim]
+
+    def _restricted(self, node: Node, dim: int) -> Node:
+        operands = self._operands(node, dim)
+        if operands is None:
+            if self._gather.target is SELECT:
+                return self._call(SELECT, (node, dim, self._index))
+            return self._call(TAKE, (node, self._index, dim, self._gather.args[3]))
+        places = dict(operands)
+
+        def moved(one: Node) -> Node:
+            return self.of(one, places[one]) if one in places else one
+
+        args: Any = map_arg(node.args, moved)
+        if node.target is aten.expand.default:
+            sizes = list(args[1])
+            sizes[dim] = -1 if operands else self._call(aten.sym_size.int, (self._index, self._index_dim()))
+            args = (args[0], sizes)
+        return self._call(node.target, args, map_arg(node.kwargs, moved))
+
+    def _index_dim(self) -> int:
+        return 0 if self._gather.target is SELECT else 1
+
+    def _call(self, target: Any, args: Any, kwargs: Any = None) -> Node:
+        made = self._graph.call_function(target, args, kwargs)
+        made.meta["segment"] = self._gather.meta["segment"]
+        return made
