@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlcache_fx.passes.rewrite import (
     HoistLookups,
@@ -62,3 +66,76 @@ def test_rows_see_what_they_saw(offsets: tuple[int, ...]) -> None:
 
 def test_without_masks_nothing_changes() -> None:
     assert unchanged(RestrictMasks(), prepared(small(rope="none")[0], *EARLIER))
+
+
+def places(count: int) -> tuple[Tensor, Tensor]:
+    at = torch.arange(count)
+    return at[None, None, :, None], at[None, None, None, :]
+
+
+def padded(tokens: int, seen: Tensor) -> Tensor:
+    """As transformers writes it: causal, and only tokens that the caller shows."""
+    row, key = places(tokens)
+    allowed = (key <= row) & seen[:, None, None, :]
+    return allowed.expand(seen.shape[0], -1, tokens, tokens)
+
+
+def windowed(tokens: int, seen: Tensor) -> Tensor:
+    row, key = places(tokens)
+    return (key <= row) & ~(key < row - 4) | (key == 0) & seen[:, None, None, :]
+
+
+def broadcast(tokens: int, seen: Tensor) -> Tensor:
+    """Every row sees the same."""
+    return seen[:, None, None, :].expand(-1, 1, tokens, tokens)
+
+
+def table(tokens: int, seen: Tensor) -> Tensor:
+    """Cut out of a square, which no operator on single values does."""
+    return torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))[None, None] & seen[:, None, None, :]
+
+
+def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """A graph that takes rows of a mask, and arguments for it: rows, and which tokens are seen."""
+    seen = torch.rand(samples, 12, generator=torch.Generator().manual_seed(0)) < 0.8
+    rows = torch.tensor([[0, 3, 7], [2, 5, 11]])[:samples]
+
+    def run(rows: Tensor, seen: Tensor) -> Tensor:
+        whole = mask(seen.shape[1], seen)
+        if samples == 1:
+            return whole.index_select(2, rows)
+        return torch.ops.vlcache.take_rows(whole, rows, 2, 0)
+
+    args = (rows if samples > 1 else rows[0], seen)
+    module = make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*args)
+    for node in module.graph.nodes:
+        node.meta["segment"] = "layer.0"
+    return module, args
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("mask", [padded, windowed, broadcast])
+def test_masks_that_models_write(mask: Callable[[int, Tensor], Tensor], samples: int) -> None:
+    module, args = traced(mask, samples)
+    want = module(*args)
+    program: Any = SimpleNamespace(graph=module.graph)
+    assert RestrictMasks().run(program)
+    module.recompile()
+    assert torch.equal(module(*args), want)
+    sizes = [tuple(node.meta["val"].shape) for node in module.graph.nodes if is_mask(node)]
+    assert not [size for size in sizes if size[-2:] == (12, 12)], sizes
+    assert not RestrictMasks().run(program)
+
+
+def is_mask(node: Any) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 4
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_mask_that_is_no_comparison_keeps_its_gather(samples: int) -> None:
+    module, _ = traced(table, samples)
+    before = str(module.graph)
+    program: Any = SimpleNamespace(graph=module.graph)
+    assert not RestrictMasks().run(program)
+    assert str(module.graph) == before
