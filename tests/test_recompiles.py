@@ -35,7 +35,7 @@ def ask(pair: Pair, seed: int, num_images: int) -> None:
         pair.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("dynamic", [pytest.param(True, marks=pytest.mark.thorough), None])
 def test_fifty_varied_requests_compile_nothing(dynamic: bool | None) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), dynamic=dynamic, min_span_tokens=4)
     # Each kind of call once or twice: text alone, cold, warm, and the decoding step that follows each.

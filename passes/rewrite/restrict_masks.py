@@ -63,18 +63,22 @@ class _Restriction:
         self.dim: Any = gather.args[1 if is_select else 2]
         self._index: Any = gather.args[2 if is_select else 1]
         # Rows of several samples have a dimension over samples as well, which vectors of lower rank lack.
-        value = self.mask.meta.get("val")
-        self._least_rank = 0 if is_select or value is None else value.dim()
+        value = None if is_select else self._mask_value()
+        self._least_rank = 0 if value is None else value.dim()
         self._made: dict[tuple[Node, int], Node] = {}
 
     def pays(self) -> bool:
         """True for a computed mask [.., rows, tokens] that comes from vectors with one value per row."""
-        value = self.mask.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        value = self._mask_value()
+        if value is None or value.dtype != torch.bool:
             return False
         if self.dim != value.dim() - 2 or _is_one(value, self.dim):
             return False
         return self._operands(self.mask, self.dim) is not None and self._is_thin(self.mask, self.dim)
+
+    def _mask_value(self) -> torch.Tensor | None:
+        value: Any = self.mask.meta.get("val")
+        return value if isinstance(value, torch.Tensor) else None
 
     def _is_thin(self, node: Node, dim: int) -> bool:
         operands = self._operands(node, dim)

@@ -18,7 +18,7 @@ from vlcache_fx.bench.workload import RequestShape, make_workload
 from vlcache_fx.exporting.sessions import OnnxSession
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_both_are_timed_and_checked(tmp_path: Path) -> None:
     model = build_model(find_preset("tiny").with_feature_tower(), torch.float32, torch.device("cpu"))
     report = onnx_ttft.export_preset(model, tmp_path / "export", 22)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.analysis.refusal import without_folders
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.exporting.captured import ExportInput, capture_for_export
 from vlcache_fx.exporting.facts import (
@@ -136,7 +137,8 @@ def test_masks_are_looked_at_without_the_graph(found: ExportInput) -> None:
     _, _, manifest = both_forms(found)
     check = MaskCheck.of(found.decoder.graph_module, found.facts)
     after = mask_check(manifest, lambda *args: [])
-    assert after.sites == check.sites
+    sites = [replace(site, source_line=without_folders(str(site.source_line))) for site in check.sites]
+    assert list(after.sites) == sites
     assert after.every_layer_has_one == check.every_layer_has_one
     names = [found.inputs[index] for index in check.inputs]
     assert [manifest.decoder.inputs[index] for index in after.inputs] == names
