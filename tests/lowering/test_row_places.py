@@ -12,10 +12,16 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from vlcache_fx.lowering import row_places
 from vlcache_fx.lowering.row_places import attend_up_to, read_places
+from vlcache_fx.ops import attention as kernel
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from ..runtime.helpers import own_compiler_state, with_backend
 
 aten = torch.ops.aten
 ROWS, TOKENS, WIDTH = 5, 40, 16
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def attend(mask: Callable[[Tensor, Tensor], Tensor], **options: Any) -> Callable[..., Tensor]:
@@ -34,6 +40,7 @@ def samples(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def operands(dtype: torch.dtype, batched: bool) -> tuple[Tensor, ...]:
+    """Query, key and value of one or two samples, and places of the rows; one row reads nothing."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 if batched else 1
     query, key, value = (
@@ -49,12 +56,16 @@ def traced(run: Callable[..., Tensor], args: tuple[Tensor, ...]) -> GraphModule:
     return found
 
 
-def targets(module: GraphModule) -> list[Any]:
-    return [node.target for node in module.graph.nodes if node.op == "call_function"]
+def targets(module: GraphModule) -> set[Any]:
+    return {node.target for node in module.graph.nodes if node.op == "call_function"}
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, atol=2e-2 if want.dtype == torch.bfloat16 else 0, rtol=0)
 
 
 @pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@DTYPES
 def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
     args = operands(dtype, batched)
     module = traced(attend(samples if batched else one_sample, enable_gqa=True, scale=0.3), args)
@@ -62,13 +73,12 @@ def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
     assert aten.le.Tensor in targets(module)
     assert read_places(module.graph)
     module.recompile()
-    left = targets(module)
-    assert attend_up_to in left
-    assert not {aten.le.Tensor, aten.arange.default, aten.scaled_dot_product_attention.default} & set(left)
-    torch.testing.assert_close(module(*args), want, atol=2e-2 if dtype == torch.bfloat16 else 0, rtol=0)
+    assert attend_up_to in targets(module)
+    assert not {aten.le.Tensor, aten.arange.default, row_places.SDPA} & targets(module)
+    close(module(*args), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@DTYPES
 def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtype) -> None:
     query, key, value, rows = operands(dtype, False)
     module = traced(attend(one_sample, enable_gqa=True), (query, key, value, rows))
@@ -77,8 +87,43 @@ def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtyp
     again = traced(module, (query, key, value, rows))
     assert attend_up_to not in targets(again)
     fewer = (query[:, :, :3], key[:, :, :29], value[:, :, :29], torch.tensor([1, 9, 28]))
-    want = attend(one_sample, enable_gqa=True)(*fewer)
-    torch.testing.assert_close(again(*fewer), want, atol=2e-2 if dtype == torch.bfloat16 else 0, rtol=0)
+    close(again(*fewer), attend(one_sample, enable_gqa=True)(*fewer))
+
+
+def heads(rows: Tensor, key: Tensor) -> Tensor:
+    """Places that differ from head to head."""
+    shifted = rows + torch.arange(4).unsqueeze(1)
+    return torch.arange(key.shape[2]) <= shifted.unsqueeze(0).unsqueeze(3)
+
+
+def tokens(rows: Tensor, key: Tensor) -> Tensor:
+    """Not places of rows: each token is compared with a number of its own."""
+    return torch.arange(key.shape[2]) <= torch.cat([rows] * 8).unsqueeze(0).expand(ROWS, -1)
+
+
+COMPARED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "short numbers": (one_sample, lambda rows: rows.int()),
+    "fractions": (one_sample, lambda rows: rows + 0.5),
+    "one place for all rows": (one_sample, lambda rows: rows[2:3]),
+    "one sample's places for all": (samples, lambda rows: rows[None]),
+    "heads": (heads, lambda rows: rows),
+    "tokens": (tokens, lambda rows: rows),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@DTYPES
+def test_whatever_is_compared_gives_what_its_mask_gives(name: str, dtype: torch.dtype) -> None:
+    """Masks that models write themselves compare any numbers, of any shape."""
+    mask, change = COMPARED[name]
+    query, key, value, _ = operands(dtype, True)
+    args = (query, key, value, change(operands(dtype, False)[3]))
+    module = traced(attend(mask, enable_gqa=True), args)
+    want = module(*args)
+    assert read_places(module.graph)
+    module.recompile()
+    close(module(*args), want)
+    close(traced(module, args)(*args), want)
 
 
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -88,7 +133,9 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "every second token": lambda rows, key: torch.arange(0, 2 * key.shape[2], 2) <= rows.unsqueeze(1),
     "numbers": lambda rows, key: one_sample(rows, key).to(key.dtype),
-    "heads": lambda rows, key: torch.arange(key.shape[2]) <= rows[:4].unsqueeze(1).unsqueeze(1).unsqueeze(0),
+    "counted in fractions": lambda rows, key: (
+        torch.arange(key.shape[2], dtype=torch.float64) <= rows.unsqueeze(1)
+    ),
 }
 
 
@@ -104,10 +151,29 @@ def test_other_masks_stay(name: str) -> None:
 def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
     """It is broadcast: rows at 0 or behind read everything."""
     query, key, value, rows = operands(torch.float32, False)
-    got = attend_up_to(query, key, value, rows - 1, 1, enable_gqa=True)
-    allowed = (torch.arange(1) <= (rows - 1)[:, None]).expand(ROWS, TOKENS)
+    places = (rows - 1).unsqueeze(1)
+    got = attend_up_to(query, key, value, places, 1, enable_gqa=True)
+    allowed = (torch.arange(1) <= places).expand(ROWS, TOKENS)
     want = F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=True)
     torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
-    assert torch.equal(
-        got[:, :, 1:], F.scaled_dot_product_attention(query, key, value, enable_gqa=True)[:, :, 1:]
-    )
+    everything = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert torch.equal(got[:, :, 1:], everything[:, :, 1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16")
+def test_warm_programs_tell_the_kernel_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = kernel._kernel(), []
+    assert real is not None
+    monkeypatch.setattr(kernel, "_kernel", lambda: lambda *args: (seen.append(args), real(*args)))
+    with own_compiler_state():
+        model = tiny_vlm(hidden=64, heads=4, rope="none").to(torch.bfloat16)
+        pair = with_backend(model, policy="first_k", budget=0.2, lowering="inductor")
+        for before, mode in ((3, "cold"), (9, "warm")):
+            inputs = tiny_vlm_inputs(before, 4, [(20, 0)])
+            inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+            seen.clear()
+            pair.both(**inputs)
+            assert pair.report["mode"] == mode
+    # It takes query, key, value, mask, result, sizes, strides, is_causal, places, scale.
+    assert [(one[3] is None, one[8] is None) for one in seen] == [(True, False)] * 2

@@ -90,12 +90,11 @@ def test_rows_read_up_to_their_places(
 ) -> None:
     query, key, value = operands(batch, group, 2, rows, tokens, 32, seed)
     generator = torch.Generator().manual_seed(seed)
-    sizes = (batch, rows) if of_samples else (rows,)
+    sizes = (batch, 1, rows, 1) if of_samples else (rows, 1)
     places = torch.randint(-1, tokens + 3, sizes, generator=generator)  # also before and behind all tokens
     mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
     allowed = row_mask(places, tokens)
-    assert allowed.shape == ((batch, 1, rows, tokens) if of_samples else (rows, tokens))
-    assert torch.equal(allowed.view(*sizes, tokens), torch.arange(tokens) <= places[..., None])
+    assert torch.equal(allowed, torch.arange(tokens) <= places)
     want = exact(query, key, value, allowed if mask is None else allowed & mask, False, 0.2)
     got = attention(query, key, value, mask, False, 0.2, places)
     torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
@@ -137,7 +136,7 @@ def test_operands_of_any_layout_give_the_same() -> None:
 def test_it_passes_torchs_own_checks(masked: bool) -> None:
     query, key, value = operands(1, 2, 2, 4, 6, 16)
     mask = torch.ones(4, 6, dtype=torch.bool) if masked else None
-    places = torch.arange(4) if masked else None
+    places = torch.arange(4)[:, None] if masked else None
     torch.library.opcheck(
         torch.ops.vlcache.attention.default,
         (query, key, value, mask, not masked, 0.25, places),
@@ -155,7 +154,7 @@ def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyP
     with FakeTensorMode() as mode:
         fake = attention(*(mode.from_tensor(one) for one in (query, key, value)), None, True, 0.25)
     assert fake.stride() == result.stride()
-    places = torch.tensor([3, 0, 5, 1])
+    places = torch.tensor([3, 0, 5, 1])[:, None]
     got = attention(query, key, value, None, False, 0.25, places)
     assert torch.equal(got, attention(query, key, value, row_mask(places, 6), False, 0.25))
     assert decompose_attention(query, key, value) is NotImplemented
@@ -182,9 +181,15 @@ def test_onednn_can_be_switched_off_after_compilation(monkeypatch: pytest.Monkey
         (lambda q, k, v: (q.clone().requires_grad_(), k, v), {}),
         (lambda q, k, v: (q, k, v), {"dropout_p": 0.1}),
         (lambda q, k, v: (q, k, v), {"attn_mask": torch.zeros(4, 6, dtype=torch.bfloat16)}),
+        (lambda q, k, v: (q, k, v), {"places": torch.zeros(4, 1, dtype=torch.int32)}),
+        (lambda q, k, v: (q, k, v), {"places": torch.zeros(4, 6, dtype=torch.int64)}),
+        (lambda q, k, v: (q, k, v), {"places": torch.zeros(1, 2, 4, 1, dtype=torch.int64)}),
     ],
-    ids=["float32", "no batch", "groups not asked for", "wide keys", "narrow", "gradient", "dropout", "bias"],
-)
+    ids=[
+        "float32", "no batch", "groups not asked for", "wide keys", "narrow", "gradient", "dropout", "bias",
+        "short places", "places of tokens", "places of heads",
+    ],
+)  # fmt: skip
 def test_other_attention_is_left_to_pytorch(change: Any, kwargs: dict[str, Any]) -> None:
     query, key, value = operands(1, 1, 2, 4, 6, 16)
     assert decompose_attention(query, key, value) is not NotImplemented

@@ -1,7 +1,7 @@
 """Attention that is told the places of its rows, in place of a mask that is made of them.
 
 ``restrict_rows`` gives an attention that hides later tokens by itself a mask of its rows over all tokens. To
-make it in every layer takes longer than the attention, on CPUs at least: the kernel there compares places.
+make it in every layer takes longer than the attention, on CPUs: the kernel there compares places.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIELDS = ("attn_mask", "dropout_p", "is_causal")
 
 
 def read_places(graph: Graph) -> bool:
-    """Let each attention of ``graph`` whose mask is ``arange(tokens) <= rows`` call ``attend_up_to``.
+    """Let each attention on a CPU whose mask is ``arange(tokens) <= places`` call ``attend_up_to``.
 
     Returns:
         whether there was one. The graph must be traced anew then: that is no operator.
@@ -32,11 +32,11 @@ def read_places(graph: Graph) -> bool:
     found = False
     for node in graph.find_nodes(op="call_function", target=SDPA):
         given = {**dict(zip(FIELDS, node.args[3:], strict=False)), **node.kwargs}
-        places = _places(given.pop("attn_mask", None))
-        if places is None or given.pop("is_causal", False) or given.pop("dropout_p", 0.0):
+        compared = _compared(given.pop("attn_mask", None))
+        if compared is None or given.pop("is_causal", False) or given.pop("dropout_p", 0.0):
             continue
         with graph.inserting_before(node):
-            call = graph.call_function(attend_up_to, (*node.args[:3], *places), given)
+            call = graph.call_function(attend_up_to, (*node.args[:3], *compared), given)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
@@ -46,45 +46,32 @@ def read_places(graph: Graph) -> bool:
     return found
 
 
-def _places(mask: Any) -> tuple[Node, Any] | None:
-    """The rows, and the number of tokens, that a mask is made of; None for any other mask."""
+def _compared(mask: Any) -> tuple[Any, Any] | None:
+    """The places, and the number of tokens, that a mask is made of; None for any other mask."""
     if not isinstance(mask, Node) or mask.target is not aten.le.Tensor:
         return None
-    tokens, rows = mask.args
+    tokens, places = mask.args
     if not isinstance(tokens, Node) or tokens.target is not aten.arange.default:
         return None
-    if tokens.kwargs.get("dtype") not in (None, torch.int64):
-        return None
-    dims = []
-    while isinstance(rows, Node) and rows.target is aten.unsqueeze.default:
-        dims.append(rows.args[1])
-        rows = rows.args[0]
-    # [rows, 1], or of several samples [batch, 1, rows, 1].
-    if dims not in ([1], [1, -1]) or not isinstance(rows, Node):
-        return None
-    return rows, tokens.args[0]
+    device: Any = tokens.kwargs.get("device") or "cpu"
+    is_counted = tokens.kwargs.get("dtype") in (None, torch.int64)
+    return (places, tokens.args[0]) if is_counted and torch.device(device).type == "cpu" else None
 
 
 def attend_up_to(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, tokens: int, **options: Any
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, tokens: int, **options: Any
 ) -> Tensor:
-    """Attention in which each row reads the tokens up to its place.
+    """Attention under the mask ``arange(tokens) <= places``.
 
     Args:
         query: [batch, heads, rows, dim].
         key, value: [batch, key heads, tokens, dim].
-        rows: places, int64 [rows] or [batch, rows].
-        tokens: width of the mask that this stands for: that of ``key``, or 1 for all tokens alike.
+        places: of the rows, [rows, 1] or [batch, 1, rows, 1]; anything else that can be compared is a mask.
+        tokens: width of the mask: that of ``key``, or 1 for all tokens alike.
         **options: ``scale`` and ``enable_gqa``, as in ``scaled_dot_product_attention``.
     """
     if statically_known_true(tokens == key.shape[-2]):
-        result = decompose_attention(query, key, value, places=rows, **options)
+        result = decompose_attention(query, key, value, places=places, **options)
         if isinstance(result, Tensor):
             return result
-    mask = row_mask(rows, tokens) if rows.device.type == "cpu" else _mask(rows, tokens)
-    return F.scaled_dot_product_attention(query, key, value, mask, **options)
-
-
-def _mask(rows: Tensor, tokens: int) -> Tensor:
-    places = rows.unsqueeze(1) if rows.dim() == 1 else rows.unsqueeze(-1).unsqueeze(1)
-    return torch.arange(tokens, device=rows.device) <= places
+    return F.scaled_dot_product_attention(query, key, value, row_mask(places, tokens), **options)

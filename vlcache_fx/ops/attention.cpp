@@ -118,11 +118,11 @@ extern "C" int vlcache_attention_serves() {
 
 // query [batch, heads, rows, dim], key and value [batch, key heads, tokens, dim], mask (or null) [batch, heads,
 // rows, tokens], each with strides of its own (in values) and dim and tokens dense; out [batch, rows, heads, dim],
-// dense. Causal: row i reads tokens 0..i; with places (one per row, those of the next sample places_batch further on)
-// tokens 0..places[i]. A row that reads nothing becomes zero.
+// dense. Causal: row i reads tokens 0..i; with places [batch, rows], dense, tokens
+// 0..places[i]. A row that reads nothing becomes zero.
 extern "C" void vlcache_attention(
     const bf16* query, const bf16* key, const bf16* value, const bool* mask, bf16* out, const int64_t* sizes,
-    const int64_t* strides, int64_t causal, const int64_t* places, int64_t places_batch, float scale) {
+    const int64_t* strides, int64_t causal, const int64_t* places, float scale) {
   const int64_t batch = sizes[0], heads = sizes[1], key_heads = sizes[2], rows = sizes[3], tokens = sizes[4],
                 dim = sizes[5];
   const auto stride = [&](int64_t i) { return Strides{strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
@@ -166,7 +166,7 @@ extern "C" void vlcache_attention(
         }
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = first_row + i;
-          ends[i] = places != nullptr ? std::clamp<int64_t>(places[b * places_batch + row] + 1, 0, tokens)
+          ends[i] = places != nullptr ? std::clamp<int64_t>(places[b * rows + row], -1, tokens - 1) + 1
                     : causal          ? std::min(row + 1, tokens)
                                       : tokens;
         }

@@ -40,7 +40,7 @@ def _kernel() -> Callable[..., None] | None:
     if not library.vlcache_attention_serves():
         return None
     function, pointer = library.vlcache_attention, ctypes.c_void_p
-    function.argtypes = [*[pointer] * 7, ctypes.c_int64, pointer, ctypes.c_int64, ctypes.c_float]
+    function.argtypes = [*[pointer] * 7, ctypes.c_int64, pointer, ctypes.c_float]
     function.restype = None
     kernel: Callable[..., None] = function
     return kernel
@@ -51,26 +51,25 @@ def _mkldnn_enabled() -> bool:
 
 
 @torch.library.custom_op("vlcache::row_mask", mutates_args=())
-def row_mask(rows: Tensor, tokens: int) -> Tensor:
-    """Which tokens come up to each row's place.
+def row_mask(places: Tensor, tokens: int) -> Tensor:
+    """``arange(tokens) <= places``: which tokens come up to each row's place.
 
     An operator, because on CPUs Inductor's code for this comparison takes ten times as long as PyTorch's.
 
     Args:
-        rows: places, int64 [rows] or [batch, rows].
+        places: numbers, [.., rows, 1].
         tokens: how many there are.
 
     Returns:
-        bool [rows, tokens] or [batch, 1, rows, tokens].
+        bool [.., rows, tokens].
     """
-    places = rows[:, None] if rows.dim() == 1 else rows[:, None, :, None]
-    return torch.arange(tokens, device=rows.device) <= places
+    return torch.arange(tokens, device=places.device) <= places
 
 
 @row_mask.register_fake
-def _(rows: Tensor, tokens: int) -> Tensor:
-    sizes = rows.shape if rows.dim() == 1 else (rows.shape[0], 1, rows.shape[1])
-    return rows.new_empty((*sizes, tokens), dtype=torch.bool)
+def _(places: Tensor, tokens: int) -> Tensor:
+    sizes = torch.broadcast_shapes((tokens,), places.shape)  # type: ignore[no-untyped-call]
+    return places.new_empty(sizes, dtype=torch.bool)
 
 
 @torch.library.custom_op("vlcache::attention", mutates_args=())
@@ -92,8 +91,8 @@ def attention(
         mask: bool, broadcastable to [batch, heads, rows, tokens]: True where a row reads a token; or None.
         is_causal: row i reads tokens 0 to i alone.
         scale: of the scores.
-        places: int64 [rows] or [batch, rows]: row i reads tokens 0 to ``places[i]`` alone; or None. Not
-            together with ``is_causal``.
+        places: int64, broadcastable to [batch, 1, rows, 1]: a row reads tokens 0 to its place alone; or None.
+            Not together with ``is_causal``.
 
     Returns:
         [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads nothing.
@@ -117,14 +116,13 @@ def attention(
         mask = mask if mask.stride(-1) == 1 or tokens == 1 else mask.contiguous()
         strides += mask.stride()[:3]
     if places is not None:
-        places = places.contiguous()
+        places = places.expand(batch, 1, rows, 1).contiguous()
     kernel(
         *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
         _integers(batch, heads, key_heads, rows, tokens, dim),
         _integers(*strides),
         int(is_causal),
         None if places is None else places.data_ptr(),
-        rows if places is not None and places.dim() == 2 else 0,
         scale,
     )
     return out.transpose(1, 2)
@@ -165,6 +163,7 @@ def decompose_attention(
         all(one.device.type == "cpu" and one.dtype == torch.bfloat16 and one.dim() == 4 for one in operands)
         and (attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.dim() <= 4))
         and dropout_p == 0.0
+        and (places is None or _is_one_per_row(places))
         and (enable_gqa or query.shape[1] == key.shape[1])
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % LANES == 0
@@ -191,6 +190,13 @@ class FastAttention(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         return func(*args, **kwargs)
+
+
+def _is_one_per_row(places: Tensor) -> bool:
+    """True for [rows, 1] and [batch, 1, rows, 1], as the kernel takes them."""
+    if places.dtype != torch.int64 or places.dim() not in (2, 4):
+        return False
+    return all(isinstance(size, int) and size == 1 for size in (places.shape[1], places.shape[-1]))
 
 
 def _dense(tensor: Tensor) -> Tensor:
