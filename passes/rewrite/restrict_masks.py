@@ -134,5 +134,7 @@ class _Restriction:
 
     def _call(self, target: Any, args: Any, kwargs: Any = None) -> Node:
         made = self._graph.call_function(target, args, kwargs)
-        made.meta["segment"] = self._gather.meta["segment"]
+        made.meta.update(
+            {name: self._gather.meta[name] for name in ("segment",) if name in self._gather.meta}
+        )
         return made

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from vlcache_fx.capture import Captured
 from vlcache_fx.passes import Pass, Pipeline, Program
+from vlcache_fx.passes.rewrite import TrimTail
 from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
@@ -139,6 +140,24 @@ def run(
     program.graph_module.recompile()
     with torch.no_grad():
         return tuple(program.graph_module(*args, *bound))
+
+
+def results_without_and_with(
+    rewrite: Pass,
+    earlier: Sequence[Pass],
+    captured: Captured,
+    args: Sequence[Any],
+    offsets: tuple[int, ...],
+    num_tokens: int = TOKENS,
+) -> list[Tensor]:
+    """What a program gives for a few rows of the image, the others being zeros: as it was, and rewritten."""
+    results = []
+    for more in ((), (rewrite,)):
+        program = prepared(captured, *earlier, *more, TrimTail())
+        plan = plan_for(program, num_tokens, [Span(0, START, LENGTH, "key", True)], Rows((offsets,)))
+        donors = {slot: torch.zeros_like(rows) for slot, rows in nothing_stored(program).items()}
+        results.append(run(program, args, plan, donors)[0])
+    return results
 
 
 def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:

@@ -19,17 +19,13 @@ from vlcache_fx.passes.rewrite import (
     SpliceRows,
     TrimTail,
 )
-from vlcache_fx.plan.types import Span
 
 from ..programs import (
-    LENGTH,
-    START,
-    Rows,
     before_and_after,
     everything,
     nothing_stored,
-    plan_for,
     prepared,
+    results_without_and_with,
     run,
     small,
     unchanged,
@@ -54,13 +50,7 @@ def test_all_rows_is_the_unmodified_model() -> None:
 def test_rows_see_what_they_saw(offsets: tuple[int, ...]) -> None:
     """Bit by bit what a gather of the whole mask gives."""
     captured, graph, _ = small(**MASKED)
-    tokens = everything(captured).num_tokens
-    results = []
-    for more in ((), (RestrictMasks(),)):
-        program = prepared(captured, *EARLIER, TrimTail(), *more)
-        plan = plan_for(program, tokens, [Span(0, START, LENGTH, "key", True)], Rows((offsets,)))
-        donors = {slot: torch.zeros_like(rows) for slot, rows in nothing_stored(program).items()}
-        results.append(run(program, graph.calls[0], plan, donors)[0])
+    results = results_without_and_with(RestrictMasks(), EARLIER, captured, graph.calls[0], offsets)
     assert torch.equal(*results)
 
 
@@ -108,8 +98,6 @@ def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tu
 
     args = (rows if samples > 1 else rows[0], seen)
     module = make_fx(run, tracing_mode="symbolic", pre_dispatch=True)(*args)
-    for node in module.graph.nodes:
-        node.meta["segment"] = "layer.0"
     return module, args
 
 

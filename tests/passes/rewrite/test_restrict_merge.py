@@ -17,19 +17,16 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 from vlcache_fx.passes.standard import warm_program
-from vlcache_fx.plan.types import Span
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..programs import (
     LENGTH,
-    START,
-    Rows,
     before_and_after,
     everything,
     nothing_stored,
-    plan_for,
     prepared,
+    results_without_and_with,
     run,
     small,
     unchanged,
@@ -57,13 +54,7 @@ def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
     call = tiny_vlm_inputs(3, 2, [(LENGTH, 0), (4, 1)])
     captured, graph = captured_graph(tiny_vlm(num_layers=1), call)
     tokens = call["input_ids"].shape[1]
-    programs = [prepared(captured, *EARLIER, *more, TrimTail()) for more in ((), (RestrictMerge(),))]
-    spans = [Span(0, START, LENGTH, "key", True)]
-    results = []
-    for program in programs:
-        plan = plan_for(program, tokens, spans, Rows((offsets,)))
-        donors = {slot: torch.zeros_like(rows) for slot, rows in nothing_stored(program).items()}
-        results.append(run(program, graph.calls[0], plan, donors)[0])
+    results = results_without_and_with(RestrictMerge(), EARLIER, captured, graph.calls[0], offsets, tokens)
     assert torch.equal(*results)
 
 
