@@ -45,9 +45,10 @@ def test_a_trace_that_ends_with_a_place() -> None:
         (r'"C:\me\model.py", line 1, and "/x/y.py", line 2', '"model.py", line 1, and "y.py", line 2'),
         ('"model.py", line 1', '"model.py", line 1'),
         ("", ""),
+        (None, None),
     ],
 )
-def test_folders_are_for_this_machine_alone(text: str, rest: str) -> None:
+def test_folders_are_for_this_machine_alone(text: str | None, rest: str | None) -> None:
     assert without_folders(text) == rest
 
 

@@ -137,7 +137,7 @@ def test_masks_are_looked_at_without_the_graph(found: ExportInput) -> None:
     _, _, manifest = both_forms(found)
     check = MaskCheck.of(found.decoder.graph_module, found.facts)
     after = mask_check(manifest, lambda *args: [])
-    sites = [replace(site, source_line=without_folders(str(site.source_line))) for site in check.sites]
+    sites = [replace(site, source_line=without_folders(site.source_line)) for site in check.sites]
     assert list(after.sites) == sites
     assert after.every_layer_has_one == check.every_layer_has_one
     names = [found.inputs[index] for index in check.inputs]

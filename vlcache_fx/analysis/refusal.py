@@ -21,9 +21,9 @@ def source_line(node: Node) -> str | None:
     return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
 
 
-def without_folders(text: str) -> str:
+def without_folders(text: str | None) -> str | None:
     """``text`` with quoted paths cut down to files' names, for what is read on other machines."""
-    return re.sub(r'"[^"\n]*[/\\]([^"/\\\n]+\.py)"', r'"\1"', text)
+    return None if text is None else re.sub(r'"[^"\n]*[/\\]([^"/\\\n]+\.py)"', r'"\1"', text)
 
 
 def refuse(reason: Reason, node: Node | None, detail: str) -> UnsupportedGraphError:

@@ -85,7 +85,7 @@ def describe(
                 "slot": one.slot,
                 "layer": one.layer,
                 "node": one.node.name,
-                "source_line": without_folders(source_line(one.node) or "") or None,
+                "source_line": without_folders(source_line(one.node)),
                 "input": f"donor.{one.slot}",
             }
             for one in facts.frontiers

@@ -73,8 +73,7 @@ def decoder_spec(
         embeddings=None if identifier.embeddings is None else place[identifier.embeddings],
         prefix_inputs=places(form.prefixes.inputs),
         mask_sites=tuple(
-            MaskSpec(site.node, without_folders(site.source_line or "") or None, site.has_mask)
-            for site in check.sites
+            MaskSpec(site.node, without_folders(site.source_line), site.has_mask) for site in check.sites
         ),
         mask_inputs=places(check.inputs),
         every_layer_has_a_mask=check.every_layer_has_one,
