@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-golden", action="store_true", help="rewrite golden files with what tests produce"
     )
     parser.addoption(
-        "--thorough", action="store_true", help="also what takes minutes and is tested elsewhere"
+        "--thorough", action="store_true", help="also what takes long and is mostly tested elsewhere"
     )
     parser.addoption("--all-families", action="store_true", help="try every family of the README's table")
 
@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("thorough") and not item.config.getoption("--thorough"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; pass --thorough"))
+            item.add_marker(pytest.mark.skip(reason="takes long; pass --thorough"))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
