@@ -13,6 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
 from vlcache_fx.ops.attention import FastAttention, decompose_attention, row_mask
+from vlcache_fx.ops.linear import decompose_linear
 
 __all__ = [
     "FastAttention",
@@ -22,6 +23,7 @@ __all__ = [
     "bind_donors",
     "decompose_attend",
     "decompose_attention",
+    "decompose_linear",
     "lookup",
     "row_mask",
     "scatter_rows",

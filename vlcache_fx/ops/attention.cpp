@@ -132,8 +132,10 @@ extern "C" void vlcache_attention(
   const int64_t key_blocks = (tokens + BLOCK_KEYS - 1) / BLOCK_KEYS;
   const int64_t row_blocks = (rows + rows_per_block - 1) / rows_per_block;
   const int64_t packed_size = BLOCK_KEYS * dim;
-  const auto keys = uninitialised<bf16>(batch * key_heads * key_blocks * packed_size);
-  const auto values = uninitialised<bf16>(batch * key_heads * key_blocks * packed_size);
+  static thread_local std::unique_ptr<bf16[]> kept; static thread_local int64_t kept_size = 0;
+  const int64_t need = batch * key_heads * key_blocks * packed_size;
+  if (kept_size < 2 * need) { kept = uninitialised<bf16>(2 * need); kept_size = 2 * need; }
+  bf16* const keys = kept.get(); bf16* const values = keys + need;
 
 #pragma omp parallel
   {
@@ -142,8 +144,8 @@ extern "C" void vlcache_attention(
       for (int64_t n = 0; n < key_blocks; ++n) {
         const int64_t b = bh / key_heads, h = bh % key_heads, first = n * BLOCK_KEYS;
         const int64_t length = std::min(BLOCK_KEYS, tokens - first), at = (bh * key_blocks + n) * packed_size;
-        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys.get() + at);
-        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values.get() + at);
+        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys + at);
+        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values + at);
       }
     }
 
@@ -187,7 +189,7 @@ extern "C" void vlcache_attention(
           }
           const int64_t at = (bh * key_blocks + n) * packed_size;
           at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
-                                      keys.get() + at, scores.get(), true);
+                                      keys + at, scores.get(), true);
           for (int64_t line = 0; line < lines; ++line) {
             const int64_t readable = std::clamp<int64_t>(ends[line % count] - first, 0, length);
             const bool* allowed = mask == nullptr ? nullptr : mask_line(line, first);
@@ -199,7 +201,7 @@ extern "C" void vlcache_attention(
             }
           }
           at::native::cpublas::brgemm(lines, dim, BLOCK_KEYS, BLOCK_KEYS, dim, dim, true, weights.get(),
-                                      values.get() + at, sums.get(), true);
+                                      values + at, sums.get(), true);
         }
         for (int64_t line = 0; line < lines; ++line) {
           const int64_t head = first_head + line / count, row = first_row + line % count;

@@ -6,44 +6,25 @@ float32.
 """
 
 import ctypes
-import functools
-import logging
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
+from vlcache_fx.ops.native import integers, native_kernel
 
-_log = logging.getLogger(__name__)
+__all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
 
 LANES = 16
 """Values of float32 in a vector register; the head dimension must be a multiple."""
 
+_TYPES = (*[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float)
 
-@functools.cache
+
 def _kernel() -> Callable[..., None] | None:
-    """The compiled kernel, from torch's cache on disk where it was built before; None where it cannot be."""
-    if not torch.cpu._is_avx512_bf16_supported():
-        return None
-    source = files("vlcache_fx.ops").joinpath("attention.cpp").read_text(encoding="utf-8")
-    try:
-        from torch._inductor.codecache import CppCodeCache
-
-        library = CppCodeCache.load(source, device_type="cpu")
-    except Exception as error:  # noqa: BLE001 (whatever a compiler's absence raises)
-        _log.warning("the attention kernel cannot be built, PyTorch's is used: %s", error)
-        return None
-    if not library.vlcache_attention_serves():
-        return None
-    function, pointer = library.vlcache_attention, ctypes.c_void_p
-    function.argtypes = [*[pointer] * 7, ctypes.c_int64, pointer, ctypes.c_float]
-    function.restype = None
-    kernel: Callable[..., None] = function
-    return kernel
+    return native_kernel("attention", _TYPES)
 
 
 def _mkldnn_enabled() -> bool:
@@ -119,8 +100,8 @@ def attention(
         places = places.expand(batch, 1, rows, 1).contiguous()
     kernel(
         *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
-        _integers(batch, heads, key_heads, rows, tokens, dim),
-        _integers(*strides),
+        integers(batch, heads, key_heads, rows, tokens, dim),
+        integers(*strides),
         int(is_causal),
         None if places is None else places.data_ptr(),
         scale,
@@ -201,7 +182,3 @@ def _is_one_per_row(places: Tensor) -> bool:
 
 def _dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _integers(*values: int) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)

@@ -23,6 +23,7 @@ from vlcache_fx.lowering import (
 from vlcache_fx.ops import (
     decompose_attend,
     decompose_attention,
+    decompose_linear,
     scatter_rows_reference,
     splice_rows_reference,
     take_rows_reference,
@@ -73,6 +74,7 @@ class Engine:
                 torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
                 torch.ops.vlcache.take_rows.default: take_rows_reference,
                 torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
+                torch.ops.aten.linear.default: decompose_linear,
                 torch.ops.vlcache.attend.default: decompose_attend,
             }
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)

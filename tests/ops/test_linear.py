@@ -1,0 +1,160 @@
+"""The kernel of linear layers for few rows of bfloat16 on a CPU, against products in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from vlcache_fx.ops import linear as module
+from vlcache_fx.ops.linear import MOST_ROWS, decompose_linear, linear
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+
+needs_kernel = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16"
+)
+
+
+def operands(
+    *sizes: int, outputs: int, seed: int = 0, with_bias: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    return one(*sizes), one(outputs, sizes[-1]), one(outputs) if with_bias else None
+
+
+def exact(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(rows.double(), weight.double(), None if bias is None else bias.double())
+
+
+def close(got: Tensor, want: Tensor, width: int) -> None:
+    """What rounding to bfloat16 costs, and sums of ``width`` products in float32."""
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-18 * (width + 8))
+
+
+@needs_kernel
+@given(
+    lead=st.sampled_from([(), (1,), (2, 1)]), rows=st.integers(1, MOST_ROWS + 2), width=st.integers(1, 200),
+    outputs=st.integers(1, 100), with_bias=st.booleans(), seed=st.integers(0, 9),
+)  # fmt: skip
+@example(lead=(), rows=1, width=64, outputs=32, with_bias=False, seed=0)
+@example(lead=(), rows=6, width=63, outputs=33, with_bias=True, seed=1)
+@settings(max_examples=60)
+def test_kernel_is_a_linear_layer(
+    lead: tuple[int, ...], rows: int, width: int, outputs: int, with_bias: bool, seed: int
+) -> None:
+    given_ = operands(*lead, rows, width, outputs=outputs, seed=seed, with_bias=with_bias)
+    close(linear(*given_), exact(*given_), width)
+
+
+@needs_kernel
+def test_it_is_as_exact_as_pytorchs() -> None:
+    given_ = operands(2, 4096, outputs=500)
+    want = exact(*given_)
+    assert (linear(*given_) - want).abs().max() <= 1.1 * (F.linear(*given_) - want).abs().max()
+
+
+@needs_kernel
+def test_values_behind_the_end_are_not_read() -> None:
+    rows, weight, _ = operands(1, 33, outputs=3)
+    padded = torch.full((100,), float("nan"), dtype=torch.bfloat16)
+    padded[:99] = weight.flatten()
+    close(linear(rows, padded[:99].view(3, 33), None), exact(rows, weight, None), 33)
+
+
+@needs_kernel
+def test_operands_of_any_layout_give_the_same() -> None:
+    rows, weight, bias = operands(2, 3, 40, outputs=24)
+    assert bias is not None
+    want = linear(rows, weight, bias)
+    turned = weight.t().contiguous().t()
+    assert torch.equal(linear(rows.transpose(0, 1).contiguous().transpose(0, 1), turned, bias), want)
+    assert torch.equal(linear(rows, weight, torch.stack([bias, bias], 1)[:, 0]), want)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (2, 0, 8), (3, 0)], ids=str)
+def test_no_rows_and_no_values(sizes: tuple[int, ...]) -> None:
+    given_ = operands(*sizes, outputs=4)
+    assert torch.equal(linear(*given_), F.linear(*given_))
+
+
+@needs_kernel
+@pytest.mark.parametrize("sizes", [(2, 16), (1, MOST_ROWS + 1, 16)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) -> None:
+    torch.library.opcheck(
+        torch.ops.vlcache.linear.default,
+        operands(*sizes, outputs=5, with_bias=with_bias),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kernel", lambda: None)
+    given_ = operands(2, 16, outputs=5)
+    assert torch.equal(linear(*given_), F.linear(*given_))
+    assert decompose_linear(*given_) is NotImplemented
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows, weight, bias: (rows.float(), weight.float(), bias.float()),
+        lambda rows, weight, bias: (rows, weight.t().contiguous().t(), bias),
+        lambda rows, weight, bias: (rows, weight.clone().requires_grad_(), bias),
+        lambda rows, weight, bias: (rows, weight[0], bias[0]),
+        lambda rows, weight, bias: (rows.repeat(4, 1), weight, bias),
+    ],
+    ids=["float32", "turned weights", "gradient", "a vector", "many rows"],
+)
+def test_other_layers_are_left_to_pytorch(change: Any) -> None:
+    given_ = operands(2, 16, outputs=5)
+    assert decompose_linear(*given_) is not NotImplemented
+    assert decompose_linear(*change(*given_)) is NotImplemented
+
+
+@needs_kernel
+def test_numbers_of_rows_that_are_not_known_yet_are_told_apart_when_it_runs() -> None:
+    rows, weight, bias = operands(20, 16, outputs=5)
+    traced = make_fx(decompose_linear, tracing_mode="symbolic")(rows, weight, bias)
+    assert torch.ops.vlcache.linear.default in {node.target for node in traced.graph.nodes}
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(one) for one in (rows, weight)]
+        assert decompose_linear(*fakes) is NotImplemented
+
+
+class Layer(torch.nn.Module):
+    def forward(self, rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        return (F.linear(rows.relu(), weight, bias) * 2,)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("lowering", "calls"), [("inductor", 2), ("eager", 0)])
+def test_lowered_programs_use_it_where_kernels_may_change(
+    lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, seen = module._kernel(), []
+    assert kernel is not None
+    monkeypatch.setattr(module, "_kernel", lambda: lambda *args: (seen.append(args), kernel(*args)))
+    run = None
+    for rows in (20, 4, 1):
+        given_ = operands(1, rows, 16, outputs=5)
+        if run is None:
+            traced = make_fx(Layer(), tracing_mode="symbolic", pre_dispatch=True)(*given_)
+            run = Engine(Options(lowering=lowering)).lowering.lower(traced, name="layer")
+        (got,) = run(given_)
+        close(got, 2 * exact(given_[0].relu(), *given_[1:]), 16)
+    assert len(seen) == calls

@@ -1,0 +1,63 @@
+"""Kernels in C++ are built where the processor has what they need, and missed nowhere else."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+import pytest
+import torch
+from torch._inductor.codecache import CppCodeCache
+
+from vlcache_fx.ops.native import integers, native_kernel
+
+TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
+
+
+class Library:
+    """What a build gives."""
+
+    def __init__(self, serves: bool) -> None:
+        self.vlcache_linear_serves = lambda: int(serves)
+        self.vlcache_linear = lambda *_: None
+
+
+def built(monkeypatch: pytest.MonkeyPatch, serves: bool) -> object:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(CppCodeCache, "load", lambda *_, **__: Library(serves))
+    return native_kernel.__wrapped__("linear", TYPES)
+
+
+def test_a_kernel_that_serves_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = built(monkeypatch, True)
+    assert kernel is not None
+    assert getattr(kernel, "argtypes", None) == TYPES
+
+
+def test_one_that_does_not_serve_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert built(monkeypatch, False) is None
+
+
+def test_other_processors_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(CppCodeCache, "load", lambda *_, **__: pytest.fail("something was built"))
+    assert native_kernel.__wrapped__("linear", TYPES) is None
+
+
+def test_a_failing_compiler_is_told_and_survived(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    with caplog.at_level(logging.WARNING, "vlcache_fx"):
+        assert native_kernel.__wrapped__("linear", TYPES) is None
+    assert "the kernel of linear cannot be built, PyTorch's is used: no compiler" in caplog.text
+
+
+def test_integers_are_an_array_of_64_bits() -> None:
+    array = integers(3, -(2**40))
+    assert list(array) == [3, -(2**40)]
+    assert ctypes.sizeof(array) == 16

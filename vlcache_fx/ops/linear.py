@@ -1,0 +1,71 @@
+"""``torch.ops.vlcache.linear``: a linear layer of bfloat16 on a CPU that is quick for few rows.
+
+For one or two rows, as where a prompt comes again or an answer is decoded, a layer takes as long as reading its
+weights. PyTorch's products read them at about half of what the machine can.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+from vlcache_fx.ops.native import native_kernel
+
+__all__ = ["MOST_ROWS", "decompose_linear", "linear"]
+
+MOST_ROWS = 6
+"""From here on, PyTorch's products are as quick."""
+
+_TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
+
+
+def _kernel() -> Callable[..., None] | None:
+    return native_kernel("linear", _TYPES)
+
+
+@torch.library.custom_op("vlcache::linear", mutates_args=())
+def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``.
+
+    Args:
+        rows: bfloat16 [.., width], on the CPU.
+        weight: bfloat16 [outputs, width].
+        bias: bfloat16 [outputs], or None.
+
+    Returns:
+        [.., outputs], dense.
+    """
+    width, outputs = rows.shape[-1], weight.shape[0]
+    count = rows.numel() // max(width, 1)
+    kernel = _kernel() if 0 < count <= MOST_ROWS else None
+    if kernel is None:
+        return F.linear(rows, weight, bias).contiguous()
+    rows, weight = rows.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = rows.new_empty((*rows.shape[:-1], outputs))
+    pointers = (None if one is None else one.data_ptr() for one in (rows, weight, bias, out))
+    kernel(*pointers, count, width, outputs)
+    return out
+
+
+@linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
+    return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+
+
+def decompose_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """``aten.linear`` as ``vlcache.linear``, or NotImplemented."""
+    operands = [one for one in (rows, weight, bias) if one is not None]
+    serves = (
+        all(one.device.type == "cpu" and one.dtype == torch.bfloat16 for one in operands)
+        and weight.dim() == 2
+        and weight.is_contiguous()
+        and not any(one.requires_grad for one in operands)
+        and not statically_known_true(rows.numel() > MOST_ROWS * rows.shape[-1])
+        and _kernel() is not None
+    )
+    return torch.ops.vlcache.linear(rows, weight, bias) if serves else NotImplemented

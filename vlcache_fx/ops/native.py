@@ -1,0 +1,49 @@
+"""Kernels in C++, compiled where they are first needed."""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+__all__ = ["integers", "native_kernel"]
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., None] | None:
+    """``vlcache_<name>`` of ``<name>.cpp``, from torch's cache on disk where it was built before.
+
+    Args:
+        name: of the file, and in that of the functions.
+        argument_types: of the kernel, in ctypes.
+
+    Returns:
+        the kernel; None where it cannot be built, or ``vlcache_<name>_serves`` says no to this processor.
+    """
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    source = files("vlcache_fx.ops").joinpath(f"{name}.cpp").read_text(encoding="utf-8")
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load(source, device_type="cpu")
+    except Exception as error:  # noqa: BLE001 (whatever a compiler's absence raises)
+        _log.warning("the kernel of %s cannot be built, PyTorch's is used: %s", name, error)
+        return None
+    if not getattr(library, f"vlcache_{name}_serves")():
+        return None
+    function = getattr(library, f"vlcache_{name}")
+    function.argtypes = argument_types
+    function.restype = None
+    kernel: Callable[..., None] = function
+    return kernel
+
+
+def integers(*values: int) -> Any:
+    """An array of int64, as kernels take it."""
+    return (ctypes.c_int64 * len(values))(*values)
