@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis import DecoderFacts, StepFacts
 
 aten = torch.ops.aten
 
@@ -23,6 +23,7 @@ class Program:
     Attributes:
         graph_module: changed in place by the passes.
         facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
+            Of a decoding step, the layers alone.
         row_inputs: per level 0..L, the placeholder with the active rows (int64 [n], or [batch, n] where the
             program computes several samples), or None where all tokens are active.
             Level i is what enters layer i, level L what leaves the last one.
@@ -32,7 +33,7 @@ class Program:
     """
 
     graph_module: fx.GraphModule
-    facts: DecoderFacts | None = None
+    facts: DecoderFacts | StepFacts | None = None
     row_inputs: tuple[Node | None, ...] = ()
     slots: dict[str, Node] = field(default_factory=dict)
     recorded: list[str] = field(default_factory=list)
@@ -45,7 +46,13 @@ class Program:
 
     @property
     def decoder(self) -> DecoderFacts:
-        """The facts; a pass that uses them lists ``facts`` under ``requires``."""
+        """The facts of a prompt's graph; a pass that uses them lists ``facts`` under ``requires``."""
+        assert isinstance(self.facts, DecoderFacts)
+        return self.facts
+
+    @property
+    def layered(self) -> DecoderFacts | StepFacts:
+        """The facts, of which only ``sites`` and ``stream`` are needed."""
         assert self.facts is not None
         return self.facts
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis import analyze, analyze_step
 from vlcache_fx.capture import Captured
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
@@ -79,6 +79,9 @@ WARM = Pipeline(
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
+STEP = Pipeline((TagSegments(), DeclareInputs()))
+"""A decoding step: as it is, cut into its layers."""
+
 
 def copy_captured(captured: Captured) -> Captured:
     """The same captured graph with nodes of its own."""
@@ -116,5 +119,17 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
     program.row_inputs = tuple(
         program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
     )
+    pipeline.run(program)
+    return program
+
+
+def step_program(captured: Captured, pipeline: Pipeline = STEP) -> Program:
+    """A captured, cleaned decoding step as a program; ``captured`` stays as it is.
+
+    Raises:
+        UnsupportedGraphError: its layers are not found.
+    """
+    own = copy_captured(captured)
+    program = Program(own.graph_module, analyze_step(own))
     pipeline.run(program)
     return program

@@ -8,6 +8,7 @@ A graph that cannot be rewritten runs unmodified, for a typed reason.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,13 +24,15 @@ from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraph
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.split_encoder import SplitEncoder, SplitResults, split_encoder, split_results
-from vlcache_fx.passes.standard import CLEANUP
+from vlcache_fx.passes.standard import CLEANUP, step_program
 from vlcache_fx.runtime.cross import CrossAttendingRunner
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
+
+_log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Sequence[Any]]
 
@@ -107,13 +110,14 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
     Raises:
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
+    captured = None
     try:
         captured = capture()
         CLEANUP.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
         if refusal.reason in NOTHING_TO_REUSE or unmodified.is_decoding_step():
-            return unmodified.prepare()
+            return _decoding_step(captured, unmodified, engine)
         return _refused(refusal, unmodified, engine)
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
         return _refused(UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)), unmodified, engine)
@@ -187,6 +191,21 @@ def check_gradients(example_inputs: Sequence[Any]) -> None:
         raise UnsupportedGraphError(
             Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()"
         )
+
+
+def _decoding_step(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
+    """Nothing to reuse; but its layers, where they are found, are compiled once."""
+    # What is written to a cache of fixed size would be copied whole.
+    if captured is None or captured.writes or engine.lowering.name != "inductor":
+        return unmodified.prepare()
+    if not unmodified.is_decoding_step():
+        return unmodified.prepare()
+    try:
+        step = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")
+    except (UnsupportedGraphError, PassError, LoweringError) as failure:
+        _log.debug("a decoding step is compiled as a whole: %s", failure)
+        return unmodified.prepare()
+    return _guarded(lambda *args: step(args), captured, unmodified)
 
 
 def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:

@@ -1,12 +1,13 @@
 """Declare the sizes of a program's inputs: symbolic ones for rows and donor tables."""
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import sympy
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis import Site
 from vlcache_fx.analysis.axis import is_one, shape_of
 from vlcache_fx.capture.fakes import FakeInputs, expression_of
 from vlcache_fx.passes.base import Pass, Program
@@ -21,7 +22,7 @@ class DeclareInputs(Pass):
 
     def run(self, program: Program) -> bool:
         """Set ``meta["val"]`` of the placeholders."""
-        fakes = FakeInputs(known_sizes(program.decoder))
+        fakes = FakeInputs(known_sizes(program.layered.sites))
         slots = {node: slot for slot, node in program.slots.items()}
         values = {
             node: _slot_value(program, fakes, slots[node], node)
@@ -35,7 +36,7 @@ class DeclareInputs(Pass):
         return True
 
 
-def known_sizes(facts: DecoderFacts) -> dict[str, tuple[str, int]]:
+def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
     """Sizes that are another one plus a number: an attention has as many values, and columns of its mask, as
     keys.
 
@@ -43,8 +44,8 @@ def known_sizes(facts: DecoderFacts) -> dict[str, tuple[str, int]]:
     of its values, of a mask over all of them) then has symbols of its own.
     """
     known: dict[sympy.Basic, tuple[sympy.Basic, int]] = {}
-    for layer in facts.layers:
-        keys, site = shape_of(layer.site.key)[-2], layer.site
+    for site in sites:
+        keys = shape_of(site.key)[-2]
         masks = [] if site.mask is None else [size for size in shape_of(site.mask)[-1:] if not is_one(size)]
         for other in (shape_of(site.value)[-2], *masks):
             difference = sympy.sympify(expression_of(keys)) - sympy.sympify(expression_of(other))

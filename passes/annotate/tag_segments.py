@@ -20,7 +20,7 @@ class TagSegments(Pass):
 
     def run(self, program: Program) -> bool:
         """Set ``meta["segment"]`` on every node that has none yet."""
-        stream = program.decoder.stream
+        stream = program.layered.stream
         known = {node: f"layer.{index}" for index, members in enumerate(stream.members) for node in members}
         known.update(dict.fromkeys(stream.tail, "tail"))
         for node in reversed(program.graph.nodes):

@@ -73,6 +73,11 @@ class DecoderFacts:
         return len(self.layers)
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """The attentions, one for each layer."""
+        return tuple(layer.site for layer in self.layers)
+
+    @property
     def frontiers(self) -> tuple[Frontier, ...]:
         """Where keys and values are stored and spliced, layer by layer."""
         return tuple(

@@ -1,7 +1,7 @@
 """``torch.ops.vlcache.linear``: a linear layer of bfloat16 on a CPU that is quick for few rows.
 
-For one or two rows, as where a prompt comes again or an answer is decoded, a layer takes as long as reading its
-weights. PyTorch's products read them at about half of what the machine can.
+For one or two rows, as where a prompt comes again or an answer is decoded, a layer takes as long as reading
+its weights. PyTorch's products read them at about half of what the machine can.
 """
 
 import ctypes

@@ -1,0 +1,122 @@
+"""Steps that decode have nothing to reuse, but their layers are compiled once, and with the same kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import LoweringError
+from vlcache_fx.lowering import InductorLowering, Lowered
+from vlcache_fx.ops import attention, linear
+from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
+
+from .runtime.helpers import Pair, own_compiler_state, with_api
+
+pytest.importorskip("transformers")
+
+LAYERS, TOKENS = 3, 4
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+def compiled(**options: Any) -> Pair:
+    return with_api(tiny_qwen2_5_vl(LAYERS), **({"lowering": "inductor", "min_span_tokens": 4} | options))
+
+
+def generated(model: Any, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
+    """The ids, and the logits of all steps: [steps, vocabulary]."""
+    inputs = qwen_inputs(9 + seed, 7, [(8, 8, seed)], seed, 3)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False} | options
+    with torch.no_grad():
+        output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    return output.sequences, torch.cat(output.logits)
+
+
+def check(pair: Pair, seed: int = 0, **options: Any) -> None:
+    ids, got = generated(pair.model, seed, **options)
+    wanted_ids, want = generated(pair.reference, seed, **options)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def compilations(pair: Pair) -> list[str]:
+    """The segments of steps that were compiled, in order."""
+    names = [name for name, _ in pair.engine.compile_cache.stats.compilations]
+    return [name.partition("/")[2] for name in names if name.startswith("decoding step")]
+
+
+def test_layers_of_a_step_are_compiled_once() -> None:
+    pair = compiled()
+    check(pair)
+    found = compilations(pair)
+    # A prompt leaves keys in another layout than a step does, so there are two kinds of steps.
+    assert sorted(found) == ["layer.0", "layer.0", "prelude", "tail"]
+    check(pair, seed=1)  # another length
+    assert compilations(pair) == found
+
+
+@pytest.mark.thorough
+def test_lengths_that_are_traced_as_numbers_first() -> None:
+    pair = compiled(dynamic=None)
+    for seed in range(2):
+        check(pair, seed)
+    assert compilations(pair)
+
+
+def test_without_compilation_nothing_is_compiled() -> None:
+    pair = compiled(lowering="eager")
+    check(pair)
+    assert compilations(pair) == []
+
+
+@pytest.mark.thorough
+def test_what_writes_to_a_cache_of_fixed_size_stays_whole() -> None:
+    pair = compiled()
+    check(pair, cache_implementation="static")
+    assert compilations(pair) == []
+
+
+def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower, failed = InductorLowering.lower, []
+
+    def failing(self: InductorLowering, program: Any, *, name: str) -> Lowered:
+        if name == "decoding step":
+            failed.append(name)
+            raise LoweringError("no")
+        return lower(self, program, name=name)
+
+    monkeypatch.setattr(InductorLowering, "lower", failing)
+    pair = compiled(strict=True)
+    check(pair)
+    assert failed
+    assert compilations(pair) == []
+    assert pair.engine.refusals == []
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16")
+def test_steps_use_the_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, list[int]] = {"linear": [], "attention": []}
+    for module, name, place in ((linear, "linear", 4), (attention, "attention", 5)):
+        kernel = module._kernel()
+        assert kernel is not None
+
+        def counting(*args: Any, kernel: Any = kernel, name: str = name, place: int = place) -> None:
+            size = args[place]
+            rows[name].append(size if isinstance(size, int) else size[3])
+            kernel(*args)
+
+        monkeypatch.setattr(module, "_kernel", lambda counting=counting: counting)
+    pair = with_api(tiny_qwen2_5_vl(LAYERS).bfloat16(), lowering="inductor", min_span_tokens=4)
+    generated(pair.model)
+    steps = TOKENS - 1
+    assert rows["attention"].count(1) == steps * LAYERS
+    assert rows["linear"].count(1) >= steps * 7 * LAYERS

@@ -1,0 +1,42 @@
+"""Facts about a decoding step: where its layers lie, and no more, since it has nothing to reuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.sites import Site, find_sites
+from vlcache_fx.analysis.stream import Stream, find_stream
+from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.errors import Reason
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What analysis found out about a graph of which only the layers are wanted.
+
+    Attributes:
+        sites: the attentions, one for each layer, in graph order.
+        stream: the residual stream and its layers.
+    """
+
+    sites: tuple[Site, ...]
+    stream: Stream
+
+
+def analyze_step(captured: Captured) -> StepFacts:
+    """Find the layers of a graph; nothing in it is changed.
+
+    Raises:
+        UnsupportedGraphError: NO_ATTENTION, or NO_STREAM.
+    """
+    graph = captured.graph_module.graph
+    sites = find_sites(graph)
+    if not sites:
+        raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
+    data = [
+        node
+        for node, kind in zip(captured.placeholders, captured.kinds, strict=True)
+        if kind is InputKind.DATA
+    ]
+    return StepFacts(sites, find_stream(graph, sites, data))
