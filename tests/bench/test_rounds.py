@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
+from vlcache_fx.bench.rounds import Summary, System, fastest_seconds, interleave, paired_ratio, time_once
 
 
 def logged(log: list[str], text: str) -> Callable[[], None]:
@@ -64,3 +64,9 @@ def test_ratios_are_taken_within_rounds() -> None:
 
 def test_ratio_with_a_system_that_sat_rounds_out() -> None:
     assert paired_ratio([4], [1, 100]) == Summary(4, 4, 4)
+
+
+def test_the_fastest_run_counts_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 0.0, 5.0, 0.0, 3.0, 0.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    assert fastest_seconds(lambda: None, 3) == 3.0

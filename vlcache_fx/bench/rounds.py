@@ -68,9 +68,20 @@ def median_seconds(
     run: Callable[[], object], repeats: int = 5, synchronize: Callable[[], None] = do_nothing
 ) -> float:
     """Median seconds of ``run`` over ``repeats`` runs, after one that does not count."""
+    return median(_repeated(run, repeats, synchronize))
+
+
+def fastest_seconds(
+    run: Callable[[], object], repeats: int, synchronize: Callable[[], None] = do_nothing
+) -> float:
+    """The least of ``repeats`` runs, after one that does not count."""
+    return min(_repeated(run, repeats, synchronize))
+
+
+def _repeated(run: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> list[float]:
     system = System(run, synchronize=synchronize)
     time_once(system)
-    return median(time_once(system) for _ in range(repeats))
+    return [time_once(system) for _ in range(repeats)]
 
 
 def interleave(

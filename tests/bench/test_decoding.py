@@ -1,0 +1,26 @@
+"""All systems take the same step. Times mean nothing here."""
+
+import pytest
+
+from vlcache_fx.bench import decoding
+from vlcache_fx.bench.decoding import EAGER, PLAIN, VLCACHE, Decoding, main
+
+
+def test_the_command_times_every_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, found = decoding.measure_decoding, []
+
+    def noting(*given: object) -> Decoding:
+        found.append(measure(*given))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(decoding, "measure_decoding", noting)
+    main("tiny", 120, 2, "eager")
+    (result,) = found
+    assert list(result.seconds) == [EAGER, PLAIN, VLCACHE]
+    assert 0 < result.ratio.low <= result.ratio.median <= result.ratio.high
+    assert result.num_tokens > 120
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed[:4]] == [*result.seconds, "torch.compile / vlcache"]
+    assert printed[4].startswith(f"one token behind {result.num_tokens - 1}; tiny, bfloat16; ")

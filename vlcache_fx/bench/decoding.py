@@ -1,0 +1,77 @@
+"""How long a step takes that decodes behind a photo: ``python -m vlcache_fx.bench.decoding``."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.machine import describe_machine
+from vlcache_fx.bench.model import build_model
+from vlcache_fx.bench.presets import find_preset
+from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
+from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
+from vlcache_fx.bench.workload import RequestShape, make_workload
+
+EAGER, PLAIN, VLCACHE = "unmodified, eager", "unmodified, torch.compile", "vlcache"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """Seconds of a step per system, and the ratio (plain ``torch.compile`` to vlcache) within each round."""
+
+    num_tokens: int
+    seconds: dict[str, Summary]
+    ratio: Summary
+
+
+def measure_decoding(model: Any, shape: RequestShape, rounds: int, lowering: str = "inductor") -> Decoding:
+    """Time the last token of a prompt behind a cache that holds all others.
+
+    Args:
+        model: in eval mode, on its device.
+        shape: of the prompt.
+        rounds: in each, every system takes one step.
+        lowering: see ``Systems``.
+
+    Raises:
+        MeasurementError: a system computed something else.
+    """
+    systems = Systems(model, lowering, [Variant()])
+    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+        workload = make_workload(model, shape)
+        runs = {EAGER: systems.plain, PLAIN: systems.compiled, VLCACHE: systems.reusing}
+        timed = {}
+        for name, run in runs.items():
+            step = Floor(run, workload, rows=1)
+            timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
+            time_once(timed[name])  # compiles
+        seconds = interleave(timed, rounds)
+    systems.close()
+    found = {name: Summary.of(values) for name, values in seconds.items()}
+    return Decoding(workload.num_tokens, found, paired_ratio(seconds[PLAIN], seconds[VLCACHE]))
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
+    vision_tokens: Annotated[int, typer.Option(help="of the photo")] = 4096,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    lowering: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+) -> None:
+    """Print times and ratio."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(find_preset(preset).with_feature_tower(), torch.bfloat16, device)
+    found = measure_decoding(model, RequestShape(vision_tokens), rounds, lowering)
+    for name, seconds in found.seconds.items():
+        typer.echo(f"{name}: {1e3 * seconds.median:,.1f} ms ({1e3 * seconds.low:,.1f} to "
+                   f"{1e3 * seconds.high:,.1f})")  # fmt: skip
+    ratio = found.ratio
+    typer.echo(f"torch.compile / vlcache: {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+    machine = describe_machine()
+    typer.echo(f"one token behind {found.num_tokens - 1}; {preset}, bfloat16; {machine.processor}, "
+               f"{machine.cores} cores, torch {machine.torch}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
