@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,9 @@ from vlcache_fx.lowering import InductorLowering, Lowered
 from vlcache_fx.ops import attention, linear
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 
-from .runtime.helpers import Pair, own_compiler_state, with_api
+from .analysis.test_step import Decoder
+from .analysis.test_step import inputs as step_inputs
+from .runtime.helpers import Pair, own_compiler_state, with_api, with_backend
 
 pytest.importorskip("transformers")
 
@@ -120,3 +124,18 @@ def test_steps_use_the_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> 
     steps = TOKENS - 1
     assert rows["attention"].count(1) == steps * LAYERS
     assert rows["linear"].count(1) >= steps * 7 * LAYERS
+
+
+def test_keys_of_the_first_step_are_let_go() -> None:
+    model, given = Decoder(), step_inputs()
+    with torch.no_grad():
+        want = model(**given)[0]
+    pair = with_backend(model, lowering="inductor")
+    held = [weakref.ref(past) for past in given["past"]]
+    with torch.no_grad():
+        got = pair.model(**given)[0]
+    torch.testing.assert_close(got, want)
+    del given
+    gc.collect()
+    assert compilations(pair) == ["layer.0", "tail"]
+    assert [one() for one in held] == [None] * len(held)

@@ -10,7 +10,7 @@ A graph that cannot be rewritten runs unmodified, for a typed reason.
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,6 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.capture.steps import is_decoding_step
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -31,24 +30,11 @@ from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.unmodified import DynamoGraph, Unmodified
 
 _log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Sequence[Any]]
-
-
-class Unmodified(Protocol):
-    """What was captured, as it was: takes the inputs of the captured graph and returns its results."""
-
-    def prepare(self) -> Compiled:
-        """Whatever must be done before the first call, done now."""
-
-    def is_decoding_step(self) -> bool:
-        """True for a step that continues a prompt: it has nothing to reuse."""
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        """Run it."""
-
 
 NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
 """Pieces of a model and decoding steps: neither logged, raised nor reported.
@@ -101,7 +87,7 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
         check_gradients(example_inputs)
         return capture_dynamo(graph_module, example_inputs)
 
-    return compile_captured(capture, _DynamoGraph(graph_module, example_inputs, engine), engine)
+    return compile_captured(capture, DynamoGraph(graph_module, example_inputs, engine), engine)
 
 
 def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, engine: Engine) -> Compiled:
@@ -121,6 +107,7 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
         return _refused(refusal, unmodified, engine)
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
         return _refused(UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)), unmodified, engine)
+    unmodified.release()
     return _guarded(compiled, captured, unmodified)
 
 
@@ -205,6 +192,7 @@ def _decoding_step(captured: Captured | None, unmodified: Unmodified, engine: En
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()
+    unmodified.release()
     return _guarded(lambda *args: step(args), captured, unmodified)
 
 
@@ -224,30 +212,3 @@ def _refused(refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Eng
         return compiled(*args)
 
     return run
-
-
-class _DynamoGraph:
-    """The graph as Dynamo gave it, compiled as ``torch.compile`` would, when first needed."""
-
-    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> None:
-        self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine
-        # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again
-        # for it would not pay.
-        self._run: Compiled = graph_module
-
-    def is_decoding_step(self) -> bool:
-        """See ``Unmodified``."""
-        return is_decoding_step(self._graph_module.graph)
-
-    def prepare(self) -> Compiled:
-        """Compile now, while Dynamo's compilation context is there."""
-        if self._engine.options.lowering == "inductor":
-            from torch._inductor.compile_fx import compile_fx
-
-            compiled: Any = compile_fx(self._graph_module, list(self._example_inputs))
-            self._run = compiled
-        self._example_inputs = ()
-        return self._run
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        return self._run(*args)

@@ -76,6 +76,9 @@ class _Arguments:
         """Nothing: exported programs run as they are."""
         return self
 
+    def release(self) -> None:
+        """Nothing, either."""
+
     def is_decoding_step(self) -> bool:
         """Who exports a decoding step and compiles it for reuse is told why there is none."""
         return False
