@@ -59,6 +59,9 @@ def exact(
 )  # fmt: skip
 @example(batch=1, group=2, key_heads=1, rows=256, tokens=256, dim=64, kind="causal", seed=0)
 @example(batch=2, group=1, key_heads=2, rows=129, tokens=257, dim=32, kind="samples", seed=1)
+@example(batch=2, group=8, key_heads=2, rows=2, tokens=515, dim=48, kind="rows and heads", seed=2)
+@example(batch=1, group=3, key_heads=1, rows=5, tokens=259, dim=128, kind="causal", seed=3)
+@example(batch=1, group=1, key_heads=2, rows=16, tokens=1, dim=16, kind="none", seed=4)
 @settings(max_examples=60)
 def test_kernel_is_attention(
     batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, kind: str, seed: int
@@ -101,9 +104,19 @@ def test_rows_read_up_to_their_places(
 
 
 @needs_kernel
-def test_it_is_as_exact_as_pytorchs() -> None:
-    query, key, value = operands(1, 4, 2, 100, 3000, 64)
-    allowed = torch.arange(2900, 3000)[:, None] >= torch.arange(3000)
+@pytest.mark.parametrize("rows", [2, 100])
+def test_keys_behind_the_last_are_not_read(rows: int) -> None:
+    query, key, value = operands(1, 4, 2, rows, 259, 48)
+    longer = [torch.cat([one, torch.full_like(one[:, :, :9], float("nan"))], 2) for one in (key, value)]
+    got = attention(query, *(one[:, :, :259] for one in longer), None, False, 0.2)
+    assert torch.equal(got, attention(query, key, value, None, False, 0.2))
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [2, 100])
+def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
+    query, key, value = operands(1, 4, 2, rows, 3000, 64)
+    allowed = torch.arange(3000 - rows, 3000)[:, None] >= torch.arange(3000)
     want = exact(query, key, value, allowed, False, 0.125)
     ours = attention(query, key, value, allowed, False, 0.125)
     theirs = F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=True)

@@ -48,13 +48,14 @@ def test_a_failing_compiler_is_told_and_survived(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("no compiler")
+        raise RuntimeError("no compiler\na long story")
 
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(CppCodeCache, "load", fail)
     with caplog.at_level(logging.WARNING, "vlcache_fx"):
         assert native_kernel.__wrapped__("linear", TYPES) is None
     assert "the kernel of linear cannot be built, PyTorch's is used: no compiler" in caplog.text
+    assert "a long story" not in caplog.text
 
 
 def test_integers_are_an_array_of_64_bits() -> None:

@@ -8,6 +8,8 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -96,6 +98,104 @@ float soften(float* scores, int64_t n, const bool* mask, float scale, float& hig
   return shrink;
 }
 
+// Packing keys and values takes longer than the products of few lines (a row of a head each) with them. Those read
+// keys and values as they lie.
+#ifdef __AVX512BF16__
+
+constexpr int64_t FEW = 16;
+
+// Lines [lines, dim] -> pairs along dim: [dim / 2][FEW][2]; missing lines become zero.
+void pack_lines(const bf16* from, int64_t lines, int64_t dim, bf16* packed) {
+  for (int64_t d = 0; d < dim / 2; ++d) {
+    for (int64_t line = 0; line < FEW; ++line) {
+      for (int64_t i = 0; i < 2; ++i)
+        packed[(d * FEW + line) * 2 + i] = line < lines ? from[line * dim + 2 * d + i] : bf16(0.f);
+    }
+  }
+}
+
+// scores[line][j] = lines . keys[j], for n keys; KEYS of them at a time hide how long a sum takes.
+template <int KEYS>
+void score_keys(const bf16* packed, int64_t lines, const bf16* keys, int64_t stride, int64_t dim, float* scores) {
+  __m512 sums[KEYS];
+  for (int j = 0; j < KEYS; ++j) sums[j] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dim / 2; ++d) {
+    const auto pairs = (__m512bh)_mm512_loadu_si512(packed + d * FEW * 2);
+    for (int j = 0; j < KEYS; ++j) {
+      int32_t pair;
+      std::memcpy(&pair, keys + j * stride + 2 * d, sizeof(pair));
+      sums[j] = _mm512_dpbf16_ps(sums[j], pairs, (__m512bh)_mm512_set1_epi32(pair));
+    }
+  }
+  alignas(64) float column[KEYS][FEW];
+  for (int j = 0; j < KEYS; ++j) _mm512_store_ps(column[j], sums[j]);
+  for (int64_t line = 0; line < lines; ++line) {
+    for (int j = 0; j < KEYS; ++j) scores[line * BLOCK_KEYS + j] = column[j][line];
+  }
+}
+
+void score_few(const bf16* packed, int64_t lines, const bf16* keys, int64_t stride, int64_t n, int64_t dim,
+               float* scores) {
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) score_keys<8>(packed, lines, keys + j * stride, stride, dim, scores + j);
+  for (; j < n; ++j) score_keys<1>(packed, lines, keys + j * stride, stride, dim, scores + j);
+}
+
+// sums[line][d] += weights[line] . values[.][d], for LINES lines, 32 dimensions (or 16) and n values.
+template <int LINES>
+void add_values(const bf16* weights, const bf16* values, int64_t stride, int64_t n, int64_t dim, float* sums,
+                int64_t width) {
+  __m512 low[LINES], high[LINES];
+  for (int line = 0; line < LINES; ++line) low[line] = high[line] = _mm512_setzero_ps();
+  const __mmask32 there = width == 32 ? 0xffffffffu : 0xffffu;
+  for (int64_t j = 0; j < n; j += 2) {
+    const __m512i even = _mm512_maskz_loadu_epi16(there, values + j * stride);
+    const __m512i odd = _mm512_maskz_loadu_epi16(j + 1 < n ? there : 0u, values + (j + 1) * stride);
+    const auto a = (__m512bh)_mm512_unpacklo_epi16(even, odd), b = (__m512bh)_mm512_unpackhi_epi16(even, odd);
+    for (int line = 0; line < LINES; ++line) {
+      int32_t pair;
+      std::memcpy(&pair, weights + line * BLOCK_KEYS + j, sizeof(pair));
+      const auto both = (__m512bh)_mm512_set1_epi32(pair);
+      low[line] = _mm512_dpbf16_ps(low[line], a, both);
+      high[line] = _mm512_dpbf16_ps(high[line], b, both);
+    }
+  }
+  // Unpacking works within 128 bits: four dimensions are in ``low``, the next four in ``high``, and so on.
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int line = 0; line < LINES; ++line) {
+    float* to = sums + line * dim;
+    const __m512 a = _mm512_permutex2var_ps(low[line], first, high[line]);
+    _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), a));
+    if (width == 32) {
+      const __m512 b = _mm512_permutex2var_ps(low[line], second, high[line]);
+      _mm512_storeu_ps(to + 16, _mm512_add_ps(_mm512_loadu_ps(to + 16), b));
+    }
+  }
+}
+
+void add_few(const bf16* weights, int64_t lines, const bf16* values, int64_t stride, int64_t n, int64_t dim,
+             float* sums) {
+  for (int64_t d = 0; d < dim; d += 32) {
+    const int64_t width = std::min<int64_t>(32, dim - d);
+    int64_t line = 0;
+    for (; line + 8 <= lines; line += 8)
+      add_values<8>(weights + line * BLOCK_KEYS, values + d, stride, n, dim, sums + line * dim + d, width);
+    for (; line < lines; ++line)
+      add_values<1>(weights + line * BLOCK_KEYS, values + d, stride, n, dim, sums + line * dim + d, width);
+  }
+}
+
+#else
+
+constexpr int64_t FEW = 0;
+
+void pack_lines(const bf16*, int64_t, int64_t, bf16*) {}
+void score_few(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {}
+void add_few(const bf16*, int64_t, const bf16*, int64_t, int64_t, int64_t, float*) {}
+
+#endif
+
 template <typename T>
 std::unique_ptr<T[]> uninitialised(int64_t count) {
   return std::unique_ptr<T[]>(new T[count]);
@@ -132,26 +232,27 @@ extern "C" void vlcache_attention(
   const int64_t key_blocks = (tokens + BLOCK_KEYS - 1) / BLOCK_KEYS;
   const int64_t row_blocks = (rows + rows_per_block - 1) / rows_per_block;
   const int64_t packed_size = BLOCK_KEYS * dim;
-  static thread_local std::unique_ptr<bf16[]> kept; static thread_local int64_t kept_size = 0;
-  const int64_t need = batch * key_heads * key_blocks * packed_size;
-  if (kept_size < 2 * need) { kept = uninitialised<bf16>(2 * need); kept_size = 2 * need; }
-  bf16* const keys = kept.get(); bf16* const values = keys + need;
+  const bool is_few = std::min(rows, rows_per_block) * group <= FEW;
+  const int64_t packed_blocks = is_few ? 0 : key_blocks;
+  const auto keys = uninitialised<bf16>(batch * key_heads * packed_blocks * packed_size);
+  const auto values = uninitialised<bf16>(batch * key_heads * packed_blocks * packed_size);
 
 #pragma omp parallel
   {
 #pragma omp for collapse(2)
     for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
-      for (int64_t n = 0; n < key_blocks; ++n) {
+      for (int64_t n = 0; n < packed_blocks; ++n) {
         const int64_t b = bh / key_heads, h = bh % key_heads, first = n * BLOCK_KEYS;
         const int64_t length = std::min(BLOCK_KEYS, tokens - first), at = (bh * key_blocks + n) * packed_size;
-        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys + at);
-        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values + at);
+        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys.get() + at);
+        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values.get() + at);
       }
     }
 
     const auto scores = uninitialised<float>(most * BLOCK_KEYS), sums = uninitialised<float>(most * dim);
     const auto highest = uninitialised<float>(most), total = uninitialised<float>(most);
     const auto weights = uninitialised<bf16>(most * BLOCK_KEYS), gathered = uninitialised<bf16>(most * dim);
+    const auto packed = uninitialised<bf16>(is_few ? FEW * dim : 0);
     const auto ends = uninitialised<int64_t>(rows_per_block);  // per row, one past the last token that it may read
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
@@ -166,6 +267,7 @@ extern "C" void vlcache_attention(
           std::memcpy(gathered.get() + line * dim, query + b * q.batch + head * q.head + row * q.row,
                       dim * sizeof(bf16));
         }
+        if (is_few) pack_lines(gathered.get(), lines, dim, packed.get());
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = first_row + i;
           ends[i] = places != nullptr ? std::clamp<int64_t>(places[b * rows + row], -1, tokens - 1) + 1
@@ -188,8 +290,13 @@ extern "C" void vlcache_attention(
             if (!any) continue;
           }
           const int64_t at = (bh * key_blocks + n) * packed_size;
-          at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
-                                      keys + at, scores.get(), true);
+          if (is_few) {
+            const bf16* own = key + b * k.batch + bh % key_heads * k.head + first * k.row;
+            score_few(packed.get(), lines, own, k.row, length, dim, scores.get());
+          } else {
+            at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
+                                        keys.get() + at, scores.get(), true);
+          }
           for (int64_t line = 0; line < lines; ++line) {
             const int64_t readable = std::clamp<int64_t>(ends[line % count] - first, 0, length);
             const bool* allowed = mask == nullptr ? nullptr : mask_line(line, first);
@@ -200,8 +307,13 @@ extern "C" void vlcache_attention(
               for (int64_t d = 0; d < dim; d += Vec::size()) (Vec::loadu(sum + d) * Vec(shrink)).store(sum + d);
             }
           }
-          at::native::cpublas::brgemm(lines, dim, BLOCK_KEYS, BLOCK_KEYS, dim, dim, true, weights.get(),
-                                      values + at, sums.get(), true);
+          if (is_few) {
+            const bf16* own = value + b * v.batch + bh % key_heads * v.head + first * v.row;
+            add_few(weights.get(), lines, own, v.row, length, dim, sums.get());
+          } else {
+            at::native::cpublas::brgemm(lines, dim, BLOCK_KEYS, BLOCK_KEYS, dim, dim, true, weights.get(),
+                                        values.get() + at, sums.get(), true);
+          }
         }
         for (int64_t line = 0; line < lines; ++line) {
           const int64_t head = first_head + line / count, row = first_row + line % count;

@@ -33,7 +33,10 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
 
         library = CppCodeCache.load(source, device_type="cpu")
     except Exception as error:  # noqa: BLE001 (whatever a compiler's absence raises)
-        _log.warning("the kernel of %s cannot be built, PyTorch's is used: %s", name, error)
+        _log.warning(
+            "the kernel of %s cannot be built, PyTorch's is used: %s", name, str(error).partition("\n")[0]
+        )
+        _log.debug("%s", error)
         return None
     if not getattr(library, f"vlcache_{name}_serves")():
         return None
