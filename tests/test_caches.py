@@ -140,7 +140,7 @@ def check_turns(start: Callable[[], Conversation]) -> None:
     "name",
     [
         "dynamic",
-        "int8 per token",
+        pytest.param("int8 per token", marks=pytest.mark.thorough),
         pytest.param("static, sliding", marks=pytest.mark.thorough),
         pytest.param("hybrid", marks=pytest.mark.thorough),
         pytest.param("static, allocated", marks=pytest.mark.thorough),
@@ -227,7 +227,7 @@ class Donated:
         ("dynamic", True),
         ("sliding", True),
         pytest.param("static, allocated", True, marks=pytest.mark.thorough),
-        ("static, sliding", False),
+        pytest.param("static, sliding", False, marks=pytest.mark.thorough),
         ("int8 per token", True),
     ],
 )

@@ -90,6 +90,7 @@ def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(qwen_engine
         assert low == usual == high
 
 
+@pytest.mark.thorough
 def test_engines_in_float16_keep_their_dtype(half: Exported, tmp_path: Path, rtx: Any) -> None:
     manifest = build_engines(half.manifest, half.copied(tmp_path / "copy"), FOR_ONE)
     assert manifest.dtype == "float16"

@@ -47,7 +47,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(shape=shapes, data=st.data())
 def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
     model = tiny_vlm(shape, seed=1)
