@@ -14,7 +14,7 @@ from torch import Tensor
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import InductorLowering, Lowered
 from vlcache_fx.ops import attention, linear
-from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_qwen2_5_vl
 
 from .analysis.test_step import Decoder
 from .analysis.test_step import inputs as step_inputs
@@ -85,6 +85,20 @@ def test_lengths_that_are_traced_as_numbers_first() -> None:
     for seed in range(2):
         check(pair, seed)
     assert compilations(pair)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
+def test_steps_with_a_window(name: str) -> None:
+    from . import caches  # needs transformers
+
+    pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    inputs = llava_inputs(5, 4, [0])
+    with torch.no_grad():
+        got, want = (model.generate(**inputs, **options) for model in (pair.model, pair.reference))
+    assert torch.equal(got, want)
+    assert "layer.0" in compilations(pair)
 
 
 def test_without_compilation_nothing_is_compiled() -> None:

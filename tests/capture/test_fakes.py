@@ -55,6 +55,14 @@ def test_like_gives_every_size_a_counterpart_of_its_own() -> None:
     assert len(tokens.node.shape_env.guards) == before  # nothing reaches the environment of the trace
 
 
+def test_like_keeps_that_a_size_is_another_one_and_more() -> None:
+    tokens = foreign(12)
+    fakes = FakeInputs()
+    own = fakes.like(tokens)
+    assert str(fakes.like(tokens + 1) - own) == "1"
+    assert str(fakes.like(tokens - 1) - own) != "-1"  # may be none for another number of tokens
+
+
 def test_like_keeps_the_order_of_dimensions() -> None:
     value = torch.empty(2, 3, 4).transpose(0, 2)
     assert FakeInputs().like(value).stride() == value.stride()

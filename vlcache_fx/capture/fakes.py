@@ -65,9 +65,14 @@ class FakeInputs:
 
     def _translate(self, size: int | torch.SymInt) -> int | torch.SymInt:
         found = expression_of(size)
+        if isinstance(found, int):
+            return found
+        more, symbol = found.as_coeff_Add()
+        if symbol.is_Symbol and more.is_Integer and more > 0:  # a cache and the token that joins it
+            return self.size(str(symbol)) + int(more)
         # Not computed from the symbols in it: a difference (240 - s9) need not be positive for another value
         # of its symbol, so it becomes a size of its own.
-        return found if isinstance(found, int) else self.size(str(found))
+        return self.size(str(found))
 
 
 def expression_of(size: int | torch.SymInt) -> Any:
