@@ -18,6 +18,7 @@ from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_qwen2_5_
 
 from .analysis.test_step import Decoder
 from .analysis.test_step import inputs as step_inputs
+from .ops.helpers import kernel_calls, needs_kernel
 from .runtime.helpers import Pair, own_compiler_state, with_api, with_backend
 
 pytest.importorskip("transformers")
@@ -131,24 +132,14 @@ def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPat
     assert pair.engine.refusals == []
 
 
-@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16")
+@needs_kernel
 def test_steps_use_the_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: dict[str, list[int]] = {"linear": [], "attention": []}
-    for module, name, place in ((linear, "linear", 4), (attention, "attention", 5)):
-        kernel = module._kernel()
-        assert kernel is not None
-
-        def counting(*args: Any, kernel: Any = kernel, name: str = name, place: int = place) -> None:
-            size = args[place]
-            rows[name].append(size if isinstance(size, int) else size[3])
-            kernel(*args)
-
-        monkeypatch.setattr(module, "_kernel", lambda counting=counting: counting)
+    multiplied, attended = (kernel_calls(module, monkeypatch) for module in (linear, attention))
     pair = with_api(tiny_qwen2_5_vl(LAYERS).bfloat16(), lowering="inductor", min_span_tokens=4)
     generated(pair.model)
     steps = TOKENS - 1
-    assert rows["attention"].count(1) == steps * LAYERS
-    assert rows["linear"].count(1) >= steps * 7 * LAYERS
+    assert [sizes[3] for *_, sizes, _, _, _, _ in attended].count(1) == steps * LAYERS
+    assert [count for *_, count, _, _ in multiplied].count(1) >= steps * 7 * LAYERS
 
 
 def test_keys_of_the_first_step_are_let_go() -> None:

@@ -30,11 +30,9 @@ from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
-from vlcache_fx.runtime.unmodified import DynamoGraph, Unmodified
+from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Unmodified
 
 _log = logging.getLogger(__name__)
-
-Compiled = Callable[..., Sequence[Any]]
 
 NOTHING_TO_REUSE = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
 """Pieces of a model and decoding steps: neither logged, raised nor reported.
@@ -103,7 +101,7 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
         if refusal.reason in NOTHING_TO_REUSE or unmodified.is_decoding_step():
-            return _decoding_step(captured, unmodified, engine)
+            return _without_reuse(captured, unmodified, engine)
         return _refused(refusal, unmodified, engine)
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
         return _refused(UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)), unmodified, engine)
@@ -180,12 +178,14 @@ def check_gradients(example_inputs: Sequence[Any]) -> None:
         )
 
 
-def _decoding_step(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
-    """Nothing to reuse; but its layers, where they are found, are compiled once."""
-    # What is written to a cache of fixed size would be copied whole.
-    if captured is None or captured.writes or engine.lowering.name != "inductor":
-        return unmodified.prepare()
-    if not unmodified.is_decoding_step():
+def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
+    """A piece of a model; or a decoding step, of which equal layers are compiled once, if found."""
+    if (
+        captured is None
+        or captured.writes  # to a cache of fixed size, which would be copied whole
+        or engine.lowering.name != "inductor"
+        or not unmodified.is_decoding_step()
+    ):
         return unmodified.prepare()
     try:
         step = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")

@@ -18,9 +18,7 @@ from vlcache_fx.ops.attention import FastAttention, attention, decompose_attenti
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 
-needs_kernel = pytest.mark.skipif(
-    not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16"
-)
+from .helpers import kernel_calls, needs_kernel
 
 
 def operands(
@@ -232,9 +230,7 @@ class Attending(torch.nn.Module):
 def test_lowered_programs_use_it_where_kernels_may_change(
     lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel, seen = module._kernel(), []
-    assert kernel is not None
-    monkeypatch.setattr(module, "_kernel", lambda: lambda *args: (seen.append(args), kernel(*args)))
+    seen = kernel_calls(module, monkeypatch)
     run = None
     for rows in (5, 9):
         query, key, value = operands(1, 2, 2, rows, 20, 16)

@@ -277,15 +277,24 @@ def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
     assert plan.source[0].tolist() == [10, 11, 12, 13, -1, 14, 15, -2, -3]
 
 
-@given(requests(), st.sets(st.integers(0, 50)))
+def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
+    """The places that nothing attends to, the plan that knows of them, and the one that does not."""
+    unseen = ids(*sorted(place for place in places if place < request["num_tokens"]))
+    return unseen, build_plan(**request, unseen=unseen), build_plan(**request)
+
+
+@given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
+def test_policies_without_budget_compute_what_nothing_attends_to(
+    request: dict[str, Any], places: set[int]
+) -> None:
+    _, plan, usual = hiding(request, places)
+    assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
+
+
+@given(requests().filter(lambda request: not request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
 def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
     tokens = request["num_tokens"]
-    unseen = ids(*sorted(place for place in places if place < tokens))
-    plan = build_plan(**request, unseen=unseen)
-    usual = build_plan(**request)
-    if request["policy"].ignores_budget:
-        assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
-        return
+    unseen, plan, usual = hiding(request, places)
     outputs = request["output_rows"]
     needed = set() if outputs is None else set(outputs.tolist())
     for s in request["spans"]:  # rows of missed ones are recorded

@@ -19,8 +19,7 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     of such a region is exact: it is a function of the item's own inputs. Empty where there is no such site.
     """
     graph = captured.graph_module.graph
-    inputs = list(zip(captured.placeholders, captured.kinds, strict=True))
-    data = [node for node, kind in inputs if kind is InputKind.DATA]
+    data = captured.inputs_of(InputKind.DATA)
     attended: NodeSet = {}
     for site in find_sites(graph):
         attended.update(_attended_inputs(site, data))
@@ -29,9 +28,7 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     sizes = {size for node in attended for size in expressions(shape_of(node))}
     foreign = [node for node in data if node not in attended]
     foreign += [
-        node
-        for node, kind in inputs
-        if kind is InputKind.SIZE and expressions([node.meta["val"]])[0] not in sizes
+        node for node in captured.inputs_of(InputKind.SIZE) if expressions([node.meta["val"]])[0] not in sizes
     ]
     others, own = _reached(foreign), descendants(attended)
     return tuple(

@@ -101,8 +101,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         UnsupportedGraphError: naming the node, its source line and the reason.
     """
     graph = captured.graph_module.graph
-    placeholders = captured.placeholders
-    data = [node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.DATA]
+    data = captured.inputs_of(InputKind.DATA)
     sites = find_sites(graph)
     others = dict(other_attention(graph))
     if not sites:
@@ -134,9 +133,6 @@ def analyze(captured: Captured) -> DecoderFacts:
     carried = find_carried(stream, layers, steps)
     check_results(graph, layers, stream)
     caches = cache_paths(layers, steps, stream.nodes, position)
-    weights = [
-        node for node, kind in zip(placeholders, captured.kinds, strict=True) if kind is InputKind.WEIGHT
-    ]
     additions = find_additions(graph)
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
@@ -154,7 +150,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         tail_rows,
         batch_dims,
         taint,
-        _used_weights(graph, weights, stream),
+        _used_weights(graph, captured.inputs_of(InputKind.WEIGHT), stream),
         _encoder_region([*merges, *additions]),
     )
 

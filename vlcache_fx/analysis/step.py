@@ -34,9 +34,4 @@ def analyze_step(captured: Captured) -> StepFacts:
     sites = find_sites(graph)
     if not sites:
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
-    data = [
-        node
-        for node, kind in zip(captured.placeholders, captured.kinds, strict=True)
-        if kind is InputKind.DATA
-    ]
-    return StepFacts(sites, find_stream(graph, sites, data))
+    return StepFacts(sites, find_stream(graph, sites, captured.inputs_of(InputKind.DATA)))

@@ -96,10 +96,8 @@ def main(
     model = build_model(spec, torch.bfloat16, torch.device("cpu"))
     found = measure_dead_rows(model, RequestShape(vision_tokens), rounds, Engine())
     for name, seconds in found.seconds.items():
-        typer.echo(f"last layer, {name}: {1e3 * seconds.median:,.0f} ms ({1e3 * seconds.low:,.0f} to "
-                   f"{1e3 * seconds.high:,.0f})")  # fmt: skip
-    ratio = found.ratio
-    typer.echo(f"all / needed rows: {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+        typer.echo(f"last layer, {name}: {seconds.milliseconds()}")
+    typer.echo(f"all / needed rows: {found.ratio.text(3)}")
     machine = describe_machine()
     typer.echo(f"{preset}, {found.num_tokens} tokens, bfloat16; {machine.processor}, {machine.cores} cores, "
                f"torch {machine.torch}")  # fmt: skip

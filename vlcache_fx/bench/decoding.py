@@ -64,10 +64,8 @@ def main(
     model = build_model(find_preset(preset).with_feature_tower(), torch.bfloat16, device)
     found = measure_decoding(model, RequestShape(vision_tokens), rounds, lowering)
     for name, seconds in found.seconds.items():
-        typer.echo(f"{name}: {1e3 * seconds.median:,.1f} ms ({1e3 * seconds.low:,.1f} to "
-                   f"{1e3 * seconds.high:,.1f})")  # fmt: skip
-    ratio = found.ratio
-    typer.echo(f"torch.compile / vlcache: {ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+        typer.echo(f"{name}: {seconds.milliseconds(1)}")
+    typer.echo(f"torch.compile / vlcache: {found.ratio.text(2)}")
     machine = describe_machine()
     typer.echo(f"one token behind {found.num_tokens - 1}; {preset}, bfloat16; {machine.processor}, "
                f"{machine.cores} cores, torch {machine.torch}")  # fmt: skip

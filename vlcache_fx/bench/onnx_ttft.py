@@ -117,18 +117,14 @@ def main(
             session = OnnxSession(report.directory)
             times = measure(session, make_workload(model, RequestShape(count)), rounds)
             typer.echo(
-                f"{times.vision_tokens} vision tokens: cold {_ms(times.cold)}, warm {_ms(times.warm)}, "
-                f"cold / warm {times.ratio.median:.1f} ({times.ratio.low:.1f} to {times.ratio.high:.1f})"
+                f"{times.vision_tokens} vision tokens: cold {times.cold.milliseconds()}, warm "
+                f"{times.warm.milliseconds()}, cold / warm {times.ratio.text(1)}"
             )
     machine = describe_machine()
     typer.echo(
         f"{preset}, float32; {machine.processor}, {machine.cores} cores, torch {machine.torch}, onnxruntime "
         f"{_version()}"
     )
-
-
-def _ms(seconds: Summary) -> str:
-    return f"{1e3 * seconds.median:,.0f} ms ({1e3 * seconds.low:,.0f} to {1e3 * seconds.high:,.0f})"
 
 
 def _version() -> str:

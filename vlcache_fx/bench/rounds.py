@@ -49,6 +49,15 @@ class Summary:
         """Summarise at least one value."""
         return cls(median(values), min(values), max(values))
 
+    def text(self, digits: int) -> str:
+        """Such as ``3.54 (3.03 to 4.50)``."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+    def milliseconds(self, digits: int = 0) -> str:
+        """Of seconds: such as ``1,948 ms (1,803 to 2,240)``."""
+        middle, low, high = (f"{1e3 * one:,.{digits}f}" for one in (self.median, self.low, self.high))
+        return f"{middle} ms ({low} to {high})"
+
 
 def time_once(system: System) -> float:
     """Prepare, run and check ``system`` once; the seconds of the run."""

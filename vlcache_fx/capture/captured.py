@@ -63,6 +63,10 @@ class Captured:
         """The placeholder nodes, in input order."""
         return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
 
+    def inputs_of(self, kind: InputKind) -> list[fx.Node]:
+        """The placeholder nodes of that kind, in input order."""
+        return [node for node, own in zip(self.placeholders, self.kinds, strict=True) if own is kind]
+
     @property
     def num_outputs(self) -> int:
         """Number of entries that the graph returns, those for writes included."""

@@ -232,6 +232,9 @@ extern "C" void vlcache_attention(
   const int64_t key_blocks = (tokens + BLOCK_KEYS - 1) / BLOCK_KEYS;
   const int64_t row_blocks = (rows + rows_per_block - 1) / rows_per_block;
   const int64_t packed_size = BLOCK_KEYS * dim;
+  const auto block_of = [&](const bf16* from, const Strides& s, int64_t bh, int64_t first) {
+    return from + bh / key_heads * s.batch + bh % key_heads * s.head + first * s.row;
+  };
   const bool is_few = std::min(rows, rows_per_block) * group <= FEW;
   const int64_t packed_blocks = is_few ? 0 : key_blocks;
   const auto keys = uninitialised<bf16>(batch * key_heads * packed_blocks * packed_size);
@@ -242,10 +245,10 @@ extern "C" void vlcache_attention(
 #pragma omp for collapse(2)
     for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
       for (int64_t n = 0; n < packed_blocks; ++n) {
-        const int64_t b = bh / key_heads, h = bh % key_heads, first = n * BLOCK_KEYS;
-        const int64_t length = std::min(BLOCK_KEYS, tokens - first), at = (bh * key_blocks + n) * packed_size;
-        pack_keys(key + b * k.batch + h * k.head + first * k.row, k.row, length, dim, keys.get() + at);
-        pack_values(value + b * v.batch + h * v.head + first * v.row, v.row, length, dim, values.get() + at);
+        const int64_t first = n * BLOCK_KEYS, at = (bh * key_blocks + n) * packed_size;
+        const int64_t length = std::min(BLOCK_KEYS, tokens - first);
+        pack_keys(block_of(key, k, bh, first), k.row, length, dim, keys.get() + at);
+        pack_values(block_of(value, v, bh, first), v.row, length, dim, values.get() + at);
       }
     }
 
@@ -291,8 +294,7 @@ extern "C" void vlcache_attention(
           }
           const int64_t at = (bh * key_blocks + n) * packed_size;
           if (is_few) {
-            const bf16* own = key + b * k.batch + bh % key_heads * k.head + first * k.row;
-            score_few(packed.get(), lines, own, k.row, length, dim, scores.get());
+            score_few(packed.get(), lines, block_of(key, k, bh, first), k.row, length, dim, scores.get());
           } else {
             at::native::cpublas::brgemm(lines, BLOCK_KEYS, dim, dim, BLOCK_KEYS, BLOCK_KEYS, false, gathered.get(),
                                         keys.get() + at, scores.get(), true);
@@ -308,8 +310,7 @@ extern "C" void vlcache_attention(
             }
           }
           if (is_few) {
-            const bf16* own = value + b * v.batch + bh % key_heads * v.head + first * v.row;
-            add_few(weights.get(), lines, own, v.row, length, dim, sums.get());
+            add_few(weights.get(), lines, block_of(value, v, bh, first), v.row, length, dim, sums.get());
           } else {
             at::native::cpublas::brgemm(lines, dim, BLOCK_KEYS, BLOCK_KEYS, dim, dim, true, weights.get(),
                                         values.get() + at, sums.get(), true);

@@ -18,7 +18,7 @@ from vlcache_fx.ops.native import native_kernel
 __all__ = ["MOST_ROWS", "decompose_linear", "linear"]
 
 MOST_ROWS = 6
-"""From here on, PyTorch's products are as quick."""
+"""As in ``linear.cpp``. For some more rows, PyTorch's products are as quick."""
 
 _TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 

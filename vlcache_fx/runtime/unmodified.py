@@ -8,11 +8,14 @@ from torch import fx
 from vlcache_fx.capture.steps import is_decoding_step
 from vlcache_fx.runtime.engine import Engine
 
+Compiled = Callable[..., Sequence[Any]]
+"""Takes the inputs of a graph and returns its results."""
+
 
 class Unmodified(Protocol):
     """What was captured, as it was: takes the inputs of the captured graph and returns its results."""
 
-    def prepare(self) -> Callable[..., Sequence[Any]]:
+    def prepare(self) -> Compiled:
         """Whatever must be done before the first call, done now."""
 
     def release(self) -> None:
@@ -32,13 +35,13 @@ class DynamoGraph:
         self._graph_module, self._example_inputs, self._engine = graph_module, example_inputs, engine
         # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again
         # for it would not pay.
-        self._run: Callable[..., Sequence[Any]] = graph_module
+        self._run: Compiled = graph_module
 
     def is_decoding_step(self) -> bool:
         """See ``Unmodified``."""
         return is_decoding_step(self._graph_module.graph)
 
-    def prepare(self) -> Callable[..., Sequence[Any]]:
+    def prepare(self) -> Compiled:
         """Compile now, while Dynamo's compilation context is there."""
         if self._engine.options.lowering == "inductor":
             from torch._inductor.compile_fx import compile_fx
