@@ -53,10 +53,11 @@ def tables(result: BenchResult) -> Iterator[Table]:
 def headline(result: BenchResult) -> str:
     """The model, where it ran, and what that machine can do."""
     size, rates, machine = result.size, result.rates, result.machine
+    graphs = ", warm programs as CUDA graphs" if result.settings.cuda_graphs else ""
     return (
         f"{result.model} ({result.model_class}): {size.layers} decoder layers,"
         f" {(size.layer_weights + size.head_weights) / 1e6:,.0f} M weights in them and the output,"
-        f" random, {result.dtype}, lowering {result.settings.lowering}\n"
+        f" random, {result.dtype}, lowering {result.settings.lowering}{graphs}\n"
         f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, on {result.device};"
         f" torch {machine.torch}, transformers {machine.transformers}\n"
         f"matrix product {rates.matmul_flops / GIGA:,.0f} GFLOP/s, copy {rates.copy_bytes / GIGA:,.1f} GB/s"

@@ -81,7 +81,7 @@ def run_bench(
     largest = max(shape.vision_tokens * shape.images * shape.batch for shape in asked)
     # Room for the donors of two points: those of the last one may still be there.
     capacity = max(4 * GIB, 2 * largest * (size.kv_bytes_per_token + size.hidden * size.item_bytes))
-    systems = Systems(model, settings.lowering, settings.variants, capacity)
+    systems = Systems(model, settings.lowering, settings.variants, capacity, cuda_graphs=settings.cuda_graphs)
     progress("measuring the machine", 0, 1)
     rates = measure_rates(dtype, device)
     points = _points(systems, asked, settings, size, rates, dtype, progress, after_point)

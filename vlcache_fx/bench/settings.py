@@ -32,6 +32,7 @@ class Settings:
         dtype, device: names, or ``auto``.
         rounds: of timing at each point; ``eager_rounds`` of them with the eager model.
         lowering: of both compiled models.
+        cuda_graphs: option of the model compiled for reuse; nothing without a GPU.
         encoder: time the model's own vision tower.
         compile_layers: depths at which compilation is timed in processes of their own; empty for none.
         store_entries: sizes of a store at which lookups are timed, ascending; empty for none.
@@ -51,6 +52,7 @@ class Settings:
     rounds: int = 5
     eager_rounds: int = 1
     lowering: str = "inductor"
+    cuda_graphs: bool = False
     encoder: bool = True
     compile_layers: tuple[int, ...] = ()
     store_entries: tuple[int, ...] = (100, 1_000, 10_000, 100_000)

@@ -51,17 +51,28 @@ class Systems:
         lowering: of the compiled model; the plain ``torch.compile`` gets the backend of that name.
         variants: at least one.
         capacity_bytes: of each store.
+        cuda_graphs: option of the model compiled for reuse.
 
     Raises:
         OptionError, PolicyError: a variant or the lowering names something that does not exist.
     """
 
     def __init__(
-        self, model: Any, lowering: str, variants: Sequence[Variant], capacity_bytes: int = 4 * GIB
+        self,
+        model: Any,
+        lowering: str,
+        variants: Sequence[Variant],
+        capacity_bytes: int = 4 * GIB,
+        *,
+        cuda_graphs: bool = False,
     ) -> None:
         torch._dynamo.reset()
         self.variants = tuple(variants)
-        self._options = {variant: _options(variant, lowering, capacity_bytes) for variant in variants}
+        common = {"lowering": lowering, "capacity_bytes": capacity_bytes, "cuda_graphs": cuda_graphs}
+        self._options = {
+            one: Options(policy=one.policy, budget=one.budget, store=one.store, dynamic=True, **common)
+            for one in variants
+        }
         self.plain = model
         self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
         own = dataclasses.replace(self._options[self.variants[0]], store="memory://")
@@ -136,14 +147,3 @@ class Systems:
 def outlives_process(url: str) -> bool:
     """True for a store with a place (``file:///donors``), False for one in memory (``memory://``)."""
     return bool(url.partition("://")[2])
-
-
-def _options(variant: Variant, lowering: str, capacity_bytes: int) -> Options:
-    return Options(
-        policy=variant.policy,
-        budget=variant.budget,
-        store=variant.store,
-        lowering=lowering,
-        capacity_bytes=capacity_bytes,
-        dynamic=True,
-    )
