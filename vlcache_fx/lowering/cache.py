@@ -40,6 +40,14 @@ Runner: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 _Variant: TypeAlias = tuple[Callable[[tuple[int, ...]], bool], Runner]
 
 
+CONFIG_PATCHES: Mapping[str, Any] = {
+    # Else Triton's kernels are run while they are compiled, on the example sizes. These are independent: a
+    # mask is shorter there than the keys it hides, an index is out of its bounds, and CUDA is lost to the
+    # process. Kernels are tuned in the first call instead.
+    "triton.autotune_at_compile_time": False,
+}
+
+
 def compiling() -> AbstractContextManager[Any]:
     """The lock of all compilations in the process: the compiler's own, so that no two locks can cross."""
     from torch._dynamo.convert_frame import compile_lock
@@ -79,7 +87,8 @@ class CompileCache:
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None, *, max_variants: int = 8) -> None:
-        self.options = dict(options or {})
+        given = dict(options or {})
+        self.options = {**given, "config_patches": {**CONFIG_PATCHES, **given.get("config_patches", {})}}
         self.max_variants = max_variants
         self.stats = CompileStats()
         self._compiled: dict[str, Compiled] = {}
