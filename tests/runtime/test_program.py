@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from torch.fx import GraphModule
 
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import EagerLowering, Lowered
+from vlcache_fx.options import Options
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.program import ProgramRunner
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, with_backend
@@ -62,3 +67,30 @@ def test_strict_raises_what_went_wrong() -> None:
     pair, _ = broken("cold", "run", strict=True)
     with pytest.raises(RuntimeError, match="no memory for it"):
         pair.run(**FIRST)
+
+
+def test_donors_are_asked_for_when_the_plan_has_been_sent() -> None:
+    sent = []
+
+    class Rows(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+            sent.append("rows")
+            return torch.zeros(len(self))
+
+    def tables() -> dict[str, torch.Tensor]:
+        sent.append("donors")
+        return {"0.k": donor}
+
+    donor, rows = torch.ones(3), torch.arange(2).as_subclass(Rows)
+    plan = Plan(2, (rows,), (), (), (2,), 1.0)
+    runner = ProgramRunner(
+        "warm", ["donor.0.k", "rows.0"], (), _never, torch.device("meta"), Engine(Options())
+    )
+    first, second = runner.bind(plan, None, tables)
+    assert first is donor
+    assert len(second) == 2
+    assert sent == ["rows", "donors"]
+
+
+def _never() -> Lowered:
+    raise AssertionError("nothing is run here")

@@ -82,7 +82,7 @@ def _runner(
     device = facts.stream.boundaries[0].meta["val"].device
     runner = ProgramRunner.of("cold", program, device, engine)
     runner.ready()
-    bound = runner.bind(plan, positions, {})
+    bound = runner.bind(plan, positions, dict)
     return lambda: runner.run(args, bound)
 
 

@@ -55,7 +55,7 @@ def example_calls(
         runner = ProgramRunner(
             name, tuple(program.slots), program.recorded, lambda: lowered, form.device, engine
         )
-        inputs = (*args, *runner.bind(plan, positions, tables))
+        inputs = (*args, *runner.bind(plan, positions, lambda: tables))
         return ExampleCall(inputs, tuple(lowered(inputs)))
 
     common: dict[str, Any] = {

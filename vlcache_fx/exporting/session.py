@@ -226,7 +226,7 @@ class Session:
             output_rows=positions,
         )  # fmt: skip
         self._cold.ready()
-        results = self._cold.run(args, self._cold.bind(plan, positions, {}))
+        results = self._cold.run(args, self._cold.bind(plan, positions, dict))
         if results is None:
             reasons = "; ".join(str(refusal) for refusal in self.vlcache.refusals)
             raise ExportError(f"the cold graph failed: {reasons}")

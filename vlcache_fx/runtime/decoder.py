@@ -1,5 +1,6 @@
 """Runs one decoder graph: spans -> lookup -> policy -> plan -> run -> admit."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -124,7 +125,7 @@ class DecoderRunner:
             return self._bypass(request.args, NO_PLAN, request.num_tokens)
         if not self._cold.ready():
             return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), {})
+        bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
@@ -149,9 +150,8 @@ class DecoderRunner:
             return self._bypass(request.args, NO_PLAN, request.num_tokens)
         if not self._warm.ready():
             return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        with request.clock.measure("bind"):
-            tables = donors.tables(request.donors, self._form.rows, self._form.device)
-            positions = self._form.positions(request.num_tokens)
+        positions = self._form.positions(request.num_tokens)
+        tables = functools.cache(lambda: donors.tables(request.donors, self._form.rows, self._form.device))
         policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
@@ -194,7 +194,7 @@ class DecoderRunner:
             if plans is None or not self._cold.ready():
                 return None
             positions = self._form.positions(request.num_tokens)
-            exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, {}))
+            exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, dict))
             if exact is None:
                 return None
             num_rows = exact[self._logits][..., 0].numel() // len(request.samples)

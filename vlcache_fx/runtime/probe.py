@@ -1,6 +1,6 @@
 """Runs the warm program for a look at the first layers, for policies that choose by what they see there."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
@@ -95,7 +95,7 @@ def measure(
     program: ProgramRunner,
     request: Request,
     plans: Sequence[Plan],
-    tables: Mapping[str, Tensor | Arriving],
+    tables: Callable[[], Mapping[str, Tensor | Arriving]],
     forms: Mapping[str, RowForm],
     output_rows: Tensor | None,
 ) -> list[Deviation] | None:
@@ -108,7 +108,7 @@ def measure(
         program: the warm program; ``ready`` was called.
         request: has donors.
         plans: a plan per sample, made with ``first_chooser``.
-        tables: the donor tables that the program reads.
+        tables: gives the donor tables that the program reads, the same in every call.
         forms: of rows, per slot.
         output_rows: as the plans were built with.
 
@@ -124,7 +124,7 @@ def measure(
 
     def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
         for slot in (f"{layer}.k", f"{layer}.v"):
-            form, table = forms[slot], tables[slot]
+            form, table = forms[slot], tables()[slot]
             stored = table.get() if isinstance(table, Arriving) else table
             fresh = form.of_sample(recorded[slot], sample.index).narrow(form.dim, place, length)
             yield _squared_distance(fresh, stored.narrow(form.dim, donor, length), form.dim)

@@ -62,14 +62,18 @@ class ProgramRunner:
         return not self._failed
 
     def bind(
-        self, plan: Plan | StackedPlan, positions: Tensor | None, tables: Mapping[str, Tensor | Arriving]
+        self,
+        plan: Plan | StackedPlan,
+        positions: Tensor | None,
+        tables: Callable[[], Mapping[str, Tensor | Arriving]],
     ) -> list[Tensor | Arriving]:
         """The values of the inputs that passes added, in their order.
 
         Args:
             plan: rows of this request, of all its samples.
             positions: absolute positions that results need, or None for all.
-            tables: donor tables per slot.
+            tables: makes the donor tables, per slot. Called last: copies to a device queue up, and the first
+                layer would wait for its rows until the donors of all layers are there.
         """
         on_device: dict[int, Tensor] = {}
 
@@ -81,11 +85,11 @@ class ProgramRunner:
             return on_device[id(tensor)]
 
         per_level = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
-        bound: list[Tensor | Arriving] = []
+        bound: list[Any] = []
         for slot in self.slots:
             kind, _, rest = slot.partition(".")
             if kind == "donor":
-                bound.append(tables[rest])
+                bound.append(rest)
             elif kind == "place":
                 made_at, read_at = map(int, rest.split("."))
                 bound.append(moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at])))
@@ -96,7 +100,8 @@ class ProgramRunner:
                 bound.append(moved(torch.searchsorted(last, wanted)))
             else:
                 bound.append(moved(per_level[kind][int(rest)]))
-        return bound
+        made = tables()
+        return [made[value] if isinstance(value, str) else value for value in bound]
 
     def run(self, args: Sequence[Any], bound: Sequence[Tensor | Arriving]) -> Sequence[Any] | None:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
