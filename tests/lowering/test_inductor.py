@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import LoweringError
-from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering, cache
+from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering
 
 from .stack import Stack, Warm, trace
 
@@ -225,13 +225,13 @@ def test_a_failure_names_the_segment() -> None:
 
 def test_kernels_are_not_run_while_they_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    compile_segment = cache.standalone_compile
+    compile_segment = torch._inductor.standalone_compile
 
     def compile_and_note(*args: Any, options: dict[str, Any], **kwargs: Any) -> Any:
         found.append(options)
         return compile_segment(*args, options=options, **kwargs)
 
-    monkeypatch.setattr(cache, "standalone_compile", compile_and_note)
+    monkeypatch.setattr("vlcache_fx.lowering.cache.standalone_compile", compile_and_note)
     program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     InductorLowering(CompileCache({"config_patches": {"max_autotune": False}})).lower(program, name="one")
     patches = {"triton.autotune_at_compile_time": False, "max_autotune": False}

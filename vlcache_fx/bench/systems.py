@@ -68,7 +68,11 @@ class Systems:
     ) -> None:
         torch._dynamo.reset()
         self.variants = tuple(variants)
-        common = {"lowering": lowering, "capacity_bytes": capacity_bytes, "cuda_graphs": cuda_graphs}
+        common: dict[str, Any] = {
+            "lowering": lowering,
+            "capacity_bytes": capacity_bytes,
+            "cuda_graphs": cuda_graphs,
+        }
         self._options = {
             one: Options(policy=one.policy, budget=one.budget, store=one.store, dynamic=True, **common)
             for one in variants
