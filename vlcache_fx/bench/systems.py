@@ -68,13 +68,16 @@ class Systems:
     ) -> None:
         torch._dynamo.reset()
         self.variants = tuple(variants)
-        common: dict[str, Any] = {
-            "lowering": lowering,
-            "capacity_bytes": capacity_bytes,
-            "cuda_graphs": cuda_graphs,
-        }
         self._options = {
-            one: Options(policy=one.policy, budget=one.budget, store=one.store, dynamic=True, **common)
+            one: Options(
+                policy=one.policy,
+                budget=one.budget,
+                store=one.store,
+                lowering=lowering,
+                capacity_bytes=capacity_bytes,
+                cuda_graphs=cuda_graphs,
+                dynamic=True,
+            )
             for one in variants
         }
         self.plain = model

@@ -13,6 +13,9 @@ from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
 
+DONOR = "donor."
+"""What the names of donors' slots begin with."""
+
 
 class ProgramRunner:
     """A cold or warm program and what it takes to call it.
@@ -85,23 +88,22 @@ class ProgramRunner:
             return on_device[id(tensor)]
 
         per_level = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
-        bound: list[Any] = []
-        for slot in self.slots:
+
+        def of_plan(slot: str) -> Tensor:
             kind, _, rest = slot.partition(".")
-            if kind == "donor":
-                bound.append(rest)
-            elif kind == "place":
+            if kind == "place":
                 made_at, read_at = map(int, rest.split("."))
-                bound.append(moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at])))
-            elif kind == "results":
+                return moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at]))
+            if kind == "results":
                 assert positions is not None
                 last = plan.rows[-1]
                 wanted = positions.expand(*last.shape[:-1], -1).contiguous()
-                bound.append(moved(torch.searchsorted(last, wanted)))
-            else:
-                bound.append(moved(per_level[kind][int(rest)]))
+                return moved(torch.searchsorted(last, wanted))
+            return moved(per_level[kind][int(rest)])
+
+        sent = {slot: of_plan(slot) for slot in self.slots if not slot.startswith(DONOR)}
         made = tables()
-        return [made[value] if isinstance(value, str) else value for value in bound]
+        return [sent[slot] if slot in sent else made[slot.removeprefix(DONOR)] for slot in self.slots]
 
     def run(self, args: Sequence[Any], bound: Sequence[Tensor | Arriving]) -> Sequence[Any] | None:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
