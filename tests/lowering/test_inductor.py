@@ -12,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import CompileCache, EagerLowering, InductorLowering
+from vlcache_fx.lowering.outline import outline
+from vlcache_fx.lowering.values import program_values
 
 from .stack import Stack, Warm, trace
 
@@ -141,6 +143,37 @@ class Halves(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x.view(2, -1, 4).sum(1), x[:100] * 2)
+
+
+class Counting(nn.Module):
+    """Compares tokens with places, with vectors of sizes, in both of its layers."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        places = torch.arange(x.shape[0], device=x.device) * 2
+        pairs = places.unsqueeze(1) < torch.arange(x.shape[0], device=x.device)
+        first = (x * places).cumsum(0) + pairs.sum(1)
+        return first, (first * places).cumsum(0) + pairs.sum(0), torch.arange(x.shape[0])
+
+
+def test_vectors_of_sizes_are_made_where_they_are_used() -> None:
+    program, lifted = trace(Counting(), (torch.randn(36),), ({0},))
+    layers = {"mul_1": "layer.0", "add": "layer.0", "mul_2": "layer.1", "add_1": "layer.1"}
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.arange.default):
+        node.meta["segment"] = "prelude"
+    for node in program.graph.nodes:
+        if node.name in layers:
+            node.meta["segment"] = layers[node.name]
+    segments = outline(program, program_values(program))
+    assert [segment.name for segment in segments] == ["prelude", "layer.0", "layer.1"]
+    arange = torch.ops.aten.arange.default
+    counts = [len(segment.module.graph.find_nodes(op="call_function", target=arange)) for segment in segments]
+    assert counts == [3, 1, 1]  # one of the three is a result
+    # What comes of a table of tokens x tokens is handed on.
+    crossing = [[getattr(node, "name", "") for node in segment.outputs] for segment in segments]
+    assert crossing[0] == ["sum_1", "sum_2", "arange_2"]
+    run = InductorLowering().lower(program, name="counting")
+    x = torch.randn(51)
+    close(run([*lifted, x]), Counting()(x))
 
 
 def test_conditions_are_checked_at_run_time() -> None:

@@ -1,4 +1,4 @@
-"""Attention is told the places of its rows where its mask is made of them, and of nothing else."""
+"""Attention is told the places of its rows where its mask is made of them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def one_sample(rows: Tensor, key: Tensor) -> Tensor:
 
 def samples(rows: Tensor, key: Tensor) -> Tensor:
     return torch.arange(key.shape[2]) <= rows.unsqueeze(-1).unsqueeze(1)
+
+
+def padded(rows: Tensor, key: Tensor) -> Tensor:
+    """As models make it where they are given an ``attention_mask``; the first three tokens are padding."""
+    places = (torch.arange(key.shape[2]) + 0).unsqueeze(0).unsqueeze(1).unsqueeze(2)
+    whole = places.new_ones([], dtype=torch.bool)
+    allowed = whole & (places <= rows.unsqueeze(0).unsqueeze(1).unsqueeze(3)) & (key[:1, :1, :, 0] > -9)
+    return (allowed & (places > 2)).expand(1, -1, -1, key.shape[2])
+
+
+def window(rows: Tensor, key: Tensor) -> Tensor:
+    return one_sample(rows, key) & (torch.arange(key.shape[2]) > rows.unsqueeze(1) - 9)
 
 
 def operands(dtype: torch.dtype, batched: bool) -> tuple[Tensor, ...]:
@@ -90,6 +102,23 @@ def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtyp
     close(again(*fewer), attend(one_sample, enable_gqa=True)(*fewer))
 
 
+@pytest.mark.parametrize("mask", [padded, window])
+@DTYPES
+def test_what_else_a_mask_asks_for_stays_a_mask(
+    mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    args = operands(dtype, False)
+    module = traced(attend(mask, enable_gqa=True), args)
+    want = module(*args)
+    assert read_places(module.graph)
+    module.recompile()
+    assert aten.le.Tensor not in targets(module)
+    rest = next(iter(module.graph.find_nodes(op="call_function", target=attend_up_to))).args[5]
+    assert rest is not None
+    close(module(*args), want)
+    close(traced(module, args)(*args), want)
+
+
 def heads(rows: Tensor, key: Tensor) -> Tensor:
     """Places that differ from head to head."""
     shifted = rows + torch.arange(4).unsqueeze(1)
@@ -128,9 +157,10 @@ def test_whatever_is_compared_gives_what_its_mask_gives(name: str, dtype: torch.
 
 OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "earlier tokens alone": lambda rows, key: torch.arange(key.shape[2]) < rows.unsqueeze(1),
-    "a window": lambda rows, key: (
-        one_sample(rows, key) & (torch.arange(key.shape[2]) > rows.unsqueeze(1) - 9)
-    ),
+    "one or the other": lambda rows, key: one_sample(rows, key) | (key[0, :1, :, 0] > 0),
+    "counted down a column": lambda rows, key: (
+        torch.arange(key.shape[2]).unsqueeze(1) <= rows.repeat(8)
+    ).transpose(0, 1)[:ROWS],
     "every second token": lambda rows, key: torch.arange(0, 2 * key.shape[2], 2) <= rows.unsqueeze(1),
     "numbers": lambda rows, key: one_sample(rows, key).to(key.dtype),
     "counted in fractions": lambda rows, key: (
@@ -152,7 +182,7 @@ def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
     """It is broadcast: rows at 0 or behind read everything."""
     query, key, value, rows = operands(torch.float32, False)
     places = (rows - 1).unsqueeze(1)
-    got = attend_up_to(query, key, value, places, 1, enable_gqa=True)
+    got = attend_up_to(query, key, value, places, 1, None, enable_gqa=True)
     allowed = (torch.arange(1) <= places).expand(ROWS, TOKENS)
     want = F.scaled_dot_product_attention(query, key, value, allowed, enable_gqa=True)
     torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)

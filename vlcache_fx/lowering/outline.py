@@ -7,12 +7,14 @@ where its last tensor input is computed, in the prelude if it has none.
 
 Sizes never travel between segments where a tensor input tells them: each use is written anew as sizes of the
 segment's own inputs, so that two layers have the same graph wherever the program happened to read the length.
+Nor do vectors that are made of sizes alone, such as places of tokens: each segment counts for itself, and can
+see that it is counting.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,11 +68,12 @@ def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
         ValueError: a size depends on tensor data in a way that cannot cross a segment.
     """
     live = _live(program.graph)
+    vectors = _vectors_of_sizes(live, values)
     names = _order(node.meta["segment"] for node in live if "segment" in node.meta)
     rank: dict[Node, int] = {}
     members: dict[int, list[Node]] = {}
     for node in live:
-        if node.op != "call_function" or is_scalar(values[node]):
+        if node.op != "call_function" or node in vectors or is_scalar(values[node]):
             continue
         needed = max((rank[n] for n in _tensor_sources(node, values) if n in rank), default=0)
         wanted = names.get(node.meta.get("segment", ""), needed)
@@ -88,7 +91,7 @@ def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
             )
     title = {index: name for name, index in names.items()}
     return [
-        _Builder(program, values, members[index]).build(title.get(index, "prelude"), wanted_later)
+        _Builder(program, values, members[index], vectors).build(title.get(index, "prelude"), wanted_later)
         for index in sorted(members)
     ]
 
@@ -120,6 +123,21 @@ def _order(tags: Iterable[str]) -> dict[str, int]:
     return {tag: index for index, tag in enumerate(sorted(keys, key=keys.__getitem__))}
 
 
+def _vectors_of_sizes(live: Sequence[Node], values: ProgramValues) -> set[Node]:
+    """The tensors that sizes and numbers tell, of one dimension at most (others being 1)."""
+    found: set[Node] = set()
+    returned = {used for node in live if node.op == "output" for used in node.all_input_nodes}
+    for node in live:
+        form = values[node]
+        if node.op != "call_function" or not isinstance(form, TensorForm) or node in returned:
+            continue
+        is_drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        is_vector = sum(size != 1 for size in form.sizes) <= 1
+        if is_vector and not is_drawn and all(source in found for source in _tensor_sources(node, values)):
+            found.add(node)
+    return found
+
+
 def _tensor_sources(node: Node, values: ProgramValues) -> list[Node]:
     """The tensor nodes that a node reads, not counting those of which only the size matters."""
     return [n for n in node.all_input_nodes if not is_scalar(values[n])]
@@ -128,8 +146,10 @@ def _tensor_sources(node: Node, values: ProgramValues) -> list[Node]:
 class _Builder:
     """Builds the graph of one segment."""
 
-    def __init__(self, program: GraphModule, values: ProgramValues, nodes: list[Node]) -> None:
-        self.program, self.values, self.nodes = program, values, nodes
+    def __init__(
+        self, program: GraphModule, values: ProgramValues, nodes: list[Node], vectors: set[Node]
+    ) -> None:
+        self.program, self.values, self.nodes, self.vectors = program, values, nodes, vectors
         self.root = torch.nn.Module()
         self.graph = Graph()
         self.tracer = GraphAppendingTracer(self.graph)
@@ -144,7 +164,7 @@ class _Builder:
         inside = set(self.nodes)
         for node in self.nodes:
             for used in node.all_input_nodes:
-                if used not in inside and not is_scalar(self.values[used]):
+                if used not in inside and used not in self.vectors and not is_scalar(self.values[used]):
                     self._tensor_input(used)
         for node in self.nodes:
             args = map_arg(node.args, self._argument)
@@ -186,6 +206,8 @@ class _Builder:
         if node in self.local:
             return self.local[node]
         value = self.values[node]
+        if node in self.vectors:
+            return self._copy(node)
         if not is_scalar(value):
             raise ValueError(f"{node.name!r} is neither a tensor nor a number")
         if isinstance(value, (bool, int, float)):
@@ -212,7 +234,8 @@ class _Builder:
 
     def _copy(self, node: Node) -> Node:
         """Repeats a computation on numbers inside this segment."""
-        if node.op != "call_function" or any(n not in self.local for n in _tensor_sources(node, self.values)):
+        sources = _tensor_sources(node, self.values)
+        if node.op != "call_function" or any(n not in self.local and n not in self.vectors for n in sources):
             raise ValueError(f"the number {node.name!r} depends on data of another segment")
         args, kwargs = map_arg(node.args, self._argument), map_arg(node.kwargs, self._argument)
         self.local[node] = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
