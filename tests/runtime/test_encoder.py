@@ -14,7 +14,9 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.encoder import EncoderRunner, packed, unpacked
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.store import MemoryStore
+from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.store.keys import content_digest
+from vlcache_fx.store.known import is_known, known_rows
 from vlcache_fx.testing.prompts import noise
 
 from .helpers import settings_of
@@ -66,6 +68,26 @@ def test_the_same_bytes_are_not_encoded_again(engine: Engine) -> None:
     with settings_of(engine, salt="another"):
         assert not encoding.check(PIXELS, OTHER, WEIGHT)
     assert engine.stats()["encoder"] == {"hits": 1, "misses": 5}
+
+
+def test_what_is_given_out_is_known(engine: Engine) -> None:
+    """So that the decoder's part need not read features that the encoder's part had read."""
+    encoding = Encoding(engine, "double", "sum")
+    want = content_digest([PIXELS * WEIGHT])
+    for _ in range(3):
+        double, total = encoding.runner([PIXELS, OTHER, WEIGHT])[0]
+        assert known_rows(double) == {(0, 4): want}
+        assert not is_known(total)  # it has no rows
+        double += 1  # of a caller's own: others are given what was stored
+        assert not is_known(double)
+
+
+def test_a_tier_that_moves_entries_tells_nothing() -> None:
+    """Bytes on a device have digests of their own."""
+    entry = packed([PIXELS.clone()])
+    moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
+    assert unpacked(moved) is not None
+    assert [is_known(tensor) for tensor in unpacked(moved) or ()] == [False]
 
 
 def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import InputKind
-from vlcache_fx.runtime.identify import Identifier, Run, donor_key, of_sample, runs_of
+from vlcache_fx.runtime.identify import Identifier, donor_key, of_sample
+from vlcache_fx.runtime.runs import Run, runs_of
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
 from vlcache_fx.testing.tiny_vlm import TinyVlm, causal_mask, rotary_angles, tiny_vlm

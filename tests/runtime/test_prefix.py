@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.identify import Run
 from vlcache_fx.runtime.prefix import BLOCK_TOKENS, Piece, PrefixReader
+from vlcache_fx.runtime.runs import Run
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

@@ -20,11 +20,11 @@ from vlcache_fx.integrations.items import (
     split_items,
     unflatten,
 )
-from vlcache_fx.integrations.processor import kept_pixels
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store.keys import Part, content_digest
+from vlcache_fx.store.known import bounds_of, rows_digests
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
@@ -148,25 +148,16 @@ class EncoderCache:
         # in every call, because adapters add parameters and loading can replace them.
         weights = self._engine.fingerprints.of([*self._module.parameters(), *self._module.buffers()])
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
+        lengths = [item[self._pixels_name].shape[0] for item in items]
         start = ["features", self._engine.options.salt, weights, self._pixels_name]
         try:
+            contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
             return [
                 content_digest([*start, content, *_named(item, but=self._pixels_name), tuple(settings)])
-                for content, item in zip(self._contents(call, items), items, strict=True)
+                for content, item in zip(contents, items, strict=True)
             ]
         except StoreError:
             return None
-
-    def _contents(self, call: dict[str, Any], items: list[Item]) -> list[str]:
-        """A digest per item. Pixels that a ``CachedImageProcessor`` gives out again are not read again."""
-        parts = [item[self._pixels_name] for item in items]
-        kept, layout = kept_pixels(call[self._pixels_name]), tuple(part.shape[0] for part in parts)
-        digests = None if kept is None else kept.digests.get(layout)
-        if digests is None:
-            digests = [content_digest([part]) for part in parts]
-        if kept is not None:
-            kept.digests[layout] = digests
-        return digests
 
     def _get(self, key: str) -> tuple[str, Fields] | None:
         entry = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.items import features_of
+from vlcache_fx.store.known import join_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative to the largest value: other shapes of the same products are rounded otherwise."""
@@ -78,8 +79,7 @@ def _joined(value: Any, counts: Sequence[int]) -> Any:
     if len(value) == sum(counts) and all(isinstance(part, Tensor) for part in value):
         starts = [sum(counts[:index]) for index in range(len(counts))]
         return tuple(
-            torch.cat(tuple(value[start : start + count]))
-            for start, count in zip(starts, counts, strict=True)
+            join_rows(value[start : start + count]) for start, count in zip(starts, counts, strict=True)
         )
     return [_joined(part, counts) for part in value]
 

@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from vlcache_fx.store.known import join_rows
+
 Fields: TypeAlias = dict[str, Any]
 """Fields of an output: tensors, and lists of them."""
 
@@ -96,9 +98,9 @@ def with_one_tensor(output: Any) -> Any:
     changed: dict[str, Any] = {}
     for name, value in fields.items():
         if _are_rows(value):
-            changed[name] = (torch.cat(tuple(value)),)
+            changed[name] = (join_rows(value),)
         elif isinstance(value, list | tuple) and value and all(_are_rows(part) for part in value):
-            changed[name] = [(torch.cat(tuple(part)),) for part in value]
+            changed[name] = [(join_rows(part),) for part in value]
     return type(output)(**{**dict(output.items()), **changed}) if changed else output
 
 

@@ -9,7 +9,6 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,30 +16,9 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.store.keys import Part, content_digest
-from vlcache_fx.store.watch import TensorWatch
+from vlcache_fx.store.known import is_known, remember
 
-__all__ = ["CachedImageProcessor", "KeptPixels", "kept_pixels"]
-
-ATTRIBUTE = "_vlcache_kept"
-
-
-@dataclass(frozen=True)
-class KeptPixels:
-    """What is known of a tensor that an image processor gives out again and again.
-
-    Attributes:
-        watch: over the tensor.
-        digests: of its items, per number of rows of each.
-    """
-
-    watch: TensorWatch
-    digests: dict[tuple[int, ...], list[str]] = field(default_factory=dict)
-
-
-def kept_pixels(pixels: Tensor) -> KeptPixels | None:
-    """What is known of this very tensor, if it is as it was given out."""
-    kept: KeptPixels | None = getattr(pixels, ATTRIBUTE, None)
-    return kept if kept is not None and kept.watch.unchanged([pixels]) else None
+__all__ = ["CachedImageProcessor"]
 
 
 class CachedImageProcessor:
@@ -97,7 +75,7 @@ class CachedImageProcessor:
     def _get(self, key: str) -> Any:
         with self._lock:
             result = self._kept.get(key)
-            if result is None or any(kept_pixels(tensor) is None for tensor in result.values()):
+            if result is None or not all(is_known(tensor) for tensor in result.values()):
                 return None
             self._kept.move_to_end(key)
             return result
@@ -108,7 +86,7 @@ class CachedImageProcessor:
         if _num_bytes(result) > self._capacity_bytes:
             return
         for tensor in result.values():
-            setattr(tensor, ATTRIBUTE, KeptPixels(TensorWatch([tensor])))
+            remember(tensor)
         with self._lock:
             if key in self._kept:
                 self._used_bytes -= _num_bytes(self._kept.pop(key))

@@ -8,6 +8,7 @@ from torch import Tensor
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.keys import Part, content_digest
+from vlcache_fx.store.known import known_rows, remember, rows_digests
 
 
 class EncoderRunner:
@@ -68,7 +69,7 @@ class EncoderRunner:
 
 
 def packed(results: Sequence[Any]) -> Entry:
-    """An entry for tensors and plain values.
+    """An entry for tensors and plain values; digests of the tensors are remembered with them.
 
     Raises:
         StoreError: a value is neither.
@@ -76,7 +77,14 @@ def packed(results: Sequence[Any]) -> Entry:
     tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
     info = [_form(value) if isinstance(value, Tensor) else value for value in results]
     devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
-    return Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
+    entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
+    for name, tensor in tensors.items():
+        if tensor.dim() > 0:
+            rows = (0, tensor.shape[0])
+            digests = dict(zip([rows], rows_digests(tensor, [rows]), strict=True))
+            remember(tensor, digests)
+            remember(entry.tensors[name], digests)
+    return entry
 
 
 def unpacked(entry: Entry) -> list[Any] | None:
@@ -95,7 +103,10 @@ def unpacked(entry: Entry) -> list[Any] | None:
         tensor, device = entry.tensors.get(str(index)), devices.get(str(index))
         if tensor is None or _form(tensor) != value or not isinstance(device, str):
             return None
-        results.append(tensor.to(device, copy=True))  # a host tier may have moved it
+        copied = tensor.to(device, copy=True)  # a host tier may have moved it
+        if copied.device == tensor.device and known_rows(tensor):
+            remember(copied, known_rows(tensor))
+        results.append(copied)
     return results
 
 

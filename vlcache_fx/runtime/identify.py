@@ -1,8 +1,7 @@
-"""Which spans a request has, and the keys of what fills them."""
+"""Which runs of media a request has, and the keys of what fills them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,31 +12,12 @@ from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.analysis.merge import Addition, Merge
 from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.runtime.marks import marked_spans
+from vlcache_fx.runtime.runs import Run, flagged_places, runs_of, token_flags, with_additions
 from vlcache_fx.runtime.shifts import only_shifts, same_for_all
 from vlcache_fx.store.keys import Part, content_digest
+from vlcache_fx.store.known import known_rows
 
 EMBEDDING = torch.ops.aten.embedding.default
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of consecutive tokens that one merge fills.
-
-    Attributes:
-        sample: where it is.
-        start, length: the tokens, from the beginning of the sample.
-        content: feature rows of these tokens: those merged, and any added in later layers.
-    """
-
-    sample: int
-    start: int
-    length: int
-    content: tuple[Tensor, ...]
-
-    @property
-    def end(self) -> int:
-        """One past the last token."""
-        return self.start + self.length
 
 
 @dataclass(frozen=True)
@@ -126,11 +106,12 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
+            known = known_rows(args[index]) if args[index].dim() == features.dim() else {}
             if place < self.num_merges:
                 lengths = next((one for one in items if sum(one) == len(places)), ())
-                found.extend(runs_of(places, features, tokens, lengths))
+                found.extend(runs_of(places, features, tokens, lengths, known))
             else:
-                extended = _with_additions(found, places, features, tokens)
+                extended = with_additions(found, places, features, tokens, known)
                 if extended is None:
                     return None
                 found = extended
@@ -187,52 +168,9 @@ def of_sample(value: Any, sample: int, num_samples: int, num_tokens: int) -> Any
     return value
 
 
-def token_flags(mask: Tensor) -> Tensor:
-    """The mask of a merge token by token, bool [samples, tokens]; its own form may spell out the width."""
-    flags = mask[..., 0] if mask.dim() > 2 else mask
-    return flags.reshape(-1, flags.shape[-1])
-
-
-def flagged_places(flags: Tensor) -> Tensor:
-    """Places of the flagged tokens over all samples, int64, sorted, on the CPU."""
-    return flags.flatten().nonzero().flatten().cpu()
-
-
-def runs_of(places: Tensor, features: Tensor, num_tokens: int, lengths: Sequence[int] = ()) -> list[Run]:
-    """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
-
-    An item lies in one sample, so none goes on in the next; where ``lengths`` of items are known, none goes
-    on behind one of them.
-    """
-    if not len(places):
-        return []
-    ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
-    ends[torch.tensor(list(accumulate(lengths[:-1])), dtype=torch.int64) - 1] = True
-    firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
-    return [
-        Run(*divmod(int(places[first]), num_tokens), after - first, (features[first:after],))
-        for first, after in pairwise(firsts)
-    ]
-
-
-def _with_additions(runs: list[Run], places: Tensor, features: Tensor, num_tokens: int) -> list[Run] | None:
-    """The runs with the rows that are added at their tokens; None where some are added at other tokens."""
-    starts = [run.sample * num_tokens + run.start for run in runs]
-    bounds = torch.tensor(
-        [(start, start + run.length) for start, run in zip(starts, runs, strict=True)], dtype=torch.int64
-    )
-    cuts = torch.searchsorted(places, bounds.reshape(-1, 2)).tolist()
-    if sum(after - first for first, after in cuts) != len(places):
-        return None
-    return [
-        replace(run, content=(*run.content, features[first:after]))
-        for run, (first, after) in zip(runs, cuts, strict=True)
-    ]
-
-
 def donor_key(run: Run, positions: list[Part], weights: str, salt: str) -> str:
     """The complete key of a donor: feature bytes, relative positions, weights, salt."""
-    return content_digest(["donor", salt, weights, run.content, tuple(positions)])
+    return content_digest(["donor", salt, weights, run.digests, tuple(positions)])
 
 
 def arithmetic(nodes: Iterable[fx.Node]) -> list[str]:

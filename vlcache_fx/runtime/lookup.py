@@ -11,9 +11,10 @@ from vlcache_fx.runtime import donors, refine
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.identify import Run, donor_key, of_sample
+from vlcache_fx.runtime.identify import donor_key, of_sample
 from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.runtime.request import Request, Sample
+from vlcache_fx.runtime.runs import Run
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.keys import content_digest
 

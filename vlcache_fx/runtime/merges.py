@@ -17,8 +17,8 @@ from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import PlanError
-from vlcache_fx.runtime.identify import flagged_places, runs_of, token_flags
 from vlcache_fx.runtime.marks import mark_spans
+from vlcache_fx.runtime.runs import flagged_places, runs_of, token_flags
 
 
 @dataclass(frozen=True)

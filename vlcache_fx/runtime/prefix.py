@@ -18,7 +18,7 @@ from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.captured import InputKind
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.identify import Run
+from vlcache_fx.runtime.runs import Run
 from vlcache_fx.store.keys import Part, content_digest
 
 BLOCK_TOKENS = 16
@@ -112,7 +112,7 @@ class PrefixReader:
             parts: list[Part] = [_rows(value, dims, start, start + length) for value, dims in sliced]
             parts += embedded.get(start, ())
             if run is not None:
-                parts.append(run.content if span is None else span.key)
+                parts.append(run.digests if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
             yield Piece(start, length, after if span is None else span.key, before, span)
             before = after

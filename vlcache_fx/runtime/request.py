@@ -9,8 +9,8 @@ from torch import Tensor
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.identify import Run
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
+from vlcache_fx.runtime.runs import Run
 from vlcache_fx.store.entry import Entry
 
 

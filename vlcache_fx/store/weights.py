@@ -56,7 +56,7 @@ class WeightsFingerprint:
     def _read(self, tensors: Sequence[Tensor]) -> None:
         # The watch first: a write that comes in between makes the next call look again.
         self._watch = TensorWatch(tensors)
-        self._digest = content_digest([_part(tensor) for tensor in tensors])
+        self._digest = content_digest([_part(tensor) for tensor in tensors], threaded=True)
 
 
 def _part(tensor: Tensor) -> Part:
