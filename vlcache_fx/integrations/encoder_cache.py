@@ -20,6 +20,7 @@ from vlcache_fx.integrations.items import (
     split_items,
     unflatten,
 )
+from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
@@ -53,6 +54,7 @@ class EncoderCache:
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
+        self._tensors = ModuleTensors(module)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._split = True  # until a result turns up that does not tell items apart
@@ -146,7 +148,7 @@ class EncoderCache:
         """One key per item; None where an argument cannot be part of a key."""
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
-        weights = self._engine.fingerprints.of([*self._module.parameters(), *self._module.buffers()])
+        weights = self._engine.fingerprints.of(self._tensors())
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         start = ["features", self._engine.options.salt, weights, self._pixels_name]

@@ -6,7 +6,7 @@ text and whole media items, and each piece is known by everything in front of it
 PagedAttention's prefix caches, arXiv 2309.06180).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ from vlcache_fx.capture import Captured
 from vlcache_fx.capture.captured import InputKind
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.runs import Run
-from vlcache_fx.store.keys import Part, content_digest
+from vlcache_fx.store.keys import Part, content_digest, tensor_bytes
 
 BLOCK_TOKENS = 16
 """Text is stored in blocks of this length; the end of a text is a shorter one. A prompt that leaves the known
@@ -103,13 +103,13 @@ class PrefixReader:
         known = {size for value in args if isinstance(value, Tensor) for size in value.shape}
         numbers = [args[index] for index in self.sizes if args[index] not in known]
         before = content_digest(["prefix", root, tuple(whole), tuple(numbers)])
-        sliced = [(value, dims) for value, dims in zip(values, by_token, strict=True) if dims]
+        readers = [_reader(value, dims) for value, dims in zip(values, by_token, strict=True) if dims]
         by_start = {span.start: span for span in spans}
         cuts = list(_cuts(runs, num_tokens))
         embedded = self._embedded_text(args, cuts)
         for start, length, run in cuts:
             span = by_start.get(start)
-            parts: list[Part] = [_rows(value, dims, start, start + length) for value, dims in sliced]
+            parts: list[Part] = [read(start, start + length) for read in readers]
             parts += embedded.get(start, ())
             if run is not None:
                 parts.append(run.digests if span is None else span.key)
@@ -150,6 +150,14 @@ def _token_dims(value: Tensor, num_tokens: int) -> tuple[int, ...]:
     return dims if len(dims) == 1 or dims == pairs else ()
 
 
-def _rows(value: Tensor, dims: tuple[int, ...], start: int, end: int) -> Tensor:
-    rows = value.narrow(dims[0], start, end - start)
-    return rows if len(dims) == 1 else rows.narrow(dims[1], 0, end)
+def _reader(value: Tensor, dims: tuple[int, ...]) -> Callable[[int, int], Part]:
+    """What tells a range of tokens of ``value`` from others: dtype, sizes and bytes of its rows.
+
+    Slicing bytes, rather than tensors: a prompt has many pieces.
+    """
+    if len(dims) > 1:
+        return lambda start, end: value.narrow(dims[0], start, end - start).narrow(dims[1], 0, end)
+    rows = value.movedim(dims[0], 0)
+    form = (str(value.dtype), dims[0], tuple(rows.shape[1:]))
+    data, size = tensor_bytes(rows), value.nbytes // rows.shape[0]
+    return lambda start, end: (form, bytes(data[start * size : end * size]))
