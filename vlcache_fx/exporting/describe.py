@@ -12,6 +12,7 @@ from vlcache_fx.analysis.refusal import source_line, without_folders
 from vlcache_fx.exporting.manifest import Manifest
 from vlcache_fx.exporting.specs import ProgramSpec
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.rewrite.hoist_lookups import DONOR
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def describe(
                 "layer": one.layer,
                 "node": one.node.name,
                 "source_line": without_folders(source_line(one.node)),
-                "input": f"donor.{one.slot}",
+                "input": f"{DONOR}{one.slot}",
             }
             for one in facts.frontiers
         ],

@@ -9,12 +9,10 @@ from torch import Tensor
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import Arriving, CudaGraphs, Lowered
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.rewrite.hoist_lookups import DONOR
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
-
-DONOR = "donor."
-"""What the names of donors' slots begin with."""
 
 
 class ProgramRunner:
