@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlcache_fx.ops.native import integers, native_kernel
+from vlcache_fx.ops.native import define_operator, integers, native_kernel
 
 __all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
 
@@ -53,7 +53,6 @@ def _(places: Tensor, tokens: int) -> Tensor:
     return places.new_empty(sizes, dtype=torch.bool)
 
 
-@torch.library.custom_op("vlcache::attention", mutates_args=())
 def attention(
     query: Tensor,
     key: Tensor,
@@ -109,8 +108,7 @@ def attention(
     return out.transpose(1, 2)
 
 
-@attention.register_fake
-def _(
+def _fake(
     query: Tensor,
     key: Tensor,  # noqa: ARG001 (the schema)
     value: Tensor,  # noqa: ARG001
@@ -121,6 +119,9 @@ def _(
 ) -> Tensor:
     batch, heads, rows, dim = query.shape
     return query.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+define_operator(attention, _fake)
 
 
 def decompose_attention(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
-from vlcache_fx.ops.native import native_kernel
+from vlcache_fx.ops.native import define_operator, native_kernel
 
 __all__ = ["MOST_ROWS", "decompose_linear", "linear"]
 
@@ -27,7 +27,6 @@ def _kernel() -> Callable[..., None] | None:
     return native_kernel("linear", _TYPES)
 
 
-@torch.library.custom_op("vlcache::linear", mutates_args=())
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``.
 
@@ -52,9 +51,11 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@linear.register_fake
-def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
+def _fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
     return rows.new_empty((*rows.shape[:-1], weight.shape[0]))
+
+
+define_operator(linear, _fake)
 
 
 def decompose_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
