@@ -13,7 +13,7 @@ __all__ = ["define_operator", "integers", "native_kernel"]
 
 _log = logging.getLogger(__name__)
 
-_library = torch.library.Library("vlcache", "FRAGMENT")
+_library = torch.library.Library("vlcache", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define_operator(implementation: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
@@ -27,8 +27,9 @@ def define_operator(implementation: Callable[..., torch.Tensor], fake: Callable[
         fake: gives the form of the result.
     """
     name = implementation.__name__
-    _library.define(name + torch.library.infer_schema(implementation, mutates_args=()))
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    schema = torch.library.infer_schema(implementation, mutates_args=())
+    _library.define(name + schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"vlcache::{name}", fake, lib=_library)
 
 
