@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from vlcache_fx.capture.subgraph import computation_digest, extract, needed_for
+from vlcache_fx.capture.subgraph import computation_digest, extract, needed_for, on_cpu
 
 
 class Both(torch.nn.Module):
@@ -24,6 +25,31 @@ class Both(torch.nn.Module):
 def module() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
     traced = fx.symbolic_trace(Both())
     return traced, {node.name: node for node in traced.graph.nodes}
+
+
+def flags(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Whatever device it stands for: of token ids, where they count from 0, and none of them."""
+    places = torch.arange(ids.shape[-1], device=ids.device)
+    return (ids == places).to(ids.device).unsqueeze(-1), ids.new_zeros(2)
+
+
+def test_a_part_of_another_device_runs_on_the_cpu() -> None:
+    part: Any = make_fx(flags)(torch.empty(1, 4, dtype=torch.int64, device="meta"))
+    before = str(part.graph)
+    moved = on_cpu(part)
+    assert moved is not None
+    assert "meta" in before
+    assert "meta" not in str(moved.graph)
+    assert str(part.graph) == before
+    ids = torch.tensor([[0, 7, 2, 3]])
+    for got, want in zip(moved(ids), flags(ids), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_a_part_with_constants_elsewhere_stays_there() -> None:
+    part = fx.symbolic_trace(Both())
+    assert on_cpu(part) is not None
+    assert on_cpu(part.to("meta")) is None
 
 
 def test_needed_for() -> None:

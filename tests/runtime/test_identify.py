@@ -122,6 +122,14 @@ def test_runs_of_each_sample(two: Identifying) -> None:
         first += run.length
 
 
+def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
+    assert two.identifier.on_host == (two.place["input_ids"],)
+    flags = Identifying(
+        input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=TWO == IMAGE_TOKEN
+    )
+    assert set(flags.identifier.on_host) == {flags.place["input_ids"], flags.place["deep_mask"]}
+
+
 def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
     whole = [(0, 1, 3), (0, 6, 2), (1, 0, 2), (1, 3, 3)]
     assert two.found() == whole

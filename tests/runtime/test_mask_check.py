@@ -98,7 +98,7 @@ class Looking:
     def __call__(self, spans: Sequence[Sequence[Span]] = BOTH, **changes: Tensor) -> MaskLook:
         for name, value in changes.items():
             self.args[self.place[name]] = value
-        return self.check.look(self.args, TOKENS, spans)
+        return self.check.look(self.args, self.args, TOKENS, spans)
 
 
 def for_both(*masks: Tensor, additive: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
@@ -31,6 +32,22 @@ def extract(module: fx.GraphModule, results: Sequence[Node]) -> fx.GraphModule:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in results))
     return fx.GraphModule(module, graph)
+
+
+def on_cpu(part: fx.GraphModule) -> fx.GraphModule | None:
+    """A copy that makes its tensors on the CPU, for inputs there; None where it reads constants elsewhere."""
+    cpu = torch.device("cpu")
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(part.graph, {}))
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            constant = _attribute(part, str(node.target))
+            if isinstance(constant, Tensor) and constant.device != cpu:
+                return None
+        node.args, node.kwargs = fx.node.map_aggregate(
+            (node.args, dict(node.kwargs)), lambda one: cpu if isinstance(one, torch.device) else one
+        )
+    return fx.GraphModule(part, graph)
 
 
 def computation_digest(module: fx.GraphModule, result: Node, names: Mapping[Node, str]) -> str:

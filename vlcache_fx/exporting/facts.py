@@ -99,6 +99,7 @@ def decoder_form(
         num_results=spec.num_outputs,
         writes=(),
         data=tuple(range(len(spec.inputs))),
+        tells=(),
         device=device,
         tail=None if spec.tail is None else RowSelection(spec.tail),
         rows={

@@ -17,6 +17,7 @@ from vlcache_fx.runtime import donors
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.host import on_host
 from vlcache_fx.runtime.lookup import DonorLookup
 from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.probe import ChosenRows, first_chooser, measure, needs_probe
@@ -84,12 +85,13 @@ class DecoderRunner:
         noted, items = self.engine.take_encoder_note(), self.engine.take_items()
         identifier, clock = self._form.identifier, Clock()
         with clock.measure("identify"):
-            identified = identifier.runs(args, items)
+            known = on_host(args, self._form.tells)
+            identified = identifier.runs(known, items)
             if identified is None:
                 return self._bypass(args, "placeholders and encoder features do not agree in number or width")
             num_samples, num_tokens, runs = identified
             hit = noted if encoder_hit is None else encoder_hit
-            request = self._donors.request(args, num_samples, num_tokens, runs, hit, clock)
+            request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
         if not runs and identifier.embeddings is not None:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
@@ -100,7 +102,7 @@ class DecoderRunner:
         if reason is not None:
             return self._bypass(args, reason, num_tokens)
         if request.spans:
-            look = self._masks.look(args, num_tokens, [sample.spans for sample in request.samples])
+            look = self._masks.look(args, known, num_tokens, [sample.spans for sample in request.samples])
             if look.refusal is not None:
                 self.engine.refuse_call(look.refusal)
                 return self._bypass(args, str(look.refusal), num_tokens)

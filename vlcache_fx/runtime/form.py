@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.axis import shape_of
@@ -28,6 +28,8 @@ class DecoderForm:
         num_results: entries that the traced code returns.
         writes: what the traced code writes to its inputs.
         data: inputs that are tensors of the request.
+        tells: those of them that hold whole numbers, as token ids, positions and masks do: keys are made of
+            them, so they are read on the CPU.
         device: where the token embeddings are.
         tail: tokens that results need; None for all.
         rows: what programs read from each slot.
@@ -46,6 +48,7 @@ class DecoderForm:
     num_results: int
     writes: tuple[Write, ...]
     data: tuple[int, ...]
+    tells: tuple[int, ...]
     device: torch.device
     tail: RowSelection | None
     rows: Mapping[str, RowForm]
@@ -75,6 +78,7 @@ class DecoderForm:
             num_results=captured.num_results,
             writes=captured.writes,
             data=data,
+            tells=tuple(index for index in data if _is_whole(captured.placeholders[index])),
             device=facts.stream.boundaries[0].meta["val"].device,
             tail=facts.tail_rows.rule,
             rows={
@@ -108,3 +112,8 @@ class DecoderForm:
     def positions(self, num_tokens: int) -> Tensor | None:
         """Absolute positions that results need, int64 [n], or None for all."""
         return None if self.tail is None else self.tail.positions(num_tokens)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.analysis.merge import Addition, Merge
-from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.capture.subgraph import extract, on_cpu
 from vlcache_fx.runtime.marks import marked_spans
 from vlcache_fx.runtime.runs import Run, flagged_places, runs_of, token_flags, with_additions
 from vlcache_fx.runtime.shifts import only_shifts, same_for_all
@@ -26,6 +26,7 @@ class Identifier:
 
     Attributes:
         masks: a small graph from the graph's inputs to the mask of each merge and addition.
+        on_host: indices of the inputs that ``masks`` reads on the CPU; empty where it runs on the device.
         features: per merge and addition, the index of the input that holds its feature rows.
         num_merges: how many of these are merges; additions follow.
         embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
@@ -46,6 +47,7 @@ class Identifier:
     masks_only: frozenset[int] = frozenset()
     has_past: bool = False
     width: int | None = None
+    on_host: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, module: fx.GraphModule, facts: DecoderFacts, data_inputs: Sequence[int]) -> "Identifier":
@@ -66,8 +68,10 @@ class Identifier:
         tables = ancestors(node.all_input_nodes[-1] for node in reached if node.target is EMBEDDING)
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         places: list[Merge | Addition] = [*facts.merges, *facts.additions]
+        place_masks, on_host = _on_host(extract(module, [place.mask for place in places]), data_inputs)
         return cls(
-            masks=extract(module, [place.mask for place in places]),
+            masks=place_masks,
+            on_host=on_host,
             features=tuple(index[place.features] for place in places),
             num_merges=len(facts.merges),
             position_inputs=tuple(
@@ -97,7 +101,10 @@ class Identifier:
                 for sample, start, length in marked_spans(embeds)
             ]
         samples, tokens, found = 1, 0, []
-        for place, (mask, index) in enumerate(zip(self.masks(*args), self.features, strict=True)):
+        read = list(args)
+        for index in self.on_host:
+            read[index] = args[index].cpu()
+        for place, (mask, index) in enumerate(zip(self.masks(*read), self.features, strict=True)):
             if self.width is not None and args[index].shape[-1] != self.width:
                 return None
             flags = token_flags(mask)
@@ -146,6 +153,22 @@ class Identifier:
             if not _says_nothing(relative):
                 parts.append(relative)
         return parts
+
+
+def _on_host(
+    masks: fx.GraphModule, data_inputs: Sequence[int]
+) -> tuple[Callable[..., Sequence[Tensor]], tuple[int, ...]]:
+    """``masks`` on the CPU, and the inputs that it reads there, where whole numbers tell everything."""
+    placeholders = masks.graph.find_nodes(op="placeholder")
+    read = [index for index, node in enumerate(placeholders) if node.users and _is_tensor(node)]
+    moved = on_cpu(masks) if all(index in data_inputs for index in read) else None
+    if moved is None or any(placeholders[index].meta["val"].is_floating_point() for index in read):
+        return masks, ()
+    return moved, tuple(read)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _says_nothing(relative: Tensor) -> bool:

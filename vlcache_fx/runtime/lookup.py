@@ -36,13 +36,20 @@ class DonorLookup:
     def request(
         self,
         args: Sequence[Any],
+        known: Sequence[Any],
         num_samples: int,
         num_tokens: int,
         runs: Sequence[Run],
         encoder_hit: bool | None,
         clock: Clock,
     ) -> Request:
-        """The request for a call of the graph; nothing has been looked up yet."""
+        """The request for a call of the graph; nothing has been looked up yet.
+
+        Args:
+            args, known, encoder_hit, clock, num_tokens: see ``Request``.
+            num_samples: prompts in the call.
+            runs: of all of them.
+        """
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
         spans: list[Span] = []
@@ -53,7 +60,7 @@ class DonorLookup:
             )
             weights, salt = f"{fingerprint}|{self._form.layout}", self._engine.options.salt
             for run in long:
-                positions = self._form.identifier.positions(args, run, num_samples, num_tokens)
+                positions = self._form.identifier.positions(known, run, num_samples, num_tokens)
                 key = donor_key(run, positions, weights, salt)
                 spans.append(Span(run.sample, run.start, run.length, key, False))
             root = content_digest([weights, salt])
@@ -61,7 +68,9 @@ class DonorLookup:
             Sample(index, own, tuple(span for span in spans if span.sample == index))
             for index, own in enumerate(by_sample)
         )
-        return Request(args, num_tokens, samples, root, encoder_hit, clock, model_fingerprint=fingerprint)
+        return Request(
+            args, known, num_tokens, samples, root, encoder_hit, clock, model_fingerprint=fingerprint
+        )
 
     def find(self, request: Request) -> Request:
         """The request with what the store has for it.
@@ -118,7 +127,7 @@ class DonorLookup:
 
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
         num_samples, num_tokens = len(request.samples), request.num_tokens
-        args = [of_sample(value, sample.index, num_samples, num_tokens) for value in request.args]
+        args = [of_sample(value, sample.index, num_samples, num_tokens) for value in request.known]
         pieces = self._form.prefixes.pieces(args, sample.runs, sample.spans, num_tokens, request.root)
         if num_samples == 1:
             return pieces

@@ -110,11 +110,14 @@ class MaskCheck:
             every_layer_has_one=all(layer.site.mask is not None for layer in facts.layers),
         )
 
-    def look(self, args: Sequence[Any], num_tokens: int, spans: Sequence[Sequence[Span]]) -> MaskLook:
+    def look(
+        self, args: Sequence[Any], known: Sequence[Any], num_tokens: int, spans: Sequence[Sequence[Span]]
+    ) -> MaskLook:
         """What tokens see in one call.
 
         Args:
             args: the graph's inputs.
+            known: the same, for the key of what was seen: on the CPU where they are needed there anyway.
             num_tokens: of each sample.
             spans: per sample. Images may look both ways inside themselves, not behind them.
         """
@@ -122,7 +125,7 @@ class MaskCheck:
             return MaskLook(unseen=(None,) * len(spans))
         key_tokens = [tokens(args, num_tokens) for tokens in self._key_tokens]
         places = [(span.sample, span.start, span.length) for sample in spans for span in sample]
-        inputs = (args[index] for index in self.inputs)
+        inputs = (known[index] for index in self.inputs)
         key = content_digest([*inputs, *key_tokens, num_tokens, len(spans), *places])
         if key not in self._looks:
             self._looks[key] = self._look(self._evaluated(args, num_tokens, key_tokens), num_tokens, spans)

@@ -51,6 +51,7 @@ class Request:
 
     Attributes:
         args: the graph's inputs.
+        known: the same, with those on the CPU that keys are made of.
         num_tokens: length of each prompt, padding included.
         samples: one per prompt.
         root: what keys of rows depend on beside the prompt; empty without spans.
@@ -63,6 +64,7 @@ class Request:
     """
 
     args: Sequence[Any]
+    known: Sequence[Any]
     num_tokens: int
     samples: tuple[Sample, ...]
     root: str
