@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from vlcache_fx.ops import linear as module
-from vlcache_fx.ops.linear import MOST_ROWS, decompose_linear, linear
+from vlcache_fx.ops.linear import FEW_ROWS, MOST_ROWS, decompose_linear, linear
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 
@@ -49,7 +49,11 @@ def close(got: Tensor, want: Tensor, width: int) -> None:
 )  # fmt: skip
 @example(lead=(), rows=1, width=64, outputs=32, with_bias=False, seed=0)
 @example(lead=(), rows=6, width=63, outputs=33, with_bias=True, seed=1)
-@settings(max_examples=60)
+@example(lead=(), rows=7, width=63, outputs=33, with_bias=True, seed=1)
+@example(lead=(), rows=16, width=2 * 2048 + 34, outputs=37, with_bias=True, seed=2)
+@example(lead=(), rows=17, width=2, outputs=1, with_bias=True, seed=3)
+@example(lead=(2,), rows=40, width=2050, outputs=100, with_bias=False, seed=4)
+@settings(max_examples=100)
 def test_kernel_is_a_linear_layer(
     lead: tuple[int, ...], rows: int, width: int, outputs: int, with_bias: bool, seed: int
 ) -> None:
@@ -58,18 +62,20 @@ def test_kernel_is_a_linear_layer(
 
 
 @needs_kernel
-def test_it_is_as_exact_as_pytorchs() -> None:
-    given_ = operands(2, 4096, outputs=500)
+@pytest.mark.parametrize("rows", [2, 20, 70])
+def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
+    given_ = operands(rows, 4096, outputs=500)
     want = exact(*given_)
     assert (linear(*given_) - want).abs().max() <= 1.1 * (F.linear(*given_) - want).abs().max()
 
 
 @needs_kernel
-def test_values_behind_the_end_are_not_read() -> None:
-    rows, weight, _ = operands(1, 33, outputs=3)
-    padded = torch.full((100,), float("nan"), dtype=torch.bfloat16)
-    padded[:99] = weight.flatten()
-    close(linear(rows, padded[:99].view(3, 33), None), exact(rows, weight, None), 33)
+@pytest.mark.parametrize(("count", "width"), [(1, 33), (9, 34)])
+def test_values_behind_the_end_are_not_read(count: int, width: int) -> None:
+    rows, weight, _ = operands(count, width, outputs=3)
+    padded = torch.full((3 * width + 40,), float("nan"), dtype=torch.bfloat16)
+    padded[: 3 * width] = weight.flatten()
+    close(linear(rows, padded[: 3 * width].view(3, width), None), exact(rows, weight, None), width)
 
 
 @needs_kernel
@@ -99,6 +105,24 @@ def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) ->
     )
 
 
+@needs_kernel
+def test_rows_that_pytorch_multiplies_faster_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = kernel_calls(module, monkeypatch)
+    for amx, rows, width, calls in (
+        (False, MOST_ROWS, 16, 1),
+        (False, MOST_ROWS + 1, 16, 0),
+        (False, FEW_ROWS + 1, 15, 0),
+        (False, FEW_ROWS, 15, 1),
+        (True, FEW_ROWS + 1, 16, 0),
+        (True, FEW_ROWS, 16, 1),
+    ):
+        seen.clear()
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        given_ = operands(rows, width, outputs=5)
+        close(linear(*given_), exact(*given_), width)
+        assert len(seen) == calls
+
+
 def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_kernel", lambda: None)
     given_ = operands(2, 16, outputs=5)
@@ -114,7 +138,7 @@ def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyP
         lambda rows, weight, bias: (rows, weight.t().contiguous().t(), bias),
         lambda rows, weight, bias: (rows, weight.clone().requires_grad_(), bias),
         lambda rows, weight, bias: (rows, weight[0], bias[0]),
-        lambda rows, weight, bias: (rows.repeat(4, 1), weight, bias),
+        lambda rows, weight, bias: (rows.repeat(41, 1), weight, bias),
     ],
     ids=["float32", "turned weights", "gradient", "a vector", "many rows"],
 )
@@ -126,7 +150,7 @@ def test_other_layers_are_left_to_pytorch(change: Any) -> None:
 
 @needs_kernel
 def test_numbers_of_rows_that_are_not_known_yet_are_told_apart_when_it_runs() -> None:
-    rows, weight, bias = operands(20, 16, outputs=5)
+    rows, weight, bias = operands(90, 16, outputs=5)
     traced = make_fx(decompose_linear, tracing_mode="symbolic")(rows, weight, bias)
     assert torch.ops.vlcache.linear.default in {node.target for node in traced.graph.nodes}
     with FakeTensorMode() as mode:
@@ -146,7 +170,7 @@ def test_lowered_programs_use_it_where_kernels_may_change(
 ) -> None:
     seen = kernel_calls(module, monkeypatch)
     run = None
-    for rows in (20, 4, 1):
+    for rows in (90, 20, 1):
         given_ = operands(1, rows, 16, outputs=5)
         if run is None:
             traced = make_fx(Layer(), tracing_mode="symbolic", pre_dispatch=True)(*given_)

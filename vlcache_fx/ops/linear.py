@@ -1,7 +1,8 @@
 """``torch.ops.vlcache.linear``: a linear layer of bfloat16 on a CPU that is quick for few rows.
 
 For one or two rows, as where a prompt comes again or an answer is decoded, a layer takes as long as reading
-its weights. PyTorch's products read them at about half of what the machine can.
+its weights. PyTorch's products read them at about half of what the machine can. For some dozens, as where a
+question follows a known prompt, PyTorch's takes about as long to pack the weights as to multiply them.
 """
 
 import ctypes
@@ -15,10 +16,10 @@ from torch.nn import functional as F
 
 from vlcache_fx.ops.native import define_operator, native_kernel
 
-__all__ = ["MOST_ROWS", "decompose_linear", "linear"]
+__all__ = ["FEW_ROWS", "MOST_ROWS", "decompose_linear", "linear"]
 
-MOST_ROWS = 6
-"""As in ``linear.cpp``. For some more rows, PyTorch's products are as quick."""
+FEW_ROWS, MOST_ROWS = 6, 80
+"""``FEW`` and ``MOST_ROWS`` of ``linear.cpp``. For more rows, PyTorch's products are as quick."""
 
 _TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
@@ -40,7 +41,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     width, outputs = rows.shape[-1], weight.shape[0]
     count = rows.numel() // max(width, 1)
-    kernel = _kernel() if 0 < count <= MOST_ROWS else None
+    kernel = _kernel() if _is_quicker(count, width) else None
     if kernel is None:
         return F.linear(rows, weight, bias).contiguous()
     rows, weight = rows.contiguous(), weight.contiguous()
@@ -49,6 +50,13 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     pointers = (None if one is None else one.data_ptr() for one in (rows, weight, bias, out))
     kernel(*pointers, count, width, outputs)
     return out
+
+
+def _is_quicker(count: int, width: int) -> bool:
+    """Whether the kernel serves this number of rows; from some rows on, PyTorch's has AMX, where there is."""
+    if count <= FEW_ROWS:
+        return count > 0
+    return count <= MOST_ROWS and width % 2 == 0 and not torch.cpu._is_amx_tile_supported()
 
 
 def _fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
