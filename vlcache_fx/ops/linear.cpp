@@ -1,4 +1,4 @@
-// Few rows of bfloat16 times a weight matrix, which is read as it lies: nothing is packed.
+// Few rows of bfloat16 times a weight matrix, which is read as it lies.
 //
 // For up to FEW rows such a product takes as long as reading its weights, once and in order; PyTorch's reads tiles of
 // them, at about half the rate. For more rows PyTorch's packs the weights in every call, which takes about as long as
@@ -59,20 +59,18 @@ void multiply(const bf16* rows, const bf16* weight, const bf16* bias, bf16* out,
 }
 
 using Multiply = decltype(&multiply<1>);
-constexpr Multiply MULTIPLY[FEW] = {multiply<1>, multiply<2>, multiply<3>,
-                                          multiply<4>, multiply<5>, multiply<6>};
+constexpr Multiply MULTIPLY[FEW] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
 
-constexpr int64_t LANES = 16;    // rows whose sums one register holds
-constexpr int64_t LINE = 32;     // values of a cache line
-constexpr int64_t BLOCK = 2048;  // of the width: MOST_ROWS pieces of this length stay in the second-level cache
+constexpr int64_t LANES = 16;       // rows whose sums one register holds
+constexpr int64_t CACHE_LINE = 32;  // values
+constexpr int64_t BLOCK = 2048;     // of the width: MOST_ROWS pieces of this length stay in the second-level cache
 
-// Rows [count, width] -> pairs along the width: [width / 2][lanes][2]; rows and values that are missing become zero.
+// Rows [count, width] -> pairs along the width, which is even: [width / 2][lanes][2]; missing rows become zero.
 void pack_rows(const bf16* rows, int64_t count, int64_t width, int64_t lanes, bf16* packed) {
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < (width + 1) / 2; ++i) {
+  for (int64_t i = 0; i < width; i += 2) {
     for (int64_t r = 0; r < lanes; ++r) {
-      for (int64_t k = 0; k < 2; ++k)
-        packed[(i * lanes + r) * 2 + k] = r < count && 2 * i + k < width ? rows[r * width + 2 * i + k] : bf16(0.f);
+      for (int64_t k = 0; k < 2; ++k) packed[i * lanes + 2 * r + k] = r < count ? rows[r * width + i + k] : bf16(0.f);
     }
   }
 }
@@ -85,10 +83,10 @@ void add_block(const bf16* packed, const bf16* weight, int64_t width, int64_t le
   for (int j = 0; j < WEIGHTS; ++j) {
     for (int v = 0; v < VECTORS; ++v) found[j][v] = _mm512_load_ps(sums + (j * VECTORS + v) * LANES);
   }
-  for (int64_t i = 0; i < length; i += LINE) {
+  for (int64_t i = 0; i < length; i += CACHE_LINE) {
     for (int j = 0; j < WEIGHTS; ++j)
       _mm_prefetch(reinterpret_cast<const char*>(weight + (WEIGHTS + j) * width + i), _MM_HINT_T0);
-    const int64_t end = std::min(length, i + LINE);
+    const int64_t end = std::min(length, i + CACHE_LINE);
     for (int64_t k = i; k < end; k += 2) {
       __m512bh rows[VECTORS];
       for (int v = 0; v < VECTORS; ++v) rows[v] = load(packed + (k * VECTORS + 2 * v) * LANES);
@@ -104,7 +102,8 @@ void add_block(const bf16* packed, const bf16* weight, int64_t width, int64_t le
     for (int v = 0; v < VECTORS; ++v) _mm512_store_ps(sums + (j * VECTORS + v) * LANES, found[j][v]);
   }
 }
-// Sixteen registers that hold the columns of what was in their rows.
+
+// Sixteen registers become the columns of what they were the rows of.
 void transpose(__m512 (&rows)[LANES]) {
   __m512 pairs[LANES], fours[LANES];
   for (int i = 0; i < LANES; i += 2) {
