@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,18 @@ def test_what_is_written_to_is_forgotten(write: Callable[[Tensor], Any]) -> None
     assert not is_known(tensor)
     assert known_rows(tensor) == {}
     assert rows_digests(tensor, [(0, 6)]) == [content_digest([tensor])]
+
+
+def test_copies_and_saved_tensors_know_nothing(tmp_path: Path) -> None:
+    tensor = noise(0, 6, 4)
+    remember(tensor, {(0, 6): "told"})
+    torch.save(tensor, tmp_path / "tensor.pt")
+    for other in (copy.deepcopy(tensor), copy.copy(tensor), torch.load(tmp_path / "tensor.pt")):
+        assert torch.equal(other, tensor)
+        assert not is_known(other)
+        remember(other)
+        assert is_known(other)
+    assert known_rows(tensor) == {(0, 6): "told"}
 
 
 def test_remembering_keeps_nothing_alive() -> None:

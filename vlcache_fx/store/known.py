@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ NOTHING: Mapping[Rows, str] = MappingProxyType({})
 class _Known:
     watch: TensorWatch
     digests: dict[Rows, str]
+
+    def __reduce__(self) -> Any:
+        # It is about one tensor of one process. Copies and saved tensors get this in its place, because
+        # ``torch.load`` refuses tensors that bring other classes along.
+        return set, ()
 
 
 def remember(tensor: Tensor, digests: Mapping[Rows, str] = NOTHING) -> None:
@@ -55,8 +60,8 @@ def is_known(tensor: Tensor) -> bool:
 
 
 def _known(tensor: Tensor) -> _Known | None:
-    known: _Known | None = getattr(tensor, ATTRIBUTE, None)
-    return known if known is not None and known.watch.unchanged([tensor]) else None
+    known = getattr(tensor, ATTRIBUTE, None)
+    return known if isinstance(known, _Known) and known.watch.unchanged([tensor]) else None
 
 
 def rows_digests(tensor: Tensor, bounds: Sequence[Rows], *, threaded: bool = False) -> list[str]:
