@@ -10,15 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, PAD
-from vlcache_fx.testing.tiny_vlm import (
-    Layer,
-    TinyVlm,
-    causal_mask,
-    repeat_heads,
-    rotary_angles,
-    rotate,
-    tiny_vlm,
-)
+from vlcache_fx.testing.tiny_attention import causal_mask, repeat_heads, rotary_angles, rotate
+from vlcache_fx.testing.tiny_vlm import Layer, TinyVlm, tiny_vlm
 
 LAYERS = 3
 WIRINGS = ("side", "skip", "shared", "shared values", "residual values")

@@ -24,7 +24,8 @@ from vlcache_fx.plan.types import Span
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.runtime.donors import RESIDUAL
 from vlcache_fx.store import Entry
-from vlcache_fx.testing.tiny_vlm import DecoderShape, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_attention import DecoderShape
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .passes.reference import KeyValue, forward
 from .runtime.helpers import Pair, hits, keys, own_compiler_state, with_backend

@@ -19,14 +19,8 @@ from vlcache_fx.backend import engine_for
 from vlcache_fx.errors import OptionError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.passes.rewrite import SpliceRows
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import (
-    TinyVlm,
-    repeat_heads,
-    rotary_angles,
-    rotate,
-    tiny_vlm,
-    tiny_vlm_inputs,
-)
+from vlcache_fx.testing.tiny_attention import repeat_heads, rotary_angles, rotate
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 from .runtime.helpers import (
     Pair,

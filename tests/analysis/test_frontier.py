@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import captured_graph
-from vlcache_fx.testing.tiny_vlm import rotary_angles, tiny_vlm
+from vlcache_fx.testing.tiny_attention import rotary_angles
+from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 from ..models import wired
 from .graphs import CALL, attend, capture, captured_vlm

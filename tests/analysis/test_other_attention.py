@@ -13,7 +13,8 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.other_attention import other_attention
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import captured_graph
-from vlcache_fx.testing.tiny_vlm import Attention, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_attention import Attention
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.helpers import distance, own_compiler_state, with_backend
 from .graphs import attend, capture, captured_vlm

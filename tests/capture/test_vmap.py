@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from vlcache_fx.capture.vmap import CLOSE, OPEN, inline_vmap
 from vlcache_fx.testing.graphs import captured_graph, traced_graphs
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import TinyVlm, rotary_angles, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_attention import rotary_angles
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.helpers import own_compiler_state, with_backend
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import ROTATIONS, TinyVlm, repeat_heads, rotary_angles
+from vlcache_fx.testing.tiny_attention import ROTATIONS, repeat_heads, rotary_angles
+from vlcache_fx.testing.tiny_vlm import TinyVlm
 
 KeyValue = tuple[Tensor, Tensor]
 

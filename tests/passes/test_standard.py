@@ -11,7 +11,8 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
 from vlcache_fx.plan.types import Span
 from vlcache_fx.testing.graphs import captured_graph
-from vlcache_fx.testing.tiny_vlm import DecoderShape, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_attention import DecoderShape
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from . import reference
 from .programs import Rows, everything, nothing_stored, plan_for, run, small

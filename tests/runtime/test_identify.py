@@ -17,7 +17,8 @@ from vlcache_fx.runtime.identify import Identifier, donor_key, of_sample
 from vlcache_fx.runtime.runs import Run, runs_of
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
-from vlcache_fx.testing.tiny_vlm import TinyVlm, causal_mask, rotary_angles, tiny_vlm
+from vlcache_fx.testing.tiny_attention import causal_mask, rotary_angles
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm
 
 HIDDEN = 16
 

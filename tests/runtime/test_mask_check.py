@@ -17,7 +17,8 @@ from vlcache_fx.runtime import mask_check
 from vlcache_fx.runtime.mask_check import MaskCheck, MaskLook, _looks_ahead
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import TinyVlm, repeat_heads, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_attention import repeat_heads
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 CAUSAL = torch.ones(8, 8, dtype=torch.bool).tril()
 SPANS = [Span(0, 2, 3, "image", False)]

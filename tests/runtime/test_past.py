@@ -12,14 +12,8 @@ from torch.nn import functional as F
 
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import (
-    TinyVlm,
-    repeat_heads,
-    rotary_angles,
-    rotate,
-    tiny_vlm,
-    tiny_vlm_inputs,
-)
+from vlcache_fx.testing.tiny_attention import repeat_heads, rotary_angles, rotate
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, distance, hits, own_compiler_state, with_backend
 
