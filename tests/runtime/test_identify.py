@@ -183,6 +183,12 @@ def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObjec
     assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
 
 
+@pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
+def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
+    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, lengths)
+    assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
+
+
 # Inputs of one sample ---------------------------------------------------------------------------------------
 
 

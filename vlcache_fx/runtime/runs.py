@@ -67,7 +67,8 @@ def runs_of(
     if not len(places):
         return []
     ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
-    ends[torch.tensor(list(accumulate(lengths[:-1])), dtype=torch.int64) - 1] = True
+    cuts = [cut for cut in accumulate(lengths) if 0 < cut < len(places)]
+    ends[torch.tensor(cuts, dtype=torch.int64) - 1] = True
     firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
     return [
         Run(
