@@ -57,8 +57,8 @@ class LookupCost:
 
 
 def hash_cost(features: Tensor) -> HashCost:
-    """Time the digest that the key of a donor is made of, which holds a run's content in a tuple."""
-    seconds = median_seconds(lambda: content_digest([(features,)]), 5, synchronizer(features.device))
+    """Time the digest of a run's rows, which the key of a donor is made of."""
+    seconds = median_seconds(lambda: content_digest([features]), 5, synchronizer(features.device))
     return HashCost(features.numel() * features.element_size(), seconds)
 
 

@@ -37,15 +37,15 @@ def read_places(graph: Graph) -> bool:
     for node in graph.find_nodes(op="call_function", target=SDPA):
         given = {**dict(zip(FIELDS, node.args[3:], strict=False)), **node.kwargs}
         conditions = _conditions(given.pop("attn_mask", None))
-        compared = [pair for pair in map(_compared, conditions) if pair is not None]
-        if not compared or given.pop("is_causal", False) or given.pop("dropout_p", 0.0):
+        compared = next((pair for pair in map(_compared, conditions) if pair is not None), None)
+        if compared is None or given.pop("is_causal", False) or given.pop("dropout_p", 0.0):
             continue
-        others = [one for one in conditions if _compared(one) != compared[0] and not _holds_everywhere(one)]
+        others = [one for one in conditions if _compared(one) != compared and not _holds_everywhere(one)]
         with graph.inserting_before(node):
             rest = (
                 functools.reduce(lambda a, b: graph.call_function(BOTH, (a, b)), others) if others else None
             )
-            call = graph.call_function(attend_up_to, (*node.args[:3], *compared[0], rest), given)
+            call = graph.call_function(attend_up_to, (*node.args[:3], *compared, rest), given)
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)

@@ -80,10 +80,9 @@ def packed(results: Sequence[Any]) -> Entry:
     entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
     for name, tensor in tensors.items():
         if tensor.dim() > 0:
-            rows = (0, tensor.shape[0])
-            digests = dict(zip([rows], rows_digests(tensor, [rows]), strict=True))
-            remember(tensor, digests)
-            remember(entry.tensors[name], digests)
+            remember(tensor)
+            rows_digests(tensor, [(0, tensor.shape[0])])
+            remember(entry.tensors[name], known_rows(tensor))
     return entry
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.axis import shape_of
@@ -12,7 +12,7 @@ from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.captured import Write
 from vlcache_fx.plan.selection import RowSelection
 from vlcache_fx.runtime.donors import RESIDUAL, RowForm
-from vlcache_fx.runtime.identify import Identifier, arithmetic
+from vlcache_fx.runtime.identify import Identifier, arithmetic, is_whole
 from vlcache_fx.runtime.prefix import PrefixReader
 
 
@@ -78,7 +78,7 @@ class DecoderForm:
             num_results=captured.num_results,
             writes=captured.writes,
             data=data,
-            tells=tuple(index for index in data if _is_whole(captured.placeholders[index])),
+            tells=tuple(index for index in data if is_whole(captured.placeholders[index])),
             device=facts.stream.boundaries[0].meta["val"].device,
             tail=facts.tail_rows.rule,
             rows={
@@ -112,8 +112,3 @@ class DecoderForm:
     def positions(self, num_tokens: int) -> Tensor | None:
         """Absolute positions that results need, int64 [n], or None for all."""
         return None if self.tail is None else self.tail.positions(num_tokens)
-
-
-def _is_whole(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())

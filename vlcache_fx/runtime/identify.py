@@ -160,15 +160,20 @@ def _on_host(
 ) -> tuple[Callable[..., Sequence[Tensor]], tuple[int, ...]]:
     """``masks`` on the CPU, and the inputs that it reads there, where whole numbers tell everything."""
     placeholders = masks.graph.find_nodes(op="placeholder")
-    read = [index for index, node in enumerate(placeholders) if node.users and _is_tensor(node)]
-    moved = on_cpu(masks) if all(index in data_inputs for index in read) else None
-    if moved is None or any(placeholders[index].meta["val"].is_floating_point() for index in read):
-        return masks, ()
-    return moved, tuple(read)
+    read = {index: node for index, node in enumerate(placeholders) if node.users and _is_tensor(node)}
+    tells_all = all(index in data_inputs and is_whole(node) for index, node in read.items())
+    moved = on_cpu(masks) if tells_all else None
+    return (masks, ()) if moved is None else (moved, tuple(read))
 
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
+
+
+def is_whole(node: fx.Node) -> bool:
+    """True for a tensor of whole numbers, flags included."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
 
 
 def _says_nothing(relative: Tensor) -> bool:
