@@ -131,9 +131,8 @@ def _is_copied(value: Any) -> bool:
 
 def _form(value: Any) -> Any:
     if type(value) is torch.nn.Parameter:
-        return (
-            value.data_ptr()
-        )  # guards fix all else; a model has hundreds, and each look takes a microsecond
+        # Guards fix all else. A model has hundreds, and each further look takes a microsecond.
+        return value.data_ptr()
     if not isinstance(value, Tensor):
         return value
     address = None if _is_copied(value) else value.data_ptr()

@@ -40,28 +40,21 @@ def content_digest(parts: Sequence[Part], *, threaded: bool = False) -> str:
             with its dtype, shape and values, not with its strides. A tuple and a list are different; so are
             1, 1.0 and True, and 0.0 and -0.0. Large tensors on a device count by hashes made there
             (``device_digest``): such a digest is good in this process alone.
-        threaded: read large parts with a thread per core. Slower where OpenMP's threads have just worked, as
-            within a request: they spin for a while.
+        threaded: read large tensors, outside of tuples and lists, with a thread per core. Slower where
+            OpenMP's threads have just worked, as within a request: they spin for a while.
 
     Raises:
         StoreError: for a part of another type, or a tensor without plain bytes.
     """
-    hasher = blake3(max_threads=blake3.AUTO if threaded and _is_large(parts) else 1)
-    _write_parts(hasher, b"l", parts)
-    return hasher.hexdigest()
-
-
-def _is_large(parts: Sequence[Part]) -> bool:
-    return any(
-        (
-            isinstance(part, Tensor)
-            and part.device.type == "cpu"
-            and part.numel() * part.element_size() >= _THREADED_BYTES
-        )
-        or (isinstance(part, bytes) and len(part) >= _THREADED_BYTES)
-        or (isinstance(part, tuple | list) and _is_large(part))
+    is_large = any(
+        isinstance(part, Tensor)
+        and part.device.type == "cpu"
+        and part.numel() * part.element_size() >= _THREADED_BYTES
         for part in parts
     )
+    hasher = blake3(max_threads=blake3.AUTO if threaded and is_large else 1)
+    _write_parts(hasher, b"l", parts)
+    return hasher.hexdigest()
 
 
 def _write(hasher: _Hasher, tag: bytes, data: bytes | memoryview) -> None:
