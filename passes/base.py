@@ -51,6 +51,12 @@ class Program:
         return self.facts
 
     @property
+    def step(self) -> StepFacts:
+        """The facts of a decoding step's graph, in the same way."""
+        assert isinstance(self.facts, StepFacts)
+        return self.facts
+
+    @property
     def layered(self) -> DecoderFacts | StepFacts:
         """The facts, of which only ``sites`` and ``stream`` are needed."""
         assert self.facts is not None

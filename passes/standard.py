@@ -31,6 +31,7 @@ from vlcache_fx.passes.rewrite import (
     RestrictRows,
     SpliceRows,
     TrimTail,
+    WriteInPlace,
 )
 
 CLEANUP = Pipeline(
@@ -79,8 +80,8 @@ WARM = Pipeline(
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
-STEP = Pipeline((TagSegments(), DeclareInputs()))
-"""A decoding step: as it is, cut into its layers."""
+STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
+"""A decoding step: as it is, cut into its layers. It changes the caller's caches of fixed size itself."""
 
 
 def copy_captured(captured: Captured) -> Captured:
@@ -127,7 +128,7 @@ def step_program(captured: Captured, pipeline: Pipeline = STEP) -> Program:
     """A captured, cleaned decoding step as a program; ``captured`` stays as it is.
 
     Raises:
-        UnsupportedGraphError: its layers are not found.
+        UnsupportedGraphError: its layers are not found, or it writes rows that must be written afterwards.
     """
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze_step(own))

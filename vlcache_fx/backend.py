@@ -30,6 +30,7 @@ from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.step import StepRunner
 from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Unmodified
 
 _log = logging.getLogger(__name__)
@@ -182,18 +183,17 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
     """A piece of a model; or a decoding step, of which equal layers are compiled once, if found."""
     if (
         captured is None
-        or captured.writes  # to a cache of fixed size, which would be copied whole
         or engine.lowering.name != "inductor"
         or not unmodified.is_decoding_step()
     ):
         return unmodified.prepare()
     try:
-        step = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")
+        lowered = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()
     unmodified.release()
-    return _guarded(lambda *args: step(args), captured, unmodified)
+    return _guarded(StepRunner(captured, lowered, unmodified), captured, unmodified)
 
 
 def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:

@@ -25,7 +25,8 @@ class Write:
 
     Attributes:
         input: index of the input.
-        value: index, among the graph's outputs, of what is written.
+        value: index, among the graph's outputs, of what is written. A program that writes it by itself
+            returns None there.
         dim: the dimension along which rows are written; None where ``value`` replaces all of the input.
         places: index, among the outputs, of the places of these rows along ``dim`` (int64 [rows]).
         results: indices of the results that are the input itself; the graph returns None there.

@@ -83,7 +83,9 @@ def deliver(
     with torch.no_grad():
         for write in writes:
             target, value = args[write.input], outputs[write.value]
-            if write.dim is None or write.places is None:
+            if value is None:
+                pass  # written already
+            elif write.dim is None or write.places is None:
                 target.copy_(value)
             else:
                 target[(*[slice(None)] * write.dim, outputs[write.places])] = value
