@@ -108,11 +108,30 @@ def test_without_compilation_nothing_is_compiled() -> None:
     assert compilations(pair) == []
 
 
-@pytest.mark.thorough
-def test_what_writes_to_a_cache_of_fixed_size_stays_whole() -> None:
-    pair = compiled()
+def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
+    pair = compiled(strict=True)
     check(pair, cache_implementation="static")
-    assert compilations(pair) == []
+    found = compilations(pair)
+    assert sorted(found) == ["layer.0", "prelude", "tail"]
+    check(pair, seed=1, cache_implementation="static")  # another length
+    assert compilations(pair) == found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
+def test_steps_with_a_window_of_fixed_size(name: str) -> None:
+    from . import caches  # needs transformers
+
+    pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    inputs = llava_inputs(5, 4, [0])
+    with torch.no_grad():
+        got, want = (
+            model.generate(**inputs, **options, cache_implementation="static")
+            for model in (pair.model, pair.reference)
+        )
+    assert torch.equal(got, want)
+    assert "layer.0" in compilations(pair)
 
 
 def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +152,11 @@ def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPat
 
 
 @needs_kernel
-def test_steps_use_the_kernels_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_steps_use_the_kernels_for_few_rows(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied, attended = (kernel_calls(module, monkeypatch) for module in (linear, attention))
     pair = with_api(tiny_qwen2_5_vl(LAYERS).bfloat16(), lowering="inductor", min_span_tokens=4)
-    generated(pair.model)
+    generated(pair.model, cache_implementation=cache)
     steps = TOKENS - 1
     assert [sizes[3] for *_, sizes, _, _, _, _ in attended].count(1) == steps * LAYERS
     assert [count for *_, count, _, _ in multiplied].count(1) >= steps * 7 * LAYERS

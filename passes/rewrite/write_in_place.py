@@ -6,7 +6,6 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.refusal import refuse
-from vlcache_fx.capture import Write
 from vlcache_fx.capture.writes import scattered_rows
 from vlcache_fx.errors import Reason
 from vlcache_fx.passes.base import Pass, Program
@@ -23,7 +22,7 @@ class WriteInPlace(Pass):
 
     In a functional graph that makes a copy of every cache in every step. Here the cache is written where it
     lies, in the layer that reads it; the results that told the rows and their places become None. What else
-    is written, such as a counter, stays a result.
+    is written, such as a counter, stays a result, and so do rows that the graph does not read.
     """
 
     name: ClassVar[str] = "write_in_place"
@@ -37,24 +36,41 @@ class WriteInPlace(Pass):
             UnsupportedGraphError: MUTATED_INPUTS, where one cannot be done in place.
         """
         placeholders = program.graph.find_nodes(op="placeholder")
-        writes = [write for write in program.step.writes if write.places is not None]
-        for write in writes:
-            _rewrite(program, placeholders[write.input], write)
-        return bool(writes)
+        output = program.graph.output_node()
+        results: Any = output.args[0]
+        results, changed = list(results), False
+        for write in program.step.writes:
+            target, value = placeholders[write.input], results[write.value]
+            told = None if write.places is None else (value, write.dim, results[write.places])
+            problem = _problem(target, value, told, output)
+            if problem is not None:
+                raise refuse(Reason.MUTATED_INPUTS, target, problem)
+            if write.places is not None and target.users:
+                (scatter,) = target.users
+                scatter.target = IN_PLACE[scatter.target]
+                results[write.value] = results[write.places] = None
+                changed = True
+        output.args = (tuple(results),)
+        return changed
 
 
-def _rewrite(program: Program, target: Node, write: Write) -> None:
-    output = program.graph.output_node()
-    results: Any = list(output.args[0])  # type: ignore[arg-type]
-    readers = list(target.users)
-    scatter = readers[0] if len(readers) == 1 else None
-    told = (results[write.value], write.dim, results[write.places])
-    if scatter is None or scattered_rows(scatter) != told:
-        raise refuse(Reason.MUTATED_INPUTS, target, "more is done with it than to write rows and read it")
-    if not scatter.users or output in scatter.users:
-        raise refuse(Reason.MUTATED_INPUTS, target, "it is written to, and nothing in the graph reads it")
-    if not target.meta["val"].is_contiguous():
-        raise refuse(Reason.MUTATED_INPUTS, target, "it is written to, and not contiguous")
-    scatter.target = IN_PLACE[scatter.target]
-    results[write.value] = results[write.places] = None
-    output.args = (tuple(results),)
+def _problem(target: Node, value: Node, told: object, output: Node) -> str | None:
+    """Why what is written to ``target`` can neither be written in place nor stay a result; None if it can.
+
+    Args:
+        target: the input.
+        value: the rows, or the whole value, that are written.
+        told: the rows, their dimension and their places; None for a whole value.
+        output: of the graph.
+    """
+    if told is None:
+        base = value
+        while base.target in IN_PLACE:
+            base = base.args[0]  # type: ignore[assignment]
+        return "rows are written to it in a way of their own" if base is target else None
+    for reader in target.users:
+        if len(target.users) > 1 or scattered_rows(reader) != told or output in reader.users:
+            return "more is done with it than to write rows and then to read it"
+        if not target.meta["val"].is_contiguous():
+            return "rows are written to it, and it is not contiguous"
+    return None

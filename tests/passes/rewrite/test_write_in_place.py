@@ -1,0 +1,137 @@
+"""Rows of caches of fixed size are written where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlcache_fx.capture import Captured
+from vlcache_fx.capture.writes import deliver
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.passes import Pipeline, Program
+from vlcache_fx.passes.rewrite import WriteInPlace
+from vlcache_fx.passes.standard import step_program
+from vlcache_fx.testing.graphs import captured_graph
+
+from ..programs import before_and_after, unchanged
+
+WIDTH, TOKENS = 8, 6
+
+
+def scattered(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    return cache.index_copy_(2, places, rows)
+
+
+def assigned(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    cache[:, :, places] = rows
+    return cache
+
+
+class Step(nn.Module):
+    """One layer of a step: writes a key, a value and how many there are, and attends to all of them."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor, Tensor], Tensor] = scattered) -> None:
+        super().__init__()
+        self.qkv, self.write = nn.Linear(WIDTH, 3 * WIDTH), write
+
+    def forward(self, embeds: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
+        query, key, value = self.qkv(embeds).unflatten(-1, (3, 1, WIDTH)).permute(2, 0, 3, 1, 4)
+        places = torch.arange(1) + count
+        count.add_(1)
+        keys, values = self.write(keys, places, key), self.write(values, places, value)
+        mask = (torch.arange(keys.shape[2]) <= places)[None]
+        return embeds + F.scaled_dot_product_attention(query, keys, values, mask)[:, 0]
+
+
+def inputs(count: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 1, TOKENS, WIDTH, generator=generator).clone()
+    embeds = torch.randn(1, 1, WIDTH, generator=generator)
+    return {"embeds": embeds, "keys": keys, "values": values, "count": torch.tensor(count)}
+
+
+def program_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[Captured, Program, list[Any]]:
+    """The captured graph, a step's program on which no pass has run, and the arguments: those of ``given``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        captured, graph = captured_graph(model, given)
+    return captured, step_program(captured, Pipeline(())), list(graph.calls[0])
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    golden("write_in_place", before_and_after(WriteInPlace(), program_of(Step(), inputs())[1]))
+
+
+@pytest.mark.parametrize("write", [scattered, assigned])
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor], count: int) -> None:
+    model, mine, theirs = Step(write), inputs(count - 1), inputs(count)
+    captured, program, args = program_of(model, mine)  # tracing takes a step, too
+    mine["keys"].copy_(theirs["keys"])
+    mine["values"].copy_(theirs["values"])
+    assert WriteInPlace().run(program)
+    program.graph_module.recompile()
+    with torch.no_grad():
+        want = model(**theirs)
+        outputs = program.graph_module(*args)
+    counts = [write for write in captured.writes if write.places is None]
+    assert [outputs[write.value] is None for write in captured.writes] == [
+        write not in counts for write in captured.writes
+    ]
+    assert torch.equal(mine["keys"], theirs["keys"])  # before anything is delivered
+    (result,) = deliver(captured.writes, args, outputs, captured.num_results)
+    assert torch.equal(result, want)
+    for name in ("keys", "values", "count"):
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("is_written", [True, False])
+def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
+    class Attending(Step):
+        def forward(self, embeds: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
+            query, key, value = self.qkv(embeds).unsqueeze(1).chunk(3, -1)
+            if is_written:
+                count.add_(1)
+                keys.index_copy_(2, count.view(1), key)
+            values = torch.cat([values, value], 2)
+            return embeds + F.scaled_dot_product_attention(query, values, values)[:, 0]
+
+    captured, program, _ = program_of(Attending(), inputs())
+    assert len(captured.writes) == 2 * is_written
+    assert unchanged(WriteInPlace(), program)
+
+
+def read_before(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    before = cache.mean()
+    return cache.index_copy_(2, places, rows) + before
+
+
+def twice(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    return cache.index_copy_(2, places, rows).index_copy_(2, places - 1, rows)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (read_before, "more is done with it"),
+        (twice, "in a way of their own"),
+    ],
+)
+def test_what_cannot_be_written_in_place_is_refused(write: Callable[..., Tensor], message: str) -> None:
+    program = program_of(Step(write), inputs())[1]
+    with pytest.raises(UnsupportedGraphError, match=message) as refusal:
+        WriteInPlace().run(program)
+    assert refusal.value.reason is Reason.MUTATED_INPUTS
+    assert refusal.value.node is not None
+
+
+def test_a_cache_in_another_layout_is_refused() -> None:
+    given = inputs()
+    given["keys"] = given["keys"].transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.raises(UnsupportedGraphError, match="not contiguous"):
+        WriteInPlace().run(program_of(Step(), given)[1])
