@@ -181,11 +181,7 @@ def check_gradients(example_inputs: Sequence[Any]) -> None:
 
 def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
     """A piece of a model; or a decoding step, of which equal layers are compiled once, if found."""
-    if (
-        captured is None
-        or engine.lowering.name != "inductor"
-        or not unmodified.is_decoding_step()
-    ):
+    if captured is None or engine.lowering.name != "inductor" or not unmodified.is_decoding_step():
         return unmodified.prepare()
     try:
         lowered = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")

@@ -6,8 +6,9 @@ from vlcache_fx.bench import decoding
 from vlcache_fx.bench.decoding import EAGER, PLAIN, VLCACHE, Decoding, main
 
 
+@pytest.mark.parametrize("room", [0, 7])
 def test_the_command_times_every_system(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure, found = decoding.measure_decoding, []
 
@@ -16,11 +17,12 @@ def test_the_command_times_every_system(
         return found[-1]
 
     monkeypatch.setattr(decoding, "measure_decoding", noting)
-    main("tiny", 120, 2, "eager")
+    main("tiny", 120, 2, "eager", room)
     (result,) = found
     assert list(result.seconds) == [EAGER, PLAIN, VLCACHE]
     assert 0 < result.ratio.low <= result.ratio.median <= result.ratio.high
     assert result.num_tokens > 120
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in printed[:4]] == [*result.seconds, "torch.compile / vlcache"]
-    assert printed[4].startswith(f"one token behind {result.num_tokens - 1}; tiny, bfloat16; ")
+    cache = ", a cache of fixed size, room for 7 more" if room else ""
+    assert printed[4].startswith(f"one token behind {result.num_tokens - 1}{cache}; tiny, bfloat16; ")

@@ -1,6 +1,7 @@
 """How long a step takes that decodes behind a photo: ``python -m vlcache_fx.bench.decoding``."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
@@ -26,7 +27,9 @@ class Decoding:
     ratio: Summary
 
 
-def measure_decoding(model: Any, shape: RequestShape, rounds: int, lowering: str = "inductor") -> Decoding:
+def measure_decoding(
+    model: Any, shape: RequestShape, rounds: int, lowering: str = "inductor", room: int = 0
+) -> Decoding:
     """Time the last token of a prompt behind a cache that holds all others.
 
     Args:
@@ -34,6 +37,7 @@ def measure_decoding(model: Any, shape: RequestShape, rounds: int, lowering: str
         shape: of the prompt.
         rounds: in each, every system takes one step.
         lowering: see ``Systems``.
+        room: tokens that a cache of fixed size has room for beside the prompt's; 0 for a cache that grows.
 
     Raises:
         MeasurementError: a system computed something else.
@@ -44,7 +48,7 @@ def measure_decoding(model: Any, shape: RequestShape, rounds: int, lowering: str
         runs = {EAGER: systems.plain, PLAIN: systems.compiled, VLCACHE: systems.reusing}
         timed = {}
         for name, run in runs.items():
-            step = Floor(run, workload, rows=1)
+            step = Floor(run, workload, 1, _fixed_size(model, workload.num_tokens + room) if room else None)
             timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
             time_once(timed[name])  # compiles
         seconds = interleave(timed, rounds)
@@ -53,21 +57,39 @@ def measure_decoding(model: Any, shape: RequestShape, rounds: int, lowering: str
     return Decoding(workload.num_tokens, found, paired_ratio(seconds[PLAIN], seconds[VLCACHE]))
 
 
+def _fixed_size(model: Any, capacity_tokens: int) -> Callable[[], Any]:
+    """Empties one cache again and again: compiled code depends on where it lies."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity_tokens)
+
+    def empty() -> Any:
+        cache.reset()
+        return cache
+
+    return empty
+
+
 def main(
     preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
     vision_tokens: Annotated[int, typer.Option(help="of the photo")] = 4096,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     lowering: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
+    room: Annotated[
+        int,
+        typer.Option(min=0, help="a cache of fixed size, with room for as many tokens more than the prompt"),
+    ] = 0,
 ) -> None:
     """Print times and ratio."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(find_preset(preset).with_feature_tower(), torch.bfloat16, device)
-    found = measure_decoding(model, RequestShape(vision_tokens), rounds, lowering)
+    found = measure_decoding(model, RequestShape(vision_tokens), rounds, lowering, room)
     for name, seconds in found.seconds.items():
         typer.echo(f"{name}: {seconds.milliseconds(1)}")
     typer.echo(f"torch.compile / vlcache: {found.ratio.text(2)}")
     machine = describe_machine()
-    typer.echo(f"one token behind {found.num_tokens - 1}; {preset}, bfloat16; {machine.processor}, "
+    cache = f", a cache of fixed size, room for {room} more" if room else ""
+    typer.echo(f"one token behind {found.num_tokens - 1}{cache}; {preset}, bfloat16; {machine.processor}, "
                f"{machine.cores} cores, torch {machine.torch}")  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What a warm run is held against: a lossless prefix hit that computes as many rows, plainly compiled."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +17,14 @@ class Floor:
         compiled: the plainly compiled model; must have been run under ``torch.no_grad()``.
         workload: whose second request it is.
         rows: how many are computed.
+        new_cache: gives an empty cache for each run; None makes a dynamic one.
     """
 
-    def __init__(self, compiled: Any, workload: Workload, rows: int) -> None:
+    def __init__(
+        self, compiled: Any, workload: Workload, rows: int, new_cache: Callable[[], Any] | None = None
+    ) -> None:
         self.rows = rows
+        self._new_cache = new_cache
         self._compiled, self._num_tokens = compiled, workload.num_tokens
         cache = compiled(**workload.second).past_key_values
         self._past: list[tuple[Tensor, Tensor]] = [
@@ -36,7 +41,7 @@ class Floor:
         """A cache of its own for the next run, which grows it."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache = DynamicCache() if self._new_cache is None else self._new_cache()
         for index, (keys, values) in enumerate(self._past):
             cache.update(keys, values, index)
         self._inputs["past_key_values"] = cache

@@ -56,7 +56,7 @@ def inputs(count: int = 3) -> dict[str, Tensor]:
 
 
 def program_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[Captured, Program, list[Any]]:
-    """The captured graph, a step's program on which no pass has run, and the arguments: those of ``given``."""
+    """The captured graph, a step's program on which no pass has run, and arguments: those of ``given``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         captured, graph = captured_graph(model, given)
