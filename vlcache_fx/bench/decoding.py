@@ -64,7 +64,7 @@ def _fixed_size(model: Any, capacity_tokens: int) -> Callable[[], Any]:
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity_tokens)
 
     def empty() -> Any:
-        cache.reset()
+        cache.reset()  # type: ignore[no-untyped-call]
         return cache
 
     return empty
