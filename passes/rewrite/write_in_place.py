@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.refusal import refuse
-from vlcache_fx.capture.writes import scattered_rows
+from vlcache_fx.capture.scatters import scattered_rows
 from vlcache_fx.errors import Reason
 from vlcache_fx.passes.base import Pass, Program
 

@@ -264,7 +264,7 @@ def test_kernels_are_not_run_while_they_are_compiled(monkeypatch: pytest.MonkeyP
         found.append(options)
         return compile_segment(*args, options=options, **kwargs)
 
-    monkeypatch.setattr("vlcache_fx.lowering.cache.standalone_compile", compile_and_note)
+    monkeypatch.setattr("vlcache_fx.lowering.variant.standalone_compile", compile_and_note)
     program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     InductorLowering(CompileCache({"config_patches": {"max_autotune": False}})).lower(program, name="one")
     patches = {"triton.autotune_at_compile_time": False, "max_autotune": False}

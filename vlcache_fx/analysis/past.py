@@ -17,7 +17,7 @@ from vlcache_fx.analysis.dataflow import NodeSet, ancestors, data_inputs, in_gra
 from vlcache_fx.analysis.frontier import LayerParts
 from vlcache_fx.analysis.layout_rules import is_full_slice
 from vlcache_fx.analysis.token_axis import row_step
-from vlcache_fx.capture.writes import scattered_rows
+from vlcache_fx.capture.scatters import scattered_rows
 from vlcache_fx.errors import UnsupportedGraphError
 
 aten = torch.ops.aten

@@ -16,8 +16,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.capture.flex import drop_block_masks, refuse_transforms
+from vlcache_fx.capture.scatters import settle_scatters
 from vlcache_fx.capture.vmap import inline_vmap
-from vlcache_fx.capture.writes import settle_scatters, split_writes
+from vlcache_fx.capture.writes import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 

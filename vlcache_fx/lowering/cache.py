@@ -8,44 +8,24 @@ call.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import FunctionType
-from typing import Any, TypeAlias, cast
+from typing import Any
 
 import sympy
-import torch
-from torch._guards import TracingContext, tracing
-from torch._inductor import standalone_compile
-from torch.fx import Graph, GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering.base import Decompositions
 from vlcache_fx.lowering.fingerprint import Structure
-from vlcache_fx.lowering.row_places import SDPA, read_places
-from vlcache_fx.lowering.shapes import Shapes, compile_expressions, hint
+from vlcache_fx.lowering.shapes import compile_expressions, hint
+from vlcache_fx.lowering.variant import CONFIG_PATCHES, Runner, Variant, compile_variant
 
 __all__ = ["CompileCache", "CompileStats", "Compiled"]
 
 _log = logging.getLogger(__name__)
-
-# A boxed call: takes a list of arguments, which it may empty, and returns the outputs.
-Runner: TypeAlias = Callable[[list[Any]], Sequence[Any]]
-# Whether the sizes of a call fit, and what to call then with the sizes and the arguments.
-_Variant: TypeAlias = tuple[Callable[[tuple[int, ...]], bool], Runner]
-
-
-CONFIG_PATCHES: Mapping[str, Any] = {
-    # Else Triton's kernels are run while they are compiled, on the example sizes. These are independent: a
-    # mask is shorter there than the keys it hides, an index is out of its bounds, and CUDA is lost to the
-    # process. Kernels are tuned in the first call instead.
-    "triton.autotune_at_compile_time": False,
-}
 
 
 def compiling() -> AbstractContextManager[Any]:
@@ -132,23 +112,23 @@ class Compiled:
             if examples == structure.examples:
                 raise
             first = self._compile(structure.examples)
-        self._variants: tuple[_Variant, ...] = (first,)
+        self._variants: tuple[Variant, ...] = (first,)
 
     def __call__(self, args: list[Any]) -> Sequence[Any]:
         sizes = self._read(args)
-        for holds, run in self._variants:
-            if holds(sizes):
+        for variant in self._variants:
+            if variant.holds(sizes):
                 args[:0] = sizes
-                return run(args)
+                return variant.run(args)
         run = self._variant(sizes)
         args[:0] = sizes
         return run(args)
 
     def _variant(self, found: tuple[int, ...]) -> Runner:
         with compiling():
-            for holds, run in self._variants:  # another thread may have been here first
-                if holds(found):
-                    return run
+            for variant in self._variants:  # another thread may have been here first
+                if variant.holds(found):
+                    return variant.run
             sizes = dict(zip(self.structure.symbols, found, strict=True))
             if len(self._variants) >= self.cache.max_variants:
                 _log.warning("%s: too many variants; runs uncompiled for %s", self.name, sizes)
@@ -161,104 +141,12 @@ class Compiled:
                 raise LoweringError(f"segment {self.name!r}, sizes {sizes}: {error}") from error
             self.cache.stats.variants += 1
             self._variants = (*self._variants, made)
-            return made[1]
+            return made.run
 
-    def _compile(self, examples: Mapping[sympy.Symbol, int]) -> _Variant:
-        with torch.inference_mode(False), torch.no_grad():
-            return self._compile_plainly(examples)
-
-    def _compile_plainly(self, examples: Mapping[sympy.Symbol, int]) -> _Variant:
+    def _compile(self, examples: Mapping[sympy.Symbol, int]) -> Variant:
         start = time.perf_counter()
-        shapes = Shapes()
-        # Sizes of 0 and 1 change what code means (broadcasts, empty loops), so they become constants.
-        made: dict[sympy.Symbol, sympy.Expr] = {
-            symbol: shapes.symbol(str(symbol), example) if example >= 2 else sympy.Integer(example)
-            for symbol, example in examples.items()
-        }
-        values = {
-            inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)
-        }
-        # The sizes are inputs of their own, as Dynamo does it: the caches on disk of torch tell entries of
-        # one graph apart by conditions on int inputs alone, and give the code for other sizes where there
-        # are none.
-        inputs: list[Any] = [shapes.size(inner, values) for inner in made.values()]
-        for spec in self.structure.inputs:
-            sizes = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.sizes]
-            strides = [
-                shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides
-            ]
-            if spec.dtype is None or spec.device is None:
-                inputs.append(sizes[0])
-            else:
-                inputs.append(shapes.empty(sizes, strides, spec.dtype, spec.device))
-        with tracing(TracingContext(shapes.mode)):
-            artifact = standalone_compile(
-                self._module(shapes, inputs),
-                inputs,
-                dynamic_shapes="from_tracing_context",
-                options=self.cache.options,
-            )
-        conditions = _conditions(
-            shapes, {inner: symbol for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
-        )
-        holds = self._check(examples, conditions)
-        self.cache.stats.compilations.append((self.name, time.perf_counter() - start))
-        self.cache.stats.conditions.setdefault(self.name, []).extend(map(str, conditions))
-        return holds, _boxed(artifact)
-
-    def _module(self, shapes: Shapes, inputs: list[Any]) -> GraphModule:
-        """A copy of the graph that the compiler may take apart, with our own operators expressed in ATen."""
-        graph = Graph()
-        for symbol in self.structure.symbols:
-            graph.placeholder(str(symbol))
-        graph.output(graph.graph_copy(self.structure.module.graph, {}))
-        module = GraphModule(self.structure.module, graph, class_name="Segment")
-        reads_places = SDPA in self.decompositions and read_places(graph)
-        if reads_places or any(node.target in self.decompositions for node in graph.nodes):
-            module.recompile()
-            with shapes.mode:
-                module = make_fx(module, decomposition_table=dict(self.decompositions), pre_dispatch=True)(
-                    *inputs
-                )
-        return module
-
-    def _check(
-        self, examples: Mapping[sympy.Symbol, int], conditions: Sequence[sympy.Basic]
-    ) -> Callable[[tuple[int, ...]], bool]:
-        tests: list[sympy.Basic] = [
-            sympy.Ge(symbol, 2, evaluate=False) if example >= 2 else sympy.Eq(symbol, example, evaluate=False)
-            for symbol, example in examples.items()
-        ]
-        tests += conditions
-        places = {symbol: f"sizes[{index}]" for index, symbol in enumerate(self.structure.symbols)}
-        function = compile_expressions(
-            [sympy.And(*tests, evaluate=False) if tests else sympy.true], places, "sizes"
-        )
-        return lambda sizes: bool(function(sizes)[0])
-
-
-def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> list[sympy.Basic]:
-    """The guards of a compilation that do not follow from every symbol being at least 2."""
-    plain = Shapes()
-    fresh = {
-        inner: plain.symbol(str(symbol), hint(index)) for index, (inner, symbol) in enumerate(back.items())
-    }
-    found: list[sympy.Basic] = []
-    for guard in shapes.env.guards:
-        if plain.env._maybe_evaluate_static(guard.expr.xreplace(fresh)) == sympy.true:
-            continue
-        condition = guard.expr.xreplace(dict(back))
-        if condition not in found:
-            found.append(condition)
-    return found
-
-
-def _boxed(artifact: Any) -> Runner:
-    """The callable inside an artifact that takes a list, so that inputs can be freed while it runs."""
-    # AOTAutograd wraps it in functions of *args, which add nothing for a graph without parameters of its own.
-    found = getattr(artifact, "_compiled_fn", None)
-    while isinstance(found, FunctionType) and found.__code__.co_flags & inspect.CO_VARARGS:
-        found = getattr(found, "__wrapped__", None)
-    if callable(found) and getattr(found, "_boxed_call", False):
-        return cast(Runner, found)
-    return lambda args: cast(Sequence[Any], artifact(*args))
+        made = compile_variant(self.structure, examples, self.decompositions, self.cache.options)
+        stats = self.cache.stats
+        stats.compilations.append((self.name, time.perf_counter() - start))
+        stats.conditions.setdefault(self.name, []).extend(map(str, made.conditions))
+        return made

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from torch.fx import Node
 
 from vlcache_fx.analysis.past import Move
+from vlcache_fx.capture.scatters import scattered_rows
 from vlcache_fx.capture.subgraph import extract
-from vlcache_fx.capture.writes import scattered_rows
 
 aten = torch.ops.aten
 NO_TOKEN = -1

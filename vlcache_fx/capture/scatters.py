@@ -1,0 +1,126 @@
+"""Writes of rows to a part of a tensor, as functional graphs have them: recognised, brought to one form."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+aten = torch.ops.aten
+TO_THE_END = 2**63 - 1
+
+
+def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
+    """``(rows, dimension, places)`` of a node that replaces rows of its first operand along one dimension.
+
+    Places are int64 [rows], the dimension is one of the node's. None for any other node.
+    """
+    if node.target is aten.index_copy.default:
+        _, dim, places, source = node.args
+    elif node.target is aten.index_put.default and not any(node.args[3:]):
+        indices, source = node.args[1:3]
+        assert isinstance(indices, Sequence)
+        dim, places = len(indices) - 1, indices[-1]
+        if any(other is not None for other in indices[:-1]):
+            return None
+    else:
+        return None
+    assert isinstance(dim, int)
+    if not isinstance(places, Node) or not isinstance(source, Node):
+        return None
+    rows, whole = source.meta["val"], node.meta["val"]
+    if places.meta["val"].dim() != 1 or places.meta["val"].dtype != torch.int64:
+        return None
+    dim %= whole.dim()
+    missing = ["1"] * (whole.dim() - rows.dim())  # leading dimensions of size 1 may be left out
+    sizes = [*missing, *map(str, rows.shape)]
+    same = [
+        str(size) == own or at == dim for at, (size, own) in enumerate(zip(whole.shape, sizes, strict=True))
+    ]
+    return (source, dim, places) if all(same) else None  # else a value that is repeated
+
+
+def settle_scatters(graph: fx.Graph) -> None:
+    """Bring writes to parts of tensors to one form: consecutive rows become ``index_copy`` too.
+
+    Functionalisation writes ``x[:, a:b] = y`` as slices, a copy and one ``slice_scatter`` per dimension.
+    """
+    if not any(node.target in (aten.slice_scatter.default, aten.copy.default) for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        replacement = None
+        if node.target is aten.slice.Tensor and _keeps_everything(node.args[1:]):
+            replacement = node.args[0]
+        elif node.target is aten.slice_scatter.default:
+            replacement = node.args[1] if _keeps_everything(node.args[2:]) else _as_index_copy(graph, node)
+        elif node.target is aten.copy.default and node.args[0].op != "placeholder":
+            old, new = (argument.meta["val"] for argument in node.args[:2])
+            same = (old.dtype, old.device, str(old.shape)) == (new.dtype, new.device, str(new.shape))
+            replacement = node.args[1] if same else None
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+
+
+def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
+    """``slice_scatter`` as ``index_copy``; places depend on the slice and the target's size, not on what is
+    written, which would have to be computed to know its size."""
+    target, source = node.args[:2]
+    dim, start, end, step = _slice_settings(node.args[2:])
+    assert isinstance(source, Node)
+    if step != 1:
+        return None
+    value, whole = source.meta["val"], node.meta["val"]
+    dim %= value.dim()
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        made = graph.call_function(target, args, kwargs)
+        args = fx.map_arg(args, lambda argument: argument.meta["val"])
+        made.meta["val"] = target(*args, **kwargs)
+        return made
+
+    with graph.inserting_before(node), value.fake_mode:
+        size: Any = (
+            whole.shape[dim] if isinstance(whole.shape[dim], int) else call(aten.sym_size.int, target, dim)
+        )
+        first = 0 if start is None else _from_front(call, start, size)
+        after = size if end in (None, TO_THE_END) else _from_front(call, end, size)
+        count = _difference(call, after, first)
+        if str(_known(count)) != str(value.shape[dim]):
+            return None  # the slice is cut at the end of its tensor, or not known to be as long
+        places = call(aten.arange.default, count, device=value.device)
+        if first != 0:
+            places = call(aten.add.Tensor, places, first)
+        made = graph.call_function(aten.index_copy.default, (target, dim, places, source))
+    made.meta.update(node.meta, val=whole)
+    return made
+
+
+def _from_front(call: Any, bound: Any, size: Any) -> Any:
+    negative = isinstance(bound, int) and bound < 0
+    return _difference(call, size, -bound) if negative else bound
+
+
+def _difference(call: Any, left: Any, right: Any) -> Any:
+    if right == 0 or (isinstance(left, int) and isinstance(right, int)):
+        return left - right if right != 0 else left
+    return call(operator.sub, left, right)
+
+
+def _known(size: Any) -> Any:
+    return size.meta["val"] if isinstance(size, Node) else size
+
+
+def _keeps_everything(arguments: Sequence[Any]) -> bool:
+    """True for ``(dim, 0, end, 1)`` of a slice over a whole dimension."""
+    _, start, end, step = _slice_settings(arguments)
+    return start in (None, 0) and (end is None or end == TO_THE_END) and bool(step == 1)
+
+
+def _slice_settings(arguments: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """``(dim, start, end, step)``, those left out included."""
+    defaults: list[Any] = [0, None, None, 1]
+    dim, start, end, step = [*arguments, *defaults[len(arguments) :]]
+    return dim, start, end, step

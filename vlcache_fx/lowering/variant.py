@@ -1,0 +1,161 @@
+"""One compilation of a structure with Inductor: for all sizes that meet the conditions which it assumed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, TypeAlias, cast
+
+import sympy
+import torch
+from torch._guards import TracingContext, tracing
+from torch._inductor import standalone_compile
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from vlcache_fx.lowering.base import Decompositions
+from vlcache_fx.lowering.fingerprint import Structure
+from vlcache_fx.lowering.row_places import SDPA, read_places
+from vlcache_fx.lowering.shapes import Shapes, compile_expressions, hint
+
+__all__ = ["CONFIG_PATCHES", "Runner", "Variant", "compile_variant"]
+
+# A boxed call: takes a list of arguments, which it may empty, and returns the outputs.
+Runner: TypeAlias = Callable[[list[Any]], Sequence[Any]]
+
+CONFIG_PATCHES: Mapping[str, Any] = {
+    # Else Triton's kernels are run while they are compiled, on the example sizes. These are independent: a
+    # mask is shorter there than the keys it hides, an index is out of its bounds, and CUDA is lost to the
+    # process. Kernels are tuned in the first call instead.
+    "triton.autotune_at_compile_time": False,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compiled code of a structure.
+
+    Attributes:
+        holds: whether it serves the sizes of a call, given in the order of the structure's symbols.
+        run: called with the sizes and the arguments.
+        conditions: on sizes, beyond "at least 2", that the code assumes.
+    """
+
+    holds: Callable[[tuple[int, ...]], bool]
+    run: Runner
+    conditions: tuple[sympy.Basic, ...]
+
+
+def compile_variant(
+    structure: Structure,
+    examples: Mapping[sympy.Symbol, int],
+    decompositions: Decompositions,
+    options: Mapping[str, Any],
+) -> Variant:
+    """Compile a structure.
+
+    Args:
+        structure: of a segment.
+        examples: a size for each of its symbols. Sizes of 0 and 1 are compiled as they are, since they change
+            what code means (broadcasts, empty loops); all others stay symbols.
+        decompositions: operators to express in ATen first.
+        options: of `torch._inductor.standalone_compile`.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _compiled(structure, examples, decompositions, options)
+
+
+def _compiled(
+    structure: Structure,
+    examples: Mapping[sympy.Symbol, int],
+    decompositions: Decompositions,
+    options: Mapping[str, Any],
+) -> Variant:
+    shapes = Shapes()
+    made: dict[sympy.Symbol, sympy.Expr] = {
+        symbol: shapes.symbol(str(symbol), example) if example >= 2 else sympy.Integer(example)
+        for symbol, example in examples.items()
+    }
+    values = {inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
+    # The sizes are inputs of their own, as Dynamo does it: the caches on disk of torch tell entries of
+    # one graph apart by conditions on int inputs alone, and give the code for other sizes where there
+    # are none.
+    inputs: list[Any] = [shapes.size(inner, values) for inner in made.values()]
+    for spec in structure.inputs:
+        sizes = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.sizes]
+        strides = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides]
+        if spec.dtype is None or spec.device is None:
+            inputs.append(sizes[0])
+        else:
+            inputs.append(shapes.empty(sizes, strides, spec.dtype, spec.device))
+    with tracing(TracingContext(shapes.mode)):
+        artifact = standalone_compile(
+            _module(structure, decompositions, shapes, inputs),
+            inputs,
+            dynamic_shapes="from_tracing_context",
+            options=dict(options),
+        )
+    symbols = {inner: symbol for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
+    conditions = _conditions(shapes, symbols)
+    return Variant(_check(structure, examples, conditions), _boxed(artifact), tuple(conditions))
+
+
+def _module(
+    structure: Structure, decompositions: Decompositions, shapes: Shapes, inputs: list[Any]
+) -> GraphModule:
+    """A copy of the graph that the compiler may take apart, with our own operators expressed in ATen."""
+    graph = Graph()
+    for symbol in structure.symbols:
+        graph.placeholder(str(symbol))
+    graph.output(graph.graph_copy(structure.module.graph, {}))
+    module = GraphModule(structure.module, graph, class_name="Segment")
+    reads_places = SDPA in decompositions and read_places(graph)
+    if reads_places or any(node.target in decompositions for node in graph.nodes):
+        module.recompile()
+        with shapes.mode:
+            module = make_fx(module, decomposition_table=dict(decompositions), pre_dispatch=True)(*inputs)
+    return module
+
+
+def _check(
+    structure: Structure, examples: Mapping[sympy.Symbol, int], conditions: Sequence[sympy.Basic]
+) -> Callable[[tuple[int, ...]], bool]:
+    tests: list[sympy.Basic] = [
+        sympy.Ge(symbol, 2, evaluate=False) if example >= 2 else sympy.Eq(symbol, example, evaluate=False)
+        for symbol, example in examples.items()
+    ]
+    tests += conditions
+    places = {symbol: f"sizes[{index}]" for index, symbol in enumerate(structure.symbols)}
+    function = compile_expressions(
+        [sympy.And(*tests, evaluate=False) if tests else sympy.true], places, "sizes"
+    )
+    return lambda sizes: bool(function(sizes)[0])
+
+
+def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> list[sympy.Basic]:
+    """The guards of a compilation that do not follow from every symbol being at least 2."""
+    plain = Shapes()
+    fresh = {
+        inner: plain.symbol(str(symbol), hint(index)) for index, (inner, symbol) in enumerate(back.items())
+    }
+    found: list[sympy.Basic] = []
+    for guard in shapes.env.guards:
+        if plain.env._maybe_evaluate_static(guard.expr.xreplace(fresh)) == sympy.true:
+            continue
+        condition = guard.expr.xreplace(dict(back))
+        if condition not in found:
+            found.append(condition)
+    return found
+
+
+def _boxed(artifact: Any) -> Runner:
+    """The callable inside an artifact that takes a list, so that inputs can be freed while it runs."""
+    # AOTAutograd wraps it in functions of *args, which add nothing for a graph without parameters of its own.
+    found = getattr(artifact, "_compiled_fn", None)
+    while isinstance(found, FunctionType) and found.__code__.co_flags & inspect.CO_VARARGS:
+        found = getattr(found, "__wrapped__", None)
+    if callable(found) and getattr(found, "_boxed_call", False):
+        return cast(Runner, found)
+    return lambda args: cast(Sequence[Any], artifact(*args))
