@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import InductorLowering, Lowered
@@ -41,6 +42,25 @@ class Scaled(Decoder):
 
     def forward(self, embeds: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         return super().forward(embeds * self.factor, past)
+
+
+class Sharing(nn.Module):
+    """Two layers of a step that attend to one cache of fixed size, which the first writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.query = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, embeds: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
+        query, key, value = self.qkv(embeds).unsqueeze(1).chunk(3, -1)
+        places = torch.arange(1) + count
+        count.add_(1)
+        keys.index_copy_(2, places, key)
+        values.index_copy_(2, places, value)
+        mask = (torch.arange(keys.shape[2]) <= places)[None, None, None]
+        hidden = embeds + F.scaled_dot_product_attention(query, keys, values, mask)[:, 0]
+        query = self.query(hidden).unsqueeze(1)
+        return hidden + F.scaled_dot_product_attention(query, keys, values, mask)[:, 0]
 
 
 def compiled(**options: Any) -> Pair:
@@ -132,6 +152,21 @@ def test_steps_with_a_window_of_fixed_size(name: str) -> None:
         )
     assert torch.equal(got, want)
     assert "layer.0" in compilations(pair)
+
+
+def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
+    model = Sharing()
+    pair = with_backend(model, lowering="inductor", strict=True)
+    keys, values = torch.randn(2, 1, 1, 9, 16, generator=torch.Generator().manual_seed(0))
+    given = {"keys": keys.clone(), "values": values.clone(), "count": torch.tensor(5)}
+    theirs = {name: value.clone() for name, value in given.items()}
+    for step in range(3):
+        embeds = torch.full((1, 1, 16), 0.5 * step)
+        with torch.no_grad():
+            got, want = pair.model(embeds=embeds, **given), pair.reference(embeds=embeds, **theirs)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(given, theirs)
+    assert "layer.1" in compilations(pair)
 
 
 def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
