@@ -109,12 +109,14 @@ def test_lengths_that_are_traced_as_numbers_first() -> None:
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
-def test_steps_with_a_window(name: str) -> None:
+def test_steps_with_a_window(name: str, cache: str) -> None:
     from . import caches  # needs transformers
 
     pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+    options["cache_implementation"] = cache
     inputs = llava_inputs(5, 4, [0])
     with torch.no_grad():
         got, want = (model.generate(**inputs, **options) for model in (pair.model, pair.reference))
@@ -135,23 +137,6 @@ def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
     assert sorted(found) == ["layer.0", "prelude", "tail"]
     check(pair, seed=1, cache_implementation="static")  # another length
     assert compilations(pair) == found
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
-def test_steps_with_a_window_of_fixed_size(name: str) -> None:
-    from . import caches  # needs transformers
-
-    pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-    inputs = llava_inputs(5, 4, [0])
-    with torch.no_grad():
-        got, want = (
-            model.generate(**inputs, **options, cache_implementation="static")
-            for model in (pair.model, pair.reference)
-        )
-    assert torch.equal(got, want)
-    assert "layer.0" in compilations(pair)
 
 
 def test_a_cache_of_fixed_size_that_two_layers_read() -> None:

@@ -63,43 +63,49 @@ def compile_variant(
         decompositions: operators to express in ATen first.
         options: of `torch._inductor.standalone_compile`.
     """
-    with torch.inference_mode(False), torch.no_grad():
-        return _compiled(structure, examples, decompositions, options)
-
-
-def _compiled(
-    structure: Structure,
-    examples: Mapping[sympy.Symbol, int],
-    decompositions: Decompositions,
-    options: Mapping[str, Any],
-) -> Variant:
     shapes = Shapes()
     made: dict[sympy.Symbol, sympy.Expr] = {
         symbol: shapes.symbol(str(symbol), example) if example >= 2 else sympy.Integer(example)
         for symbol, example in examples.items()
     }
-    values = {inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
-    # The sizes are inputs of their own, as Dynamo does it: the caches on disk of torch tell entries of
-    # one graph apart by conditions on int inputs alone, and give the code for other sizes where there
-    # are none.
-    inputs: list[Any] = [shapes.size(inner, values) for inner in made.values()]
-    for spec in structure.inputs:
-        sizes = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.sizes]
-        strides = [shapes.size(v if isinstance(v, int) else v.xreplace(made), values) for v in spec.strides]
-        if spec.dtype is None or spec.device is None:
-            inputs.append(sizes[0])
-        else:
-            inputs.append(shapes.empty(sizes, strides, spec.dtype, spec.device))
-    with tracing(TracingContext(shapes.mode)):
-        artifact = standalone_compile(
-            _module(structure, decompositions, shapes, inputs),
-            inputs,
-            dynamic_shapes="from_tracing_context",
-            options=dict(options),
-        )
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = _inputs(structure, made, examples, shapes)
+        with tracing(TracingContext(shapes.mode)):
+            artifact = standalone_compile(
+                _module(structure, decompositions, shapes, inputs),
+                inputs,
+                dynamic_shapes="from_tracing_context",
+                options=dict(options),
+            )
     symbols = {inner: symbol for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
     conditions = _conditions(shapes, symbols)
     return Variant(_check(structure, examples, conditions), _boxed(artifact), tuple(conditions))
+
+
+def _inputs(
+    structure: Structure,
+    made: Mapping[sympy.Symbol, sympy.Expr],
+    examples: Mapping[sympy.Symbol, int],
+    shapes: Shapes,
+) -> list[Any]:
+    """The sizes, and a fake value for each argument.
+
+    The sizes are inputs of their own, as Dynamo does it: torch's caches on disk tell entries of one graph
+    apart by conditions on int inputs alone, and give the code for other sizes where there are none.
+    """
+    values = {inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
+
+    def size(given: int | sympy.Expr) -> Any:
+        return shapes.size(given if isinstance(given, int) else given.xreplace(made), values)
+
+    inputs: list[Any] = [size(symbol) for symbol in made]
+    for spec in structure.inputs:
+        sizes = list(map(size, spec.sizes))
+        if spec.dtype is None or spec.device is None:
+            inputs.append(sizes[0])
+        else:
+            inputs.append(shapes.empty(sizes, list(map(size, spec.strides)), spec.dtype, spec.device))
+    return inputs
 
 
 def _module(
