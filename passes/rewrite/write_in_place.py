@@ -41,6 +41,8 @@ class WriteInPlace(Pass):
         results, changed = list(results), False
         for write in program.step.writes:
             target, value = placeholders[write.input], results[write.value]
+            if value is None:
+                continue  # written in place already
             told = None if write.places is None else (value, write.dim, results[write.places])
             problem = _problem(target, value, told, output)
             if problem is not None:

@@ -106,6 +106,12 @@ def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
     assert unchanged(WriteInPlace(), program)
 
 
+def test_a_second_time_nothing_changes() -> None:
+    program = program_of(Step(), inputs())[1]
+    assert WriteInPlace().run(program)
+    assert unchanged(WriteInPlace(), program)
+
+
 def read_before(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     before = cache.mean()
     return cache.index_copy_(2, places, rows) + before
