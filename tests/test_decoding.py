@@ -15,12 +15,13 @@ from torch.nn import functional as F
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import InductorLowering, Lowered
 from vlcache_fx.ops import attention, linear
-from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 
 from .analysis.test_step import Decoder
 from .analysis.test_step import inputs as step_inputs
 from .ops.helpers import kernel_calls, needs_kernel
 from .runtime.helpers import Pair, own_compiler_state, with_api, with_backend
+from .runtime.test_batches import llava_batch
 
 pytest.importorskip("transformers")
 
@@ -137,6 +138,21 @@ def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
     assert sorted(found) == ["layer.0", "prelude", "tail"]
     check(pair, seed=1, cache_implementation="static")  # another length
     assert compilations(pair) == found
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_steps_of_several_padded_prompts(beams: int, cache: str) -> None:
+    pair = with_api(tiny_llava(LAYERS), lowering="inductor", min_span_tokens=4, policy="full")
+    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "num_beams": beams}
+    options["cache_implementation"] = cache
+    for lengths in ((5, 9), (7, 3)):
+        inputs = llava_batch(*(llava_inputs(length, 4, [image]) for image, length in enumerate(lengths)))
+        with torch.no_grad():
+            got, want = (model.generate(**inputs, **options) for model in (pair.model, pair.reference))
+        assert torch.equal(got, want)
+    assert "layer.0" in compilations(pair)
 
 
 def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
