@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts, StepFacts
+from vlcache_fx.capture import Write
 
 aten = torch.ops.aten
 
@@ -24,19 +25,23 @@ class Program:
         graph_module: changed in place by the passes.
         facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
             Of a decoding step, the layers alone.
+        writes: what the traced code writes to its inputs, in order.
         row_inputs: per level 0..L, the placeholder with the active rows (int64 [n], or [batch, n] where the
             program computes several samples), or None where all tokens are active.
             Level i is what enters layer i, level L what leaves the last one.
         slots: name -> placeholder of every input that passes added, in input order behind the graph's own.
         recorded: names of the outputs that passes appended, in order.
+        in_place: indices of inputs that the program writes to by itself, which must be contiguous.
         properties: what the passes that ran ensure; a pass may require some.
     """
 
     graph_module: fx.GraphModule
     facts: DecoderFacts | StepFacts | None = None
+    writes: tuple[Write, ...] = ()
     row_inputs: tuple[Node | None, ...] = ()
     slots: dict[str, Node] = field(default_factory=dict)
     recorded: list[str] = field(default_factory=list)
+    in_place: list[int] = field(default_factory=list)
     properties: set[str] = field(default_factory=set)
 
     @property
@@ -48,12 +53,6 @@ class Program:
     def decoder(self) -> DecoderFacts:
         """The facts of a prompt's graph; a pass that uses them lists ``facts`` under ``requires``."""
         assert isinstance(self.facts, DecoderFacts)
-        return self.facts
-
-    @property
-    def step(self) -> StepFacts:
-        """The facts of a decoding step's graph, in the same way."""
-        assert isinstance(self.facts, StepFacts)
         return self.facts
 
     @property

@@ -5,7 +5,9 @@ from dataclasses import replace
 from torch import fx
 
 from vlcache_fx.analysis import analyze, analyze_step
+from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.capture import Captured
+from vlcache_fx.errors import Reason
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
@@ -33,6 +35,7 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
     WriteInPlace,
 )
+from vlcache_fx.passes.rewrite.write_in_place import first_copy
 
 CLEANUP = Pipeline(
     (
@@ -56,6 +59,7 @@ COLD = Pipeline(
         KvOnlyRows(),
         CarryRows(),
         TrimTail(),
+        WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
     )
@@ -74,6 +78,7 @@ WARM = Pipeline(
         CarryRows(),
         TrimTail(),
         RestrictMasks(),
+        WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
     )
@@ -81,7 +86,7 @@ WARM = Pipeline(
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
 STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
-"""A decoding step: as it is, cut into its layers. It changes the caller's caches of fixed size itself."""
+"""A decoding step: as it is, cut into its layers."""
 
 
 def copy_captured(captured: Captured) -> Captured:
@@ -98,7 +103,7 @@ def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
         UnsupportedGraphError: the graph cannot be analysed.
     """
     own = copy_captured(captured)
-    program = Program(own.graph_module, analyze(own))
+    program = Program(own.graph_module, analyze(own), own.writes)
     last = (
         None
         if program.decoder.tail_rows.selection is None
@@ -116,7 +121,7 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
         UnsupportedGraphError: the graph cannot be analysed.
     """
     own = copy_captured(captured)
-    program = Program(own.graph_module, analyze(own))
+    program = Program(own.graph_module, analyze(own), own.writes)
     program.row_inputs = tuple(
         program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
     )
@@ -128,9 +133,12 @@ def step_program(captured: Captured, pipeline: Pipeline = STEP) -> Program:
     """A captured, cleaned decoding step as a program; ``captured`` stays as it is.
 
     Raises:
-        UnsupportedGraphError: its layers are not found, or it writes rows that must be written afterwards.
+        UnsupportedGraphError: its layers are not found, or it would copy a whole cache to write a row to it.
     """
     own = copy_captured(captured)
-    program = Program(own.graph_module, analyze_step(own))
+    program = Program(own.graph_module, analyze_step(own), own.writes)
     pipeline.run(program)
+    copy = first_copy(program)
+    if copy is not None:
+        raise refuse(Reason.MUTATED_INPUTS, copy, "an input is copied to write rows to it")
     return program

@@ -362,14 +362,22 @@ def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
 # Doors ------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_written", [False, True])
+def test_a_program_that_fails_leaves_the_cache_as_it_was(
+    has_written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = conversations(KINDS["static, allocated"], with_api)
     start().say(prompt(4, 0))
-
-    def fails(*args: Any) -> Any:
-        raise RuntimeError("deliberate")
+    plainly = EagerLowering.lower
 
     def lower(self: EagerLowering, program: Any, *, name: str) -> Any:
+        run = plainly(self, program, name=name)
+
+        def fails(args: Any) -> Any:
+            if has_written:
+                run(args)
+            raise RuntimeError("deliberate")
+
         return fails
 
     monkeypatch.setattr(EagerLowering, "lower", lower)

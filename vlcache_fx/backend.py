@@ -184,12 +184,13 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
     if captured is None or engine.lowering.name != "inductor" or not unmodified.is_decoding_step():
         return unmodified.prepare()
     try:
-        lowered = engine.lowering.lower(step_program(captured).graph_module, name="decoding step")
+        program = step_program(captured)
+        lowered = engine.lowering.lower(program.graph_module, name="decoding step")
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()
     unmodified.release()
-    return _guarded(StepRunner(captured, lowered, unmodified), captured, unmodified)
+    return _guarded(StepRunner(captured, program, lowered, unmodified), captured, unmodified)
 
 
 def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:

@@ -5,9 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.dataflow import data_users
 from vlcache_fx.capture.scatters import scattered_rows
-from vlcache_fx.errors import Reason
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -18,61 +17,46 @@ IN_PLACE: dict[Any, Any] = {
 
 
 class WriteInPlace(Pass):
-    """A step that decodes writes a row to each key-value cache of fixed size and attends to all of it.
+    """A key-value cache of fixed size is written where it lies, in the layer that reads it.
 
-    In a functional graph that makes a copy of every cache in every step. Here the cache is written where it
-    lies, in the layer that reads it; the results that told the rows and their places become None. What else
-    is written, such as a counter, stays a result, and so do rows that the graph does not read.
+    In a functional graph each layer makes a copy of its cache to write rows to it, and returns the rows,
+    which are written to the cache itself in the end. The results that told the rows and their places become
+    None. What else is written, such as a counter, stays a result, and so do rows that the graph does not
+    read. A program that failed midway may be run again, or another one in its place: it writes to the same
+    places, and none reads what they held.
     """
 
     name: ClassVar[str] = "write_in_place"
-    requires: ClassVar[frozenset[str]] = frozenset({"facts"})
     ensures: ClassVar[frozenset[str]] = frozenset({"written_in_place"})
 
     def run(self, program: Program) -> bool:
-        """Rewrite every write of rows.
-
-        Raises:
-            UnsupportedGraphError: MUTATED_INPUTS, where one cannot be done in place.
-        """
+        """Rewrite every write of rows that nothing else depends on."""
         placeholders = program.graph.find_nodes(op="placeholder")
         output = program.graph.output_node()
         results: Any = output.args[0]
-        results, changed = list(results), False
-        for write in program.step.writes:
-            target, value = placeholders[write.input], results[write.value]
-            if value is None:
-                continue  # written in place already
-            told = None if write.places is None else (value, write.dim, results[write.places])
-            problem = _problem(target, value, told, output)
-            if problem is not None:
-                raise refuse(Reason.MUTATED_INPUTS, target, problem)
-            if write.places is not None and target.users:
-                (scatter,) = target.users
-                scatter.target = IN_PLACE[scatter.target]
-                results[write.value] = results[write.places] = None
-                changed = True
+        results, found = list(results), []
+        for write in program.writes:
+            if write.places is None or results[write.value] is None:
+                continue
+            told = (results[write.value], write.dim, results[write.places])
+            scatter = _only_reader(placeholders[write.input])
+            if scatter is None or scattered_rows(scatter) != told or output in scatter.users:
+                continue
+            scatter.target = IN_PLACE[scatter.target]
+            results[write.value] = results[write.places] = None
+            found.append(write.input)
         output.args = (tuple(results),)
-        return changed
+        program.in_place += found
+        return bool(found)
 
 
-def _problem(target: Node, value: Node, told: object, output: Node) -> str | None:
-    """Why what is written to ``target`` can neither be written in place nor stay a result; None if it can.
+def _only_reader(target: Node) -> Node | None:
+    """What alone reads an input's values; None where there is none or several, or they are not contiguous."""
+    readers = list(data_users(target))
+    return readers[0] if len(readers) == 1 and target.meta["val"].is_contiguous() else None
 
-    Args:
-        target: the input.
-        value: the rows, or the whole value, that are written.
-        told: the rows, their dimension and their places; None for a whole value.
-        output: of the graph.
-    """
-    if told is None:
-        base = value
-        while base.target in IN_PLACE:
-            base = base.args[0]  # type: ignore[assignment]
-        return "rows are written to it in a way of their own" if base is target else None
-    for reader in target.users:
-        if len(target.users) > 1 or scattered_rows(reader) != told or output in reader.users:
-            return "more is done with it than to write rows and then to read it"
-        if not target.meta["val"].is_contiguous():
-            return "rows are written to it, and it is not contiguous"
-    return None
+
+def first_copy(program: Program) -> Node | None:
+    """What makes a copy of an input to write rows to it, if anything does."""
+    scatters = (node for node in program.graph.nodes if node.target in IN_PLACE)
+    return next((node for node in scatters if node.args[0].op == "placeholder"), None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site, find_sites
 from vlcache_fx.analysis.stream import Stream, find_stream
-from vlcache_fx.capture import Captured, InputKind, Write
+from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.errors import Reason
 
 
@@ -18,12 +18,10 @@ class StepFacts:
     Attributes:
         sites: the attentions, one for each layer, in graph order.
         stream: the residual stream and its layers.
-        writes: what the traced code writes to its inputs, in order.
     """
 
     sites: tuple[Site, ...]
     stream: Stream
-    writes: tuple[Write, ...] = ()
 
 
 def analyze_step(captured: Captured) -> StepFacts:
@@ -36,5 +34,4 @@ def analyze_step(captured: Captured) -> StepFacts:
     sites = find_sites(graph)
     if not sites:
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
-    stream = find_stream(graph, sites, captured.inputs_of(InputKind.DATA))
-    return StepFacts(sites, stream, captured.writes)
+    return StepFacts(sites, find_stream(graph, sites, captured.inputs_of(InputKind.DATA)))

@@ -121,6 +121,20 @@ def _base(node: Node) -> Node:
     return node
 
 
+def can_write(
+    writes: Sequence[Write], in_place: Sequence[int], args: Sequence[Any], data: Sequence[int]
+) -> bool:
+    """True where a program may serve a call: inputs that it writes to are as it takes them to be.
+
+    Args:
+        writes: of the graph, at least one.
+        in_place: indices of inputs that the program writes to by itself: these must be contiguous.
+        args: the inputs of the call.
+        data: indices of those that belong to the request: none that is written to may overlap another.
+    """
+    return all(args[index].is_contiguous() for index in in_place) and not overlapping(writes, args, data)
+
+
 def overlapping(writes: Sequence[Write], args: Sequence[Any], data: Sequence[int]) -> bool:
     """True where an input that is written to shares memory with another of ``data``: the graph knows of none.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -57,11 +57,19 @@ class CudaGraphs:
         after: calls of one form that run plainly; at least one, so that everything is compiled and loaded.
         limit: recordings kept, each with the memory of its results; the least recently used go first.
         record: makes a recording.
+        in_place: indices of inputs that the program writes to, whatever their size: not to a copy of them.
     """
 
     def __init__(
-        self, run: Lowered, *, after: int = 2, limit: int = 8, record: Recorder = record_cuda_graph
+        self,
+        run: Lowered,
+        *,
+        after: int = 2,
+        limit: int = 8,
+        record: Recorder = record_cuda_graph,
+        in_place: Collection[int] = (),
     ) -> None:
+        self._in_place = frozenset(in_place)
         self._run, self._after, self._limit, self._record = run, max(after, 1), limit, record
         self._calls: OrderedDict[Any, int] = OrderedDict()
         self._recordings: OrderedDict[Any, _Recording | None] = OrderedDict()
@@ -71,7 +79,7 @@ class CudaGraphs:
         """See ``Lowered``."""
         if any(isinstance(value, Arriving) for value in args):
             return self._run(args)
-        key = (_stream(), *map(_form, args))
+        key = (_stream(), *(_form(value, self._is_copied(index, value)) for index, value in enumerate(args)))
         with self._lock:
             if key in self._recordings:
                 self._recordings.move_to_end(key)
@@ -87,8 +95,16 @@ class CudaGraphs:
                 self._calls.popitem(last=False)
         return self._run(args)
 
+    def _is_copied(self, index: int, value: Any) -> bool:
+        return (
+            isinstance(value, Tensor)
+            and not isinstance(value, torch.nn.Parameter)
+            and value.nbytes <= COPIED_BYTES
+            and index not in self._in_place
+        )
+
     def _recorded(self, args: Sequence[Any]) -> _Recording | None:
-        places = {index: value.clone() for index, value in enumerate(args) if _is_copied(value)}
+        places = {index: value.clone() for index, value in enumerate(args) if self._is_copied(index, value)}
         fixed = [places.get(index, value) for index, value in enumerate(args)]
         try:
             replay, results = self._record(self._run, fixed)
@@ -121,19 +137,11 @@ def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream) if torch.cuda.is_available() else 0
 
 
-def _is_copied(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and not isinstance(value, torch.nn.Parameter)
-        and value.nbytes <= COPIED_BYTES
-    )
-
-
-def _form(value: Any) -> Any:
+def _form(value: Any, is_copied: bool) -> Any:
     if type(value) is torch.nn.Parameter:
         # Guards fix all else. A model has hundreds, and each further look takes a microsecond.
         return value.data_ptr()
     if not isinstance(value, Tensor):
         return value
-    address = None if _is_copied(value) else value.data_ptr()
+    address = None if is_copied else value.data_ptr()
     return (address, value.dtype, value.device, tuple(value.shape), value.stride())

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import Captured
-from vlcache_fx.capture.writes import deliver, overlapping
+from vlcache_fx.capture.writes import can_write, deliver
 from vlcache_fx.errors import PlanError, PolicyError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
@@ -26,6 +26,7 @@ from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.request import Request, together
 from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_logits
 
+CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
 NO_PLAN = "the policy's rows make no plan"
 NOT_COMPILED = "the rewritten graph did not compile"
 
@@ -96,8 +97,9 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
-        if self._form.writes and overlapping(self._form.writes, args, self._form.data):
-            return self._bypass(args, "an input that is written to shares memory with another", num_tokens)
+        in_place = (*self._cold.in_place, *self._warm.in_place)
+        if self._form.writes and not can_write(self._form.writes, in_place, args, self._form.data):
+            return self._bypass(args, CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
             return self._bypass(args, reason, num_tokens)

@@ -101,7 +101,7 @@ def measure(
 ) -> list[Deviation] | None:
     """The deviations of all reused spans behind known prefixes, sample by sample.
 
-    The run leaves nothing behind: programs are functional, and what the graph writes is not delivered.
+    The run leaves nothing behind but rows in caches of fixed size, which the run that follows writes again.
 
     Args:
         policy: says which layer is looked at.

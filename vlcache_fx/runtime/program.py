@@ -25,6 +25,7 @@ class ProgramRunner:
         lower: makes it callable; raises LoweringError where it cannot.
         device: where the program's inputs live.
         engine: takes a refusal.
+        in_place: indices of the graph's inputs that it writes to by itself.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class ProgramRunner:
         lower: Callable[[], Lowered],
         device: torch.device,
         engine: Engine,
+        in_place: Sequence[int] = (),
     ) -> None:
         self.name, self.recorded, self.slots = name, tuple(recorded), tuple(slots)
+        self.in_place = tuple(in_place)
         self._lower, self._device, self._engine = lower, device, engine
         self._lowered: Lowered | None = None
         self._failed = False
@@ -48,9 +51,9 @@ class ProgramRunner:
         def lower() -> Lowered:
             lowered = engine.lowering.lower(program.graph_module, name=name)
             is_recorded = name == "warm" and device.type == "cuda" and engine.options.cuda_graphs
-            return CudaGraphs(lowered) if is_recorded else lowered
+            return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
 
-        return cls(name, tuple(program.slots), program.recorded, lower, device, engine)
+        return cls(name, tuple(program.slots), program.recorded, lower, device, engine, program.in_place)
 
     def ready(self) -> bool:
         """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
@@ -107,8 +110,8 @@ class ProgramRunner:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
 
         Returns:
-            The results, or None where the program failed: it is refused then, and not tried again. Graphs are
-            functional, so nothing of the failed run is left behind.
+            The results, or None where the program failed: it is refused then, and not tried again. Nothing of
+            the failed run matters: rows that it wrote to a cache are written by whatever runs in its place.
         """
         assert self._lowered is not None
         try:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.capture.writes import deliver, overlapping
+from vlcache_fx.capture.writes import can_write, deliver
 from vlcache_fx.lowering import Lowered
+from vlcache_fx.passes import Program
 from vlcache_fx.runtime.unmodified import Compiled
 
 
@@ -16,22 +17,19 @@ class StepRunner:
 
     Args:
         captured: the graph.
-        step: its program, lowered. It writes rows to contiguous inputs by itself.
+        program: made of it.
+        lowered: the program.
         unmodified: serves calls whose inputs are not what the program was made for.
     """
 
-    def __init__(self, captured: Captured, step: Lowered, unmodified: Compiled) -> None:
-        self._step, self._unmodified = step, unmodified
+    def __init__(self, captured: Captured, program: Program, lowered: Lowered, unmodified: Compiled) -> None:
+        self._lowered, self._unmodified = lowered, unmodified
         self._writes, self._num_results = captured.writes, captured.num_results
         self._data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-        self._written = [write.input for write in captured.writes if write.places is not None]
+        self._in_place = tuple(program.in_place)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step."""
-        if not self._writes:
-            return self._step(args)
-        if overlapping(self._writes, args, self._data) or not all(
-            args[index].is_contiguous() for index in self._written
-        ):
+        if self._writes and not can_write(self._writes, self._in_place, args, self._data):
             return self._unmodified(*args)
-        return deliver(self._writes, args, self._step(args), self._num_results)
+        return deliver(self._writes, args, self._lowered(args), self._num_results)

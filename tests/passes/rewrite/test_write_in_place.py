@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.writes import deliver
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes import Pipeline, Program
+from vlcache_fx.passes import Program
 from vlcache_fx.passes.rewrite import WriteInPlace
-from vlcache_fx.passes.standard import step_program
+from vlcache_fx.passes.rewrite.write_in_place import IN_PLACE
+from vlcache_fx.passes.standard import copy_captured, step_program
 from vlcache_fx.testing.graphs import captured_graph
 
 from ..programs import before_and_after, unchanged
@@ -56,11 +57,15 @@ def inputs(count: int = 3) -> dict[str, Tensor]:
 
 
 def program_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[Captured, Program, list[Any]]:
-    """The captured graph, a step's program on which no pass has run, and arguments: those of ``given``."""
+    """The captured graph, its program on which no pass has run, and arguments: those of ``given``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         captured, graph = captured_graph(model, given)
-    return captured, step_program(captured, Pipeline(())), list(graph.calls[0])
+    return (
+        captured,
+        Program(copy_captured(captured).graph_module, writes=captured.writes),
+        list(graph.calls[0]),
+    )
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
@@ -121,23 +126,31 @@ def twice(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     return cache.index_copy_(2, places, rows).index_copy_(2, places - 1, rows)
 
 
+def another_layout(given: dict[str, Tensor]) -> None:
+    given["keys"] = given["keys"].transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def as_it_is(given: dict[str, Tensor]) -> None:
+    pass
+
+
 @pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (read_before, "more is done with it"),
-        (twice, "in a way of their own"),
-    ],
+    ("write", "change"), [(read_before, as_it_is), (twice, as_it_is), (scattered, another_layout)]
 )
-def test_what_cannot_be_written_in_place_is_refused(write: Callable[..., Tensor], message: str) -> None:
-    program = program_of(Step(write), inputs())[1]
-    with pytest.raises(UnsupportedGraphError, match=message) as refusal:
-        WriteInPlace().run(program)
+def test_caches_of_which_more_is_wanted_are_copied(write: Callable[..., Tensor], change: Any) -> None:
+    """No cache is written twice, or before it is read: a prompt's program copies it, a step is refused."""
+    model, given = Step(write), inputs()
+    change(given)
+    captured, program, _ = program_of(model, given)
+    before = str(program.graph)
+    WriteInPlace().run(program)
+    keys = program.graph.find_nodes(op="placeholder")[captured.writes[1].input]
+    assert not [user for user in keys.users if user.target in IN_PLACE.values()]
+    assert len(program.in_place) == (change is another_layout)  # the values
+    assert unchanged(WriteInPlace(), program)
+    if write is not scattered:
+        assert str(program.graph) == before
+    with pytest.raises(UnsupportedGraphError, match="an input is copied") as refusal:
+        step_program(captured)
     assert refusal.value.reason is Reason.MUTATED_INPUTS
     assert refusal.value.node is not None
-
-
-def test_a_cache_in_another_layout_is_refused() -> None:
-    given = inputs()
-    given["keys"] = given["keys"].transpose(-1, -2).contiguous().transpose(-1, -2)
-    with pytest.raises(UnsupportedGraphError, match="not contiguous"):
-        WriteInPlace().run(program_of(Step(), given)[1])
