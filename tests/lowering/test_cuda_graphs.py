@@ -95,6 +95,20 @@ def test_weights_are_not_copied_however_small(recorder: Recorder) -> None:
     assert (recorder.recordings, recorder.replays) == (1, 2)
 
 
+def test_what_is_written_to_is_written_where_it_lies(recorder: Recorder) -> None:
+    program = CudaGraphs(lambda args: (args[1].fill_(args[0].sum()) + 1, None), record=recorder, in_place=[1])
+    cache = torch.zeros(2)
+    for value in range(5):
+        got, nothing = program([torch.full((2,), float(value)), cache])
+        assert cache.tolist() == [2.0 * value] * 2
+        assert got.tolist() == [2.0 * value + 1] * 2
+        assert nothing is None
+    assert (recorder.recordings, recorder.replays) == (1, 3)
+    other = torch.zeros(2)
+    program([torch.ones(2), other])
+    assert other.tolist() == [2.0, 2.0]
+
+
 def test_results_are_the_callers_own(program: CudaGraphs) -> None:
     large = torch.ones(LARGE)
     kept = [program([torch.full((4,), float(value)), large, 3])[0] for value in range(5)]
