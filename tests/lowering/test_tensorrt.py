@@ -130,6 +130,15 @@ def test_a_region_of_few_nodes_stays_outside() -> None:
     assert len(dry_run(graph_of(lambda x: (x * 2 + 1).tanh(), torch.ones(3))).engines) == 1
 
 
+def test_what_writes_to_an_input_stays_outside() -> None:
+    def write(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return (cache.index_copy_(0, torch.arange(2), rows.tanh() * 2 + 1) * 2).tanh() + 1
+
+    run = dry_run(graph_of(write, torch.ones(5, 3), torch.ones(2, 3)))
+    assert run.outside["index_copy_"].startswith("it writes to a tensor of the caller")
+    assert run.engines
+
+
 def test_placeholders_are_no_calls() -> None:
     traced = graph_of(lambda x: x * 2, torch.ones(3))
     (placeholder,) = traced.graph.find_nodes(op="placeholder")

@@ -52,6 +52,9 @@ def why_outside(node: fx.Node) -> str | None:
     namespace = getattr(node.target, "namespace", None)
     if namespace == "vlcache":
         return "a cache operator: it reads what the store gave"
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        return "it writes to a tensor of the caller: engines are functions"
     value = node.meta.get("val")
     if namespace == "aten" and isinstance(value, torch.Tensor) and value.dtype == torch.float64:
         return "TensorRT has no float64"
