@@ -20,6 +20,13 @@ def test_placeholders_in_order() -> None:
     assert [node.name for node in captured().placeholders] == ["x", "y"]
 
 
+def test_inputs_by_kind() -> None:
+    graph = captured()
+    assert graph.indices_of(InputKind.WEIGHT) == (1,)
+    assert [node.name for node in graph.inputs_of(InputKind.WEIGHT)] == ["y"]
+    assert graph.indices_of(InputKind.SIZE) == ()
+
+
 def test_a_graph_holds_while_its_numbers_do() -> None:
     folded = captured(((1, 0.5),))
     assert folded.holds_for((torch.ones(2), torch.tensor(0.5, dtype=torch.float64)))

@@ -68,6 +68,10 @@ class Captured:
         """The placeholder nodes of that kind, in input order."""
         return [node for node, own in zip(self.placeholders, self.kinds, strict=True) if own is kind]
 
+    def indices_of(self, kind: InputKind) -> tuple[int, ...]:
+        """The indices of the inputs of that kind."""
+        return tuple(index for index, own in enumerate(self.kinds) if own is kind)
+
     @property
     def num_outputs(self) -> int:
         """Number of entries that the graph returns, those for writes included."""

@@ -124,14 +124,16 @@ def _base(node: Node) -> Node:
 def can_write(
     writes: Sequence[Write], in_place: Sequence[int], args: Sequence[Any], data: Sequence[int]
 ) -> bool:
-    """True where a program may serve a call: inputs that it writes to are as it takes them to be.
+    """True where a program may serve a call: inputs that it writes to, if any, are as it takes them to be.
 
     Args:
-        writes: of the graph, at least one.
+        writes: of the graph.
         in_place: indices of inputs that the program writes to by itself: these must be contiguous.
         args: the inputs of the call.
         data: indices of those that belong to the request: none that is written to may overlap another.
     """
+    if not writes:
+        return True
     return all(args[index].is_contiguous() for index in in_place) and not overlapping(writes, args, data)
 
 

@@ -36,7 +36,8 @@ def arrived(value: Any) -> Any:
 
 
 # Takes the program's placeholder values in order (tensors, arriving ones, ints) and returns its flat outputs.
-# A call runs without autograd, changes no argument and keeps none of them alive after it returns.
+# A call runs without autograd, changes no argument but those that the graph itself writes to, and keeps none
+# of them alive after it returns.
 Lowered: TypeAlias = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 # Operators of ours that a compiler should see through: overload -> a function of the same signature in ATen.
@@ -44,7 +45,10 @@ Decompositions: TypeAlias = Mapping[torch._ops.OpOverload, Callable[..., Any]]
 
 
 class Lowering(Protocol):
-    """Turns a functional pre-dispatch ATen graph, whose inputs are all placeholders, into a callable."""
+    """Turns a pre-dispatch ATen graph, whose inputs are all placeholders, into a callable.
+
+    The graph is functional but for writes to inputs whose only reader is the write.
+    """
 
     @property
     def name(self) -> str:

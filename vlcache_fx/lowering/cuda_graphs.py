@@ -79,7 +79,7 @@ class CudaGraphs:
         """See ``Lowered``."""
         if any(isinstance(value, Arriving) for value in args):
             return self._run(args)
-        key = (_stream(), *(_form(value, self._is_copied(index, value)) for index, value in enumerate(args)))
+        key = (_stream(), *map(self._form, range(len(args)), args))
         with self._lock:
             if key in self._recordings:
                 self._recordings.move_to_end(key)
@@ -102,6 +102,15 @@ class CudaGraphs:
             and value.nbytes <= COPIED_BYTES
             and index not in self._in_place
         )
+
+    def _form(self, index: int, value: Any) -> Any:
+        if type(value) is torch.nn.Parameter:
+            # Guards fix all else. A model has hundreds, and each further look takes a microsecond.
+            return value.data_ptr()
+        if not isinstance(value, Tensor):
+            return value
+        address = None if self._is_copied(index, value) else value.data_ptr()
+        return (address, value.dtype, value.device, tuple(value.shape), value.stride())
 
     def _recorded(self, args: Sequence[Any]) -> _Recording | None:
         places = {index: value.clone() for index, value in enumerate(args) if self._is_copied(index, value)}
@@ -135,13 +144,3 @@ def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 def _stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream) if torch.cuda.is_available() else 0
-
-
-def _form(value: Any, is_copied: bool) -> Any:
-    if type(value) is torch.nn.Parameter:
-        # Guards fix all else. A model has hundreds, and each further look takes a microsecond.
-        return value.data_ptr()
-    if not isinstance(value, Tensor):
-        return value
-    address = None if is_copied else value.data_ptr()
-    return (address, value.dtype, value.device, tuple(value.shape), value.stride())

@@ -61,7 +61,8 @@ def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
     """Splits a program, in the order in which its segments run. Nodes that nothing needs are dropped.
 
     Args:
-        program: functional graph, all tensor inputs placeholders or `get_attr` constants.
+        program: functional graph, but for writes to inputs that nothing else reads; all tensor inputs
+            placeholders or `get_attr` constants.
         values: of every node (`values.program_values`).
 
     Raises:

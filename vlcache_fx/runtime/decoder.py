@@ -55,6 +55,7 @@ class DecoderRunner:
     ) -> None:
         self.engine = engine
         self._form, self._masks, self._cold, self._warm = form, masks, cold, warm
+        self._in_place = tuple({*cold.in_place, *warm.in_place})
         self._unmodified, self._logits = unmodified, logits
         self._donors = DonorLookup(form, engine)
 
@@ -97,8 +98,7 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
-        in_place = (*self._cold.in_place, *self._warm.in_place)
-        if self._form.writes and not can_write(self._form.writes, in_place, args, self._form.data):
+        if not can_write(self._form.writes, self._in_place, args, self._form.data):
             return self._bypass(args, CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:

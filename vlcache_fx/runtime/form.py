@@ -64,7 +64,7 @@ class DecoderForm:
         cls, captured: Captured, facts: DecoderFacts, slots: Sequence[str], groups: tuple[int, ...] = ()
     ) -> "DecoderForm":
         """Of a captured graph; ``slots`` are what its programs record."""
-        data = tuple(index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA)
+        data = captured.indices_of(InputKind.DATA)
         place = {node: index for index, node in enumerate(captured.placeholders)}
         identifier = Identifier.of(captured.graph_module, facts, data)
         frontiers = {RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}

@@ -82,8 +82,7 @@ class PrefixReader:
             for index, (node, kind) in enumerate(zip(captured.placeholders, captured.kinds, strict=True))
             if kind is InputKind.DATA and node in reached and index not in (*features, embeddings)
         ]
-        sizes = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.SIZE]
-        return cls(tuple(wanted), tuple(sizes), embeddings)
+        return cls(tuple(wanted), captured.indices_of(InputKind.SIZE), embeddings)
 
     def pieces(
         self, args: Sequence[Any], runs: Sequence[Run], spans: Sequence[Span], num_tokens: int, root: str

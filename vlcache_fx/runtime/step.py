@@ -25,11 +25,11 @@ class StepRunner:
     def __init__(self, captured: Captured, program: Program, lowered: Lowered, unmodified: Compiled) -> None:
         self._lowered, self._unmodified = lowered, unmodified
         self._writes, self._num_results = captured.writes, captured.num_results
-        self._data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
+        self._data = captured.indices_of(InputKind.DATA)
         self._in_place = tuple(program.in_place)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one step."""
-        if self._writes and not can_write(self._writes, self._in_place, args, self._data):
+        if not can_write(self._writes, self._in_place, args, self._data):
             return self._unmodified(*args)
         return deliver(self._writes, args, self._lowered(args), self._num_results)

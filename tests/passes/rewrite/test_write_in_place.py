@@ -61,11 +61,8 @@ def program_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[Captured, Pr
     with torch.random.fork_rng():
         torch.manual_seed(0)
         captured, graph = captured_graph(model, given)
-    return (
-        captured,
-        Program(copy_captured(captured).graph_module, writes=captured.writes),
-        list(graph.calls[0]),
-    )
+    program = Program(copy_captured(captured).graph_module, writes=captured.writes)
+    return captured, program, list(graph.calls[0])
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
