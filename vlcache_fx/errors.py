@@ -75,6 +75,8 @@ class Reason(StrEnum):
     """Gradients are needed; reused values carry none."""
     LOWERING_FAILED = "lowering_failed"
     """The rewritten graph did not compile."""
+    RANDOM = "random"
+    """The graph draws random numbers: what it gave once says nothing of the next call."""
     DATA_DEPENDENT = "data_dependent"
     """Shapes or control flow depend on tensor values."""
     NO_LOGITS = "no_logits"

@@ -41,7 +41,7 @@ def on_cpu(part: fx.GraphModule) -> fx.GraphModule | None:
     graph.output(graph.graph_copy(part.graph, {}))
     for node in graph.nodes:
         if node.op == "get_attr":
-            constant = _attribute(part, str(node.target))
+            constant = attribute(part, str(node.target))
             if isinstance(constant, Tensor) and constant.device != cpu:
                 return None
         node.args, node.kwargs = fx.node.map_aggregate(
@@ -76,14 +76,15 @@ def computation_digest(module: fx.GraphModule, result: Node, names: Mapping[Node
             continue
         shown[node] = f"%{len(lines)}"
         if node.op == "get_attr":
-            constant = _attribute(module, str(node.target))
+            constant = attribute(module, str(node.target))
             lines.append(content_digest([constant]) if isinstance(constant, Tensor) else str(constant))
         else:
             lines.append(f"{node.target} {form(node.args)} {form(node.kwargs)}")
     return content_digest([*lines, shown[result]])
 
 
-def _attribute(owner: Any, path: str) -> Any:
+def attribute(owner: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
     for name in path.split("."):
         owner = getattr(owner, name)
     return owner

@@ -22,10 +22,10 @@ from vlcache_fx.exporting.captured import capture_for_export
 from vlcache_fx.exporting.describe import ExportReport, describe, wiring
 from vlcache_fx.exporting.engines import EngineOptions, build_engines, find_package
 from vlcache_fx.exporting.examples import example_calls
-from vlcache_fx.exporting.facts import decoder_spec, layer_groups
+from vlcache_fx.exporting.facts import decoder_spec, layer_groups, made_leaves
 from vlcache_fx.exporting.manifest import FORMAT, Manifest, missing
 from vlcache_fx.exporting.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights
-from vlcache_fx.exporting.specs import COLD, DECODE, MASKS, SPANS, WARM, WEIGHTS, GraphSpec
+from vlcache_fx.exporting.specs import COLD, DECODE, LEAVES, MASKS, SPANS, WARM, WEIGHTS, GraphSpec
 from vlcache_fx.exporting.writer import GraphWriter
 from vlcache_fx.integrations.transformers import hooked_placeholder_check
 from vlcache_fx.options import Options
@@ -163,6 +163,7 @@ def _write(
         merged = [merge.mask for merge in found.facts.merges] + [one.mask for one in found.facts.additions]
         spans = writer.masks(SPANS, merged)
         masks = writer.masks(MASKS, masks_of(found.facts))
+        leaves = writer.masks(LEAVES, made_leaves(found))
         encoders = writer.encoders(refused)
         decode = writer.stage(DECODE, found.stages.decode, refused) if found.stages else None
     if found.stages is None:
@@ -182,7 +183,7 @@ def _write(
         cold=programs[COLD],
         warm=programs[WARM],
         encoders=tuple(encoders),
-        decoder=decoder_spec(found, form, fingerprint, spans, masks),
+        decoder=decoder_spec(found, form, fingerprint, spans, masks, leaves),
         decode=DECODE if decode else None,
         engines={},
         wiring=wiring(bool(found.stages)),

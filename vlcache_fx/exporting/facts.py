@@ -8,19 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from vlcache_fx.analysis.computation import computation_of
 from vlcache_fx.analysis.refusal import without_folders
 from vlcache_fx.exporting.captured import ExportInput
 from vlcache_fx.exporting.manifest import Manifest
-from vlcache_fx.exporting.specs import DecoderSpec, MaskSpec, RowSpec
+from vlcache_fx.exporting.specs import DecoderSpec, LeafSpec, MaskSpec, RowSpec
 from vlcache_fx.plan.selection import RowSelection
 from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors import RowForm
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.identify import Identifier
+from vlcache_fx.runtime.leaves import LeafForm, Leaves
 from vlcache_fx.runtime.mask_check import MaskCheck, MaskSite
 from vlcache_fx.runtime.prefix import PrefixReader
+from vlcache_fx.runtime.remembered import Fingerprints
 
 PROBED_LENGTHS = (64, 400, 2048, 8192)
 """Span lengths at which the policy is asked which layers have the same rows."""
@@ -43,15 +47,30 @@ def layer_groups(policy: Policy, num_layers: int, profile: Profile | None, budge
 
 
 def decoder_spec(
-    found: ExportInput, form: DecoderForm, fingerprint: str, spans: Sequence[str], masks: Sequence[str]
+    found: ExportInput,
+    form: DecoderForm,
+    fingerprint: str,
+    spans: Sequence[str],
+    masks: Sequence[str],
+    leaves: Sequence[str],
 ) -> DecoderSpec:
-    """The facts with indices among the named inputs: weights are none of them."""
+    """The facts with indices among the named inputs: weights are none of them.
+
+    Args:
+        found: what is exported.
+        form: of its decoder.
+        fingerprint: of the layers' weights.
+        spans, masks, leaves: outputs of the graphs of these names.
+    """
     place = {index: number for number, index in enumerate(i for i, name in enumerate(found.inputs) if name)}
 
     def places(indices: Any) -> tuple[int, ...]:
         return tuple(place[index] for index in sorted(indices))
 
-    check, identifier = MaskCheck.of(found.decoder.graph_module, found.facts), form.identifier
+    check, identifier = MaskCheck.of(found.decoder, found.facts), form.identifier
+    computation = computation_of(found.decoder, found.facts)
+    index = {node: number for number, node in enumerate(found.decoder.placeholders)}
+    others = Fingerprints().of([found.weights[number][1] for number in form.other_weights])
     return DecoderSpec(
         inputs=tuple(name for name in found.inputs if name),
         num_layers=form.num_layers,
@@ -62,37 +81,64 @@ def decoder_spec(
             slot: RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
             for slot, row in form.rows.items()
         },
-        layout=form.layout,
+        layout=f"{form.layout} {others}",
         model_fingerprint=fingerprint,
         features=tuple(place[index] for index in identifier.features),
         num_merges=identifier.num_merges,
-        position_inputs=places(identifier.position_inputs),
-        looked_up=places(identifier.looked_up),
-        masks_only=places(identifier.masks_only),
         width=identifier.width,
         embeddings=None if identifier.embeddings is None else place[identifier.embeddings],
-        prefix_inputs=places(form.prefixes.inputs),
+        leaves=tuple(
+            LeafSpec(
+                place[index[leaf.node]] if leaf.node in index else None,
+                leaf.token_dim,
+                leaf.is_index,
+                leaf.is_beside,
+            )
+            for leaf in computation.leaves
+        ),
         mask_sites=tuple(
-            MaskSpec(site.node, without_folders(site.source_line), site.has_mask) for site in check.sites
+            MaskSpec(site.node, without_folders(site.source_line), site.has_mask, site.computation)
+            for site in check.sites
         ),
         mask_inputs=places(check.inputs),
+        site_of_layer=check.site_of_layer,
         every_layer_has_a_mask=check.every_layer_has_one,
         spans=tuple(spans),
         masks=tuple(masks),
+        leaf_outputs=tuple(leaves),
     )
 
 
+def made_leaves(found: ExportInput) -> list[Node]:
+    """The values that keys hold and that are no inputs: the graph ``leaves`` gives them."""
+    inputs = set(found.decoder.placeholders)
+    leaves = computation_of(found.decoder, found.facts).leaves
+    return [leaf.node for leaf in leaves if leaf.node not in inputs]
+
+
 def decoder_form(
-    manifest: Manifest, spans: Callable[..., Sequence[Tensor]], device: torch.device
+    manifest: Manifest,
+    spans: Callable[..., Sequence[Tensor]],
+    leaves: Callable[..., Sequence[Tensor]],
+    device: torch.device,
 ) -> DecoderForm:
     """The facts as the runtime takes them.
 
     Args:
         manifest: of the export.
         spans: from the named inputs to the masks of merges.
+        leaves: from the named inputs to the outputs of the graph ``leaves``.
         device: where the inputs are.
     """
     spec = manifest.decoder
+    forms = tuple(
+        LeafForm(leaf.token_dim, None, leaf.is_index, leaf.is_beside) for leaf in spec.leaves
+    )
+
+    def read(args: Sequence[Any]) -> list[Any]:
+        made = iter(leaves(*args))
+        return [next(made) if leaf.input is None else args[leaf.input] for leaf in spec.leaves]
+
     return DecoderForm(
         num_layers=spec.num_layers,
         num_outputs=spec.num_outputs,
@@ -112,13 +158,11 @@ def decoder_form(
             masks=spans,
             features=spec.features,
             num_merges=spec.num_merges,
-            position_inputs=spec.position_inputs,
-            looked_up=frozenset(spec.looked_up),
-            masks_only=frozenset(spec.masks_only),
             embeddings=spec.embeddings,
             width=spec.width,
         ),
-        prefixes=PrefixReader(spec.prefix_inputs, (), spec.embeddings),
+        leaves=Leaves(forms, read),
+        prefixes=PrefixReader(forms, spec.embeddings),
         groups=spec.layer_groups,
     )
 
@@ -127,11 +171,12 @@ def mask_check(manifest: Manifest, masks: Callable[..., Sequence[Tensor]]) -> Ma
     """What is looked at in every call; ``masks`` takes the named inputs."""
     spec = manifest.decoder
     return MaskCheck(
-        [MaskSite(site.node, site.source_line, site.has_mask) for site in spec.mask_sites],
+        [MaskSite(site.node, site.source_line, site.has_mask, site.computation) for site in spec.mask_sites],
         [_own_keys] * len(spec.mask_sites),
         masks,
         spec.mask_inputs,
         every_layer_has_one=spec.every_layer_has_a_mask,
+        site_of_layer=spec.site_of_layer,
     )
 
 

@@ -12,7 +12,7 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.specs import DecoderSpec, EncoderSpec, EngineSpec, FileSpec, GraphSpec, ProgramSpec
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from vlcache_fx.exporting.facts import decoder_form, mask_check
 from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest
-from vlcache_fx.exporting.specs import MASKS, SPANS, WEIGHTS, ProgramSpec
+from vlcache_fx.exporting.specs import LEAVES, MASKS, SPANS, WEIGHTS, ProgramSpec
 from vlcache_fx.lowering.base import Lowered, arrived
 from vlcache_fx.options import Options
 from vlcache_fx.plan import build_plan
@@ -57,11 +57,16 @@ class Session:
         self.manifest, self._runner = manifest, runner
         self.vlcache = engine = Engine(_options(manifest, options))
         decoder = manifest.decoder
-        self._form = decoder_form(manifest, self._masks(SPANS, decoder.spans), runner.device)
+        self._form = decoder_form(
+            manifest,
+            self._outputs(SPANS, decoder.spans),
+            self._outputs(LEAVES, decoder.leaf_outputs),
+            runner.device,
+        )
         self._cold = self._program("cold", manifest.cold, engine)
         self._decoder = DecoderRunner(
             self._form,
-            mask_check(manifest, self._masks(MASKS, decoder.masks)),
+            mask_check(manifest, self._outputs(MASKS, decoder.masks)),
             self._cold,
             self._program("warm", manifest.warm, engine),
             engine,
@@ -179,8 +184,8 @@ class Session:
         features = {name: torch.cat(parts, -2) for name, parts in found.items()}
         return features, all(hits) if hits else None
 
-    def _masks(self, graph: str, outputs: Sequence[str]) -> Any:
-        """From the decoder's inputs to masks."""
+    def _outputs(self, graph: str, outputs: Sequence[str]) -> Any:
+        """From the decoder's inputs to the outputs of one of the small graphs."""
 
         def run(*args: Any) -> list[Tensor]:
             if not outputs:

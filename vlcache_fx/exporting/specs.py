@@ -17,7 +17,8 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
-COLD, WARM, DECODE, SPANS, MASKS = "prefill_cold", "prefill_warm", "decode", "spans", "masks"
+COLD, WARM, DECODE = "prefill_cold", "prefill_warm", "decode"
+SPANS, MASKS, LEAVES = "spans", "masks", "leaves"
 """Names of graphs."""
 
 WEIGHTS = "weights.bin"
@@ -109,6 +110,21 @@ class MaskSpec:
     node: str
     source_line: str | None
     has_mask: bool
+    computation: str
+
+
+@dataclass(frozen=True)
+class LeafSpec:
+    """One value that keys hold: see ``LeafForm``.
+
+    Attributes:
+        input: index of the input that it is; None for the next output of the graph ``leaves``.
+    """
+
+    input: int | None
+    token_dim: int | None
+    is_index: bool
+    is_beside: bool
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,9 @@ class DecoderSpec:
 
     Attributes:
         embeddings: the input whose rows may be marked as spans, where nothing is merged.
+        leaves: other values that keys hold.
+        site_of_layer: per layer, the index of its kind of attention among ``mask_sites``, if any.
+        leaf_outputs: outputs of the graph ``leaves``, in order.
         spans: outputs of the graph ``spans``: the masks of merges and additions, in order.
         masks: outputs of the graph ``masks``: the masks of ``mask_sites`` that have one, in order.
     """
@@ -131,17 +150,16 @@ class DecoderSpec:
     model_fingerprint: str
     features: tuple[int, ...]
     num_merges: int
-    position_inputs: tuple[int, ...]
-    looked_up: tuple[int, ...]
-    masks_only: tuple[int, ...]
     width: int | None
     embeddings: int | None
-    prefix_inputs: tuple[int, ...]
+    leaves: tuple[LeafSpec, ...]
     mask_sites: tuple[MaskSpec, ...]
     mask_inputs: tuple[int, ...]
+    site_of_layer: tuple[int | None, ...]
     every_layer_has_a_mask: bool
     spans: tuple[str, ...]
     masks: tuple[str, ...]
+    leaf_outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)

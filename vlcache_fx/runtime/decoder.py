@@ -69,7 +69,7 @@ class DecoderRunner:
             UnsupportedGraphError: the graph cannot be rewritten.
         """
         facts = analyze(captured)
-        masks = MaskCheck.of(captured.graph_module, facts)
+        masks = MaskCheck.of(captured, facts)
         cold, warm = cold_program(captured), warm_program(captured)
         form = DecoderForm.of(captured, facts, cold.recorded)
         return cls(
@@ -118,6 +118,8 @@ class DecoderRunner:
                 is_causal=look.hides_what_follows,
                 is_whole=look.hides_the_past,
             )
+            with clock.measure("identify"):
+                request = self._donors.with_keys(request, look)
         with clock.measure("lookup"):
             request = self._donors.find(request)
         return self._run_warm(request) if request.donors else self._run_cold(request)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.numerics import device_type_of, numerics
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.keys import Part, content_digest
 from vlcache_fx.store.known import known_rows, remember, rows_digests
@@ -51,7 +52,8 @@ class EncoderRunner:
     def _keys(self, args: Sequence[Any]) -> list[str]:
         weights = self._engine.fingerprints.of([args[index] for index in self._weights])
         content: list[Part] = [args[index] for index in self._inputs]
-        inputs = content_digest(["encoder", self._engine.options.salt, weights, tuple(content)])
+        state = numerics(device_type_of(args))
+        inputs = content_digest(["encoder", self._engine.options.salt, weights, state, tuple(content)])
         return [content_digest([inputs, computation]) for computation in self._computations]
 
     def _get(self, keys: Sequence[str]) -> list[Any] | None:

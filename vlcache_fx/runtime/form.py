@@ -8,11 +8,14 @@ from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.axis import shape_of
+from vlcache_fx.analysis.computation import computation_of
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.captured import Write
 from vlcache_fx.plan.selection import RowSelection
 from vlcache_fx.runtime.donors import RESIDUAL, RowForm
-from vlcache_fx.runtime.identify import Identifier, arithmetic, is_whole
+from vlcache_fx.runtime.identify import Identifier
+from vlcache_fx.runtime.leaves import Leaves
+from vlcache_fx.runtime.on_cpu import is_whole
 from vlcache_fx.runtime.prefix import PrefixReader
 
 
@@ -33,11 +36,13 @@ class DecoderForm:
         device: where the token embeddings are.
         tail: tokens that results need; None for all.
         rows: what programs read from each slot.
-        layout: digest-like text of what a stored row looks like and of what layers do beside weights; graphs
-            of one model agree on it. Part of the keys.
-        weights: inputs that are weights of the decoder.
-        model_fingerprint: of these weights, where they are no inputs; else None.
+        layout: text of what a stored row looks like and digest of how it is computed; graphs of one model
+            agree on it. Part of the keys.
+        weights: inputs that are weights of the decoder's layers.
+        other_weights: inputs that are other weights on which rows depend, those of token embeddings.
+        model_fingerprint: of the layers' weights, where they are no inputs; else None.
         identifier: finds spans and their keys.
+        leaves: reads the other values that keys hold.
         prefixes: cuts prompts into pieces.
         groups: number of layers in each run of layers that compute the same rows; empty where each layer may
             have its own.
@@ -56,7 +61,9 @@ class DecoderForm:
     weights: tuple[int, ...]
     model_fingerprint: str | None
     identifier: Identifier
+    leaves: Leaves
     prefixes: PrefixReader
+    other_weights: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
 
     @classmethod
@@ -71,7 +78,8 @@ class DecoderForm:
         frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
         batch = facts.batch_dims or {}
         rows = {slot: frontiers[slot][0] for slot in slots if slot != RESIDUAL}
-        sites = {layer.site.node for layer in facts.layers}  # whose dropout of 0.0 may be spelled out or not
+        computation = computation_of(captured, facts)
+        leaves = Leaves.of(captured, computation.leaves)
         return cls(
             num_layers=facts.num_layers,
             num_outputs=captured.num_outputs,
@@ -93,14 +101,15 @@ class DecoderForm:
                         (slot, str(node.meta["val"].dtype), str(shape_of(node)[-1]))
                         for slot, node in rows.items()
                     ],
-                    [layer.site.scale for layer in facts.layers],
-                    arithmetic(n for members in facts.stream.members for n in members if n not in sites),
+                    computation.digest,
                 )
             ),
             weights=tuple(place[node] for node in facts.weights),
+            other_weights=tuple(place[node] for node in computation.weights),
             model_fingerprint=None,
             identifier=identifier,
-            prefixes=PrefixReader.of(captured, facts, identifier.features, identifier.embeddings),
+            leaves=leaves,
+            prefixes=PrefixReader(leaves.forms, identifier.embeddings),
             groups=groups,
         )
 

@@ -11,7 +11,9 @@ from vlcache_fx.runtime import donors, refine
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.identify import donor_key, of_sample
+from vlcache_fx.runtime.identify import donor_key
+from vlcache_fx.runtime.mask_check import MaskLook
+from vlcache_fx.runtime.numerics import numerics
 from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.runtime.runs import Run
@@ -43,7 +45,7 @@ class DonorLookup:
         encoder_hit: bool | None,
         clock: Clock,
     ) -> Request:
-        """The request for a call of the graph; nothing has been looked up yet.
+        """The request for a call of the graph; its spans have no keys yet.
 
         Args:
             args, known, encoder_hit, clock, num_tokens: see ``Request``.
@@ -51,25 +53,48 @@ class DonorLookup:
             runs: of all of them.
         """
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
-        long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
-        spans: list[Span] = []
-        root = fingerprint = ""
-        if long:  # with text alone there is nothing to look the weights over for
-            fingerprint = self._form.model_fingerprint or self._engine.fingerprints.of(
-                [args[index] for index in self._form.weights]
-            )
-            weights, salt = f"{fingerprint}|{self._form.layout}", self._engine.options.salt
-            for run in long:
-                positions = self._form.identifier.positions(known, run, num_samples, num_tokens)
-                key = donor_key(run, positions, weights, salt)
-                spans.append(Span(run.sample, run.start, run.length, key, False))
-            root = content_digest([weights, salt])
+        least = self._engine.options.min_span_tokens
         samples = tuple(
-            Sample(index, own, tuple(span for span in spans if span.sample == index))
+            Sample(
+                index,
+                own,
+                tuple(Span(index, run.start, run.length, "", False) for run in own if run.length >= least),
+            )
             for index, own in enumerate(by_sample)
         )
+        fingerprint = ""
+        if any(sample.spans for sample in samples):  # with text alone there is nothing to look weights over for
+            fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
         return Request(
-            args, known, num_tokens, samples, root, encoder_hit, clock, model_fingerprint=fingerprint
+            args, known, num_tokens, samples, "", encoder_hit, clock, model_fingerprint=fingerprint
+        )
+
+    def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
+        return self._engine.fingerprints.of([args[index] for index in weights])
+
+    def with_keys(self, request: Request, look: MaskLook) -> Request:
+        """The request with the keys of its spans, and the root of its prompts' keys.
+
+        Args:
+            request: with spans.
+            look: what masks let its tokens see.
+        """
+        salt, device = self._engine.options.salt, self._form.device.type
+        others = self._fingerprint(request.args, self._form.other_weights)
+        identity = content_digest([request.model_fingerprint, others, self._form.layout, numerics(device)])
+        leaves = self._form.leaves
+        values = leaves.read(request.known)
+        samples = []
+        for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
+            by_start = {run.start: run for run in sample.runs}
+            spans = []
+            for span, text in zip(sample.spans, seen, strict=True):
+                parts = [text, *leaves.of_item(values, sample.index, span.start, span.length)]
+                key = donor_key(by_start[span.start], parts, identity, salt)
+                spans.append(replace(span, key=key))
+            samples.append(replace(sample, spans=tuple(spans), seen=rows))
+        return replace(
+            request, samples=tuple(samples), values=values, root=content_digest([identity, salt])
         )
 
     def find(self, request: Request) -> Request:
@@ -126,10 +151,17 @@ class DonorLookup:
         return request.is_causal and request.is_whole and len(request.samples) == 1
 
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
-        num_samples, num_tokens = len(request.samples), request.num_tokens
-        args = [of_sample(value, sample.index, num_samples, num_tokens) for value in request.known]
-        pieces = self._form.prefixes.pieces(args, sample.runs, sample.spans, num_tokens, request.root)
-        if num_samples == 1:
+        pieces = self._form.prefixes.pieces(
+            request.args,
+            request.values,
+            sample.runs,
+            sample.spans,
+            request.num_tokens,
+            request.root,
+            sample.seen,
+            sample.index,
+        )
+        if len(request.samples) == 1:
             return pieces
         # Behind padding, an item's context is another one than behind the same text alone.
         return [replace(p, before=content_digest(["batch", p.before])) for p in pieces if p.span is not None]

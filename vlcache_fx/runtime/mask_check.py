@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.computation import mask_computation
 from vlcache_fx.analysis.refusal import refuse, source_line
+from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.key_tokens import KeyTokens
+from vlcache_fx.runtime.mask_view import CAUSAL, MaskView, view_of, visible
 from vlcache_fx.store.keys import content_digest
-
-HIDDEN_BELOW = -1e3
-"""Additive masks hide with a large negative number; anything above is a bias."""
 
 LOOKS_REMEMBERED = 256
 
@@ -33,12 +33,17 @@ class MaskLook:
         hides_the_past: no token attends to a key that this call did not make: the rest of a cache is empty.
         unseen: per sample, positions that no token attends to; None where some layer has no mask. A prompt's
             last token is none of them: it attends to itself.
+        of_items: per sample and span, what masks let the span's tokens see, layer by layer: part of its key.
+        of_tokens: per sample, a digest for each token of what masks let it see; None where that is every
+            token before it, or within its span.
     """
 
     refusal: UnsupportedGraphError | None = None
     hides_what_follows: bool = True
     hides_the_past: bool = True
     unseen: tuple[Tensor | None, ...] = ()
+    of_items: tuple[tuple[str, ...], ...] = ()
+    of_tokens: tuple[tuple[bytes, ...] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,14 @@ class MaskSite:
     Attributes:
         node, source_line: for refusals: the name of the first such attention, and where it comes from.
         has_mask: False where it hides later tokens by itself.
+        computation: digest of how the mask is made; empty where it is an input. It stands for masks that no
+            simpler words describe.
     """
 
     node: str
     source_line: str | None
     has_mask: bool
+    computation: str = ""
 
 
 class MaskCheck:
@@ -68,6 +76,8 @@ class MaskCheck:
         masks: from the graph's inputs to the masks of the sites that have one.
         inputs: indices of the inputs that masks depend on.
         every_layer_has_one: whether some layer shows no mask.
+        site_of_layer: per layer, the index of its kind of attention among ``sites``; None where it need not
+            be looked at.
     """
 
     def __init__(
@@ -78,18 +88,21 @@ class MaskCheck:
         inputs: Sequence[int],
         *,
         every_layer_has_one: bool,
+        site_of_layer: Sequence[int | None] = (),
     ) -> None:
+        self.site_of_layer = tuple(site_of_layer)
         self.sites, self.inputs, self.every_layer_has_one = tuple(sites), tuple(inputs), every_layer_has_one
         self._key_tokens, self._masks = tuple(key_tokens), masks
         self._looks: OrderedDict[str, MaskLook] = OrderedDict()
 
     @classmethod
-    def of(cls, module: fx.GraphModule, facts: DecoderFacts) -> "MaskCheck":
+    def of(cls, captured: Captured, facts: DecoderFacts) -> "MaskCheck":
         """Of a captured graph.
 
         Raises:
             UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
         """
+        module = captured.graph_module
         sites: dict[Node | None, tuple[Node, KeyTokens]] = {}
         for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True):
             site = layer.site
@@ -100,14 +113,26 @@ class MaskCheck:
                     Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
                 )
             sites[site.mask] = (site.node, KeyTokens(module, () if site.is_prefill else keys.moves))
-        masks = masks_of(facts)
+        masks, kinds = masks_of(facts), list(sites)
         needed, placeholders = needed_for(masks), module.graph.find_nodes(op="placeholder")
         return cls(
-            [MaskSite(node.name, source_line(node), mask is not None) for mask, (node, _) in sites.items()],
+            [
+                MaskSite(
+                    node.name,
+                    source_line(node),
+                    mask is not None,
+                    "" if mask is None else mask_computation(captured, facts, mask),
+                )
+                for mask, (node, _) in sites.items()
+            ],
             [tokens for _, tokens in sites.values()],
             extract(module, masks),
             [i for i, node in enumerate(placeholders) if node in needed and node not in facts.past],
             every_layer_has_one=all(layer.site.mask is not None for layer in facts.layers),
+            site_of_layer=[
+                kinds.index(layer.site.mask) if keys is not None and layer.site.mask in sites else None
+                for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
+            ],
         )
 
     def look(
@@ -122,7 +147,11 @@ class MaskCheck:
             spans: per sample. Images may look both ways inside themselves, not behind them.
         """
         if not self.sites:
-            return MaskLook(unseen=(None,) * len(spans))
+            return MaskLook(
+                unseen=(None,) * len(spans),
+                of_items=tuple((CAUSAL,) * len(own) for own in spans),
+                of_tokens=(None,) * len(spans),
+            )
         key_tokens = [tokens(args, num_tokens) for tokens in self._key_tokens]
         places = [(span.sample, span.start, span.length) for sample in spans for span in sample]
         inputs = (known[index] for index in self.inputs)
@@ -153,18 +182,47 @@ class MaskCheck:
     ) -> MaskLook:
         refusal, hides, is_whole = None, True, True
         seen = torch.zeros(len(spans), num_tokens, dtype=torch.bool)
+        views: list[list[MaskView]] = [[] for _ in spans]
         for site, mask, tokens in evaluated:
             for sample, own in enumerate(spans):
                 part = mask[sample : sample + 1] if mask.dim() > 2 and mask.shape[0] > 1 else mask
+                view = view_of(part, tokens, num_tokens, own, site.computation)
+                views[sample].append(view)
+                if view.is_plain:
+                    seen[sample] = True
+                    continue
                 beyond = next((span for span in own if _sees_beyond(part, tokens, span)), None)
                 if beyond is not None and refusal is None:
                     detail = f"tokens of the span at {beyond.start} attend to tokens behind it"
                     refusal = UnsupportedGraphError(Reason.MASK_FORM, detail, site.node, site.source_line)
                 hides = hides and not _looks_ahead(part, tokens, num_tokens, own)
-                is_whole = is_whole and not bool(_visible(part)[..., tokens < 0].any())
+                is_whole = is_whole and not bool(visible(part)[..., tokens < 0].any())
                 seen[sample] |= _seen(part, tokens, num_tokens)
         unseen = tuple((~one).nonzero().flatten() if self.every_layer_has_one else None for one in seen)
-        return MaskLook(refusal, hides, is_whole, unseen)
+        per_sample = list(zip(views, spans, strict=True))
+        return MaskLook(
+            refusal,
+            hides,
+            is_whole,
+            unseen,
+            tuple(tuple(self._of_item(kinds, span) for span in own) for kinds, own in per_sample),
+            tuple(self._of_tokens(kinds, num_tokens) for kinds in views),
+        )
+
+    def _of_item(self, kinds: Sequence[MaskView], span: Span) -> str:
+        texts = [kind.of_item(span) for kind in kinds]
+        if all(text == CAUSAL for text in texts):
+            return CAUSAL
+        return str([CAUSAL if site is None else texts[site] for site in self.site_of_layer])
+
+    def _of_tokens(self, kinds: Sequence[MaskView], num_tokens: int) -> tuple[bytes, ...] | None:
+        if all(kind.is_plain for kind in kinds):
+            return None
+        layers = str(self.site_of_layer)
+        return tuple(
+            bytes.fromhex(content_digest([layers, *parts]))
+            for parts in zip(*(kind.of_tokens(num_tokens) for kind in kinds), strict=True)
+        )
 
 
 def masks_of(facts: DecoderFacts) -> list[Node]:
@@ -183,21 +241,17 @@ def _looks_ahead(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[
     horizon = torch.arange(num_tokens, device=mask.device)
     for span in spans:
         horizon[span.start : span.end] = span.end - 1
-    return bool((_visible(mask) & (tokens > horizon[:, None])).any())
+    return bool((visible(mask) & (tokens > horizon[:, None])).any())
 
 
 def _sees_beyond(mask: Tensor, tokens: Tensor, span: Span) -> bool:
     rows = mask[..., span.start : span.end, :] if mask.shape[-2] > 1 else mask
-    return bool(_visible(rows[..., tokens >= span.end]).any())
+    return bool(visible(rows[..., tokens >= span.end]).any())
 
 
 def _seen(mask: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
     """Which tokens of the call are attended to, bool [tokens]."""
-    visible = _visible(mask).reshape(-1, *mask.shape[-2:])
+    shown = visible(mask).reshape(-1, *mask.shape[-2:])
     seen = torch.zeros(num_tokens, dtype=torch.bool)
-    seen[tokens[(tokens >= 0) & visible.any(dim=1).any(dim=0)].cpu()] = True
+    seen[tokens[(tokens >= 0) & shown.any(dim=1).any(dim=0)].cpu()] = True
     return seen
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask > HIDDEN_BELOW if mask.is_floating_point() else mask

@@ -25,6 +25,7 @@ class Sample:
         prefix: leading tokens that have exact donors.
         unseen: positions that no token attends to (padding); None where that is not known.
         donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
+        seen: per token, a digest of what masks let it see; None where that is every token before it.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Sample:
     prefix: int = 0
     unseen: Tensor | None = None
     donors: tuple[Entry, ...] = ()
+    seen: tuple[bytes, ...] | None = None
 
     @property
     def reuse_is_exact(self) -> bool:
@@ -61,6 +63,7 @@ class Request:
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the decoder's weights; empty without spans.
+        values: other values of the call that rows depend on, as the graph's ``Leaves`` read them.
     """
 
     args: Sequence[Any]
@@ -73,6 +76,7 @@ class Request:
     is_causal: bool = False
     is_whole: bool = True
     model_fingerprint: str = ""
+    values: Sequence[Any] = ()
 
     @property
     def spans(self) -> tuple[Span, ...]:

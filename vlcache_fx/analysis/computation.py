@@ -1,0 +1,396 @@
+"""What stored rows depend on: how they are computed, from which inputs and which weights.
+
+A stored row may serve only where all of it is equal. The computation is written as a canonical digest, from
+the graph's inputs to the stored rows: every operator, every constant, and the order of dataflow. Left out is
+what changes no value, because a model's graphs differ in it: copies, chains of views, names, the order of
+independent operators, and whether a length is a number or a symbol.
+
+Three things are left out because their *values* are part of keys, call by call:
+
+- whole numbers that are made of the request alone (positions, token ids): ``Leaf``;
+- attention masks (``runtime.mask_check``);
+- what a merge puts in the place of token embeddings: spans and the bytes of their features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from vlcache_fx.analysis.axis import is_one, rank_of, shape_of
+from vlcache_fx.analysis.dataflow import carries_data
+from vlcache_fx.analysis.decoder import DecoderFacts
+from vlcache_fx.analysis.frontier import packet_of
+from vlcache_fx.analysis.merge import MERGE_OPS
+from vlcache_fx.analysis.refusal import refuse
+from vlcache_fx.analysis.sites import Site, site_of
+from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.capture.subgraph import attribute
+from vlcache_fx.errors import Reason
+from vlcache_fx.store.keys import content_digest
+
+aten = torch.ops.aten
+
+COPIES = frozenset({aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy})
+CASTS = frozenset({aten.to, aten._to_copy, aten.type_as})
+RESHAPES = frozenset(
+    {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten}
+)
+PERMUTES = frozenset({aten.transpose, aten.permute, aten.t, aten.numpy_T, aten.movedim, aten.swapaxes})
+SIZED = frozenset(
+    {aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.arange}
+    | {aten.new_empty, aten.repeat, aten.constant_pad_nd, aten.split, aten.split_with_sizes, aten.narrow}
+)
+"""Operators of which an argument may spell out a length."""
+
+DROPOUTS = frozenset({aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.native_dropout})
+WITHOUT_EFFECT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"})
+"""Keyword arguments that change no value."""
+
+ANY = "*"
+"""A length, in whatever way the graph spells it."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A value of the request that stored rows depend on; keys hold what it is in each call.
+
+    Attributes:
+        node: of whole numbers, made of nothing but the request; or a float input.
+        token_dim: the dimension that runs over the call's tokens; None where there is none, or more than one
+            it could be. Known when the graph is compiled, never guessed from the sizes of a request.
+        batch_dim: the dimension that runs over samples; None for a single sample.
+        is_index: its values name rows of a table, as token ids do; otherwise whole numbers are positions,
+            of which a row without positions sees the differences alone.
+        is_beside: layers read it beside the residual stream. What only the token embeddings are made of is
+            replaced where an item's features are merged.
+    """
+
+    node: Node
+    token_dim: int | None
+    batch_dim: int | None
+    is_index: bool
+    is_beside: bool
+
+
+@dataclass(frozen=True)
+class Computation:
+    """Everything that stored rows depend on beside masks and merged features.
+
+    Attributes:
+        digest: how they are computed from leaves, weights and features.
+        leaves: in the order in which the digest names them.
+        weights: weights that ``facts.weights`` does not list: of token embeddings, of rotary tables.
+    """
+
+    digest: str
+    leaves: tuple[Leaf, ...]
+    weights: tuple[Node, ...]
+
+
+def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
+    """How the rows that ``facts`` stores are computed.
+
+    Raises:
+        UnsupportedGraphError: RANDOM, where they depend on random numbers.
+    """
+    start = facts.stream.boundaries[0]
+    writer = _Writer(captured, facts)
+    beside = [*(one.node for one in facts.frontiers), facts.stream.boundaries[-1]]
+    rows = [writer.text(node) for node in beside]
+    writer.enter_start()
+    digest = content_digest([*rows, writer.text(start)])
+    return Computation(digest, tuple(writer.leaves.values()), tuple(writer.more_weights))
+
+
+def mask_computation(captured: Captured, facts: DecoderFacts, mask: Node) -> str:
+    """How a mask is computed, inputs by their names alone; empty where it is an input itself."""
+    writer = _Writer(captured, facts, reads_leaves=False)
+    text = writer.text(mask)
+    given = {writer.text(node) for node in captured.inputs_of(InputKind.DATA) if rank_of(node) > 2}
+    return "" if text in given else text
+
+
+class _Writer:
+    """Writes nodes as text, each from the texts of those that it reads.
+
+    The token embeddings that enter the first layer are written as one word until ``enter_start``: what lies
+    before them is not read beside them.
+    """
+
+    def __init__(self, captured: Captured, facts: DecoderFacts, *, reads_leaves: bool = True) -> None:
+        self._module, self._facts, self._reads_leaves = captured.graph_module, facts, reads_leaves
+        self._start: Node | None = facts.stream.boundaries[0]
+        self._texts: dict[Node, str] = {}
+        self._weights = {node: index for index, node in enumerate(facts.weights)}
+        self._is_weight = set(captured.inputs_of(InputKind.WEIGHT))
+        self._additions = {one.node: index for index, one in enumerate(facts.additions)}
+        self._own_rows = {
+            move.node: move.own for pair in facts.caches for path in pair if path is not None for move in path.moves
+        }
+        batch, tokens = shape_of(facts.stream.boundaries[0])[:2]
+        self._batch, self._tokens = batch, tokens
+        self._lengths = {1, *(size for size in (batch, tokens, batch * tokens) if isinstance(size, int))}
+        self._request = _made_of_the_request(captured)
+        self.leaves: dict[Node, Leaf] = {}
+        self.more_weights: list[Node] = []
+
+    def enter_start(self) -> None:
+        """From now on, what the token embeddings are made of is written too."""
+        if self._start is not None:
+            self._texts.pop(self._start, None)
+        self._start = None
+
+    def text(self, result: Node) -> str:
+        """The digest of how ``result`` is computed."""
+        stack = [result]
+        while stack:
+            node = stack[-1]
+            if node in self._texts:
+                stack.pop()
+                continue
+            waiting = [one for one in self._reads(node) if one not in self._texts]
+            if waiting:
+                stack.extend(reversed(waiting))
+            else:
+                self._texts[node] = self._write(stack.pop())
+        return self._texts[result]
+
+    def _reads(self, node: Node) -> Sequence[Node]:
+        """The nodes whose texts the text of ``node`` is made of, in order."""
+        if node is self._start or self._is_leaf(node) or node in self._additions or node.op != "call_function":
+            return ()
+        if node in self._own_rows:
+            return (self._own_rows[node],)
+        if node.target in MERGE_OPS:
+            return (self._first(node),)
+        site = site_of(node) if carries_data(node) else None
+        if site is not None:
+            return [one for one in (site.query, site.key, site.value, site.sinks) if one is not None]
+        if packet_of(node) in COPIES | RESHAPES | PERMUTES | CASTS | {aten.expand}:
+            return (self._first(node),)
+        sized = packet_of(node) in SIZED or packet_of(node) in (aten.slice, aten.select)
+        return [one for one in node.all_input_nodes if not sized or carries_data(one)]
+
+    @staticmethod
+    def _first(node: Node) -> Node:
+        first = node.args[0]
+        assert isinstance(first, Node)
+        return first
+
+    def _is_leaf(self, node: Node) -> bool:
+        if not self._reads_leaves:
+            return False
+        if node.op == "placeholder":
+            return node not in self._is_weight and node not in self._facts.past
+        return node in self._request
+
+    def _write(self, node: Node) -> str:
+        if node is self._start:
+            return "embeddings"
+        if self._is_leaf(node):
+            return self._leaf(node)
+        if node in self._additions:
+            return f"addition {self._additions[node]}"
+        if node.op == "placeholder":
+            return self._weight(node) if node in self._is_weight else f"input {self._form(node)}"
+        if node.op == "get_attr":
+            return self._constant(attribute(self._module, str(node.target)))
+        if node in self._own_rows:
+            return self._texts[self._own_rows[node]]
+        if node.target in MERGE_OPS:
+            # However many modalities are merged: which tokens they fill, and with what, is known by value.
+            embeddings = self._first(node)
+            text = self._texts[embeddings]
+            return text if embeddings.target in MERGE_OPS else content_digest(["merged", text])
+        site = site_of(node) if carries_data(node) else None
+        return self._site(node, site) if site is not None else self._operator(node)
+
+    def _leaf(self, node: Node) -> str:
+        if node not in self.leaves:
+            value = node.meta.get("val")
+            sizes = list(value.shape) if isinstance(value, Tensor) else []
+            token_dim = _only(_equal_to(self._tokens, sizes))
+            self.leaves[node] = Leaf(
+                node,
+                token_dim,
+                None if is_one(self._batch) else _batch_dim(_equal_to(self._batch, sizes), token_dim),
+                any(user.target is aten.embedding.default and user.args[1] is node for user in node.users),
+                self._start is not None,
+            )
+        value = node.meta.get("val")
+        form = f"{value.dtype} {value.dim()}" if isinstance(value, Tensor) else "number"
+        return f"leaf {list(self.leaves).index(node)} {form}"
+
+    def _weight(self, node: Node) -> str:
+        if node in self._weights:
+            return f"weight {self._weights[node]}"
+        if node not in self.more_weights:
+            self.more_weights.append(node)
+        return f"other weight {self.more_weights.index(node)}"
+
+    @staticmethod
+    def _constant(value: Any) -> str:
+        if isinstance(value, fx.GraphModule):
+            return content_digest([value.code, *(c for _, c in value.named_buffers())])
+        return content_digest([value]) if isinstance(value, Tensor) else repr(value)
+
+    def _site(self, node: Node, site: Site) -> str:
+        if _dropout_of(node):
+            raise refuse(Reason.RANDOM, node, "attention drops weights at random")
+        width = shape_of(site.query)[-1]
+        scale = site.scale
+        if scale is None and isinstance(width, int):
+            scale = 1 / math.sqrt(width)
+        sinks = "" if site.sinks is None else self._texts[site.sinks]
+        operands = [self._texts[one] for one in (site.query, site.key, site.value)]
+        return content_digest(["attention", *operands, sinks, repr(scale), repr(site.softcap)])
+
+    def _operator(self, node: Node) -> str:
+        packet = packet_of(node)
+        if packet in COPIES:
+            return self._texts[self._first(node)]
+        if packet in DROPOUTS:
+            if _drops(node):
+                raise refuse(Reason.RANDOM, node, "values are dropped at random")
+            return self._texts[self._first(node)]
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise refuse(Reason.RANDOM, node, f"{node.target} draws random numbers")
+        if packet in CASTS:
+            before, after = (one.meta["val"].dtype for one in (self._first(node), node))
+            text = self._texts[self._first(node)]
+            return text if before == after else content_digest(["cast", str(after), text])
+        if packet in RESHAPES or packet is aten.expand:
+            return self._view(node, "expand" if packet is aten.expand else "view")
+        if packet in PERMUTES:
+            return content_digest(["permute", _order(node), self._texts[self._first(node)]])
+        if packet is aten.slice:
+            return self._slice(node)
+        return content_digest([str(node.target), self._form(node), self._arguments(node)])
+
+    def _view(self, node: Node, kind: str) -> str:
+        """A chain of views is what it gives in the end."""
+        source = self._first(node)
+        while kind == "view" and packet_of(source) in RESHAPES | COPIES and not self._is_leaf(source):
+            source = self._first(source)
+        shape = self._sizes(node)
+        if shape == self._sizes(source):
+            return self._texts[source]
+        return content_digest([kind, shape, self._texts[source]])
+
+    def _slice(self, node: Node) -> str:
+        source = self._first(node)
+        dim, start, end, step = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+        size = shape_of(source)[dim]  # type: ignore[index]
+        if isinstance(size, int) and isinstance(end, int) and end >= size:
+            end = None
+        if isinstance(end, int) and end >= 2**62:
+            end = None
+        bounds = [ANY if isinstance(one, Node) else one for one in (start or 0, end)]
+        if bounds == [0, None] and step == 1:
+            return self._texts[source]
+        place = dim % rank_of(source)  # type: ignore[operator]
+        return content_digest(["slice", place, repr(bounds), repr(step), self._texts[source]])
+
+    def _sizes(self, node: Node) -> str:
+        sizes = shape_of(node)
+        return str([size if isinstance(size, int) and size not in self._lengths else ANY for size in sizes])
+
+    def _form(self, node: Node) -> str:
+        """What results look like: tells operators apart whose sizes are spelled out in arguments."""
+        value = node.meta.get("val")
+        return f"{value.dtype} {self._sizes(node)}" if isinstance(value, Tensor) else type(value).__name__
+
+    def _arguments(self, node: Node) -> str:
+        sized = packet_of(node) in SIZED
+
+        def form(value: Any) -> str:
+            match value:
+                case Node():
+                    return self._texts[value] if value in self._texts else ANY
+                case list() | tuple():
+                    return f"[{', '.join(map(form, value))}]"
+                case bool() | float() | str() | None | torch.dtype():
+                    return repr(value)
+                case int():
+                    return ANY if sized and value in self._lengths and value > 1 else repr(value)
+                case slice():
+                    return f"{form(value.start)}:{form(value.stop)}:{form(value.step)}"
+                case torch.device() | torch.layout() | torch.memory_format():
+                    return ""
+            return repr(value)
+
+        named = {key: form(value) for key, value in node.kwargs.items() if key not in WITHOUT_EFFECT}
+        return f"{[form(one) for one in node.args]} {sorted(named.items())}"
+
+
+def _made_of_the_request(captured: Captured) -> set[Node]:
+    """Tensors of whole numbers, and sizes, that no floating-point value enters."""
+    kinds = dict(zip(captured.placeholders, captured.kinds, strict=True))
+    found: set[Node] = set()
+    for node in captured.graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            is_whole = not (value.is_floating_point() or value.is_complex())
+        else:
+            is_whole = isinstance(value, int | torch.SymInt | torch.SymBool)
+        if not is_whole or node.op == "output":
+            continue
+        if node.op == "placeholder":
+            if kinds[node] is not InputKind.WEIGHT:
+                found.add(node)
+        elif node.target is aten.sym_size.int or node.op == "call_function" and all(
+            parent in found or (parent.op in ("placeholder", "get_attr") and _is_whole_tensor(parent))
+            for parent in node.all_input_nodes
+        ):
+            found.add(node)
+    return found
+
+
+def _is_whole_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+
+
+def _equal_to(length: Any, sizes: Sequence[Any]) -> list[int]:
+    """The dimensions whose size is ``length``, as expressions: two lengths of one value are not the same."""
+    return [dim for dim, size in enumerate(sizes) if str(size) == str(length)]
+
+
+def _only(dims: Sequence[int]) -> int | None:
+    return dims[0] if len(dims) == 1 else None
+
+
+def _batch_dim(dims: Iterable[int], token_dim: int | None) -> int | None:
+    """Samples are the dimension in front of the tokens (``[3, batch, tokens]``), or the first one."""
+    found = [dim for dim in dims if dim != token_dim]
+    if token_dim is not None and token_dim - 1 in found:
+        return token_dim - 1
+    return 0 if 0 in found else None
+
+
+def _order(node: Node) -> str:
+    """The order of dimensions that the node gives, counted from the first."""
+    probe = torch.empty(tuple(range(2, 2 + rank_of(node))), device="meta")
+    call: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    moved = call(probe, *node.args[1:], **node.kwargs)
+    return str([size - 2 for size in moved.shape])
+
+
+def _dropout_of(node: Node) -> bool:
+    """True where an attention call drops weights."""
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+    return rate != 0.0
+
+
+def _drops(node: Node) -> bool:
+    rate, trains = (*node.args[1:], True)[:2]
+    return bool(trains) and rate != 0.0
