@@ -43,6 +43,7 @@ RESHAPES = frozenset(
     {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten, aten.unflatten}
 )
 PERMUTES = frozenset({aten.transpose, aten.permute, aten.t, aten.numpy_T, aten.movedim, aten.swapaxes})
+LAYOUTS = COPIES | RESHAPES | PERMUTES | {aten.expand}
 SIZED = frozenset(
     {aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.arange}
     | {aten.new_empty, aten.repeat, aten.constant_pad_nd, aten.split, aten.split_with_sizes, aten.narrow}
@@ -63,8 +64,9 @@ class Leaf:
 
     Attributes:
         node: of whole numbers, made of nothing but the request; or a float input.
-        token_dim: the dimension that runs over the call's tokens; None where there is none, or more than one
-            it could be. Known when the graph is compiled, never guessed from the sizes of a request.
+        token_dim: the dimension that runs over the call's tokens, or over a cache's and then these; None where
+            there is none, or more than one it could be. Known when the graph is compiled, never guessed from
+            the sizes of a request.
         batch_dim: the dimension that runs over samples; None for a single sample.
         is_index: its values name rows of a table, as token ids do; otherwise whole numbers are positions,
             of which a row without positions sees the differences alone.
@@ -78,6 +80,13 @@ class Leaf:
     is_index: bool
     is_beside: bool
 
+    @property
+    def kind(self) -> tuple[str, bool, bool, bool]:
+        """Leaves of one kind may have one value."""
+        value = self.node.meta.get("val")
+        dtype = str(value.dtype) if isinstance(value, Tensor) else "number"
+        return dtype, self.token_dim is not None, self.is_index, self.is_beside
+
 
 @dataclass(frozen=True)
 class Computation:
@@ -85,11 +94,14 @@ class Computation:
 
     Attributes:
         digest: how they are computed from leaves, weights and features.
-        leaves: in the order in which the digest names them.
+        unified: the same where leaves of one kind have one value, however often the graph makes it: queries
+            and keys may have positions of their own, which are the same unless keys of earlier calls join.
+        leaves: in the order in which ``digest`` names them.
         weights: weights that ``facts.weights`` does not list: of token embeddings, of rotary tables.
     """
 
     digest: str
+    unified: str
     leaves: tuple[Leaf, ...]
     weights: tuple[Node, ...]
 
@@ -101,12 +113,16 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
         UnsupportedGraphError: RANDOM, where they depend on random numbers.
     """
     start = facts.stream.boundaries[0]
-    writer = _Writer(captured, facts)
     beside = [*(one.node for one in facts.frontiers), facts.stream.boundaries[-1]]
-    rows = [writer.text(node) for node in beside]
-    writer.enter_start()
-    digest = content_digest([*rows, writer.text(start)])
-    return Computation(digest, tuple(writer.leaves.values()), tuple(writer.more_weights))
+
+    def write(writer: _Writer) -> str:
+        rows = [writer.text(node) for node in beside]
+        writer.enter_start()
+        return content_digest([*rows, writer.text(start)])
+
+    first, second = _Writer(captured, facts), _Writer(captured, facts, unifies=True)
+    digest, unified = write(first), write(second)
+    return Computation(digest, unified, tuple(first.leaves.values()), tuple(first.more_weights))
 
 
 def mask_computation(captured: Captured, facts: DecoderFacts, mask: Node) -> str:
@@ -124,8 +140,11 @@ class _Writer:
     before them is not read beside them.
     """
 
-    def __init__(self, captured: Captured, facts: DecoderFacts, *, reads_leaves: bool = True) -> None:
+    def __init__(
+        self, captured: Captured, facts: DecoderFacts, *, reads_leaves: bool = True, unifies: bool = False
+    ) -> None:
         self._module, self._facts, self._reads_leaves = captured.graph_module, facts, reads_leaves
+        self._unifies = unifies
         self._start: Node | None = facts.stream.boundaries[0]
         self._texts: dict[Node, str] = {}
         self._weights = {node: index for index, node in enumerate(facts.weights)}
@@ -136,8 +155,11 @@ class _Writer:
         }
         batch, tokens = shape_of(facts.stream.boundaries[0])[:2]
         self._batch, self._tokens = batch, tokens
+        past = [size for node in facts.past for size in _sizes_of(node)]
+        self._joined = {str(length): length for length in (tokens + size for size in past)}.values()
         self._lengths = {1, *(size for size in (batch, tokens, batch * tokens) if isinstance(size, int))}
-        self._request = _made_of_the_request(captured)
+        self._depends = _made_of_whole_numbers(captured)
+        self._request = self._depends.keys()
         self.leaves: dict[Node, Leaf] = {}
         self.more_weights: list[Node] = []
 
@@ -173,7 +195,7 @@ class _Writer:
         site = site_of(node) if carries_data(node) else None
         if site is not None:
             return [one for one in (site.query, site.key, site.value, site.sinks) if one is not None]
-        if packet_of(node) in COPIES | RESHAPES | PERMUTES | CASTS | {aten.expand}:
+        if packet_of(node) in LAYOUTS | CASTS:
             return (self._first(node),)
         sized = packet_of(node) in SIZED or packet_of(node) in (aten.slice, aten.select)
         return [one for one in node.all_input_nodes if not sized or carries_data(one)]
@@ -189,7 +211,11 @@ class _Writer:
             return False
         if node.op == "placeholder":
             return node not in self._is_weight and node not in self._facts.past
-        return node in self._request
+        if node not in self._request:
+            return False
+        # Samples and tokens in one dimension: the value before they were joined says which token is which.
+        joined = packet_of(node) in LAYOUTS and self._token_dim(node) is None
+        return not joined and (self._depends[node] or self._has_length(node))
 
     def _write(self, node: Node) -> str:
         if node is self._start:
@@ -214,9 +240,8 @@ class _Writer:
 
     def _leaf(self, node: Node) -> str:
         if node not in self.leaves:
-            value = node.meta.get("val")
-            sizes = list(value.shape) if isinstance(value, Tensor) else []
-            token_dim = _only(_equal_to(self._tokens, sizes))
+            token_dim = self._token_dim(node)
+            sizes = _sizes_of(node)
             self.leaves[node] = Leaf(
                 node,
                 token_dim,
@@ -224,9 +249,19 @@ class _Writer:
                 any(user.target is aten.embedding.default and user.args[1] is node for user in node.users),
                 self._start is not None,
             )
-        value = node.meta.get("val")
-        form = f"{value.dtype} {value.dim()}" if isinstance(value, Tensor) else "number"
-        return f"leaf {list(self.leaves).index(node)} {form}"
+        leaf = self.leaves[node]
+        number = "" if self._unifies else list(self.leaves).index(node)
+        return f"leaf {number} {leaf.kind}"
+
+    def _token_dim(self, node: Node) -> int | None:
+        sizes = _sizes_of(node)
+        found = _equal_to(self._tokens, sizes)
+        # Or over the keys of a cache, those of this call last.
+        return _only(found or [dim for length in self._joined for dim in _equal_to(length, sizes)])
+
+    def _has_length(self, node: Node) -> bool:
+        """True for a value over the call's tokens, in a graph of one length."""
+        return any(size in self._lengths and not is_one(size) for size in _sizes_of(node))
 
     def _weight(self, node: Node) -> str:
         if node in self._weights:
@@ -299,8 +334,10 @@ class _Writer:
         return content_digest(["slice", place, repr(bounds), repr(step), self._texts[source]])
 
     def _sizes(self, node: Node) -> str:
-        sizes = shape_of(node)
-        return str([size if isinstance(size, int) and size not in self._lengths else ANY for size in sizes])
+        """What a shape says beside lengths. Leading ones are left out: samples and tokens may be joined."""
+        sizes = [size if isinstance(size, int) and size not in self._lengths else ANY for size in shape_of(node)]
+        first = next((index for index, size in enumerate(sizes) if size != ANY), len(sizes))
+        return str(sizes[first:])
 
     def _form(self, node: Node) -> str:
         """What results look like: tells operators apart whose sizes are spelled out in arguments."""
@@ -330,27 +367,27 @@ class _Writer:
         return f"{[form(one) for one in node.args]} {sorted(named.items())}"
 
 
-def _made_of_the_request(captured: Captured) -> set[Node]:
-    """Tensors of whole numbers, and sizes, that no floating-point value enters."""
+def _made_of_whole_numbers(captured: Captured) -> dict[Node, bool]:
+    """Tensors of whole numbers, and sizes, that no floating-point value enters: whether a request does."""
     kinds = dict(zip(captured.placeholders, captured.kinds, strict=True))
-    found: set[Node] = set()
+    found: dict[Node, bool] = {}
     for node in captured.graph_module.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            is_whole = not (value.is_floating_point() or value.is_complex())
-        else:
-            is_whole = isinstance(value, int | torch.SymInt | torch.SymBool)
-        if not is_whole or node.op == "output":
+        is_number = isinstance(value, int | torch.SymInt | torch.SymBool)
+        if node.op == "output" or not (is_number or _is_whole_tensor(node)):
             continue
-        if node.op == "placeholder":
-            if kinds[node] is not InputKind.WEIGHT:
-                found.add(node)
-        elif node.target is aten.sym_size.int or node.op == "call_function" and all(
-            parent in found or (parent.op in ("placeholder", "get_attr") and _is_whole_tensor(parent))
-            for parent in node.all_input_nodes
-        ):
-            found.add(node)
+        if node.op in ("placeholder", "get_attr"):
+            found[node] = node.op == "placeholder" and kinds[node] is not InputKind.WEIGHT
+        elif node.target is aten.sym_size.int:
+            found[node] = True
+        elif node.op == "call_function" and all(parent in found for parent in node.all_input_nodes):
+            found[node] = any(found[parent] for parent in node.all_input_nodes)
     return found
+
+
+def _sizes_of(node: Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value.shape) if isinstance(value, Tensor) else []
 
 
 def _is_whole_tensor(node: Node) -> bool:

@@ -82,6 +82,8 @@ def decoder_spec(
             for slot, row in form.rows.items()
         },
         layout=f"{form.layout} {others}",
+        computation=form.computation,
+        unified=form.unified,
         model_fingerprint=fingerprint,
         features=tuple(place[index] for index in identifier.features),
         num_merges=identifier.num_merges,
@@ -93,8 +95,9 @@ def decoder_spec(
                 leaf.token_dim,
                 leaf.is_index,
                 leaf.is_beside,
+                leaf_form.group,
             )
-            for leaf in computation.leaves
+            for leaf, leaf_form in zip(computation.leaves, form.leaves.forms, strict=True)
         ),
         mask_sites=tuple(
             MaskSpec(site.node, without_folders(site.source_line), site.has_mask, site.computation)
@@ -132,7 +135,7 @@ def decoder_form(
     """
     spec = manifest.decoder
     forms = tuple(
-        LeafForm(leaf.token_dim, None, leaf.is_index, leaf.is_beside) for leaf in spec.leaves
+        LeafForm(leaf.token_dim, None, leaf.is_index, leaf.is_beside, leaf.group) for leaf in spec.leaves
     )
 
     def read(args: Sequence[Any]) -> list[Any]:
@@ -152,6 +155,8 @@ def decoder_form(
             slot: RowForm(row.dim, getattr(torch, row.dtype), row.sizes) for slot, row in spec.rows.items()
         },
         layout=spec.layout,
+        computation=spec.computation,
+        unified=spec.unified,
         weights=(),
         model_fingerprint=spec.model_fingerprint,
         identifier=Identifier(
@@ -162,7 +167,7 @@ def decoder_form(
             width=spec.width,
         ),
         leaves=Leaves(forms, read),
-        prefixes=PrefixReader(forms, spec.embeddings),
+        prefixes=PrefixReader(spec.embeddings),
         groups=spec.layer_groups,
     )
 

@@ -125,6 +125,7 @@ class LeafSpec:
     token_dim: int | None
     is_index: bool
     is_beside: bool
+    group: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class DecoderSpec:
     tail: tuple[int | None, ...] | None
     rows: dict[str, RowSpec]
     layout: str
+    computation: str
+    unified: str
     model_fingerprint: str
     features: tuple[int, ...]
     num_merges: int

@@ -36,8 +36,8 @@ class DecoderForm:
         device: where the token embeddings are.
         tail: tokens that results need; None for all.
         rows: what programs read from each slot.
-        layout: text of what a stored row looks like and digest of how it is computed; graphs of one model
-            agree on it. Part of the keys.
+        layout: text of what a stored row looks like; graphs of one model agree on it. Part of the keys.
+        computation, unified: digests of how rows are computed: see ``analysis.computation.Computation``.
         weights: inputs that are weights of the decoder's layers.
         other_weights: inputs that are other weights on which rows depend, those of token embeddings.
         model_fingerprint: of the layers' weights, where they are no inputs; else None.
@@ -58,6 +58,8 @@ class DecoderForm:
     tail: RowSelection | None
     rows: Mapping[str, RowForm]
     layout: str
+    computation: str
+    unified: str
     weights: tuple[int, ...]
     model_fingerprint: str | None
     identifier: Identifier
@@ -96,20 +98,19 @@ class DecoderForm:
                 for slot in slots
             },
             layout=str(
-                (
-                    [
-                        (slot, str(node.meta["val"].dtype), str(shape_of(node)[-1]))
-                        for slot, node in rows.items()
-                    ],
-                    computation.digest,
-                )
+                [
+                    (slot, str(node.meta["val"].dtype), str(shape_of(node)[-1]))
+                    for slot, node in rows.items()
+                ]
             ),
+            computation=computation.digest,
+            unified=computation.unified,
             weights=tuple(place[node] for node in facts.weights),
             other_weights=tuple(place[node] for node in computation.weights),
             model_fingerprint=None,
             identifier=identifier,
             leaves=leaves,
-            prefixes=PrefixReader(leaves.forms, identifier.embeddings),
+            prefixes=PrefixReader(identifier.embeddings),
             groups=groups,
         )
 

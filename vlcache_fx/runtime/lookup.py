@@ -66,7 +66,7 @@ class DonorLookup:
         if any(sample.spans for sample in samples):  # with text alone there is nothing to look weights over for
             fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
         return Request(
-            args, known, num_tokens, samples, "", encoder_hit, clock, model_fingerprint=fingerprint
+            args, known, num_tokens, samples, encoder_hit, clock, model_fingerprint=fingerprint
         )
 
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
@@ -81,7 +81,11 @@ class DonorLookup:
         """
         salt, device = self._engine.options.salt, self._form.device.type
         others = self._fingerprint(request.args, self._form.other_weights)
-        identity = content_digest([request.model_fingerprint, others, self._form.layout, numerics(device)])
+        common = [request.model_fingerprint, others, self._form.layout, numerics(device)]
+        identities = {
+            is_unified: content_digest([*common, digest])
+            for is_unified, digest in ((True, self._form.unified), (False, self._form.computation))
+        }
         leaves = self._form.leaves
         values = leaves.read(request.known)
         samples = []
@@ -89,13 +93,22 @@ class DonorLookup:
             by_start = {run.start: run for run in sample.runs}
             spans = []
             for span, text in zip(sample.spans, seen, strict=True):
-                parts = [text, *leaves.of_item(values, sample.index, span.start, span.length)]
-                key = donor_key(by_start[span.start], parts, identity, salt)
+                is_unified, parts = leaves.of_item(
+                    values, sample.index, span.start, span.length, request.num_tokens
+                )
+                key = donor_key(by_start[span.start], [text, *parts], identities[is_unified], salt)
                 spans.append(replace(span, key=key))
-            samples.append(replace(sample, spans=tuple(spans), seen=rows))
-        return replace(
-            request, samples=tuple(samples), values=values, root=content_digest([identity, salt])
-        )
+            is_unified, by_token, whole = leaves.of_prompt(values, sample.index, request.num_tokens)
+            samples.append(
+                replace(
+                    sample,
+                    spans=tuple(spans),
+                    seen=rows,
+                    by_token=by_token,
+                    root=content_digest([identities[is_unified], salt, whole]),
+                )
+            )
+        return replace(request, samples=tuple(samples))
 
     def find(self, request: Request) -> Request:
         """The request with what the store has for it.
@@ -153,11 +166,11 @@ class DonorLookup:
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
         pieces = self._form.prefixes.pieces(
             request.args,
-            request.values,
+            sample.by_token,
             sample.runs,
             sample.spans,
             request.num_tokens,
-            request.root,
+            sample.root,
             sample.seen,
             sample.index,
         )

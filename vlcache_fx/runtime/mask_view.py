@@ -24,7 +24,7 @@ from vlcache_fx.store.keys import content_digest
 HIDDEN_BELOW = -1e3
 """Additive masks hide with a large negative number; anything above is a bias."""
 
-CAUSAL, BOTH_WAYS = "causal", "both ways"
+CAUSAL, BOTH_WAYS, ALL = "causal", "both ways", "all"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class MaskView:
         rows = self.seen[:, start:end]
         if self.bias is not None:
             return content_digest([start, rows[..., :end], self.bias[:, start:end, :end]])
-        return str((self._inside(rows[..., start:end]), self._before(rows, start, end)))
+        inside, before = self._inside(rows[..., start:end]), self._before(rows, start, end)
+        return inside if before == ALL else f"{inside}, {before}"
 
     def _inside(self, inside: Tensor) -> str:
         if bool(inside.all()):
@@ -67,7 +68,7 @@ class MaskView:
         assert self.seen is not None
         real = self.seen.any(1, keepdim=True)  # [heads, 1, tokens]
         if bool((rows[..., :start] == real[..., :start]).all()):
-            return "all"
+            return ALL
         own = torch.arange(start, end, device=rows.device)
         columns = torch.arange(end, device=rows.device)
         behind = own[:, None] - columns  # how far a column lies before a row

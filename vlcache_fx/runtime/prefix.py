@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.leaves import LeafForm
 from vlcache_fx.runtime.runs import Run
 from vlcache_fx.store.keys import Part, content_digest, tensor_bytes
 
@@ -51,17 +50,15 @@ class PrefixReader:
     """Cuts the prompts of one decoder graph into pieces.
 
     Attributes:
-        forms: of the values that rows depend on, beside merged features and weights.
         embeddings: index of the input whose rows may be marked as spans; their keys stand for these rows.
     """
 
-    forms: tuple[LeafForm, ...]
     embeddings: int | None = None
 
     def pieces(
         self,
         args: Sequence[Any],
-        values: Sequence[Any],
+        by_token: Sequence[Tensor],
         runs: Sequence[Run],
         spans: Sequence[Span],
         num_tokens: int,
@@ -73,7 +70,7 @@ class PrefixReader:
 
         Args:
             args: the graph's inputs.
-            values: what keys hold, in the order of ``forms``.
+            by_token: the values that rows depend on, each [tokens, ...] on the CPU.
             runs: everything that merges fill, sorted; those too short to be spans included.
             spans: the spans among them.
             num_tokens: length of the prompt.
@@ -81,15 +78,8 @@ class PrefixReader:
             seen: per token, a digest of what masks let it see; None where that is every token before it.
             sample: of the prompt.
         """
-        own = [form.of_sample(value, sample) for form, value in zip(self.forms, values, strict=True)]
-        own = [value.detach().cpu() if isinstance(value, Tensor) else value for value in own]
-        whole = [value for value, form in zip(own, self.forms, strict=True) if form.token_dim is None]
-        before = content_digest(["prefix", root, tuple(whole)])
-        readers = [
-            _reader(value, form.token_dim)
-            for value, form in zip(own, self.forms, strict=True)
-            if form.token_dim is not None
-        ]
+        before = content_digest(["prefix", root])
+        readers = [_reader(value) for value in by_token]
         if seen is not None:
             readers.append(lambda start, end: list(seen[start:end]))
         by_start = {span.start: span for span in spans}
@@ -133,12 +123,11 @@ def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[Cut]:
             at = start + run.length
 
 
-def _reader(value: Tensor, dim: int) -> Callable[[int, int], Part]:
-    """What tells a range of tokens of ``value`` from others: dtype, sizes and bytes of its rows.
+def _reader(rows: Tensor) -> Callable[[int, int], Part]:
+    """What tells a range of rows from others: dtype, sizes and bytes.
 
     Slicing bytes, rather than tensors: a prompt has many pieces.
     """
-    rows = value.movedim(dim, 0)
-    form = (str(value.dtype), dim, tuple(rows.shape[1:]))
-    data, size = tensor_bytes(rows), value.nbytes // rows.shape[0]
+    form = (str(rows.dtype), tuple(rows.shape[1:]))
+    data, size = tensor_bytes(rows), rows.nbytes // rows.shape[0]
     return lambda start, end: (form, bytes(data[start * size : end * size]))

@@ -26,6 +26,8 @@ class Sample:
         unseen: positions that no token attends to (padding); None where that is not known.
         donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
         seen: per token, a digest of what masks let it see; None where that is every token before it.
+        by_token: what else its rows depend on, each [tokens, ...] on the CPU.
+        root: what keys of its rows depend on beside the prompt; empty without spans.
     """
 
     index: int
@@ -35,6 +37,8 @@ class Sample:
     unseen: Tensor | None = None
     donors: tuple[Entry, ...] = ()
     seen: tuple[bytes, ...] | None = None
+    by_token: tuple[Tensor, ...] = ()
+    root: str = ""
 
     @property
     def reuse_is_exact(self) -> bool:
@@ -56,27 +60,23 @@ class Request:
         known: the same, with those on the CPU that keys are made of.
         num_tokens: length of each prompt, padding included.
         samples: one per prompt.
-        root: what keys of rows depend on beside the prompt; empty without spans.
         encoder_hit: see ``Report``.
         is_causal: True where no token sees a later one, but for media among themselves.
         is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the decoder's weights; empty without spans.
-        values: other values of the call that rows depend on, as the graph's ``Leaves`` read them.
     """
 
     args: Sequence[Any]
     known: Sequence[Any]
     num_tokens: int
     samples: tuple[Sample, ...]
-    root: str
     encoder_hit: bool | None
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
     is_whole: bool = True
     model_fingerprint: str = ""
-    values: Sequence[Any] = ()
 
     @property
     def spans(self) -> tuple[Span, ...]:
