@@ -20,10 +20,12 @@ from vlcache_fx.integrations.items import (
     split_items,
     unflatten,
 )
+from vlcache_fx.integrations.module_state import ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.numerics import device_type_of, numerics
 from vlcache_fx.store.keys import Part, content_digest
 from vlcache_fx.store.known import bounds_of, rows_digests
 
@@ -47,14 +49,14 @@ class EncoderCache:
 
     Args:
         encode: the encoder, with the pixels as its first parameter and the grids, if any, as its second.
-        module: the model; all its weights are part of the keys.
+        module: the model; all its weights, and all else that it is made of, are part of the keys.
         modality: ``image`` or ``video``.
         engine: has the store.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module)
+        self._tensors, self._state = ModuleTensors(module), ModuleState(module, encode)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._split = True  # until a result turns up that does not tell items apart
@@ -148,10 +150,14 @@ class EncoderCache:
         """One key per item; None where an argument cannot be part of a key."""
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
+        state = self._state.digest()
+        if state is None:
+            return None
         weights = self._engine.fingerprints.of(self._tensors())
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
-        start = ["features", self._engine.options.salt, weights, self._pixels_name]
+        numbers = numerics(device_type_of(call.values()))
+        start = ["features", self._engine.options.salt, weights, state, numbers, self._pixels_name]
         try:
             contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
             return [

@@ -51,9 +51,12 @@ class MaskView:
             return BOTH_WAYS if self.spans_both_ways else CAUSAL
         start, end = span.start, span.end
         rows = self.seen[:, start:end]
-        if self.bias is not None:
-            return content_digest([start, rows[..., :end], self.bias[:, start:end, :end]])
         inside, before = self._inside(rows[..., start:end]), self._before(rows, start, end)
+        if self.bias is not None:
+            bias = self.bias[:, start:end, :start]
+            inside += f" {content_digest([self.bias[:, start:end, start:end].contiguous()])}"
+            if bool(bias.any()):
+                before += f" {self.computation or content_digest([start, bias.contiguous()])}"
         return inside if before == ALL else f"{inside}, {before}"
 
     def _inside(self, inside: Tensor) -> str:

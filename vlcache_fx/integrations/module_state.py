@@ -1,0 +1,264 @@
+"""What a module that runs eagerly computes, beside its weights: a digest that notices every change it can see.
+
+Nobody traces an encoder that ``generate()`` runs. What it gives depends on its weights and inputs, and also on
+configuration, hooks, replaced methods, plain attributes of its submodules, and the code of the functions that
+they call. All of that is walked, as an object graph, and written as text. Two models with the same text and
+the same weights compute the same. Where something is met that cannot be written (an open file, say), nothing is
+known and nothing is reused.
+
+A walk takes milliseconds, so it notes what it read. The next call compares that by identity, and walks again
+where something else is there.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+import operator
+import types
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import PurePath
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vlcache_fx.errors import StoreError
+from vlcache_fx.store.keys import content_digest
+
+_log = logging.getLogger(__name__)
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, PurePath)
+TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo)
+BY_NAME = (types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType)
+Note: TypeAlias = tuple[Callable[[], tuple[Any, ...]], tuple[Any, ...]]
+"""How to read some values, and those that were read: to be compared by identity."""
+
+WEIGHTS = ("_parameters", "_buffers", "_modules")
+OURS, TORCH = "vlcache_fx", "torch"
+BASES = ("builtins", "abc", "typing", "collections", "enum")
+METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+
+
+class UnknownStateError(Exception):
+    """Something was met that cannot be written."""
+
+
+class ModuleState:
+    """The digest of one module's state, followed from call to call.
+
+    Args:
+        roots: what is called: the module, and the function that is given to it, say.
+    """
+
+    def __init__(self, *roots: Any) -> None:
+        self._roots = roots
+        self._notes: list[Note] = []
+        self._digest: str | None = None
+        self._was_read = False
+
+    def digest(self) -> str | None:
+        """64 hexadecimal digits; None where the state cannot be known."""
+        if not self._was_read or not all(map(_is_as_noted, self._notes)):
+            self._digest, self._notes = _walked(self._roots)
+            self._was_read = True
+        return self._digest
+
+
+def _walked(roots: tuple[Any, ...]) -> tuple[str | None, list[Note]]:
+    names = frozenset({"forward", "__call__"})
+    while True:  # until no function calls a method that was not written yet
+        walk = _Walk(names)
+        try:
+            text = [walk.text(root) for root in roots]
+            if walk.names <= names:
+                return content_digest(text), walk.notes
+        except (UnknownStateError, StoreError, RecursionError) as error:
+            _log.debug("the state of %s is not known: %s", type(roots[0]).__name__, error)
+            return None, walk.notes
+        names |= walk.names
+
+
+def _is_as_noted(note: Note) -> bool:
+    read, before = note
+    now = read()
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+class _Walk:
+    """Writes an object graph; what was written before is named by its number.
+
+    Args:
+        methods: of classes, those of these names are written.
+
+    Attributes:
+        notes: what was read, and how to read it again.
+        names: that the functions written use, of attributes and methods.
+    """
+
+    def __init__(self, methods: frozenset[str]) -> None:
+        self.notes: list[Note] = []
+        self.names: set[str] = set()
+        self._methods = methods
+        self._numbers: dict[int, int] = {}
+        self._kept: list[Any] = []  # so that no id is used twice
+
+    def text(self, value: Any) -> str:
+        if isinstance(value, enum.Enum):
+            return f"{type(value).__qualname__}.{value.name}"
+        if type(value) in PLAIN or isinstance(value, TORCH_PLAIN):
+            return f"{type(value).__name__} {value!r}"
+        if isinstance(value, BY_NAME):
+            return f"{type(value).__name__} {getattr(value, '__module__', '')}.{value.__name__}"
+        if id(value) in self._numbers:
+            return f"#{self._numbers[id(value)]}"
+        self._numbers[id(value)] = len(self._numbers)
+        self._kept.append(value)
+        return self._written(value)
+
+    def _written(self, value: Any) -> str:
+        match value:
+            case Tensor():
+                return self._tensor(value)
+            case nn.Module():
+                return self._module(value)
+            case type():
+                return self._class(value)
+            case types.FunctionType():
+                return self._function(value)
+            case types.MethodType():
+                return f"method {self.text(value.__func__)} of {self.text(value.__self__)}"
+            case functools.partial():
+                return f"partial {self.text((value.func, value.args, value.keywords))}"
+            case staticmethod() | classmethod():
+                return f"{type(value).__name__} {self.text(value.__func__)}"
+            case property():
+                return f"property {self.text((value.fget, value.fset))}"
+            case functools.cached_property():
+                return f"cached {self.text(value.func)}"
+            case types.CodeType():
+                return self._code(value)
+            case Mapping():
+                self._note(lambda: (*value.keys(), *value.values()))
+                pairs = [f"{self.text(key)}: {self.text(one)}" for key, one in value.items()]
+                return f"{type(value).__name__} {{{', '.join(pairs)}}}" + self._attributes(value)
+            case list() | tuple():
+                self._note(lambda: tuple(value))
+                return f"{type(value).__name__} [{', '.join(map(self.text, value))}]"
+            case AbstractSet():
+                self._note(lambda: tuple(value))
+                return f"set {sorted(map(self.text, value))}"
+        return self._object(value)
+
+    def _note(self, read: Callable[[], tuple[Any, ...]]) -> None:
+        self.notes.append((read, read()))
+
+    @staticmethod
+    def _tensor(value: Tensor) -> str:
+        # Parameters and buffers have a fingerprint of their own; these are few and small.
+        if value.nbytes > 1 << 20:
+            raise UnknownStateError("a large tensor that is neither a parameter nor a buffer")
+        return content_digest([value])
+
+    def _module(self, module: nn.Module) -> str:
+        held = vars(module)
+        names = [name for name in held if name not in WEIGHTS]
+        # Most are empty: hooks that nobody has registered.
+        empty = [name for name in names if isinstance(held[name], dict) and not held[name]]
+        empties = [held[name] for name in empty]
+        self._note(lambda: (type(module), *held.values(), *module._modules.values(), *map(len, empties)))
+        plain = [f"{name}={self.text(held[name])}" for name in names if name not in empty]
+        weights = [f"{name} {None if one is None else one.dtype}" for name, one in self._held(module)]
+        children = [f"{name}: {self.text(child)}" for name, child in module._modules.items()]
+        return f"{self.text(type(module))} {plain} {weights} {children}"
+
+    @staticmethod
+    def _held(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+        return [*module._parameters.items(), *module._buffers.items()]
+
+    def _class(self, kind: type) -> str:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if _package(kind.__module__) in (TORCH, OURS, *BASES):
+            return f"class {name}"
+        owners = [one for one in kind.__mro__ if _package(one.__module__) not in (TORCH, *BASES)]
+        methods = [
+            (key, one)
+            for owner in owners
+            for key, one in list(vars(owner).items())
+            if key in self._methods and isinstance(one, METHODS)
+        ]
+        spaces = [vars(owner) for owner in owners]
+        keys = [key for key, _ in methods]
+        # A method that is added makes a class larger; one that is replaced stands under its name.
+        self._note(lambda: (*map(len, spaces), *(space.get(key) for space in spaces for key in keys)))
+        return f"class {name} {[f'{key}: {self.text(one)}' for key, one in methods]}"
+
+    def _function(self, function: types.FunctionType) -> str:
+        home = str(function.__globals__.get("__name__", ""))
+        if _package(home) == OURS:
+            return f"ours {home}.{function.__qualname__}"
+        cells = function.__closure__ or ()
+        self._note(lambda: (function.__code__, function.__defaults__, *map(_content, cells)))
+        held = [self.text(_content(cell)) for cell in cells]
+        if _package(home) == TORCH:  # a decorator of torch, around something else
+            return f"{home}.{function.__qualname__} {held}"
+        names = _global_names(function.__code__)
+        space = function.__globals__
+        self._note(lambda: tuple(space.get(name) for name in names))
+        self.names.update(names)
+        read = [f"{name}={self._global(space[name], home)}" for name in names if name in space]
+        settings = self.text((function.__defaults__, function.__kwdefaults__))
+        return f"function {self.text(function.__code__)} {settings} {held} {read}"
+
+    def _global(self, value: Any, home: str) -> str:
+        """A global name that a function of the module ``home`` reads.
+
+        Of other packages the name is enough: the note says whether something else has it.
+        """
+        owner = value.__globals__.get("__name__") if isinstance(value, types.FunctionType) else None
+        owner = owner or getattr(value, "__module__", None) or type(value).__module__
+        is_near = _package(owner) == _package(home) or type(value) in PLAIN
+        if not is_near or isinstance(value, type | types.ModuleType):
+            return f"{owner}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        try:
+            return self.text(value)
+        except UnknownStateError:
+            return f"{owner}.{type(value).__qualname__}"
+
+    def _code(self, code: types.CodeType) -> str:
+        consts = [self.text(one) for one in code.co_consts]
+        return content_digest([code.co_code, str(code.co_names), str(code.co_varnames), str(consts)])
+
+    def _object(self, value: Any) -> str:
+        kind = type(value)
+        if _package(kind.__module__) == OURS:
+            return f"ours {kind.__qualname__}"
+        if not hasattr(value, "__dict__"):
+            raise UnknownStateError(f"a {kind.__module__}.{kind.__qualname__}")
+        return f"{self.text(kind)}{self._attributes(value)}"
+
+    def _attributes(self, value: Any) -> str:
+        held = getattr(value, "__dict__", None)
+        if not held:
+            return ""
+        self._note(lambda: tuple(vars(value).values()))
+        return f" ({', '.join(f'{name}={self.text(one)}' for name, one in list(held.items()))})"
+
+
+def _package(module: str | None) -> str:
+    return str(module).partition(".")[0]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty yet
+        return None
+
+
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    """Names that the code, and functions within it, may look up."""
+    inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _global_names(one)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
