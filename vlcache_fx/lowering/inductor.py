@@ -14,6 +14,7 @@ from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.fingerprint import structure_of
+from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.lowering.outline import Segment, outline
 from vlcache_fx.lowering.shapes import compile_expressions, is_scalar
 from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
@@ -70,8 +71,7 @@ def _context(cache: CompileCache) -> str:
     """Global settings that compiled code depends on."""
     return repr((
         sorted(cache.options.items(), key=lambda item: item[0]), torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        torch.are_deterministic_algorithms_enabled(), numerics("cuda"),
     ))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.identify import donor_key
 from vlcache_fx.runtime.mask_check import MaskLook
-from vlcache_fx.runtime.numerics import numerics
+from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.runtime.runs import Run
