@@ -9,11 +9,14 @@ from torch import fx
 from torch.fx import Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.analysis.computation import draws_numbers
 from vlcache_fx.analysis.dataflow import descendants
 from vlcache_fx.analysis.frontier import packet_of
+from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import find_sites
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.subgraph import computation_digest, extract, needed_for
+from vlcache_fx.errors import Reason
 
 aten = torch.ops.aten
 
@@ -132,6 +135,9 @@ def _inputs(captured: Captured, results: Sequence[Node]) -> tuple[tuple[int, ...
 def _computations(
     captured: Captured, results: Sequence[Node], inputs: Sequence[int], weights: Sequence[int]
 ) -> tuple[str, ...]:
+    random = next((node for node in needed_for(results) if draws_numbers(node)), None)
+    if random is not None:
+        raise refuse(Reason.RANDOM, random, "an encoder that draws random numbers")
     names = {captured.placeholders[index]: f"input {place}" for place, index in enumerate(inputs)}
     names |= {captured.placeholders[index]: f"weight {place}" for place, index in enumerate(weights)}
     return tuple(computation_digest(captured.graph_module, result, names) for result in results)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import Captured
 from vlcache_fx.runtime.key_tokens import KeyTokens
-from vlcache_fx.runtime.shifts import only_shifts, same_for_all
 
 from .graphs import capture
 
@@ -120,35 +119,3 @@ def test_without_a_cache_nothing_moves() -> None:
     assert facts.caches[0][0].moves == ()
     assert facts.caches[0][0].is_known
     assert facts.past == frozenset()
-
-
-def test_lengths_that_are_only_added_are_shifts() -> None:
-    def model(x: Tensor, length: Tensor, scale: Tensor, flag: Tensor) -> Tensor:
-        place = torch.arange(6) + length.to(torch.int64).view(1)
-        return x * (place * scale)[:, None] + flag
-
-    call = {
-        "x": X,
-        "length": torch.tensor(3, dtype=torch.int32),
-        "scale": torch.tensor(2),
-        "flag": torch.tensor(True),
-    }
-    captured = capture(model, call)
-    shifts = [node.meta["val"].dtype for node in captured.placeholders if only_shifts(node)]
-    assert shifts == [torch.int32]
-
-
-@pytest.mark.parametrize(
-    ("value", "same"),
-    [
-        (torch.ones(1, 9, dtype=torch.int64), True),
-        (torch.ones(1, 9, dtype=torch.bool), True),
-        (torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1]]), False),
-        (torch.ones(1, 9), False),  # no flags
-        (torch.ones(1, 6, dtype=torch.int64), False),  # of the call's tokens alone
-        (torch.ones(1, 3, dtype=torch.int64), False),  # not over tokens
-        (torch.tensor(1), False),
-    ],
-)
-def test_flags_that_are_the_same_for_all_tokens(value: Tensor, same: bool) -> None:
-    assert same_for_all(value, 6) is same

@@ -155,9 +155,9 @@ def bare_manifest(**changes: Any) -> Manifest:
     )
     decoder = DecoderSpec(
         inputs=("input_ids",), num_layers=1, layer_groups=(1,), num_outputs=1, tail=(-1,), rows={}, layout="",
-        model_fingerprint="", features=(), num_merges=0, position_inputs=(), looked_up=(), masks_only=(),
-        width=None, embeddings=None, prefix_inputs=(), mask_sites=(), mask_inputs=(),
-        every_layer_has_a_mask=False, spans=(), masks=(),
+        model_fingerprint="", features=(), num_merges=0, computation="", unified="",
+        width=None, embeddings=None, leaves=(), mask_sites=(), mask_inputs=(), site_of_layer=(),
+        every_layer_has_a_mask=False, spans=(), masks=(), leaf_outputs=(),
     )  # fmt: skip
     plain = Manifest(
         format=FORMAT, library_version="0", model="None", dtype="float32", opset=22, policy="layer_aware",

@@ -94,7 +94,7 @@ def found(request: pytest.FixtureRequest) -> ExportInput:
 def both_forms(found: ExportInput) -> tuple[DecoderForm, DecoderForm, Manifest]:
     """Of the graph, and of what a manifest says of it; masks come from the graph itself."""
     form = DecoderForm.of(found.decoder, found.facts, cold_program(found.decoder).recorded, (1, 1))
-    spec = decoder_spec(found, form, "fingerprint", ("mask.0",), ())
+    spec = decoder_spec(found, form, "fingerprint", ("mask.0",), (), ("mask.0",))
     manifest = bare_manifest(decoder=spec)
     kept = [index for index, name in enumerate(found.inputs) if name]
 
@@ -104,13 +104,23 @@ def both_forms(found: ExportInput) -> tuple[DecoderForm, DecoderForm, Manifest]:
             whole[index] = value
         return form.identifier.masks(*whole)
 
-    return form, decoder_form(manifest, spans, torch.device("cpu")), manifest
+    def leaves(*args: Any) -> Sequence[Any]:
+        whole: list[Any] = [None] * len(found.inputs)
+        for index, value in zip(kept, args, strict=True):
+            whole[index] = value
+        made = zip(spec.leaves, form.leaves.read(whole), strict=True)
+        return [value for leaf, value in made if leaf.input is None]
+
+    return form, decoder_form(manifest, spans, leaves, torch.device("cpu")), manifest
 
 
 def test_a_form_survives_the_manifest(found: ExportInput) -> None:
     before, after, manifest = both_forms(found)
-    for name in ("num_layers", "num_outputs", "tail", "rows", "layout", "groups", "dtype", "device"):
+    for name in ("num_layers", "num_outputs", "tail", "rows", "groups", "dtype", "device"):
         assert getattr(after, name) == getattr(before, name)
+    assert (after.computation, after.unified) == (before.computation, before.unified)
+    assert after.layout.startswith(before.layout)  # and says which other weights there are
+    assert len(after.layout) > len(before.layout)
     assert after.model_fingerprint == "fingerprint"
     assert after.weights == after.writes == ()
     assert manifest.decoder.inputs == tuple(name for name in found.inputs if name)
@@ -135,7 +145,7 @@ def test_spans_are_found_without_the_graph(found: ExportInput) -> None:
 
 def test_masks_are_looked_at_without_the_graph(found: ExportInput) -> None:
     _, _, manifest = both_forms(found)
-    check = MaskCheck.of(found.decoder.graph_module, found.facts)
+    check = MaskCheck.of(found.decoder, found.facts)
     after = mask_check(manifest, lambda *args: [])
     sites = [replace(site, source_line=without_folders(site.source_line)) for site in check.sites]
     assert list(after.sites) == sites

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis.computation import computation_of
 from vlcache_fx.capture import InputKind
-from vlcache_fx.runtime.identify import Identifier, donor_key, of_sample
+from vlcache_fx.runtime.identify import Identifier, donor_key
+from vlcache_fx.runtime.leaves import Leaves
 from vlcache_fx.runtime.runs import Run, runs_of
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
@@ -48,7 +50,7 @@ class Taking(TinyVlm):
 
 
 class Identifying:
-    """The identifier of a graph, and its inputs by name."""
+    """The identifier and the leaves of a graph, and its inputs by name."""
 
     def __init__(self, **call: Tensor) -> None:
         model: Any = tiny_vlm(last_only=False)
@@ -56,7 +58,9 @@ class Identifying:
         model.table = nn.Embedding(VOCABULARY, HIDDEN)
         captured, graph = captured_graph(model, call)
         data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-        self.identifier = Identifier.of(captured.graph_module, analyze(captured), data)
+        facts = analyze(captured)
+        self.identifier = Identifier.of(captured.graph_module, facts, data)
+        self.leaves = Leaves.of(captured, computation_of(captured, facts).leaves)
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
@@ -81,12 +85,13 @@ class Identifying:
         return [(run.sample, run.start, run.length) for run in identified[2]]
 
     def positions(self, run: int = 0, **changes: Tensor) -> list[Any]:
-        """Of one run, in the given call."""
+        """What layers read at the tokens of one run beside its features, in the given call."""
         args = self.with_changes(changes)
         identified = self.identifier.runs(args)
         assert identified is not None
-        samples, tokens, runs = identified
-        return self.identifier.positions(args, runs[run], samples, tokens)
+        _, tokens, runs = identified
+        one = runs[run]
+        return self.leaves.of_item(self.leaves.read(args), one.sample, one.start, one.length, tokens)[1]
 
 
 def ids(*prompts: str) -> Tensor:
@@ -189,35 +194,6 @@ def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
     assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
 
 
-# Inputs of one sample ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("shape", "dim"),
-    [
-        ((2, 8), 0),
-        ((3, 2, 8), 1),  # positions in time, height and width
-        ((2, 1, 8), 0),
-        ((2, 1, 8, 8), 0),
-        ((2, 8, 4), 0),
-        ((2,), 0),
-        ((8,), None),
-        ((1, 8), None),
-        ((3, 1, 8), None),
-        ((8, 4), None),
-        ((), None),
-    ],
-    ids=str,
-)
-def test_the_part_of_a_sample(shape: tuple[int, ...], dim: int | None) -> None:
-    value = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    for sample in range(2):
-        part = of_sample(value, sample, 2, 8)
-        assert torch.equal(part, value if dim is None else value.narrow(dim, sample, 1))
-    assert of_sample(value, 0, 1, 8) is value
-    assert of_sample(5, 1, 2, 8) == 5
-
-
 # Positions --------------------------------------------------------------------------------------------------
 
 ONE = {"input_ids": ids("aoooobcc"), "features": noise(0, 4, HIDDEN)}
@@ -231,64 +207,39 @@ def placed(_compiler: None) -> Identifying:
 @pytest.mark.parametrize(
     ("positions", "part"),
     [
-        (range(8), None),
-        (range(100, 108), None),
-        ([0, 1, 1, 1, 1, 2, 3, 4], None),  # a still image in time
+        (range(8), [0, 1, 2, 3]),
+        (range(100, 108), [0, 1, 2, 3]),
+        ([0, 1, 1, 1, 1, 2, 3, 4], [0, 0, 0, 0]),  # a still image in time
         ([0, 1, 1, 2, 2, 3, 4, 5], [0, 0, 1, 1]),  # rows of a grid
         ([5, 6, 6, 7, 7, 0, 4, 5], [0, 0, 1, 1]),
         ([0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 0, 1]),
     ],
     ids=str,
 )
-def test_positions_count_from_the_first_token(
-    placed: Identifying, positions: Any, part: list[int] | None
-) -> None:
+def test_positions_count_from_the_first_token(placed: Identifying, positions: Any, part: list[int]) -> None:
     found = placed.positions(position_ids=torch.tensor(positions))
-    assert [one.tolist() for one in found] == ([] if part is None else [part])
+    assert [one.flatten().tolist() for one in found] == [part]
+
+
+def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Identifying) -> None:
+    (made,), (given_,) = Identifying(**ONE).positions(), placed.positions()
+    assert torch.equal(made, given_)
 
 
 def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
     check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
-    assert check.place["ids_of_layers"] in check.identifier.looked_up
-    assert [one.flatten().tolist() for one in check.positions()] == [[2, 3, 4, 5]]
+    assert [form.is_index for form in check.leaves.forms if form.is_beside] == [False, True]
+    assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
     same = torch.full((1, 8), 9)
-    assert [one.flatten().tolist() for one in check.positions(ids_of_layers=same)] == [[9] * 4]
+    assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_a_padding_mask_counts_where_it_hides_the_item(dtype: torch.dtype) -> None:
-    kept = torch.ones(2, 8, dtype=dtype)
-    call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN), "kept": kept}
-    check = Identifying(**call)
-    assert check.positions() == check.positions(1) == []
-    text = kept.clone()
-    text[0, 0] = text[1, 7] = 0
-    assert check.positions(kept=text) == check.positions(1, kept=text) == []
-    hidden = kept.clone()
-    hidden[1, 3:7] = 0
-    assert check.positions(kept=hidden) == []
-    assert len(check.positions(1, kept=hidden)) == 1
-    partly = kept.clone()
-    partly[1, 3:5] = 0
-    assert len(check.positions(1, kept=partly)) >= 1
-    keys = {
-        donor_key(Run(1, 3, 4, ()), check.positions(1, kept=mask), "weights", "")
-        for mask in (kept, text, hidden, partly)
-    }
-    assert len(keys) == 3
-
-
-def test_counts_that_masks_alone_read_hide_nothing() -> None:
-    """The first of them is zero where an item comes first."""
-    call = {"input_ids": ids("oooobbcc"), "features": noise(0, 4, HIDDEN), "kept": torch.arange(8)[None]}
-    check = Identifying(**call)
-    assert check.place["kept"] in check.identifier.masks_only
-    assert check.positions() == []
-
-
-def test_masks_over_pairs_of_tokens_are_no_positions() -> None:
-    check = Identifying(**ONE, bias=causal_mask(8, torch.device("cpu")))
-    assert check.positions() == []
+def test_what_masks_alone_read_is_no_leaf() -> None:
+    """Masks are described by what they show, see ``test_mask_view.py``."""
+    kept = torch.ones(1, 8, dtype=torch.bool)
+    bias = causal_mask(8, torch.device("cpu"))
+    for more in ({}, {"kept": kept}, {"bias": bias}):
+        assert len(Identifying(**ONE, **more).positions()) == 1
 
 
 def test_positions_of_each_sample() -> None:
@@ -309,14 +260,10 @@ def test_positions_of_each_sample() -> None:
     model.__class__ = Counted
     call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
     captured, graph = captured_graph(model, call | {"position_ids": positions})
-    data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-    identifier = Identifier.of(captured.graph_module, analyze(captured), data)
-    identified = identifier.runs(graph.calls[0])
-    assert identified is not None
-    samples, tokens, (first, second) = identified
-    (part,) = identifier.positions(graph.calls[0], first, samples, tokens)
-    assert part.flatten().tolist() == [0, 0, 1, 1]
-    assert identifier.positions(graph.calls[0], second, samples, tokens) == []
+    leaves = Leaves.of(captured, computation_of(captured, analyze(captured)).leaves)
+    values = leaves.read(graph.calls[0])
+    parts = [leaves.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
+    assert [part[0].flatten().tolist() for part in parts] == [[0, 0, 1, 1], [0, 1, 2, 3]]
 
 
 # Keys -------------------------------------------------------------------------------------------------------

@@ -186,13 +186,13 @@ def test_generate_goes_on_from_a_complete_cache() -> None:
 
 
 def pieces(ids: Tensor, runs: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Piece]:
-    reader = PrefixReader((0, *others.get("more", ())), others.get("sizes", ()))
     found = [Run(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in runs]
     spans = [
         Span(0, run.start, run.length, f"span {run.start}", False) for run in found if run.length >= shortest
     ]
-    args = [ids, *others.get("args", ())]
-    return list(reader.pieces(args, found, spans, ids.shape[-1], others.get("root", "")))
+    by_token = [ids[0], *others.get("more", ())]
+    root, seen = others.get("root", ""), others.get("seen")
+    return list(PrefixReader().pieces([ids], by_token, found, spans, ids.shape[-1], root, seen))
 
 
 @given(
@@ -222,11 +222,11 @@ def test_pieces_cover_the_prompt_and_know_what_is_before_them(
     "change",
     [
         {"root": "other weights"},
-        {"more": (1,), "args": (torch.tensor(0.5),)},  # no dimension over tokens: counts as a whole
-        {"more": (1,), "args": (torch.zeros(20, 3, 20),)},  # two that are no pairs of tokens
-        {"sizes": (1,), "args": (7,)},
-        {"more": (1,), "args": (torch.zeros(1, 1, 20, 20),)},  # a mask over pairs
+        {"more": (torch.zeros(20, 3),)},
+        {"more": (torch.zeros(20, 20),)},  # as wide as the prompt is long
+        {"seen": [b"a window"] * 20},
     ],
+    ids=["root", "value", "square value", "mask"],
 )
 def test_everything_that_rows_depend_on_counts(change: dict[str, Any]) -> None:
     ids = torch.arange(20)[None]
@@ -234,18 +234,25 @@ def test_everything_that_rows_depend_on_counts(change: dict[str, Any]) -> None:
     assert all(one.key != two.key for one, two in zip(plain, other, strict=True) if one.span is None)
 
 
+@pytest.mark.parametrize("place", [0, 5, 13, 19])
+def test_a_row_that_sees_others_ends_what_is_known(place: int) -> None:
+    ids, seen = torch.arange(20)[None], [b"all"] * 20
+    other = [*seen[:place], b"window", *seen[place + 1 :]]
+    one, two = (pieces(ids, [(4, 4)], seen=rows) for rows in (seen, other))
+    for before, after in zip(one, two, strict=True):
+        assert (before.key == after.key) == (before.end <= place or before.span is not None)
+        assert (before.before == after.before) == (before.start <= place)
+
+
 def test_the_length_of_the_prompt_does_not_count() -> None:
-    mask = {"more": (1,), "sizes": (2,)}
-    short = pieces(torch.arange(40)[None], [(4, 4)], args=(torch.ones(1, 1, 40, 40).tril(), 40), **mask)
-    long = pieces(torch.arange(90)[None], [(4, 4)], args=(torch.ones(1, 1, 90, 90).tril(), 90), **mask)
+    short, long = (pieces(torch.arange(length)[None], [(4, 4)], seen=[b""] * length) for length in (40, 90))
     assert [piece.key for piece in short[:-1]] == [piece.key for piece in long[: len(short) - 1]]
 
 
 def test_media_too_short_to_be_spans_count_with_their_content() -> None:
     ids = torch.arange(20)[None]
-    reader = PrefixReader((0,), ())
     made = [
-        list(reader.pieces([ids], [Run(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""))
+        list(PrefixReader().pieces([ids], [ids[0]], [Run(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""))
         for value in (0.0, 1.0)
     ]
     assert [one.key == two.key for one, two in zip(*made, strict=True)] == [True, False, False]
@@ -256,10 +263,10 @@ def test_rows_of_embeddings_count_but_for_those_of_spans(place: int) -> None:
     embeds = torch.arange(80.0).view(1, 20, 4)
     other = embeds.clone()
     other[0, place] = -1
-    reader = PrefixReader((), (), embeddings=0)
+    reader = PrefixReader(embeddings=0)
     run = Run(0, 4, 6, (embeds[0, 4:10],))
     one, two = (
-        list(reader.pieces([value], [run], [Span(0, 4, 6, "span", False)], 20, ""))
+        list(reader.pieces([value], [], [run], [Span(0, 4, 6, "span", False)], 20, ""))
         for value in (embeds, other)
     )
     in_span = 4 <= place < 10

@@ -277,7 +277,7 @@ class _Writer:
         return content_digest([value]) if isinstance(value, Tensor) else repr(value)
 
     def _site(self, node: Node, site: Site) -> str:
-        if _dropout_of(node):
+        if draws_numbers(node):
             raise refuse(Reason.RANDOM, node, "attention drops weights at random")
         width = shape_of(site.query)[-1]
         scale = site.scale
@@ -291,12 +291,10 @@ class _Writer:
         packet = packet_of(node)
         if packet in COPIES:
             return self._texts[self._first(node)]
-        if packet in DROPOUTS:
-            if _drops(node):
-                raise refuse(Reason.RANDOM, node, "values are dropped at random")
-            return self._texts[self._first(node)]
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if draws_numbers(node):
             raise refuse(Reason.RANDOM, node, f"{node.target} draws random numbers")
+        if packet in DROPOUTS:
+            return self._texts[self._first(node)]
         if packet in CASTS:
             before, after = (one.meta["val"].dtype for one in (self._first(node), node))
             text = self._texts[self._first(node)]
@@ -420,14 +418,12 @@ def _order(node: Node) -> str:
     return str([size - 2 for size in moved.shape])
 
 
-def _dropout_of(node: Node) -> bool:
-    """True where an attention call drops weights."""
-    if node.target is not aten.scaled_dot_product_attention.default:
-        return False
-    rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-    return rate != 0.0
-
-
-def _drops(node: Node) -> bool:
-    rate, trains = (*node.args[1:], True)[:2]
-    return bool(trains) and rate != 0.0
+def draws_numbers(node: Node) -> bool:
+    """True for a call whose result depends on random numbers."""
+    if node.target is aten.scaled_dot_product_attention.default:
+        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
+        return rate != 0.0
+    if packet_of(node) in DROPOUTS:
+        rate, trains = (*node.args[1:], True)[:2]
+        return bool(trains) and rate != 0.0
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -151,7 +151,7 @@ class EncoderCache:
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
         state = self._state.digest()
-        if state is None:
+        if state is None or self._module.training:  # in training, encoders may drop values at random
             return None
         weights = self._engine.fingerprints.of(self._tensors())
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
