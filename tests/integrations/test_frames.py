@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -19,14 +20,22 @@ PER_FRAME = 4
 """Patches: of a grid of two by two."""
 
 
+CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+
+
 class Encoder(nn.Module):
     """Features per video; whether frames see each other is said by ``alone``."""
 
     def __init__(self, alone: bool = True) -> None:
         super().__init__()
-        self.calls: list[int] = []
         self.alone = alone
         self.weight = nn.Parameter(noise(9, 6, 3))
+        self.eval()
+
+    @property
+    def calls(self) -> list[int]:
+        return CALLS.setdefault(self, [])
 
     def forward(self, pixel_values_videos: Tensor, video_grid_thw: Tensor, **options: Any) -> Any:
         self.calls.append(pixel_values_videos.shape[0] // PER_FRAME)

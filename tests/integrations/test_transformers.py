@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -186,13 +187,21 @@ def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None
 # The cache itself -------------------------------------------------------------------------------------------
 
 
+CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+
+
 class Encoder(nn.Module):
     """Features per image as a tuple, as the library's models return them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[int] = []
         self.weight = nn.Parameter(torch.tensor(2.0))
+        self.eval()
+
+    @property
+    def calls(self) -> list[int]:
+        return CALLS.setdefault(self, [])
 
     def forward(self, pixel_values: Tensor, image_grid_thw: Tensor | None = None, **options: Any) -> Any:
         self.calls.append(pixel_values.shape[0])

@@ -36,7 +36,17 @@ BY_NAME = (types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorTy
 Note: TypeAlias = tuple[Callable[[], tuple[Any, ...]], tuple[Any, ...]]
 """How to read some values, and those that were read: to be compared by identity."""
 
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+ITERATIONS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 WEIGHTS = ("_parameters", "_buffers", "_modules")
+WITHOUT_NUMBERS = frozenset(
+    {"_contextvars", "_thread", "_weakref", "inspect", "logging", "threading", "warnings", "weakref"}
+)
+"""Modules whose objects hold nothing that is computed with: locks, loggers, signatures."""
+
+MOST_ENTRIES = 256
+"""Of a global table; larger ones are registries, known by their names."""
+
 OURS, TORCH = "vlcache_fx", "torch"
 BASES = ("builtins", "abc", "typing", "collections", "enum")
 METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
@@ -68,9 +78,9 @@ class ModuleState:
 
 
 def _walked(roots: tuple[Any, ...]) -> tuple[str | None, list[Note]]:
-    names = frozenset({"forward", "__call__"})
+    names = frozenset({"forward", "__call__", "training"})
     while True:  # until no function calls a method that was not written yet
-        walk = _Walk(names)
+        walk = _Walk(names, roots[0])
         try:
             text = [walk.text(root) for root in roots]
             if walk.names <= names:
@@ -91,17 +101,20 @@ class _Walk:
     """Writes an object graph; what was written before is named by its number.
 
     Args:
-        methods: of classes, those of these names are written.
+        wanted: of modules and classes, what has one of these names is written. The rest is not read by what is
+            called: results that a model leaves in an attribute for later, say.
+        owner: of the method that is called; its ``forward`` is not.
 
     Attributes:
         notes: what was read, and how to read it again.
         names: that the functions written use, of attributes and methods.
     """
 
-    def __init__(self, methods: frozenset[str]) -> None:
+    def __init__(self, wanted: frozenset[str], owner: Any) -> None:
         self.notes: list[Note] = []
         self.names: set[str] = set()
-        self._methods = methods
+        self._wanted, self._owner = wanted, type(owner)
+        self._iterates = bool(ITERATIONS & wanted)
         self._numbers: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no id is used twice
 
@@ -164,15 +177,23 @@ class _Walk:
 
     def _module(self, module: nn.Module) -> str:
         held = vars(module)
-        names = [name for name in held if name not in WEIGHTS]
+        names = [
+            name for name in held if name not in WEIGHTS and (name in self._wanted or name.endswith("_hooks"))
+        ]
         # Most are empty: hooks that nobody has registered.
         empty = [name for name in names if isinstance(held[name], dict) and not held[name]]
         empties = [held[name] for name in empty]
-        self._note(lambda: (type(module), *held.values(), *module._modules.values(), *map(len, empties)))
+        children = {name: child for name, child in module._modules.items() if self._is_read(module, name)}
+        self._note(lambda: (type(module), len(held), *map(held.get, names), *map(len, empties)))
+        self._note(lambda: (len(module._modules), *map(module._modules.get, children)))
         plain = [f"{name}={self.text(held[name])}" for name in names if name not in empty]
         weights = [f"{name} {None if one is None else one.dtype}" for name, one in self._held(module)]
-        children = [f"{name}: {self.text(child)}" for name, child in module._modules.items()]
-        return f"{self.text(type(module))} {plain} {weights} {children}"
+        below = [f"{name}: {self.text(child)}" for name, child in children.items()]
+        return f"{self.text(type(module))} {plain} {weights} {below}"
+
+    def _is_read(self, module: nn.Module, name: str) -> bool:
+        """Whether a child may be called: by its name, or as one of many."""
+        return name in self._wanted or self._iterates or isinstance(module, CONTAINERS) or not name.isidentifier()
 
     @staticmethod
     def _held(module: nn.Module) -> list[tuple[str, Tensor | None]]:
@@ -187,7 +208,8 @@ class _Walk:
             (key, one)
             for owner in owners
             for key, one in list(vars(owner).items())
-            if key in self._methods and isinstance(one, METHODS)
+            if key in self._wanted and isinstance(one, METHODS)
+            if not (kind is self._owner and key == "forward")
         ]
         spaces = [vars(owner) for owner in owners]
         keys = [key for key, _ in methods]
@@ -207,7 +229,7 @@ class _Walk:
         names = _global_names(function.__code__)
         space = function.__globals__
         self._note(lambda: tuple(space.get(name) for name in names))
-        self.names.update(names)
+        self.names.update(names, _spoken(function.__code__))
         read = [f"{name}={self._global(space[name], home)}" for name in names if name in space]
         settings = self.text((function.__defaults__, function.__kwdefaults__))
         return f"function {self.text(function.__code__)} {settings} {held} {read}"
@@ -220,6 +242,8 @@ class _Walk:
         owner = value.__globals__.get("__name__") if isinstance(value, types.FunctionType) else None
         owner = owner or getattr(value, "__module__", None) or type(value).__module__
         is_near = _package(owner) == _package(home) or type(value) in PLAIN
+        if type(value) in (dict, list, set, tuple):
+            is_near = len(value) <= MOST_ENTRIES
         if not is_near or isinstance(value, type | types.ModuleType):
             return f"{owner}.{getattr(value, '__qualname__', type(value).__qualname__)}"
         try:
@@ -235,6 +259,8 @@ class _Walk:
         kind = type(value)
         if _package(kind.__module__) == OURS:
             return f"ours {kind.__qualname__}"
+        if kind is object or kind.__module__ in WITHOUT_NUMBERS:
+            return f"{kind.__module__}.{kind.__qualname__}"
         if not hasattr(value, "__dict__"):
             raise UnknownStateError(f"a {kind.__module__}.{kind.__qualname__}")
         return f"{self.text(kind)}{self._attributes(value)}"
@@ -262,3 +288,9 @@ def _global_names(code: types.CodeType) -> tuple[str, ...]:
     """Names that the code, and functions within it, may look up."""
     inner = [name for one in code.co_consts if isinstance(one, types.CodeType) for name in _global_names(one)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
+
+
+def _spoken(code: types.CodeType) -> set[str]:
+    """Text in the code that may be a name, as ``getattr`` takes it."""
+    found = {one for one in code.co_consts if isinstance(one, str) and one.isidentifier()}
+    return found.union(*(_spoken(one) for one in code.co_consts if isinstance(one, types.CodeType)))
