@@ -49,6 +49,9 @@ class DonorLookup:
             args, known, encoder_hit, clock, num_tokens: see ``Request``.
             num_samples: prompts in the call.
             runs: of all of them.
+
+        Raises:
+            StoreError: the bytes of a weight cannot be read.
         """
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         long = [run for run in runs if run.length >= self._engine.options.min_span_tokens]
