@@ -246,12 +246,14 @@ class Engine:
         return list(items.values())
 
     def refuse(self, refusal: UnsupportedGraphError) -> None:
-        """Log a refusal, or raise it in strict mode."""
+        """Log a refusal, each text once, or raise it in strict mode."""
         if self.options.strict:
             raise refusal
         with self._lock:
+            known = any(str(other) == str(refusal) for other in self.refusals)
             self.refusals.append(refusal)
-        log.warning("runs unmodified: %s", refusal)
+        if not known:
+            log.warning("runs unmodified: %s", refusal)
 
     def refuse_call(self, refusal: UnsupportedGraphError) -> None:
         """As ``refuse``, for a single call of a graph whose other calls may be served; logged once."""
