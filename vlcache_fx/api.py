@@ -97,12 +97,35 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
 
 class _Backend:
-    """The backend of one model, as Dynamo takes it. Dynamo never forgets a backend: this one holds no engine."""
+    """The backend of one model, as Dynamo takes it.
+
+    Dynamo forgets neither a backend nor what it returns, as long as the code of ``forward`` is there. So
+    neither holds the engine, and its store with it: the engine holds what was compiled.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = weakref.ref(engine)
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        engine = self._engine()
-        assert engine is not None  # the model that is being compiled has it
-        return compile_graph(graph_module, example_inputs, engine)
+        engine = _alive(self._engine)
+        compiled, own = compile_graph(graph_module, example_inputs, engine), self._engine
+        number = next(engine.graph_numbers)
+        engine.graphs[number] = compiled
+
+        def run(*args: Any) -> Sequence[Any]:
+            return _alive(own).graphs[number](*args)
+
+        weakref.finalize(run, _drop, own, number).atexit = False
+        return run
+
+
+def _alive(own: weakref.ref[Engine]) -> Engine:
+    engine = own()
+    assert engine is not None  # whoever calls the model has it
+    return engine
+
+
+def _drop(own: weakref.ref[Engine], number: int) -> None:
+    engine = own()
+    if engine is not None:
+        engine.graphs.pop(number, None)

@@ -31,7 +31,8 @@ def model_within(model: Any) -> nn.Module:
     while id(model) not in seen:
         seen.add(id(model))
         _check(model)
-        model = _wrapped(model) or model
+        inner = _wrapped(model)
+        model = model if inner is None else inner
     return model
 
 
@@ -45,7 +46,9 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
     if len(children) != 1 or not _hands_on(model):
         return None
     (only,) = children
-    is_model = any(callable(getattr(type(only), name, None)) for name in _MODEL_METHODS)
+    is_model = isinstance(only, OptimizedModule) or any(
+        callable(getattr(type(only), name, None)) for name in _MODEL_METHODS
+    )
     return only if is_model or _wrapped(only) is not None else None
 
 

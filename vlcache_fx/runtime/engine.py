@@ -1,5 +1,6 @@
 """The engine: what the graphs of one compiled model share."""
 
+import itertools
 import logging
 import threading
 import weakref
@@ -61,6 +62,7 @@ class Engine:
         choices: policy, budget and profile of the next call.
         guards: which models go without reuse.
         fingerprints: of weights.
+        graphs: of one model, as compiled; by number. They live as long as the engine.
         missed: keys of items that were looked up in vain.
         unstorable: keys of donors that the store refused, as too large: recording them again would not help.
 
@@ -91,6 +93,8 @@ class Engine:
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graph_calls = 0
+        self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
+        self.graph_numbers = itertools.count()
         self._explained: weakref.ref[Callable[..., Any]] | None = None
         self._closed = self._said_closed = False
         self._report: Report | None = None

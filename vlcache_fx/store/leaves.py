@@ -86,7 +86,9 @@ def _take_apart(tensor: Tensor, found: list[Tensor], depth: int) -> Part:
     if tensor.is_meta:
         raise _unreadable(tensor, "is on the meta device")
     own = [kind] if type(tensor) in _PLAIN else [kind, _state(vars(tensor), found, depth + 1)]
-    plain = tensor.detach().as_subclass(Tensor)
+    plain = tensor.detach()
+    if type(plain) is not Tensor:
+        plain = plain.as_subclass(Tensor)
     if _is_plain(plain):
         found.append(plain)
         return own
