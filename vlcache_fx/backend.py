@@ -94,7 +94,13 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
 
     def capture() -> Captured:
         check_gradients(example_inputs)
-        return capture_dynamo(graph_module, example_inputs)
+        try:
+            return capture_dynamo(graph_module, example_inputs)
+        except UnsupportedGraphError as refusal:
+            if unwrapped is None or refusal.reason is not Reason.CAPTURE_FAILED:
+                raise
+            detail = f"weights of the class {unwrapped.classes} cannot be traced: {refusal.detail}"
+            raise UnsupportedGraphError(refusal.reason, detail) from refusal
 
     compiled = compile_captured(capture, unmodified, engine)
     return compiled if unwrapped is None else lambda *args: compiled(*unwrapped.flat(args))

@@ -14,7 +14,7 @@ import vlcache_fx
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.helpers import distance, own_compiler_state, vlcache_store
-from ..store.scaled import Scaled, quantise
+from ..store.scaled import DispatchAlone, Scaled, quantise
 
 CLOSE = 1e-5
 
@@ -50,6 +50,18 @@ def test_a_quantised_model_is_reused(lowering: str) -> None:
     model, reference = compiled(quantised(), lowering=lowering), quantised()
     assert [run(model, reference, seed) for seed in range(3)] == ["cold", "warm", "warm"]
     assert model.vlcache.stats()["refusals"] == {}
+
+
+def test_a_class_that_cannot_be_traced_runs_unmodified() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return quantise(tiny_vlm(num_layers=2), DispatchAlone)
+
+    model, reference = compiled(make()), make()
+    assert [run(model, reference, seed) for seed in range(2)] == ["bypass", "bypass"]
+    reason = model.vlcache.last_report["reason"]
+    assert "DispatchAlone" in reason
+    assert "\n" not in reason
 
 
 def test_a_scale_that_changes_makes_other_donors() -> None:

@@ -48,7 +48,7 @@ class Pair:
 
 def scale(model: Any) -> None:
     for module in model.modules():
-        if hasattr(module, "scaling"):
+        if isinstance(getattr(module, "scaling", None), dict):
             module.scaling["default"] *= 3.0
 
 

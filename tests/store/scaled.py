@@ -38,6 +38,12 @@ class Scaled(Tensor):
         return cls(inner["values_"], inner["scale"], context["zero"])
 
     @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and isinstance(args[1], Scaled):
+            return func(args[0], args[1].plain(), *args[2:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return cls(args[0].values_, args[0].scale, args[0].zero)
@@ -45,10 +51,16 @@ class Scaled(Tensor):
         return func(*plain[0], **(plain[1] or {}))
 
 
-def quantise(module: torch.nn.Module) -> torch.nn.Module:
+class DispatchAlone(Scaled):
+    """Operators are all that it takes part in, as distributed tensors do."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def quantise(module: torch.nn.Module, kind: type[Scaled] = Scaled) -> torch.nn.Module:
     """Every linear layer's weight becomes a ``Scaled``."""
     for one in module.modules():
         if isinstance(one, torch.nn.Linear):
-            made = Scaled.of(one.weight.detach())
+            made = kind.of(one.weight.detach())
             one.weight = torch.nn.Parameter(made, requires_grad=False)
     return module

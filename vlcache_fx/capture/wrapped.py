@@ -114,6 +114,11 @@ class Unwrapped:
         graph.output(graph.graph_copy(graph_module.graph, copied))
         return cls(fx.GraphModule(graph_module, graph), inputs, forms)
 
+    @property
+    def classes(self) -> str:
+        """Names of the classes that were taken apart."""
+        return ", ".join(sorted({form.kind.__name__ for form in self._forms if form is not None}))
+
     def flat(self, args: Sequence[Any]) -> list[Any]:
         """The inputs of ``graph_module`` for those of the graph that it was made of."""
         found: list[Any] = []
