@@ -47,16 +47,17 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
     ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine.
 
-    A model within a wrapper, such as an adapter of PEFT, is what is compiled; the wrapper is returned, and has
-    ``vlcache`` too. Once the model is gone, so is all that was kept for it. It can be saved, but not be copied
-    or pickled.
+    A model within a wrapper, such as an adapter of PEFT, is what is compiled; the wrapper is returned, and
+    has ``vlcache`` too. Once the model is gone, so is all that was kept for it. It can be saved, but not be
+    copied or pickled.
 
     Args:
         model: a vision-language model; for models of the transformers library encoder outputs are cached too.
         **options: see ``Options``.
 
     Raises:
-        OptionError: an option is unknown or has a bad value, ``model`` is no model, or it is compiled already.
+        OptionError: an option is unknown or has a bad value, ``model`` is no model, or it is compiled
+            already.
     """
     parsed = Options.parse(options)
     inner = model_within(model)

@@ -103,14 +103,6 @@ LONGEST_DETAIL = 300
 """Characters of a refusal's detail."""
 
 
-def shorten(text: str, most: int) -> str:
-    """``text`` with its middle left out where it has more than ``most`` characters."""
-    if len(text) <= most:
-        return text
-    end = most // 4
-    return f"{text[: most - end - 5]} ... {text[-end:]}"
-
-
 class UnsupportedGraphError(VlcacheError):
     """A graph that cannot be rewritten: the reason, and where in the user's model it lies.
 
@@ -125,7 +117,9 @@ class UnsupportedGraphError(VlcacheError):
         self, reason: Reason, detail: str, node: str | None = None, source_line: str | None = None
     ) -> None:
         # One line: errors of a compiler that end up here may list every input of a graph.
-        detail = shorten(" ".join(detail.split()), LONGEST_DETAIL)
+        detail = " ".join(detail.split())
+        if len(detail) > LONGEST_DETAIL:
+            detail = f"{detail[: LONGEST_DETAIL - 80]} ... {detail[-75:]}"
         super().__init__(reason, detail, node, source_line)
         self.reason = Reason(reason)
         self.detail = detail

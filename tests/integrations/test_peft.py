@@ -57,7 +57,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "scaled": scale,
     "merged": lambda model: model.merge_adapter(),
     "merged and unmerged": lambda model: (model.merge_adapter(), model.unmerge_adapter()),
-    "other weights": lambda model: [p.data.mul_(2) for n, p in model.named_parameters() if "lora_B.default" in n],
+    "other weights": lambda model: [
+        weight.data.mul_(2) for name, weight in model.named_parameters() if "lora_B.default" in name
+    ],
     "deleted": lambda model: (model.set_adapter("other"), model.delete_adapter("default")),
 }  # fmt: skip
 

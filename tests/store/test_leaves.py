@@ -135,9 +135,11 @@ def fake() -> Tensor:
         return torch.zeros(3)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: torch.empty(2, device="meta"), lambda: nn.Parameter(torch.empty(2, device="meta")), Opaque, fake]
-)  # fmt: skip
+def meta() -> Tensor:
+    return torch.empty(2, device="meta")
+
+
+@pytest.mark.parametrize("make", [meta, lambda: nn.Parameter(meta()), Opaque, fake])
 def test_what_cannot_be_read_is_refused_in_a_line(make: Callable[[], Tensor]) -> None:
     with pytest.raises(UnreadableWeightsError) as raised:
         leaves_of([torch.ones(1), make()])

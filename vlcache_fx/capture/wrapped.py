@@ -44,7 +44,7 @@ class _Form:
         """None for a plain tensor."""
         if not is_traceable_wrapper_subclass(tensor):
             return None
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, context = tensor.__tensor_flatten__()
         parts = tuple((name, cls.of(getattr(tensor, name))) for name in names)
         return cls(type(tensor), parts, context, tensor.shape, tensor.stride())
 
@@ -58,9 +58,7 @@ class _Form:
 
     def whole(self, tensors: list[Tensor]) -> Any:
         """The tensor of this form that is made of the first of ``tensors``, which are taken off."""
-        inner = {
-            name: tensors.pop(0) if form is None else form.whole(tensors) for name, form in self.parts
-        }
+        inner = {name: tensors.pop(0) if form is None else form.whole(tensors) for name, form in self.parts}
         return self.kind.__tensor_unflatten__(inner, self.context, self.sizes, self.strides)
 
 

@@ -97,7 +97,9 @@ class ModuleTensors:
 def _holds_none(value: Any) -> bool:
     """True for values without tensors of their own: submodules, functions, configurations."""
     kind = type(value)
-    return kind in _ATOMS or isinstance(value, nn.Module) or callable(value) or hasattr(kind, "to_json_string")
+    return (
+        kind in _ATOMS or isinstance(value, nn.Module) or callable(value) or hasattr(kind, "to_json_string")
+    )
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -128,13 +130,13 @@ def _kept_by(hook: Any) -> list[Any]:
 def _kept(maps: list[Any], name: str, tensor: Tensor) -> Tensor:
     # Before what the module has: within a call, that is another tensor each time.
     for kept in maps:
-        names = getattr(kept, "prefix", "") + name
+        full = getattr(kept, "prefix", "") + name
         dataset = getattr(kept, "dataset", kept)
-        if isinstance(dataset, dict) and isinstance(dataset.get(names), Tensor):
-            return dataset[names]
-        state = getattr(dataset, "state_dict", None)
-        if isinstance(state, dict) and isinstance(state.get(names), Tensor):
-            return state[names]
+        # Of a loader from disk, what it holds in memory; the rest it reads anew each time.
+        held = getattr(dataset, "state_dict", dataset)
+        found = held.get(full) if isinstance(held, dict) else None
+        if isinstance(found, Tensor):
+            return found
     return tensor
 
 

@@ -27,13 +27,12 @@ def model_within(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"a model (torch.nn.Module) can be compiled, not {_shown(model)}")
-    seen: set[int] = set()
-    while id(model) not in seen:
-        seen.add(id(model))
-        _check(model)
-        inner = _wrapped(model)
-        model = model if inner is None else inner
-    return model
+    found: nn.Module = model
+    inner: nn.Module | None = model
+    while inner is not None:
+        _check(inner)
+        found, inner = inner, _wrapped(inner)
+    return found
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:
@@ -88,10 +87,10 @@ def refuse_copies(model: nn.Module) -> None:
     """
     name = type(model).__name__
 
-    def __getstate__() -> Any:
+    def refuse() -> Any:
         raise CopyError(
             f"this {name} is compiled by vlcache_fx, and a compiled model cannot be copied or pickled: do so "
             "before vlcache_fx.compile, or keep its weights (state_dict, save_pretrained)"
         )
 
-    object.__setattr__(model, "__getstate__", __getstate__)
+    object.__setattr__(model, "__getstate__", refuse)

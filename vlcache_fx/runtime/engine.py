@@ -142,8 +142,8 @@ class Engine:
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
-            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or the
-                model is gone.
+            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
+                the model is gone.
         """
         explained = self.explained
         if explained is None:

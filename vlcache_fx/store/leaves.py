@@ -1,7 +1,7 @@
 """What a tensor is made of: the plain tensors that hold its bytes, and all else that its values depend on.
 
-A quantised, sharded or sparse tensor has no bytes of its own: it holds other tensors and says how they make up
-the whole.
+A quantised, sharded or sparse tensor has no bytes of its own: it holds other tensors and says how they make
+up the whole.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def leaves_of(tensors: Iterable[Tensor]) -> Leaves:
     """What these tensors are made of.
 
     Raises:
-        UnreadableWeightsError: one of them has no bytes that could be read, such as one on the ``meta`` device
-            or one that ``vmap`` wraps; or holds something that no key can be made of.
+        UnreadableWeightsError: one of them has no bytes that could be read, such as one on the ``meta``
+            device or one that ``vmap`` wraps; or holds something that no key can be made of.
     """
     found: list[Tensor] = []
     form: list[Part] = []
@@ -76,7 +76,7 @@ def _take_apart(tensor: Tensor, found: list[Tensor], depth: int) -> Part:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         raise _unreadable(tensor, "is wrapped by a function transform")
     if is_traceable_wrapper_subclass(tensor):
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, context = tensor.__tensor_flatten__()
         own: list[Part] = [kind, _outer(tensor), _state(context, found, depth + 1)]
         for name in names:
             own += [name, _state(getattr(tensor, name), found, depth + 1)]
@@ -153,7 +153,7 @@ def _state(value: Any, found: list[Tensor], depth: int) -> Part:
         fields = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
         return [_name(type(value)), _state(fields, found, inner)]
     text = repr(value)
-    if type(value).__repr__ is not object.__repr__ and " at 0x" not in text:
+    if getattr(type(value), "__repr__", None) is not object.__repr__ and " at 0x" not in text:
         return (_name(type(value)), text)
     if hasattr(value, "__dict__"):
         return [_name(type(value)), _state(vars(value), found, inner)]
