@@ -11,6 +11,7 @@ import vlcache_fx
 from vlcache_fx import errors
 
 PUBLIC = {
+    "CopyError",
     "Engine",
     "EngineOptions",
     "EngineSession",
@@ -23,7 +24,9 @@ PUBLIC = {
     "PlanError",
     "PolicyError",
     "Reason",
+    "StoreClosedError",
     "StoreError",
+    "UnreadableWeightsError",
     "UnsupportedGraphError",
     "VlcacheError",
     "__version__",

@@ -208,8 +208,10 @@ def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
 
 
 def test_every_reason_has_a_case() -> None:
-    # NO_LOGITS refuses no graph, but its shadow runs: tests/runtime/test_shadow.py.
-    assert {*CASES, Reason.LOWERING_FAILED, Reason.NO_LOGITS} == set(Reason)
+    # NO_LOGITS refuses shadow runs, no graph: tests/runtime/test_shadow.py. WEIGHTS_UNREADABLE refuses
+    # calls: tests/capture/test_wrapped.py.
+    elsewhere = {Reason.LOWERING_FAILED, Reason.NO_LOGITS, Reason.WEIGHTS_UNREADABLE}
+    assert {*CASES, *elsewhere} == set(Reason)
 
 
 @pytest.mark.parametrize("reason", CASES)

@@ -14,6 +14,7 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
     from vlcache_fx.errors import (
+        CopyError,
         ExportError,
         LoweringError,
         OptionError,
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
         PlanError,
         PolicyError,
         Reason,
+        StoreClosedError,
         StoreError,
+        UnreadableWeightsError,
         UnsupportedGraphError,
         VlcacheError,
     )
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from vlcache_fx.runtime.engine import Engine
 
 __all__ = [
+    "CopyError",
     "Engine",
     "EngineOptions",
     "EngineSession",
@@ -46,7 +50,9 @@ __all__ = [
     "PlanError",
     "PolicyError",
     "Reason",
+    "StoreClosedError",
     "StoreError",
+    "UnreadableWeightsError",
     "UnsupportedGraphError",
     "VlcacheError",
     "__version__",

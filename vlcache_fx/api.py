@@ -1,10 +1,12 @@
 """The public functions beside the backend."""
 
 import functools
+import weakref
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
@@ -16,10 +18,12 @@ from vlcache_fx.integrations.transformers import (
     joined_items,
     restore_items,
 )
+from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.marks import mark_spans
 from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.unmodified import Compiled
 
 __all__ = ["compile", "mark_spans"]
 
@@ -43,22 +47,26 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
     ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine.
 
+    A model within a wrapper, such as an adapter of PEFT, is what is compiled; the wrapper is returned, and
+    has ``vlcache`` too. Once the model is gone, so is all that was kept for it. It can be saved, but not be
+    copied or pickled.
+
     Args:
         model: a vision-language model; for models of the transformers library encoder outputs are cached too.
         **options: see ``Options``.
 
     Raises:
-        OptionError: an option is unknown or has a bad value, or the model is compiled already.
+        OptionError: an option is unknown or has a bad value, ``model`` is no model, or it is compiled
+            already.
     """
     parsed = Options.parse(options)
-    if isinstance(getattr(model, "vlcache", None), Engine):
-        raise OptionError(f"this {type(model).__name__} is compiled already; its engine is model.vlcache")
+    inner = model_within(model)
+    if isinstance(vars(inner).get("vlcache"), Engine):
+        raise OptionError(f"this {type(inner).__name__} is compiled already; its engine is model.vlcache")
     engine = Engine(parsed)
-    plain = model.forward
-    encoders_first = EncodersFirst(model)
-    compiled = torch.compile(
-        plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic
-    )
+    plain = inner.forward
+    encoders_first = EncodersFirst(inner)
+    compiled = torch.compile(plain, backend=_Backend(engine), dynamic=parsed.dynamic)
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -78,9 +86,47 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         restore_items(result, kwargs)
         return result
 
-    hook_encoders(model, engine)
-    hook_placeholder_check(model)
-    engine.explained = plain
-    object.__setattr__(model, "forward", forward)
-    object.__setattr__(model, "vlcache", engine)
+    hook_encoders(inner, engine)
+    hook_placeholder_check(inner)
+    engine.explains(forward)
+    object.__setattr__(inner, "forward", forward)
+    for one in {id(one): one for one in (inner, getattr(inner, "base_model", inner))}.values():
+        refuse_copies(one)
+    for one in (inner, model):
+        object.__setattr__(one, "vlcache", engine)
     return model
+
+
+class _Backend:
+    """The backend of one model, as Dynamo takes it.
+
+    Dynamo forgets neither a backend nor what it returns, as long as the code of ``forward`` is there. So
+    neither holds the engine, and its store with it: the engine holds what was compiled.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = weakref.ref(engine)
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        engine = _alive(self._engine)
+        compiled, own = compile_graph(graph_module, example_inputs, engine), self._engine
+        number = next(engine.graph_numbers)
+        engine.graphs[number] = compiled
+
+        def run(*args: Any) -> Sequence[Any]:
+            return _alive(own).graphs[number](*args)
+
+        weakref.finalize(run, _drop, own, number).atexit = False
+        return run
+
+
+def _alive(own: weakref.ref[Engine]) -> Engine:
+    engine = own()
+    assert engine is not None  # whoever calls the model has it
+    return engine
+
+
+def _drop(own: weakref.ref[Engine], number: int) -> None:
+    engine = own()
+    if engine is not None:
+        engine.graphs.pop(number, None)

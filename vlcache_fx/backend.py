@@ -19,6 +19,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -31,7 +32,7 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.step import StepRunner
-from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Unmodified
+from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 
 _log = logging.getLogger(__name__)
 
@@ -82,11 +83,27 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
 
 
 def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
+    unmodified: Unmodified = DynamoGraph(graph_module, example_inputs, engine)
+    try:
+        unwrapped = Unwrapped.of(graph_module, example_inputs)
+    except UnsupportedGraphError as refusal:
+        return _refused(refusal, unmodified, engine)
+    if unwrapped is not None:
+        graph_module, example_inputs = unwrapped.graph_module, unwrapped.example_inputs
+        unmodified = Rewrapped(unmodified, unwrapped)
+
     def capture() -> Captured:
         check_gradients(example_inputs)
-        return capture_dynamo(graph_module, example_inputs)
+        try:
+            return capture_dynamo(graph_module, example_inputs)
+        except UnsupportedGraphError as refusal:
+            if unwrapped is None or refusal.reason is not Reason.CAPTURE_FAILED:
+                raise
+            detail = f"weights of the class {unwrapped.classes} cannot be traced: {refusal.detail}"
+            raise UnsupportedGraphError(refusal.reason, detail) from refusal
 
-    return compile_captured(capture, DynamoGraph(graph_module, example_inputs, engine), engine)
+    compiled = compile_captured(capture, unmodified, engine)
+    return compiled if unwrapped is None else lambda *args: compiled(*unwrapped.flat(args))
 
 
 def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, engine: Engine) -> Compiled:

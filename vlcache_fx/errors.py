@@ -7,10 +7,13 @@
     ├── PolicyError            a policy or profile is unknown, malformed, or does not fit the model
     ├── PlanError              spans or row sets from which no valid plan can be made
     ├── StoreError             a store, an entry or a key could not be made, read or written
+    │   ├── StoreClosedError        somebody closed the store
+    │   └── UnreadableWeightsError  the bytes of a weight cannot be read, so nothing can be kept under them
     ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
     ├── PassError              a pass failed; names itself and the passes before it
     ├── LoweringError          a rewritten graph could not be compiled
-    └── ExportError            a model could not be exported, or an exported one not be read
+    ├── ExportError            a model could not be exported, or an exported one not be read
+    └── CopyError              (also a TypeError)   a compiled model was to be copied or pickled
 
 A refusal never reaches users unless the option ``strict`` is set: the model then runs as it would without
 this package, and the report says why.
@@ -40,6 +43,18 @@ class PlanError(VlcacheError):
 
 class StoreError(VlcacheError):
     """A store, an entry or a key could not be made, read or written."""
+
+
+class StoreClosedError(StoreError):
+    """Somebody closed the store; it holds nothing any more."""
+
+
+class UnreadableWeightsError(StoreError):
+    """The bytes of a weight cannot be read, so nothing can be kept under them; says which weight and why."""
+
+
+class CopyError(VlcacheError, TypeError):
+    """A compiled model was to be copied or pickled; says what to do instead."""
 
 
 class Reason(StrEnum):
@@ -79,8 +94,15 @@ class Reason(StrEnum):
     """The graph draws random numbers: what it gave once says nothing of the next call."""
     DATA_DEPENDENT = "data_dependent"
     """Shapes or control flow depend on tensor values."""
+    WEIGHTS_UNREADABLE = "weights_unreadable"
+    """The bytes of a weight cannot be read (it is on ``meta``, packed by a kernel library, or a tensor of a
+    class that does not say what it is made of): nothing could be told apart by weights."""
     NO_LOGITS = "no_logits"
     """Results hold no logits: the graph is served, but shadow runs could not be judged and are not made."""
+
+
+LONGEST_DETAIL = 300
+"""Characters of a refusal's detail."""
 
 
 class UnsupportedGraphError(VlcacheError):
@@ -96,6 +118,10 @@ class UnsupportedGraphError(VlcacheError):
     def __init__(
         self, reason: Reason, detail: str, node: str | None = None, source_line: str | None = None
     ) -> None:
+        # One line: errors of a compiler that end up here may list every input of a graph.
+        detail = " ".join(detail.split())
+        if len(detail) > LONGEST_DETAIL:
+            detail = f"{detail[: LONGEST_DETAIL - 80]} ... {detail[-75:]}"
         super().__init__(reason, detail, node, source_line)
         self.reason = Reason(reason)
         self.detail = detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from vlcache_fx.integrations.module_tensors import ModuleTensors
+from vlcache_fx.store import WeightsFingerprint
 
 
 class Model(nn.Module):
@@ -48,3 +50,64 @@ def test_every_change_is_seen(change: Callable[[Any], Any]) -> None:
         assert len(got) == len(want)
         assert set(got) == set(want)
     assert [id(tensor) for tensor in tensors()] == got  # in the same order
+
+
+class Opaque:
+    def __init__(self) -> None:
+        self.scales: dict[str, torch.Tensor] = {}
+
+
+def hidden() -> Model:
+    model = Model()
+    model.state, model.table, model.parts = Opaque(), torch.ones(2), [{"scale": torch.ones(1)}]  # type: ignore[assignment]
+    return model
+
+
+def test_tensors_that_are_no_parameters_count_too() -> None:
+    model: Any = hidden()
+    tensors = ModuleTensors(model)
+    plain = len([*model.parameters(), *model.buffers()])
+    assert len(tensors()) == plain + 2
+    model.state.scales["a"] = torch.ones(3)
+    model.layers[0].late = torch.ones(4)
+    found = tensors()
+    assert len(found) == plain + 4
+    assert any(one is model.layers[0].late for one in found)
+    model.table = torch.zeros(2)
+    assert any(one is model.table for one in tensors())
+
+
+class Kept:
+    """As accelerate's hooks hold the weights that it moves in for a call."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights_map = weights
+
+
+def test_weights_that_lie_elsewhere_between_calls() -> None:
+    layer: Any = nn.Linear(2, 3)
+    kept = {name: value.detach() for name, value in layer.named_parameters()}
+    layer._hf_hook = Kept(kept)
+    layer.to("meta")
+    tensors = ModuleTensors(layer)
+    assert [id(one) for one in tensors()] == [id(kept["weight"]), id(kept["bias"])]
+    layer.weight = nn.Parameter(kept["weight"].clone())  # as within a call
+    assert tensors()[0] is kept["weight"]
+
+
+def test_packed_weights() -> None:
+    class Holder(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            weight = torch.quantize_per_tensor(torch.ones(2, 3), scale, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, torch.zeros(2))
+
+    def fingerprint(holder: nn.Module) -> str:
+        tensors = ModuleTensors(holder)
+        assert [id(one) for one in tensors()] == [id(one) for one in tensors()]
+        return WeightsFingerprint(tensors()).current(tensors())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch asks for another library
+        prints = [fingerprint(Holder(scale)) for scale in (0.1, 0.1, 0.2)]
+    assert prints[0] == prints[1] != prints[2]

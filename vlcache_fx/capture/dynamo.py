@@ -18,6 +18,7 @@ from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.capture.flex import drop_block_masks, refuse_transforms
 from vlcache_fx.capture.scatters import settle_scatters
 from vlcache_fx.capture.vmap import inline_vmap
+from vlcache_fx.capture.wrapped import WHOLE
 from vlcache_fx.capture.writes import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
@@ -37,7 +38,10 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         raise UnsupportedGraphError(Reason.NO_ATTENTION, "the graph has no floating-point tensor")
     module = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    kinds = tuple(_kind(node, example) for node, example in zip(placeholders, example_inputs, strict=True))
+    kinds = tuple(
+        _kind(node, node.meta.get(WHOLE, example))
+        for node, example in zip(placeholders, example_inputs, strict=True)
+    )
     specialised = _fold_numbers(module, placeholders, example_inputs)
     drop_block_masks(module)
     fakes = [_fake(node, example) for node, example in zip(placeholders, example_inputs, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.errors import StoreError
+from vlcache_fx.errors import StoreError, UnreadableWeightsError
 from vlcache_fx.integrations.items import (
     Fields,
     as_lists,
@@ -147,13 +147,17 @@ class EncoderCache:
         ]
 
     def _keys(self, items: list[Item], call: dict[str, Any]) -> list[str] | None:
-        """One key per item; None where an argument cannot be part of a key."""
+        """One key per item; None where an argument, or a weight, cannot be part of a key."""
         # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
         # in every call, because adapters add parameters and loading can replace them.
         state = self._state.digest()
         if state is None or self._module.training:  # in training, encoders may drop values at random
             return None
-        weights = self._engine.fingerprints.of(self._tensors())
+        try:
+            weights = self._engine.fingerprints.of(self._tensors())
+        except UnreadableWeightsError as error:
+            self._engine.refuse_weights(error)
+            return None
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         numbers = numerics(device_type_of(call.values()))

@@ -8,7 +8,7 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.writes import can_write, deliver
-from vlcache_fx.errors import PlanError, PolicyError, UnsupportedGraphError
+from vlcache_fx.errors import PlanError, PolicyError, UnreadableWeightsError, UnsupportedGraphError
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
@@ -93,7 +93,10 @@ class DecoderRunner:
                 return self._bypass(args, "placeholders and encoder features do not agree in number or width")
             num_samples, num_tokens, runs = identified
             hit = noted if encoder_hit is None else encoder_hit
-            request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
+            try:
+                request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
+            except UnreadableWeightsError as error:
+                return self._bypass(args, self.engine.refuse_weights(error), num_tokens)
         if not runs and identifier.embeddings is not None:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.store.entry import Entry, Json
@@ -37,7 +38,11 @@ class EncoderRunner:
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """``(results, hit)`` for the graph's inputs."""
-        keys = self._keys(args)
+        try:
+            keys = self._keys(args)
+        except UnreadableWeightsError as error:
+            self._engine.refuse_weights(error)
+            return self._run(*args), False
         stored = self._get(keys)
         if stored is not None:
             self._engine.count("encoder_hits")

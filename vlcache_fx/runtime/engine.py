@@ -1,7 +1,9 @@
 """The engine: what the graphs of one compiled model share."""
 
+import itertools
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,16 @@ from typing import Any
 
 import torch
 
-from vlcache_fx.errors import OptionError, PlanError, PolicyError, StoreError, UnsupportedGraphError
+from vlcache_fx.errors import (
+    OptionError,
+    PlanError,
+    PolicyError,
+    Reason,
+    StoreClosedError,
+    StoreError,
+    UnreadableWeightsError,
+    UnsupportedGraphError,
+)
 from vlcache_fx.explain import GraphExplanation, explain
 from vlcache_fx.lowering import (
     CompileCache,
@@ -51,6 +62,7 @@ class Engine:
         choices: policy, budget and profile of the next call.
         guards: which models go without reuse.
         fingerprints: of weights.
+        graphs: of one model, as compiled; by number. They live as long as the engine.
         missed: keys of items that were looked up in vain.
         unstorable: keys of donors that the store refused, as too large: recording them again would not help.
 
@@ -81,7 +93,10 @@ class Engine:
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graph_calls = 0
-        self.explained: Callable[..., Any] | None = None
+        self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
+        self.graph_numbers = itertools.count()
+        self._explained: weakref.ref[Callable[..., Any]] | None = None
+        self._closed = self._said_closed = False
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -94,6 +109,16 @@ class Engine:
         """What the last prefill did, as plain data; None before the first call."""
         report = self._report
         return None if report is None else report.as_dict()
+
+    @property
+    def explained(self) -> Callable[..., Any] | None:
+        """The model's own ``forward``; None for an engine of many models, and once the model is gone."""
+        forward = None if self._explained is None else self._explained()
+        return getattr(forward, "__wrapped__", None)
+
+    def explains(self, forward: Callable[..., Any]) -> None:
+        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive."""
+        self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: calls per mode, store, compilations, refusals by reason, shadow runs."""
@@ -117,13 +142,15 @@ class Engine:
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
-            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many).
+            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
+                the model is gone.
         """
-        if self.explained is None:
+        explained = self.explained
+        if explained is None:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        return explain(self.explained, **inputs)
+        return explain(explained, **inputs)
 
     @contextmanager
     def using(
@@ -169,13 +196,18 @@ class Engine:
         self.guards.resume()
 
     def clear(self) -> None:
-        """Drop every donor and encoder output."""
-        self.store.clear()
+        """Drop every donor and encoder output. Of a closed engine, there are none."""
+        try:
+            self.store.clear()
+        except StoreError as error:
+            if not (self._closed or isinstance(error, StoreClosedError)):
+                raise
         self.missed.clear()
         self.unstorable.clear()
 
     def close(self) -> None:
-        """Release the store; the compiled model goes on without reuse."""
+        """Release the store; the compiled model goes on without reuse. Again: nothing happens."""
+        self._closed = True
         self.store.close()
 
     # The methods below are for the runtime, and for measurements.
@@ -218,18 +250,26 @@ class Engine:
         return list(items.values())
 
     def refuse(self, refusal: UnsupportedGraphError) -> None:
-        """Log a refusal, or raise it in strict mode."""
+        """Log a refusal, each text once, or raise it in strict mode."""
         if self.options.strict:
             raise refusal
         with self._lock:
+            known = any(str(other) == str(refusal) for other in self.refusals)
             self.refusals.append(refusal)
-        log.warning("runs unmodified: %s", refusal)
+        if not known:
+            log.warning("runs unmodified: %s", refusal)
 
     def refuse_call(self, refusal: UnsupportedGraphError) -> None:
         """As ``refuse``, for a single call of a graph whose other calls may be served; logged once."""
         known = any((other.reason, other.node) == (refusal.reason, refusal.node) for other in self.refusals)
         if not known or self.options.strict:
             self.refuse(refusal)
+
+    def refuse_weights(self, error: UnreadableWeightsError) -> str:
+        """Calls of a model whose weights cannot be read, one text for all of them; see ``refuse_call``."""
+        refusal = UnsupportedGraphError(Reason.WEIGHTS_UNREADABLE, str(error))
+        self.refuse_call(refusal)
+        return str(refusal)
 
     def refuse_shadow(self, refusal: UnsupportedGraphError) -> None:
         """Shadow runs of a graph that is served otherwise; logged once per engine, raised in strict mode."""
@@ -243,14 +283,26 @@ class Engine:
 
     @contextmanager
     def tolerating_store_errors(self) -> Iterator[None]:
-        """A store that fails in the body costs reuse, never the request; raised in strict mode."""
+        """A store that fails in the body costs reuse, never the request; raised in strict mode.
+
+        A closed store is no failure: somebody wanted it so.
+        """
         try:
             yield
         except StoreError as error:
+            if self._closed or isinstance(error, StoreClosedError):
+                self._say_closed()
+                return
             if self.options.strict:
                 raise
             self.count("store_failures")
             log.warning("store failed, computing instead: %s", error)
+
+    def _say_closed(self) -> None:
+        with self._lock:
+            said, self._said_closed = self._said_closed, True
+        if not said:
+            log.warning("the store is closed: calls go on without reuse")
 
     def plan_failed(self, error: PlanError | PolicyError) -> None:
         """A policy whose rows cannot be executed costs reuse, never the request."""

@@ -51,6 +51,9 @@ class DonorLookup:
             args, known, encoder_hit, clock, num_tokens: see ``Request``.
             num_samples: prompts in the call.
             runs: of all of them.
+
+        Raises:
+            StoreError: the bytes of a weight cannot be read.
         """
         by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
         least = self._engine.options.min_span_tokens
@@ -62,11 +65,19 @@ class DonorLookup:
             )
             for index, own in enumerate(by_sample)
         )
-        fingerprint = ""
+        fingerprint = others = ""
         if any(sample.spans for sample in samples):  # with text alone there is nothing to look weights over for
             fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
+            others = self._fingerprint(args, self._form.other_weights)
         return Request(
-            args, known, num_tokens, samples, encoder_hit, clock, model_fingerprint=fingerprint
+            args,
+            known,
+            num_tokens,
+            samples,
+            encoder_hit,
+            clock,
+            model_fingerprint=fingerprint,
+            weights=content_digest([fingerprint, others]),
         )
 
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
@@ -80,8 +91,7 @@ class DonorLookup:
             look: what masks let its tokens see.
         """
         salt, device = self._engine.options.salt, self._form.device.type
-        others = self._fingerprint(request.args, self._form.other_weights)
-        common = [request.model_fingerprint, others, self._form.layout, numerics(device)]
+        common = [request.weights, self._form.layout, numerics(device)]
         identities = {
             is_unified: content_digest([*common, digest])
             for is_unified, digest in ((True, self._form.unified), (False, self._form.computation))

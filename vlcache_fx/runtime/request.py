@@ -65,7 +65,8 @@ class Request:
         is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
-        model_fingerprint: of the decoder's weights; empty without spans.
+        model_fingerprint: of the weights of the decoder's layers; empty without spans.
+        weights: fingerprint of all weights that rows depend on.
     """
 
     args: Sequence[Any]
@@ -77,6 +78,7 @@ class Request:
     is_causal: bool = False
     is_whole: bool = True
     model_fingerprint: str = ""
+    weights: str = ""
 
     @property
     def spans(self) -> tuple[Span, ...]:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from vlcache_fx.capture.steps import is_decoding_step
+from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.runtime.engine import Engine
 
 Compiled = Callable[..., Sequence[Any]]
@@ -57,3 +58,26 @@ class DynamoGraph:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         return self._run(*args)
+
+
+class Rewrapped:
+    """What takes inputs of classes of their own, called with the plain tensors that they are made of."""
+
+    def __init__(self, unmodified: Unmodified, unwrapped: Unwrapped) -> None:
+        self._unmodified, self._unwrapped = unmodified, unwrapped
+
+    def is_decoding_step(self) -> bool:
+        """See ``Unmodified``."""
+        return self._unmodified.is_decoding_step()
+
+    def prepare(self) -> Compiled:
+        """See ``Unmodified``."""
+        self._unmodified.prepare()
+        return self
+
+    def release(self) -> None:
+        """See ``Unmodified``."""
+        self._unmodified.release()
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        return self._unmodified(*self._unwrapped.whole(args))

@@ -75,7 +75,8 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Releases everything; later calls raise ``StoreError``, except a second ``close``."""
+        """Releases everything; later calls raise ``StoreClosedError``, except a second ``close``
+        and ``stats``."""
 
     @abstractmethod
     def stats(self) -> StoreStats:

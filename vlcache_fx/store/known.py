@@ -6,6 +6,7 @@ is known of a tensor is forgotten when it is written to.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.store.keys import content_digest
 from vlcache_fx.store.watch import TensorWatch
 
@@ -45,7 +47,8 @@ def remember(tensor: Tensor, digests: Mapping[Rows, str] = NOTHING) -> None:
     A write that no version counter shows and that leaves the 256 values that are compared as they were is not
     noticed (see ``TensorWatch``).
     """
-    setattr(tensor, ATTRIBUTE, _Known(TensorWatch([tensor]), dict(digests)))
+    with contextlib.suppress(UnreadableWeightsError):  # then there are no bytes to know of either
+        setattr(tensor, ATTRIBUTE, _Known(TensorWatch([tensor]), dict(digests)))
 
 
 def known_rows(tensor: Tensor) -> Mapping[Rows, str]:

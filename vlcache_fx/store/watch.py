@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.store.layout import flat
+from vlcache_fx.store.leaves import leaves_of
 
 # Sampled per tensor: runs spread over it. Runs, because the cost is in cache lines, not in values.
 _RUNS = 16
@@ -29,17 +31,41 @@ class TensorWatch:
     - 256 values per tensor (all of a small one), bit by bit: this notices most writes that count no version,
       through ``.data`` or NumPy, such as an optimiser step, a merged adapter or a scaled matrix.
 
-    The samples are views: they keep the tensors' memory alive as long as the watch.
+    Of a tensor that is made of others (quantised, sharded, sparse), it is these, and how they make up the
+    whole, that count.
+
+    The samples are views, dropped when one of the tensors dies: a watch keeps no memory of models that are
+    gone.
+
+    Raises:
+        UnreadableWeightsError: one of the tensors has no bytes that could be read.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._identity = _identity(tensors)
-        self._views = _sample_views(tensors)
+        leaves = leaves_of(tensors)
+        self._ids, self._form, self._identity = _ids(tensors), leaves.form, _identity(leaves.tensors)
+        self._views = _sample_views(leaves.tensors)
         self._samples = [torch.cat(views) for views in self._views]
+        self._is_over = False
+        own = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            watch = own()
+            if watch is not None:
+                watch._is_over, watch._views, watch._samples = True, [], []
+
+        self._alive = [weakref.ref(tensor, drop) for tensor in tensors]
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
-        """True where ``tensors`` are those that were given, and hold what they held as far as can be seen."""
-        if _identity(tensors) != self._identity:
+        """True where ``tensors`` are those that were given, and hold what they held as far as can be seen.
+
+        Raises:
+            UnreadableWeightsError: one of the tensors has no bytes that could be read any more.
+        """
+        if self._is_over or _ids(tensors) != self._ids:
+            return False
+        leaves = leaves_of(tensors)
+        if leaves.form != self._form or _identity(leaves.tensors) != self._identity:
             return False
         differences: dict[torch.device, list[Tensor]] = defaultdict(list)
         for views, samples in zip(self._views, self._samples, strict=True):
@@ -50,8 +76,12 @@ class TensorWatch:
         return not any(bool(torch.stack(found).any()) for found in differences.values())
 
 
-def _identity(tensors: Sequence[Tensor]) -> tuple[object, ...]:
-    return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+def _ids(tensors: Sequence[Tensor]) -> list[int]:
+    return [id(tensor) for tensor in tensors]
+
+
+def _identity(leaves: Sequence[Tensor]) -> list[object]:
+    return [(t.data_ptr(), -1 if t.is_inference() else t._version, t.dtype, t.shape) for t in leaves]
 
 
 def _sample_views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -76,7 +106,7 @@ def integers(tensor: Tensor) -> Tensor | None:
     Integers, because NaN would differ from itself.
     """
     tensor = tensor.detach()
-    if tensor.layout != torch.strided or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_conj() or tensor.is_neg():
         return None
     if not tensor.is_contiguous():
         # The whole storage instead, in memory order: a superset of the tensor's values.

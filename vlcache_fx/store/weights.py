@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.store.keys import Part, content_digest
+from vlcache_fx.store.leaves import leaves_of
 from vlcache_fx.store.watch import TensorWatch, integers
 
 # Elements per step of a checksum on a device: bounds its scratch memory to a few hundred MiB.
@@ -28,10 +29,14 @@ class WeightsFingerprint:
     weights to the host would take seconds), so the same weights have one fingerprint on the CPU and another
     one on a GPU.
 
-    It keeps the memory of the tensors last seen alive until the next call.
+    Of a tensor that is made of others (quantised, sharded, sparse), these count, and how they make up the
+    whole: equal integers with other scales are other weights.
 
     Args:
         tensors: parameters and buffers.
+
+    Raises:
+        UnreadableWeightsError: one of the tensors has no bytes that could be read.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -44,6 +49,9 @@ class WeightsFingerprint:
 
         Returns:
             64 hexadecimal digits.
+
+        Raises:
+            UnreadableWeightsError: one of the tensors has no bytes that could be read.
         """
         if self._watch is None or not self._watch.unchanged(tensors):
             self._read(tensors)
@@ -55,8 +63,12 @@ class WeightsFingerprint:
 
     def _read(self, tensors: Sequence[Tensor]) -> None:
         # The watch first: a write that comes in between makes the next call look again.
-        self._watch = TensorWatch(tensors)
-        self._digest = content_digest([_part(tensor) for tensor in tensors], threaded=True)
+        self._watch = None
+        watch, leaves = TensorWatch(tensors), leaves_of(tensors)
+        parts = [_part(tensor) for tensor in leaves.tensors]
+        # Of plain tensors, the digest is that of their bytes alone: it is written in profiles and manifests.
+        self._digest = content_digest([*parts, leaves.form] if leaves.form else parts, threaded=True)
+        self._watch = watch
 
 
 def _part(tensor: Tensor) -> Part:
