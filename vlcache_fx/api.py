@@ -8,7 +8,9 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
+from vlcache_fx.capture.settings import DYNAMO_CONFIG
 from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.explain import Arguments
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     hook_encoders,
@@ -18,30 +20,21 @@ from vlcache_fx.integrations.transformers import (
 )
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.marks import mark_spans
 from vlcache_fx.runtime.report import Report
 
-__all__ = ["compile", "mark_spans"]
+__all__ = ["DYNAMO_CONFIG", "compile", "mark_spans"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-DYNAMO_CONFIG = {
-    # Models check on the way that placeholders and features agree; with scalars captured, that check does not
-    # cut the graph in two.
-    "capture_scalar_outputs": True,
-    # Features that are added at masked places of inner layers have a size that depends on data.
-    "capture_dynamic_output_shape_ops": True,
-    # One forward serves prompts with and without images, and decoding steps, each static first and then
-    # symbolic: more forms than Dynamo's default allows before it gives up compiling for good.
-    "recompile_limit": 64,
-}
 
 
 def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after torch.compile
     """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
 
     The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
-    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine.
+    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine. Calls in which
+    torch records gradients run the plain ``forward``.
 
     Args:
         model: a vision-language model; for models of the transformers library encoder outputs are cached too.
@@ -60,10 +53,17 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic
     )
 
+    def prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        args, kwargs = encoders_first.prepared(args, kwargs)
+        return args, joined_items(kwargs)
+
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if records_gradients((*args, *kwargs.values()), model):
+            engine.bypass(gradient_refusal())
+            return plain(*args, **kwargs)
         before = engine.graph_calls
-        args, kwargs = encoders_first(args, kwargs)
+        args, kwargs = encoders_first.prepared(args, kwargs)
         with torch._dynamo.config.patch(DYNAMO_CONFIG):
             try:
                 result = compiled(*args, **joined_items(kwargs))
@@ -80,7 +80,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
     hook_encoders(model, engine)
     hook_placeholder_check(model)
-    engine.explained = plain
+    engine.explained, engine.prepared = plain, prepared
     object.__setattr__(model, "forward", forward)
     object.__setattr__(model, "vlcache", engine)
     return model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vlcache_fx.errors import OptionError, PlanError, PolicyError, StoreError, UnsupportedGraphError
-from vlcache_fx.explain import GraphExplanation, explain
+from vlcache_fx.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.lowering import (
     CompileCache,
     Decompositions,
@@ -80,8 +80,11 @@ class Engine:
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
-        self.graph_calls = 0
         self.explained: Callable[..., Any] | None = None
+        self.prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] = lambda args, kwargs: (
+            args,
+            kwargs,
+        )
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -123,7 +126,11 @@ class Engine:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        return explain(self.explained, **inputs)
+        try:
+            return explain(self.explained, inputs, self.prepared, self.options.dynamic)
+        finally:  # no word of it in the report of the next call
+            self.take_encoder_note()
+            self.take_items()
 
     @contextmanager
     def using(
@@ -194,6 +201,21 @@ class Engine:
         """Add one to a count."""
         with self._lock:
             self._counts[what] += 1
+
+    @property
+    def graph_calls(self) -> int:
+        """How many graphs of this engine this thread has run."""
+        calls: int = getattr(self._call, "graphs", 0)
+        return calls
+
+    def count_graph_call(self) -> None:
+        """This thread runs a graph."""
+        self._call.graphs = self.graph_calls + 1
+
+    def bypass(self, refusal: UnsupportedGraphError) -> None:
+        """Report a call that runs unmodified; logged once for each reason, raised in strict mode."""
+        self.refuse_call(refusal)
+        self.report(Report("bypass", str(refusal)))
 
     def note_encoder(self, *, hit: bool) -> None:
         """An encoder outside the decoder's graph was skipped (or ran); the call's report will say so."""
