@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "strict": False,
         "cuda_graphs": False,
         "dynamic": None,
+        "mode": None,
     }
     assert Options.parse(None) == Options.parse({}) == Options()
 

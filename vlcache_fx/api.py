@@ -22,7 +22,7 @@ from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.marks import mark_spans
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.regions import uncompiled_refusal
 
 __all__ = ["DYNAMO_CONFIG", "compile", "mark_spans"]
 
@@ -72,9 +72,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
                 raise
         if engine.graph_calls == before:
-            engine.report(
-                Report("bypass", "Dynamo ran this call uncompiled (has it reached recompile_limit?)")
-            )
+            engine.ran_uncompiled(uncompiled_refusal())
         restore_items(result, kwargs)
         return result
 

@@ -28,6 +28,7 @@ from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.merges import MergeMarks
+from vlcache_fx.runtime.regions import raise_recompile_limit, watch
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.step import StepRunner
 from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Unmodified
@@ -44,18 +45,27 @@ NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
 
 
 def vlcache(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """The backend as ``torch.compile`` calls it, found through the entry point ``vlcache``.
 
     Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do
-    not mix. ``engine_for(options)`` gives it.
+    not mix. ``engine_for(options)`` gives it. ``torch.compile(mode=...)`` is the option ``mode``.
+
+    Dynamo's ``recompile_limit`` is raised in this process if it has torch's default.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
-    return compile_graph(graph_module, example_inputs, engine_for(options))
+    engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
+    raise_recompile_limit()
+    watch(engine)
+    return compile_graph(graph_module, example_inputs, engine)
 
 
 def engine_for(options: Mapping[str, Any] | None = None) -> Engine:

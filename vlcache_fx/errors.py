@@ -77,6 +77,8 @@ class Reason(StrEnum):
     """The rewritten graph did not compile."""
     DATA_DEPENDENT = "data_dependent"
     """Shapes or control flow depend on tensor values."""
+    UNCOMPILED = "uncompiled"
+    """Dynamo ran a call without compiling it: none of its graphs reached this backend."""
     NO_LOGITS = "no_logits"
     """Results hold no logits: the graph is served, but shadow runs could not be judged and are not made."""
 

@@ -62,7 +62,7 @@ class Engine:
         self.options = options or Options()
         self.choices = Choices(_choice(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
-        self.compile_cache = CompileCache()
+        self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
         self.lowering: Lowering
         if self.options.lowering == "eager":
             self.lowering = EagerLowering()
@@ -107,6 +107,7 @@ class Engine:
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
             "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
+            "uncompiled_calls": counts.get("uncompiled_calls", 0),
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
             "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
@@ -211,6 +212,11 @@ class Engine:
     def count_graph_call(self) -> None:
         """This thread runs a graph."""
         self._call.graphs = self.graph_calls + 1
+
+    def ran_uncompiled(self, refusal: UnsupportedGraphError) -> None:
+        """A call in which no graph of this engine ran."""
+        self.count("uncompiled_calls")
+        self.bypass(refusal)
 
     def bypass(self, refusal: UnsupportedGraphError) -> None:
         """Report a call that runs unmodified; logged once for each reason, raised in strict mode."""
