@@ -173,6 +173,17 @@ def test_an_unknown_option_lists_the_valid_ones() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
+def test_modes_are_taken_as_torch_compile_gives_them() -> None:
+    with torch.no_grad():
+        compiled = torch.compile(tiny_vlm(), backend="vlcache", mode="reduce-overhead")
+        torch.testing.assert_close(compiled(**FIRST), tiny_vlm()(**FIRST))
+        assert engine_for({"mode": "reduce-overhead"}).last_report is not None
+        compiled = torch.compile(tiny_vlm(), backend="vlcache", mode="fastest")
+        with pytest.raises(BackendCompilerFailed, match="mode='fastest' is not valid") as failed:
+            compiled(**FIRST)
+    assert isinstance(failed.value.inner_exception, OptionError)
+
+
 def test_a_bad_value_names_it() -> None:
     compiled = torch.compile(tiny_vlm(), backend="vlcache", options={"budget": 2.0})
     with pytest.raises(BackendCompilerFailed, match=r"budget=2.0 is not valid"), torch.no_grad():
