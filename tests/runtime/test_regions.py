@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -87,6 +88,18 @@ def test_the_default_limit_is_raised_for_all_models_of_one_code() -> None:
             assert torch.equal(got, expected)
             assert pair.engine.graph_calls == graphs + 1
         assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
+
+
+def test_the_limit_is_raised_in_the_thread_of_the_call() -> None:
+    """Values of Dynamo's configuration belong to a thread in newer versions of torch."""
+    with torch._dynamo.config.patch(recompile_limit=TORCH_RECOMPILE_LIMIT):
+        pair = with_backend(Shared(2), dynamic=False)
+        pair.both(x=torch.ones(1, 2))
+        rows = range(2, TORCH_RECOMPILE_LIMIT + 3)
+        with ThreadPoolExecutor(1) as pool:
+            pairs = list(pool.map(lambda count: pair.both(x=torch.ones(count, 2)), rows))
+    assert all(torch.equal(got, expected) for got, expected in pairs)
+    assert pair.engine.stats()["uncompiled_calls"] == 0
 
 
 def test_a_region_is_watched_once() -> None:
