@@ -208,8 +208,8 @@ def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
 
 
 def test_every_reason_has_a_case() -> None:
-    # NO_LOGITS refuses no graph, but its shadow runs: tests/runtime/test_shadow.py. UNCOMPILED is of calls that
-    # bring no graph: tests/runtime/test_regions.py.
+    # NO_LOGITS refuses no graph, but its shadow runs: tests/runtime/test_shadow.py.
+    # UNCOMPILED is of calls that bring no graph: tests/runtime/test_regions.py.
     assert {*CASES, Reason.LOWERING_FAILED, Reason.NO_LOGITS, Reason.UNCOMPILED} == set(Reason)
 
 
