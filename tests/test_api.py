@@ -115,6 +115,21 @@ def test_explain_names_layers_and_merges() -> None:
     assert "[position_in_stream]" in explanation.reason
 
 
+def test_explain_traces_as_a_call_does() -> None:
+    """Grids cannot be traced: the encoder runs first, and no word of it comes into the next report."""
+    pair = with_api(tiny_qwen2_5_vl(2), min_span_tokens=4, policy="full")
+    inputs = qwen_inputs(4, 5, [(8, 12, 0), (8, 8, 1)])
+    for _ in range(2):
+        (explanation,) = pair.engine.explain(**inputs)
+        assert (explanation.kind, explanation.num_layers) == ("decoder", 2)
+    assert pair.engine.last_report is None
+    ids = {"input_ids": inputs["input_ids"][:, :3]}
+    (explanation,) = pair.engine.explain(**ids)
+    assert explanation.reason is None or "[no_merge]" in explanation.reason
+    pair.run(**ids)
+    assert pair.report["encoder_hit"] is None
+
+
 def test_qwen_called_directly_equals_the_model() -> None:
     """Its forward falls into many graphs when the features are not given, which ``generate()`` does."""
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")

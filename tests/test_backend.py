@@ -173,6 +173,20 @@ def test_an_unknown_option_lists_the_valid_ones() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
+def test_modes_are_taken_as_torch_compile_gives_them() -> None:
+    model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="vlcache", mode="max-autotune-no-cudagraphs")
+        torch.testing.assert_close(compiled(x), model(x))
+        engine = engine_for({"mode": "max-autotune-no-cudagraphs"})
+        assert engine.graph_calls == 1
+        assert engine.compile_cache.options["config_patches"]["max_autotune"] is True
+        compiled = torch.compile(model, backend="vlcache", mode="fastest")
+        with pytest.raises(BackendCompilerFailed, match="mode='fastest' is not valid") as failed:
+            compiled(x)
+    assert isinstance(failed.value.inner_exception, OptionError)
+
+
 def test_a_bad_value_names_it() -> None:
     compiled = torch.compile(tiny_vlm(), backend="vlcache", options={"budget": 2.0})
     with pytest.raises(BackendCompilerFailed, match=r"budget=2.0 is not valid"), torch.no_grad():

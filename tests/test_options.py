@@ -30,6 +30,7 @@ def test_defaults() -> None:
         "strict": False,
         "cuda_graphs": False,
         "dynamic": None,
+        "mode": None,
     }
     assert Options.parse(None) == Options.parse({}) == Options()
 
@@ -55,6 +56,9 @@ def test_defaults() -> None:
         ("salt", "tenant"),
         ("strict", True),
         ("dynamic", False),
+        ("mode", "max-autotune"),
+        ("mode", "default"),
+        ("mode", None),
     ],
 )
 def test_valid_values_are_kept(name: str, value: Any) -> None:
@@ -101,6 +105,8 @@ def test_valid_values_are_kept(name: str, value: Any) -> None:
         ("strict", 1),
         ("strict", None),
         ("dynamic", "auto"),
+        ("mode", "fastest"),
+        ("mode", True),
     ],
 )
 def test_bad_values_are_named(name: str, value: Any) -> None:
@@ -129,3 +135,16 @@ def test_numpy_numbers_become_python_ones() -> None:
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().budget = 0.5  # type: ignore[misc]
+
+
+def test_modes_are_settings_of_inductor_and_cuda_graphs_of_ours() -> None:
+    options = Options.parse({"mode": "max-autotune"})
+    assert options.cuda_graphs
+    assert options.inductor_config["max_autotune"] is True
+    assert not any("cudagraphs" in name for name in options.inductor_config)
+    options = Options.parse({"mode": "max-autotune-no-cudagraphs"})
+    assert not options.cuda_graphs
+    assert options.inductor_config["max_autotune"] is True
+    assert Options.parse({}).inductor_config == {}
+    with pytest.raises(OptionError, match=r"mode='fastest'.*'reduce-overhead'"):
+        Options.parse({"mode": "fastest"})

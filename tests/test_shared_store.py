@@ -169,7 +169,9 @@ class Checked:
         model: Any = tiny_vlm(last_only=False)
         for mutate in mutations:
             mutate(model)
-        model.encoder.register_forward_hook(lambda module, x, y: y.float())  # autocast leaves embeddings alone
+        model.encoder.register_forward_hook(
+            lambda module, x, y: y.float()
+        )  # autocast leaves embeddings alone
         own = MemoryStore(1 << 30)
         pair = make(model, policy=policy, store=own)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -197,9 +199,7 @@ def test_no_model_is_served_what_another_one_computed(count: int) -> None:
         st.sampled_from([with_api, with_backend]),
     )
     @settings(max_examples=count, phases=[Phase.explicit, Phase.generate])
-    def mutated(
-        mutations: list[Mutation], autocast: bool, policy: str, make: Callable[..., Pair]
-    ) -> None:
+    def mutated(mutations: list[Mutation], autocast: bool, policy: str, make: Callable[..., Pair]) -> None:
         checked.check(mutations, autocast, policy, make)
 
     mutated()

@@ -10,7 +10,9 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
+from vlcache_fx.capture.settings import DYNAMO_CONFIG
 from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.explain import Arguments
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     hook_encoders,
@@ -21,31 +23,22 @@ from vlcache_fx.integrations.transformers import (
 from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.marks import mark_spans
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.regions import uncompiled_refusal
 from vlcache_fx.runtime.unmodified import Compiled
 
-__all__ = ["compile", "mark_spans"]
+__all__ = ["DYNAMO_CONFIG", "compile", "mark_spans"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-DYNAMO_CONFIG = {
-    # Models check on the way that placeholders and features agree; with scalars captured, that check does not
-    # cut the graph in two.
-    "capture_scalar_outputs": True,
-    # Features that are added at masked places of inner layers have a size that depends on data.
-    "capture_dynamic_output_shape_ops": True,
-    # One forward serves prompts with and without images, and decoding steps, each static first and then
-    # symbolic: more forms than Dynamo's default allows before it gives up compiling for good.
-    "recompile_limit": 64,
-}
 
 
 def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after torch.compile
     """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
 
     The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
-    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine.
+    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine. Calls in which
+    torch records gradients run the plain ``forward``.
 
     A model within a wrapper, such as an adapter of PEFT, is what is compiled; the wrapper is returned, and
     has ``vlcache`` too. Once the model is gone, so is all that was kept for it. It can be saved, but not be
@@ -68,10 +61,17 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     encoders_first = EncodersFirst(inner)
     compiled = torch.compile(plain, backend=_Backend(engine), dynamic=parsed.dynamic)
 
+    def prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        args, kwargs = encoders_first.prepared(args, kwargs)
+        return args, joined_items(kwargs)
+
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if records_gradients((*args, *kwargs.values()), inner):
+            engine.bypass(gradient_refusal())
+            return plain(*args, **kwargs)
         before = engine.graph_calls
-        args, kwargs = encoders_first(args, kwargs)
+        args, kwargs = encoders_first.prepared(args, kwargs)
         with torch._dynamo.config.patch(DYNAMO_CONFIG):
             try:
                 result = compiled(*args, **joined_items(kwargs))
@@ -80,15 +80,13 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
                 raise
         if engine.graph_calls == before:
-            engine.report(
-                Report("bypass", "Dynamo ran this call uncompiled (has it reached recompile_limit?)")
-            )
+            engine.ran_uncompiled(uncompiled_refusal())
         restore_items(result, kwargs)
         return result
 
     hook_encoders(inner, engine)
     hook_placeholder_check(inner)
-    engine.explains(forward)
+    engine.explains(forward, prepared)
     object.__setattr__(inner, "forward", forward)
     for one in {id(one): one for one in (inner, getattr(inner, "base_model", inner))}.values():
         refuse_copies(one)

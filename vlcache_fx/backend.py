@@ -12,24 +12,24 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.cross import find_cross_attended
-from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.steps import attends
 from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.split_encoder import SplitEncoder, SplitResults, split_encoder, split_results
+from vlcache_fx.passes.classify import GraphKind, classify
+from vlcache_fx.passes.split_encoder import SplitEncoder, SplitResults, split_results
 from vlcache_fx.passes.standard import CLEANUP, step_program
 from vlcache_fx.runtime.cross import CrossAttendingRunner
 from vlcache_fx.runtime.decoder import DecoderRunner
 from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.merges import MergeMarks
+from vlcache_fx.runtime.regions import raise_recompile_limit, watch
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.step import StepRunner
 from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
@@ -46,18 +46,27 @@ NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
 
 
 def vlcache(
-    graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """The backend as ``torch.compile`` calls it, found through the entry point ``vlcache``.
 
     Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do
-    not mix. ``engine_for(options)`` gives it.
+    not mix. ``engine_for(options)`` gives it. ``torch.compile(mode=...)`` is the option ``mode``.
+
+    Dynamo's ``recompile_limit`` is raised in this process if it has torch's default.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
-    return compile_graph(graph_module, example_inputs, engine_for(options))
+    engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
+    raise_recompile_limit()
+    watch(engine)
+    return compile_graph(graph_module, example_inputs, engine)
 
 
 def engine_for(options: Mapping[str, Any] | None = None) -> Engine:
@@ -74,9 +83,15 @@ def _engine(options: Options) -> Engine:
 def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
     """Compile one graph for ``engine``. The result takes the graph's inputs and returns its outputs."""
     compiled = _compile(graph_module, example_inputs, engine)
+    with_gradients = records_gradients(example_inputs)
 
     def run(*args: Any) -> Sequence[Any]:
-        engine.graph_calls += 1
+        engine.count_graph_call()
+        if not with_gradients and records_gradients(args):
+            # Dynamo may skip the guards of parameters: requires_grad_() on a compiled model can come here.
+            engine.bypass(gradient_refusal())
+            results: Sequence[Any] = graph_module(*args)
+            return results
         return compiled(*args)
 
     return run
@@ -93,7 +108,10 @@ def _compile(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine
         unmodified = Rewrapped(unmodified, unwrapped)
 
     def capture() -> Captured:
-        check_gradients(example_inputs)
+        if records_gradients(example_inputs):
+            if attends(graph_module.graph):
+                raise gradient_refusal()
+            raise UnsupportedGraphError(Reason.NO_ATTENTION, "nothing to reuse, with gradients or without")
         try:
             return capture_dynamo(graph_module, example_inputs)
         except UnsupportedGraphError as refusal:
@@ -128,23 +146,33 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
 
 
 def _rewrite(captured: Captured, engine: Engine, unmodified: Unmodified) -> Compiled:
-    if is_encoder(captured):
-        if captured.writes:
-            raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "an encoder that writes to its inputs")
-        return _keep_results(captured, engine)
-    marks = MergeMarks.of(captured)
-    if marks is not None:
-        merge = unmodified.prepare()
-        return lambda *args: marks.mark(args, merge(*args))
-    attended = split_encoder(captured, find_cross_attended(captured))
-    if attended is not None and attended.computes:
-        return _keep_attended(attended, engine)
-    facts = analyze(captured)
-    if not facts.merges:
-        if facts.stream.boundaries[0].op != "placeholder":
-            raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
-        unmodified.prepare()  # serves every call in which no span is marked
-    split = split_encoder(captured, facts.encoder)
+    found = classify(captured)
+    match found.kind:
+        case GraphKind.ENCODER:
+            return _keep_results(captured, engine)
+        case GraphKind.MERGE:
+            return _mark_spans(captured, unmodified)
+        case GraphKind.CROSS_ATTENDING:
+            assert found.split is not None
+            return _keep_attended(found.split, engine)
+        case GraphKind.DECODER:
+            assert found.facts is not None
+            if not found.facts.merges:
+                unmodified.prepare()  # serves every call in which no span is marked
+            return _reuse_spans(captured, found.split, engine, unmodified)
+
+
+def _mark_spans(captured: Captured, unmodified: Unmodified) -> Compiled:
+    """A graph that merges and attends to nothing."""
+    marks, merge = MergeMarks.of(captured), unmodified.prepare()
+    assert marks is not None
+    return lambda *args: marks.mark(args, merge(*args))
+
+
+def _reuse_spans(
+    captured: Captured, split: SplitEncoder | None, engine: Engine, unmodified: Unmodified
+) -> Compiled:
+    """A decoder, and the encoder of its spans where that is in the same graph."""
     if split is None:
         decoder = DecoderRunner.of(captured, engine, unmodified)
         return lambda *args: decoder(args)
@@ -188,14 +216,6 @@ def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
     return lambda *args: run(args)
 
 
-def check_gradients(example_inputs: Sequence[Any]) -> None:
-    """Raises UnsupportedGraphError where torch records gradients for any of the inputs."""
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in example_inputs):
-        raise UnsupportedGraphError(
-            Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()"
-        )
-
-
 def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
     """A piece of a model; or a decoding step, of which equal layers are compiled once, if found."""
     if captured is None or engine.lowering.name != "inductor" or not unmodified.is_decoding_step():
@@ -217,7 +237,9 @@ def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Co
 
 
 def _refused(refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Engine) -> Compiled:
-    if refusal.reason not in NOT_AN_ERROR:
+    if refusal.reason is Reason.GRAD_REQUIRED:
+        engine.refuse_call(refusal)
+    elif refusal.reason not in NOT_AN_ERROR:
         engine.refuse(refusal)
     compiled = unmodified.prepare()
 

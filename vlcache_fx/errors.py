@@ -97,6 +97,8 @@ class Reason(StrEnum):
     WEIGHTS_UNREADABLE = "weights_unreadable"
     """The bytes of a weight cannot be read (it is on ``meta``, packed by a kernel library, or a tensor of a
     class that does not say what it is made of): nothing could be told apart by weights."""
+    UNCOMPILED = "uncompiled"
+    """Dynamo ran a call without compiling it: none of its graphs reached this backend."""
     NO_LOGITS = "no_logits"
     """Results hold no logits: the graph is served, but shadow runs could not be judged and are not made."""
 

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from types import FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.encoder import is_encoder
-from vlcache_fx.capture import capture_dynamo
-from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.settings import DYNAMO_CONFIG
+from vlcache_fx.capture.steps import is_decoding_step
+from vlcache_fx.errors import PassError, UnsupportedGraphError
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.classify import classify
 from vlcache_fx.passes.standard import CLEANUP, cold_program, warm_program
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,9 @@ class GraphExplanation:
     """One traced graph.
 
     Attributes:
-        kind: ``decoder`` (rewritten), ``encoder`` (kept under its input's content) or ``unmodified``.
+        kind: ``decoder`` (rewritten), ``encoder`` (kept under its input's content), ``merge`` (marks spans
+            for the decoder's graph), ``cross-attending decoder`` (what it computes of the items is kept),
+            ``decoding step`` (nothing to reuse) or ``unmodified``.
         reason: why it is unmodified; None otherwise.
         num_layers: decoder layers found.
         merges: graph nodes at which encoder features enter the token embeddings.
@@ -57,14 +65,25 @@ def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
     try:
         captured = capture_dynamo(graph_module, example_inputs)
         CLEANUP.run(Program(captured.graph_module))
-        if is_encoder(captured):
-            return GraphExplanation("encoder", nodes=(len(captured.graph_module.graph.nodes),))
-        facts = analyze(captured)
-    except UnsupportedGraphError as refusal:
-        return GraphExplanation("unmodified", str(refusal))
+        found = classify(captured)
+        if found.facts is not None:
+            decoder = captured if found.split is None else found.split.decoder
+            return _explain_decoder(captured, found.facts, decoder)
+    except (UnsupportedGraphError, PassError) as refusal:
+        is_step = is_decoding_step(graph_module.graph)
+        return GraphExplanation("decoding step" if is_step else "unmodified", str(refusal))
+    return GraphExplanation(
+        str(found.kind),
+        encoder_in_graph=found.split is not None,
+        nodes=(len(captured.graph_module.graph.nodes),),
+    )
+
+
+def _explain_decoder(captured: Captured, facts: DecoderFacts, decoder: Captured) -> GraphExplanation:
+    """``facts`` are of the whole graph, programs are made of the decoder in it."""
     selection = facts.tail_rows.selection
-    programs = (cold_program(captured), warm_program(captured))
-    split = dry_run(programs[1].graph_module)
+    programs = (cold_program(decoder), warm_program(decoder))
+    engines = dry_run(programs[1].graph_module)
     return GraphExplanation(
         kind="decoder",
         num_layers=facts.num_layers,
@@ -78,22 +97,38 @@ def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -
             len(captured.graph_module.graph.nodes),
             *(len(program.graph.nodes) for program in programs),
         ),
-        engines=split.engines,
-        outside_engines=dict(split.outside),
+        engines=engines.engines,
+        outside_engines=dict(engines.outside),
     )
 
 
-def explain(function: Callable[..., Any], **inputs: Any) -> tuple[GraphExplanation, ...]:
-    """Trace ``function(**inputs)`` (it runs once, without reuse) and explain each of its graphs."""
+def explain(
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] = lambda args, kwargs: (args, kwargs),
+    dynamic: bool | None = None,
+) -> tuple[GraphExplanation, ...]:
+    """Trace ``function(**inputs)`` (it runs once, without reuse) and explain each of its graphs.
+
+    Args:
+        function: the plain forward.
+        inputs: its keyword arguments.
+        prepared: what a compiled model makes of the arguments of a call before they are traced.
+        dynamic: as in ``torch.compile``.
+    """
     found: list[GraphExplanation] = []
 
     def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         found.append(explain_graph(graph_module, example_inputs))
         return graph_module.forward
 
-    with (
-        torch.no_grad(),
-        torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True),
-    ):
-        torch.compile(function, backend=backend)(**inputs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # Dynamo keeps and counts what it compiled per code object: with one of its own, no explanation adds to
+    # what real calls have to search, and none is left out because a limit is reached.
+    traced = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
+        args, kwargs = prepared((), inputs)
+        torch.compile(traced, backend=backend, dynamic=dynamic)(*args, **kwargs)
     return tuple(found)

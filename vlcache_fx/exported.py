@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from vlcache_fx.backend import check_gradients, compile_captured
+from vlcache_fx.backend import compile_captured
 from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_arguments
-from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.report import Report
 
 
@@ -52,10 +52,8 @@ class CompiledProgram:
             return self._arguments.module(*args, **kwargs)
         waiting = iter(given)
         inputs = [next(waiting) if bound is None else bound for bound in self._bound]
-        try:
-            check_gradients(inputs)
-        except UnsupportedGraphError as refusal:
-            self.vlcache.report(Report("bypass", str(refusal)))
+        if records_gradients(inputs):
+            self.vlcache.report(Report("bypass", str(gradient_refusal())))
             return self._arguments.module(*args, **kwargs)
         return self._arguments.results(self._run(*inputs))
 

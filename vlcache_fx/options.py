@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 
+CUDA_GRAPHS = "triton.cudagraphs"
+"""Inductor's setting of that name."""
+
 LOWERINGS = ("eager", "inductor", "tensorrt")
 
 
@@ -43,6 +46,8 @@ class Options:
         strict: raise refusals and plan repairs instead of falling back.
         cuda_graphs: on a GPU, replay warm programs as CUDA graphs where sizes come again.
         dynamic: as in ``torch.compile``: True for symbolic lengths, False for static, None to decide.
+        mode: as in ``torch.compile``, for the lowering ``"inductor"``: ``"reduce-overhead"``,
+            ``"max-autotune"``, ...; what it says of CUDA graphs sets ``cuda_graphs``.
     """
 
     policy: str | Policy = "layer_aware"
@@ -60,11 +65,20 @@ class Options:
     strict: bool = False
     cuda_graphs: bool = False
     dynamic: bool | None = None
+    mode: str | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             # object.__setattr__: the class is frozen, and checks normalise (numpy scalars to Python ones).
             object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.mode is not None and _modes()[self.mode].get(CUDA_GRAPHS):
+            object.__setattr__(self, "cuda_graphs", True)
+
+    @property
+    def inductor_config(self) -> dict[str, Any]:
+        """What ``mode`` sets of Inductor's configuration, without its CUDA graphs: ours take their place."""
+        config = {} if self.mode is None else _modes()[self.mode]
+        return {name: value for name, value in config.items() if name != CUDA_GRAPHS}
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any] | None = None) -> Options:
@@ -150,6 +164,20 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _modes() -> dict[str, dict[str, Any]]:
+    from torch._inductor import list_mode_options  # here: options are checked before torch is needed
+
+    return list_mode_options()
+
+
+def _mode(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str) and value in _modes():
+        return value
+    raise _bad(name, value, f"one of {', '.join(map(repr, _modes()))}, or None")
+
+
 def _optional_flag(name: str, value: Any) -> bool | None:
     return value if value is None else _flag(name, value)
 
@@ -170,4 +198,5 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "strict": _flag,
     "cuda_graphs": _flag,
     "dynamic": _optional_flag,
+    "mode": _mode,
 }

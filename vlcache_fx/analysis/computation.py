@@ -151,7 +151,11 @@ class _Writer:
         self._is_weight = set(captured.inputs_of(InputKind.WEIGHT))
         self._additions = {one.node: index for index, one in enumerate(facts.additions)}
         self._own_rows = {
-            move.node: move.own for pair in facts.caches for path in pair if path is not None for move in path.moves
+            move.node: move.own
+            for pair in facts.caches
+            for path in pair
+            if path is not None
+            for move in path.moves
         }
         batch, tokens = shape_of(facts.stream.boundaries[0])[:2]
         self._batch, self._tokens = batch, tokens
@@ -186,7 +190,12 @@ class _Writer:
 
     def _reads(self, node: Node) -> Sequence[Node]:
         """The nodes whose texts the text of ``node`` is made of, in order."""
-        if node is self._start or self._is_leaf(node) or node in self._additions or node.op != "call_function":
+        if (
+            node is self._start
+            or self._is_leaf(node)
+            or node in self._additions
+            or node.op != "call_function"
+        ):
             return ()
         if node in self._own_rows:
             return (self._own_rows[node],)
@@ -333,7 +342,9 @@ class _Writer:
 
     def _sizes(self, node: Node) -> str:
         """What a shape says beside lengths. Leading ones are left out: samples and tokens may be joined."""
-        sizes = [size if isinstance(size, int) and size not in self._lengths else ANY for size in shape_of(node)]
+        sizes = [
+            size if isinstance(size, int) and size not in self._lengths else ANY for size in shape_of(node)
+        ]
         first = next((index for index, size in enumerate(sizes) if size != ANY), len(sizes))
         return str(sizes[first:])
 

@@ -6,8 +6,10 @@ import torch
 from torch.fx import Graph, Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.analysis.axis import shape_of
 from vlcache_fx.analysis.dataflow import ancestors, descendants
-from vlcache_fx.analysis.sites import Site
+from vlcache_fx.analysis.other_attention import other_attention
+from vlcache_fx.analysis.sites import Site, find_sites
 
 SCATTER_ROWS = torch.ops.vlcache.scatter_rows.default
 MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
@@ -70,6 +72,38 @@ def find_additions(graph: Graph) -> tuple[Addition, ...]:
             assert isinstance(mask, Node)
             found.append(Addition(node, features, mask))
     return tuple(found)
+
+
+@dataclass(frozen=True)
+class LoneMerge:
+    """A merge in a graph that attends to nothing: some models are cut between the merge and the decoder.
+
+    Attributes:
+        place: where the merged embeddings, [batch, tokens, hidden], stand among the graph's results.
+        masks: of each merge that leads to them.
+    """
+
+    place: int
+    masks: tuple[Node, ...]
+
+
+def find_lone_merge(graph: Graph) -> LoneMerge | None:
+    """None for a graph that attends to anything, or does not return one merge."""
+    results = graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
+    merged = {
+        index: node
+        for index, node in enumerate(results)
+        if isinstance(node, Node) and node.target in MERGE_OPS
+    }
+    if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
+        return None
+    ((place, last),) = merged.items()
+    if len(shape_of(last)) != 3:
+        return None
+    needed = ancestors([last])
+    masks = [node.args[1] for node in graph.nodes if node in needed and node.target in MERGE_OPS]
+    return LoneMerge(place, tuple(mask for mask in masks if isinstance(mask, Node)))
 
 
 def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:

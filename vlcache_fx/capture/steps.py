@@ -19,6 +19,13 @@ ATTENTION = frozenset(
 MERGES = frozenset({torch.masked_scatter, "masked_scatter"})
 
 
+def attends(graph: fx.Graph) -> bool:
+    """True where there is an attention in the graph, in whatever form."""
+    return any(
+        node.target in ATTENTION for node in graph.nodes if node.op in ("call_function", "call_method")
+    )
+
+
 def is_decoding_step(graph: fx.Graph) -> bool:
     """True where a single query attends, in every attention of the graph, and no features are merged."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]

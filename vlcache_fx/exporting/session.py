@@ -23,7 +23,7 @@ from vlcache_fx.runtime.encoder import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.program import ProgramRunner
 
-OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs")
+OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode")
 """Options of the torch path that say nothing about exported graphs."""
 
 

@@ -22,10 +22,10 @@ from vlcache_fx.integrations.items import (
 )
 from vlcache_fx.integrations.module_state import ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
+from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encoder import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.store.keys import Part, content_digest
 from vlcache_fx.store.known import bounds_of, rows_digests
 

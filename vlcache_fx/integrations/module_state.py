@@ -32,7 +32,12 @@ _log = logging.getLogger(__name__)
 
 PLAIN = (int, float, complex, str, bytes, bool, type(None), type(Ellipsis), range, slice, PurePath)
 TORCH_PLAIN = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.finfo)
-BY_NAME = (types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType, types.WrapperDescriptorType)
+BY_NAME = (
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    types.MethodDescriptorType,
+    types.WrapperDescriptorType,
+)
 Note: TypeAlias = tuple[Callable[[], tuple[Any, ...]], tuple[Any, ...]]
 """How to read some values, and those that were read: to be compared by identity."""
 
@@ -193,7 +198,12 @@ class _Walk:
 
     def _is_read(self, module: nn.Module, name: str) -> bool:
         """Whether a child may be called: by its name, or as one of many."""
-        return name in self._wanted or self._iterates or isinstance(module, CONTAINERS) or not name.isidentifier()
+        return (
+            name in self._wanted
+            or self._iterates
+            or isinstance(module, CONTAINERS)
+            or not name.isidentifier()
+        )
 
     @staticmethod
     def _held(module: nn.Module) -> list[tuple[str, Tensor | None]]:

@@ -101,7 +101,13 @@ class EncodersFirst:
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of ``forward`` with encoders' outputs in place of pixels."""
-        if not self.serves or torch.is_grad_enabled():
+        return (args, kwargs) if torch.is_grad_enabled() else self.prepared(args, kwargs)
+
+    def prepared(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same in grad mode, too: for calls of which is known that no gradients are recorded."""
+        if not self.serves:
             return args, kwargs
         given = dict(zip(self._names, args, strict=False)) | kwargs
         has_pixels = any(isinstance(given.get(pixels), Tensor) for pixels, _ in PIXELS.values())

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.errors import UnreadableWeightsError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.lowering.numerics import device_type_of, numerics
+from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.keys import Part, content_digest
 from vlcache_fx.store.known import known_rows, remember, rows_digests

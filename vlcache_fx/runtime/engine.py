@@ -22,7 +22,7 @@ from vlcache_fx.errors import (
     UnreadableWeightsError,
     UnsupportedGraphError,
 )
-from vlcache_fx.explain import GraphExplanation, explain
+from vlcache_fx.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.lowering import (
     CompileCache,
     Decompositions,
@@ -51,6 +51,9 @@ from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
 
+PREPARED = "_vlcache_prepared"
+"""The attribute of a compiled ``forward`` that prepares arguments."""
+
 
 class Engine:
     """Store, policy, lowering, reports and counts of one compiled model. Safe to share between threads.
@@ -74,7 +77,7 @@ class Engine:
         self.options = options or Options()
         self.choices = Choices(_choice(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
-        self.compile_cache = CompileCache()
+        self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
         self.lowering: Lowering
         if self.options.lowering == "eager":
             self.lowering = EagerLowering()
@@ -92,7 +95,6 @@ class Engine:
             self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
-        self.graph_calls = 0
         self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
         self.graph_numbers = itertools.count()
         self._explained: weakref.ref[Callable[..., Any]] | None = None
@@ -116,8 +118,18 @@ class Engine:
         forward = None if self._explained is None else self._explained()
         return getattr(forward, "__wrapped__", None)
 
-    def explains(self, forward: Callable[..., Any]) -> None:
-        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive."""
+    def explains(
+        self,
+        forward: Callable[..., Any],
+        prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
+    ) -> None:
+        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
+
+        Args:
+            forward: owns ``prepared``, which knows the model.
+            prepared: what becomes of the arguments of a call before they are traced.
+        """
+        setattr(forward, PREPARED, prepared)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
@@ -129,6 +141,7 @@ class Engine:
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
             "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
+            "uncompiled_calls": counts.get("uncompiled_calls", 0),
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
             "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
@@ -150,7 +163,13 @@ class Engine:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        return explain(explained, **inputs)
+        forward = None if self._explained is None else self._explained()
+        assert forward is not None
+        try:
+            return explain(explained, inputs, getattr(forward, PREPARED), self.options.dynamic)
+        finally:  # no word of it in the report of the next call
+            self.take_encoder_note()
+            self.take_items()
 
     @contextmanager
     def using(
@@ -226,6 +245,26 @@ class Engine:
         """Add one to a count."""
         with self._lock:
             self._counts[what] += 1
+
+    @property
+    def graph_calls(self) -> int:
+        """How many graphs of this engine this thread has run."""
+        calls: int = getattr(self._call, "graphs", 0)
+        return calls
+
+    def count_graph_call(self) -> None:
+        """This thread runs a graph."""
+        self._call.graphs = self.graph_calls + 1
+
+    def ran_uncompiled(self, refusal: UnsupportedGraphError) -> None:
+        """A call in which no graph of this engine ran."""
+        self.count("uncompiled_calls")
+        self.bypass(refusal)
+
+    def bypass(self, refusal: UnsupportedGraphError) -> None:
+        """Report a call that runs unmodified; logged once for each reason, raised in strict mode."""
+        self.refuse_call(refusal)
+        self.report(Report("bypass", str(refusal)))
 
     def note_encoder(self, *, hit: bool) -> None:
         """An encoder outside the decoder's graph was skipped (or ran); the call's report will say so."""

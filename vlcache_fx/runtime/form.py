@@ -98,10 +98,7 @@ class DecoderForm:
                 for slot in slots
             },
             layout=str(
-                [
-                    (slot, str(node.meta["val"].dtype), str(shape_of(node)[-1]))
-                    for slot, node in rows.items()
-                ]
+                [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()]
             ),
             computation=computation.digest,
             unified=computation.unified,

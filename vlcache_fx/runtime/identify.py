@@ -43,7 +43,9 @@ class Identifier:
         index = {node: i for i, node in enumerate(placeholders)}
         width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
         places: list[Merge | Addition] = [*facts.merges, *facts.additions]
-        place_masks, on_host = evaluated_on_cpu(extract(module, [place.mask for place in places]), data_inputs)
+        place_masks, on_host = evaluated_on_cpu(
+            extract(module, [place.mask for place in places]), data_inputs
+        )
         return cls(
             masks=place_masks,
             on_host=on_host,

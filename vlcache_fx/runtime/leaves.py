@@ -104,7 +104,9 @@ class Leaves:
         rows = [form.by_token(value, num_tokens) for form, value in zip(self.forms, own, strict=True)]
         tokens = [(form.group, part) for form, part in zip(self.forms, rows, strict=True) if part is not None]
         others = [
-            (form.group, value) for form, part, value in zip(self.forms, rows, own, strict=True) if part is None
+            (form.group, value)
+            for form, part, value in zip(self.forms, rows, own, strict=True)
+            if part is None
         ]
         (first, by_token), (second, whole) = unified(tokens), unified(others)
         if not (first and second):

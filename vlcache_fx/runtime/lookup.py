@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors, refine
 from vlcache_fx.runtime.clock import Clock
@@ -13,7 +14,6 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.identify import donor_key
 from vlcache_fx.runtime.mask_check import MaskLook
-from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.runtime.prefix import Piece
 from vlcache_fx.runtime.request import Request, Sample
 from vlcache_fx.runtime.runs import Run
@@ -66,7 +66,9 @@ class DonorLookup:
             for index, own in enumerate(by_sample)
         )
         fingerprint = others = ""
-        if any(sample.spans for sample in samples):  # with text alone there is nothing to look weights over for
+        if any(
+            sample.spans for sample in samples
+        ):  # with text alone there is nothing to look weights over for
             fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
             others = self._fingerprint(args, self._form.other_weights)
         return Request(

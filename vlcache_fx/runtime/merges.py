@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from torch.fx import Node
 
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.analysis.merge import MERGE_OPS
-from vlcache_fx.analysis.other_attention import other_attention
-from vlcache_fx.analysis.sites import find_sites
+from vlcache_fx.analysis.merge import find_lone_merge
 from vlcache_fx.capture import Captured
-from vlcache_fx.capture.subgraph import extract, needed_for
+from vlcache_fx.capture.subgraph import extract
 from vlcache_fx.errors import PlanError
 from vlcache_fx.runtime.marks import mark_spans
 from vlcache_fx.runtime.runs import flagged_places, runs_of, token_flags
@@ -36,23 +32,8 @@ class MergeMarks:
     @classmethod
     def of(cls, captured: Captured) -> MergeMarks | None:
         """None for a graph that attends to anything, or returns no merge."""
-        graph = captured.graph_module.graph
-        results = graph.output_node().args[0]
-        assert isinstance(results, tuple | list)
-        merged = {
-            index: node
-            for index, node in enumerate(results)
-            if isinstance(node, Node) and node.target in MERGE_OPS
-        }
-        if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
-            return None
-        ((place, last),) = merged.items()
-        shape = shape_of(last)
-        if len(shape) != 3:
-            return None
-        needed = needed_for([last])
-        merges = [node for node in graph.nodes if node in needed and node.target in MERGE_OPS]
-        return cls(extract(captured.graph_module, [node.args[1] for node in merges]), place)
+        found = find_lone_merge(captured.graph_module.graph)
+        return None if found is None else cls(extract(captured.graph_module, found.masks), found.place)
 
     def mark(self, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
         """``results`` of the call with ``args``, marked."""

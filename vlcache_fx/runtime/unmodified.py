@@ -47,7 +47,11 @@ class DynamoGraph:
         if self._engine.options.lowering == "inductor":
             from torch._inductor.compile_fx import compile_fx
 
-            compiled: Any = compile_fx(self._graph_module, list(self._example_inputs))
+            compiled: Any = compile_fx(
+                self._graph_module,
+                list(self._example_inputs),
+                config_patches=self._engine.options.inductor_config,
+            )
             self._run = compiled
         self.release()
         return self._run

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
+import vlcache_fx
+from vlcache_fx.testing.survey.families import build_family
 from vlcache_fx.testing.survey.outcome import ENTRIES, try_family
+from vlcache_fx.testing.survey.prompts import image_prompt
 from vlcache_fx.testing.survey.table import BEGIN, END, NAMED, row
+
+from ...runtime.helpers import own_compiler_state
 
 README = Path(__file__).parents[3] / "README.md"
 
 EVERY_TIME = frozenset({"qwen3_vl"})
 """The one with features in inner layers. Qwen2.5-VL, LLaVA and Mllama are in other tests."""
+
+KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
+"""Of the graph of a call; a decoder's, otherwise."""
 
 
 def documented_row(name: str) -> str:
@@ -32,6 +42,30 @@ def test_the_table_is_right(name: str, request: pytest.FixtureRequest) -> None:
         warnings.simplefilter("ignore")  # those of transformers about its own defaults
         outcome = try_family(name)
     assert row(outcome) == documented_row(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_and_explanations(name: str, request: pytest.FixtureRequest) -> None:
+    """A training step gives the unmodified model's gradients; explanations trace as calls do."""
+    if name not in EVERY_TIME and not request.config.getoption("--all-families"):
+        pytest.skip("pass --all-families")
+    with warnings.catch_warnings(), own_compiler_state():
+        warnings.simplefilter("ignore")  # those of transformers about its own defaults
+        family = build_family(name)
+        prompt = image_prompt(family, 5, 7, image=1)
+        compiled = vlcache_fx.compile(copy.deepcopy(family.model), lowering="eager", min_span_tokens=2)
+        (explanation,) = compiled.vlcache.explain(**prompt)
+        assert explanation.kind == KINDS.get(name, "decoder")
+        losses = [model(**prompt, labels=prompt["input_ids"]).loss for model in (compiled, family.model)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+    for ours, theirs in zip(compiled.parameters(), family.model.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad)
+    assert "[grad_required]" in compiled.vlcache.last_report["reason"]
 
 
 def test_at_least_fourteen_are_reused_through_both_entries() -> None:
