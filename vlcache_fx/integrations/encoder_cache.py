@@ -56,7 +56,8 @@ class EncoderCache:
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors, self._state = ModuleTensors(module), ModuleState(module, encode)
+        self._tensors = ModuleTensors(module)
+        self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._split = True  # until a result turns up that does not tell items apart

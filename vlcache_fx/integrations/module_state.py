@@ -17,7 +17,7 @@ import functools
 import logging
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import PurePath
 from typing import Any, TypeAlias
@@ -66,10 +66,11 @@ class ModuleState:
 
     Args:
         roots: what is called: the module, and the function that is given to it, say.
+        weights: lists the tensors that have a fingerprint of their own, wherever they are met.
     """
 
-    def __init__(self, *roots: Any) -> None:
-        self._roots = roots
+    def __init__(self, *roots: Any, weights: Callable[[], Sequence[Tensor]] = tuple) -> None:
+        self._roots, self._weights = roots, weights
         self._notes: list[Note] = []
         self._digest: str | None = None
         self._was_read = False
@@ -77,20 +78,20 @@ class ModuleState:
     def digest(self) -> str | None:
         """64 hexadecimal digits; None where the state cannot be known."""
         if not self._was_read or not all(map(_is_as_noted, self._notes)):
-            self._digest, self._notes = _walked(self._roots)
+            self._digest, self._notes = _walked(self._roots, self._weights())
             self._was_read = True
         return self._digest
 
 
-def _walked(roots: tuple[Any, ...]) -> tuple[str | None, list[Note]]:
+def _walked(roots: tuple[Any, ...], weights: Sequence[Tensor]) -> tuple[str | None, list[Note]]:
     names = frozenset({"forward", "__call__", "training"})
     while True:  # until no function calls a method that was not written yet
-        walk = _Walk(names, roots[0])
+        walk = _Walk(names, roots[0], weights)
         try:
             text = [walk.text(root) for root in roots]
             if walk.names <= names:
                 return content_digest(text), walk.notes
-        except (UnknownStateError, StoreError, RecursionError) as error:
+        except Exception as error:  # noqa: BLE001 - objects of any class are asked for what they hold
             _log.debug("the state of %s is not known: %s", type(roots[0]).__name__, error)
             return None, walk.notes
         names |= walk.names
@@ -109,17 +110,19 @@ class _Walk:
         wanted: of modules and classes, what has one of these names is written. The rest is not read by what is
             called: results that a model leaves in an attribute for later, say.
         owner: of the method that is called; its ``forward`` is not.
+        weights: see ``ModuleState``.
 
     Attributes:
         notes: what was read, and how to read it again.
         names: that the functions written use, of attributes and methods.
     """
 
-    def __init__(self, wanted: frozenset[str], owner: Any) -> None:
+    def __init__(self, wanted: frozenset[str], owner: Any, weights: Sequence[Tensor]) -> None:
         self.notes: list[Note] = []
         self.names: set[str] = set()
         self._wanted, self._owner = wanted, type(owner)
         self._iterates = bool(ITERATIONS & wanted)
+        self._weights = {id(tensor): index for index, tensor in enumerate(weights)}
         self._numbers: dict[int, int] = {}
         self._kept: list[Any] = []  # so that no id is used twice
 
@@ -158,7 +161,7 @@ class _Walk:
                 return f"cached {self.text(value.func)}"
             case types.CodeType():
                 return self._code(value)
-            case Mapping():
+            case dict() | types.MappingProxyType():
                 self._note(lambda: (*value.keys(), *value.values()))
                 pairs = [f"{self.text(key)}: {self.text(one)}" for key, one in value.items()]
                 return f"{type(value).__name__} {{{', '.join(pairs)}}}" + self._attributes(value)
@@ -173,9 +176,9 @@ class _Walk:
     def _note(self, read: Callable[[], tuple[Any, ...]]) -> None:
         self.notes.append((read, read()))
 
-    @staticmethod
-    def _tensor(value: Tensor) -> str:
-        # Parameters and buffers have a fingerprint of their own; these are few and small.
+    def _tensor(self, value: Tensor) -> str:
+        if id(value) in self._weights:
+            return f"weight {self._weights[id(value)]}"
         if value.nbytes > 1 << 20:
             raise UnknownStateError("a large tensor that is neither a parameter nor a buffer")
         return content_digest([value])
