@@ -1,13 +1,15 @@
 """The public functions beside the backend."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from vlcache_fx.backend import compile_graph
+from vlcache_fx.backend import RECOMPILE_LIMIT, compile_graph
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
@@ -20,6 +22,8 @@ from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.marks import mark_spans
 from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.turns import Turns
+from vlcache_fx.runtime.unmodified import Compiled
 
 __all__ = ["compile", "mark_spans"]
 
@@ -31,9 +35,9 @@ DYNAMO_CONFIG = {
     "capture_scalar_outputs": True,
     # Features that are added at masked places of inner layers have a size that depends on data.
     "capture_dynamic_output_shape_ops": True,
-    # One forward serves prompts with and without images, and decoding steps, each static first and then
-    # symbolic: more forms than Dynamo's default allows before it gives up compiling for good.
-    "recompile_limit": 64,
+    "recompile_limit": RECOMPILE_LIMIT,
+    # Else a call fails while another thread traces, whatever it traces.
+    "force_compile_during_fx_trace": True,
 }
 
 
@@ -56,17 +60,22 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     engine = Engine(parsed)
     plain = model.forward
     encoders_first = EncodersFirst(model)
-    compiled = torch.compile(
-        plain, backend=functools.partial(compile_graph, engine=engine), dynamic=parsed.dynamic
-    )
+    turns = Turns(engine)
+
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        with turns.compiling():
+            return compile_graph(graph_module, example_inputs, engine)
+
+    compiled = torch.compile(plain, backend=backend, dynamic=parsed.dynamic)
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         before = engine.graph_calls
         args, kwargs = encoders_first(args, kwargs)
-        with torch._dynamo.config.patch(DYNAMO_CONFIG):
+        joined = joined_items(kwargs)
+        with dynamo_settings(DYNAMO_CONFIG):
             try:
-                result = compiled(*args, **joined_items(kwargs))
+                result = turns.run(lambda: compiled(*args, **joined))
             except BackendCompilerFailed as failure:
                 if isinstance(failure.inner_exception, VlcacheError):
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper

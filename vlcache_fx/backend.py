@@ -9,6 +9,7 @@ A graph that cannot be rewritten runs unmodified, for a typed reason.
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.cross import find_cross_attended
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.compiling import compiling, raise_recompile_limit
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -43,6 +45,11 @@ A decoding step may be refused for another reason before that one is found; it i
 NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
 """A prompt of text alone: reported, but no reason to warn or raise."""
 
+RECOMPILE_LIMIT = 64
+"""Graphs that one function may have. One forward serves prompts with and without images, and decoding steps,
+each static first and then symbolic: more forms than Dynamo's default allows before it gives up compiling for
+good."""
+
 
 def vlcache(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
@@ -56,12 +63,18 @@ def vlcache(
         OptionError: an option is unknown or has a bad value.
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
+    raise_recompile_limit(RECOMPILE_LIMIT)
     return compile_graph(graph_module, example_inputs, engine_for(options))
 
 
 def engine_for(options: Mapping[str, Any] | None = None) -> Engine:
     """The engine that ``torch.compile(backend="vlcache")`` uses for these options in this process."""
-    return _engine(Options.parse(options))
+    parsed = Options.parse(options)
+    with _engine_lock:  # threads that ask at once get one engine, not one each
+        return _engine(parsed)
+
+
+_engine_lock = threading.Lock()
 
 
 @functools.lru_cache(maxsize=32)
@@ -75,7 +88,7 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
     compiled = _compile(graph_module, example_inputs, engine)
 
     def run(*args: Any) -> Sequence[Any]:
-        engine.graph_calls += 1
+        engine.note_graph_call()
         return compiled(*args)
 
     return run
@@ -95,6 +108,11 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
     Raises:
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
+    with compiling():
+        return _compile_captured(capture, unmodified, engine)
+
+
+def _compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, engine: Engine) -> Compiled:
     captured = None
     try:
         captured = capture()
@@ -157,7 +175,7 @@ def _keep_results(captured: Captured, engine: Engine) -> Compiled:
 def _keep_attended(split: SplitEncoder, engine: Engine) -> Compiled:
     """A decoder that looks at an item through cross-attention: what is made of the item alone is kept."""
     encoder = _kept(split, engine)
-    decoder = engine.lowering.lower(split.decoder.graph_module, name="cross-attending decoder")
+    decoder = engine.lower(split.decoder.graph_module, name="cross-attending decoder")
     return CrossAttendingRunner(encoder, decoder, engine)
 
 
@@ -167,7 +185,7 @@ def _kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
 
 
 def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
-    run = engine.lowering.lower(encoder, name="encoder")
+    run = engine.lower(encoder, name="encoder")
     return lambda *args: run(args)
 
 
@@ -185,7 +203,7 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
         return unmodified.prepare()
     try:
         program = step_program(captured)
-        lowered = engine.lowering.lower(program.graph_module, name="decoding step")
+        lowered = engine.lower(program.graph_module, name="decoding step")
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()

@@ -10,6 +10,7 @@
     ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
     ├── PassError              a pass failed; names itself and the passes before it
     ├── LoweringError          a rewritten graph could not be compiled
+    │   └── NoCompilerError    torch's compiler lacks something on this machine; says what, and the remedy
     └── ExportError            a model could not be exported, or an exported one not be read
 
 A refusal never reaches users unless the option ``strict`` is set: the model then runs as it would without
@@ -75,6 +76,8 @@ class Reason(StrEnum):
     """Gradients are needed; reused values carry none."""
     LOWERING_FAILED = "lowering_failed"
     """The rewritten graph did not compile."""
+    NO_COMPILER = "no_compiler"
+    """Torch's compiler lacks a C++ compiler or Triton: programs run with eager kernels, reuse goes on."""
     DATA_DEPENDENT = "data_dependent"
     """Shapes or control flow depend on tensor values."""
     NO_LOGITS = "no_logits"
@@ -141,6 +144,10 @@ class PassError(VlcacheError):
 
 class LoweringError(VlcacheError):
     """A rewritten graph could not be compiled or bound to its inputs."""
+
+
+class NoCompilerError(LoweringError):
+    """Torch's compiler lacks something on this machine (a C++ compiler, Triton); names the remedy."""
 
 
 class ExportError(VlcacheError):

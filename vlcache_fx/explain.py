@@ -10,6 +10,7 @@ from torch import fx
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.encoder import is_encoder
 from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
@@ -54,6 +55,11 @@ class GraphExplanation:
 
 def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
     """Explain one graph as Dynamo hands it over."""
+    with compiling():
+        return _explain_graph(graph_module, example_inputs)
+
+
+def _explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
     try:
         captured = capture_dynamo(graph_module, example_inputs)
         CLEANUP.run(Program(captured.graph_module))
