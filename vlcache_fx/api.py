@@ -63,8 +63,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     turns = Turns(engine)
 
     def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        with turns.compiling():
-            return compile_graph(graph_module, example_inputs, engine)
+        turns.check()
+        return compile_graph(graph_module, example_inputs, engine)
 
     compiled = torch.compile(plain, backend=backend, dynamic=parsed.dynamic)
 

@@ -6,6 +6,7 @@ goes on, whatever calls a compiled function in another thread is told that it is
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -37,13 +38,17 @@ def compiling() -> Iterator[None]:
 @contextmanager
 def _private_traces() -> Iterator[None]:
     """Traces in the body leave no mark on the rest of the process. The lock is held."""
+    import torch._dynamo
     from torch import fx
 
-    shared = fx.Tracer.trace
-    if not isinstance(shared, FunctionType) or FLAG not in shared.__globals__:  # it is in a body, or unknown
-        yield
+    shared = fx.Tracer.trace  # Dynamo, once used, has wrapped it
+    original = inspect.unwrap(shared)
+    if not isinstance(original, FunctionType) or FLAG not in original.__globals__:
+        yield  # in a body of this kind, or in a torch that traces in another way
         return
-    fx.Tracer.trace = _private(shared)  # type: ignore[method-assign]
+    private = _private(original)
+    wrapped = private if shared is original else torch._dynamo.disable(private)  # type: ignore[no-untyped-call]
+    fx.Tracer.trace = wrapped  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -148,8 +153,8 @@ def raise_recompile_limit(limit: int) -> None:
 
     Called by a backend. Threads that wait while a graph is compiled compile it again, each for itself, and
     every copy counts: by Dynamo's own limit of 8, eight threads that begin together would be the end of it.
-    Its setting holds for one thread alone, so the limit goes where ``torch.compile(recompile_limit=...)`` puts
-    it; one that was given there stays. Does nothing in versions of torch without that argument.
+    Its setting holds for one thread alone, so the limit goes where ``torch.compile(recompile_limit=...)``
+    puts it; one that was given there stays. Does nothing in versions of torch without that argument.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -171,16 +176,17 @@ def what_is_missing(error: BaseException) -> str | None:
     """
     from torch._inductor import exc
 
+    cxx = 'install one, such as g++, or use lowering="eager"'
     texts = {
-        "InvalidCxxCompiler": "no C++ compiler was found: install one, such as g++ (CXX can name another)",
-        "TritonMissing": "no working Triton was found: install the package triton that fits this torch",
-        "GPUTooOldForTriton": "this GPU is too old for Triton",
+        "InvalidCxxCompiler": f"no C++ compiler was found: {cxx}",
+        "TritonMissing": 'no working Triton was found: install it, or use lowering="eager"',
+        "GPUTooOldForTriton": 'this GPU is too old for Triton: use lowering="eager"',
     }
     known = {getattr(exc, name, None): text for name, text in texts.items()}
     for one in _wrapped_in(error):
         found = known.get(type(one))
         if found is None and isinstance(one, PermissionError):
-            found = f"the C++ compiler may not be run ({one.filename}): install one, such as g++"
+            found = f"the C++ compiler {one.filename} may not be run: {cxx}"
         if found is not None:
             return found
     return None

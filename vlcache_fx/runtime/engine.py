@@ -222,7 +222,7 @@ class Engine:
                 self.lowering = EagerLowering()
                 self.refusals.append(refusal)
         if is_new:
-            log.warning('runs with eager kernels, as lowering="eager" does without this warning: %s', error)
+            log.warning("runs with eager kernels: %s", error)
 
     def set_options(self, options: Options) -> None:
         """Other options from now on; store and lowering stay what they are."""
