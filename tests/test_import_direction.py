@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # A part imports from itself and from the lines above it, never from its own line or from below.
 ORDER = [
-    ["errors", "version"],
+    ["errors", "version", "compiling"],
     ["plan", "store", "ops", "options"],
     ["capture"],
     ["analysis"],

@@ -11,6 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.explain import Arguments
 from vlcache_fx.integrations.transformers import (
@@ -26,6 +27,7 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.marks import mark_spans
 from vlcache_fx.runtime.regions import uncompiled_refusal
+from vlcache_fx.runtime.turns import Turns
 from vlcache_fx.runtime.unmodified import Compiled
 
 __all__ = ["DYNAMO_CONFIG", "compile", "mark_spans"]
@@ -59,7 +61,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     engine = Engine(parsed)
     plain = inner.forward
     encoders_first = EncodersFirst(inner)
-    compiled = torch.compile(plain, backend=_Backend(engine), dynamic=parsed.dynamic)
+    turns = Turns(engine)
+    compiled = torch.compile(plain, backend=_Backend(engine, turns), dynamic=parsed.dynamic)
 
     def prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         args, kwargs = encoders_first.prepared(args, kwargs)
@@ -72,9 +75,10 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
             return plain(*args, **kwargs)
         before = engine.graph_calls
         args, kwargs = encoders_first.prepared(args, kwargs)
-        with torch._dynamo.config.patch(DYNAMO_CONFIG):
+        joined = joined_items(kwargs)
+        with dynamo_settings(DYNAMO_CONFIG):
             try:
-                result = compiled(*args, **joined_items(kwargs))
+                result = turns.run(lambda: compiled(*args, **joined))
             except BackendCompilerFailed as failure:
                 if isinstance(failure.inner_exception, VlcacheError):
                     raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
@@ -102,11 +106,14 @@ class _Backend:
     neither holds the engine, and its store with it: the engine holds what was compiled.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = weakref.ref(engine)
+    def __init__(self, engine: Engine, turns: Turns) -> None:
+        self._engine, self._turns = weakref.ref(engine), weakref.ref(turns)
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         engine = _alive(self._engine)
+        turns = self._turns()
+        assert turns is not None  # as for the engine
+        turns.check()
         compiled, own = compile_graph(graph_module, example_inputs, engine), self._engine
         number = next(engine.graph_numbers)
         engine.graphs[number] = compiled

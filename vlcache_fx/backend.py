@@ -9,14 +9,17 @@ A graph that cannot be rewritten runs unmodified, for a typed reason.
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture.settings import RECOMPILE_LIMIT
 from vlcache_fx.capture.steps import attends
 from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiling import compiling, raise_limit_of_function
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
@@ -65,13 +68,19 @@ def vlcache(
     """
     engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
     raise_recompile_limit()
+    raise_limit_of_function(RECOMPILE_LIMIT)
     watch(engine)
     return compile_graph(graph_module, example_inputs, engine)
 
 
 def engine_for(options: Mapping[str, Any] | None = None) -> Engine:
     """The engine that ``torch.compile(backend="vlcache")`` uses for these options in this process."""
-    return _engine(Options.parse(options))
+    parsed = Options.parse(options)
+    with _engine_lock:  # threads that ask at once get one engine, not one each
+        return _engine(parsed)
+
+
+_engine_lock = threading.Lock()
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,7 +95,7 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
     with_gradients = records_gradients(example_inputs)
 
     def run(*args: Any) -> Sequence[Any]:
-        engine.count_graph_call()
+        engine.note_graph_call()
         if not with_gradients and records_gradients(args):
             # Dynamo may skip the guards of parameters: requires_grad_() on a compiled model can come here.
             engine.bypass(gradient_refusal())
@@ -130,6 +139,11 @@ def compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, en
     Raises:
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
     """
+    with compiling():
+        return _compile_captured(capture, unmodified, engine)
+
+
+def _compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, engine: Engine) -> Compiled:
     captured = None
     try:
         captured = capture()
@@ -202,7 +216,7 @@ def _keep_results(captured: Captured, engine: Engine) -> Compiled:
 def _keep_attended(split: SplitEncoder, engine: Engine) -> Compiled:
     """A decoder that looks at an item through cross-attention: what is made of the item alone is kept."""
     encoder = _kept(split, engine)
-    decoder = engine.lowering.lower(split.decoder.graph_module, name="cross-attending decoder")
+    decoder = engine.lower(split.decoder.graph_module, name="cross-attending decoder")
     return CrossAttendingRunner(encoder, decoder, engine)
 
 
@@ -212,7 +226,7 @@ def _kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
 
 
 def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
-    run = engine.lowering.lower(encoder, name="encoder")
+    run = engine.lower(encoder, name="encoder")
     return lambda *args: run(args)
 
 
@@ -222,7 +236,7 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
         return unmodified.prepare()
     try:
         program = step_program(captured)
-        lowered = engine.lowering.lower(program.graph_module, name="decoding step")
+        lowered = engine.lower(program.graph_module, name="decoding step")
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()

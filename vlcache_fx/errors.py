@@ -12,6 +12,7 @@
     ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
     ├── PassError              a pass failed; names itself and the passes before it
     ├── LoweringError          a rewritten graph could not be compiled
+    │   └── NoCompilerError    torch's compiler lacks something on this machine; says what, and the remedy
     ├── ExportError            a model could not be exported, or an exported one not be read
     └── CopyError              (also a TypeError)   a compiled model was to be copied or pickled
 
@@ -92,6 +93,8 @@ class Reason(StrEnum):
     """The rewritten graph did not compile."""
     RANDOM = "random"
     """The graph draws random numbers: what it gave once says nothing of the next call."""
+    NO_COMPILER = "no_compiler"
+    """Torch's compiler lacks a C++ compiler or Triton: programs run with eager kernels, reuse goes on."""
     DATA_DEPENDENT = "data_dependent"
     """Shapes or control flow depend on tensor values."""
     WEIGHTS_UNREADABLE = "weights_unreadable"
@@ -171,6 +174,10 @@ class PassError(VlcacheError):
 
 class LoweringError(VlcacheError):
     """A rewritten graph could not be compiled or bound to its inputs."""
+
+
+class NoCompilerError(LoweringError):
+    """Torch's compiler lacks something on this machine (a C++ compiler, Triton); names the remedy."""
 
 
 class ExportError(VlcacheError):

@@ -12,6 +12,7 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.capture import Captured, capture_dynamo
 from vlcache_fx.capture.settings import DYNAMO_CONFIG
 from vlcache_fx.capture.steps import is_decoding_step
+from vlcache_fx.compiling import compiling, dynamo_settings
 from vlcache_fx.errors import PassError, UnsupportedGraphError
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
@@ -62,6 +63,11 @@ class GraphExplanation:
 
 def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
     """Explain one graph as Dynamo hands it over."""
+    with compiling():
+        return _explain_graph(graph_module, example_inputs)
+
+
+def _explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
     try:
         captured = capture_dynamo(graph_module, example_inputs)
         CLEANUP.run(Program(captured.graph_module))
@@ -128,7 +134,7 @@ def explain(
     # Dynamo keeps and counts what it compiled per code object: with one of its own, no explanation adds to
     # what real calls have to search, and none is left out because a limit is reached.
     traced = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    with torch.no_grad(), torch._dynamo.config.patch(DYNAMO_CONFIG):
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         args, kwargs = prepared((), inputs)
         torch.compile(traced, backend=backend, dynamic=dynamic)(*args, **kwargs)
     return tuple(found)

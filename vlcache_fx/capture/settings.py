@@ -17,5 +17,7 @@ DYNAMO_CONFIG: dict[str, Any] = {
     # Features that are added at masked places of inner layers have a size that depends on data.
     "capture_dynamic_output_shape_ops": True,
     "recompile_limit": RECOMPILE_LIMIT,
+    # Else a call fails while another thread traces, whatever it traces.
+    "force_compile_during_fx_trace": True,
 }
 """For a ``forward`` that is given what encoders gave: the encoders themselves do not trace with them."""

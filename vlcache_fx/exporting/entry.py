@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import ExportError, OptionError, PolicyError
 from vlcache_fx.exporting.captured import capture_for_export
 from vlcache_fx.exporting.describe import ExportReport, describe, wiring
@@ -80,7 +81,7 @@ def export(
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with _whole(target) as folder, hooked_placeholder_check(model):
+        with _whole(target) as folder, hooked_placeholder_check(model), compiling():
             manifest = _write(model, example_inputs, folder, opset, dynamic_shapes, parsed)
             if format == "tensorrt":
                 manifest = build_engines(manifest, folder, engine)

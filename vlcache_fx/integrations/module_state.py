@@ -25,7 +25,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.errors import StoreError
 from vlcache_fx.store.keys import content_digest
 
 _log = logging.getLogger(__name__)

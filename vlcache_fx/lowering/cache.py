@@ -11,12 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 
+from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering.base import Decompositions
 from vlcache_fx.lowering.fingerprint import Structure
@@ -26,13 +26,6 @@ from vlcache_fx.lowering.variant import CONFIG_PATCHES, Runner, Variant, compile
 __all__ = ["CompileCache", "CompileStats", "Compiled"]
 
 _log = logging.getLogger(__name__)
-
-
-def compiling() -> AbstractContextManager[Any]:
-    """The lock of all compilations in the process: the compiler's own, so that no two locks can cross."""
-    from torch._dynamo.convert_frame import compile_lock
-
-    return compile_lock
 
 
 @dataclass
@@ -72,6 +65,7 @@ class CompileCache:
         self.max_variants = max_variants
         self.stats = CompileStats()
         self._compiled: dict[str, Compiled] = {}
+        self._warned: set[str] = set()
 
     def get(self, structure: Structure, name: str, decompositions: Decompositions | None = None) -> Compiled:
         """Returns the compiled form of a structure, compiling it at most once.
@@ -89,6 +83,12 @@ class CompileCache:
             else:
                 self.stats.hits += 1
             return found
+
+    def warn_once(self, text: str) -> None:
+        """Log a warning, unless it was logged before."""
+        if text not in self._warned:
+            self._warned.add(text)
+            _log.warning("%s", text)
 
     def clear(self) -> None:
         """Forgets everything compiled; programs already lowered keep what they use."""
@@ -108,8 +108,8 @@ class Compiled:
         examples = {symbol: hint(index) for index, symbol in enumerate(structure.symbols)}
         try:
             first = self._compile(examples)
-        except Exception:
-            if examples == structure.examples:
+        except Exception as error:
+            if examples == structure.examples or what_is_missing(error) is not None:
                 raise
             first = self._compile(structure.examples)
         self._variants: tuple[Variant, ...] = (first,)
@@ -132,16 +132,23 @@ class Compiled:
             sizes = dict(zip(self.structure.symbols, found, strict=True))
             if len(self._variants) >= self.cache.max_variants:
                 _log.warning("%s: too many variants; runs uncompiled for %s", self.name, sizes)
-                module = self.structure.module
-                return lambda values: module(*values[len(found) :])
+                return self._uncompiled(len(found))
             _log.info("%s: compiling another variant for the sizes %s", self.name, sizes)
             try:
                 made = self._compile(sizes)
             except Exception as error:
+                missing = what_is_missing(error)
+                if missing is not None:  # what was compiled came from torch's cache on disk
+                    self.cache.warn_once(f"some sizes run uncompiled: {missing}")
+                    return self._uncompiled(len(found))
                 raise LoweringError(f"segment {self.name!r}, sizes {sizes}: {error}") from error
             self.cache.stats.variants += 1
             self._variants = (*self._variants, made)
             return made.run
+
+    def _uncompiled(self, num_sizes: int) -> Runner:
+        module = self.structure.module
+        return lambda values: module(*values[num_sizes:])
 
     def _compile(self, examples: Mapping[sympy.Symbol, int]) -> Variant:
         start = time.perf_counter()

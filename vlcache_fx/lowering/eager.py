@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule
 
+from vlcache_fx.compiling import compiling
 from vlcache_fx.lowering.base import Lowered, arrived
 
 __all__ = ["EagerLowering"]
@@ -21,6 +22,10 @@ class EagerLowering:
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
         """See `Lowering.lower`. The code that FX generates drops every intermediate after its last use."""
+        with compiling():  # code is made, under names that are counted for all threads
+            return self._lower(program, name)
+
+    def _lower(self, program: GraphModule, name: str) -> Lowered:
         graph = Graph()
         mapping: dict[torch.fx.Node, torch.fx.Node] = {}
         outputs = graph.graph_copy(program.graph, mapping)

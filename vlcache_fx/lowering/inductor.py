@@ -10,7 +10,8 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vlcache_fx.errors import LoweringError
+from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.errors import LoweringError, NoCompilerError
 from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.fingerprint import structure_of
@@ -40,7 +41,15 @@ class InductorLowering:
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
         """See `Lowering.lower`. Compiles everything now; calls compile only for sizes that break a
-        condition."""
+        condition.
+
+        Raises:
+            LoweringError: see `Lowering.lower`. NoCompilerError, where the machine has no compiler.
+        """
+        with compiling():
+            return self._lower(program, name)
+
+    def _lower(self, program: GraphModule, name: str) -> Lowered:
         try:
             values = program_values(program)
             segments = outline(program, values)
@@ -55,6 +64,9 @@ class InductorLowering:
                 )
                 builder.add(segment, run)
             except Exception as error:
+                missing = what_is_missing(error)
+                if missing is not None:
+                    raise NoCompilerError(missing) from error
                 raise LoweringError(f"program {name!r}, segment {segment.name!r}: {_brief(error)}") from error
         try:
             return builder.finish()

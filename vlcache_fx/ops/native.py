@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vlcache_fx.compiling import compiling, what_is_missing
+
 __all__ = ["define_operator", "integers", "native_kernel"]
 
 _log = logging.getLogger(__name__)
@@ -50,11 +52,13 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load(source, device_type="cpu")
-    except Exception as error:  # noqa: BLE001 (whatever a compiler's absence raises)
-        _log.warning(
-            "the kernel of %s cannot be built, PyTorch's is used: %s", name, str(error).partition("\n")[0]
-        )
+        with compiling():
+            library = CppCodeCache.load(source, device_type="cpu")
+    except Exception as error:  # noqa: BLE001 (whatever a compiler raises)
+        # Without a compiler nothing else can be compiled either, and that is said elsewhere.
+        level = logging.WARNING if what_is_missing(error) is None else logging.DEBUG
+        text = str(error).partition("\n")[0]
+        _log.log(level, "the kernel of %s cannot be built, PyTorch's is used: %s", name, text)
         _log.debug("%s", error)
         return None
     if not getattr(library, f"vlcache_{name}_serves")():

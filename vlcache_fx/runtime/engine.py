@@ -11,8 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import fx
 
 from vlcache_fx.errors import (
+    NoCompilerError,
     OptionError,
     PlanError,
     PolicyError,
@@ -28,6 +30,7 @@ from vlcache_fx.lowering import (
     Decompositions,
     EagerLowering,
     InductorLowering,
+    Lowered,
     Lowering,
     TensorRtLowering,
 )
@@ -231,6 +234,41 @@ class Engine:
 
     # The methods below are for the runtime, and for measurements.
 
+    @property
+    def graph_calls(self) -> int:
+        """Calls of compiled graphs that this thread has made."""
+        return int(getattr(self._call, "graphs", 0))
+
+    def note_graph_call(self) -> None:
+        """A compiled graph is called."""
+        self._call.graphs = self.graph_calls + 1
+
+    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
+        """A program as a callable; with eager kernels where torch's compiler lacks something.
+
+        Raises:
+            LoweringError: see ``Lowering.lower``.
+            UnsupportedGraphError: NO_COMPILER, in strict mode.
+        """
+        try:
+            return self.lowering.lower(program, name=name)
+        except NoCompilerError as error:
+            self.go_on_without_compiler(error)
+            return self.lowering.lower(program, name=name)
+
+    def go_on_without_compiler(self, error: NoCompilerError) -> None:
+        """Eager kernels from now on: reuse goes on. Said once in the log, raised in strict mode."""
+        refusal = UnsupportedGraphError(Reason.NO_COMPILER, str(error))
+        if self.options.strict:
+            raise refusal from error
+        with self._lock:
+            is_new = self.lowering.name != EagerLowering.name
+            if is_new:
+                self.lowering = EagerLowering()
+                self.refusals.append(refusal)
+        if is_new:
+            log.warning("runs with eager kernels: %s", error)
+
     def set_options(self, options: Options) -> None:
         """Other options from now on; store and lowering stay what they are."""
         self.options, self.choices.default = options, _choice(options)
@@ -245,16 +283,6 @@ class Engine:
         """Add one to a count."""
         with self._lock:
             self._counts[what] += 1
-
-    @property
-    def graph_calls(self) -> int:
-        """How many graphs of this engine this thread has run."""
-        calls: int = getattr(self._call, "graphs", 0)
-        return calls
-
-    def count_graph_call(self) -> None:
-        """This thread runs a graph."""
-        self._call.graphs = self.graph_calls + 1
 
     def ran_uncompiled(self, refusal: UnsupportedGraphError) -> None:
         """A call in which no graph of this engine ran."""
@@ -300,9 +328,15 @@ class Engine:
 
     def refuse_call(self, refusal: UnsupportedGraphError) -> None:
         """As ``refuse``, for a single call of a graph whose other calls may be served; logged once."""
-        known = any((other.reason, other.node) == (refusal.reason, refusal.node) for other in self.refusals)
-        if not known or self.options.strict:
-            self.refuse(refusal)
+        if self.options.strict:
+            raise refusal
+        with self._lock:
+            kinds = {(other.reason, other.node) for other in self.refusals}
+            known = (refusal.reason, refusal.node) in kinds
+            if not known:
+                self.refusals.append(refusal)
+        if not known:
+            log.warning("runs unmodified: %s", refusal)
 
     def refuse_weights(self, error: UnreadableWeightsError) -> str:
         """Calls of a model whose weights cannot be read, one text for all of them; see ``refuse_call``."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import Arriving, CudaGraphs, Lowered
 from vlcache_fx.passes import Program
@@ -49,7 +50,7 @@ class ProgramRunner:
         """Of a rewritten graph, lowered as the engine's options say."""
 
         def lower() -> Lowered:
-            lowered = engine.lowering.lower(program.graph_module, name=name)
+            lowered = engine.lower(program.graph_module, name=name)
             is_recorded = name == "warm" and device.type == "cuda" and engine.options.cuda_graphs
             return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
 
@@ -58,12 +59,18 @@ class ProgramRunner:
     def ready(self) -> bool:
         """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
         if self._lowered is None and not self._failed:
-            try:
-                self._lowered = self._lower()
-            except LoweringError as error:
-                self._failed = True
-                self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
+            with compiling():
+                self._lower_once()
         return not self._failed
+
+    def _lower_once(self) -> None:
+        if self._lowered is not None or self._failed:  # another thread was here first
+            return
+        try:
+            self._lowered = self._lower()
+        except LoweringError as error:
+            self._failed = True
+            self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, str(error)))
 
     def bind(
         self,

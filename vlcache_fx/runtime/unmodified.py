@@ -1,12 +1,16 @@
 """What was captured, as it was: for whatever cannot be rewritten."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
+from vlcache_fx.capture.dynamo import copy_graph
 from vlcache_fx.capture.steps import is_decoding_step
 from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
 from vlcache_fx.runtime.engine import Engine
 
 Compiled = Callable[..., Sequence[Any]]
@@ -44,17 +48,36 @@ class DynamoGraph:
 
     def prepare(self) -> Compiled:
         """Compile now, while Dynamo's compilation context is there."""
-        if self._engine.options.lowering == "inductor":
-            from torch._inductor.compile_fx import compile_fx
-
-            compiled: Any = compile_fx(
-                self._graph_module,
-                list(self._example_inputs),
-                config_patches=self._engine.options.inductor_config,
-            )
-            self._run = compiled
+        if self._engine.lowering.name == "inductor":
+            self._run = self._compiled()
         self.release()
         return self._run
+
+    def _compiled(self) -> Compiled:
+        """By Inductor; or as it is, where that fails, which is not the caller's fault."""
+        from torch._inductor.compile_fx import compile_fx
+
+        # The compiler takes the graph apart, and might fail half-way.
+        given = fx.GraphModule(self._graph_module, copy_graph(self._graph_module.graph))
+        try:
+            with compiling():
+                compiled: Any = compile_fx(
+                    given,
+                    list(self._example_inputs),
+                    config_patches=self._engine.options.inductor_config,
+                )
+        except (RestartAnalysis, SkipFrame):  # no failures: Dynamo is to look again, or not at all
+            raise
+        except Exception as error:  # noqa: BLE001 (torch raises many kinds here)
+            missing = what_is_missing(error)
+            if missing is not None:
+                self._engine.go_on_without_compiler(NoCompilerError(missing))
+            else:
+                text = str(error).strip().partition("\n")[0]
+                detail = f"Inductor failed, eager kernels are used: {type(error).__name__}: {text}"
+                self._engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, detail))
+            return self._graph_module
+        return cast(Compiled, compiled)
 
     def release(self) -> None:
         """See ``Unmodified``: the inputs of the first call, keys of a whole prompt among them."""

@@ -1,0 +1,95 @@
+"""Several threads call several models while everything is compiled: no call fails, nothing is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.convert_frame import compile_lock
+
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from .runtime.helpers import Pair, distance, own_compiler_state, unique_salt, with_api, with_backend
+
+THREADS = 8
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+def prompt(number: int) -> Mapping[str, Tensor]:
+    """Of a few lengths, with one of two images."""
+    return tiny_vlm_inputs(3 + number % 3, 4, [(20, number % 2)], text_seed=number)
+
+
+def models(compiled: Callable[..., Pair], **options: Any) -> list[Pair]:
+    """Two models of unlike structure, nothing of them compiled."""
+    made = [tiny_vlm(num_layers=1, last_only=False), tiny_vlm(num_layers=1, explicit_mask=True, seed=1)]
+    return [compiled(model, policy="full", salt=unique_salt(), **options) for model in made]
+
+
+def off(pairs: list[Pair], number: int) -> float:
+    """How far one call is from the unmodified model's result."""
+    pair = pairs[number // 2 % len(pairs)]
+    with torch.no_grad():
+        return distance(pair.model(**prompt(number)), pair.reference(**prompt(number)))
+
+
+def check(pairs: list[Pair], offs: list[float]) -> None:
+    assert max(offs) <= 1e-5
+    calls = [pair.engine.stats()["calls"] for pair in pairs]
+    assert all(one["warm"] > 0 and one["bypass"] == 0 for one in calls)
+    assert sum(one["cold"] + one["warm"] for one in calls) == len(offs)
+    assert [pair.engine.refusals for pair in pairs] == [[]] * len(pairs)
+
+
+@pytest.mark.parametrize("compiled", [with_api, with_backend])
+def test_eight_threads_begin_together(compiled: Callable[..., Pair]) -> None:
+    pairs = models(compiled)
+    # Settings of Dynamo are those of a thread.
+    settings = [contextvars.copy_context() for _ in range(3 * THREADS)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        work = [pool.submit(one.run, off, pairs, number) for number, one in enumerate(settings)]
+        check(pairs, [one.result() for one in work])
+
+
+def test_calls_from_coroutines() -> None:
+    pairs = models(with_api)
+
+    async def serve() -> list[float]:
+        return await asyncio.gather(*(asyncio.to_thread(off, pairs, number) for number in range(24)))
+
+    check(pairs, asyncio.run(serve()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_threads_while_inductor_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    pairs = models(with_api, lowering="inductor")[:1]
+    with ThreadPoolExecutor(THREADS) as pool:
+        check(pairs, list(pool.map(lambda number: off(pairs, number), range(2 * THREADS))))
+
+
+def test_what_is_compiled_does_not_wait_for_a_compilation() -> None:
+    pair = with_api(tiny_vlm(num_layers=1, last_only=False), policy="full")
+    for number in range(3):
+        off([pair], number)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(compile_lock.acquire).result()  # as by a compilation that takes long
+        try:
+            assert held
+            assert off([pair], 1) <= 1e-5
+            assert pair.report["mode"] == "warm"
+        finally:
+            pool.submit(compile_lock.release).result()
