@@ -220,7 +220,7 @@ class Session:
         if self._form.identifier.runs(args) is None:
             raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
-        positions = self._form.positions(tokens)
+        positions = self._form.positions(tokens, args)
         plan = build_plan(
             num_tokens=tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
             output_rows=positions,

@@ -27,6 +27,7 @@ from vlcache_fx.runtime.request import Request, together
 from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_logits
 
 CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
+TOO_FEW_ROWS = "results are made of less than two tokens, in a graph for any number of them"
 NO_PLAN = "the policy's rows make no plan"
 NOT_COMPILED = "the rewritten graph did not compile"
 
@@ -98,6 +99,9 @@ class DecoderRunner:
             return self._bypass(args, "no span is marked", num_tokens)
         if num_tokens < 2:
             return self._bypass(args, "a sequence of one token", num_tokens)
+        request = replace(request, positions=self._form.positions(num_tokens, known))
+        if request.positions is not None and len(request.positions) < 2 and self._form.tail_varies:
+            return self._bypass(args, TOO_FEW_ROWS, num_tokens)  # programs take sizes below two as special
         if not can_write(self._form.writes, self._in_place, args, self._form.data):
             return self._bypass(args, CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
@@ -129,7 +133,7 @@ class DecoderRunner:
             return self._bypass(request.args, NO_PLAN, request.num_tokens)
         if not self._cold.ready():
             return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), dict)
+        bound = self._cold.bind(together(plans), request.positions, dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
@@ -154,7 +158,7 @@ class DecoderRunner:
             return self._bypass(request.args, NO_PLAN, request.num_tokens)
         if not self._warm.ready():
             return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        positions = self._form.positions(request.num_tokens)
+        positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._form.rows, self._form.device))
         policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
@@ -197,7 +201,7 @@ class DecoderRunner:
             plans = self._plans(full)
             if plans is None or not self._cold.ready():
                 return None
-            positions = self._form.positions(request.num_tokens)
+            positions = request.positions
             exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, dict))
             if exact is None:
                 return None
@@ -232,7 +236,7 @@ class DecoderRunner:
                             policy=chooser,
                             profile=profile,
                             budget=choice.budget,
-                            output_rows=self._form.positions(request.num_tokens),
+                            output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
                             unseen=sample.unseen if request.donors else None,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class DecoderForm:
         prefixes: cuts prompts into pieces.
         groups: number of layers in each run of layers that compute the same rows; empty where each layer may
             have its own.
+        tail_varies: True where programs take any number of tokens that results need, from two on.
     """
 
     num_layers: int
@@ -58,6 +60,7 @@ class DecoderForm:
     identifier: Identifier
     prefixes: PrefixReader
     groups: tuple[int, ...] = ()
+    tail_varies: bool = False
 
     @classmethod
     def of(
@@ -102,6 +105,7 @@ class DecoderForm:
             identifier=identifier,
             prefixes=PrefixReader.of(captured, facts, identifier.features, identifier.embeddings),
             groups=groups,
+            tail_varies=facts.tail_rows.varies,
         )
 
     @property
@@ -109,6 +113,6 @@ class DecoderForm:
         """Of stored rows, as profiles name it."""
         return str(next(iter(self.rows.values())).dtype).removeprefix("torch.")
 
-    def positions(self, num_tokens: int) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all."""
-        return None if self.tail is None else self.tail.positions(num_tokens)
+    def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
+        """Absolute positions that results need, int64 [n], or None for all; ``args`` as in ``RowSelection``."""
+        return None if self.tail is None else self.tail.positions(num_tokens, args)

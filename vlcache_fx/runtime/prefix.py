@@ -17,6 +17,7 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.dataflow import ancestors
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.captured import InputKind
+from vlcache_fx.capture.subgraph import needed_for
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.runs import Run
 from vlcache_fx.store.keys import Part, content_digest, tensor_bytes
@@ -82,7 +83,10 @@ class PrefixReader:
             for index, (node, kind) in enumerate(zip(captured.placeholders, captured.kinds, strict=True))
             if kind is InputKind.DATA and node in reached and index not in (*features, embeddings)
         ]
-        return cls(tuple(wanted), captured.indices_of(InputKind.SIZE), embeddings)
+        # Numbers that say what results are made of (how many of the last tokens) are none of the rows'.
+        needed = needed_for([*frontiers, facts.stream.boundaries[-1]])
+        sizes = [i for i in captured.indices_of(InputKind.SIZE) if captured.placeholders[i] in needed]
+        return cls(tuple(wanted), tuple(sizes), embeddings)
 
     def pieces(
         self, args: Sequence[Any], runs: Sequence[Run], spans: Sequence[Span], num_tokens: int, root: str

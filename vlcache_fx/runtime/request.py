@@ -61,6 +61,7 @@ class Request:
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the decoder's weights; empty without spans.
+        positions: tokens that results need, int64 [n], on the CPU; None for all.
     """
 
     args: Sequence[Any]
@@ -73,6 +74,7 @@ class Request:
     is_causal: bool = False
     is_whole: bool = True
     model_fingerprint: str = ""
+    positions: Tensor | None = None
 
     @property
     def spans(self) -> tuple[Span, ...]:
