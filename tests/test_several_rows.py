@@ -59,7 +59,13 @@ def choosing(way: str, **options: Any) -> Pair:
     return with_backend(Choosing(way), min_span_tokens=4, **options)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        way if way in ("last", "from", "places") else pytest.param(way, marks=pytest.mark.thorough)
+        for way in WAYS
+    ],
+)
 def test_rows_that_calls_choose_are_computed_and_no_others(way: str) -> None:
     pair = choosing(way, policy="none")
     first, second = tiny_vlm_inputs(5, 9, [(24, 0)]), tiny_vlm_inputs(11, 9, [(24, 0)], text_seed=1)
@@ -147,7 +153,9 @@ def test_inductor_takes_any_number_of_rows() -> None:
 @pytest.mark.parametrize("how", [pytest.param("assistant", marks=pytest.mark.thorough), "prompt lookup"])
 def test_assisted_decoding_reuses_and_answers_alike(how: str) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full", min_span_tokens=4)
-    helper = {"assistant_model": tiny_qwen2_5_vl(1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    helper = (
+        {"assistant_model": tiny_qwen2_5_vl(1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    )
     for before in (4, 9):
         inputs = qwen_inputs(before, 6, [(8, 8, 0)])
         with torch.no_grad():
@@ -156,5 +164,8 @@ def test_assisted_decoding_reuses_and_answers_alike(how: str) -> None:
                 for model in (pair.model, pair.reference)
             ]
         assert torch.equal(*answers)
+        # Drafts are checked in calls of their own; the report is still the prefill's.
+        assert pair.report["num_tokens"] >= before + 6 + 16
+        assert [span["start"] for span in pair.report["spans"]] == [before + 1]
     calls = pair.engine.stats()["calls"]
     assert (calls["cold"], calls["warm"]) == (1, 1)

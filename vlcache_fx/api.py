@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
-from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.errors import NotReused, OptionError, VlcacheError
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     hook_encoders,
@@ -73,7 +73,11 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
                 raise
         if engine.graph_calls == before:
             engine.report(
-                Report("bypass", "Dynamo ran this call uncompiled (has it reached recompile_limit?)")
+                Report(
+                    "bypass",
+                    "Dynamo ran this call uncompiled (has it reached recompile_limit?)",
+                    reason_code=NotReused.UNCOMPILED,
+                )
             )
         restore_items(result, kwargs)
         return result

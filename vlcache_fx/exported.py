@@ -13,7 +13,7 @@ from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_a
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.report import Report, one_line
 
 
 def compile_exported(program: ExportedProgram, **options: Any) -> "CompiledProgram":
@@ -55,7 +55,7 @@ class CompiledProgram:
         try:
             check_gradients(inputs)
         except UnsupportedGraphError as refusal:
-            self.vlcache.report(Report("bypass", str(refusal)))
+            self.vlcache.report(Report("bypass", one_line(str(refusal)), reason_code=refusal.reason))
             return self._arguments.module(*args, **kwargs)
         return self._arguments.results(self._run(*inputs))
 

@@ -90,14 +90,16 @@ def test_selections_with_bounds_that_inputs_say(
 
     captured = capture(one_layer, {"x": X, "k": 3}, dynamic=True)
     rows = analyze(captured).tail_rows
-    args = [value if isinstance(value := n.meta["val"], Tensor) else 3 for n in captured.placeholders]
-    args = [torch.empty(1, 6, 4) if isinstance(arg, Tensor) else arg for arg in args]
+    values = [node.meta["val"] for node in captured.placeholders]
+    args = [X if isinstance(value, Tensor) else value.node.hint for value in values]
     taken = rows.positions(6, args)
     assert taken is not None
     assert taken.tolist() == positions
 
 
-@pytest.mark.parametrize("take", [lambda x, places: x[:, places], lambda x, places: x.index_select(1, places)])
+@pytest.mark.parametrize(
+    "take", [lambda x, places: x[:, places], lambda x, places: x.index_select(1, places)]
+)
 def test_places_that_an_input_holds(take: Callable[[Tensor, Tensor], object]) -> None:
     def one_layer(x: Tensor, places: Tensor) -> object:
         x = x * 2

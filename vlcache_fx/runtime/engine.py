@@ -34,8 +34,8 @@ from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.choice import Choice, Choices
 from vlcache_fx.runtime.guards import Guards
-from vlcache_fx.runtime.remembered import Fingerprints, RecentKeys
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.remembered import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.report import Report, ReportView
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -51,6 +51,7 @@ class Engine:
         choices: policy, budget and profile of the next call.
         guards: which models go without reuse.
         fingerprints: of weights.
+        contents: what items held that were looked up lately, and with which weights.
         missed: keys of items that were looked up in vain.
         unstorable: keys of donors that the store refused, as too large: recording them again would not help.
 
@@ -87,13 +88,18 @@ class Engine:
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
+        self.contents = RecentContents()
         self._call = threading.local()
 
     @property
-    def last_report(self) -> dict[str, Any] | None:
-        """What the last prefill did, as plain data; None before the first call."""
+    def last_report(self) -> ReportView | None:
+        """What the last prefill did, as plain data with attributes; None before the first call.
+
+        Calls that go on behind a prefill without media of their own (drafts that are checked, further chunks
+        of a prompt) are counted, but leave its report.
+        """
         report = self._report
-        return None if report is None else report.as_dict()
+        return None if report is None else report.as_view()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: calls per mode, store, compilations, refusals by reason, shadow runs."""
@@ -173,6 +179,7 @@ class Engine:
         self.store.clear()
         self.missed.clear()
         self.unstorable.clear()
+        self.contents.clear()
 
     def close(self) -> None:
         """Release the store; the compiled model goes on without reuse."""
@@ -184,10 +191,17 @@ class Engine:
         """Other options from now on; store and lowering stay what they are."""
         self.options, self.choices.default = options, _choice(options)
 
-    def report(self, report: Report) -> None:
-        """Keep the report of a call and count it."""
+    def report(self, report: Report, *, continues: bool = False) -> None:
+        """Keep the report of a call and count it.
+
+        Args:
+            report: of the call.
+            continues: a call without media that goes on with a cache; what the call before did stays the
+                last report, where that had media.
+        """
         with self._lock:
-            self._report = report
+            if not (continues and self._report is not None and self._report.spans):
+                self._report = report
             self._counts[report.mode] += 1
 
     def count(self, what: str) -> None:

@@ -109,6 +109,14 @@ class DecoderForm:
         )
 
     @property
+    def goes_on(self) -> bool:
+        """True where calls continue a prompt: what their keys are joined with, a growing cache holds already.
+
+        A cache of fixed size does not tell: a first prompt is written to it in the same way.
+        """
+        return self.identifier.has_past and not self.writes
+
+    @property
     def dtype(self) -> str:
         """Of stored rows, as profiles name it."""
         return str(next(iter(self.rows.values())).dtype).removeprefix("torch.")

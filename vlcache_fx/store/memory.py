@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from typing import ClassVar
 
-from vlcache_fx.errors import StoreError
+from vlcache_fx.errors import StoreClosedError, StoreError
 from vlcache_fx.store.base import Store, StoreStats
 from vlcache_fx.store.entry import Entry
 
@@ -106,4 +106,4 @@ class MemoryStore(Store):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise StoreError("the store is closed")
+            raise StoreClosedError("the store is closed")
