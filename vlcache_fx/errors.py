@@ -105,7 +105,7 @@ class NotReused(StrEnum):
     STORE_FAILED = "store_failed"
     """The store failed when it was asked."""
     INCOMPATIBLE_ENTRY = "incompatible_entry"
-    """There is a donor, of a graph that recorded less than this one reads (results of all tokens), or other."""
+    """There is a donor, of a graph that recorded less than this one reads, or something else."""
     RECOMPUTED_TO_RECORD = "recomputed_to_record"
     """There is a donor, but the call was computed in full so that another item could be recorded."""
     NO_SPAN = "no_span"

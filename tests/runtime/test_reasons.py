@@ -30,7 +30,7 @@ def ask(pair: Pair, *images: tuple[int, int], before: int = 5, text_seed: int = 
 
 
 @pytest.fixture
-def pair(_compiler: None) -> Pair:
+def pair(_compiler: None) -> Pair:  # noqa: PT019
     return with_backend(tiny_vlm(last_only=False), budget=0.1)
 
 
@@ -70,7 +70,8 @@ def test_other_weights(pair: Pair) -> None:
     assert ask(pair, TWO) == ["new_item", (False, "new_item")]
 
 
-def test_a_donor_that_is_too_large(_compiler: None) -> None:
+@pytest.mark.usefixtures("_compiler")
+def test_a_donor_that_is_too_large() -> None:
     pair = with_backend(tiny_vlm(last_only=False), store=MemoryStore(4096))
     assert ask(pair, ONE) == ["new_item", (False, "new_item")]
     assert ask(pair, ONE) == ["too_large", (False, "too_large")]
@@ -90,7 +91,8 @@ def test_a_store_that_is_closed_or_fails(pair: Pair, monkeypatch: pytest.MonkeyP
     assert ask(pair, ONE) == ["store_closed", (False, "store_closed")]
 
 
-def test_an_entry_of_a_graph_that_records_less(_compiler: None) -> None:
+@pytest.mark.usefixtures("_compiler")
+def test_an_entry_of_a_graph_that_records_less() -> None:
     store = MemoryStore(1 << 24)
     last = with_backend(tiny_vlm(last_only=True), store=store)
     every = with_backend(tiny_vlm(last_only=False), store=store)

@@ -149,9 +149,11 @@ def _replay(
     for call in calls:
         with engine.using(budget=budget):
             reused = _next_logits(model(**call))
-        report = engine.last_report or {"mode": "no", "reason": "the engine was never called", "spans": ()}
+        never = {"mode": "no", "reason": "the engine was never called", "spans": ()}
+        report: Mapping[str, Any] = engine.last_report or never
         seen[f"{report['mode']} ({report['reason']})" if report["reason"] else report["mode"]] += 1
-        if not any(span["hit"] and span["start"] >= report["prefix_tokens"] for span in report["spans"]):
+        reused_spans = [span for span in report["spans"] if span["hit"] and span["miss_reason"] is None]
+        if not any(span["start"] >= report["prefix_tokens"] for span in reused_spans):
             continue  # cold, unmodified, or a known prefix, which is exact
         with engine.using(policy="full"):  # recomputes all, and stores nothing
             exact = _next_logits(model(**call))

@@ -96,10 +96,10 @@ class RowSelection:
         Raises:
             IndexError: for a single token that is not there.
         """
-        if isinstance(self.bounds[0], InputPlaces):
-            return self.bounds[0].of(num_tokens, args)
+        first = self.bounds[0]
+        if isinstance(first, InputPlaces):
+            return first.of(num_tokens, args)
         bounds = [bound.of(args) if isinstance(bound, SizeSum) else bound for bound in self.bounds]
         everything = torch.arange(num_tokens)
-        if len(bounds) == 1:
-            return everything[bounds[0]].reshape(1)
-        return everything[slice(*bounds)]
+        place = slice(*bounds) if len(bounds) > 1 else bounds[0]
+        return everything[place].reshape(-1)  # type: ignore[index]

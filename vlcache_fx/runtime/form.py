@@ -122,5 +122,5 @@ class DecoderForm:
         return str(next(iter(self.rows.values())).dtype).removeprefix("torch.")
 
     def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all; ``args`` as in ``RowSelection``."""
+        """Absolute positions that results need, int64 [n], or None for all (see ``RowSelection``)."""
         return None if self.tail is None else self.tail.positions(num_tokens, args)

@@ -39,7 +39,7 @@ class RecentKeys:
 
 
 class RecentContents:
-    """Under which weights contents, and keys, were seen last, at most ``KEYS`` of them. Safe to share between threads."""
+    """Under which weights contents were seen last, and keys; at most ``KEYS`` of them. Safe in threads."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, tuple[str, ...]] = OrderedDict()

@@ -109,7 +109,7 @@ MISSES = {
 
 
 def why_cold(misses: list[NotReused]) -> tuple[str, NotReused]:
-    """``(reason, reason_code)`` of a call that was computed in full, by those of its spans, of which one missed.
+    """``(reason, reason_code)`` of a call that was computed in full, by those of its spans.
 
     The code is that of the first span without a donor.
     """

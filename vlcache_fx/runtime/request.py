@@ -63,7 +63,7 @@ class Request:
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the decoder's weights; empty without spans.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
-        found: the spans as they were looked up, those included whose donors the call leaves aside; empty before.
+        found: the spans as they were looked up, with the donors that the call leaves aside; empty before.
     """
 
     args: Sequence[Any]
