@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
+
+import onnx
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.exporting.folder_checks import check_external_data, check_references
@@ -57,10 +59,9 @@ def test_other_places_are_refused(tmp_path: Path, nested: bool, said: dict[str, 
         check_external_data(graph(tmp_path, nested, **said), FILES)
 
 
-def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_graph_is_left_to_whoever_loads_it(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"\xff\xff no graph")
-    with pytest.raises(ExportError, match="cannot be read as ONNX"):
-        check_external_data(tmp_path / "graph.onnx", FILES)
+    check_external_data(tmp_path / "graph.onnx", FILES)
 
 
 def test_what_is_called_by_name_is_there() -> None:

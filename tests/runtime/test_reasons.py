@@ -30,7 +30,7 @@ def ask(pair: Pair, *images: tuple[int, int], before: int = 5, text_seed: int = 
 
 
 @pytest.fixture
-def pair(_compiler: None) -> Pair:  # noqa: PT019
+def pair(_compiler: None) -> Pair:
     return with_backend(tiny_vlm(last_only=False), budget=0.1)
 
 

@@ -64,7 +64,7 @@ Bound: TypeAlias = int | SizeSum | None
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Tokens that are taken as Python's brackets take them: ``[index]``, ``[start:end:step]`` or ``[places]``.
+    """Tokens, taken as Python's brackets take them: ``[index]``, ``[start:end:step]`` or ``[places]``.
 
     Attributes:
         bounds: ``(index,)``, ``(places,)``, or ``(start, end, step)`` with None where nothing is said.
