@@ -99,7 +99,7 @@ class AnswerBench:
             answer=answer,
             full=self._generate(self.unmodified, inputs),
             mode=report["mode"],
-            hit=report["mode"] == "warm" and all(span["hit"] for span in report["spans"]),
+            hit=bool(report["spans"]) and all(span["hit"] for span in report["spans"]),
             encoder_hit=bool(report["encoder_hit"]),
             token_layer_fraction=report["token_layer_fraction"],
             num_tokens=report["num_tokens"],

@@ -53,8 +53,8 @@ def check_references(manifest: Manifest) -> None:
     graphs |= {f"engines.{name}": name for name in manifest.engines}
     for field, name in graphs.items():
         _check(name in manifest.graphs, field, name, f"a graph; there are {', '.join(manifest.graphs)}")
-    specs = {"graphs": manifest.graphs, "engines": manifest.engines}
-    files = {f"{kind}.{name}.file": spec.file for kind, of in specs.items() for name, spec in of.items()}
+    files = {f"graphs.{name}.file": spec.file for name, spec in manifest.graphs.items()}
+    files |= {f"engines.{name}.file": spec.file for name, spec in manifest.engines.items()}
     for field, name in files.items():
         _check(name in manifest.files, field, name, "one of the files that the manifest lists")
 

@@ -152,8 +152,7 @@ def _replay(
         never = {"mode": "no", "reason": "the engine was never called", "spans": ()}
         report: Mapping[str, Any] = engine.last_report or never
         seen[f"{report['mode']} ({report['reason']})" if report["reason"] else report["mode"]] += 1
-        reused_spans = [span for span in report["spans"] if span["hit"] and span["miss_reason"] is None]
-        if not any(span["start"] >= report["prefix_tokens"] for span in reused_spans):
+        if not any(span["hit"] and span["start"] >= report["prefix_tokens"] for span in report["spans"]):
             continue  # cold, unmodified, or a known prefix, which is exact
         with engine.using(policy="full"):  # recomputes all, and stores nothing
             exact = _next_logits(model(**call))

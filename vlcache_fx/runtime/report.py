@@ -10,11 +10,12 @@ Mode = Literal["cold", "warm", "bypass"]
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: token positions in its sample, the key of its item, whether a donor was found, and where.
+    """One span: token positions in its sample, the key of its item, and whether its rows were reused.
 
-    ``donor_contexts`` is the number of contexts that the donor is the mean of: 1 for one that is exact
-    somewhere, 0 for a miss. ``miss_reason`` says why its rows were not reused, None where they were; a donor
-    that was found is not reused in a call that is computed in full so as to record another one.
+    ``donor_tier`` and ``donor_contexts`` are of the donor that was found: where it lies, and the number of
+    contexts that it is the mean of, 1 for one that is exact somewhere; None and 0 where there is none.
+    ``miss_reason`` says why its rows were not reused, None for a hit. A donor that is there is not reused
+    in a call that is computed in full so as to record another one (``recomputed_to_record``).
     """
 
     start: int

@@ -108,7 +108,16 @@ class Request:
             reason_code=reason_code,
             num_tokens=self.num_tokens,
             spans=tuple(
-                SpanReport(s.start, s.length, s.key, s.hit, s.tier, s.sample, s.contexts, s.miss)
+                SpanReport(
+                    s.start,
+                    s.length,
+                    s.key,
+                    s.hit and s.miss is None,
+                    s.tier,
+                    s.sample,
+                    s.contexts,
+                    s.miss,
+                )
                 for s in self.found or self.spans
             ),
             rows_per_layer=together(plans).rows_per_layer,
