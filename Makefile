@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check typecheck format demo clean
+.PHONY: help env test check typecheck format demo gpu-check clean
 
 help:
 	@echo "make env        create or update $(VENV) with the pinned versions"
@@ -13,6 +13,7 @@ help:
 	@echo "make check      formatting, lint and types"
 	@echo "make format     format, and fix what the linter can"
 	@echo "make demo       run examples/demo.py"
+	@echo "make gpu-check  tests and times on a GPU, within ten minutes (ARGS='--output DIR')"
 
 env: $(STAMP)
 
@@ -44,6 +45,12 @@ format: env
 
 demo: env
 	$(BIN)/python examples/demo.py
+
+# Uses what is there: a machine with a GPU is lent for minutes, and brings its own torch.
+# make gpu-check PYTHON=/path/to/python for another interpreter than that of $(VENV).
+gpu-check: CHECK_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu-check:
+	$(CHECK_PYTHON) -m vlcache_fx.bench.gpu_check $(ARGS)
 
 clean:
 	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

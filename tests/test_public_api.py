@@ -17,6 +17,7 @@ PUBLIC = {
     "EngineSession",
     "ExportError",
     "LoweringError",
+    "NotReused",
     "OnnxSession",
     "OptionError",
     "Options",

@@ -208,10 +208,14 @@ def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
 
 
 def test_every_reason_has_a_case() -> None:
-    # NO_LOGITS refuses shadow runs, no graph: tests/runtime/test_shadow.py. WEIGHTS_UNREADABLE refuses
-    # calls: tests/capture/test_wrapped.py. UNCOMPILED is of calls that bring no graph: tests/runtime/test_regions.py.
-    elsewhere = {Reason.LOWERING_FAILED, Reason.NO_LOGITS, Reason.WEIGHTS_UNREADABLE, Reason.UNCOMPILED}
-    elsewhere.add(Reason.RANDOM)  # tests/analysis/test_computation.py
+    elsewhere = {
+        Reason.LOWERING_FAILED,
+        Reason.NO_COMPILER,  # tests/runtime/test_unmodified.py
+        Reason.NO_LOGITS,  # refuses shadow runs: tests/runtime/test_shadow.py
+        Reason.RANDOM,  # tests/analysis/test_computation.py
+        Reason.UNCOMPILED,  # of calls that bring no graph: tests/runtime/test_regions.py
+        Reason.WEIGHTS_UNREADABLE,  # refuses calls: tests/capture/test_wrapped.py
+    }
     assert {*CASES, *elsewhere} == set(Reason)
 
 

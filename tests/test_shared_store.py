@@ -1,7 +1,7 @@
 """Many models of equal weights share one store: none is ever served what another one computed.
 
-Models are mutated at random in what is no weight: constants, hooks, buffers, activations, the order of two
-operators, rotary embeddings, windows, heads, positions, autocast. Each must give what it gives with a store of
+Models are mutated at random in what is no weight: constants, hooks, buffers, activations, the order of
+two operators, rotary embeddings, windows, heads, positions, autocast. Each must give what it gives with a store of
 its own, whatever the models before it left in the shared one.
 """
 
@@ -116,16 +116,31 @@ MUTATIONS = st.one_of(
     st.builds(buffered, st.sampled_from(PLACES[:5]), st.sampled_from([2.0, 3.0])),
     st.builds(epsilon, st.sampled_from([1e-2, 1e-1])),
     st.builds(activation, st.sampled_from([nn.SiLU, nn.Tanh])),
-    st.builds(positions, st.sampled_from([lambda p: p * 2, lambda p: p * 3, lambda p: p // 2, lambda p: p + 4])),
-    st.sampled_from(
-        [
-            shaped(rope="interleaved"), shaped(rope="partial"), shaped(rope="none"), shaped(norm_place="branch"),
-            shaped(norm_place="post"), shaped(parallel=True), shaped(embed_scale=True), shaped(window=6),
-            shaped(window=9), shaped(window=6, window_every=2), shaped(heads=4, kv_heads=2),
-            shaped(explicit_mask=True), shaped(attention="math", softcap=0.5), shaped(attention="math", softcap=2.0),
-        ]
+    st.builds(
+        positions, st.sampled_from([lambda p: p * 2, lambda p: p * 3, lambda p: p // 2, lambda p: p + 4])
     ),
-)  # fmt: skip
+    st.builds(
+        lambda change: shaped(**change),
+        st.sampled_from(
+            [
+                {"rope": "interleaved"},
+                {"rope": "partial"},
+                {"rope": "none"},
+                {"norm_place": "branch"},
+                {"norm_place": "post"},
+                {"parallel": True},
+                {"embed_scale": True},
+                {"window": 6},
+                {"window": 9},
+                {"window": 6, "window_every": 2},
+                {"heads": 4, "kv_heads": 2},
+                {"explicit_mask": True},
+                {"attention": "math", "softcap": 0.5},
+                {"attention": "math", "softcap": 2.0},
+            ]
+        ),
+    ),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -188,7 +203,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.thorough)])
-def test_no_model_is_served_what_another_one_computed(count: int) -> None:
+def test_no_model_is_served_what_another_one_computed(count: int, request: pytest.FixtureRequest) -> None:
     checked = Checked()
     checked.check([], False, "full", with_backend)
 
@@ -203,4 +218,6 @@ def test_no_model_is_served_what_another_one_computed(count: int) -> None:
         checked.check(mutations, autocast, policy, make)
 
     mutated()
-    print(f"{checked.models} models, {checked.entries} entries of theirs compared with those in the store")
+    text = f"{checked.models} models, {checked.entries} entries compared with those of others"
+    request.node.user_properties.append(("compared", text))
+    print(text)  # noqa: T201 - with -s, the figures

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from vlcache_fx.analysis import analyze
 from vlcache_fx.capture import Captured, capture_dynamo
 from vlcache_fx.capture.settings import RECOMPILE_LIMIT
 from vlcache_fx.capture.steps import attends
@@ -33,7 +34,7 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.merges import MergeMarks
 from vlcache_fx.runtime.regions import raise_recompile_limit, watch
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.step import StepRunner
 from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 
@@ -152,7 +153,7 @@ def _compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, e
     except UnsupportedGraphError as refusal:
         if refusal.reason in NOTHING_TO_REUSE or unmodified.is_decoding_step():
             return _without_reuse(captured, unmodified, engine)
-        return _refused(refusal, unmodified, engine)
+        return _refused(refusal, unmodified, engine, continues=_goes_on(refusal, captured))
     except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
         return _refused(UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)), unmodified, engine)
     unmodified.release()
@@ -250,7 +251,16 @@ def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Co
     return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
 
 
-def _refused(refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Engine) -> Compiled:
+def _goes_on(refusal: UnsupportedGraphError, captured: Captured | None) -> bool:
+    """True for text alone behind what a growing cache holds: a draft that is checked, a chunk of a prompt."""
+    if captured is None or captured.writes or refusal.reason is not Reason.NO_MERGE:
+        return False
+    return bool(analyze(captured).past)
+
+
+def _refused(
+    refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Engine, *, continues: bool = False
+) -> Compiled:
     if refusal.reason is Reason.GRAD_REQUIRED:
         engine.refuse_call(refusal)
     elif refusal.reason not in NOT_AN_ERROR:
@@ -258,7 +268,8 @@ def _refused(refusal: UnsupportedGraphError, unmodified: Unmodified, engine: Eng
     compiled = unmodified.prepare()
 
     def run(*args: Any) -> Sequence[Any]:
-        engine.report(Report("bypass", str(refusal)))
+        report = Report("bypass", one_line(str(refusal)), reason_code=refusal.reason)
+        engine.report(report, continues=continues)
         return compiled(*args)
 
     return run

@@ -106,6 +106,46 @@ class Reason(StrEnum):
     """Results hold no logits: the graph is served, but shadow runs could not be judged and are not made."""
 
 
+class NotReused(StrEnum):
+    """Why a call or a span was not reused, where its graph could be. The values are stable, as ``Reason``'s.
+
+    Calls of graphs that were refused carry the ``Reason`` instead.
+    """
+
+    NEW_ITEM = "new_item"
+    """Nothing of this content was seen lately, at these positions relative to each other."""
+    NOT_RECORDED = "not_recorded"
+    """It was seen before, but there is no donor: it could not be recorded then, or is not stored any more."""
+    OTHER_WEIGHTS = "other_weights"
+    """The same content was seen with other weights, or in another model, alone."""
+    TOO_LARGE = "too_large"
+    """The store refused its donor."""
+    STORE_CLOSED = "store_closed"
+    """The store is closed."""
+    STORE_FAILED = "store_failed"
+    """The store failed when it was asked."""
+    INCOMPATIBLE_ENTRY = "incompatible_entry"
+    """There is a donor, of a graph that recorded less than this one reads, or something else."""
+    RECOMPUTED_TO_RECORD = "recomputed_to_record"
+    """There is a donor, but the call was computed in full so that another item could be recorded."""
+    NO_SPAN = "no_span"
+    """Nothing in the call can be reused: no media, none that is long enough, or none that is marked."""
+    ONE_TOKEN = "one_token"
+    """A sequence of one token."""
+    MISMATCH = "mismatch"
+    """Placeholders and encoder features do not agree."""
+    CANNOT_WRITE = "cannot_write"
+    """An input that is written to has a layout in which that cannot be repeated."""
+    TOO_FEW_ROWS = "too_few_rows"
+    """Results are made of less than two tokens in a graph for any number of them."""
+    GUARDED = "guarded"
+    """Shadow runs or the gate decided that the model goes without reuse."""
+    NO_PLAN = "no_plan"
+    """The policy's rows make no plan."""
+    PROGRAM_FAILED = "program_failed"
+    """A rewritten graph did not compile, or failed when it ran."""
+
+
 LONGEST_DETAIL = 300
 """Characters of a refusal's detail."""
 

@@ -13,7 +13,7 @@ from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_a
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.report import Report, one_line
 
 
 def compile_exported(program: ExportedProgram, **options: Any) -> "CompiledProgram":
@@ -53,7 +53,8 @@ class CompiledProgram:
         waiting = iter(given)
         inputs = [next(waiting) if bound is None else bound for bound in self._bound]
         if records_gradients(inputs):
-            self.vlcache.report(Report("bypass", str(gradient_refusal())))
+            refusal = gradient_refusal()
+            self.vlcache.report(Report("bypass", one_line(str(refusal)), reason_code=refusal.reason))
             return self._arguments.module(*args, **kwargs)
         return self._arguments.results(self._run(*inputs))
 

@@ -83,10 +83,8 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> A
     if kind == "source":
         return fakes.tensor([*samples, tokens], torch.int64, device)
     if kind == "results":
-        selection = program.decoder.tail_rows.selection
-        assert selection is not None
-        taken = shape_of(selection)[program.decoder.tail_rows.axis] if len(shape_of(selection)) == 3 else 1
-        count = taken if isinstance(taken, int) else fakes.size("results")
+        # Under the name that the trace gave it: what follows spells it out, too.
+        count = fakes.like(program.decoder.tail_rows.num_taken)
         return fakes.tensor([*samples, count], torch.int64, device)
     level = int(rest.rpartition(".")[2]) + (kind == "keep")
     return fakes.tensor([*samples, fakes.size(f"rows_{level}")], torch.int64, device)

@@ -232,3 +232,118 @@ def test_without_pydantic_the_extra_is_named(folder: Path, monkeypatch: pytest.M
         Manifest.load(folder)
     with pytest.raises(ExportError, match="pydantic is not installed"):
         bare_manifest().save(folder)
+
+
+def made_anew(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the manifest and give it the digest that fits, as someone with bad intentions would."""
+    import blake3
+    from pydantic import TypeAdapter
+
+    changed(folder, change)
+    path, adapter = folder / MANIFEST, TypeAdapter(Manifest)
+    edited = dataclasses.replace(adapter.validate_json(path.read_bytes()), digest="")
+    digest = blake3.blake3(adapter.dump_json(edited)).hexdigest()
+    path.write_bytes(adapter.dump_json(dataclasses.replace(edited, digest=digest)))
+
+
+OUTSIDE = ["../outside.bin", "/etc/hostname", "sub/file", "..", ".", "", "..\\outside", "C:file", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("files.", lambda m, name: m["files"].update({name: {"size_bytes": 3, "blake3": "0" * 64}})),
+        ("graphs.prefill_cold.file", lambda m, name: m["graphs"]["prefill_cold"].update(file=name)),
+        ("engines.prefill_cold.file", lambda m, name: m["engines"]["prefill_cold"].update(file=name)),
+    ],
+)
+def test_files_outside_of_the_folder_are_refused_unopened(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, field: str, change: Any, name: str
+) -> None:
+    (folder.parent / "outside.bin").write_bytes(b"abc")
+    made_anew(folder, lambda m: change(m, name))
+    monkeypatch.setattr("vlcache_fx.exporting.manifest.file_spec", lambda path: pytest.fail(f"opened {path}"))
+    message = refusal(folder)
+    assert message.startswith(f"the manifest's {field}")
+    assert "is not the name of a file in its folder" in message
+
+
+def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
+    outside = folder.parent / "outside.bin"
+    outside.write_bytes(bytes(1000))
+    (folder / "weights.bin").unlink()
+    (folder / "weights.bin").symlink_to(outside)
+    assert "-> " in refusal(folder)
+    (folder / "weights.bin").unlink()
+    (folder / "kept.bin").write_bytes(bytes(1000))
+    (folder / "weights.bin").symlink_to(folder / "kept.bin")
+    Manifest.load(folder)
+
+
+def row(dim: int, dtype: str, size: int) -> dict[str, Any]:
+    return {"0.k": {"dim": dim, "dtype": dtype, "sizes": [size, None]}}
+
+
+PROFILE = "engines.prefill_cold.profile.input_ids"
+SHAPE = "graphs.prefill_cold.inputs.input_ids.shape"
+MINUS_AN_INPUT = {"constant": 0, "sizes": [{"factor": -1, "input": 4}]}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("files.weights/bin.size_bytes", -1),
+        ("files.weights/bin.blake3", "short"),
+        (SHAPE, [-1, 2]),
+        (SHAPE, [""]),
+        ("graphs.prefill_cold.outputs.logits.shape", [1 << 30] * 3),
+        (PROFILE, [[1], [1], [1, 2]]),
+        (PROFILE, [[1], [1 << 50], [1 << 60]]),
+        (PROFILE, [[-1], [1], [2]]),
+        ("engines.prefill_cold.builder", "antigravity 1"),
+        ("engines.prefill_cold.builder", "tensorrt"),
+        ("engines.prefill_cold.dtypes.input_ids", "void"),
+        ("decoder.num_layers", -1),
+        ("decoder.num_layers", 1 << 60),
+        ("decoder.layer_groups", [5]),
+        ("decoder.layer_groups", [2, -1]),
+        ("decoder.num_outputs", -3),
+        ("decoder.num_merges", 2),
+        ("decoder.width", -1),
+        ("decoder.features", [7]),
+        ("decoder.position_inputs", [-1]),
+        ("decoder.embeddings", 1),
+        ("decoder.tail", [{"input": 4}]),
+        ("decoder.tail", [MINUS_AN_INPUT, None, None]),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(folder: Path, field: str, value: Any) -> None:
+    *path, last = (name.replace("/", ".") for name in field.split("."))
+
+    def change(content: dict[str, Any]) -> None:
+        for name in path:
+            content = content[name]
+        content[last] = value
+
+    made_anew(folder, change)
+    assert refusal(folder).startswith(f"the manifest's {field.replace('/', '.')} is ")
+
+
+@pytest.mark.parametrize(
+    ("field", "rows"),
+    [("dim", row(3, "float32", 1)), ("sizes", row(1, "float32", -1)), ("dtype", row(1, "load", 1))],
+)
+def test_rows_that_cannot_be_are_refused(folder: Path, field: str, rows: dict[str, Any]) -> None:
+    made_anew(folder, lambda m: m["decoder"].update(rows=rows))
+    assert refusal(folder).startswith(f"the manifest's decoder.rows.0.k.{field} is ")
+
+
+def test_a_manifest_made_anew_for_nothing_is_read(folder: Path) -> None:
+    made_anew(folder, lambda m: m.update(model="Another"))
+    assert Manifest.load(folder).model == "Another"
+
+
+def test_a_size_is_that_of_the_file(folder: Path) -> None:
+    made_anew(folder, lambda m: m["files"]["weights.bin"].update(size_bytes=1 << 62))
+    assert refusal(folder).startswith(f"{folder / 'weights.bin'} is not the file that was exported")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlcache_fx.plan.selection import RowSelection
+from vlcache_fx.plan.selection import InputPlaces, InputSize, RowSelection, SizeSum
 
 bound = st.none() | st.integers(-12, 12)
 
@@ -35,3 +35,25 @@ def test_a_token_that_is_not_there_is_an_error() -> None:
 def test_selections_of_equal_bounds_are_equal() -> None:
     assert RowSelection((-1, None, None)) == RowSelection((-1, None, None))
     assert RowSelection((-1, None, None)) != RowSelection((-1,))
+
+
+def test_bounds_that_inputs_say() -> None:
+    last = RowSelection((SizeSum(0, (InputSize(-1, 1),)), None, None))
+    assert last.positions(8, (torch.zeros(3, 8), 2)).tolist() == [6, 7]
+    between = RowSelection((SizeSum(-4, (InputSize(1, 0, 1),)), SizeSum(1, (InputSize(2, 1),)), None))
+    assert between.positions(8, (torch.zeros(3, 8), 3)).tolist() == [4, 5, 6]
+    assert RowSelection((SizeSum(-1, (InputSize(-1, 1),)),)).positions(8, (None, 2)).tolist() == [5]
+
+
+def test_places_that_an_input_holds() -> None:
+    places = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
+    found = RowSelection((InputPlaces(1),)).positions(8, (None, places))
+    assert (found.dtype, found.tolist()) == (torch.int64, [7, 3, 3, 0])
+    assert RowSelection((InputPlaces(0, from_end=False),)).positions(8, (places,)).tolist() == [-1, 3, 3, 0]
+
+
+def test_inputs_may_be_renumbered() -> None:
+    bounds = (SizeSum(1, (InputSize(-1, 4, 1), InputSize(1, 5))), 7, None)
+    moved = RowSelection(bounds).moved({4: 0, 5: 2})
+    assert moved.bounds == (SizeSum(1, (InputSize(-1, 0, 1), InputSize(1, 2))), 7, None)
+    assert RowSelection((InputPlaces(5),)).moved({5: 2}) == RowSelection((InputPlaces(2),))

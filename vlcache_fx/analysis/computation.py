@@ -64,9 +64,9 @@ class Leaf:
 
     Attributes:
         node: of whole numbers, made of nothing but the request; or a float input.
-        token_dim: the dimension that runs over the call's tokens, or over a cache's and then these; None where
-            there is none, or more than one it could be. Known when the graph is compiled, never guessed from
-            the sizes of a request.
+        token_dim: the dimension that runs over the call's tokens, or over a cache's and then these; None
+            where there is none, or more than one it could be. Known when the graph is compiled, never guessed
+            from the sizes of a request.
         batch_dim: the dimension that runs over samples; None for a single sample.
         is_index: its values name rows of a table, as token ids do; otherwise whole numbers are positions,
             of which a row without positions sees the differences alone.
@@ -359,7 +359,7 @@ class _Writer:
         def form(value: Any) -> str:
             match value:
                 case Node():
-                    return self._texts[value] if value in self._texts else ANY
+                    return self._texts.get(value, ANY)
                 case list() | tuple():
                     return f"[{', '.join(map(form, value))}]"
                 case bool() | float() | str() | None | torch.dtype():

@@ -74,7 +74,7 @@ def _runner(
     captured: Captured, program: Program, args: Sequence[Any], num_tokens: int, engine: Engine
 ) -> Callable[[], object]:
     facts = analyze(captured)
-    positions = facts.tail_rows.positions(num_tokens)
+    positions = facts.tail_rows.positions(num_tokens, args)
     plan = build_plan(
         num_tokens=num_tokens, spans=(), num_layers=facts.num_layers, policy=get_policy("none"), budget=0.0,
         output_rows=positions,

@@ -13,7 +13,7 @@ from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
 from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
-from vlcache_fx.bench.workload import RequestShape, make_workload
+from vlcache_fx.bench.workload import RequestShape, Workload, make_workload
 
 EAGER, PLAIN, VLCACHE = "unmodified, eager", "unmodified, torch.compile", "vlcache"
 
@@ -45,16 +45,24 @@ def measure_decoding(
     systems = Systems(model, lowering, [Variant()])
     with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
         workload = make_workload(model, shape)
-        runs = {EAGER: systems.plain, PLAIN: systems.compiled, VLCACHE: systems.reusing}
-        timed = {}
-        for name, run in runs.items():
-            step = Floor(run, workload, 1, _fixed_size(model, workload.num_tokens + room) if room else None)
-            timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
-            time_once(timed[name])  # compiles
+        timed = decoding_systems(systems, workload, room)
+        for system in timed.values():
+            time_once(system)  # compiles
         seconds = interleave(timed, rounds)
     systems.close()
     found = {name: Summary.of(values) for name, values in seconds.items()}
     return Decoding(workload.num_tokens, found, paired_ratio(seconds[PLAIN], seconds[VLCACHE]))
+
+
+def decoding_systems(systems: Systems, workload: Workload, room: int = 0) -> dict[str, System]:
+    """The last step of a workload's second request, per system; ``room`` as in ``measure_decoding``."""
+    runs = {EAGER: systems.plain, PLAIN: systems.compiled, VLCACHE: systems.reusing}
+    timed = {}
+    for name, run in runs.items():
+        new_cache = _fixed_size(systems.plain, workload.num_tokens + room) if room else None
+        step = Floor(run, workload, 1, new_cache)
+        timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
+    return timed
 
 
 def _fixed_size(model: Any, capacity_tokens: int) -> Callable[[], Any]:

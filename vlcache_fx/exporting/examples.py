@@ -48,7 +48,7 @@ def example_calls(
     _, num_tokens, spans = runs
     if not spans:
         raise ExportError("example_inputs hold no image, and no span is marked in them")
-    positions = form.positions(num_tokens)
+    positions = form.positions(num_tokens, args)
 
     def call(name: str, program: Program, plan: Any, tables: dict[str, Tensor]) -> ExampleCall:
         lowered = EagerLowering().lower(program.graph_module, name=name)

@@ -76,7 +76,7 @@ def decoder_spec(
         num_layers=form.num_layers,
         layer_groups=form.groups,
         num_outputs=form.num_outputs,
-        tail=None if form.tail is None else form.tail.bounds,
+        tail=None if form.tail is None else form.tail.moved(place).bounds,
         rows={
             slot: RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
             for slot, row in form.rows.items()

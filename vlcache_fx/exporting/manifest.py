@@ -9,6 +9,7 @@ from typing import Any, Literal
 import blake3
 
 from vlcache_fx.errors import ExportError
+from vlcache_fx.exporting.folder_checks import check_manifest
 from vlcache_fx.exporting.specs import DecoderSpec, EncoderSpec, EngineSpec, FileSpec, GraphSpec, ProgramSpec
 
 MANIFEST = "manifest.json"
@@ -76,8 +77,8 @@ class Manifest:
             verify: whether the bytes of all files are read and compared, or their sizes alone.
 
         Raises:
-            ExportError: no such folder or manifest, one of another format, or files and manifest that are not
-                those that were written.
+            ExportError: no such folder or manifest, one of another format, names of files outside of the
+                folder or sizes that cannot be, or files and manifest that are not those that were written.
         """
         adapter = _adapter()  # says so where pydantic is missing
         from pydantic import ValidationError
@@ -102,6 +103,7 @@ class Manifest:
         expected = blake3.blake3(adapter.dump_json(replace(manifest, digest=""))).hexdigest()
         if manifest.digest != expected:
             raise ExportError(f"{path} was changed after it was written (its digest does not fit)")
+        check_manifest(manifest, path.parent)
         for name, spec in manifest.files.items():
             _check_file(path.parent / name, spec, verify)
         return manifest

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import ExportError
+from vlcache_fx.exporting.folder_checks import check_external_data
 from vlcache_fx.exporting.manifest import Manifest, missing
 
 NUMPY_DTYPES = frozenset({"float", "float16", "double", "int64", "int32", "bool"})
@@ -61,6 +62,7 @@ class OnnxRunner:
 
         if graph not in self._loaded:
             path = self._directory / self._manifest.graphs[graph].file
+            check_external_data(path, self._manifest.files)
             try:
                 self._loaded[graph] = onnxruntime.InferenceSession(str(path), providers=self._providers)
             except Exception as error:  # its exceptions have no common class but Exception

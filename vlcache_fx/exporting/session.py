@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import ExportError, OptionError, Reason, UnsupportedGraphError
 from vlcache_fx.exporting.facts import decoder_form, mask_check
+from vlcache_fx.exporting.folder_checks import check_references
 from vlcache_fx.exporting.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.exporting.items import encoder_inputs
 from vlcache_fx.exporting.manifest import Manifest
@@ -54,6 +55,7 @@ class Session:
     """
 
     def __init__(self, manifest: Manifest, runner: GraphRunner, options: Mapping[str, Any]) -> None:
+        check_references(manifest)
         self.manifest, self._runner = manifest, runner
         self.vlcache = engine = Engine(_options(manifest, options))
         decoder = manifest.decoder
@@ -225,7 +227,7 @@ class Session:
         if self._form.identifier.runs(args) is None:
             raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
-        positions = self._form.positions(tokens)
+        positions = self._form.positions(tokens, args)
         plan = build_plan(
             num_tokens=tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
             output_rows=positions,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlcache_fx.errors import ExportError
+from vlcache_fx.plan.selection import InputPlaces, SizeSum
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class DecoderSpec:
     num_layers: int
     layer_groups: tuple[int, ...]
     num_outputs: int
-    tail: tuple[int | None, ...] | None
+    tail: tuple[int | SizeSum | InputPlaces | None, ...] | None
     rows: dict[str, RowSpec]
     layout: str
     computation: str

@@ -149,7 +149,8 @@ def _replay(
     for call in calls:
         with engine.using(budget=budget):
             reused = _next_logits(model(**call))
-        report = engine.last_report or {"mode": "no", "reason": "the engine was never called", "spans": ()}
+        never = {"mode": "no", "reason": "the engine was never called", "spans": ()}
+        report: Mapping[str, Any] = engine.last_report or never
         seen[f"{report['mode']} ({report['reason']})" if report["reason"] else report["mode"]] += 1
         if not any(span["hit"] and span["start"] >= report["prefix_tokens"] for span in report["spans"]):
             continue  # cold, unmodified, or a known prefix, which is exact

@@ -1,10 +1,10 @@
-"""What a module that runs eagerly computes, beside its weights: a digest that notices every change it can see.
+"""What a module that runs eagerly computes, beside its weights, as a digest.
 
-Nobody traces an encoder that ``generate()`` runs. What it gives depends on its weights and inputs, and also on
-configuration, hooks, replaced methods, plain attributes of its submodules, and the code of the functions that
-they call. All of that is walked, as an object graph, and written as text. Two models with the same text and
-the same weights compute the same. Where something is met that cannot be written (an open file, say), nothing is
-known and nothing is reused.
+Nobody traces an encoder that ``generate()`` runs. What it gives depends on its weights and inputs, and also
+on configuration, hooks, replaced methods, plain attributes of its submodules, and the code of the functions
+that they call. All of that is walked, as an object graph, and written as text. Two models with the same text
+and the same weights compute the same. Where something is met that cannot be written (an open file, say),
+nothing is known and nothing is reused.
 
 A walk takes milliseconds, so it notes what it read. The next call compares that by identity, and walks again
 where something else is there.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vlcache_fx.errors import NotReused
+
 
 @dataclass(frozen=True)
 class Span:
@@ -19,6 +21,7 @@ class Span:
         hit: True when a donor was found, so that its rows may be reused.
         tier: store tier the donor came from, None when there is none.
         contexts: number of contexts that the donor is the mean of, 0 when there is none.
+        miss: why its rows are not reused; None where they are, and where nothing was looked up.
     """
 
     sample: int
@@ -28,6 +31,7 @@ class Span:
     hit: bool
     tier: str | None = None
     contexts: int = 0
+    miss: NotReused | None = None
 
     @property
     def end(self) -> int:

@@ -8,7 +8,14 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.writes import can_write, deliver
-from vlcache_fx.errors import PlanError, PolicyError, UnreadableWeightsError, UnsupportedGraphError
+from vlcache_fx.errors import (
+    NotReused,
+    PlanError,
+    PolicyError,
+    Reason,
+    UnreadableWeightsError,
+    UnsupportedGraphError,
+)
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
@@ -22,11 +29,13 @@ from vlcache_fx.runtime.lookup import DonorLookup
 from vlcache_fx.runtime.mask_check import MaskCheck
 from vlcache_fx.runtime.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.program import ProgramRunner
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.request import Request, together
 from vlcache_fx.runtime.shadow import Comparison, compare, compared_rows, find_logits
 
 CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
+MISMATCH = "placeholders and encoder features do not agree in number or width"
+TOO_FEW_ROWS = "results are made of less than two tokens, in a graph for any number of them"
 NO_PLAN = "the policy's rows make no plan"
 NOT_COMPILED = "the rewritten graph did not compile"
 
@@ -90,27 +99,32 @@ class DecoderRunner:
             known = on_host(args, self._form.tells)
             identified = identifier.runs(known, items)
             if identified is None:
-                return self._bypass(args, "placeholders and encoder features do not agree in number or width")
+                return self._bypass(args, MISMATCH, NotReused.MISMATCH)
             num_samples, num_tokens, runs = identified
             hit = noted if encoder_hit is None else encoder_hit
             try:
                 request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
             except UnreadableWeightsError as error:
-                return self._bypass(args, self.engine.refuse_weights(error), num_tokens)
+                text = self.engine.refuse_weights(error)
+                return self._bypass(args, text, Reason.WEIGHTS_UNREADABLE, num_tokens)
         if not runs and identifier.embeddings is not None:
-            return self._bypass(args, "no span is marked", num_tokens)
+            return self._bypass(args, "no span is marked", NotReused.NO_SPAN, num_tokens)
         if num_tokens < 2:
-            return self._bypass(args, "a sequence of one token", num_tokens)
+            return self._bypass(args, "a sequence of one token", NotReused.ONE_TOKEN, num_tokens)
+        request = replace(request, positions=self._form.positions(num_tokens, known))
+        if request.positions is not None and len(request.positions) < 2 and self._form.tail_varies:
+            # Programs take sizes below two as special.
+            return self._bypass(args, TOO_FEW_ROWS, NotReused.TOO_FEW_ROWS, num_tokens)
         if not can_write(self._form.writes, self._in_place, args, self._form.data):
-            return self._bypass(args, CANNOT_WRITE, num_tokens)
+            return self._bypass(args, CANNOT_WRITE, NotReused.CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
-            return self._bypass(args, reason, num_tokens)
+            return self._bypass(args, reason, NotReused.GUARDED, num_tokens)
         if request.spans:
             look = self._masks.look(args, known, num_tokens, [sample.spans for sample in request.samples])
             if look.refusal is not None:
                 self.engine.refuse_call(look.refusal)
-                return self._bypass(args, str(look.refusal), num_tokens)
+                return self._bypass(args, str(look.refusal), look.refusal.reason, num_tokens)
             samples = [
                 replace(sample, unseen=unseen if num_samples > 1 else None)
                 for sample, unseen in zip(request.samples, look.unseen, strict=True)
@@ -131,19 +145,23 @@ class DecoderRunner:
         request = request.without_donors()
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, NO_PLAN, request.num_tokens)
+            return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
         if not self._cold.ready():
-            return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        bound = self._cold.bind(together(plans), self._form.positions(request.num_tokens), dict)
+            return self._bypass(request.args, NOT_COMPILED, NotReused.PROGRAM_FAILED, request.num_tokens)
+        bound = self._cold.bind(together(plans), request.positions, dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
-            return self._bypass(request.args, "the cold program failed", request.num_tokens)
+            return self._bypass(
+                request.args, "the cold program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+            )
         if request.spans:
             self._admit(request, self._cold.recorded, results, plans)
-            self.engine.report(request.report("cold", "no donor for its spans", plans, 1.0))
+            reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
+            self.engine.report(request.report("cold", reason, plans, 1.0, code))
         else:
-            self.engine.report(request.report("bypass", "no media span", plans, 1.0))
+            report = request.report("bypass", "no media span", plans, 1.0, NotReused.NO_SPAN)
+            self.engine.report(report, continues=self._form.goes_on)
         return deliver(self._form.writes, request.args, results, self._form.num_results)
 
     def _admit(
@@ -156,26 +174,30 @@ class DecoderRunner:
     def _run_warm(self, request: Request) -> Sequence[Any]:
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, NO_PLAN, request.num_tokens)
+            return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
         if not self._warm.ready():
-            return self._bypass(request.args, NOT_COMPILED, request.num_tokens)
-        positions = self._form.positions(request.num_tokens)
+            return self._bypass(request.args, NOT_COMPILED, NotReused.PROGRAM_FAILED, request.num_tokens)
+        positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._form.rows, self._form.device))
         policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._form.rows, positions)
             if found is None:
-                return self._bypass(request.args, "the warm program failed", request.num_tokens)
+                return self._bypass(
+                    request.args, "the warm program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+                )
             plans = self._plans(request, ChosenRows(policy, found))
             if plans is None:
-                return self._bypass(request.args, NO_PLAN, request.num_tokens)
+                return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
         with request.clock.measure("bind"):
             bound = self._warm.bind(together(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
-            return self._bypass(request.args, "the warm program failed", request.num_tokens)
+            return self._bypass(
+                request.args, "the warm program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+            )
         shadow = self._shadow(request, results)
         if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
             self._admit(request, self._warm.recorded, results, plans)
@@ -202,7 +224,7 @@ class DecoderRunner:
             plans = self._plans(full)
             if plans is None or not self._cold.ready():
                 return None
-            positions = self._form.positions(request.num_tokens)
+            positions = request.positions
             exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, dict))
             if exact is None:
                 return None
@@ -237,7 +259,7 @@ class DecoderRunner:
                             policy=chooser,
                             profile=profile,
                             budget=choice.budget,
-                            output_rows=self._form.positions(request.num_tokens),
+                            output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
                             unseen=sample.unseen if request.donors else None,
@@ -260,8 +282,12 @@ class DecoderRunner:
                 f"groups of {list(self._form.groups)} layers: make them with this policy"
             )
 
-    def _bypass(self, args: Sequence[Any], reason: str, num_tokens: int = 0) -> Sequence[Any]:
-        self.engine.report(Report("bypass", reason, num_tokens))
+    def _bypass(
+        self, args: Sequence[Any], reason: str, code: Reason | NotReused, num_tokens: int = 0
+    ) -> Sequence[Any]:
+        continues = self._form.goes_on and code in (NotReused.NO_SPAN, NotReused.ONE_TOKEN)
+        report = Report("bypass", one_line(reason), num_tokens, reason_code=code)
+        self.engine.report(report, continues=continues)
         return self._unmodified(*args)
 
 

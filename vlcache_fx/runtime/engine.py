@@ -48,8 +48,8 @@ from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.choice import Choice, Choices
 from vlcache_fx.runtime.guards import Guards
-from vlcache_fx.runtime.remembered import Fingerprints, RecentKeys
-from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.remembered import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.report import Report, ReportView, one_line
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -69,6 +69,7 @@ class Engine:
         guards: which models go without reuse.
         fingerprints: of weights.
         graphs: of one model, as compiled; by number. They live as long as the engine.
+        contents: what items held that were looked up lately, and with which weights.
         missed: keys of items that were looked up in vain.
         unstorable: keys of donors that the store refused, as too large: recording them again would not help.
 
@@ -107,13 +108,18 @@ class Engine:
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
+        self.contents = RecentContents()
         self._call = threading.local()
 
     @property
-    def last_report(self) -> dict[str, Any] | None:
-        """What the last prefill did, as plain data; None before the first call."""
+    def last_report(self) -> ReportView | None:
+        """What the last prefill did, as plain data with attributes; None before the first call.
+
+        Calls that go on behind a prefill without media of their own (drafts that are checked, further chunks
+        of a prompt) are counted, but leave its report.
+        """
         report = self._report
-        return None if report is None else report.as_dict()
+        return None if report is None else report.as_view()
 
     @property
     def explained(self) -> Callable[..., Any] | None:
@@ -226,6 +232,7 @@ class Engine:
                 raise
         self.missed.clear()
         self.unstorable.clear()
+        self.contents.clear()
 
     def close(self) -> None:
         """Release the store; the compiled model goes on without reuse. Again: nothing happens."""
@@ -273,10 +280,17 @@ class Engine:
         """Other options from now on; store and lowering stay what they are."""
         self.options, self.choices.default = options, _choice(options)
 
-    def report(self, report: Report) -> None:
-        """Keep the report of a call and count it."""
+    def report(self, report: Report, *, continues: bool = False) -> None:
+        """Keep the report of a call and count it.
+
+        Args:
+            report: of the call.
+            continues: a call without media that goes on with a cache; what the call before did stays the
+                last report, where that had media.
+        """
         with self._lock:
-            self._report = report
+            if not (continues and self._report is not None and self._report.spans):
+                self._report = report
             self._counts[report.mode] += 1
 
     def count(self, what: str) -> None:
@@ -292,7 +306,7 @@ class Engine:
     def bypass(self, refusal: UnsupportedGraphError) -> None:
         """Report a call that runs unmodified; logged once for each reason, raised in strict mode."""
         self.refuse_call(refusal)
-        self.report(Report("bypass", str(refusal)))
+        self.report(Report("bypass", one_line(str(refusal)), reason_code=refusal.reason))
 
     def note_encoder(self, *, hit: bool) -> None:
         """An encoder outside the decoder's graph was skipped (or ran); the call's report will say so."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class DecoderForm:
         prefixes: cuts prompts into pieces.
         groups: number of layers in each run of layers that compute the same rows; empty where each layer may
             have its own.
+        tail_varies: True where programs take any number of tokens that results need, from two on.
     """
 
     num_layers: int
@@ -67,6 +69,7 @@ class DecoderForm:
     prefixes: PrefixReader
     other_weights: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
+    tail_varies: bool = False
 
     @classmethod
     def of(
@@ -109,13 +112,22 @@ class DecoderForm:
             leaves=leaves,
             prefixes=PrefixReader(identifier.embeddings),
             groups=groups,
+            tail_varies=facts.tail_rows.varies,
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """True where calls continue a prompt: what their keys are joined with, a growing cache holds already.
+
+        A cache of fixed size does not tell: a first prompt is written to it in the same way.
+        """
+        return self.identifier.has_past and not self.writes
 
     @property
     def dtype(self) -> str:
         """Of stored rows, as profiles name it."""
         return str(next(iter(self.rows.values())).dtype).removeprefix("torch.")
 
-    def positions(self, num_tokens: int) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all."""
-        return None if self.tail is None else self.tail.positions(num_tokens)
+    def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
+        """Absolute positions that results need, int64 [n], or None for all (see ``RowSelection``)."""
+        return None if self.tail is None else self.tail.positions(num_tokens, args)

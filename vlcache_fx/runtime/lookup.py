@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlcache_fx.errors import NotReused, StoreClosedError
 from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime import donors, refine
@@ -66,9 +67,7 @@ class DonorLookup:
             for index, own in enumerate(by_sample)
         )
         fingerprint = others = ""
-        if any(
-            sample.spans for sample in samples
-        ):  # with text alone there is nothing to look weights over for
+        if any(sample.spans for sample in samples):  # with text alone there is nothing to look them over for
             fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
             others = self._fingerprint(args, self._form.other_weights)
         return Request(
@@ -102,7 +101,10 @@ class DonorLookup:
         values = leaves.read(request.known)
         samples = []
         for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
-            by_start = {run.start: run for run in sample.runs}
+            wanted = {span.start for span in sample.spans}
+            # Read once: digests are asked for again.
+            runs = [replace(run, known=run.digests) if run.start in wanted else run for run in sample.runs]
+            by_start = {run.start: run for run in runs}
             spans = []
             for span, text in zip(sample.spans, seen, strict=True):
                 is_unified, parts = leaves.of_item(
@@ -114,45 +116,81 @@ class DonorLookup:
             samples.append(
                 replace(
                     sample,
+                    runs=tuple(runs),
                     spans=tuple(spans),
                     seen=rows,
                     by_token=by_token,
                     root=content_digest([identities[is_unified], salt, whole]),
                 )
             )
-        return replace(request, samples=tuple(samples))
+        return replace(request, samples=tuple(samples), identity=identities[True])
 
     def find(self, request: Request) -> Request:
         """The request with what the store has for it.
 
         A sample of which an item is worth recording is to be computed in full.
         """
-        samples = []
+        samples, looked = [], []
+        memory = self._memory(request)
         for sample in request.samples:
-            found = self._find(sample, request)
+            found = self._find(sample, request, memory)
             records = request.is_whole and not found.reuse_is_exact and self._is_worth_recording(found.spans)
             samples.append(found.without_donors() if records else found)
-        return replace(request, samples=tuple(samples))
+            leaves = NotReused.RECOMPUTED_TO_RECORD if records else None
+            looked += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
+        return replace(request, samples=tuple(samples), found=tuple(looked))
 
-    def _find(self, sample: Sample, request: Request) -> Sample:
+    def _memory(self, request: Request) -> dict[str, NotReused]:
+        """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
+        meanings: dict[str, NotReused] = {}
+        for sample in request.samples:
+            runs = {run.start: run for run in sample.runs}
+            for span in sample.spans:
+                if span.key in meanings:
+                    continue  # the same item twice in one call
+                asked = self._engine.contents.add(span.key, request.identity)
+                seen_with = self._engine.contents.add(
+                    content_digest(runs[span.start].digests), request.identity
+                )
+                if span.key in self._engine.unstorable:
+                    meanings[span.key] = NotReused.TOO_LARGE
+                elif asked:
+                    meanings[span.key] = NotReused.NOT_RECORDED
+                elif seen_with and request.identity not in seen_with:
+                    meanings[span.key] = NotReused.OTHER_WEIGHTS
+                else:
+                    meanings[span.key] = NotReused.NEW_ITEM
+        return meanings
+
+    def _find(self, sample: Sample, request: Request, memory: Mapping[str, NotReused]) -> Sample:
         looked, found = [], {}
         for span in sample.spans:
-            entry = self._get(span.key)
+            entry, failure = self._look(span.key)
             if entry is not None and donors.fits(entry, self._form.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
             else:
-                looked.append(span)
+                known = memory[span.key] if entry is None else NotReused.INCOMPATIBLE_ENTRY
+                looked.append(replace(span, miss=failure or known))
         prefix, entries = self._known_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
         looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
         return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
 
-    def _get(self, key: str) -> Entry | None:
+    def _look(self, key: str) -> tuple[Entry | None, NotReused | None]:
+        """The entry under a key, and how the store failed, where it did."""
+        failure = NotReused.STORE_FAILED
         with self._engine.tolerating_store_errors():
-            return self._engine.store.get(key)
-        return None
+            try:
+                return self._engine.store.get(key), None
+            except StoreClosedError:
+                failure = NotReused.STORE_CLOSED
+                raise
+        return None, failure
+
+    def _get(self, key: str) -> Entry | None:
+        return self._look(key)[0]
 
     def _known_prefix(
         self, request: Request, sample: Sample, found: Mapping[int, Entry]

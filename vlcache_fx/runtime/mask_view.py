@@ -1,7 +1,7 @@
 """What one mask lets tokens see, in words that keys can hold.
 
-Stored rows depend on it. Masks of one rule come in many forms: left to the attention call, built in the graph,
-given by the caller, as flags or as numbers. So their values are described, not the way they were made:
+Stored rows depend on it. Masks of one rule come in many forms: left to the attention call, built in the
+graph, given by the caller, as flags or as numbers. So their values are described, not the way they were made:
 
 - *causal*: a token sees every token before it, and itself;
 - *both ways*: the tokens of an item see each other, too;

@@ -38,6 +38,29 @@ class RecentKeys:
             self._keys.clear()
 
 
+class RecentContents:
+    """Under which weights contents were seen last, and keys; at most ``KEYS`` of them. Safe in threads."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, content: str, weights: str) -> tuple[str, ...]:
+        """Remember a content with the weights that it is seen with; returns those known before."""
+        with self._lock:
+            known = self._seen.get(content, ())
+            self._seen[content] = (*(one for one in known if one != weights), weights)[-WEIGHT_SETS:]
+            self._seen.move_to_end(content)
+            while len(self._seen) > KEYS:
+                self._seen.popitem(last=False)
+            return known
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._seen.clear()
+
+
 class Fingerprints:
     """Fingerprints of weights, shared by graphs of the same tensors. Safe to share between threads."""
 

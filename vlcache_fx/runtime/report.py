@@ -3,15 +3,19 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from vlcache_fx.errors import NotReused, Reason
+
 Mode = Literal["cold", "warm", "bypass"]
 
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: token positions in its sample, the key of its item, whether a donor was found, and where.
+    """One span: token positions in its sample, the key of its item, and whether its rows were reused.
 
-    ``donor_contexts`` is the number of contexts that the donor is the mean of: 1 for one that is exact
-    somewhere, 0 for a miss.
+    ``donor_tier`` and ``donor_contexts`` are of the donor that was found: where it lies, and the number of
+    contexts that it is the mean of, 1 for one that is exact somewhere; None and 0 where there is none.
+    ``miss_reason`` says why its rows were not reused, None for a hit. A donor that is there is not reused
+    in a call that is computed in full so as to record another one (``recomputed_to_record``).
     """
 
     start: int
@@ -21,6 +25,7 @@ class SpanReport:
     donor_tier: str | None = None
     sample: int = 0
     donor_contexts: int = 0
+    miss_reason: NotReused | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Report:
     Attributes:
         mode: ``cold`` (everything computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (run
             without reuse, for ``reason``).
-        reason: why, in words; None for a warm call.
+        reason: why, in words, on one line; None for a warm call.
+        reason_code: the same, typed; None for a warm call.
         num_tokens: sequence length, 0 where it is not known.
         spans: the media spans found.
         rows_per_layer: rows computed at each layer, and after the last one, of every sample.
@@ -57,7 +63,64 @@ class Report:
     explanations: tuple[str, ...] = ()
     model_fingerprint: str = ""
     shadow_kl: float | None = None
+    reason_code: Reason | NotReused | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
         return asdict(self)
+
+    def as_view(self) -> "ReportView":
+        """The same as a mapping whose entries are attributes, too."""
+        return ReportView(asdict(self, dict_factory=ReportView))
+
+
+class ReportView(dict[str, Any]):
+    """A report, or a span of one, as plain data: ``report["mode"]`` and ``report.mode`` are the same."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"a report has no {name!r}; it has {', '.join(self)}") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return {name: _plain(value) for name, value in self.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, ReportView):
+        return value.as_dict()
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    return dict(value) if isinstance(value, dict) else value
+
+
+MISSES = {
+    NotReused.NEW_ITEM: "its content is new",
+    NotReused.NOT_RECORDED: "seen before, but not recorded, or not stored any more",
+    NotReused.OTHER_WEIGHTS: "seen with other weights alone",
+    NotReused.TOO_LARGE: "its donor is too large for the store",
+    NotReused.STORE_CLOSED: "the store is closed",
+    NotReused.STORE_FAILED: "the store failed",
+    NotReused.INCOMPATIBLE_ENTRY: "its donor was recorded by a graph of another form",
+    NotReused.RECOMPUTED_TO_RECORD: "it has a donor, but another one is recorded",
+}
+"""Why spans miss, in words."""
+
+
+def why_cold(misses: list[NotReused]) -> tuple[str, NotReused]:
+    """``(reason, reason_code)`` of a call that was computed in full, by those of its spans.
+
+    The code is that of the first span without a donor.
+    """
+    code = next((one for one in misses if one is not NotReused.RECOMPUTED_TO_RECORD), misses[0])
+    if len(set(misses)) == 1:
+        return f"no donor for its spans: {MISSES[code]}", code
+    counts = [f"{misses.count(one)} x {MISSES[one]}" for one in dict.fromkeys(misses)]
+    return f"no donor for its spans: {'; '.join(counts)}", code
+
+
+def one_line(text: str) -> str:
+    """A reason as reports carry it: errors of others have many lines."""
+    return " ".join(text.split())

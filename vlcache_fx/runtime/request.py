@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vlcache_fx.errors import NotReused
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
@@ -67,6 +68,9 @@ class Request:
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the weights of the decoder's layers; empty without spans.
         weights: fingerprint of all weights that rows depend on.
+        identity: of the computation, the weights and the global state, where spans were found.
+        positions: tokens that results need, int64 [n], on the CPU; None for all.
+        found: the spans as they were looked up, with the donors that the call leaves aside; empty before.
     """
 
     args: Sequence[Any]
@@ -79,6 +83,9 @@ class Request:
     is_whole: bool = True
     model_fingerprint: str = ""
     weights: str = ""
+    identity: str = ""
+    positions: Tensor | None = None
+    found: tuple[Span, ...] = ()
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -94,14 +101,32 @@ class Request:
         """The same, to be computed in full."""
         return replace(self, samples=tuple(sample.without_donors() for sample in self.samples))
 
-    def report(self, mode: Mode, reason: str | None, plans: Sequence[Plan], fraction: float) -> Report:
+    def report(
+        self,
+        mode: Mode,
+        reason: str | None,
+        plans: Sequence[Plan],
+        fraction: float,
+        reason_code: NotReused | None = None,
+    ) -> Report:
         """The report of this call; the arguments as in ``Report``, with a plan per sample."""
         return Report(
             mode=mode,
             reason=reason,
+            reason_code=reason_code,
             num_tokens=self.num_tokens,
             spans=tuple(
-                SpanReport(s.start, s.length, s.key, s.hit, s.tier, s.sample, s.contexts) for s in self.spans
+                SpanReport(
+                    s.start,
+                    s.length,
+                    s.key,
+                    s.hit and s.miss is None,
+                    s.tier,
+                    s.sample,
+                    s.contexts,
+                    s.miss,
+                )
+                for s in self.found or self.spans
             ),
             rows_per_layer=together(plans).rows_per_layer,
             prefix_tokens=max(sample.prefix for sample in self.samples),
