@@ -18,7 +18,7 @@ from vlcache_fx.compiling import (
     SharedSettings,
     compiling,
     dynamo_settings,
-    raise_recompile_limit,
+    raise_limit_of_function,
     what_is_missing,
 )
 
@@ -152,7 +152,7 @@ def graphs_of_forms(limit: int | None, **options: Any) -> int:
 
     def backend(graph_module: fx.GraphModule, _: Any) -> Any:
         if limit is not None:
-            raise_recompile_limit(limit)
+            raise_limit_of_function(limit)
         graphs.append(graph_module)
         return graph_module.forward
 

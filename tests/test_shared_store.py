@@ -1,8 +1,8 @@
 """Many models of equal weights share one store: none is ever served what another one computed.
 
 Models are mutated at random in what is no weight: constants, hooks, buffers, activations, the order of
-two operators, rotary embeddings, windows, heads, positions, autocast. Each must give what it gives with a store of
-its own, whatever the models before it left in the shared one.
+two operators, rotary embeddings, windows, heads, positions, autocast. Each must give what it gives with a
+store of its own, whatever the models before it left in the shared one.
 """
 
 from __future__ import annotations

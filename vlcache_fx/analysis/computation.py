@@ -207,7 +207,11 @@ class _Writer:
         if packet_of(node) in LAYOUTS | CASTS:
             return (self._first(node),)
         sized = packet_of(node) in SIZED or packet_of(node) in (aten.slice, aten.select)
-        return [one for one in node.all_input_nodes if not sized or carries_data(one)]
+        return [
+            one
+            for one in node.all_input_nodes
+            if carries_data(one) or not (sized and self._length(one) is not None)
+        ]
 
     @staticmethod
     def _first(node: Node) -> Node:
@@ -328,17 +332,38 @@ class _Writer:
 
     def _slice(self, node: Node) -> str:
         source = self._first(node)
-        dim, start, end, step = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
-        size = shape_of(source)[dim]  # type: ignore[index]
+        given: list[Any] = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+        dim, start, end, step = given
+        size = shape_of(source)[dim]
         if isinstance(size, int) and isinstance(end, int) and end >= size:
             end = None
         if isinstance(end, int) and end >= 2**62:
             end = None
-        bounds = [ANY if isinstance(one, Node) else one for one in (start or 0, end)]
+        bounds = [self._bound(one) for one in (start or 0, end)]
         if bounds == [0, None] and step == 1:
             return self._texts[source]
-        place = dim % rank_of(source)  # type: ignore[operator]
+        place = dim % rank_of(source)
         return content_digest(["slice", place, repr(bounds), repr(step), self._texts[source]])
+
+    def _bound(self, value: Any) -> Any:
+        """A length as an argument spells it; another number that the request brings by its leaf."""
+        if not isinstance(value, Node):
+            return ANY if value in self._lengths and value != 1 else value
+        return self._texts[value] if value in self._texts else self._length(value)
+
+    def _length(self, node: Node) -> str | None:
+        """A size that is made of the call's lengths alone; None for any other."""
+        size = node.meta.get("val")
+        if not isinstance(size, torch.SymInt):
+            return None
+        lengths: list[tuple[Any, str]] = [(self._tokens, "tokens"), (self._batch, "batch")]
+        known = {one.node.expr: name for one, name in lengths if isinstance(one, torch.SymInt)}
+        expression = size.node.expr
+        if expression in known:
+            return ANY
+        if not expression.free_symbols or not expression.free_symbols <= known.keys():
+            return None
+        return str(expression.subs(known))
 
     def _sizes(self, node: Node) -> str:
         """What a shape says beside lengths. Leading ones are left out: samples and tokens may be joined."""
@@ -359,7 +384,7 @@ class _Writer:
         def form(value: Any) -> str:
             match value:
                 case Node():
-                    return self._texts.get(value, ANY)
+                    return str(self._bound(value))
                 case list() | tuple():
                     return f"[{', '.join(map(form, value))}]"
                 case bool() | float() | str() | None | torch.dtype():
@@ -432,9 +457,8 @@ def _order(node: Node) -> str:
 def draws_numbers(node: Node) -> bool:
     """True for a call whose result depends on random numbers."""
     if node.target is aten.scaled_dot_product_attention.default:
-        rate = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
-        return rate != 0.0
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
     if packet_of(node) in DROPOUTS:
         rate, trains = (*node.args[1:], True)[:2]
-        return bool(trains) and rate != 0.0
+        return bool(rate and trains)
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

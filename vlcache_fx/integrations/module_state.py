@@ -106,8 +106,8 @@ class _Walk:
     """Writes an object graph; what was written before is named by its number.
 
     Args:
-        wanted: of modules and classes, what has one of these names is written. The rest is not read by what is
-            called: results that a model leaves in an attribute for later, say.
+        wanted: of modules and classes, what has one of these names is written. The rest is not read by what
+            is called: results that a model leaves in an attribute for later, say.
         owner: of the method that is called; its ``forward`` is not.
         weights: see ``ModuleState``.
 

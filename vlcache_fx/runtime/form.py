@@ -48,6 +48,7 @@ class DecoderForm:
         groups: number of layers in each run of layers that compute the same rows; empty where each layer may
             have its own.
         tail_varies: True where programs take any number of tokens that results need, from two on.
+        has_past: True where the keys of the call may be joined with those of earlier calls.
     """
 
     num_layers: int
@@ -70,6 +71,7 @@ class DecoderForm:
     other_weights: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     tail_varies: bool = False
+    has_past: bool = False
 
     @classmethod
     def of(
@@ -113,6 +115,7 @@ class DecoderForm:
             prefixes=PrefixReader(identifier.embeddings),
             groups=groups,
             tail_varies=facts.tail_rows.varies,
+            has_past=bool(facts.past),
         )
 
     @property
@@ -121,7 +124,7 @@ class DecoderForm:
 
         A cache of fixed size does not tell: a first prompt is written to it in the same way.
         """
-        return self.identifier.has_past and not self.writes
+        return self.has_past and not self.writes
 
     @property
     def dtype(self) -> str:

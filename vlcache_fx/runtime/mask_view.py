@@ -78,7 +78,7 @@ class MaskView:
         candidates = rows[..., :end] & real[..., :end]
         reach = torch.where(candidates, behind, -1).amax(-1)  # [heads, rows]
         is_limited = (real[..., :end] & (behind >= 0) & ~candidates).any(-1)
-        reaches = reach[is_limited].unique()
+        reaches = torch.unique(reach[is_limited])
         if len(reaches) == 1:
             limit = int(reaches[0])
             window = real[..., :end] & (behind <= limit)
