@@ -36,8 +36,8 @@ def additive(mask: Tensor) -> Tensor:
     return torch.where(mask, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
-def view(mask: Tensor, span: Span = SPAN, computation: str = "") -> MaskView:
-    return view_of(mask, torch.arange(TOKENS), TOKENS, [span], computation)
+def view(mask: Tensor, span: Span = SPAN, rule: str = "") -> MaskView:
+    return view_of(mask, torch.arange(TOKENS), TOKENS, [span], rule)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,17 @@ def test_other_rules_are_other_texts() -> None:
     assert len({view(mask).of_item(SPAN) for mask in masks}) == len(masks)
 
 
-def test_what_no_words_describe_is_known_by_its_computation() -> None:
-    one, other = (view(chunked(12), computation=text).of_item(SPAN) for text in ("chunks", "others"))
-    assert one != other
-    assert view(chunked(12), MOVED, "chunks").of_item(MOVED) == "causal, chunks"
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL.triu(-14), CAUSAL.triu(-10), chunked(12)])
+def test_a_rule_with_a_parameter_counts_whether_values_show_it_or_not(mask: Tensor) -> None:
+    text = view(mask, MOVED, "window of 14").of_item(MOVED)
+    assert text == "causal, window of 14"
+    assert view(CAUSAL, MOVED).of_item(MOVED) == "causal"
 
 
 def test_what_is_added_counts() -> None:
     slope = (torch.arange(TOKENS)[None] - torch.arange(TOKENS)[:, None]) * 0.5
     one, other = (additive(CAUSAL) + scale * slope for scale in (1, 2))
-    texts = {view(mask, computation="bias").of_item(SPAN) for mask in (one, other, additive(CAUSAL))}
+    texts = {view(mask, rule="bias").of_item(SPAN) for mask in (one, other, additive(CAUSAL))}
     assert len(texts) == 3
     assert view(one, MOVED, "bias").of_item(MOVED) == view(one, SPAN, "bias").of_item(SPAN)
 

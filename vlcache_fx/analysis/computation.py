@@ -31,7 +31,7 @@ from vlcache_fx.analysis.merge import MERGE_OPS
 from vlcache_fx.analysis.refusal import refuse
 from vlcache_fx.analysis.sites import Site, site_of
 from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.capture.subgraph import attribute
+from vlcache_fx.capture.subgraph import attribute, needed_for
 from vlcache_fx.errors import Reason
 from vlcache_fx.store.keys import content_digest
 
@@ -53,6 +53,9 @@ SIZED = frozenset(
 DROPOUTS = frozenset({aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.native_dropout})
 WITHOUT_EFFECT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"})
 """Keyword arguments that change no value."""
+
+SMALLEST_HIDDEN = 1e4
+"""Numbers from here on hide something, as infinity does."""
 
 ANY = "*"
 """A length, in whatever way the graph spells it."""
@@ -125,12 +128,29 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
     return Computation(digest, unified, tuple(first.leaves.values()), tuple(first.more_weights))
 
 
-def mask_computation(captured: Captured, facts: DecoderFacts, mask: Node) -> str:
-    """How a mask is computed, inputs by their names alone; empty where it is an input itself."""
-    writer = _Writer(captured, facts, reads_leaves=False)
-    text = writer.text(mask)
-    given = {writer.text(node) for node in captured.inputs_of(InputKind.DATA) if rank_of(node) > 2}
-    return "" if text in given else text
+def mask_rule(captured: Captured, facts: DecoderFacts, mask: Node) -> str:
+    """How a mask is made whose rule has a parameter, such as the width of a window or of a chunk.
+
+    Empty for any other: its values say all that there is to know. Those of a window do not, as long as no
+    prompt is longer.
+    """
+    if mask.op == "placeholder" or not any(map(_has_parameter, needed_for([mask]))):
+        return ""
+    return _Writer(captured, facts, reads_leaves=False).text(mask)
+
+
+def _has_parameter(node: Node) -> bool:
+    """True for an operator on values with a number that is no mere step, flag or infinity."""
+    if node.op == "get_attr":
+        value = attribute(node.graph.owning_module, str(node.target))
+        return isinstance(value, Tensor) and value.numel() == 1 and _is_parameter(value.item())
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in (aten.triu, aten.tril):
+        return any(map(_is_parameter, node.args[1:]))
+    return packet_of(node) in (aten.full, aten.scalar_tensor) and any(map(_is_parameter, node.args))
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) not in (0, 1) and abs(value) < SMALLEST_HIDDEN
 
 
 class _Writer:

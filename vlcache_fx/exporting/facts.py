@@ -100,7 +100,7 @@ def decoder_spec(
             for leaf, leaf_form in zip(computation.leaves, form.leaves.forms, strict=True)
         ),
         mask_sites=tuple(
-            MaskSpec(site.node, without_folders(site.source_line), site.has_mask, site.computation)
+            MaskSpec(site.node, without_folders(site.source_line), site.has_mask, site.rule)
             for site in check.sites
         ),
         mask_inputs=places(check.inputs),
@@ -176,7 +176,7 @@ def mask_check(manifest: Manifest, masks: Callable[..., Sequence[Tensor]]) -> Ma
     """What is looked at in every call; ``masks`` takes the named inputs."""
     spec = manifest.decoder
     return MaskCheck(
-        [MaskSite(site.node, site.source_line, site.has_mask, site.computation) for site in spec.mask_sites],
+        [MaskSite(site.node, site.source_line, site.has_mask, site.rule) for site in spec.mask_sites],
         [_own_keys] * len(spec.mask_sites),
         masks,
         spec.mask_inputs,

@@ -111,7 +111,7 @@ class MaskSpec:
     node: str
     source_line: str | None
     has_mask: bool
-    computation: str
+    rule: str
 
 
 @dataclass(frozen=True)

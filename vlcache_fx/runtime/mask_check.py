@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.computation import mask_computation
+from vlcache_fx.analysis.computation import mask_rule
 from vlcache_fx.analysis.refusal import refuse, source_line
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
@@ -53,14 +53,14 @@ class MaskSite:
     Attributes:
         node, source_line: for refusals: the name of the first such attention, and where it comes from.
         has_mask: False where it hides later tokens by itself.
-        computation: digest of how the mask is made; empty where it is an input. It stands for masks that no
-            simpler words describe.
+        rule: digest of how the mask is made, where it depends on a number such as the width of a window;
+            else empty.
     """
 
     node: str
     source_line: str | None
     has_mask: bool
-    computation: str = ""
+    rule: str = ""
 
 
 class MaskCheck:
@@ -121,7 +121,7 @@ class MaskCheck:
                     node.name,
                     source_line(node),
                     mask is not None,
-                    "" if mask is None else mask_computation(captured, facts, mask),
+                    "" if mask is None else mask_rule(captured, facts, mask),
                 )
                 for mask, (node, _) in sites.items()
             ],
@@ -186,7 +186,7 @@ class MaskCheck:
         for site, mask, tokens in evaluated:
             for sample, own in enumerate(spans):
                 part = mask[sample : sample + 1] if mask.dim() > 2 and mask.shape[0] > 1 else mask
-                view = view_of(part, tokens, num_tokens, own, site.computation)
+                view = view_of(part, tokens, num_tokens, own, site.rule)
                 views[sample].append(view)
                 if view.is_plain:
                     seen[sample] = True

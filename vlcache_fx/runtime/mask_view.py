@@ -6,7 +6,10 @@ graph, given by the caller, as flags or as numbers. So their values are describe
 - *causal*: a token sees every token before it, and itself;
 - *both ways*: the tokens of an item see each other, too;
 - *window n*: as causal, but no token more than n before it;
-- anything else by a digest, of the pattern within the item and of how the mask is made.
+- anything else by a digest.
+
+A rule with a parameter, such as a window's width, is known by how the mask is made, too: as long as prompts are
+shorter, values do not show it.
 """
 
 from __future__ import annotations
@@ -36,19 +39,20 @@ class MaskView:
         spans_both_ways: whether tokens of an item see each other whatever their order.
         seen: bool [heads, tokens, tokens]: which token (row) sees which (column); None where it is plain.
         bias: what an additive mask adds where something is seen, of the same shape; None where that is 0.
-        computation: see ``MaskSite``.
+        rule: see ``MaskSite``.
     """
 
     is_plain: bool
     spans_both_ways: bool = False
     seen: Tensor | None = None
     bias: Tensor | None = None
-    computation: str = ""
+    rule: str = ""
 
     def of_item(self, span: Span) -> str:
         """What it lets the tokens of an item see."""
         if self.seen is None:
-            return BOTH_WAYS if self.spans_both_ways else CAUSAL
+            text = BOTH_WAYS if self.spans_both_ways else CAUSAL
+            return f"{text}, {self.rule}" if self.rule else text
         start, end = span.start, span.end
         rows = self.seen[:, start:end]
         inside, before = self._inside(rows[..., start:end]), self._before(rows, start, end)
@@ -56,7 +60,7 @@ class MaskView:
             bias = self.bias[:, start:end, :start]
             inside += f" {content_digest([self.bias[:, start:end, start:end].contiguous()])}"
             if bool(bias.any()):
-                before += f" {self.computation or content_digest([start, bias.contiguous()])}"
+                before += f" {self.rule or content_digest([start, bias.contiguous()])}"
         return inside if before == ALL else f"{inside}, {before}"
 
     def _inside(self, inside: Tensor) -> str:
@@ -69,6 +73,8 @@ class MaskView:
     def _before(self, rows: Tensor, start: int, end: int) -> str:
         """What is seen of the tokens before the item; hidden ones, such as padding, do not count."""
         assert self.seen is not None
+        if self.rule:
+            return self.rule
         real = self.seen.any(1, keepdim=True)  # [heads, 1, tokens]
         if bool((rows[..., :start] == real[..., :start]).all()):
             return ALL
@@ -85,7 +91,7 @@ class MaskView:
             window &= (behind >= 0) | candidates
             if bool((candidates == window).all()):
                 return f"window {limit}"
-        return self.computation or content_digest([start, _packed(rows[..., :start])])
+        return content_digest([start, _packed(rows[..., :start])])
 
     def of_tokens(self, num_tokens: int) -> list[bytes]:
         """Per token, what it sees: equal for the same beginning of prompts of other lengths."""
@@ -102,9 +108,7 @@ class MaskView:
         ]
 
 
-def view_of(
-    mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span], computation: str = ""
-) -> MaskView:
+def view_of(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span], rule: str = "") -> MaskView:
     """Describe one sample's mask.
 
     Args:
@@ -112,7 +116,7 @@ def view_of(
         tokens: the token of each key, int64 [keys]; negative for keys of earlier calls.
         num_tokens: of the sample.
         spans: its items.
-        computation: see ``MaskSite``.
+        rule: see ``MaskSite``.
     """
     shown = visible(mask)
     bias = _bias(mask, shown)
@@ -120,14 +124,14 @@ def view_of(
     if bias is None and mask.shape[-2] == num_tokens:
         own = tokens >= 0
         if bool((shown == (own & (tokens <= rows[:, None]))).all()):
-            return MaskView(is_plain=True)
+            return MaskView(is_plain=True, rule=rule)
         for span in spans:
             rows[span.start : span.end] = span.end - 1
         if spans and bool((shown == (own & (tokens <= rows[:, None]))).all()):
-            return MaskView(is_plain=True, spans_both_ways=True)
+            return MaskView(is_plain=True, spans_both_ways=True, rule=rule)
     seen = _by_token(shown, tokens, num_tokens)
     biases = None if bias is None else _by_token(bias, tokens, num_tokens)
-    return MaskView(False, False, seen, biases, computation)
+    return MaskView(False, False, seen, biases, rule)
 
 
 def visible(mask: Tensor) -> Tensor:
