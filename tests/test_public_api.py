@@ -17,6 +17,7 @@ PUBLIC = {
     "EngineSession",
     "ExportError",
     "LoweringError",
+    "NoCompilerError",
     "NotReused",
     "OnnxSession",
     "OptionError",

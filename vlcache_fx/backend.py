@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from vlcache_fx.analysis import analyze
@@ -69,7 +70,8 @@ def vlcache(
     """
     engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
     raise_recompile_limit()
-    raise_limit_of_function(RECOMPILE_LIMIT)
+    if torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:  # else the user set another one
+        raise_limit_of_function(RECOMPILE_LIMIT)
     watch(engine)
     return compile_graph(graph_module, example_inputs, engine)
 

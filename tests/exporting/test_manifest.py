@@ -312,7 +312,7 @@ MINUS_AN_INPUT = {"constant": 0, "sizes": [{"factor": -1, "input": 4}]}
         ("decoder.num_merges", 2),
         ("decoder.width", -1),
         ("decoder.features", [7]),
-        ("decoder.position_inputs", [-1]),
+        ("decoder.mask_inputs", [-1]),
         ("decoder.embeddings", 1),
         ("decoder.tail", [{"input": 4}]),
         ("decoder.tail", [MINUS_AN_INPUT, None, None]),

@@ -149,6 +149,6 @@ def test_values_are_stable() -> None:
     assert [str(one) for one in NotReused] == [
         "new_item", "not_recorded", "other_weights", "too_large", "store_closed", "store_failed",
         "incompatible_entry", "recomputed_to_record", "no_span", "one_token", "mismatch", "cannot_write",
-        "too_few_rows", "guarded", "no_plan", "program_failed", "uncompiled",
+        "too_few_rows", "guarded", "no_plan", "program_failed",
     ]  # fmt: skip
     assert not {*map(str, NotReused)} & {*map(str, Reason)}

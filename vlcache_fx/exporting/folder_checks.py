@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.exporting.specs import MASKS, SPANS, TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
+from vlcache_fx.exporting.specs import LEAVES, MASKS, SPANS, TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
 from vlcache_fx.plan.selection import InputPlaces, SizeSum
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def check_references(manifest: Manifest) -> None:
     graphs |= {"decode": manifest.decode} if manifest.decode is not None else {}
     graphs |= {"decoder.spans": SPANS} if manifest.decoder.spans else {}
     graphs |= {"decoder.masks": MASKS} if manifest.decoder.masks else {}
+    graphs |= {"decoder.leaf_outputs": LEAVES} if manifest.decoder.leaf_outputs else {}
     graphs |= {f"engines.{name}": name for name in manifest.engines}
     for field, name in graphs.items():
         _check(name in manifest.graphs, field, name, f"a graph; there are {', '.join(manifest.graphs)}")
@@ -169,12 +170,17 @@ def _check_decoder(manifest: Manifest) -> None:
         "that of its merges",
     )
     _check(spec.width is None or 1 <= spec.width <= MOST, "decoder.width", spec.width, "a width")
-    indices = {
-        name: getattr(spec, name)
-        for name in (
-            "features", "position_inputs", "looked_up", "masks_only", "prefix_inputs", "mask_inputs",
-        )
-    }  # fmt: skip
+    indices = {name: tuple(getattr(spec, name)) for name in ("features", "mask_inputs")}
+    indices["leaves"] = tuple(leaf.input for leaf in spec.leaves if leaf.input is not None)
+    made = sum(leaf.input is None for leaf in spec.leaves)
+    _check(made == len(spec.leaf_outputs), "decoder.leaf_outputs", spec.leaf_outputs, f"{made} names")
+    kinds = len(spec.mask_sites)
+    _check(
+        all(site is None or 0 <= site < kinds for site in spec.site_of_layer),
+        "decoder.site_of_layer",
+        spec.site_of_layer,
+        f"made of indices of the {kinds} mask_sites",
+    )
     indices["embeddings"] = () if spec.embeddings is None else (spec.embeddings,)
     indices["tail"] = tuple(_inputs_of_tail(spec.tail or ()))
     for name, given in indices.items():
