@@ -194,8 +194,9 @@ class Checked:
             given, modes = run(pair, self.store)
             expected = [pair.reference(**call) for call in CALLS]
         torch._dynamo.reset()
-        assert first[0] == "cold"
-        assert modes[1:3] == ["warm", "warm"]
+        is_refused = first[0] == "bypass"  # an operator that nobody knows to work token by token
+        assert first[0] == "cold" or set(first) == {"bypass"}
+        assert modes[1:3] == (["bypass"] * 2 if is_refused else ["warm"] * 2)
         self.entries += check_entries(own, self.store)
         self.models += 1
         if policy == "full":

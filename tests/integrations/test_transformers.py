@@ -126,8 +126,8 @@ def test_llava_encodes_new_images_alone() -> None:
 
 
 def warmed_up() -> nn.Module:
-    """Run once before it is compiled: the library's first call takes a lock, which cuts the graph, and installs
-    hooks in the encoder, which then is another one."""
+    """Run once before it is compiled: the library's first call takes a lock, which cuts the graph, and
+    installs hooks in the encoder, which then is another one."""
     model = tiny_llava(2)
     with torch.no_grad():
         model(**llava_inputs(2, 2, [9]))

@@ -57,6 +57,8 @@ WITHOUT_EFFECT = frozenset({"device", "layout", "pin_memory", "memory_format", "
 SMALLEST_HIDDEN = 1e4
 """Numbers from here on hide something, as infinity does."""
 
+BANDS = frozenset({aten.triu, aten.tril})
+
 ANY = "*"
 """A length, in whatever way the graph spells it."""
 
@@ -92,21 +94,36 @@ class Leaf:
 
 
 @dataclass(frozen=True)
+class Digests:
+    """A computation as keys hold it.
+
+    Attributes:
+        separate: leaves are told apart by their numbers.
+        unified: the same where leaves of one kind have one value, however often the graph makes it: queries
+            and keys may have positions of their own, which are the same unless keys of earlier calls join.
+    """
+
+    separate: str
+    unified: str
+
+
+@dataclass(frozen=True)
 class Computation:
     """Everything that stored rows depend on beside masks and merged features.
 
     Attributes:
-        digest: how they are computed from leaves, weights and features.
-        unified: the same where leaves of one kind have one value, however often the graph makes it: queries
-            and keys may have positions of their own, which are the same unless keys of earlier calls join.
-        leaves: in the order in which ``digest`` names them.
-        weights: weights that ``facts.weights`` does not list: of token embeddings, of rotary tables.
+        item: how the rows of an item are computed from its merged features, leaves and weights.
+        prompt: how all rows are, those of text included: from token ids on.
+        leaves: in the order in which ``separate`` digests number them.
+        item_weights: weights that ``item`` needs and ``facts.weights`` does not list, those of rotary tables.
+        prompt_weights: further ones that ``prompt`` needs, those of token embeddings.
     """
 
-    digest: str
-    unified: str
+    item: Digests
+    prompt: Digests
     leaves: tuple[Leaf, ...]
-    weights: tuple[Node, ...]
+    item_weights: tuple[Node, ...]
+    prompt_weights: tuple[Node, ...]
 
 
 def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
@@ -115,38 +132,52 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
     Raises:
         UnsupportedGraphError: RANDOM, where they depend on random numbers.
     """
-    start = facts.stream.boundaries[0]
     beside = [*(one.node for one in facts.frontiers), facts.stream.boundaries[-1]]
+    start, merged = facts.stream.boundaries[0], facts.merges[-1].node if facts.merges else None
 
-    def write(writer: _Writer) -> str:
+    def write(writer: _Writer) -> tuple[str, str, int]:
         rows = [writer.text(node) for node in beside]
-        writer.enter_start()
-        return content_digest([*rows, writer.text(start)])
+        if merged is None:  # the embeddings are an input; keys hold their rows in another way
+            rows_alone = content_digest(rows)
+            return rows_alone, rows_alone, len(writer.more_weights)
+        writer.cut(merged)
+        item = content_digest([*rows, writer.text(start)])
+        count = len(writer.more_weights)
+        writer.cut(None)
+        return item, content_digest([item, writer.text(merged)]), count
 
     first, second = _Writer(captured, facts), _Writer(captured, facts, unifies=True)
-    digest, unified = write(first), write(second)
-    return Computation(digest, unified, tuple(first.leaves.values()), tuple(first.more_weights))
+    (item, prompt, count), (item_unified, prompt_unified, _) = write(first), write(second)
+    return Computation(
+        Digests(item, item_unified),
+        Digests(prompt, prompt_unified),
+        tuple(first.leaves.values()),
+        tuple(first.more_weights[:count]),
+        tuple(first.more_weights[count:]),
+    )
 
 
-def mask_rule(captured: Captured, facts: DecoderFacts, mask: Node) -> str:
-    """How a mask is made whose rule has a parameter, such as the width of a window or of a chunk.
+def mask_rule(mask: Node) -> str:
+    """The parameters of the rule by which a mask is made, such as the width of a window, and their operators.
 
-    Empty for any other: its values say all that there is to know. Those of a window do not, as long as no
-    prompt is longer.
+    Empty where there are none: the mask's values say all that there is to know. Those of a window do not, as
+    long as no prompt is longer.
     """
-    if mask.op == "placeholder" or not any(map(_has_parameter, needed_for([mask]))):
-        return ""
-    return _Writer(captured, facts, reads_leaves=False).text(mask)
+    needed = needed_for([mask])
+    found = {text for node in needed if node.op != "placeholder" for text in _parameters(node)}
+    return str(sorted(found)) if found else ""
 
 
-def _has_parameter(node: Node) -> bool:
-    """True for an operator on values with a number that is no mere step, flag or infinity."""
+def _parameters(node: Node) -> list[str]:
+    """Numbers in an operator on values that are no mere steps, flags or infinities."""
     if node.op == "get_attr":
         value = attribute(node.graph.owning_module, str(node.target))
-        return isinstance(value, Tensor) and value.numel() == 1 and _is_parameter(value.item())
-    if torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in (aten.triu, aten.tril):
-        return any(map(_is_parameter, node.args[1:]))
-    return packet_of(node) in (aten.full, aten.scalar_tensor) and any(map(_is_parameter, node.args))
+        values: Sequence[Any] = [value.item()] if isinstance(value, Tensor) and value.numel() == 1 else []
+    elif torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in BANDS:
+        values = node.args[1:]
+    else:
+        values = node.args if packet_of(node) in (aten.full, aten.scalar_tensor) else []
+    return [f"{packet_of(node)} {value}" for value in values if _is_parameter(value)]
 
 
 def _is_parameter(value: Any) -> bool:
@@ -156,8 +187,8 @@ def _is_parameter(value: Any) -> bool:
 class _Writer:
     """Writes nodes as text, each from the texts of those that it reads.
 
-    The token embeddings that enter the first layer are written as one word until ``enter_start``: what lies
-    before them is not read beside them.
+    What lies before the cut, at first the token embeddings that enter the first layer, is not written: the
+    cut is one word.
     """
 
     def __init__(
@@ -187,11 +218,11 @@ class _Writer:
         self.leaves: dict[Node, Leaf] = {}
         self.more_weights: list[Node] = []
 
-    def enter_start(self) -> None:
-        """From now on, what the token embeddings are made of is written too."""
+    def cut(self, node: Node | None) -> None:
+        """Move the cut to a node before it; None takes it away."""
         if self._start is not None:
             self._texts.pop(self._start, None)
-        self._start = None
+        self._start = node
 
     def text(self, result: Node) -> str:
         """The digest of how ``result`` is computed."""

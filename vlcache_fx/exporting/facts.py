@@ -70,7 +70,9 @@ def decoder_spec(
     check, identifier = MaskCheck.of(found.decoder, found.facts), form.identifier
     computation = computation_of(found.decoder, found.facts)
     index = {node: number for number, node in enumerate(found.decoder.placeholders)}
-    others = Fingerprints().of([found.weights[number][1] for number in form.other_weights])
+    others = Fingerprints().of(
+        [found.weights[number][1] for number in (*form.item_weights, *form.prompt_weights)]
+    )
     return DecoderSpec(
         inputs=tuple(name for name in found.inputs if name),
         num_layers=form.num_layers,
@@ -82,8 +84,8 @@ def decoder_spec(
             for slot, row in form.rows.items()
         },
         layout=f"{form.layout} {others}",
-        computation=form.computation,
-        unified=form.unified,
+        item=form.item,
+        prompt=form.prompt,
         model_fingerprint=fingerprint,
         features=tuple(place[index] for index in identifier.features),
         num_merges=identifier.num_merges,
@@ -155,8 +157,8 @@ def decoder_form(
             slot: RowForm(row.dim, getattr(torch, row.dtype), row.sizes) for slot, row in spec.rows.items()
         },
         layout=spec.layout,
-        computation=spec.computation,
-        unified=spec.unified,
+        item=spec.item,
+        prompt=spec.prompt,
         weights=(),
         model_fingerprint=spec.model_fingerprint,
         identifier=Identifier(

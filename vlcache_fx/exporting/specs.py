@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlcache_fx.analysis.computation import Digests
 from vlcache_fx.errors import ExportError
 from vlcache_fx.plan.selection import InputPlaces, SizeSum
 
@@ -149,8 +150,8 @@ class DecoderSpec:
     tail: tuple[int | SizeSum | InputPlaces | None, ...] | None
     rows: dict[str, RowSpec]
     layout: str
-    computation: str
-    unified: str
+    item: Digests
+    prompt: Digests
     model_fingerprint: str
     features: tuple[int, ...]
     num_merges: int

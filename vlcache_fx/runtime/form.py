@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.analysis.computation import computation_of
+from vlcache_fx.analysis.computation import Digests, computation_of
 from vlcache_fx.capture import Captured, InputKind
 from vlcache_fx.capture.captured import Write
 from vlcache_fx.plan.selection import RowSelection
@@ -38,9 +38,9 @@ class DecoderForm:
         tail: tokens that results need; None for all.
         rows: what programs read from each slot.
         layout: text of what a stored row looks like; graphs of one model agree on it. Part of the keys.
-        computation, unified: digests of how rows are computed: see ``analysis.computation.Computation``.
+        item, prompt: how rows are computed: see ``analysis.computation.Computation``.
         weights: inputs that are weights of the decoder's layers.
-        other_weights: inputs that are other weights on which rows depend, those of token embeddings.
+        item_weights, prompt_weights: inputs that are other weights on which rows depend.
         model_fingerprint: of the layers' weights, where they are no inputs; else None.
         identifier: finds spans and their keys.
         leaves: reads the other values that keys hold.
@@ -61,14 +61,15 @@ class DecoderForm:
     tail: RowSelection | None
     rows: Mapping[str, RowForm]
     layout: str
-    computation: str
-    unified: str
+    item: Digests
+    prompt: Digests
     weights: tuple[int, ...]
     model_fingerprint: str | None
     identifier: Identifier
     leaves: Leaves
     prefixes: PrefixReader
-    other_weights: tuple[int, ...] = ()
+    item_weights: tuple[int, ...] = ()
+    prompt_weights: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     tail_varies: bool = False
     has_past: bool = False
@@ -105,10 +106,11 @@ class DecoderForm:
             layout=str(
                 [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()]
             ),
-            computation=computation.digest,
-            unified=computation.unified,
+            item=computation.item,
+            prompt=computation.prompt,
             weights=tuple(place[node] for node in facts.weights),
-            other_weights=tuple(place[node] for node in computation.weights),
+            item_weights=tuple(place[node] for node in computation.item_weights),
+            prompt_weights=tuple(place[node] for node in computation.prompt_weights),
             model_fingerprint=None,
             identifier=identifier,
             leaves=leaves,

@@ -53,8 +53,7 @@ class MaskSite:
     Attributes:
         node, source_line: for refusals: the name of the first such attention, and where it comes from.
         has_mask: False where it hides later tokens by itself.
-        rule: digest of how the mask is made, where it depends on a number such as the width of a window;
-            else empty.
+        rule: its parameters, such as the width of a window; empty without.
     """
 
     node: str
@@ -121,7 +120,7 @@ class MaskCheck:
                     node.name,
                     source_line(node),
                     mask is not None,
-                    "" if mask is None else mask_rule(captured, facts, mask),
+                    "" if mask is None else mask_rule(mask),
                 )
                 for mask, (node, _) in sites.items()
             ],

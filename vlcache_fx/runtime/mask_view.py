@@ -8,8 +8,8 @@ graph, given by the caller, as flags or as numbers. So their values are describe
 - *window n*: as causal, but no token more than n before it;
 - anything else by a digest.
 
-A rule with a parameter, such as a window's width, is known by how the mask is made, too: as long as prompts are
-shorter, values do not show it.
+Parameters of a rule, such as a window's width, are part of the words: as long as prompts are shorter, values
+do not show them.
 """
 
 from __future__ import annotations
