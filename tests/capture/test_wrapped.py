@@ -87,7 +87,6 @@ def test_models_of_equal_integers_and_other_scales_share_nothing() -> None:
     assert run(second, reference, 1) == "cold"
 
 
-@pytest.mark.xfail(reason="keys of donors do not cover integer constants of a graph yet", strict=False)
 def test_models_of_equal_tensors_and_another_number_beside_them_share_nothing() -> None:
     store = vlcache_store()
 

@@ -201,7 +201,7 @@ def test_an_export_describes_its_model(tiny: Exported) -> None:
     manifest = tiny.manifest
     assert (manifest.format, manifest.model, manifest.dtype) == (FORMAT, "TinyVlm", "float32")
     assert (manifest.opset, manifest.policy, manifest.budget) == (22, "layer_aware", 0.02)
-    assert set(manifest.graphs) == {"prefill_cold", "prefill_warm", "spans", "encoder"}
+    assert set(manifest.graphs) == {"prefill_cold", "prefill_warm", "spans", "leaves", "encoder"}
     on_disk = {
         path.name: FileSpec(path.stat().st_size, file_spec(path).blake3) for path in tiny.folder.iterdir()
     }

@@ -101,7 +101,6 @@ VISION = r".*visual.*\.(qkv|proj)"
 
 
 @pytest.mark.parametrize("change", ["disabled", "scaled"])
-@pytest.mark.xfail(reason="keys of encoders that run eagerly do not cover plain attributes yet", strict=False)
 def test_adapters_of_the_encoder(change: str) -> None:
     pair = Pair(VISION)
     pair.run(0)

@@ -146,7 +146,7 @@ def test_kept_pixels_are_read_once_and_other_grids_stay_apart(
         return digest(parts, threaded=threaded)
 
     monkeypatch.setattr(known, "content_digest", seen)
-    cache = EncoderCache(Encoder(), torch.nn.Identity(), "image", Engine(Options(lowering="eager")))
+    cache = EncoderCache(Encoder(), torch.nn.Identity().eval(), "image", Engine(Options(lowering="eager")))
     inputs = processor([picture(), picture(1)])
     keys = set()
     for grids in (inputs["image_grid_thw"], inputs["image_grid_thw"], torch.tensor([[1, 2, 8], [1, 4, 4]])):

@@ -28,20 +28,22 @@ def _compiler() -> Iterator[None]:
         yield
 
 
+SIZES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
+"""Of each counter. Not in its attributes: what a hook holds is part of keys."""
+
+
 class Counter:
     """Counts the calls of a module, and the images (or patches) of each."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.sizes: list[int] = []
         module.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = args[0] if args else next(iter(kwargs.values()))
-        self.sizes.append(first.shape[0])
+        SIZES.setdefault(self, []).append(first.shape[0])
 
     def taken(self) -> list[int]:
-        sizes, self.sizes = self.sizes, []
-        return sizes
+        return SIZES.pop(self, [])
 
 
 def greedy(pair: Pair, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from vlcache_fx.integrations.items import (
     split_items,
     unflatten,
 )
-from vlcache_fx.integrations.module_state import ModuleState
+from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
@@ -56,7 +56,7 @@ class EncoderCache:
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module)
+        self._tensors = ModuleTensors(module, least_bytes=SMALL_BYTES + 1)
         self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}

@@ -16,6 +16,7 @@ import enum
 import functools
 import logging
 import operator
+import sys
 import types
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -47,6 +48,9 @@ WITHOUT_NUMBERS = frozenset(
     {"_contextvars", "_thread", "_weakref", "inspect", "logging", "threading", "warnings", "weakref"}
 )
 """Modules whose objects hold nothing that is computed with: locks, loggers, signatures."""
+
+SMALL_BYTES = 1 << 20
+"""Tensors in plain attributes are read whole in every call, up to this size."""
 
 MOST_ENTRIES = 256
 """Of a global table; larger ones are registries, known by their names."""
@@ -99,7 +103,13 @@ def _walked(roots: tuple[Any, ...], weights: Sequence[Tensor]) -> tuple[str | No
 def _is_as_noted(note: Note) -> bool:
     read, before = note
     now = read()
-    return len(now) == len(before) and all(map(operator.is_, now, before))
+    return len(now) == len(before) and (
+        all(map(operator.is_, now, before)) or all(map(_is_same, now, before))
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and type(one) in (str, int) and one == other)
 
 
 class _Walk:
@@ -178,14 +188,19 @@ class _Walk:
     def _tensor(self, value: Tensor) -> str:
         if id(value) in self._weights:
             return f"weight {self._weights[id(value)]}"
-        if value.nbytes > 1 << 20:
+        if value.nbytes > SMALL_BYTES:
             raise UnknownStateError("a large tensor that is neither a parameter nor a buffer")
+        self._note(lambda: (content_digest([value]),))  # nobody else would notice a write to it
         return content_digest([value])
 
     def _module(self, module: nn.Module) -> str:
         held = vars(module)
+        # Of torch's own modules, nobody looks into ``forward``: all of their settings count.
+        is_whole = _package(type(module).__module__) == TORCH
         names = [
-            name for name in held if name not in WEIGHTS and (name in self._wanted or name.endswith("_hooks"))
+            name
+            for name in held
+            if name not in WEIGHTS and (is_whole or name in self._wanted or name.endswith("_hooks"))
         ]
         # Most are empty: hooks that nobody has registered.
         empty = [name for name in names if isinstance(held[name], dict) and not held[name]]
@@ -273,7 +288,7 @@ class _Walk:
             return f"ours {kind.__qualname__}"
         if kind is object or kind.__module__ in WITHOUT_NUMBERS:
             return f"{kind.__module__}.{kind.__qualname__}"
-        if not hasattr(value, "__dict__"):
+        if not hasattr(value, "__dict__") or not _is_of_python(kind):
             raise UnknownStateError(f"a {kind.__module__}.{kind.__qualname__}")
         return f"{self.text(kind)}{self._attributes(value)}"
 
@@ -283,6 +298,12 @@ class _Walk:
             return ""
         self._note(lambda: tuple(vars(value).values()))
         return f" ({', '.join(f'{name}={self.text(one)}' for name, one in list(held.items()))})"
+
+
+def _is_of_python(kind: type) -> bool:
+    """Whether the attributes of its objects are all that they hold: a file holds more."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return kind.__module__ == "__main__" or (file is not None and file.endswith(".py"))
 
 
 def _package(module: str | None) -> str:

@@ -31,6 +31,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.no_rope_layers": [1, 1, 0],
         "text_config.layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
         "text_config.moe_layers": [1, 2],
+        # Longer than the prompts: where a chunk ends within an image, its tokens see others of it.
+        "text_config.attention_chunk_size": 64,
     },
     **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
