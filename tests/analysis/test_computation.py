@@ -44,7 +44,7 @@ def test_graphs_of_one_model_agree() -> None:
     masked = computed(plain(explicit_mask=True), inputs(), dynamic=True)
     given_positions = computed(plain(), inputs() | {"position_ids": torch.arange(TOKENS)}, dynamic=True)
     found = (static, symbolic, other_weights, last_row, masked, given_positions)
-    assert len({one.prompt.unified for one in found}) == 1
+    assert len({one.digests.unified for one in found}) == 1
 
 
 def times(factor: float) -> Callable[..., Any]:
@@ -58,7 +58,7 @@ def test_integers_and_floats_count(place: str) -> None:
         model = plain()
         if factor is not None:
             model.get_submodule(place).register_forward_hook(times(factor))
-        digests.add(computed(model, inputs(), dynamic=True).prompt.unified)
+        digests.add(computed(model, inputs(), dynamic=True).digests.unified)
     assert len(digests) == 4
 
 
@@ -66,7 +66,7 @@ def test_the_shape_of_the_decoder_counts() -> None:
     changes: list[dict[str, Any]] = [{}, {"rope": "interleaved"}, {"rope": "partial"}, {"rope": "none"}]
     changes += [{"norm_place": "branch"}, {"norm_place": "post"}, {"parallel": True}, {"embed_scale": True}]
     changes += [{"heads": 4, "kv_heads": 2}, {"attention": "math", "softcap": 0.5}]
-    digests = {computed(plain(**change), inputs(), dynamic=True).prompt.unified for change in changes}
+    digests = {computed(plain(**change), inputs(), dynamic=True).digests.unified for change in changes}
     assert len(digests) == len(changes)
 
 
@@ -94,7 +94,7 @@ def test_positions_count_by_value_and_tables_by_computation() -> None:
         model.__class__ = Scaled
         for name, value in settings.items():
             setattr(model, name, value)
-        return computed(model, inputs(), dynamic=True).prompt.unified
+        return computed(model, inputs(), dynamic=True).digests.unified
 
     assert digest() == digest(factor=3)  # what the leaves are is part of keys
     assert len({digest(), digest(scaling=1.5), digest(first=True)}) == 3
@@ -129,7 +129,7 @@ def test_other_weights_are_those_of_embeddings() -> None:
     model = plain()
     captured, graph = captured_graph(model, inputs())
     found = computation_of(captured, analyze(captured))
-    places = [captured.placeholders.index(node) for node in found.prompt_weights]
+    places = [captured.placeholders.index(node) for node in found.weights]
     assert any(graph.calls[0][place] is model.embed.weight for place in places)
 
 
@@ -165,4 +165,4 @@ def test_dropout_that_drops_nothing_is_no_difference() -> None:
 
     one, other = plain(), plain()
     other.__class__ = Dropping
-    assert computed(one, inputs()).prompt.unified == computed(other, inputs()).prompt.unified
+    assert computed(one, inputs()).digests.unified == computed(other, inputs()).digests.unified

@@ -156,7 +156,7 @@ def bare_manifest(**changes: Any) -> Manifest:
     )
     decoder = DecoderSpec(
         inputs=("input_ids",), num_layers=1, layer_groups=(1,), num_outputs=1, tail=(-1,), rows={}, layout="",
-        model_fingerprint="", features=(), num_merges=0, item=Digests("", ""), prompt=Digests("", ""),
+        model_fingerprint="", features=(), num_merges=0, computation=Digests("", ""),
         width=None, embeddings=None, leaves=(), mask_sites=(), mask_inputs=(), site_of_layer=(),
         every_layer_has_a_mask=False, spans=(), masks=(), leaf_outputs=(),
     )  # fmt: skip

@@ -118,7 +118,7 @@ def test_a_form_survives_the_manifest(found: ExportInput) -> None:
     before, after, manifest = both_forms(found)
     for name in ("num_layers", "num_outputs", "tail", "rows", "groups", "dtype", "device"):
         assert getattr(after, name) == getattr(before, name)
-    assert (after.item, after.prompt) == (before.item, before.prompt)
+    assert after.computation == before.computation
     assert after.layout.startswith(before.layout)  # and says which other weights there are
     assert len(after.layout) > len(before.layout)
     assert after.model_fingerprint == "fingerprint"

@@ -112,18 +112,14 @@ class Computation:
     """Everything that stored rows depend on beside masks and merged features.
 
     Attributes:
-        item: how the rows of an item are computed from its merged features, leaves and weights.
-        prompt: how all rows are, those of text included: from token ids on.
-        leaves: in the order in which ``separate`` digests number them.
-        item_weights: weights that ``item`` needs and ``facts.weights`` does not list, those of rotary tables.
-        prompt_weights: further ones that ``prompt`` needs, those of token embeddings.
+        digests: how they are computed, from token ids on, or from the embeddings that the graph is given.
+        leaves: in the order in which ``digests.separate`` numbers them.
+        weights: weights that ``facts.weights`` does not list: of token embeddings, of rotary tables.
     """
 
-    item: Digests
-    prompt: Digests
+    digests: Digests
     leaves: tuple[Leaf, ...]
-    item_weights: tuple[Node, ...]
-    prompt_weights: tuple[Node, ...]
+    weights: tuple[Node, ...]
 
 
 def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
@@ -133,42 +129,36 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
         UnsupportedGraphError: RANDOM, where they depend on random numbers.
     """
     beside = [*(one.node for one in facts.frontiers), facts.stream.boundaries[-1]]
-    start, merged = facts.stream.boundaries[0], facts.merges[-1].node if facts.merges else None
 
-    def write(writer: _Writer) -> tuple[str, str, int]:
+    def write(writer: _Writer) -> str:
         rows = [writer.text(node) for node in beside]
-        if merged is None:  # the embeddings are an input; keys hold their rows in another way
-            rows_alone = content_digest(rows)
-            return rows_alone, rows_alone, len(writer.more_weights)
-        writer.cut(merged)
-        item = content_digest([*rows, writer.text(start)])
-        count = len(writer.more_weights)
-        writer.cut(None)
-        return item, content_digest([item, writer.text(merged)]), count
+        if not facts.merges:  # the embeddings are an input; keys hold their rows in another way
+            return content_digest(rows)
+        writer.uncut()
+        return content_digest([*rows, writer.text(facts.stream.boundaries[0])])
 
     first, second = _Writer(captured, facts), _Writer(captured, facts, unifies=True)
-    (item, prompt, count), (item_unified, prompt_unified, _) = write(first), write(second)
-    return Computation(
-        Digests(item, item_unified),
-        Digests(prompt, prompt_unified),
-        tuple(first.leaves.values()),
-        tuple(first.more_weights[:count]),
-        tuple(first.more_weights[count:]),
-    )
+    digests = Digests(write(first), write(second))
+    return Computation(digests, tuple(first.leaves.values()), tuple(first.more_weights))
 
 
-def mask_rule(mask: Node) -> str:
+def mask_rule(mask: Node, facts: DecoderFacts) -> str:
     """The parameters of the rule by which a mask is made, such as the width of a window, and their operators.
 
     Empty where there are none: the mask's values say all that there is to know. Those of a window do not, as
     long as no prompt is longer.
     """
-    needed = needed_for([mask])
-    found = {text for node in needed if node.op != "placeholder" for text in _parameters(node)}
+    sizes = [
+        *shape_of(facts.stream.boundaries[0])[:2],
+        *(size for node in facts.past for size in shape_of(node)),
+    ]
+    lengths = {size for size in sizes if isinstance(size, int)}  # of a graph of one length alone
+    needed = [node for node in needed_for([mask]) if node.op != "placeholder"]
+    found = {text for node in needed for text in _parameters(node, lengths)}
     return str(sorted(found)) if found else ""
 
 
-def _parameters(node: Node) -> list[str]:
+def _parameters(node: Node, lengths: set[int]) -> list[str]:
     """Numbers in an operator on values that are no mere steps, flags or infinities."""
     if node.op == "get_attr":
         value = attribute(node.graph.owning_module, str(node.target))
@@ -177,7 +167,7 @@ def _parameters(node: Node) -> list[str]:
         values = node.args[1:]
     else:
         values = node.args if packet_of(node) in (aten.full, aten.scalar_tensor) else []
-    return [f"{packet_of(node)} {value}" for value in values if _is_parameter(value)]
+    return [f"{packet_of(node)} {value}" for value in values if _is_parameter(value) and value not in lengths]
 
 
 def _is_parameter(value: Any) -> bool:
@@ -187,8 +177,8 @@ def _is_parameter(value: Any) -> bool:
 class _Writer:
     """Writes nodes as text, each from the texts of those that it reads.
 
-    What lies before the cut, at first the token embeddings that enter the first layer, is not written: the
-    cut is one word.
+    The token embeddings that enter the first layer are one word until ``uncut``: what lies before them is not
+    read beside them.
     """
 
     def __init__(
@@ -218,11 +208,11 @@ class _Writer:
         self.leaves: dict[Node, Leaf] = {}
         self.more_weights: list[Node] = []
 
-    def cut(self, node: Node | None) -> None:
-        """Move the cut to a node before it; None takes it away."""
+    def uncut(self) -> None:
+        """From now on, what the token embeddings are made of is written too."""
         if self._start is not None:
             self._texts.pop(self._start, None)
-        self._start = node
+        self._start = None
 
     def text(self, result: Node) -> str:
         """The digest of how ``result`` is computed."""

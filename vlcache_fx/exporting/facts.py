@@ -70,9 +70,7 @@ def decoder_spec(
     check, identifier = MaskCheck.of(found.decoder, found.facts), form.identifier
     computation = computation_of(found.decoder, found.facts)
     index = {node: number for number, node in enumerate(found.decoder.placeholders)}
-    others = Fingerprints().of(
-        [found.weights[number][1] for number in (*form.item_weights, *form.prompt_weights)]
-    )
+    others = Fingerprints().of([found.weights[number][1] for number in form.other_weights])
     return DecoderSpec(
         inputs=tuple(name for name in found.inputs if name),
         num_layers=form.num_layers,
@@ -84,8 +82,7 @@ def decoder_spec(
             for slot, row in form.rows.items()
         },
         layout=f"{form.layout} {others}",
-        item=form.item,
-        prompt=form.prompt,
+        computation=form.computation,
         model_fingerprint=fingerprint,
         features=tuple(place[index] for index in identifier.features),
         num_merges=identifier.num_merges,
@@ -157,8 +154,7 @@ def decoder_form(
             slot: RowForm(row.dim, getattr(torch, row.dtype), row.sizes) for slot, row in spec.rows.items()
         },
         layout=spec.layout,
-        item=spec.item,
-        prompt=spec.prompt,
+        computation=spec.computation,
         weights=(),
         model_fingerprint=spec.model_fingerprint,
         identifier=Identifier(

@@ -150,8 +150,7 @@ class DecoderSpec:
     tail: tuple[int | SizeSum | InputPlaces | None, ...] | None
     rows: dict[str, RowSpec]
     layout: str
-    item: Digests
-    prompt: Digests
+    computation: Digests
     model_fingerprint: str
     features: tuple[int, ...]
     num_merges: int

@@ -80,8 +80,8 @@ class EncodersFirst:
     """Runs a model's encoders before its ``forward``, as ``generate()`` does it.
 
     What encoders do with grids cannot be traced in one graph, and positions that depend on grids neither;
-    the rest of ``forward`` can. Calls with gradients, without pixels or onto a cache that holds tokens are
-    left as they are.
+    the rest of ``forward`` can. Calls with gradients or without pixels are left as they are, and those onto a
+    cache that holds tokens, where positions are more than a count.
 
     Args:
         model: its ``forward`` as it is now decides whether it takes encoders' outputs.
@@ -114,7 +114,8 @@ class EncodersFirst:
         if not has_pixels or given.get(OUTPUTS) is not None or not isinstance(given.get("input_ids"), Tensor):
             return args, kwargs
         past = given.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0:
+        # Where positions are more than a count, those behind a cache are the model's own affair.
+        if past is not None and past.get_seq_length() > 0 and self._has_own_positions():
             return args, kwargs
         known = {name: value for name, value in given.items() if value is not None}
         positions = self.positions(known)

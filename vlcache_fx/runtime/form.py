@@ -38,9 +38,9 @@ class DecoderForm:
         tail: tokens that results need; None for all.
         rows: what programs read from each slot.
         layout: text of what a stored row looks like; graphs of one model agree on it. Part of the keys.
-        item, prompt: how rows are computed: see ``analysis.computation.Computation``.
+        computation: how rows are computed: see ``analysis.computation.Computation``.
         weights: inputs that are weights of the decoder's layers.
-        item_weights, prompt_weights: inputs that are other weights on which rows depend.
+        other_weights: inputs that are other weights on which rows depend, those of token embeddings.
         model_fingerprint: of the layers' weights, where they are no inputs; else None.
         identifier: finds spans and their keys.
         leaves: reads the other values that keys hold.
@@ -61,15 +61,13 @@ class DecoderForm:
     tail: RowSelection | None
     rows: Mapping[str, RowForm]
     layout: str
-    item: Digests
-    prompt: Digests
+    computation: Digests
     weights: tuple[int, ...]
     model_fingerprint: str | None
     identifier: Identifier
     leaves: Leaves
     prefixes: PrefixReader
-    item_weights: tuple[int, ...] = ()
-    prompt_weights: tuple[int, ...] = ()
+    other_weights: tuple[int, ...] = ()
     groups: tuple[int, ...] = ()
     tail_varies: bool = False
     has_past: bool = False
@@ -106,11 +104,9 @@ class DecoderForm:
             layout=str(
                 [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()]
             ),
-            item=computation.item,
-            prompt=computation.prompt,
+            computation=computation.digests,
             weights=tuple(place[node] for node in facts.weights),
-            item_weights=tuple(place[node] for node in computation.item_weights),
-            prompt_weights=tuple(place[node] for node in computation.prompt_weights),
+            other_weights=tuple(place[node] for node in computation.weights),
             model_fingerprint=None,
             identifier=identifier,
             leaves=leaves,

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.analysis.computation import Digests
 from vlcache_fx.errors import NotReused, StoreClosedError
 from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
@@ -67,13 +66,10 @@ class DonorLookup:
             )
             for index, own in enumerate(by_sample)
         )
-        fingerprint = item = prompt = ""
+        fingerprint = others = ""
         if any(sample.spans for sample in samples):  # with text alone there is nothing to look them over for
             fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
-            item, prompt = (
-                self._fingerprint(args, weights)
-                for weights in (self._form.item_weights, self._form.prompt_weights)
-            )
+            others = self._fingerprint(args, self._form.other_weights)
         return Request(
             args,
             known,
@@ -82,8 +78,7 @@ class DonorLookup:
             encoder_hit,
             clock,
             model_fingerprint=fingerprint,
-            item_weights=content_digest([fingerprint, item]),
-            prompt_weights=content_digest([fingerprint, item, prompt]),
+            weights=content_digest([fingerprint, others]),
         )
 
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
@@ -97,11 +92,10 @@ class DonorLookup:
             look: what masks let its tokens see.
         """
         salt, device = self._engine.options.salt, self._form.device.type
-        common = [self._form.layout, numerics(device)]
-
-        def identity(weights: str, digests: Digests, *, is_unified: bool) -> str:
-            return content_digest([weights, *common, digests.unified if is_unified else digests.separate])
-
+        common = [request.weights, self._form.layout, numerics(device)]
+        digests = self._form.computation
+        identities = {True: content_digest([*common, digests.unified])}
+        identities[False] = content_digest([*common, digests.separate])
         leaves = self._form.leaves
         values = leaves.read(request.known)
         samples = []
@@ -115,11 +109,9 @@ class DonorLookup:
                 is_unified, parts = leaves.of_item(
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
-                known = identity(request.item_weights, self._form.item, is_unified=is_unified)
-                key = donor_key(by_start[span.start], [text, *parts], known, salt)
+                key = donor_key(by_start[span.start], [text, *parts], identities[is_unified], salt)
                 spans.append(replace(span, key=key))
             is_unified, by_token, whole = leaves.of_prompt(values, sample.index, request.num_tokens)
-            known = identity(request.prompt_weights, self._form.prompt, is_unified=is_unified)
             samples.append(
                 replace(
                     sample,
@@ -127,13 +119,13 @@ class DonorLookup:
                     spans=tuple(spans),
                     seen=rows,
                     by_token=by_token,
-                    root=content_digest([known, salt, whole]),
+                    root=content_digest([identities[is_unified], salt, whole]),
                 )
             )
         return replace(
             request,
             samples=tuple(samples),
-            identity=identity(request.item_weights, self._form.item, is_unified=True),
+            identity=identities[True],
         )
 
     def find(self, request: Request) -> Request:

@@ -120,7 +120,7 @@ class MaskCheck:
                     node.name,
                     source_line(node),
                     mask is not None,
-                    "" if mask is None else mask_rule(mask),
+                    "" if mask is None else mask_rule(mask, facts),
                 )
                 for mask, (node, _) in sites.items()
             ],

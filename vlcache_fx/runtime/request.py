@@ -67,8 +67,8 @@ class Request:
             behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
             computed exactly: those keys may be reused ones.
         model_fingerprint: of the weights of the decoder's layers; empty without spans.
-        item_weights, prompt_weights: fingerprints of all weights that rows of items, and of text, depend on.
-        identity: of how items are computed: by what, with which weights and global state.
+        weights: fingerprint of all weights that rows depend on.
+        identity: of how rows are computed: by what, with which weights and global state.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
         found: the spans as they were looked up, with the donors that the call leaves aside; empty before.
     """
@@ -82,8 +82,7 @@ class Request:
     is_causal: bool = False
     is_whole: bool = True
     model_fingerprint: str = ""
-    item_weights: str = ""
-    prompt_weights: str = ""
+    weights: str = ""
     identity: str = ""
     positions: Tensor | None = None
     found: tuple[Span, ...] = ()
