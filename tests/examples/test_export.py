@@ -55,5 +55,5 @@ def test_engines_are_built_without_a_gpu(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
     lines = load("build_engines").main(tmp_path / "engines", "tensorrt_rtx")
     built = [line.partition(":")[0] for line in lines]
-    assert built == ["prefill_cold", "prefill_warm", "spans", "masks", "encoder", "decode"]
+    assert built == ["prefill_cold", "prefill_warm", "spans", "masks", "leaves", "encoder", "decode"]
     assert all((tmp_path / "engines" / f"{name}.engine").stat().st_size > 0 for name in built)
