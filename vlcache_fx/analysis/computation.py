@@ -179,13 +179,18 @@ class _Writer:
 
     The token embeddings that enter the first layer are one word until ``uncut``: what lies before them is not
     read beside them.
+
+    Args:
+        captured, facts: of the graph.
+        unifies: leaves of one kind are written alike.
+
+    Attributes:
+        leaves: those that were met, in order.
+        more_weights: weights that were met and that ``facts.weights`` does not list, in order.
     """
 
-    def __init__(
-        self, captured: Captured, facts: DecoderFacts, *, reads_leaves: bool = True, unifies: bool = False
-    ) -> None:
-        self._module, self._facts, self._reads_leaves = captured.graph_module, facts, reads_leaves
-        self._unifies = unifies
+    def __init__(self, captured: Captured, facts: DecoderFacts, *, unifies: bool = False) -> None:
+        self._module, self._facts, self._unifies = captured.graph_module, facts, unifies
         self._start: Node | None = facts.stream.boundaries[0]
         self._texts: dict[Node, str] = {}
         self._weights = {node: index for index, node in enumerate(facts.weights)}
@@ -261,8 +266,6 @@ class _Writer:
         return first
 
     def _is_leaf(self, node: Node) -> bool:
-        if not self._reads_leaves:
-            return False
         if node.op == "placeholder":
             return node not in self._is_weight and node not in self._facts.past
         if node not in self._request:
@@ -279,7 +282,7 @@ class _Writer:
         if node in self._additions:
             return f"addition {self._additions[node]}"
         if node.op == "placeholder":
-            return self._weight(node) if node in self._is_weight else f"input {self._form(node)}"
+            return self._weight(node) if node in self._is_weight else f"past {self._form(node)}"
         if node.op == "get_attr":
             return self._constant(attribute(self._module, str(node.target)))
         if node in self._own_rows:

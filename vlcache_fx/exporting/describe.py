@@ -103,8 +103,8 @@ def wiring(has_decode: bool) -> tuple[str, ...]:
         "encoder: run it for each item whose pixels are new; keep what it gives under the pixels' digest. "
         "Its outputs, items one behind the other, are inputs of the prefill graphs under the same names.",
         "spans: tells which tokens the items fill. The key of a donor is the digest of its feature rows, of "
-        "the positions relative to its first token, of decoder.model_fingerprint and decoder.layout, and of "
-        "a salt.",
+        "what decoder.leaves are at its tokens (positions relative to the first one), of what masks let them "
+        "see, of decoder.model_fingerprint, decoder.computation and decoder.layout, and of a salt.",
         "prefill_cold: for a prompt none of whose items has a donor. recorded.<layer>.k and .v, cut to an "
         "item's tokens, are its donor. rows.tail and results say which tokens logits are needed for.",
         "prefill_warm: rows.<group> are the tokens that the layers of a group compute, sorted: text, new "
