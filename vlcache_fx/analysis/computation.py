@@ -411,11 +411,18 @@ class _Writer:
 
     def _sizes(self, node: Node) -> str:
         """What a shape says beside lengths. Leading ones are left out: samples and tokens may be joined."""
-        sizes = [
-            size if isinstance(size, int) and size not in self._lengths else ANY for size in shape_of(node)
-        ]
+        sizes = [ANY if self._is_length(node, dim, size) else size for dim, size in enumerate(shape_of(node))]
         first = next((index for index, size in enumerate(sizes) if size != ANY), len(sizes))
         return str(sizes[first:])
+
+    def _is_length(self, node: Node, dim: int, size: Any) -> bool:
+        if not isinstance(size, int) or size == 1:
+            return True
+        step = self._facts.steps.get(node)
+        if step is None or step.axis.dim is None:
+            return size in self._lengths
+        # In a graph of one length, a width may be as large; here it is known which is which.
+        return dim in (step.axis.dim, (self._facts.batch_dims or {}).get(node))
 
     def _form(self, node: Node) -> str:
         """What results look like: tells operators apart whose sizes are spelled out in arguments."""
