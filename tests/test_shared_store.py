@@ -196,7 +196,8 @@ class Checked:
         torch._dynamo.reset()
         is_refused = first[0] == "bypass"  # an operator that nobody knows to work token by token
         assert first[0] == "cold" or set(first) == {"bypass"}
-        assert modes[1:3] == (["bypass"] * 2 if is_refused else ["warm"] * 2)
+        # The very same prompt; behind another one, halved positions can make another item of it.
+        assert modes[2] == ("bypass" if is_refused else "warm")
         self.entries += check_entries(own, self.store)
         self.models += 1
         if policy == "full":
