@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.computation import mask_rule
+from vlcache_fx.analysis.mask_rule import mask_rule
 from vlcache_fx.analysis.refusal import refuse, source_line
 from vlcache_fx.capture import Captured
 from vlcache_fx.capture.subgraph import extract, needed_for
