@@ -53,20 +53,6 @@ PLACES = ("encoder", "embed", "decoder.layers.0.mlp", "decoder.layers.1.attentio
 PLACES += ("decoder.layers.0.attention.key", "decoder.layers.1.attention.value", "decoder.layers.0")
 
 
-class Scaled(nn.Module):
-    """Multiplies by a buffer."""
-
-    def __init__(self, inner: nn.Module, scale: float) -> None:
-        super().__init__()
-        self.inner = inner
-        self.register_buffer("scale", torch.tensor(scale))
-
-    def forward(self, *args: Any) -> Tensor:
-        """The inner module's result, scaled."""
-        result: Tensor = self.inner(*args) * self.scale
-        return result
-
-
 def hooked(place: str, change: str) -> Mutation:
     return lambda model: model.get_submodule(place).register_forward_hook(lambda m, x, y: CHANGES[change](y))
 
@@ -91,8 +77,10 @@ def shaped(**changes: Any) -> Mutation:
 
 def buffered(place: str, scale: float) -> Mutation:
     def mutate(model: Any) -> None:
-        owner, _, name = place.rpartition(".")
-        setattr(model.get_submodule(owner), name, Scaled(model.get_submodule(place), scale))
+        module = model.get_submodule(place)
+        name = f"scale_{len(list(module.buffers(recurse=False)))}"
+        module.register_buffer(name, torch.tensor(scale))
+        module.register_forward_hook(lambda module, args, result: result * getattr(module, name))
 
     return mutate
 
