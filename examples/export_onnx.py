@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import vlcache_fx
-from vlcache_fx.integrations.exporting import prompt_positions
+from vlcache_fx.integrations.stages import prompt_positions
 from vlcache_fx.testing import reference_vlm
 
 PROMPTS = ("you are a helpful assistant .", "look at the picture with care .")

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts, StepFacts
-from vlcache_fx.capture import Write
+from vlcache_fx.ir import Write
 
 aten = torch.ops.aten
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vlcache_fx.analysis import DecoderFacts, analyze
-from vlcache_fx.analysis.cross import find_cross_attended
+from vlcache_fx.analysis.decoder.cross_attention import find_cross_attended
+from vlcache_fx.analysis.decoder.merge import find_lone_merge
 from vlcache_fx.analysis.encoder import is_encoder
-from vlcache_fx.analysis.merge import find_lone_merge
-from vlcache_fx.capture import Captured
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes.split_encoder import SplitEncoder, split_encoder
+from vlcache_fx.ir import Captured
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 
 
 class GraphKind(StrEnum):

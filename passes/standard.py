@@ -5,9 +5,9 @@ from dataclasses import replace
 from torch import fx
 
 from vlcache_fx.analysis import analyze, analyze_step
-from vlcache_fx.analysis.refusal import refuse
-from vlcache_fx.capture import Captured
 from vlcache_fx.errors import Reason
+from vlcache_fx.ir import Captured
+from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (

@@ -22,7 +22,7 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Span
 from vlcache_fx.policies.base import Policy
-from vlcache_fx.runtime.donors import RESIDUAL
+from vlcache_fx.runtime.donors.tables import RESIDUAL
 from vlcache_fx.store import Entry
 from vlcache_fx.testing.tiny_attention import DecoderShape
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs

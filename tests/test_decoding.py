@@ -17,8 +17,8 @@ from vlcache_fx.lowering import InductorLowering, Lowered
 from vlcache_fx.ops import attention, linear
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 
-from .analysis.test_step import Decoder
-from .analysis.test_step import inputs as step_inputs
+from .analysis.decoder.test_decode_step import Decoder
+from .analysis.decoder.test_decode_step import inputs as step_inputs
 from .ops.helpers import kernel_calls, needs_kernel
 from .runtime.helpers import Pair, own_compiler_state, with_api, with_backend
 from .runtime.test_batches import llava_batch

@@ -13,6 +13,9 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
+    from vlcache_fx.deploy.engines import EngineOptions
+    from vlcache_fx.deploy.export import export
+    from vlcache_fx.deploy.sessions import EngineSession, OnnxSession
     from vlcache_fx.errors import (
         CopyError,
         ExportError,
@@ -30,10 +33,7 @@ if TYPE_CHECKING:
         UnsupportedGraphError,
         VlcacheError,
     )
-    from vlcache_fx.exported import compile_exported
-    from vlcache_fx.exporting.engines import EngineOptions
-    from vlcache_fx.exporting.entry import export
-    from vlcache_fx.exporting.sessions import EngineSession, OnnxSession
+    from vlcache_fx.exported_program import compile_exported
     from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
@@ -69,13 +69,13 @@ __all__ = [
 
 _HOMES = {
     "Engine": "vlcache_fx.runtime.engine",
-    "EngineOptions": "vlcache_fx.exporting.engines",
-    "EngineSession": "vlcache_fx.exporting.sessions",
-    "OnnxSession": "vlcache_fx.exporting.sessions",
+    "EngineOptions": "vlcache_fx.deploy.engines",
+    "EngineSession": "vlcache_fx.deploy.sessions",
+    "OnnxSession": "vlcache_fx.deploy.sessions",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
-    "compile_exported": "vlcache_fx.exported",
-    "export": "vlcache_fx.exporting.entry",
+    "compile_exported": "vlcache_fx.exported_program",
+    "export": "vlcache_fx.deploy.export",
     "gate": "vlcache_fx.fidelity.gate:check",
     "mark_spans": "vlcache_fx.api",
 }

@@ -10,7 +10,10 @@ from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
-from vlcache_fx.capture.settings import DYNAMO_CONFIG
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.regions import uncompiled_refusal
+from vlcache_fx.compiler.turns import Turns
+from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.explain import Arguments
@@ -25,10 +28,7 @@ from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
-from vlcache_fx.runtime.marks import mark_spans
-from vlcache_fx.runtime.regions import uncompiled_refusal
-from vlcache_fx.runtime.turns import Turns
-from vlcache_fx.runtime.unmodified import Compiled
+from vlcache_fx.runtime.requests.marked_spans import mark_spans
 
 __all__ = ["DYNAMO_CONFIG", "compile", "mark_spans"]
 

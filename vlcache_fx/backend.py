@@ -17,27 +17,28 @@ import torch
 from torch import fx
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.capture.settings import RECOMPILE_LIMIT
-from vlcache_fx.capture.steps import attends
+from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.capture.decode_steps import attends
+from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
 from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiler.regions import raise_recompile_limit, watch
+from vlcache_fx.compiler.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 from vlcache_fx.compiling import compiling, raise_limit_of_function
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import GraphKind, classify
-from vlcache_fx.passes.split_encoder import SplitEncoder, SplitResults, split_results
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
 from vlcache_fx.passes.standard import CLEANUP, step_program
-from vlcache_fx.runtime.cross import CrossAttendingRunner
-from vlcache_fx.runtime.decoder import DecoderRunner
-from vlcache_fx.runtime.encoder import EncoderRunner
+from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
+from vlcache_fx.runtime.decode import StepRunner
+from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
-from vlcache_fx.runtime.merges import MergeMarks
-from vlcache_fx.runtime.regions import raise_recompile_limit, watch
+from vlcache_fx.runtime.merge import MergeMarks
+from vlcache_fx.runtime.prefill import DecoderRunner
 from vlcache_fx.runtime.report import Report, one_line
-from vlcache_fx.runtime.step import StepRunner
-from vlcache_fx.runtime.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 
 _log = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.capture.settings import DYNAMO_CONFIG
-from vlcache_fx.capture.steps import is_decoding_step
+from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.capture.decode_steps import is_decoding_step
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiling import compiling, dynamo_settings
 from vlcache_fx.errors import PassError, UnsupportedGraphError
+from vlcache_fx.ir import Captured
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import classify

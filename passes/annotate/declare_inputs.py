@@ -8,8 +8,8 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis import Site
-from vlcache_fx.analysis.axis import is_one, shape_of
-from vlcache_fx.capture.fakes import FakeInputs, expression_of
+from vlcache_fx.analysis.tokens.axis import is_one, shape_of
+from vlcache_fx.ir.fakes import FakeInputs, expression_of
 from vlcache_fx.passes.base import Pass, Program
 
 

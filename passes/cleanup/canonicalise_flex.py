@@ -9,14 +9,15 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.analysis.flex_attention import FLEX, FlexAttention, Function, flex_attention
-from vlcache_fx.analysis.refusal import refuse
-from vlcache_fx.analysis.scores import OtherFormError, Term
-from vlcache_fx.analysis.sites import ATTEND, SDPA
-from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.analysis.attention.flex import FLEX, FlexAttention, Function, flex_attention
+from vlcache_fx.analysis.attention.scores import OtherFormError, Term
+from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.errors import Reason
-from vlcache_fx.passes.attention import (
+from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.subgraph import extract
+from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.utility.attention import (
     fake_mode,
     insert_call,
     insert_graph,
@@ -25,8 +26,7 @@ from vlcache_fx.passes.attention import (
     loosen_views,
     without_guards,
 )
-from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.masks import Masks
+from vlcache_fx.passes.utility.masks import Masks
 
 aten = torch.ops.aten
 

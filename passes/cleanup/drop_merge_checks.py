@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.merge import MERGE_OPS, SCATTER_ROWS
-from vlcache_fx.capture.subgraph import needed_for
+from vlcache_fx.analysis.decoder.merge import MERGE_OPS, SCATTER_ROWS
+from vlcache_fx.ir.subgraph import needed_for
 from vlcache_fx.passes.base import Pass, Program
 
 ASSERT = torch.ops.aten._assert_scalar.default

@@ -6,11 +6,11 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.analysis.frontier import packet_of
-from vlcache_fx.analysis.sites import find_sites
-from vlcache_fx.passes.attention import is_grouped_by_writing_out, write_site
+from vlcache_fx.analysis.attention.sites import find_sites
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, write_site
 
 aten = torch.ops.aten
 

@@ -6,14 +6,14 @@ import torch
 from torch.fx import Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.analysis.axis import equal
-from vlcache_fx.analysis.eager_attention import EagerAttention, eager_attention
-from vlcache_fx.analysis.products import Operand
-from vlcache_fx.analysis.scores import OtherFormError
-from vlcache_fx.analysis.sites import ATTEND, SDPA
-from vlcache_fx.passes.attention import insert_call, loosen_views
+from vlcache_fx.analysis.attention.eager import EagerAttention, eager_attention
+from vlcache_fx.analysis.attention.products import Operand
+from vlcache_fx.analysis.attention.scores import OtherFormError
+from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
+from vlcache_fx.analysis.tokens.axis import equal
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.masks import Masks
+from vlcache_fx.passes.utility.attention import insert_call, loosen_views
+from vlcache_fx.passes.utility.masks import Masks
 
 
 class FuseAttention(Pass):

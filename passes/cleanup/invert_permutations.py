@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.axis import equal, product, shape_of
-from vlcache_fx.analysis.frontier import packet_of
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.tokens.axis import equal, product, shape_of
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten

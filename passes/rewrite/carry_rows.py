@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from vlcache_fx.analysis.rows import Carried
+from vlcache_fx.analysis.decoder.rows import Carried
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import gather
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.merge import Merge
+from vlcache_fx.analysis.decoder.merge import Merge
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.dataflow import data_users
-from vlcache_fx.capture.scatters import scattered_rows
+from vlcache_fx.ir.dataflow import data_users
+from vlcache_fx.ir.scatters import scattered_rows
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten

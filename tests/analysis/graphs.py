@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from vlcache_fx.capture import Captured
+from vlcache_fx.ir import Captured
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

@@ -15,7 +15,7 @@ from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import MeasurementError
 from vlcache_fx.bench.workload import RequestShape, make_workload
-from vlcache_fx.exporting.sessions import OnnxSession
+from vlcache_fx.deploy.sessions import OnnxSession
 
 
 @pytest.mark.thorough

@@ -9,7 +9,7 @@ from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.workload import RequestShape, has_grids, make_workload
 from vlcache_fx.errors import OptionError
-from vlcache_fx.runtime.marks import marked_spans
+from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.testing.families import LLAVA_IMAGE_TOKENS, tiny_llava
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
 

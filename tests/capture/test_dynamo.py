@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.capture import Captured, InputKind, capture_dynamo
+from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph, traced_graphs
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs

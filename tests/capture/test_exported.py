@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
-from vlcache_fx.capture import Captured, InputKind, capture_exported
+from vlcache_fx.capture import capture_exported
 from vlcache_fx.capture.exported import bound_tensors, given_arguments
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind
 
 # torch copies the program's own tree specs, and warns itself of what it does then.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*deprecated:FutureWarning")

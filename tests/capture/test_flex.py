@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from vlcache_fx.capture import Captured, capture_dynamo
-from vlcache_fx.capture.subgraph import extract
+from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured
+from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.testing.graphs import traced_graphs
 
 from ..runtime.helpers import own_compiler_state

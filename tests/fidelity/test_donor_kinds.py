@@ -6,7 +6,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
-from vlcache_fx.runtime.refine import exact_donor
+from vlcache_fx.runtime.donors.refine import exact_donor
 from vlcache_fx.store.entry import Entry
 
 LENGTH = 24

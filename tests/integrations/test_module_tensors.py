@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlcache_fx.integrations.module_tensors import ModuleTensors
-from vlcache_fx.store import WeightsFingerprint
+from vlcache_fx.keys import WeightsFingerprint
 
 
 class Model(nn.Module):

@@ -14,14 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlcache_fx
 from vlcache_fx.analysis import analyze
-from vlcache_fx.capture import Captured
 from vlcache_fx.capture.exported import capture_exported
 from vlcache_fx.errors import OptionError
+from vlcache_fx.ir import Captured
 from vlcache_fx.lowering import TensorRtLowering
 from vlcache_fx.lowering.tensorrt import MIN_NODES, dry_run, why_outside
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.split_encoder import split_encoder
+from vlcache_fx.passes.partition.split_encoder import split_encoder
 from vlcache_fx.passes.standard import CLEANUP, cold_program, warm_program
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from vlcache_fx.capture import Captured
+from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.rewrite import TrimTail
 from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program

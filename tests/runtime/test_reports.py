@@ -9,7 +9,7 @@ import pytest
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.policies import get_policy
-from vlcache_fx.runtime.choice import Choice
+from vlcache_fx.runtime.settings import Choice
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

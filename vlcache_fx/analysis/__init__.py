@@ -1,13 +1,13 @@
 """Analysis: read-only facts about a captured graph, found by structure alone."""
 
-from vlcache_fx.analysis.axis import RowStep
-from vlcache_fx.analysis.decoder import DecoderFacts, analyze
-from vlcache_fx.analysis.frontier import LayerParts
-from vlcache_fx.analysis.merge import Merge
-from vlcache_fx.analysis.outputs import TailRows
-from vlcache_fx.analysis.sites import Site
-from vlcache_fx.analysis.step import StepFacts, analyze_step
-from vlcache_fx.analysis.stream import Stream
+from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.decoder.decode_step import StepFacts, analyze_step
+from vlcache_fx.analysis.decoder.facts import DecoderFacts, analyze
+from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.merge import Merge
+from vlcache_fx.analysis.decoder.outputs import TailRows
+from vlcache_fx.analysis.decoder.stream import Stream
+from vlcache_fx.analysis.tokens.axis import RowStep
 
 __all__ = [
     "DecoderFacts",

@@ -1,8 +1,8 @@
 """Recognise a graph that is an encoder by itself: some models are captured in pieces."""
 
-from vlcache_fx.analysis.sites import find_sites
-from vlcache_fx.analysis.stream import output_nodes
-from vlcache_fx.capture import Captured, InputKind
+from vlcache_fx.analysis.attention.sites import find_sites
+from vlcache_fx.analysis.decoder.stream import output_nodes
+from vlcache_fx.ir import Captured, InputKind
 
 
 def is_encoder(captured: Captured) -> bool:

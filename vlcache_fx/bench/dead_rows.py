@@ -17,7 +17,7 @@ from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
 from vlcache_fx.bench.systems import DYNAMO_CONFIG
 from vlcache_fx.bench.workload import RequestShape, make_workload
-from vlcache_fx.capture import Captured
+from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.pipeline import Pipeline
@@ -26,7 +26,7 @@ from vlcache_fx.passes.standard import cold_program, copy_captured
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.policies import get_policy
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.program import ProgramRunner
+from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.testing.graphs import captured_graph
 
 

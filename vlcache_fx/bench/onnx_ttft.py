@@ -26,8 +26,8 @@ from vlcache_fx.bench.rounds import (
     time_once,
 )
 from vlcache_fx.bench.workload import RequestShape, Workload, make_pixels, make_workload
-from vlcache_fx.exporting.describe import ExportReport
-from vlcache_fx.exporting.sessions import OnnxSession
+from vlcache_fx.deploy.describe import ExportReport
+from vlcache_fx.deploy.sessions import OnnxSession
 from vlcache_fx.integrations.transformers import OUTPUTS
 
 EXAMPLE_TOKENS = 64

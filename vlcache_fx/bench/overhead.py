@@ -13,7 +13,8 @@ import vlcache_fx.ops  # noqa: F401 - defines torch.ops.vlcache
 from vlcache_fx.bench.device import synchronizer
 from vlcache_fx.bench.model import DecoderSize
 from vlcache_fx.bench.rounds import median_seconds
-from vlcache_fx.store import Entry, MemoryStore, content_digest
+from vlcache_fx.keys import content_digest
+from vlcache_fx.store import Entry, MemoryStore
 
 LOOKUPS = 2000
 ENTRY_BYTES = 64

@@ -10,8 +10,8 @@ from torch import Tensor
 from vlcache_fx.bench.photos import Patches, grid_of, patches_of, squares_of, take_photos
 from vlcache_fx.errors import OptionError
 from vlcache_fx.integrations.transformers import OUTPUTS
-from vlcache_fx.runtime.marks import mark_spans
-from vlcache_fx.runtime.runs import flagged_places
+from vlcache_fx.runtime.requests.marked_spans import mark_spans
+from vlcache_fx.runtime.requests.media_spans import flagged_places
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""Capture: bring a traced graph to one IR."""
+"""From a graph that Dynamo or ``torch.export`` traced to the IR: functional pre-dispatch ATen."""
 
-from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.dynamo import capture_dynamo
 from vlcache_fx.capture.exported import capture_exported
 
-__all__ = ["Captured", "InputKind", "Write", "capture_dynamo", "capture_exported"]
+__all__ = ["capture_dynamo", "capture_exported"]

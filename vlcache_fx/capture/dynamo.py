@@ -13,14 +13,14 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 
-from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.capture.flex import drop_block_masks, refuse_transforms
-from vlcache_fx.capture.scatters import settle_scatters
+from vlcache_fx.capture.mutations import split_writes
 from vlcache_fx.capture.vmap import inline_vmap
 from vlcache_fx.capture.wrapped import WHOLE
-from vlcache_fx.capture.writes import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind, Write
+from vlcache_fx.ir.scatters import settle_scatters
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:

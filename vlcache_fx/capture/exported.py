@@ -20,12 +20,12 @@ from torch.export.graph_signature import (
 )
 from torch.export.graph_signature import InputKind as Spec
 
-from vlcache_fx.capture.captured import Captured, InputKind, Write
 from vlcache_fx.capture.direct import trace_without_writes
 from vlcache_fx.capture.dynamo import copy_graph, data_where_written, functionalised
-from vlcache_fx.capture.scatters import settle_scatters
-from vlcache_fx.capture.writes import split_writes
+from vlcache_fx.capture.mutations import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind, Write
+from vlcache_fx.ir.scatters import settle_scatters
 
 BOUND = frozenset({Spec.PARAMETER, Spec.BUFFER, Spec.CONSTANT_TENSOR})
 """Inputs that belong to the program, not to its caller."""

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from vlcache_fx.capture.subgraph import needed_for
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir.subgraph import needed_for
 
 FLEX = torch.ops.higher_order.flex_attention
 FACTORIES = frozenset(

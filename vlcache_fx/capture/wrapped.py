@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vlcache_fx.errors import Reason, UnreadableWeightsError, UnsupportedGraphError
-from vlcache_fx.store.leaves import leaves_of
+from vlcache_fx.keys.inner_tensors import leaves_of
 
 WHOLE = "whole"
 """In a placeholder's ``meta``: the input of the traced code that the placeholder is a part of."""

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 import torch
 from torch import Tensor
 
-from vlcache_fx.runtime.shadow import kl_per_row
+from vlcache_fx.runtime.guards.shadow import kl_per_row
 
 Z = 1.959964
 """Two-sided 95 % of the normal distribution."""

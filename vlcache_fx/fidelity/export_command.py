@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 import vlcache_fx
+from vlcache_fx.deploy.describe import ExportReport
+from vlcache_fx.deploy.engines import EngineOptions
 from vlcache_fx.errors import OptionError
-from vlcache_fx.exporting.describe import ExportReport
-from vlcache_fx.exporting.engines import EngineOptions
 from vlcache_fx.fidelity.models import load_cases, load_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.shadow import kl_per_row
+from vlcache_fx.runtime.guards.shadow import kl_per_row
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.items import features_of
-from vlcache_fx.store.known import join_rows
+from vlcache_fx.keys.digest_cache import join_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Relative to the largest value: other shapes of the same products are rounded otherwise."""

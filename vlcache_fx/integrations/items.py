@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlcache_fx.store.known import join_rows
+from vlcache_fx.keys.digest_cache import join_rows
 
 Fields: TypeAlias = dict[str, Any]
 """Fields of an output: tensors, and lists of them."""

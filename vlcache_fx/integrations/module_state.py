@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.store.keys import content_digest
+from vlcache_fx.keys.digest import content_digest
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from vlcache_fx.errors import OptionError, StoreError
-from vlcache_fx.store.keys import Part, content_digest
-from vlcache_fx.store.known import is_known, remember
+from vlcache_fx.keys.digest import Part, content_digest
+from vlcache_fx.keys.digest_cache import is_known, remember
 
 __all__ = ["CachedImageProcessor"]
 

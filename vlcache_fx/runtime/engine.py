@@ -46,10 +46,10 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
-from vlcache_fx.runtime.choice import Choice, Choices
-from vlcache_fx.runtime.guards import Guards
-from vlcache_fx.runtime.remembered import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, ReportView, one_line
+from vlcache_fx.runtime.settings import Choice, Choices
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")

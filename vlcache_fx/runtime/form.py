@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.axis import shape_of
-from vlcache_fx.analysis.computation import Digests, computation_of
-from vlcache_fx.capture import Captured, InputKind
-from vlcache_fx.capture.captured import Write
+from vlcache_fx.analysis.decoder.computation import Digests, computation_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.plan.selection import RowSelection
-from vlcache_fx.runtime.donors import RESIDUAL, RowForm
-from vlcache_fx.runtime.identify import Identifier
-from vlcache_fx.runtime.leaves import Leaves
-from vlcache_fx.runtime.on_cpu import is_whole
-from vlcache_fx.runtime.prefix import PrefixReader
+from vlcache_fx.runtime.donors.tables import RESIDUAL, RowForm
+from vlcache_fx.runtime.requests.blocks import PrefixReader
+from vlcache_fx.runtime.requests.input_values import Leaves
+from vlcache_fx.runtime.requests.on_cpu import is_whole
+from vlcache_fx.runtime.requests.spans import Identifier
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
-"""Where donors are kept between requests, and how they are named. No graph code, no pickle."""
+"""Keeps donors between requests, under keys that others make. No graph code, no pickle."""
 
 from vlcache_fx.store.base import Store, StoreStats
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.host import HostStore
-from vlcache_fx.store.keys import content_digest
 from vlcache_fx.store.memory import MemoryStore
 from vlcache_fx.store.url import open_store
-from vlcache_fx.store.weights import WeightsFingerprint
 
 __all__ = [
     "Entry",
@@ -14,7 +12,5 @@ __all__ = [
     "MemoryStore",
     "Store",
     "StoreStats",
-    "WeightsFingerprint",
-    "content_digest",
     "open_store",
 ]

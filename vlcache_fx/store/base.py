@@ -37,7 +37,7 @@ class StoreStats:
 class Store(ABC):
     """A bounded map from keys to entries, safe to use from several threads.
 
-    Keys are complete (``vlcache_fx.store.keys``): a store never has to compare contents.
+    Keys are complete (``vlcache_fx.keys.digest``): a store never has to compare contents.
 
     Attributes:
         tier: name of the kind of memory, as reports show it.

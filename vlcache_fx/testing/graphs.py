@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlcache_fx.capture import Captured, capture_dynamo
+from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import CLEANUP
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention, noop_mask
 
-from vlcache_fx.analysis.sites import Site, find_sites
+from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.passes import Pipeline, Program

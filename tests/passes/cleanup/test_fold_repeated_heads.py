@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.analysis.sites import ATTEND, SDPA, find_sites
-from vlcache_fx.passes.attention import is_grouped_by_writing_out
+from vlcache_fx.analysis.attention.sites import ATTEND, SDPA, find_sites
 from vlcache_fx.passes.cleanup import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup import fold_repeated_heads as module
+from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out
 
 from ..programs import before_and_after, unchanged
 from .graphs import program_of

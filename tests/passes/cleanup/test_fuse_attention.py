@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.analysis.sites import Site, find_sites
+from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.passes import Pipeline
 from vlcache_fx.passes.cleanup import FoldRepeatedHeads, FuseAttention
 from vlcache_fx.testing.graphs import captured_graph

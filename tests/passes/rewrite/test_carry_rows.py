@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.capture import Captured
 from vlcache_fx.errors import PassError
+from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.rewrite import (
     CarryRows,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.capture import Captured
-from vlcache_fx.capture.writes import deliver
+from vlcache_fx.capture.mutations import deliver
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.rewrite import WriteInPlace
 from vlcache_fx.passes.rewrite.write_in_place import IN_PLACE

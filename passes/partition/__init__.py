@@ -1,0 +1,1 @@
+"""Cuts a graph into graphs that run by themselves."""

@@ -1,0 +1,161 @@
+"""Cut the encoder out of a graph that holds other things too, so that a hit can skip it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.analysis.attention.sites import find_sites
+from vlcache_fx.analysis.decoder.computation import draws_numbers
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.errors import Reason
+from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.ir.dataflow import descendants
+from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.subgraph import computation_digest, extract, needed_for
+
+aten = torch.ops.aten
+
+COMPUTES = frozenset(
+    {aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.conv2d, aten.conv3d, aten.convolution}
+    | {aten.scaled_dot_product_attention, torch.ops.vlcache.attend}
+)
+"""Ops that make a region worth skipping."""
+
+
+@dataclass(frozen=True)
+class SplitEncoder:
+    """An encoder and the decoder that reads its results as inputs.
+
+    Attributes:
+        encoder: from the original graph's inputs to the tensors that the rest reads.
+        inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
+        weights: indices of its weights.
+        computations: per result, a digest of how it is computed from these inputs.
+        decoder: the rest; the encoder's results are data inputs behind the original ones.
+        computes: False where the region only joins or converts what an encoder outside the graph gave.
+    """
+
+    encoder: fx.GraphModule
+    inputs: tuple[int, ...]
+    weights: tuple[int, ...]
+    computations: tuple[str, ...]
+    decoder: Captured
+    computes: bool
+
+
+def split_encoder(captured: Captured, encoder: Iterable[Node]) -> SplitEncoder | None:
+    """Split ``captured`` (which stays as it is) along a region of nodes that depend on no other data.
+
+    None where the region is empty: features are graph inputs already.
+    """
+    region = dict.fromkeys(encoder)
+    if not region:
+        return None
+    results = [
+        node for node in region if any(user not in region and user.op != "output" for user in node.users)
+    ]
+    results += [n for n in region if n not in results and any(user.op == "output" for user in n.users)]
+    inputs, weights = _inputs(captured, results)
+    return SplitEncoder(
+        encoder=extract(captured.graph_module, results),
+        inputs=inputs,
+        weights=weights,
+        computations=_computations(captured, results, inputs, weights),
+        decoder=_rest(captured, results),
+        computes=any(packet_of(node) in COMPUTES for node in region),
+    )
+
+
+@dataclass(frozen=True)
+class SplitResults:
+    """The two parts of a graph some of whose results an encoder gives.
+
+    Attributes:
+        encoder: from the graph's inputs to the encoder's results.
+        inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
+        weights: indices of its weights.
+        computations: per result of the encoder, a digest of how it is computed from these inputs.
+        others: from the graph's inputs to the results that are none of the encoder's.
+        encoder_places, other_places: where each part's results stand among the graph's.
+        constants: the graph's results, with None for the computed ones.
+    """
+
+    encoder: fx.GraphModule
+    inputs: tuple[int, ...]
+    weights: tuple[int, ...]
+    computations: tuple[str, ...]
+    others: fx.GraphModule
+    encoder_places: tuple[int, ...]
+    other_places: tuple[int, ...]
+    constants: tuple[Any, ...]
+
+    def joined(self, encoded: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        """The graph's results."""
+        results = list(self.constants)
+        for places, values in ((self.encoder_places, encoded), (self.other_places, others)):
+            for place, value in zip(places, values, strict=True):
+                results[place] = value
+        return results
+
+
+def split_results(captured: Captured) -> SplitResults:
+    """Split ``captured`` into what depends on one of its attention calls and what does not."""
+    output = captured.graph_module.graph.output_node().args[0]
+    assert isinstance(output, tuple | list)
+    reached = descendants(site.node for site in find_sites(captured.graph_module.graph))
+    computed = {index: value for index, value in enumerate(output) if isinstance(value, Node)}
+    encoder = {index: value for index, value in computed.items() if value in reached}
+    others = {index: value for index, value in computed.items() if value not in reached}
+    inputs, weights = _inputs(captured, list(encoder.values()))
+    return SplitResults(
+        encoder=extract(captured.graph_module, list(encoder.values())),
+        inputs=inputs,
+        weights=weights,
+        computations=_computations(captured, list(encoder.values()), inputs, weights),
+        others=extract(captured.graph_module, list(others.values())),
+        encoder_places=tuple(encoder),
+        other_places=tuple(others),
+        constants=tuple(None if isinstance(value, Node) else value for value in output),
+    )
+
+
+def _inputs(captured: Captured, results: Sequence[Node]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Indices of the data and of the weights that ``results`` depend on."""
+    needed = needed_for(results)
+    used = [index for index, node in enumerate(captured.placeholders) if node in needed]
+    data = tuple(index for index in used if captured.kinds[index] is not InputKind.WEIGHT)
+    return data, tuple(index for index in used if captured.kinds[index] is InputKind.WEIGHT)
+
+
+def _computations(
+    captured: Captured, results: Sequence[Node], inputs: Sequence[int], weights: Sequence[int]
+) -> tuple[str, ...]:
+    random = next((node for node in needed_for(results) if draws_numbers(node)), None)
+    if random is not None:
+        raise refuse(Reason.RANDOM, random, "an encoder that draws random numbers")
+    names = {captured.placeholders[index]: f"input {place}" for place, index in enumerate(inputs)}
+    names |= {captured.placeholders[index]: f"weight {place}" for place, index in enumerate(weights)}
+    return tuple(computation_digest(captured.graph_module, result, names) for result in results)
+
+
+def _rest(captured: Captured, results: list[Node]) -> Captured:
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {}
+    last = captured.placeholders[-1]
+    inputs = dict.fromkeys(results)
+    for node in captured.graph_module.graph.nodes:
+        if node not in inputs:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node is last:
+            for index, result in enumerate(results):
+                copies[result] = graph.placeholder(f"features_{index}")
+                copies[result].meta["val"] = result.meta["val"]
+    graph.eliminate_dead_code()
+    graph.lint()
+    kinds = (*captured.kinds, *[InputKind.DATA] * len(results))
+    return replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), kinds=kinds)

@@ -1,0 +1,1 @@
+"""What passes share: nodes of attention calls and masks."""

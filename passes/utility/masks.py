@@ -1,0 +1,106 @@
+"""Make one mask of what hides, shows or biases scores."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from vlcache_fx.analysis.attention.scores import Term
+from vlcache_fx.passes.base import Program
+from vlcache_fx.passes.utility.attention import insert_call
+
+aten = torch.ops.aten
+
+
+class Masks:
+    """The masks that one pass makes in a program; what several layers share is made once.
+
+    One bool term that hides with minus infinity gives a bool mask. Everything else gives one that is added;
+    there, a finite number that hides is the lowest of the scores' dtype, which leaves nothing of a score: a
+    row that reads nothing then reads everything alike, as where its scores are replaced. Layers that each
+    compute the same mask anew share the first one.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._graph = program.graph
+        self._made: dict[tuple[object, ...], Node] = {}
+        self._first: dict[Node, Node] = {}
+        self._computed: dict[tuple[object, str], Node] = {}
+
+    def joined(self, terms: Sequence[Term], dtype: torch.dtype, rank: int, origin: Node) -> Node | None:
+        """A mask of two or four dimensions for an attention call, or None where there are no terms.
+
+        Args:
+            terms: first to last.
+            dtype: of the scores.
+            rank: number of dimensions of the scores in the graph.
+            origin: the call's source; a mask is made in front of the first that needs it.
+        """
+        if not terms:
+            return None
+        terms = [replace(term, node=self._first_of(term.node)) for term in terms]
+        key = (*terms, dtype, rank)
+        if key not in self._made:
+            self._made[key] = self._in_heads(self._of(terms, dtype, origin), rank, origin)
+        return self._made[key]
+
+    def _first_of(self, node: Node) -> Node:
+        """The first node that computes the same from the same."""
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
+            node.target, "tags", ()
+        ):
+            return node
+        if node not in self._first:
+            given = map_arg((node.args, node.kwargs), self._first_of)
+            self._first[node] = self._computed.setdefault((node.target, repr(given)), node)
+        return self._first[node]
+
+    def _of(self, terms: Sequence[Term], dtype: torch.dtype, origin: Node) -> Node:
+        first = terms[0]
+        if len(terms) == 1 and first.kind != "added" and first.number == -math.inf:
+            return first.node if first.kind == "visible" else self._negated(first.node, origin)
+        result: Node | None = None
+        for term in terms:
+            if term.kind == "added":
+                part = term.node
+                if term.number != 1.0:
+                    part = insert_call(self._graph, aten.mul.Tensor, part, term.number, origin=origin)
+                result = part if result is None else self._sum(result, part, origin)
+            else:
+                result = self._hiding(term, result, dtype, origin)
+        assert result is not None
+        return result
+
+    def _negated(self, node: Node, origin: Node) -> Node:
+        if node.target in (aten.logical_not.default, aten.bitwise_not.default):
+            source = node.args[0]
+            if isinstance(source, Node) and source.meta["val"].dtype == torch.bool:
+                return source
+        return insert_call(self._graph, aten.logical_not.default, node, origin=origin)
+
+    def _sum(self, first: Node, second: Node, origin: Node) -> Node:
+        return insert_call(self._graph, aten.add.Tensor, first, second, origin=origin)
+
+    def _hiding(self, term: Term, before: Node | None, dtype: torch.dtype, origin: Node) -> Node:
+        lowest = -math.inf if term.number == -math.inf else torch.finfo(dtype).min
+        if before is None:
+            device = term.node.meta["val"].device
+            before = insert_call(
+                self._graph, aten.zeros.default, [], dtype=dtype, device=device, origin=origin
+            )
+        if term.kind == "visible":
+            arguments: tuple[object, ...] = (term.node, before, lowest)
+            return insert_call(self._graph, aten.where.ScalarOther, *arguments, origin=origin)
+        arguments = (term.node, lowest, before)
+        return insert_call(self._graph, aten.where.ScalarSelf, *arguments, origin=origin)
+
+    def _in_heads(self, mask: Node, rank: int, origin: Node) -> Node:
+        dims = mask.meta["val"].dim()
+        if rank == 5 and dims == 5:
+            mask = insert_call(self._graph, aten.squeeze.dim, mask, 1, origin=origin)
+        for _ in range({0: 2, 1: 1, 3: 1}.get(dims, 0)):
+            mask = insert_call(self._graph, aten.unsqueeze.default, mask, 0, origin=origin)
+        return mask

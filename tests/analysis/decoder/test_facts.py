@@ -1,0 +1,135 @@
+"""All facts together, and graphs that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import InputKind
+
+from ..graphs import attend, capture, captured_vlm
+
+X = torch.randn(1, 6, 4)
+
+
+def test_analysis_changes_nothing_and_is_repeatable() -> None:
+    captured = captured_vlm()
+    before = str(captured.graph_module.graph)
+    first, second = analyze(captured), analyze(captured)
+    assert str(captured.graph_module.graph) == before
+    assert first == second
+
+
+def test_weights_are_those_behind_the_embeddings() -> None:
+    captured = captured_vlm(fused_qkv=True)
+    facts = analyze(captured)
+    kinds = dict(zip(captured.placeholders, captured.kinds, strict=True))
+    assert all(kinds[weight] is InputKind.WEIGHT for weight in facts.weights)
+    shapes = sorted(tuple(weight.meta["val"].shape) for weight in facts.weights)
+    assert shapes == sorted([(16,), (32, 16), (16, 16), (16,), (32, 16), (16, 32)] * 2)
+
+
+def test_the_encoder_is_what_computes_the_features() -> None:
+    facts = analyze(captured_vlm())
+    assert sorted(str(node.target) for node in facts.encoder) == [
+        "aten.gelu.default", "aten.linear.default", "aten.linear.default",
+    ]  # fmt: skip
+
+
+def test_every_computed_node_has_a_step() -> None:
+    facts = analyze(captured_vlm(explicit_mask=True))
+    for layer in facts.layers:
+        assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
+        assert facts.steps[layer.site.node].gathers == ((layer.site.mask, 2),)
+        assert facts.steps[layer.site.node].dim == 2
+    assert facts.num_layers == 2
+
+
+def both_ways(x: Tensor) -> Tensor:
+    x = x * 2
+    return x + attend(x, is_causal=False)
+
+
+def mask_from_the_stream(x: Tensor) -> Tensor:
+    x = x * 2
+    mask = (x[..., :1] > 0).transpose(1, 2)[:, None].expand(1, 1, 6, 6)
+    return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], attn_mask=mask)[:, 0]
+
+
+def past(x: Tensor) -> Tensor:
+    x = x * 2
+    keys = torch.cat([torch.zeros(1, 3, 4), x], 1)[:, None]
+    return x + F.scaled_dot_product_attention(x[:, None], keys, keys)[:, 0]
+
+
+def decoding_step(x: Tensor) -> Tensor:
+    return past(x[:, :1])
+
+
+def between_graph_breaks(x: Tensor) -> Tensor:
+    heads = x[:, None].transpose(1, 2).transpose(1, 2)
+    return F.scaled_dot_product_attention(heads, heads, heads)[:, 0] * 2
+
+
+def cross_attention(x: Tensor) -> Tensor:
+    x = x * 2
+    x = x + attend(x)
+    other, mask = torch.ones(1, 1, 5, 4), torch.ones(6, 5, dtype=torch.bool)
+    return x + F.scaled_dot_product_attention(x[:, None], other, other, attn_mask=mask)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x.exp(), Reason.NO_ATTENTION),
+        (both_ways, Reason.MASK_FORM),
+        (mask_from_the_stream, Reason.MASK_FORM),
+        (past, Reason.MASK_FORM),
+        (decoding_step, Reason.PAST_KEYS),
+        (between_graph_breaks, Reason.NO_ATTENTION),
+    ],
+    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step", "between_graph_breaks"],
+)
+def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
+    captured = capture(function, {"x": X})
+    before = str(captured.graph_module.graph)
+    with pytest.raises(UnsupportedGraphError) as refusal:
+        analyze(captured)
+    assert refusal.value.reason is reason
+    assert str(captured.graph_module.graph) == before
+
+
+def test_attention_to_what_is_no_token_of_the_call_has_no_frontier() -> None:
+    facts = analyze(capture(cross_attention, {"x": X}))
+    assert [layer.key_frontier is None for layer in facts.layers] == [False, True]
+    assert facts.caches[1] == (None, None)
+    assert facts.past == frozenset()
+
+
+def test_a_mask_with_one_row_serves_every_row() -> None:
+    def padded(x: Tensor, keep: Tensor, key: nn.Module) -> Tensor:
+        x = x * 2
+        keys = key(x)[:, None]
+        return x + F.scaled_dot_product_attention(x[:, None], keys, keys, attn_mask=keep)[:, 0]
+
+    call = {"x": X, "keep": torch.ones(1, 1, 1, 6, dtype=torch.bool)}
+    facts = analyze(capture(padded, call, key=nn.Linear(4, 4)))
+    assert facts.steps[facts.layers[0].site.node].gathers == ()
+
+
+def test_names_and_places_of_data_make_no_difference() -> None:
+    """An input called like a weight is data all the same."""
+
+    def odd_names(weight: Tensor, parameters: Tensor) -> Tensor:
+        x = parameters * 2
+        return x + attend(x) * weight
+
+    captured = capture(odd_names, {"weight": torch.ones(4), "parameters": X})
+    assert set(captured.kinds) == {InputKind.DATA}
+    assert analyze(captured).weights == ()

@@ -1,0 +1,330 @@
+"""The token axis through each op, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from vlcache_fx.analysis import RowStep, analyze
+from vlcache_fx.analysis.tokens.axis import TokenAxis
+from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+
+from ..graphs import attend, capture
+
+aten = torch.ops.aten
+TOKENS = 6
+ROWS = torch.tensor([1, 4, 5])
+X = torch.randn(1, TOKENS, 4, generator=torch.Generator().manual_seed(0))
+WEIGHT = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+TABLE = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(2))
+MASK = X[..., 0] > 0
+ROUTER = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+EXPERTS = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(4))
+
+Function = Callable[[Tensor], Any]
+
+
+def traced(function: Function) -> torch.fx.GraphModule:
+    with torch.no_grad():
+        module = make_fx(function, pre_dispatch=True)(X)
+        assert isinstance(module, torch.fx.GraphModule)
+        Noted(module).run(X)
+    return module
+
+
+class Noted(torch.fx.Interpreter):
+    """Keeps every value as ``meta["val"]``, those of constants included."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        n.meta["val"] = super().run_node(n)
+        return n.meta["val"]
+
+
+def steps_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, RowStep]]:
+    """The row treatment of every node computed from the input, whose axis is 1."""
+    module = traced(function)
+    first = next(node for node in module.graph.nodes if node.op == "placeholder")
+    axes, steps = {first: TokenAxis(1)}, {}
+    for node in module.graph.nodes:
+        if node.op == "call_function" and any(parent in axes for parent in node.all_input_nodes):
+            steps[node] = row_step(node, axes)
+            axes[node] = steps[node].axis
+    return module, steps
+
+
+class Restricted(torch.fx.Interpreter):
+    """Runs a graph on ``ROWS`` only, doing to each node what its step says."""
+
+    def __init__(self, module: torch.fx.GraphModule, steps: dict[torch.fx.Node, RowStep]) -> None:
+        super().__init__(module)
+        self.steps = steps
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        step = self.steps.get(n)
+        if step is None:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        for operand, dim in step.gathers:
+            cut = self.env[operand].index_select(dim, ROWS)
+            args = torch.fx.node.map_aggregate(args, lambda a, o=operand, c=cut: c if a is self.env[o] else a)
+        if step.size_argument is not None:
+            argument, entry = step.size_argument
+            sizes = list(args[argument])
+            if sizes[entry] != -1:
+                entries = step.axis.entries
+                sizes[entry] = entries.outer * len(ROWS) * entries.inner
+            args = (*args[:argument], sizes, *args[argument + 1 :])
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def entries_of(axis: TokenAxis) -> Tensor:
+    """The places of ``ROWS`` along the axis."""
+    outer, inner = axis.entries.outer, axis.entries.inner
+    return torch.arange(outer * TOKENS * inner).view(outer, TOKENS, inner)[:, ROWS].flatten()
+
+
+def routed(x: Tensor) -> Tensor:
+    """A mixture of experts by sorting: each token goes to two of three experts."""
+    rows = x.view(-1, 4)
+    scores, chosen = (rows @ ROUTER).softmax(-1).topk(2, -1)
+    keys, order = chosen.reshape(-1).sort()
+    ends = torch.histc(keys.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+    sent = torch._grouped_mm(rows[order // 2], EXPERTS, offs=ends) * scores.reshape(-1)[order, None]
+    return sent[order.argsort()].view(TOKENS, 2, 4).sum(1).view(1, TOKENS, 4)
+
+
+def routed_elsewhere(x: Tensor) -> Tensor:
+    """The groups are those of other scores."""
+    rows = x.view(-1, 4)
+    order = rows[:, 0].argsort()
+    keys = rows[:, 1].long().sort()[0]
+    ends = torch.histc(keys.float(), 3, 0, 2).cumsum(0, dtype=torch.int32)
+    return torch._grouped_mm(rows[order], EXPERTS, offs=ends)
+
+
+TOKENWISE: dict[str, Function] = {
+    "pointwise": lambda x: (x * 2).exp() + x,
+    "pointwise_with_a_table": lambda x: x * TABLE + TABLE[None],
+    "pointwise_with_a_column": lambda x: x + TABLE[:, :1],
+    "pointwise_with_a_vector": lambda x: x + TABLE[0],
+    "linear": lambda x: F.linear(x, WEIGHT),
+    "matmul": lambda x: x @ WEIGHT.t(),
+    "mm": lambda x: aten.mm(x.view(TOKENS, 4), WEIGHT.t()),
+    "addmm": lambda x: aten.addmm(torch.ones(8), x.view(TOKENS, 4), WEIGHT.t()),
+    "addmm_with_a_row_per_token": lambda x: aten.addmm(TABLE, x.view(TOKENS, 4), torch.ones(4, 4)),
+    "view": lambda x: x.view(1, TOKENS, 2, 2),
+    "reshape": lambda x: aten.reshape(x, [TOKENS, -1]),
+    "view_with_open_tokens": lambda x: x.view(1, -1, 2, 2),
+    "expand": lambda x: x[:, None].expand(2, 3, TOKENS, 4),
+    "transpose": lambda x: x.view(1, TOKENS, 2, 2).transpose(1, 2),
+    "transpose_of_others": lambda x: x.view(1, TOKENS, 2, 2).transpose(2, 3),
+    "t": lambda x: x.view(TOKENS, 4).t(),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "unsqueeze_before": lambda x: x.unsqueeze(0),
+    "unsqueeze_behind": lambda x: x.unsqueeze(-1),
+    "squeeze": lambda x: x.unsqueeze(2).squeeze(2).squeeze(0),
+    "squeeze_dims": lambda x: aten.squeeze.dims(x.unsqueeze(2), [0, 2]),
+    "slice_of_a_head": lambda x: x[..., :2] + x[..., 2:],
+    "slice_of_everything": lambda x: aten.slice(x, 1, 0, 2**63 - 1),
+    "split": lambda x: x.split(2, -1)[1],
+    "split_with_sizes": lambda x: x.split([1, 3], -1)[1],
+    "chunk": lambda x: x.chunk(2, -1)[0],
+    "select": lambda x: x[0],
+    "select_behind": lambda x: x[..., 1],
+    "index_select": lambda x: x.index_select(2, torch.tensor([3, 0])),
+    "masked_behind": lambda x: x[..., torch.tensor([True, False, True, True])],
+    "masked_in_front": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
+    "cat": lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1),
+    "cat_with_a_table": lambda x: torch.cat([x, TABLE[None]], -1),
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "sum": lambda x: x.sum(2),
+    "amax_before": lambda x: x.amax(0),
+    "var": lambda x: x.var(-1, keepdim=True),
+    "softmax": lambda x: x.softmax(-1),
+    "log_softmax": lambda x: x.log_softmax(2),
+    "cumsum": lambda x: x.cumsum(-1),
+    "layer_norm": lambda x: F.layer_norm(x, [4]),
+    "rms_norm": lambda x: F.rms_norm(x, [4]),
+    "clone": lambda x: x.clone().contiguous(),
+    "to": lambda x: x.to(torch.float64).to(torch.float32),
+    "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "gelu": F.gelu,
+    "where": lambda x: torch.where(x > 0, x, TABLE),
+    "stack": lambda x: torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2),
+    "stack_with_a_table": lambda x: torch.stack([x[0], TABLE], 0),
+    "unbind": lambda x: x.unbind(2)[1],
+    "type_as": lambda x: x.double().type_as(TABLE),
+    "view_merging": lambda x: x.view(1, -1) * 2,
+    "view_there_and_back": lambda x: (x.view(-1) + 1).view(1, TOKENS, 2, 2),
+    "view_into_a_given_size": lambda x: x.view(1, TOKENS * 4).view(TOKENS, 4),
+    "repeat_outside": lambda x: x[0].repeat(3, 1).view(3, TOKENS, 4).sum(0),
+    "merged_with_samples": lambda x: x.expand(2, TOKENS, 4).reshape(-1, 4).exp(),
+    "convolution_of_each_token": lambda x: F.conv1d(x[0][:, None], torch.ones(2, 1, 3)),
+    "topk": lambda x: x.topk(2, -1)[0],
+    "gather": lambda x: x.gather(-1, x.argmax(-1, keepdim=True)),
+    "scatter": lambda x: torch.zeros_like(x).scatter(-1, x.topk(2, -1)[1], 1.0),
+    "batched_matrices_per_token": lambda x: torch.bmm(x[0][:, None], (x[0][:, :, None] * TABLE[:1])),
+    "experts_outside": lambda x: torch.bmm(x.expand(3, TOKENS, 4), EXPERTS),
+    "expert_of_each_token": lambda x: torch.bmm(x[0][:, None], EXPERTS[x[0, :, :3].argmax(-1)]),
+    "routed": routed,
+    "embedding": lambda x: F.embedding(x[..., 0].clamp(0, 2).long(), TABLE),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.view(1, TOKENS, 2, 2)) * 1j).flatten(2),
+}
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_some_rows_are_those_rows_of_all(name: str) -> None:
+    function = TOKENWISE[name]
+    module, steps = steps_of(function)
+    last = [node for node in module.graph.nodes if node in steps][-1]
+    want = function(X).index_select(steps[last].dim, entries_of(steps[last].axis))
+    got = Restricted(module, steps).run(X.index_select(1, ROWS))
+    torch.testing.assert_close(got, want)
+
+
+REFUSED: dict[str, tuple[Function, Reason, str]] = {
+    "flip": (lambda x: x.flip(1), Reason.UNKNOWN_OP, "aten.flip.default is not known to work token by token"),
+    "roll": (lambda x: x.roll(1, 1), Reason.UNKNOWN_OP, "aten.roll.default"),
+    "convolution": (
+        lambda x: F.conv1d(x.transpose(1, 2), torch.ones(4, 4, 3), padding=1),
+        Reason.TOKEN_AXIS_LOST,
+        "mixes neighbouring tokens",
+    ),
+    "sort": (lambda x: x.sort(1)[0], Reason.TOKEN_AXIS_LOST, "it sorts tokens of more than one list"),
+    "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
+    "softmax": (lambda x: x.softmax(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
+    "mean": (lambda x: x.mean(1), Reason.TOKEN_AXIS_LOST, "reduces over the token axis"),
+    "sum_of_all": (aten.sum.default, Reason.TOKEN_AXIS_LOST, "reduces over every dimension"),
+    "norm": (
+        lambda x: F.layer_norm(x, [TOKENS, 4]),
+        Reason.TOKEN_AXIS_LOST,
+        "normalises over the token axis",
+    ),
+    "linear": (
+        lambda x: F.linear(x.transpose(1, 2), torch.ones(2, TOKENS)),
+        Reason.TOKEN_AXIS_LOST,
+        "multiplies along",
+    ),
+    "matmul": (
+        lambda x: x.transpose(1, 2) @ TABLE,
+        Reason.TOKEN_AXIS_LOST,
+        "multiplies along the token axis",
+    ),
+    "matmul_of_itself": (
+        lambda x: x @ x.transpose(1, 2),
+        Reason.TOKEN_AXIS_LOST,
+        "brings a second token axis",
+    ),
+    "matmul_per_token": (
+        lambda x: x[0, :, None] @ torch.ones(TOKENS, 4, 4),
+        Reason.TOKEN_AXIS_LOST,
+        "may differ from token to token",
+    ),
+    "addmm": (
+        lambda x: aten.addmm(torch.ones(4), torch.ones(4, TOKENS), x[0]),
+        Reason.TOKEN_AXIS_LOST,
+        "first factor",
+    ),
+    "view_and_a_table": (
+        lambda x: x.view(-1) + TABLE.view(-1),
+        Reason.TOKEN_AXIS_LOST,
+        "has other entries along the token axis",
+    ),
+    "other_tokens": (
+        lambda x: x[0][x[0, :, 0].long()],
+        Reason.TOKEN_AXIS_LOST,
+        "looks up other tokens",
+    ),
+    "sorted_and_not_sorted_back": (
+        lambda x: x[0] + x[0][x[0, :, 0].argsort()],
+        Reason.TOKEN_AXIS_LOST,
+        "at different places",
+    ),
+    "groups_of_others": (routed_elsewhere, Reason.TOKEN_AXIS_LOST, "not those that its rows were sorted by"),
+    "count": (
+        lambda x: torch.histc(x[0, :, 0], 3, 0, 2),
+        Reason.TOKEN_AXIS_LOST,
+        "it counts tokens",
+    ),
+    "topk_of_tokens": (lambda x: x.topk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "it compares tokens"),
+    "gather_from_tokens": (
+        lambda x: x.gather(1, x.long().clamp(0, 1)),
+        Reason.TOKEN_AXIS_LOST,
+        "takes values of other tokens",
+    ),
+    "stack_crossed": (
+        lambda x: torch.stack([x.view(TOKENS, 4), x.view(TOKENS, 4).repeat(1, 1).t().reshape(TOKENS, 4)]),
+        Reason.TOKEN_AXIS_LOST,
+        "merges the token axis",
+    ),
+    "unbind": (lambda x: x.unbind(1)[0], Reason.TOKEN_AXIS_LOST, "it takes single tokens"),
+    "view_in_pairs": (lambda x: x.view(1, 3, 8), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
+    "squeeze_any": (aten.squeeze.default, Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
+    "squeeze": (lambda x: aten.squeeze.dim(x, 1), Reason.TOKEN_AXIS_LOST, "drops the token axis"),
+    "slice": (lambda x: x[:, 1:], Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
+    "select": (lambda x: x[:, 1], Reason.TOKEN_AXIS_LOST, "takes a single token"),
+    "index_select": (lambda x: x.index_select(1, ROWS), Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
+    "split": (lambda x: x.split(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
+    "chunk": (lambda x: x.chunk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
+    "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
+    "masked": (lambda x: x[x[..., 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_by_others": (lambda x: x[MASK], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_alone": (lambda x: x[:, MASK[0]], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "masked_table": (lambda x: TABLE[x[0, :, 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
+    "crossed": (lambda x: x[..., :1] + x[..., 0], Reason.TOKEN_AXIS_LOST, "different places"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_ops_that_mix_tokens_are_refused(name: str) -> None:
+    function, reason, detail = REFUSED[name]
+    with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
+        steps_of(function)
+    assert refusal.value.reason is reason
+    assert refusal.value.node in [node.name for node in traced(function).graph.nodes]
+
+
+def mixing(x: Tensor) -> Tensor:
+    x = x * 2
+    x = x + attend(x)
+    x = x + x.flip(1)  # mixes
+    return x + attend(x)
+
+
+def test_a_refusal_names_the_node_and_its_line() -> None:
+    with pytest.raises(UnsupportedGraphError) as refusal:
+        analyze(capture(mixing, {"x": torch.randn(1, 6, 4)}))
+    assert refusal.value.reason is Reason.UNKNOWN_OP
+    assert refusal.value.node == "flip"
+    assert refusal.value.source_line is not None
+    assert "test_follow.py" in refusal.value.source_line
+    assert refusal.value.source_line.endswith("in mixing: x = x + x.flip(1)  # mixes")
+
+
+def test_nodes_that_are_no_calls_are_refused() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
+        row_step(graph.call_method("exp", (x,)), {x: TokenAxis(1)})
+
+
+def test_full_slices() -> None:
+    def slices(x: Tensor) -> tuple[Tensor, ...]:
+        end = 2**63 - 1
+        return (
+            aten.slice(x, 1, 0, end),
+            aten.slice(x, 1),
+            aten.slice(x, 1, 1, end),
+            aten.slice(x, 1, 0, end, 2),
+        )
+
+    nodes = [node for node in traced(slices).graph.nodes if node.op == "call_function"]
+    assert [is_full_slice(node) for node in nodes] == [True, True, False, False]

@@ -1,0 +1,174 @@
+"""Exported models beside the models, prompts for them, and what a session's results are compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from vlcache_fx.analysis.decoder.computation import Digests
+from vlcache_fx.deploy.manifest import FORMAT, Manifest
+from vlcache_fx.deploy.session import Session
+from vlcache_fx.deploy.sessions import OnnxSession
+from vlcache_fx.deploy.specs import DecoderSpec, EncoderSpec, GraphSpec, ProgramSpec, TensorSpec
+from vlcache_fx.integrations.transformers import EncodersFirst
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs
+
+ATOL, RTOL = 2e-5, 1e-4
+"""Of float32 results: ONNX Runtime adds up in another order than torch."""
+
+GRIDS = ((8, 8), (4, 8))
+"""Of the two images of a Qwen prompt."""
+
+TINY_LENGTHS = (20, 24)
+"""Tokens of the two images of a ``TinyVlm`` prompt."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model and what became of it.
+
+    Attributes:
+        kind: ``llava``, ``half``, ``qwen`` or ``tiny``: which prompts it takes.
+        model: unmodified.
+        folder: read only; a test that changes files takes ``copied``.
+        report: what ``export`` returned, as plain data.
+    """
+
+    kind: str
+    model: Any
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def atol(self) -> float:
+        """Of its results, absolute."""
+        return 2e-3 if self.kind == "half" else ATOL
+
+    @property
+    def manifest(self) -> Manifest:
+        """As it is on disk."""
+        return Manifest.load(self.folder)
+
+    def session(self, **options: Any) -> OnnxSession:
+        """On ONNX Runtime, strict, and with images of any length unless said otherwise."""
+        return OnnxSession(self.folder, **{"strict": True, "min_span_tokens": 4, **options})
+
+    def copied(self, target: Path) -> Path:
+        """A copy of the folder that a test may change."""
+        return Path(shutil.copytree(self.folder, target))
+
+    def inputs(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
+        """What the model takes, for a prompt with its images 0 and 1 in this order.
+
+        Args:
+            images: which of them.
+            text: another number gives another text, of another length.
+        """
+        return PROMPTS[self.kind](images, text)
+
+    def given(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
+        """What a session takes for the same prompt: with the model's positions, unless they are counted."""
+        inputs = self.inputs(images, text)
+        with torch.no_grad():
+            positions = EncodersFirst(self.model)((), dict(inputs))[1].get("position_ids")
+        return inputs if positions is None else {**inputs, "position_ids": positions}
+
+    def expected(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
+        """What the unmodified model computes, under the names of the graphs' outputs."""
+        with torch.no_grad():
+            return named_results(self.kind, self.model, self.inputs(images, text))
+
+
+def named_results(kind: str, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Results of a model, unmodified or with reuse on the torch path, as sessions name them."""
+    if kind == "tiny":
+        return {"result.0": model(**inputs)}
+    result = model(**inputs, use_cache=True, logits_to_keep=1)
+    caches = {
+        f"present.{index}.{name}": tensor
+        for index, layer in enumerate(result.past_key_values.layers)
+        for name, tensor in (("key", layer.keys), ("value", layer.values))
+    }
+    return {"logits": result.logits, **caches}
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = ATOL) -> None:
+    """The same results under the same names."""
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            got[name], value, atol=atol, rtol=RTOL, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def report_of(session: Session) -> dict[str, Any]:
+    """Of its last prefill."""
+    report = session.vlcache.last_report
+    assert report is not None
+    return report
+
+
+def _llava(images: Sequence[int], text: int) -> dict[str, Tensor]:
+    return llava_inputs(5 + 4 * text, 4 + text, images, text_seed=text)
+
+
+def _half(images: Sequence[int], text: int) -> dict[str, Tensor]:
+    inputs = _llava(images, text)
+    if images:
+        inputs["pixel_values"] = inputs["pixel_values"].half()
+    return inputs
+
+
+def _qwen(images: Sequence[int], text: int) -> dict[str, Tensor]:
+    return qwen_inputs(5 + 4 * text, 4 + text, [(*GRIDS[image], image) for image in images], text_seed=text)
+
+
+def _tiny(images: Sequence[int], text: int) -> dict[str, Tensor]:
+    from vlcache_fx.testing.tiny_vlm import tiny_vlm_inputs
+
+    return tiny_vlm_inputs(5 + 4 * text, 4 + text, [(TINY_LENGTHS[i], i) for i in images], text_seed=text)
+
+
+PROMPTS = {"llava": _llava, "half": _half, "qwen": _qwen, "tiny": _tiny}
+
+
+def tiny_shapes() -> dict[str, Any]:
+    """``dynamic_shapes`` of a ``TinyVlm``: prompts and images of any length."""
+    tokens, patches = Dim("tokens", min=4, max=512), Dim("patches", min=2, max=256)
+    return {"input_ids": {1: tokens}, "pixel_values": {0: patches}}
+
+
+def bare_manifest(**changes: Any) -> Manifest:
+    """A small valid manifest of no model, with whatever a test is about."""
+    program = ProgramSpec("prefill_cold", ("input_ids",), (), ("logits",), ())
+    graph = GraphSpec(
+        "prefill_cold.onnx",
+        {"input_ids": TensorSpec("int64", (1, "tokens"))},
+        {"logits": TensorSpec("float", (1, 1, 7))},
+    )
+    decoder = DecoderSpec(
+        inputs=("input_ids",), num_layers=1, layer_groups=(1,), num_outputs=1, tail=(-1,), rows={}, layout="",
+        model_fingerprint="", features=(), num_merges=0, computation=Digests("", ""),
+        width=None, embeddings=None, leaves=(), mask_sites=(), mask_inputs=(), site_of_layer=(),
+        every_layer_has_a_mask=False, spans=(), masks=(), leaf_outputs=(),
+    )  # fmt: skip
+    plain = Manifest(
+        format=FORMAT, library_version="0", model="None", dtype="float32", opset=22, policy="layer_aware",
+        budget=0.02, profile_fingerprint=None, graphs={"prefill_cold": graph}, cold=program, warm=program,
+        encoders=(), decoder=decoder, decode=None, engines={}, wiring=(),
+        report={"lookups": [], "restricted": [], "hoisted": [], "refused": []}, files={},
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def encoder(graph: str, modality: str, **fixed: tuple[int, ...]) -> EncoderSpec:
+    """An encoder that gives one tensor of features."""
+    return EncoderSpec(graph, modality, fixed, (f"{modality or 'all'}.features",))

@@ -1,0 +1,193 @@
+"""What there is to export of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from vlcache_fx.deploy.trace import ExportInput, capture_for_export, trace, unrolled
+from vlcache_fx.errors import ExportError, Reason, UnsupportedGraphError
+from vlcache_fx.integrations.stages import Stage
+from vlcache_fx.testing.tiny_vlm import PATCH_WIDTH, TinyVlm, tiny_vlm, tiny_vlm_inputs
+
+from .helpers import tiny_shapes
+
+EXAMPLE = tiny_vlm_inputs(5, 4, [(20, 0)])
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyVlm:
+    return tiny_vlm(num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def found(model: TinyVlm) -> ExportInput:
+    return capture_for_export(model, EXAMPLE, tiny_shapes())
+
+
+def test_inputs_have_the_names_of_the_arguments(found: ExportInput) -> None:
+    assert [name for name in found.inputs if name] == ["input_ids", "pixel_values", "features.0"]
+    assert found.values.keys() == {"input_ids", "pixel_values"}
+    assert torch.equal(found.values["pixel_values"], EXAMPLE["pixel_values"])
+    assert found.results == ("result.0",)
+    assert found.stages is None
+
+
+def test_weights_have_the_names_of_the_model(model: TinyVlm, found: ExportInput) -> None:
+    state = model.state_dict()
+    for index, (name, tensor) in found.weights.items():
+        assert found.inputs[index] is None
+        assert torch.equal(tensor, state[name])
+    assert {name for name, _ in found.weights.values()} == state.keys()
+    unnamed = [index for index, name in enumerate(found.inputs) if name is None]
+    assert sorted(found.weights) == unnamed
+
+
+def test_the_encoder_is_cut_out_of_the_graph(model: TinyVlm, found: ExportInput) -> None:
+    assert found.split is not None
+    args = [
+        found.weights[index][1] if name is None else found.values[name]
+        for index, name in enumerate(found.inputs)
+        if name != "features.0"
+    ]
+    with torch.no_grad():
+        (features,) = found.split.encoder(*args)
+        torch.testing.assert_close(features, model.encoder(EXAMPLE["pixel_values"]))
+    assert found.facts.num_layers == 1
+
+
+def test_sizes_that_vary_are_named(found: ExportInput) -> None:
+    assert found.dynamic["input_ids"] == {1: "tokens"}
+    assert found.dynamic["pixel_values"] == {0: "pixel_values_0"}
+    assert list(found.dynamic["features.0"]) == [0]
+
+
+@pytest.mark.parametrize("kind", ["keywords", "positional"])
+def test_by_default_every_size_that_the_model_does_not_fix_varies(model: TinyVlm, kind: str) -> None:
+    example: Any = EXAMPLE if kind == "keywords" else tuple(EXAMPLE.values())
+    names = list(EXAMPLE) if kind == "keywords" else ["argument.0", "argument.1"]
+    found = capture_for_export(model, example, None)
+    assert [name for name in found.inputs if name] == [*names, "features.0"]
+    assert found.dynamic[names[0]] == {1: "tokens"}
+    assert list(found.dynamic[names[1]]) == [0]  # the model fixes the width of patches
+    assert found.values[names[1]].shape == (20, PATCH_WIDTH)
+
+
+def test_names_of_nested_arguments_say_where_they_are() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vlm = tiny_vlm(num_layers=1)
+
+        def forward(self, text: dict[str, Tensor], images: list[Tensor]) -> Tensor:
+            logits: Tensor = self.vlm(text["ids"], images[0])
+            return logits
+
+    shapes = {"text": {"ids": {1: Dim("tokens", min=4)}}, "images": [{0: Dim("patches", min=2)}]}
+    example = {"text": {"ids": EXAMPLE["input_ids"]}, "images": [EXAMPLE["pixel_values"]]}
+    found = capture_for_export(Nested(), example, shapes)
+    assert [name for name in found.inputs if name] == ["text.ids", "images.0", "features.0"]
+
+
+class Scaled(nn.Module):
+    """Takes a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vlm = tiny_vlm(num_layers=1)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, scale: float = 1.0) -> Tensor:
+        logits: Tensor = self.vlm(input_ids, pixel_values) * scale
+        return logits
+
+
+def test_numbers_that_vary_are_no_inputs() -> None:
+    shapes = {**tiny_shapes(), "scale": Dim.DYNAMIC}
+    with pytest.raises(ExportError, match="example_inputs must be tensors"):
+        capture_for_export(Scaled(), {**EXAMPLE, "scale": 3}, shapes)
+
+
+def test_numbers_that_do_not_vary_are_constants() -> None:
+    found = capture_for_export(Scaled(), {**EXAMPLE, "scale": 2.0}, {**tiny_shapes(), "scale": None})
+    assert [name for name in found.inputs if name] == ["input_ids", "pixel_values", "features.0"]
+
+
+class Writing(nn.Module):
+    """Keeps what it saw."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vlm = tiny_vlm(num_layers=1)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.vlm(input_ids, pixel_values)
+        self.seen.add_(1)
+        return logits
+
+
+def test_a_model_that_writes_is_refused() -> None:
+    with pytest.raises(UnsupportedGraphError) as refusal:
+        capture_for_export(Writing().eval(), EXAMPLE, tiny_shapes())
+    assert refusal.value.reason is Reason.MUTATED_INPUTS
+
+
+class Grid(nn.Module):
+    """Loops over values of a constant, as encoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = torch.tensor([2, 4])
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        parts = torch.split(pixels, self.sizes.tolist())
+        return (torch.cat([part.flip(0) for part in parts]),)
+
+
+class Outside(nn.Module):
+    """Leaves torch on the way."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        return (torch.from_numpy(pixels.numpy() * 2),)
+
+
+class Deciding(nn.Module):
+    """Python decides by a value."""
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor]:
+        return (pixels if bool(pixels.any()) else pixels + 1,)
+
+
+def stage(module: nn.Module) -> Stage:
+    return Stage(module, {"pixels": torch.arange(12.0).reshape(6, 2)}, ("features",), {"pixels": {}})
+
+
+def test_what_depends_on_constants_is_unrolled() -> None:
+    traced = unrolled(stage(Grid()))
+    pixels = torch.randn(6, 2)
+    assert torch.equal(traced(pixels)[0], Grid()(pixels)[0])
+
+
+@pytest.mark.parametrize("module", [Deciding(), Outside()])
+def test_what_depends_on_pixels_in_a_way_that_graphs_cannot_hold_is_refused(module: nn.Module) -> None:
+    with pytest.raises(ExportError, match=f"torch cannot trace this {type(module).__name__}: "):
+        unrolled(stage(module))
+
+
+def test_a_stage_is_traced_with_the_sizes_that_vary() -> None:
+    class Double(nn.Module):
+        def forward(self, pixels: Tensor) -> tuple[Tensor]:
+            return (pixels * 2,)
+
+    module = Double()
+    open_stage = Stage(module, {"pixels": torch.ones(6, 2)}, ("x",), {"pixels": {0: "rows"}})
+    program = trace(open_stage).module()
+    assert program(torch.ones(9, 2))[0].shape == (9, 2)
+    with pytest.raises(ExportError, match="torch cannot trace this Deciding: "):
+        trace(stage(Deciding()))

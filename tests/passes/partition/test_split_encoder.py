@@ -1,0 +1,116 @@
+"""The encoder is cut out of a graph that has it together with the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.ir import InputKind
+from vlcache_fx.passes.partition.split_encoder import split_encoder, split_results
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from ..programs import PROMPT, small, text
+
+
+def test_graph(golden: Callable[[str, str], None]) -> None:
+    captured, _, _ = small(rope="none")
+    before = str(captured.graph_module.graph)
+    split = split_encoder(captured, analyze(captured).encoder)
+    assert split is not None
+    assert str(captured.graph_module.graph) == before
+    whole, encoder = text(captured.graph_module.graph), text(split.encoder.graph)
+    golden(
+        "split_encoder",
+        f"before\n{whole}\n\nencoder\n{encoder}\n\ndecoder\n{text(split.decoder.graph_module.graph)}",
+    )
+
+
+def test_numbers() -> None:
+    captured, graph, want = small()
+    split = split_encoder(captured, analyze(captured).encoder)
+    assert split is not None
+    assert split.computes
+    args = graph.calls[0]
+    with torch.no_grad():
+        features = split.encoder(*args)
+        assert torch.equal(split.decoder.graph_module(*args, *features)[0], want)
+        # The encoder depends on nothing but what is said, and the decoder on no pixels.
+        other = [arg if index in (*split.inputs, *split.weights) else None for index, arg in enumerate(args)]
+        assert torch.equal(split.encoder(*other)[0], features[0])
+        args = [arg if index not in split.inputs else None for index, arg in enumerate(args)]
+        assert torch.equal(split.decoder.graph_module(*args, *features)[0], want)
+    assert [captured.kinds[index] for index in split.inputs] == [InputKind.DATA]
+    assert {captured.kinds[index] for index in split.weights} == {InputKind.WEIGHT}
+    assert split.decoder.kinds == (*captured.kinds, InputKind.DATA)
+
+
+def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
+    captured, _, _ = small()
+    split = split_encoder(captured, analyze(captured).encoder)
+    assert split is not None
+    facts = analyze(split.decoder)
+    assert facts.merges[0].features.op == "placeholder"
+    assert facts.encoder == ()
+    assert split_encoder(split.decoder, facts.encoder) is None
+
+
+def test_features_that_are_inputs_are_left_alone() -> None:
+    features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    call = {"input_ids": PROMPT["input_ids"], "features": features}
+    captured, _ = captured_graph(tiny_vlm(num_layers=1), call)
+    before = str(captured.graph_module.graph)
+    assert split_encoder(captured, analyze(captured).encoder) is None
+    assert str(captured.graph_module.graph) == before
+
+
+def test_conversions_alone_are_not_worth_a_cache() -> None:
+    model = tiny_vlm(num_layers=1)
+
+    class Outside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vlm = model
+
+        def forward(self, input_ids: torch.Tensor, halves: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            return self.vlm(input_ids, features=torch.cat(halves).float())
+
+    ids = tiny_vlm_inputs(3, 2, [(5, 0)])["input_ids"]
+    call = {
+        "input_ids": ids,
+        "halves": (torch.ones(2, 16, dtype=torch.float64), torch.ones(3, 16, dtype=torch.float64)),
+    }
+    captured, _ = captured_graph(Outside(), call)
+    split = split_encoder(captured, analyze(captured).encoder)
+    assert split is not None
+    assert not split.computes
+
+
+class TextBesidePixels(torch.nn.Module):
+    """A tower over pixels, and token embeddings that do not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.project = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, ids: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.project(pixels)[:, None]
+        return self.embed(ids), torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
+
+
+def test_results_beside_an_encoder_are_computed_without_it() -> None:
+    call = {"ids": torch.tensor([[1, 2, 3]]), "pixels": torch.randn(1, 5, 4)}
+    captured, graph = captured_graph(TextBesidePixels(), call)
+    args = graph.calls[0]
+    split = split_results(captured)
+    with torch.no_grad():
+        want = captured.graph_module(*args)
+        assert (split.other_places, split.encoder_places) == ((0,), (1,))
+        own = {*split.inputs, *split.weights}
+        encoded = split.encoder(*[arg if index in own else None for index, arg in enumerate(args)])
+        others = split.others(*[None if index in split.inputs else arg for index, arg in enumerate(args)])
+    assert [args[index].shape for index in split.inputs] == [call["pixels"].shape]
+    for got, wanted in zip(split.joined(encoded, others), want, strict=True):
+        assert torch.equal(got, wanted)

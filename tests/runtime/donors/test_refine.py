@@ -1,0 +1,221 @@
+"""Donors as means over contexts: sound arithmetic, and never served as exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlcache_fx.runtime.donors.refine import admit_item, contexts_of, exact_key
+from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from ...models import batch_of, padded
+from ..helpers import Pair, hits, keys, settings_of, with_backend
+
+LENGTH = 5
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def rows_of(context: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The rows of an item behind the text ``str(context)``."""
+    made = torch.Generator().manual_seed(context)
+    return {
+        "0.k": torch.randn(1, 2, LENGTH, 4, generator=made).to(dtype),
+        "residual": torch.randn(1, LENGTH, 8, generator=made).mul(100).to(dtype),
+    }
+
+
+def donor_of(
+    contexts: list[int], most: int, dtype: torch.dtype = torch.float32, capacity_bytes: int = 1 << 20
+) -> tuple[Entry, MemoryStore]:
+    store = MemoryStore(capacity_bytes)
+    for context in contexts:
+        assert admit_item(store, "item", rows_of(context, dtype), LENGTH, str(context), most)
+    donor = store.get("item")
+    assert donor is not None
+    return donor, store
+
+
+def mean_of(contexts: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = [rows_of(context, dtype) for context in contexts]
+    return {name: torch.stack([rows[name].double() for rows in found]).mean(0) for name in found[0]}
+
+
+@settings(deadline=None)
+@given(
+    contexts=st.lists(st.integers(0, 6), min_size=1, max_size=12),
+    most=st.integers(1, 5),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_donor_is_the_mean_of_its_first_contexts(
+    contexts: list[int], most: int, dtype: torch.dtype
+) -> None:
+    donor, store = donor_of(contexts, most, dtype)
+    counted = list(dict.fromkeys(contexts))[:most] if most > 1 else contexts[-1:]
+    assert contexts_of(donor) == tuple(map(str, counted))
+    # One rounding per context beyond the first: see ``refined``.
+    units = (len(counted) + 1) / 4 - 1 / (2 * len(counted)) + 0.01
+    for name, want in mean_of(counted, dtype).items():
+        got = donor.tensors[name]
+        largest = max(float(rows_of(context, dtype)[name].abs().max()) for context in counted)
+        unit = 2 * largest * torch.finfo(dtype).eps if len(counted) > 1 else 0.0
+        assert got.dtype == dtype
+        assert float((got.double() - want).abs().max()) <= units * unit
+    # Exact in no context, unless it is of one.
+    assert ("before" in donor.info) == (len(counted) == 1)
+    copy = store.get(exact_key("item"))
+    assert (copy is None) == (most == 1 or len(set(contexts)) == 1)
+    if copy is not None:
+        assert copy.info["before"] == str(contexts[-1]) or contexts[-1] == contexts[0]
+        assert all(
+            torch.equal(copy.tensors[n], t) for n, t in rows_of(int(str(copy.info["before"])), dtype).items()
+        )
+
+
+@given(order=st.permutations(range(4)))
+def test_the_order_of_contexts_does_not_matter(order: list[int]) -> None:
+    donor, _ = donor_of(order, 4)
+    for name, want in mean_of(list(range(4)), torch.float32).items():
+        torch.testing.assert_close(donor.tensors[name], want.float(), atol=1e-4, rtol=1e-5)
+
+
+def test_an_entry_in_use_is_not_written_to() -> None:
+    store = MemoryStore(1 << 20)
+    admit_item(store, "item", rows_of(0), LENGTH, "0", 4)
+    served = store.get("item")
+    assert served is not None
+    given = rows_of(1)
+    admit_item(store, "item", given, LENGTH, "1", 4)
+    assert store.get("item") is not served
+    for name, tensor in rows_of(0).items():
+        assert torch.equal(served.tensors[name], tensor)
+        assert torch.equal(given[name], rows_of(1)[name])
+
+
+def test_a_donor_of_another_graph_is_kept_where_it_has_more_and_replaced_where_it_has_less() -> None:
+    store = MemoryStore(1 << 20)
+    few = {name: rows for name, rows in rows_of(1).items() if name != "residual"}
+    for rows, before, slots in ((few, "1", 1), (rows_of(2), "2", 2), (few, "1", 2)):
+        admit_item(store, "item", rows, LENGTH, before, 4)
+        donor = store.get("item")
+        assert donor is not None
+        assert (len(donor.tensors), contexts_of(donor)) == (slots, ("1",) if slots == 1 else ("2",))
+
+
+def test_the_exact_copy_is_evicted_before_the_donor() -> None:
+    one = sum(tensor.nbytes for tensor in rows_of(0).values())
+    for room, held in ((1, False), (2, True)):
+        donor, store = donor_of([0, 1], 4, capacity_bytes=room * one)
+        assert len(contexts_of(donor)) == 2
+        assert (exact_key("item") in store) is held
+
+
+# In requests ------------------------------------------------------------------------------------------------
+
+IMAGE = 24
+BEFORE, AFTER = 20, 30
+
+
+@pytest.fixture(scope="module")
+def compiled(_compiler: None) -> Pair:
+    """Reuses without asking for rows: what is not exact shows."""
+    return with_backend(
+        tiny_vlm(num_layers=2, last_only=False), policy="none", shadow=1.0, shadow_max_violations=10**6
+    )
+
+
+@pytest.fixture
+def vlm(compiled: Pair) -> Pair:
+    compiled.engine.clear()
+    return compiled
+
+
+def prompt(images: tuple[int, ...], seed: int) -> dict[str, Tensor]:
+    """All of one length, so that the unmodified model computes rows in one way; no common beginning."""
+    return tiny_vlm_inputs(BEFORE, AFTER, [(IMAGE, image) for image in images], text_seed=seed)
+
+
+def contexts(report: dict) -> list[int]:
+    return [span["donor_contexts"] for span in report["spans"]]
+
+
+def test_an_item_that_is_computed_again_because_of_its_neighbour_refines(vlm: Pair) -> None:
+    exact = []
+    for seed in (1, 4):
+        vlm.engine.clear()
+        vlm.run(**prompt((0, 1), seed))
+        exact.append(vlm.engine.store.get(keys(vlm.report)[0]))
+    with vlm.engine.guards.off():  # no shadow runs
+        vlm.engine.clear()
+        vlm.run(**prompt((0, 0), 1))  # in one prompt twice: a context each
+        assert (vlm.report["mode"], contexts(vlm.report)) == ("cold", [0, 0])
+        vlm.engine.clear()
+        assert vlm.run(**prompt((0, 2), 1))[1]["mode"] == "cold"
+        assert contexts(vlm.run(**prompt((0, 1), 2))[1]) == [1, 0]
+        assert vlm.run(**prompt((0, 1), 4))[1]["mode"] == "cold"  # its second image has missed again
+        off, report = vlm.run(**prompt((0, 1), 5))
+    assert (report["mode"], contexts(report)) == ("warm", [2, 1])
+    assert off > 1e-5
+    donor = vlm.engine.store.get(keys(report)[0])
+    assert donor is not None
+    assert "residual" in donor.tensors
+    for name, tensor in donor.tensors.items():
+        first, second = (entry.tensors[name] for entry in exact if entry is not None)
+        assert not torch.equal(first, second) or name in ("0.k", "0.v")
+        torch.testing.assert_close(tensor, (first + second) / 2, atol=1e-5, rtol=1e-5)
+
+
+def test_the_latest_context_stays_known_exactly(vlm: Pair) -> None:
+    with vlm.engine.guards.off():
+        for images, seed in (((0, 2), 1), ((0, 1), 2), ((0, 1), 4)):
+            vlm.run(**prompt(images, seed))
+        off, report = vlm.run(**prompt((0, 1), 4))
+        assert (report["prefix_tokens"], contexts(report)) == (report["num_tokens"], [1, 1])
+        assert off <= 1e-5
+        _, report = vlm.run(**prompt((0, 2), 1))  # of the first context, only the mean is left
+        assert (report["prefix_tokens"], contexts(report)) == (0, [2, 1])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from([(0, 1), (0, 2), (0, 0)]), st.integers(1, 2)),
+        min_size=4,
+        max_size=8,
+    ),
+    most=st.sampled_from([1, 2, 4]),
+)
+def test_rows_of_a_known_prefix_are_the_unmodified_models_bit_for_bit(
+    compiled: Pair, calls: list[tuple[tuple[int, int], int]], most: int
+) -> None:
+    compiled.engine.clear()
+    with settings_of(compiled.engine, donor_contexts=most):
+        for images, seed in calls:
+            got, want = compiled.both(**prompt(images, seed))
+            report = compiled.report
+            known = min(report["prefix_tokens"], report["num_tokens"] - 2)  # two rows are always computed
+            assert torch.equal(got[:, :known], want[:, :known])
+            assert all(n == 1 for n, s in zip(contexts(report), report["spans"], strict=True)
+                       if s["start"] < known)  # fmt: skip
+            assert max(contexts(report)) <= most
+            if report["shadow_kl"] is not None or report["mode"] == "cold":
+                assert torch.equal(got, want)
+
+
+def test_contexts_of_batches_count() -> None:
+    pair = with_backend(padded(num_layers=2), policy="none", shadow=1.0)
+    for seed in range(1, 4):
+        call = batch_of(
+            tiny_vlm_inputs(5, 6, [(IMAGE, 0)], text_seed=seed),
+            tiny_vlm_inputs(9, 3, [(IMAGE + 2, 1)], text_seed=seed),
+        )
+        pair.run(**call)
+        assert hits(pair.report) == [seed > 1] * 2
+        assert contexts(pair.report) == [seed - 1] * 2
+    pair.run(**call)  # the same again is no new context
+    assert contexts(pair.report) == [3, 3]
+    pair.run(**call)
+    assert contexts(pair.report) == [3, 3]

@@ -1,0 +1,233 @@
+"""What masks let tokens see: which ones let a known prefix be exact, what is padding, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.errors import Reason
+from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.requests import masks as mask_check
+from vlcache_fx.runtime.requests.masks import MaskCheck, MaskLook, _looks_ahead
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_attention import repeat_heads
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
+
+CAUSAL = torch.ones(8, 8, dtype=torch.bool).tril()
+SPANS = [Span(0, 2, 3, "image", False)]
+
+
+def with_more(*places: tuple[slice | int, slice | int]) -> Tensor:
+    mask = CAUSAL.clone()
+    for rows, columns in places:
+        mask[rows, columns] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "looks_ahead"),
+    [
+        (CAUSAL, False),
+        (CAUSAL.tril() & CAUSAL.triu(-3), False),  # a window
+        (with_more((slice(2, 5), slice(2, 5))), False),  # an image that looks both ways inside itself
+        (with_more((slice(2, 5), 5)), True),
+        (with_more((0, 1)), True),  # text that looks ahead
+        (CAUSAL[:4], True),  # rows that are not the tokens
+    ],
+    ids=["causal", "window", "image", "image and question", "text", "not square"],
+)
+@pytest.mark.parametrize("additive", [False, True])
+def test_only_images_may_look_ahead(mask: Tensor, looks_ahead: bool, additive: bool) -> None:
+    given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
+    assert _looks_ahead(given[None, None], torch.arange(8), 8, SPANS) is looks_ahead
+    # Behind three keys of earlier calls, which everything sees, and in front of two places for later ones.
+    rows = len(given)
+    seen, hidden = given[0, 0].expand(rows, 3), given.new_full((rows, 2), False if not additive else -1e30)
+    wider = torch.cat([seen, given, hidden], dim=-1)[None, None]
+    tokens = torch.tensor([-1] * 3 + list(range(8)) + [-1] * 2)
+    assert _looks_ahead(wider, tokens, 8, SPANS) is looks_ahead
+
+
+# Masks of a graph -------------------------------------------------------------------------------------------
+
+TOKENS, IMAGE = 8, slice(2, 5)
+PROMPTS = [tiny_vlm_inputs(2, 3, [(3, seed)], text_seed=seed) for seed in range(2)]
+CALL = {name: torch.cat([prompt[name] for prompt in PROMPTS]) for name in PROMPTS[0]}
+BOTH = [[Span(sample, 2, 3, "image", False)] for sample in range(2)]
+
+
+class Given(TinyVlm):
+    """Each layer has a mask of its own, or none; keys of earlier calls may stand in front."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+        embeds = self.embed(input_ids)
+        image = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
+        x = embeds.masked_scatter(image, self.encoder(pixel_values))
+        past = more.get("past", torch.zeros(len(x), 1, 0, 8))
+        for index, layer in enumerate(self.decoder.layers):
+            query, *own = layer.attention.project(layer.norm_1(x))
+            key, value = (repeat_heads(torch.cat([past, part], 2), 2) for part in own)
+            mask = more.get(f"mask_{index}")
+            y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+            x = x + layer.attention.out(y.transpose(1, 2).reshape(x.shape))
+            x = x + layer.mlp(layer.norm_2(x))
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+
+class Looking:
+    """The check of a graph, and its inputs by name."""
+
+    def __init__(self, **more: Tensor) -> None:
+        model = tiny_vlm(last_only=False)
+        model.__class__ = Given
+        captured, graph = captured_graph(model, CALL | more)
+        self.check = MaskCheck.of(captured, analyze(captured))
+        self.args = list(graph.calls[0])
+        self.place = {
+            name: next(index for index, arg in enumerate(self.args) if arg is value)
+            for name, value in (CALL | more).items()
+        }
+
+    def __call__(self, spans: Sequence[Sequence[Span]] = BOTH, **changes: Tensor) -> MaskLook:
+        for name, value in changes.items():
+            self.args[self.place[name]] = value
+        return self.check.look(self.args, self.args, TOKENS, spans)
+
+
+def for_both(*masks: Tensor, additive: bool = False) -> Tensor:
+    """[2, 1, 8, 8], or [1, 1, 8, 8] of one mask."""
+    mask = torch.stack(masks)[:, None]
+    return torch.where(mask, 0.25, torch.finfo(torch.float32).min) if additive else mask
+
+
+def hiding(*places: int) -> Tensor:
+    mask = CAUSAL.clone()
+    mask[:, list(places)] = False
+    return mask
+
+
+def unseen(look: MaskLook) -> list[list[int] | None]:
+    return [None if places is None else places.tolist() for places in look.unseen]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["bool", "additive"])
+def looking(request: Any, _compiler: None) -> tuple[Looking, bool]:
+    """Both layers read one mask."""
+    mask = for_both(CAUSAL, CAUSAL, additive=request.param)
+    return Looking(mask_0=mask, mask_1=mask), request.param
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "hidden"),
+    [
+        (CAUSAL, CAUSAL, [[], []]),  # each token sees itself, so the last one is seen
+        (hiding(0, 1), CAUSAL, [[0, 1], []]),
+        (CAUSAL, hiding(6, 7), [[], [6, 7]]),
+        (hiding(0), hiding(0, 7), [[0], [0, 7]]),
+        (CAUSAL & CAUSAL.triu(-2), hiding(3), [[], [3]]),
+    ],
+    ids=["whole", "left", "right", "both sides", "a window, and inside"],
+)
+def test_padding_is_what_nothing_sees(
+    looking: tuple[Looking, bool], first: Tensor, second: Tensor, hidden: list[list[int]]
+) -> None:
+    check, additive = looking
+    mask = for_both(first, second, additive=additive)
+    look = check(mask_0=mask, mask_1=mask)
+    assert unseen(look) == hidden
+    assert (look.refusal, look.hides_what_follows, look.hides_the_past) == (None, True, True)
+
+
+def test_an_image_that_sees_its_question_is_refused(looking: tuple[Looking, bool]) -> None:
+    check, additive = looking
+    mask = for_both(CAUSAL, with_more((4, 5)), additive=additive)
+    look = check(mask_0=mask, mask_1=mask)
+    assert look.refusal is not None
+    assert look.refusal.reason is Reason.MASK_FORM
+    assert "span at 2 attend to tokens behind it" in str(look.refusal)
+    assert not look.hides_what_follows
+    # Another sample's mask says nothing about a span, and text may see what follows.
+    assert check([BOTH[0], []], mask_0=mask, mask_1=mask).refusal is None
+
+
+def test_images_may_look_both_ways_inside_themselves(looking: tuple[Looking, bool]) -> None:
+    check, additive = looking
+    mask = for_both(CAUSAL, with_more((IMAGE, IMAGE)), additive=additive)
+    look = check(mask_0=mask, mask_1=mask)
+    assert (look.refusal, look.hides_what_follows) == (None, True)
+    look = check([BOTH[0], []], mask_0=mask, mask_1=mask)  # not what is no item
+    assert (look.refusal, look.hides_what_follows) == (None, False)
+
+
+def test_text_that_looks_ahead_is_no_refusal(looking: tuple[Looking, bool]) -> None:
+    check, additive = looking
+    mask = for_both(with_more((6, 7)), CAUSAL, additive=additive)
+    look = check(mask_0=mask, mask_1=mask)
+    assert (look.refusal, look.hides_what_follows) == (None, False)
+
+
+def test_what_was_seen_is_remembered_by_content(looking: tuple[Looking, bool]) -> None:
+    check, additive = looking
+    mask = for_both(hiding(1), CAUSAL, additive=additive)
+    look = check(mask_0=mask, mask_1=mask)
+    again = mask.clone()
+    assert check(mask_0=again, mask_1=again, pixel_values=CALL["pixel_values"] + 1) is look
+    assert check([BOTH[0], []]) is not look
+    again[1, 0, :, 0] = mask[0, 0, 0, 1]  # written in place
+    assert unseen(check()) == [[1], [0]]
+    assert check(mask_0=mask, mask_1=mask) is look
+
+
+def test_few_looks_are_remembered(looking: tuple[Looking, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    check, additive = looking
+    monkeypatch.setattr(mask_check, "LOOKS_REMEMBERED", 2)
+    check.check._looks.clear()
+    masks = [for_both(hiding(place), CAUSAL, additive=additive) for place in range(3)]
+    first, second, third = (check(mask_0=mask, mask_1=mask) for mask in masks)
+    assert check(mask_0=masks[2], mask_1=masks[2]) is third
+    assert check(mask_0=masks[1], mask_1=masks[1]) is second
+    assert check(mask_0=masks[0], mask_1=masks[0]) is not first
+
+
+def test_a_mask_for_all_samples() -> None:
+    mask = for_both(hiding(0))
+    assert unseen(Looking(mask_0=mask, mask_1=mask)()) == [[0], [0]]
+
+
+def test_layers_are_looked_at_together() -> None:
+    """What one layer sees, is seen; what one layer lets see too much, is refused."""
+    check = Looking(mask_0=for_both(hiding(0, 1), CAUSAL), mask_1=for_both(hiding(1), hiding(0)))
+    assert unseen(check()) == [[1], []]
+    assert check(mask_1=for_both(CAUSAL, with_more((3, 6)))).refusal is not None
+    assert not check(mask_1=for_both(CAUSAL, with_more((0, 1)))).hides_what_follows
+
+
+def test_layers_without_a_mask_see_everything_before() -> None:
+    check = Looking(mask_0=for_both(hiding(0), CAUSAL))
+    look = check()
+    assert look.unseen == (None, None)
+    assert check(mask_0=for_both(with_more((3, 6)), CAUSAL)).refusal is not None
+    plain = MaskLook(unseen=(None, None), of_items=(("causal",),) * 2, of_tokens=(None, None))
+    assert Looking()() == plain
+
+
+def test_keys_of_earlier_calls_are_no_tokens() -> None:
+    def wider(past: Tensor) -> Tensor:
+        return torch.cat([past.expand(2, 1, TOKENS, 3), for_both(hiding(0), CAUSAL)], -1)
+
+    past = torch.zeros(2, 1, 3, 8)
+    seen, hidden = wider(torch.tensor([True, False, True])), wider(torch.tensor(False))
+    check = Looking(mask_0=seen, mask_1=seen, past=past)
+    look = check()
+    assert (look.refusal, look.hides_what_follows, look.hides_the_past) == (None, True, False)
+    assert unseen(look) == [[0], []]
+    assert check(mask_0=hidden, mask_1=hidden).hides_the_past
+    assert not check(mask_0=hidden, mask_1=seen).hides_the_past

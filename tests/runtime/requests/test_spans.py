@@ -1,0 +1,299 @@
+"""Which tokens of which samples an item fills, and what its key is made of."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vlcache_fx.analysis import analyze
+from vlcache_fx.analysis.decoder.computation import computation_of
+from vlcache_fx.ir import InputKind
+from vlcache_fx.runtime.requests.input_values import Leaves
+from vlcache_fx.runtime.requests.media_spans import Run, runs_of
+from vlcache_fx.runtime.requests.spans import Identifier, donor_key
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
+from vlcache_fx.testing.tiny_attention import causal_mask, rotary_angles
+from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm
+
+HIDDEN = 16
+
+
+class Taking(TinyVlm):
+    """Takes features; the call says what else enters, and where."""
+
+    table: nn.Embedding
+
+    def forward(self, input_ids: Tensor, features: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+        embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
+        x = embeds.masked_scatter(image[..., None].expand_as(embeds), features)
+        tokens, mask = x.shape[1], causal_mask(x.shape[1], x.device)
+        if "kept" in more:
+            mask = mask & (more["kept"] != 0)[:, None, None, :]
+        if "bias" in more:
+            mask = mask & more["bias"]
+        rotary = rotary_angles(more.get("position_ids", torch.arange(tokens)), 8)
+        for layer in self.decoder.layers:
+            x = layer(x, rotary, mask)
+            if "deep" in more:
+                x = x + torch.ops.vlcache.scatter_rows(more["deep"], more.get("deep_mask", image))
+            if "ids_of_layers" in more:
+                x = x + self.table(more["ids_of_layers"])
+        logits: Tensor = self.decoder.head(self.decoder.norm(x))
+        return logits
+
+
+class Identifying:
+    """The identifier and the leaves of a graph, and its inputs by name."""
+
+    def __init__(self, **call: Tensor) -> None:
+        model: Any = tiny_vlm(last_only=False)
+        model.__class__ = Taking
+        model.table = nn.Embedding(VOCABULARY, HIDDEN)
+        captured, graph = captured_graph(model, call)
+        data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
+        facts = analyze(captured)
+        self.identifier = Identifier.of(captured.graph_module, facts, data)
+        self.leaves = Leaves.of(captured, computation_of(captured, facts).leaves)
+        self.args = list(graph.calls[0])
+        self.place = {
+            name: next(index for index, arg in enumerate(self.args) if arg is value)
+            for name, value in call.items()
+        }
+
+    def with_changes(self, changes: dict[str, Tensor]) -> list[Any]:
+        args = list(self.args)
+        for name, value in changes.items():
+            args[self.place[name]] = value
+        return args
+
+    def runs(
+        self, items: list[list[int]] | None = None, **changes: Tensor
+    ) -> tuple[int, int, list[Run]] | None:
+        return self.identifier.runs(self.with_changes(changes), items or ())
+
+    def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
+        """``(sample, start, length)`` of each run."""
+        identified = self.runs(items, **changes)
+        assert identified is not None
+        return [(run.sample, run.start, run.length) for run in identified[2]]
+
+    def positions(self, run: int = 0, **changes: Tensor) -> list[Any]:
+        """What layers read at the tokens of one run beside its features, in the given call."""
+        args = self.with_changes(changes)
+        identified = self.identifier.runs(args)
+        assert identified is not None
+        _, tokens, runs = identified
+        one = runs[run]
+        return self.leaves.of_item(self.leaves.read(args), one.sample, one.start, one.length, tokens)[1]
+
+
+def ids(*prompts: str) -> Tensor:
+    """A character per token: ``o`` for an image, others for text."""
+    tokens = [[IMAGE_TOKEN if letter == "o" else ord(letter) for letter in prompt] for prompt in prompts]
+    return torch.tensor(tokens)
+
+
+TWO = ids("aooobboo", "oobooocc")
+"""One item ends where the sample does, and the next sample begins with one."""
+
+
+@pytest.fixture(scope="module")
+def two(_compiler: None) -> Identifying:
+    return Identifying(input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN))
+
+
+# Runs -------------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_each_sample(two: Identifying) -> None:
+    identified = two.runs()
+    assert identified is not None
+    samples, tokens, runs = identified
+    assert (samples, tokens) == (2, 8)
+    assert [(run.sample, run.start, run.end) for run in runs] == [(0, 1, 4), (0, 6, 8), (1, 0, 2), (1, 3, 6)]
+    first = 0
+    for run in runs:
+        features, *deep = run.content
+        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + run.length])
+        assert len(deep) == 2  # of each layer
+        for added in deep:
+            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + run.length])
+        first += run.length
+
+
+def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
+    assert two.identifier.on_host == (two.place["input_ids"],)
+    flags = Identifying(
+        input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=TWO == IMAGE_TOKEN
+    )
+    assert set(flags.identifier.on_host) == {flags.place["input_ids"], flags.place["deep_mask"]}
+
+
+def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
+    whole = [(0, 1, 3), (0, 6, 2), (1, 0, 2), (1, 3, 3)]
+    assert two.found() == whole
+    assert two.found([[3, 2, 2, 3]]) == whole
+    assert two.found([[1, 2, 2, 2, 3]]) == [(0, 1, 1), (0, 2, 2), *whole[1:]]
+    assert two.found([[4, 4], [3, 2, 2, 1, 2]]) == [*whole[:3], (1, 3, 1), (1, 4, 2)]
+    assert two.found([[1, 2, 3]]) == whole  # of something else
+    assert two.found([[3, 4, 3]]) == whole  # no item goes on in the next sample
+
+
+def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> None:
+    assert two.runs(features=noise(0, 9, HIDDEN)) is None
+    assert two.runs(features=noise(0, 10, HIDDEN // 2)) is None
+    assert two.runs(deep=noise(1, 11, HIDDEN)) is None
+    one_less = TWO.clone()
+    one_less[0, 1] = 7
+    assert two.runs(input_ids=one_less) is None
+    assert two.found(input_ids=TWO.flip(0)) == [(0, 0, 2), (0, 3, 3), (1, 1, 3), (1, 6, 2)]
+
+
+def test_additions_at_other_tokens_are_not_understood() -> None:
+    image = TWO == IMAGE_TOKEN
+    check = Identifying(
+        input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=image
+    )
+    assert len(check.found()) == 4
+    assert check.runs(deep_mask=image.roll(1, 1)) is None
+    # In fewer places, each run has the rows that are added to it.
+    image = image.clone()
+    image[0, 1:3] = False
+    identified = check.runs(deep_mask=image, deep=noise(1, 8, HIDDEN))
+    assert identified is not None
+    assert [len(run.content[1]) for run in identified[2]] == [1, 2, 2, 3]
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), st.data())
+@settings(max_examples=100)
+def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObject) -> None:
+    places = torch.tensor(flags).flatten().nonzero().flatten()
+    features = torch.arange(len(places))[:, None]
+    cuts = data.draw(st.sets(st.integers(1, max(1, len(places) - 1)))) if len(places) > 1 else set()
+    bounds = [0, *sorted(cuts), len(places)]
+    lengths = [b - a for a, b in pairwise(bounds)] if data.draw(st.booleans()) else []
+    want: list[list[int]] = []
+    for number, place in enumerate(places.tolist()):
+        joins = want and want[-1][-1] == place - 1 and place % 5 != 0 and not (lengths and number in cuts)
+        want[-1].append(place) if joins else want.append([place])
+    runs = runs_of(places, features, 5, lengths)
+    assert [[run.sample * 5 + run.start + i for i in range(run.length)] for run in runs] == want
+    assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
+
+
+@pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
+def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
+    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, lengths)
+    assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
+
+
+# Positions --------------------------------------------------------------------------------------------------
+
+ONE = {"input_ids": ids("aoooobcc"), "features": noise(0, 4, HIDDEN)}
+
+
+@pytest.fixture(scope="module")
+def placed(_compiler: None) -> Identifying:
+    return Identifying(**ONE, position_ids=torch.arange(8))
+
+
+@pytest.mark.parametrize(
+    ("positions", "part"),
+    [
+        (range(8), [0, 1, 2, 3]),
+        (range(100, 108), [0, 1, 2, 3]),
+        ([0, 1, 1, 1, 1, 2, 3, 4], [0, 0, 0, 0]),  # a still image in time
+        ([0, 1, 1, 2, 2, 3, 4, 5], [0, 0, 1, 1]),  # rows of a grid
+        ([5, 6, 6, 7, 7, 0, 4, 5], [0, 0, 1, 1]),
+        ([0, 1, 2, 1, 2, 3, 4, 5], [0, 1, 0, 1]),
+    ],
+    ids=str,
+)
+def test_positions_count_from_the_first_token(placed: Identifying, positions: Any, part: list[int]) -> None:
+    found = placed.positions(position_ids=torch.tensor(positions))
+    assert [one.flatten().tolist() for one in found] == [part]
+
+
+def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Identifying) -> None:
+    (made,), (given_,) = Identifying(**ONE).positions(), placed.positions()
+    assert torch.equal(made, given_)
+
+
+def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
+    check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
+    assert [form.is_index for form in check.leaves.forms if form.is_beside] == [False, True]
+    assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    same = torch.full((1, 8), 9)
+    assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
+
+
+def test_what_masks_alone_read_is_no_leaf() -> None:
+    """Masks are described by what they show, see ``test_mask_view.py``."""
+    kept = torch.ones(1, 8, dtype=torch.bool)
+    bias = causal_mask(8, torch.device("cpu"))
+    for more in ({}, {"kept": kept}, {"bias": bias}):
+        assert len(Identifying(**ONE, **more).positions()) == 1
+
+
+def test_positions_of_each_sample() -> None:
+    positions = torch.tensor([[0, 1, 1, 2, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])
+
+    class Counted(Taking):
+        def forward(self, input_ids: Tensor, features: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+            embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
+            x = embeds.masked_scatter(image[..., None].expand_as(embeds), features)
+            angles = rotary_angles(more["position_ids"].flatten(), 8)
+            rotary = tuple(part.view(2, 1, 8, 8) for part in angles)
+            for layer in self.decoder.layers:
+                x = layer(x, rotary, causal_mask(8, x.device))
+            logits: Tensor = self.decoder.head(self.decoder.norm(x))
+            return logits
+
+    model: Any = tiny_vlm(last_only=False)
+    model.__class__ = Counted
+    call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
+    captured, graph = captured_graph(model, call | {"position_ids": positions})
+    leaves = Leaves.of(captured, computation_of(captured, analyze(captured)).leaves)
+    values = leaves.read(graph.calls[0])
+    parts = [leaves.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
+    assert [part[0].flatten().tolist() for part in parts] == [[0, 0, 1, 1], [0, 1, 2, 3]]
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_a_run_is_in_its_key(two: Identifying) -> None:
+    def keys(**changes: Tensor) -> list[str]:
+        identified = two.runs(**changes)
+        assert identified is not None
+        return [donor_key(run, [], "weights", "salt") for run in identified[2]]
+
+    usual = keys()
+    assert len(set(usual)) == 4
+    assert keys() == usual
+    for name in ("features", "deep"):
+        changed = two.args[two.place[name]].clone()
+        changed[4] += 1  # of the second run
+        assert [a == b for a, b in zip(keys(**{name: changed}), usual, strict=True)] == [
+            True,
+            False,
+            True,
+            True,
+        ]
+    run = Run(0, 1, 2, (noise(0, 2, 4),))
+    elsewhere = Run(1, 5, 2, (noise(0, 2, 4),))
+    key = donor_key(run, [], "weights", "salt")
+    assert donor_key(elsewhere, [], "weights", "salt") == key
+    others = {
+        donor_key(run, [torch.tensor([0, 1])], "weights", "salt"),
+        donor_key(run, [], "other", "salt"),
+        donor_key(run, [], "weights", ""),
+    }
+    assert len(others | {key}) == 4

@@ -1,0 +1,69 @@
+"""Steps that write to their inputs are served by the program only where it may write there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.ir import Captured, InputKind, Write
+from vlcache_fx.passes import Program
+from vlcache_fx.runtime.decode import StepRunner
+
+ROWS, COUNT = Write(input=0, value=1, dim=1, places=2), Write(input=2, value=3, results=(0,))
+KINDS = (InputKind.DATA, InputKind.DATA, InputKind.DATA, InputKind.WEIGHT)
+
+
+def lowered(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Writes ones to the first input by itself and gives the next count."""
+    args[0][:, :1] = 1
+    return None, None, None, args[2] + 1
+
+
+def unmodified(*args: Any) -> tuple[Any, ...]:
+    return ("unmodified",)
+
+
+def runner(*writes: Write) -> StepRunner:
+    graph = torch.fx.Graph()
+    graph.output((None,) * 4)
+    captured = Captured(torch.fx.GraphModule({}, graph), KINDS, writes=writes)
+    made = Program(captured.graph_module, writes=writes, in_place=[0] if writes else [])
+    return StepRunner(captured, made, lowered, unmodified)
+
+
+def inputs() -> list[Tensor]:
+    return [torch.zeros(2, 3), torch.zeros(4), torch.tensor(7), torch.zeros(1)]
+
+
+def test_what_is_left_to_write_is_written() -> None:
+    args = inputs()
+    (result,) = runner(ROWS, COUNT)(*args)
+    assert args[0].tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert result is args[2]
+    assert result.item() == 8
+
+
+def aliased(args: list[Tensor]) -> None:
+    args[1] = args[0][0]
+
+
+def transposed(args: list[Tensor]) -> None:
+    args[0] = torch.zeros(3, 2).t()
+
+
+@pytest.mark.parametrize("change", [aliased, transposed])
+def test_inputs_that_the_program_was_not_made_for(change: Any) -> None:
+    args = inputs()
+    change(args)
+    assert runner(ROWS, COUNT)(*args) == ("unmodified",)
+    assert not args[0].any()
+
+
+def test_without_writes_inputs_are_not_looked_at() -> None:
+    args = inputs()
+    transposed(args)
+    assert list(runner()(*args)) == list(lowered(args))

@@ -1,0 +1,140 @@
+"""Flex attention takes functions of a score and its place: read as scale, cap, biases and masks."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from vlcache_fx.analysis.attention.scores import OtherFormError, Scores, Term, number_of, scores_of
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.tokens.axis import equal, shape_of
+
+aten = torch.ops.aten
+
+FLEX = torch.ops.higher_order.flex_attention
+ALWAYS = frozenset({aten.new_ones, aten.ones, aten.ones_like})
+
+
+@dataclass(frozen=True)
+class Function:
+    """A graph of one score or one place, and what it reads beside that.
+
+    Attributes:
+        module: takes (score,) sample, head, query place, key place, and what it reads; returns one value.
+        reads: nodes of the graph that calls it, and numbers.
+    """
+
+    module: GraphModule
+    reads: tuple[Any, ...]
+
+    @property
+    def result(self) -> Any:
+        """What it returns."""
+        returned = self.module.graph.output_node().args[0]
+        return returned[0] if isinstance(returned, tuple | list) and len(returned) == 1 else returned
+
+
+@dataclass(frozen=True)
+class FlexAttention:
+    """One call.
+
+    Attributes:
+        node: the call, which returns a tuple.
+        results: the nodes that take its first result: [batch, heads, rows, value dim].
+        query, key, value: operands; there may be fewer key and value heads.
+        scale: of the scores, before the cap.
+        softcap: bound of the scores' magnitude, or None.
+        score: the function of the score; ``terms`` are nodes of its graph.
+        terms: biases and masks in it, first to last.
+        mask: the function that says what is visible; None where everything is.
+        is_causal: it shows every key up to the query's place, and no other.
+    """
+
+    node: Node
+    results: tuple[Node, ...]
+    query: Node
+    key: Node
+    value: Node
+    scale: float
+    softcap: float | None
+    score: Function
+    terms: tuple[Term, ...]
+    mask: Function | None
+    is_causal: bool
+
+
+def flex_attention(node: Node) -> FlexAttention:
+    """Read the call ``node``.
+
+    Raises:
+        OtherFormError: it cannot be written as scale, cap, biases and masks.
+    """
+    query, key, value, score_module, block_mask, scale = node.args[:6]
+    reads, mask_reads = (tuple(one) for one in (*node.args[7:9], (), ())[:2])  # type: ignore[arg-type]
+    assert isinstance(query, Node)
+    assert isinstance(key, Node)
+    assert isinstance(value, Node)
+    assert isinstance(block_mask, tuple | list)
+    parts = {user: user.args[1] for user in node.users if user.target is operator.getitem}
+    if any(user not in parts or (parts[user] != 0 and user.users) for user in node.users):
+        raise OtherFormError("more than its first result is read: the sums of its softmax, too")
+    _check_heads(query, key, value)
+    score, mask = Function(_module(score_module), reads), Function(_module(block_mask[-1]), mask_reads)
+    entering = next(one for one in score.module.graph.nodes if one.op == "placeholder")
+    found = scores_of(score.result, lambda one: Scores(one) if one is entering else None)
+    if found is None:
+        raise OtherFormError("its score_mod does not keep the score")
+    number = number_of(scale)
+    if number is None:
+        raise OtherFormError("its scale is no constant")
+    always = isinstance(mask.result, Node) and packet_of(mask.result) in ALWAYS
+    return FlexAttention(
+        node,
+        tuple(user for user in parts if parts[user] == 0),
+        query,
+        key,
+        value,
+        number * found.scale,
+        found.softcap,
+        score,
+        found.terms,
+        None if always else mask,
+        _is_causal(mask),
+    )
+
+
+def _module(value: Any) -> GraphModule:
+    found: Any = value.graph.owning_module
+    for part in str(value.target).split("."):
+        found = getattr(found, part)
+    assert isinstance(found, GraphModule)
+    return found
+
+
+def _check_heads(query: Node, key: Node, value: Node) -> None:
+    shapes = [shape_of(one) for one in (query, key, value)]
+    heads, key_heads, value_heads = (shape[1] for shape in shapes)
+    if not all(isinstance(one, int) for one in (heads, key_heads, value_heads)):
+        raise OtherFormError("the number of its heads is not fixed")
+    same = equal(shapes[0][0], shapes[1][0]) and equal(shapes[1][0], shapes[2][0])
+    if not same or key_heads != value_heads or heads % key_heads:
+        raise OtherFormError("its queries, keys and values differ in samples or heads")
+
+
+def _is_causal(mask: Function) -> bool:
+    places = [node for node in mask.module.graph.nodes if node.op == "placeholder"]
+    result = mask.result
+    if not isinstance(result, Node) or packet_of(result) not in (aten.le, aten.ge):
+        return False
+    compared = [_without_zero(one) for one in result.args]
+    return compared == ([places[3], places[2]] if packet_of(result) is aten.le else [places[2], places[3]])
+
+
+def _without_zero(value: Any) -> Any:
+    while isinstance(value, Node) and packet_of(value) is aten.add and value.args[1:] == (0,):
+        value = value.args[0]
+    return value

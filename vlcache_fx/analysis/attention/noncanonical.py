@@ -1,0 +1,53 @@
+"""Attention that is not in canonical form: what it is, and why it stays so."""
+
+from collections.abc import Iterator
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from vlcache_fx.analysis.attention.eager import eager_attention
+from vlcache_fx.analysis.attention.scores import OtherFormError
+from vlcache_fx.analysis.attention.sites import site_of
+
+ATEN_KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_scaled_dot_product_")
+"""How the names of ATen's own attention kernels begin."""
+
+FLEX = torch.ops.higher_order.flex_attention
+
+
+def other_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """Every attention of another form, in graph order, with what is to be said about it."""
+    for node in graph.nodes:
+        if node.op != "call_function" or site_of(node) is not None:
+            continue
+        kernel = _kernel(node)
+        if kernel is not None:
+            yield (
+                node,
+                f"{kernel} attends in a kernel that takes no mask of rows: use sdpa or eager attention",
+            )
+        elif node.target is FLEX:
+            yield node, "flex attention that was not brought to a call with a mask"
+        else:
+            try:
+                found = eager_attention(node)
+            except OtherFormError as form:
+                yield node, f"attention as products and a softmax: {form}"
+            else:
+                if found is not None:
+                    yield node, "attention as products and a softmax, which no pass has fused"
+
+
+def _kernel(node: Node) -> str | None:
+    """The name of a fused attention kernel, told by its schema: queries, keys and values come first."""
+    for target in (node.target, *node.args[:1]):  # functionalisation wraps an operator that writes
+        if not isinstance(target, OpOverload):
+            continue
+        if target.namespace == "aten":
+            return str(target) if target._opname.startswith(ATEN_KERNELS) else None
+        leading = target._schema.arguments[:3]
+        tensors = [argument.name for argument in leading if isinstance(argument.type, torch.TensorType)]
+        if len(tensors) == 3 and [name[0] for name in tensors] == ["q", "k", "v"]:
+            return str(target)
+    return None

@@ -1,0 +1,55 @@
+"""Cross-attention: keys and values that depend on an item alone, whatever the text is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+from vlcache_fx.analysis.attention.sites import Site, find_sites
+from vlcache_fx.analysis.tokens.axis import expressions, shape_of
+from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.ir.dataflow import NodeSet, ancestors, carries_data, descendants
+
+
+def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
+    """What is computed from the items that a decoder attends to, and from nothing else, sizes included.
+
+    A site is cross-attention where its query depends on data that its keys and values do not depend on. Reuse
+    of such a region is exact: it is a function of the item's own inputs. Empty where there is no such site.
+    """
+    graph = captured.graph_module.graph
+    data = captured.inputs_of(InputKind.DATA)
+    attended: NodeSet = {}
+    for site in find_sites(graph):
+        attended.update(_attended_inputs(site, data))
+    if not any(node.meta["val"].is_floating_point() for node in attended):
+        return ()
+    sizes = {size for node in attended for size in expressions(shape_of(node))}
+    foreign = [node for node in data if node not in attended]
+    foreign += [
+        node for node in captured.inputs_of(InputKind.SIZE) if expressions([node.meta["val"]])[0] not in sizes
+    ]
+    others, own = _reached(foreign), descendants(attended)
+    return tuple(
+        node for node in own if node.op == "call_function" and carries_data(node) and node not in others
+    )
+
+
+def _attended_inputs(site: Site, data: list[Node]) -> NodeSet:
+    """The data that keys and values depend on, where the query depends on more; else nothing."""
+    asking, asked = ancestors([site.query]), ancestors([site.key, site.value])
+    keys = {node: None for node in data if node in asked}
+    return keys if any(node in asking and node not in keys for node in data) else {}
+
+
+def _reached(starts: Iterable[Node]) -> NodeSet:
+    """``starts`` and everything that depends on them, be it by a size."""
+    seen: NodeSet = dict.fromkeys(starts)
+    stack = list(seen)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen[user] = None
+                stack.append(user)
+    return seen

@@ -1,0 +1,227 @@
+"""All facts about one traced VLM graph, or a typed refusal."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.sites import Site, find_sites
+from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
+from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
+from vlcache_fx.analysis.decoder.layers import LAYOUT, LayerParts, packet_of, position_taint, split_layer
+from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_behind
+from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
+from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
+from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
+from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.ir.dataflow import ancestors, carries_data, descendants, positions
+from vlcache_fx.ir.refusal import refuse
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
+
+    slot: str
+    layer: int
+    node: Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """What analysis found out about a decoder graph.
+
+    Attributes:
+        merges: where encoder features enter (empty where spans can only be marked).
+        additions: where features are added to the stream of some layer.
+        stream: the residual stream and its layers.
+        layers: each layer's parts.
+        caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
+            other things than tokens of this call.
+        steps: row treatment of every node in kv and q parts.
+        carried: values that flow around the residual from one layer to a later one.
+        tail_rows: which rows results need.
+        batch_dims: the dimension over samples of the nodes that have one; None for a single sample.
+        taint: position-dependent nodes outside the stream.
+        weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
+        encoder: nodes that compute the features from the request's data (empty where features are graph
+            inputs).
+    """
+
+    merges: tuple[Merge, ...]
+    additions: tuple[Addition, ...]
+    stream: Stream
+    layers: tuple[LayerParts, ...]
+    caches: tuple[tuple[CachePath | None, CachePath | None], ...]
+    steps: dict[Node, RowStep]
+    carried: tuple[Carried, ...]
+    tail_rows: TailRows
+    batch_dims: dict[Node, int] | None
+    taint: dict[Node, None]
+    weights: tuple[Node, ...]
+    encoder: tuple[Node, ...]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers, which is the number of attention sites."""
+        return len(self.layers)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The attentions, one for each layer."""
+        return tuple(layer.site for layer in self.layers)
+
+    @property
+    def frontiers(self) -> tuple[Frontier, ...]:
+        """Where keys and values are stored and spliced, layer by layer."""
+        return tuple(
+            Frontier(f"{index}.{letter}", index, node, self.steps[node].dim)
+            for index, layer in enumerate(self.layers)
+            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier))
+            if node is not None
+        )
+
+    @property
+    def past(self) -> frozenset[Node]:
+        """What keys and values of this call are joined with; empty without a cache that may hold some."""
+        known = [path for paths in self.caches for path in paths if path is not None]
+        return frozenset(node for path in known for node in path.past)
+
+
+def analyze(captured: Captured) -> DecoderFacts:
+    """Analyse a graph; nothing in it is changed.
+
+    Raises:
+        UnsupportedGraphError: naming the node, its source line and the reason.
+    """
+    graph = captured.graph_module.graph
+    data = captured.inputs_of(InputKind.DATA)
+    sites = find_sites(graph)
+    others = dict(other_attention(graph))
+    if not sites:
+        for node, what in others.items():
+            raise refuse(Reason.ATTENTION_FORM, node, what)
+        raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
+    merges = find_merges(graph, sites)
+    sites = sites_behind(sites, merges)
+    _check_others(graph, others, merges)
+    _check_attention(sites)
+    try:
+        stream = find_stream(graph, sites, data)
+    except UnsupportedGraphError as refusal:
+        raise mixing_refusal(graph, merges, sites) or refusal from None
+    start = stream.boundaries[0]
+    shape = shape_of(start)
+    if len(shape) != 3:
+        raise refuse(
+            Reason.BATCHED, start, f"token embeddings of shape {tuple(shape)}, want [batch, tokens, hidden]"
+        )
+    position = positions(graph)
+    taint = position_taint(stream.nodes, data, graph)
+    _check_positions(stream, merges, graph)
+    layers = tuple(
+        split_layer(site, entering, members, taint, position)
+        for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
+    )
+    steps = follow_rows(stream, layers)
+    carried = find_carried(stream, layers, steps)
+    check_results(graph, layers, stream)
+    caches = cache_paths(layers, steps, stream.nodes, position)
+    additions = find_additions(graph)
+    tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
+    batch_dims = None
+    if not is_one(shape[0]):
+        batch_dims = find_batch_dims(stream, layers, tail_rows)
+        check_batch_dims(batch_dims, layers, steps, carried)
+    return DecoderFacts(
+        merges,
+        additions,
+        stream,
+        layers,
+        caches,
+        steps,
+        carried,
+        tail_rows,
+        batch_dims,
+        taint,
+        _used_weights(graph, captured.inputs_of(InputKind.WEIGHT), stream),
+        _encoder_region([*merges, *additions]),
+    )
+
+
+def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ...]) -> None:
+    """The decoder attends in no other form. (An encoder may: it runs as it is.)"""
+    if not others:
+        return
+    needed = ancestors(output_nodes(graph))
+    behind = descendants([merges[-1].node]) if merges else needed
+    for node, what in others.items():
+        if node in needed and node in behind:
+            raise refuse(Reason.ATTENTION_FORM, node, what)
+
+
+def _is_made_elsewhere(site: Site) -> bool:
+    """True where queries, keys and values come from other graphs: a piece between two graph breaks."""
+    made = ancestors([site.query, site.key, site.value])
+    return all(node.op != "call_function" or packet_of(node) in LAYOUT for node in made if carries_data(node))
+
+
+def _check_attention(sites: tuple[Site, ...]) -> None:
+    if all(_is_made_elsewhere(site) for site in sites):
+        raise refuse(Reason.NO_ATTENTION, sites[0].node, "what it attends to is made in another graph")
+    for site in sites:
+        if is_one(shape_of(site.query)[-2]):
+            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")
+        if site.mask is None and not site.is_causal:
+            raise refuse(
+                Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
+            )
+
+
+def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:
+    """Between the last merge and the first layer, nothing may enter that differs from token to token."""
+    if not merges or merges[-1].node is stream.boundaries[0]:
+        return
+    merged = merges[-1].node
+    axes = {merged: TokenAxis(len(shape_of(merged)) - 2)}
+    on_the_way = ancestors([stream.boundaries[0]], descendants([merged]))
+    for node in graph.nodes:
+        if node not in on_the_way or node is merged:
+            continue
+        try:
+            step = row_step(node, axes)
+        except UnsupportedGraphError as refusal:
+            raise as_mixing(node, refusal) from None
+        axes[node] = step.axis
+        if step.gathers:
+            raise refuse(
+                Reason.POSITION_IN_STREAM, node, f"{step.gathers[0][0].name} enters the token embeddings"
+            )
+
+
+def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[Node, ...]:
+    before = ancestors([stream.boundaries[0]])
+    needed = {node for node in ancestors([stream.boundaries[-1]]) if node not in before}
+    used: dict[Node, None] = {}
+    known = set(weights)
+    for node in graph.nodes:
+        if node in needed and node.op != "placeholder":
+            used.update((parent, None) for parent in node.all_input_nodes if parent in known)
+    return tuple(used)
+
+
+def _encoder_region(merges: Sequence[Merge | Addition]) -> tuple[Node, ...]:
+    region: dict[Node, None] = {}
+    for merge in merges:
+        region.update(
+            (node, None)
+            for node in ancestors([merge.features])
+            if node.op not in ("placeholder", "get_attr") and carries_data(node)
+        )
+    return tuple(region)

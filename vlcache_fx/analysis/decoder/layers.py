@@ -1,0 +1,213 @@
+"""The K/V frontier: the last tensors before positions enter, and the parts of a layer around them.
+
+*Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
+and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
+on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over what changes
+no value: layout, casts to a wider dtype, pairs read as complex numbers. So the stored K is free of positions
+whatever the position scheme is.
+
+What has to run on all tokens counts as tainted too: ops that mix them, and what reads a result of the graph.
+A quantised cache has both, scales over all tokens, and integers that it keeps and reads back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
+from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir.dataflow import (
+    NodeSet,
+    ancestors,
+    articulation_points,
+    data_inputs,
+    descendants,
+)
+from vlcache_fx.ir.refusal import refuse
+
+aten = torch.ops.aten
+
+LAYOUT = frozenset(
+    {
+        aten.view,
+        aten.reshape,
+        aten._unsafe_view,
+        aten.transpose,
+        aten.permute,
+        aten.unsqueeze,
+        aten.squeeze,
+        aten.expand,
+        aten.clone,
+        aten.contiguous,
+        aten.detach,
+        aten.alias,
+        aten.slice,
+    }
+)
+"""Ops that move or repeat values without computing any."""
+
+INDEX_GENERATORS = frozenset({aten.arange})
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """One decoder layer, split by what its nodes are computed for.
+
+    Attributes:
+        site: the layer's attention call.
+        key_frontier, value_frontier: where K and V are stored and spliced; None where the layer reads those
+            of an earlier one.
+        kv_part: nodes needed for the frontiers, these included, and every piece of a fused projection: run on
+            the rows whose K/V is recomputed.
+        full_part: from the frontiers to the attention call: run on all tokens.
+        q_part: queries, attention, MLP: run on the rows that the next layer needs.
+    """
+
+    site: Site
+    key_frontier: Node | None
+    value_frontier: Node | None
+    kv_part: NodeSet
+    full_part: NodeSet
+    q_part: NodeSet
+
+
+def packet_of(node: Node) -> object:
+    """The overload packet of the node's target (``aten.view`` for ``aten.view.default``)."""
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Graph) -> NodeSet:
+    """Everything outside ``stream`` that depends on request data or on an index generator."""
+    generators = [node for node in graph.nodes if packet_of(node) in INDEX_GENERATORS]
+    return {node: None for node in descendants([*placeholders, *generators]) if node not in stream}
+
+
+def split_layer(
+    site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
+) -> LayerParts:
+    """Find the frontiers of one layer and split its members around them.
+
+    Raises:
+        UnsupportedGraphError: POSITION_IN_STREAM where K (or V) has no position-free form inside the layer,
+            TOKEN_AXIS_LOST where the parts cannot be told apart.
+    """
+    inside = dict.fromkeys(members)
+    key, value = (  # None for those of an earlier layer, which makes them whole
+        _frontier(site, operand, entering, inside, taint, position)
+        if operand in inside or operand is entering
+        else None
+        for operand in (site.key, site.value)
+    )
+    frontiers = [node for node in (key, value) if node is not None]
+    if not frontiers:
+        return LayerParts(site, None, None, {}, {}, dict.fromkeys(members))
+    kv_part = ancestors(frontiers, inside)
+    for (
+        node
+    ) in members:  # the queries of a fused projection are a piece of what the kv part computes as a whole
+        if any(parent in kv_part and not _is_tensor(parent) for parent in data_inputs(node)):
+            kv_part[node] = None
+    behind = descendants(frontiers, {n: None for n in inside if n is not site.node})
+    before_site = ancestors([site.key, site.value], inside)
+    full_part = {node: None for node in behind if node not in kv_part and node in before_site}
+    # What a cache returns hangs off the full keys and values without leading to the attention.
+    for node in members:
+        if node in behind and node not in kv_part and node not in full_part:
+            parents = [parent for parent in data_inputs(node) if parent in inside or parent is entering]
+            if all(parent in full_part or parent in frontiers for parent in parents):
+                full_part[node] = None
+    q_part = {node: None for node in members if node not in kv_part and node not in full_part}
+    for node in full_part:
+        for parent in data_inputs(node):
+            if (
+                (parent in inside or parent is entering)
+                and parent not in full_part
+                and parent not in frontiers
+            ):
+                raise refuse(
+                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier"
+                )
+    for node in q_part:
+        if node is not site.node and any(parent in full_part for parent in data_inputs(node)):
+            raise refuse(Reason.TOKEN_AXIS_LOST, node, "it reads full keys or values outside the attention")
+    return LayerParts(site, key, value, kv_part, full_part, q_part)
+
+
+def _frontier(
+    site: Site, operand: Node, entering: Node, inside: NodeSet, taint: NodeSet, position: dict[Node, int]
+) -> Node:
+    path = ancestors([operand], inside)
+    tainted: NodeSet = {}
+    first: UnsupportedGraphError | None = None  # why, where the first of them mixes tokens
+    axes = {entering: TokenAxis(len(shape_of(entering)) - 2)}
+    for node in sorted(path, key=position.__getitem__):
+        try:
+            tainting = _meets_table(node, axes)
+        except UnsupportedGraphError as refusal:
+            tainting, first = True, first if tainted else refusal
+        parents = list(data_inputs(node))
+        tainting = tainting or any(parent in path and _is_result(parent) for parent in parents)
+        if tainting or any(parent in taint or parent in tainted for parent in parents):
+            tainted[node] = None
+    clean = {node: None for node in path if node not in tainted}
+    if operand in clean:
+        point = operand
+    else:
+        edge = [node for node in clean if any(user in tainted for user in node.users)]
+        within = {entering: None, **clean}
+        points = articulation_points([entering], edge, position, within) if edge else []
+        points = [point for point in points if _is_tensor(point)]
+        if not points or points[-1] is entering:
+            raise first or refuse(
+                Reason.POSITION_IN_STREAM, site.node, "positions enter before keys and values are projected"
+            )
+        point = points[-1]
+    return _before_layout(point, clean)
+
+
+def _meets_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
+    """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
+
+    Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.
+
+    Raises:
+        UnsupportedGraphError: it mixes tokens.
+    """
+    step = row_step(node, axes)
+    axes[node] = step.axis
+    return bool(step.gathers)
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _before_layout(node: Node, clean: NodeSet) -> Node:
+    while packet_of(node) in LAYOUT or packet_of(node) is aten.view_as_complex or _is_widening(node):
+        parents = [parent for parent in data_inputs(node) if parent in clean]
+        partial = packet_of(node) is aten.slice and not is_full_slice(node)
+        if partial or len(parents) != 1 or len(list(data_inputs(node))) != 1:
+            break
+        node = parents[0]
+    return node
+
+
+def _is_widening(node: Node) -> bool:
+    """True for a cast in which no value changes: what is stored of the wider one takes more memory."""
+    if packet_of(node) not in (aten.to, aten._to_copy):
+        return False
+    before, after = (one.meta["val"] for one in (node.args[0], node))  # type: ignore[union-attr]
+    return bool(
+        before.is_floating_point()
+        and after.is_floating_point()
+        and torch.promote_types(before.dtype, after.dtype) == after.dtype
+        and before.device == after.device
+    )

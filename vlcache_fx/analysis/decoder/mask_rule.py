@@ -1,0 +1,54 @@
+"""The parameters of the rule by which a mask is made: values of a short prompt do not show them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vlcache_fx.analysis.decoder.facts import DecoderFacts
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.subgraph import attribute, needed_for
+
+aten = torch.ops.aten
+
+SMALLEST_HIDDEN = 1e4
+"""Numbers from here on hide something, as infinity does."""
+
+BANDS = frozenset({aten.triu, aten.tril})
+
+
+def mask_rule(mask: Node, facts: DecoderFacts) -> str:
+    """The parameters of the rule by which a mask is made, such as the width of a window, and their operators.
+
+    Empty where there are none: the mask's values say all that there is to know. Those of a window do not, as
+    long as no prompt is longer.
+    """
+    sizes = [
+        *shape_of(facts.stream.boundaries[0])[:2],
+        *(size for node in facts.past for size in shape_of(node)),
+    ]
+    lengths = {size for size in sizes if isinstance(size, int)}  # of a graph of one length alone
+    needed = [node for node in needed_for([mask]) if node.op != "placeholder"]
+    found = {text for node in needed for text in _parameters(node, lengths)}
+    return str(sorted(found)) if found else ""
+
+
+def _parameters(node: Node, lengths: set[int]) -> list[str]:
+    """Numbers in an operator on values that are no mere steps, flags or infinities."""
+    if node.op == "get_attr":
+        value = attribute(node.graph.owning_module, str(node.target))
+        values: Sequence[Any] = [value.item()] if isinstance(value, Tensor) and value.numel() == 1 else []
+    elif torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in BANDS:
+        values = node.args[1:]
+    else:
+        values = node.args if packet_of(node) in (aten.full, aten.scalar_tensor) else []
+    return [f"{packet_of(node)} {value}" for value in values if _is_parameter(value) and value not in lengths]
+
+
+def _is_parameter(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) not in (0, 1) and abs(value) < SMALLEST_HIDDEN

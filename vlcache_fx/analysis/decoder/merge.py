@@ -1,0 +1,114 @@
+"""The merge site: where encoder features enter the token embeddings."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
+from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.sites import Site, find_sites
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.dataflow import ancestors, descendants
+
+SCATTER_ROWS = torch.ops.vlcache.scatter_rows.default
+MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
+"""Operators that put features in the place of token embeddings."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge: ``embeddings`` where ``mask`` is true are replaced by the rows of ``features``, in order.
+
+    Attributes:
+        node: the call; [batch, tokens, hidden].
+        embeddings: the tensor merged into, same shape.
+        mask: bool, broadcastable to the embeddings; constant along the last dimension.
+        features: rows of the encoder's output, [items' rows, hidden] (or any shape with the same elements).
+    """
+
+    node: Node
+    embeddings: Node
+    mask: Node
+    features: Node
+
+
+def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
+    """The merges that lead to attention sites, in graph order (one per modality)."""
+    needed = ancestors([site.node for site in sites])
+    merges = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in MERGE_OPS and node in needed:
+            embeddings, mask, features = node.args
+            assert isinstance(embeddings, Node)
+            assert isinstance(mask, Node)
+            assert isinstance(features, Node)
+            merges.append(Merge(node, embeddings, mask, features))
+    return tuple(merges)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Features that are added to the residual stream of some layer, at the places where ``mask`` is true.
+
+    Attributes:
+        node: the features at their places and zeros elsewhere; [batch, tokens, hidden].
+        features: rows of the encoder's output, [items' rows, hidden].
+        mask: bool [batch, tokens].
+    """
+
+    node: Node
+    features: Node
+    mask: Node
+
+
+def find_additions(graph: Graph) -> tuple[Addition, ...]:
+    """In graph order."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is SCATTER_ROWS:
+            features, mask = node.args
+            assert isinstance(features, Node)
+            assert isinstance(mask, Node)
+            found.append(Addition(node, features, mask))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class LoneMerge:
+    """A merge in a graph that attends to nothing: some models are cut between the merge and the decoder.
+
+    Attributes:
+        place: where the merged embeddings, [batch, tokens, hidden], stand among the graph's results.
+        masks: of each merge that leads to them.
+    """
+
+    place: int
+    masks: tuple[Node, ...]
+
+
+def find_lone_merge(graph: Graph) -> LoneMerge | None:
+    """None for a graph that attends to anything, or does not return one merge."""
+    results = graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
+    merged = {
+        index: node
+        for index, node in enumerate(results)
+        if isinstance(node, Node) and node.target in MERGE_OPS
+    }
+    if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
+        return None
+    ((place, last),) = merged.items()
+    if len(shape_of(last)) != 3:
+        return None
+    needed = ancestors([last])
+    masks = [node.args[1] for node in graph.nodes if node in needed and node.target in MERGE_OPS]
+    return LoneMerge(place, tuple(mask for mask in masks if isinstance(mask, Node)))
+
+
+def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
+    """The decoder's sites: those behind the last merge (all of them where there is none)."""
+    if not merges:
+        return sites
+    behind = descendants([merges[-1].node])
+    return tuple(site for site in sites if site.node in behind)

@@ -1,0 +1,179 @@
+"""Which rows the graph's results need after the last layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
+from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
+from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.ir.dataflow import data_users
+from vlcache_fx.plan.selection import Bound, InputPlaces, InputSize, RowSelection, SizeSum
+
+aten = torch.ops.aten
+
+COPIES = frozenset({aten._to_copy, aten.to, aten.clone, aten.alias, aten.contiguous, aten.lift_fresh_copy})
+"""Of the same values, on another device or in another dtype."""
+
+
+@dataclass(frozen=True)
+class TailRows:
+    """The rows of the last boundary that results depend on.
+
+    Attributes:
+        selection: the node that takes some tokens (``hidden[:, -1:]``), or None where all are needed.
+        axis: the token axis of the selection's operand.
+        steps: row treatment of the tail nodes up to the selection.
+        rule: the selection as plain data; None where all rows are needed.
+    """
+
+    selection: Node | None
+    axis: int
+    steps: dict[Node, RowStep]
+    rule: RowSelection | None = None
+
+    @property
+    def num_taken(self) -> int | torch.SymInt:
+        """How many tokens the selection takes; symbolic where calls differ in it."""
+        assert self.selection is not None
+        shape = shape_of(self.selection)
+        taken: int | torch.SymInt = 1 if packet_of(self.selection) is aten.select else shape[self.axis]
+        return taken
+
+    @property
+    def varies(self) -> bool:
+        """True where calls may differ in how many tokens are taken."""
+        return self.selection is not None and not isinstance(self.num_taken, int)
+
+    def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
+        """Absolute positions that results need, int64 [n], or None for all; see ``RowSelection``."""
+        return None if self.rule is None else self.rule.positions(num_tokens, args)
+
+
+def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRows:
+    """Follow the tail token by token up to one selection of rows that everything goes through.
+
+    What it takes is constant, or is said by inputs of the graph: bounds are sums of sizes, or places are an
+    input. Where there is no such selection, all rows are needed.
+    """
+    axes = {boundary: TokenAxis(axis)}
+    steps: dict[Node, RowStep] = {}
+    for node in tail:
+        rule = _selection(node, axes)
+        if rule is not None:
+            if all(
+                user is node or user in steps for source in axes for user in data_users(source)
+            ) and not any(_is_result(source) for source in axes):
+                return TailRows(node, axes[node.args[0]].place, steps, rule)  # type: ignore[index]
+            break
+        try:
+            step = row_step(node, axes)
+        except UnsupportedGraphError:
+            break
+        axes[node] = step.axis
+        steps[node] = step
+    return TailRows(None, axis, {})
+
+
+def _is_result(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _selection(node: Node, axes: Axes) -> RowSelection | None:
+    """What a node takes of the tokens; None where it does something else, or that is not known before."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or source not in axes or not axes[source].entries.are_tokens:
+        return None
+    packet = packet_of(node)
+    if packet in (aten.index, aten.index_select):
+        return _places(node, source, axes)
+    if packet not in (aten.slice, aten.select) or (packet is aten.slice and is_full_slice(node)):
+        return None
+    if not _is_token_dim(node.args[1] if len(node.args) > 1 else 0, source, axes):
+        return None
+    bounds = tuple(_bound(arg) for arg in node.args[2:])
+    if any(isinstance(bound, _Unknown) for bound in bounds):
+        return None
+    if packet is aten.slice:
+        bounds = tuple((list(bounds) + [None] * 3)[:3])
+    return RowSelection(bounds)  # type: ignore[arg-type]
+
+
+def _is_token_dim(dim: Any, source: Node, axes: Axes) -> bool:
+    return isinstance(dim, int) and dim % len(shape_of(source)) == axes[source].dim
+
+
+def _places(node: Node, source: Node, axes: Axes) -> RowSelection | None:
+    """``hidden[:, places]``, with one list of places, an input, for all samples."""
+    if packet_of(node) is aten.index_select:
+        dim, index = node.args[1:3]
+    else:
+        indices = node.args[1]
+        assert isinstance(indices, list | tuple)
+        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+        if len(given) != 1:
+            return None
+        dim, index = given[0]
+    if not isinstance(index, Node) or not _is_token_dim(dim, source, axes):
+        return None
+    if not _is_list_of_places(index):  # flags are another selection
+        return None
+    while index.op == "call_function" and packet_of(index) in COPIES and isinstance(index.args[0], Node):
+        index = index.args[0]
+    if index.op != "placeholder" or not _is_list_of_places(index):
+        return None
+    number = node.graph.find_nodes(op="placeholder").index(index)
+    return RowSelection((InputPlaces(number, from_end=packet_of(node) is aten.index),))
+
+
+def _is_list_of_places(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
+
+
+class _Unknown:
+    """A bound that inputs do not say."""
+
+
+def _bound(arg: Any) -> Bound | _Unknown:
+    """A bound of a slice as plain data."""
+    if arg is None or isinstance(arg, int):
+        return arg
+    value = arg.meta.get("val") if isinstance(arg, Node) else None
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, torch.SymInt):
+        return _Unknown()
+    sizes = _sizes_of(arg.graph)
+    constant, terms = 0, []
+    for term in sympy.Add.make_args(value.node.expr):
+        factor, symbol = term.as_coeff_Mul()
+        if not factor.is_Integer:
+            return _Unknown()
+        if symbol == 1:
+            constant += int(factor)
+        elif str(symbol) in sizes:
+            terms.append(InputSize(int(factor), *sizes[str(symbol)]))
+        else:
+            return _Unknown()
+    return SizeSum(constant, tuple(terms)) if terms else constant
+
+
+def _sizes_of(graph: torch.fx.Graph) -> dict[str, tuple[int, int | None]]:
+    """Which input tells each symbol: its index, and the dimension that has this size; None for a number."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr.is_Symbol:
+            found[str(value.node.expr)] = (index, None)
+        for dim, size in enumerate(getattr(value, "shape", ())):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                found.setdefault(str(size.node.expr), (index, dim))
+    return found

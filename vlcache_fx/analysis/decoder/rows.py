@@ -1,0 +1,148 @@
+"""The rows of every node of the decoder's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
+from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.mixing import as_mixing
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir.dataflow import data_inputs
+from vlcache_fx.ir.refusal import refuse
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A value of the stream that a later layer reads beside the residual.
+
+    Attributes:
+        operand: the value.
+        reader: the node of the later layer.
+        dim: the operand's token dimension.
+        made_at, read_at: which rows each of them has: level 0 to L, as in ``Plan.rows``.
+    """
+
+    operand: Node
+    reader: Node
+    dim: int
+    made_at: int
+    read_at: int
+
+
+def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, RowStep]:
+    """The row treatment of every node in kv and q parts.
+
+    Raises:
+        UnsupportedGraphError: a node mixes tokens, or a layer returns them along another axis.
+    """
+    steps: dict[Node, RowStep] = {}
+    axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
+    for layer, members in zip(layers, stream.members, strict=True):
+        for node in members:
+            if node in layer.full_part:
+                continue
+            step = _attention_step(layer.site, axes) if node is layer.site.node else _step(node, axes)
+            steps[node] = step
+            axes[node] = step.axis
+    for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
+        if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
+            raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
+    return steps
+
+
+def _step(node: Node, axes: Axes) -> RowStep:
+    try:
+        return row_step(node, axes)
+    except UnsupportedGraphError as refusal:
+        raise as_mixing(node, refusal) from None
+
+
+def _attention_step(site: Site, axes: Axes) -> RowStep:
+    rank = len(shape_of(site.node))
+    axis = axes.get(site.query)
+    if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
+        raise refuse(
+            Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
+        )
+    if site.mask is None:
+        return RowStep(TokenAxis(rank - 2))
+    size = shape_of(site.mask)
+    if site.mask in axes or len(size) < 2:
+        raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
+    return RowStep(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
+
+
+def find_carried(
+    stream: Stream, layers: Sequence[LayerParts], steps: dict[Node, RowStep]
+) -> tuple[Carried, ...]:
+    """Every value that flows around the residual from one layer to a later one.
+
+    Keys and values of all tokens may be read by later layers too (layers that share them); those have no rows
+    of their own, and are no part of this.
+
+    Raises:
+        UnsupportedGraphError: TOKEN_AXIS_LOST, where rows of one layer would meet all tokens, or what follows
+            the last layer reads inner rows.
+    """
+    levels = _levels(stream, layers)
+    full = {node for layer in layers for node in layer.full_part}
+    found = []
+    for index, (layer, members) in enumerate(zip(layers, stream.members, strict=True)):
+        entering = stream.boundaries[index]
+        for node in members:
+            for operand in data_inputs(node):
+                if operand not in levels or operand is entering or operand in members:
+                    continue
+                if node is layer.site.node and operand is not layer.site.query:
+                    continue  # shared keys and values: a later splice makes them whole
+                if node in full:
+                    raise refuse(
+                        Reason.TOKEN_AXIS_LOST,
+                        node,
+                        f"keys or values mix with {operand.name} of another layer",
+                    )
+                step = steps.get(operand)
+                axis = TokenAxis(len(shape_of(entering)) - 2) if step is None else step.axis
+                if not axis.entries.are_tokens:
+                    raise refuse(Reason.TOKEN_AXIS_LOST, node, f"{operand.name} comes from another layer")
+                found.append(Carried(operand, node, axis.place, levels[operand], levels[node]))
+    inner = {node for node in levels if node is not stream.boundaries[-1]}
+    for node in stream.tail:
+        for operand in data_inputs(node):
+            if operand in inner:
+                raise refuse(Reason.TOKEN_AXIS_LOST, node, f"it reads {operand.name} of an inner layer")
+    return tuple(found)
+
+
+def _levels(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, int]:
+    """The level of each node's rows, once keys and values alone are computed in a row's last layer."""
+    levels = {stream.boundaries[0]: 0}
+    for index, layer in enumerate(layers):
+        levels.update(dict.fromkeys(layer.kv_part, index))
+        levels.update(dict.fromkeys(layer.q_part, index + 1))
+    return levels
+
+
+def check_results(graph: Graph, layers: Sequence[LayerParts], stream: Stream) -> None:
+    """The graph may return full keys and values and what follows the last layer, nothing of inner rows.
+
+    Raises:
+        UnsupportedGraphError: TOKEN_AXIS_LOST.
+    """
+    partial = {node for layer in layers for node in (*layer.q_part, *layer.kv_part)}
+    partial -= {stream.boundaries[-1]}
+    partial -= {node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node}
+    for node in output_nodes(graph):
+        if node in partial:
+            raise refuse(
+                Reason.TOKEN_AXIS_LOST,
+                node,
+                "the graph returns it with a row for every token of an inner layer",
+            )

@@ -1,0 +1,163 @@
+"""The residual stream: where it starts, where each decoder layer begins and ends.
+
+Layers are found as articulation points of the dataflow between consecutive attention sites, so parallel and
+sequential blocks, any norm placement and any module layout look the same here.
+"""
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.decoder.kv_caches import sources_of_rows
+from vlcache_fx.analysis.decoder.merge import SCATTER_ROWS
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.errors import Reason
+from vlcache_fx.ir.dataflow import (
+    NodeSet,
+    ancestors,
+    articulation_points,
+    carries_data,
+    data_users,
+    descendants,
+    in_graph_order,
+    positions,
+)
+from vlcache_fx.ir.refusal import refuse
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream of the decoder.
+
+    Attributes:
+        boundaries: L + 1 nodes for L layers; ``boundaries[0]`` is the merged token embeddings,
+            ``boundaries[i]`` the residual that enters layer i, ``boundaries[L]`` what leaves the last layer.
+        members: per layer, the nodes after its entering boundary up to and with its leaving one, in graph
+            order.
+        tail: the nodes after the last boundary, in graph order.
+        nodes: everything computed from the embeddings, them included.
+    """
+
+    boundaries: tuple[Node, ...]
+    members: tuple[tuple[Node, ...], ...]
+    tail: tuple[Node, ...]
+    nodes: NodeSet
+
+
+def _floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    return value is not None and not isinstance(value, tuple | list) and value.is_floating_point()
+
+
+def output_nodes(graph: Graph) -> list[Node]:
+    """The tensors that the graph returns."""
+    output = graph.output_node()
+    return [node for node in output.all_input_nodes if carries_data(node)]
+
+
+def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node]) -> Stream:
+    """Isolate the residual stream that runs through ``sites``.
+
+    Args:
+        graph: the IR.
+        sites: the decoder's attention sites, in graph order.
+        data_placeholders: the graph inputs that belong to the request.
+
+    Raises:
+        UnsupportedGraphError: NO_STREAM, where no single tensor carries the residual between two sites.
+    """
+    position = positions(graph)
+    start = _find_start(graph, sites, data_placeholders, position)
+    stream = descendants([start])
+    behind_last = descendants([sites[-1].node])
+    results = [node for node in output_nodes(graph) if node in behind_last]
+    if not results:
+        raise refuse(
+            Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
+        )
+    boundaries: list[Node] = []
+    origin = start
+    for site in sites:
+        # From the attention before, not from the start: what layers are given beside the residual (an
+        # embedding for each layer, say) flows around all of them.
+        points = articulation_points([origin], results, position, stream)
+        before = ancestors([site.node], stream)
+        inner = [point for point in points if point in before and point not in (site.node, origin)]
+        inner = [start, *inner] if origin is start else inner
+        if not inner or (boundaries and inner[-1] is boundaries[-1]):
+            raise refuse(
+                Reason.NO_STREAM, site.node, "no single residual tensor enters the layer of this attention"
+            )
+        boundaries.append(inner[-1])
+        origin = site.node
+    after = articulation_points([origin], results, position, stream)
+    after = [point for point in after if point is not origin]
+    boundaries.append(_last_boundary(after, boundaries, stream, position, sites[-1].node))
+    return _split(boundaries, stream, position)
+
+
+def _find_start(
+    graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node], position: dict[Node, int]
+) -> Node:
+    value = sites[0].value
+    # What a cache holds is no source of the embeddings: queries do not depend on it.
+    needed, asked = sources_of_rows(value), ancestors([sites[0].query])
+    sources = [node for node in data_placeholders if node in needed and node in asked]
+    dependent = descendants(sources, needed)
+    # Features that are added in later layers come by the encoder, beside the embeddings.
+    beside = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
+    useful = ancestors([*output_nodes(graph), sites[-1].node], beside)
+    for candidate in reversed(articulation_points(sources, [value], position, dependent)):
+        before = ancestors([candidate])
+        leaks = (
+            user
+            for node in before
+            if node is not candidate and node in dependent and _floating(node)
+            for user in data_users(node)
+            if user in useful and user not in before
+        )
+        if _floating(candidate) and next(leaks, None) is None:
+            return candidate
+    raise refuse(
+        Reason.NO_STREAM, sites[0].node, "no single tensor of token embeddings enters the first layer"
+    )
+
+
+def _last_boundary(
+    points: list[Node], boundaries: list[Node], stream: NodeSet, position: dict[Node, int], site: Node
+) -> Node:
+    """Where the last layer ends: by the same operations as the layer before, else its last residual sum."""
+    if len(boundaries) > 1:
+        pattern = _operations(boundaries[-2], boundaries[-1], stream, position)
+        for point in points:
+            if _operations(boundaries[-1], point, stream, position) == pattern:
+                return point
+    shape = [str(size) for size in shape_of(boundaries[0])]
+    sums = [
+        point
+        for point in points
+        if sum(parent in stream for parent in point.all_input_nodes) > 1
+        and [str(size) for size in shape_of(point)] == shape
+        and (descendants([boundaries[-1]], stream).keys() & set(point.all_input_nodes))
+    ]
+    if not sums:
+        raise refuse(
+            Reason.NO_STREAM, site, "the residual stream could not be followed behind the last attention"
+        )
+    return sums[-1]
+
+
+def _operations(first: Node, last: Node, stream: NodeSet, position: dict[Node, int]) -> list[str]:
+    between = ancestors([last], descendants([first], stream))
+    return [str(node.target) for node in in_graph_order(between, position) if node is not first]
+
+
+def _split(boundaries: list[Node], stream: NodeSet, position: dict[Node, int]) -> Stream:
+    reach = [descendants([boundary], stream) for boundary in boundaries]
+    members = []
+    for index, leaving in enumerate(boundaries[1:]):
+        inside = {n: None for n in reach[index] if n not in reach[index + 1] and n is not boundaries[index]}
+        members.append(tuple(in_graph_order([*inside, leaving], position)))
+    tail = [node for node in reach[-1] if node is not boundaries[-1]]
+    return Stream(tuple(boundaries), tuple(members), tuple(in_graph_order(tail, position)), stream)

@@ -1,0 +1,1 @@
+"""The token dimension of every tensor, followed through operators."""

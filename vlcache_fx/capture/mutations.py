@@ -1,0 +1,164 @@
+"""What traced code writes to its inputs, as results of the functional graph.
+
+A key-value cache of fixed size is such an input. Functionalised, its graph gives the whole new buffer; to
+return the rows that were written, and to write only those, spares a copy of the buffer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Write
+from vlcache_fx.ir.scatters import scattered_rows
+
+aten = torch.ops.aten
+
+
+def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
+    """Move what ``graph`` returns for inputs that it writes to behind its own results.
+
+    Args:
+        graph: functional, as ``aot_export_module`` gives it; changed in place.
+        targets: the inputs whose values it returns first, in their order.
+
+    Raises:
+        UnsupportedGraphError: MUTATED_INPUTS, where a result is a part of an input that is written to.
+    """
+    output = graph.output_node()
+    returned = output.args[0]
+    assert isinstance(returned, tuple | list)
+    index = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
+    written = dict(zip(targets, returned, strict=False))
+    results: list[Any] = list(returned[len(targets) :])
+    alike = {target: _take_out(results, value) for target, value in written.items()}
+    for result in results:
+        if isinstance(result, Node) and _base(result) in {*written, *written.values()}:
+            raise UnsupportedGraphError(
+                Reason.MUTATED_INPUTS,
+                "a result is a part of an input that the graph writes to",
+                node=result.name,
+            )
+    writes = []
+    for target, value in written.items():
+        dim, returned_for_it = _rows(target, value, written)
+        if _base(returned_for_it[0]) in written:
+            raise UnsupportedGraphError(
+                Reason.MUTATED_INPUTS,
+                "what the graph writes to an input is a part of another one that it writes to",
+                node=value.name,
+            )
+        places = len(results) + 1 if dim is not None else None
+        writes.append(Write(index[target], len(results), dim, places, alike[target]))
+        results += returned_for_it
+    output.args = (tuple(results),)
+    graph.eliminate_dead_code()
+    return tuple(writes)
+
+
+def _take_out(results: list[Any], value: Node) -> tuple[int, ...]:
+    """The places at which ``value`` is returned, None from now on."""
+    places = tuple(place for place, result in enumerate(results) if result is value)
+    for place in places:
+        results[place] = None
+    return places
+
+
+def deliver(
+    writes: Sequence[Write], args: Sequence[Any], outputs: Sequence[Any], count: int
+) -> Sequence[Any]:
+    """Repeat the writes on the caller's tensors; the traced code's results.
+
+    Args:
+        writes: of the graph.
+        args: what it was called with.
+        outputs: what it gave.
+        count: number of the traced code's results, the first of ``outputs``.
+    """
+    results = list(outputs[:count])
+    with torch.no_grad():
+        for write in writes:
+            target, value = args[write.input], outputs[write.value]
+            if value is None:
+                pass  # written already
+            elif write.dim is None or write.places is None:
+                target.copy_(value)
+            else:
+                target[(*[slice(None)] * write.dim, outputs[write.places])] = value
+            for place in write.results:
+                results[place] = target
+    return results
+
+
+def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int | None, list[Node]]:
+    """``(dimension, [rows, places])`` where ``value`` is ``target`` but for some rows, else ``(None, [it])``.
+
+    What lies in memory that is written to as well may be gone when its turn comes, so it is not returned.
+    """
+    if not value.args or value.args[0] is not target:
+        return None, [value]
+    if value.target is aten.copy.default:
+        source = value.args[1]
+        assert isinstance(source, Node)
+        return None, [value if _base(source) in written else source]
+    found = scattered_rows(value)
+    if found is None:
+        return None, [value]
+    source, dim, places = found
+    return (None, [value]) if {_base(source), _base(places)} & written.keys() else (dim, [source, places])
+
+
+def _base(node: Node) -> Node:
+    """The node whose memory the value of ``node`` lies in."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], Node):
+        returns = node.target._schema.returns
+        if not (returns and returns[0].alias_info):
+            break
+        node = node.args[0]
+    return node
+
+
+def can_write(
+    writes: Sequence[Write], in_place: Sequence[int], args: Sequence[Any], data: Sequence[int]
+) -> bool:
+    """True where a program may serve a call: inputs that it writes to, if any, are as it takes them to be.
+
+    Args:
+        writes: of the graph.
+        in_place: indices of inputs that the program writes to by itself: these must be contiguous.
+        args: the inputs of the call.
+        data: indices of those that belong to the request: none that is written to may overlap another.
+    """
+    if not writes:
+        return True
+    return all(args[index].is_contiguous() for index in in_place) and not overlapping(writes, args, data)
+
+
+def overlapping(writes: Sequence[Write], args: Sequence[Any], data: Sequence[int]) -> bool:
+    """True where an input that is written to shares memory with another of ``data``: the graph knows of none.
+
+    Args:
+        writes: of the graph.
+        args: its inputs.
+        data: indices of those that belong to the request.
+    """
+    written = {write.input for write in writes}
+    ranges = sorted(
+        (*_memory(args[index]), index in written) for index in data if isinstance(args[index], Tensor)
+    )
+    end, last_written = 0, False
+    for first, after, is_written in ranges:
+        if first < end and (is_written or last_written):
+            return True
+        if after > end:
+            end, last_written = after, is_written
+    return False
+
+
+def _memory(value: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    first = value.data_ptr()
+    return first, first + (last + 1) * value.element_size() if value.numel() else first

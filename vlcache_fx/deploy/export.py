@@ -1,0 +1,193 @@
+"""``vlcache_fx.export``: the rewritten graphs as files.
+
+::
+
+    trace -> clean up, analyse -> [cut the encoder off] -> rewrite -> flatten -> ONNX -> [engines] -> manifest
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vlcache_fx.compiling import compiling
+from vlcache_fx.deploy.describe import ExportReport, describe, wiring
+from vlcache_fx.deploy.engines import EngineOptions, build_engines, find_package
+from vlcache_fx.deploy.facts import decoder_spec, layer_groups, made_leaves
+from vlcache_fx.deploy.manifest import FORMAT, Manifest, missing
+from vlcache_fx.deploy.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights
+from vlcache_fx.deploy.sample_calls import example_calls
+from vlcache_fx.deploy.specs import COLD, DECODE, LEAVES, MASKS, SPANS, WARM, WEIGHTS, GraphSpec
+from vlcache_fx.deploy.trace import capture_for_export
+from vlcache_fx.deploy.writer import GraphWriter
+from vlcache_fx.errors import ExportError, OptionError, PolicyError
+from vlcache_fx.integrations.transformers import hooked_placeholder_check
+from vlcache_fx.options import Options
+from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.donors.recent_keys import Fingerprints
+from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.requests.masks import masks_of
+from vlcache_fx.version import VERSION
+
+FORMATS = ("onnx", "tensorrt")
+
+
+def export(
+    model: nn.Module,
+    example_inputs: Any,
+    directory: str | os.PathLike[str],
+    format: str = "onnx",  # noqa: A002 - the contract's name
+    *,
+    opset: int = DEFAULT_OPSET,
+    dynamic_shapes: Any = None,
+    engine: EngineOptions | None = None,
+    **options: Any,
+) -> ExportReport:
+    """Write a model's encoder, cold and warm prefill and decoding step as graphs, with a manifest.
+
+    Args:
+        model: a vision-language model of the transformers library, or any that ``torch.export`` takes and
+            that merges encoder features into its token embeddings. In eval mode; it is left as it is.
+        example_inputs: keyword arguments of one prompt with an image (a mapping), or positional ones (a
+            tuple). Lengths and numbers of images may differ later; the grids of images with grids may not.
+        directory: where to write; must not exist, or be empty. Nothing is left there when something fails.
+        format: ``"onnx"``, or ``"tensorrt"`` for engines of the same graphs as well.
+        opset: version of ONNX's default domain: up to 22 attention is written out, from 23 on it is one node.
+        dynamic_shapes: as ``torch.export.export`` takes it, for models that are not of that library.
+        engine: GPUs and sizes that engines are built for.
+        **options: ``policy``, ``budget`` and ``profile`` (see ``Options``) decide which layers share their
+            rows; sessions may choose others within that.
+
+    Raises:
+        OptionError, PolicyError: an option or argument has a bad value, or the profile is another model's.
+        ExportError: the directory is taken, a package is missing, or the model cannot be exported.
+        UnsupportedGraphError: a graph that cannot be rewritten.
+    """
+    parsed = _checked(format, opset, options)
+    if engine is not None and format != "tensorrt":
+        raise OptionError(f"engine is given, but format={format!r} builds none: it must be 'tensorrt'")
+    target = _free(Path(directory))
+    if format == "tensorrt":
+        find_package(None if engine is None else engine.package)  # before minutes of tracing
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with _whole(target) as folder, hooked_placeholder_check(model), compiling():
+            manifest = _write(model, example_inputs, folder, opset, dynamic_shapes, parsed)
+            if format == "tensorrt":
+                manifest = build_engines(manifest, folder, engine)
+            manifest = manifest.save(folder)
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+    return ExportReport.of(manifest, target)
+
+
+def _checked(format: str, opset: int, options: dict[str, Any]) -> Options:  # noqa: A002
+    if format not in FORMATS:
+        raise OptionError(f"format={format!r} is not valid: it must be {' or '.join(map(repr, FORMATS))}")
+    if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
+        raise OptionError(
+            f"opset={opset!r} is not valid: it must be a whole number from {MIN_OPSET} to {MAX_OPSET}"
+        )
+    known = ("policy", "budget", "profile")
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(f"unknown option {unknown[0]!r} of export; valid options are: {', '.join(known)}")
+    for package in ("onnx", "onnxscript", "pydantic"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise missing(package, "onnx") from error
+    return Options.parse(options)
+
+
+def _free(directory: Path) -> Path:
+    directory = directory.resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ExportError(
+            f"{directory} exists and is not an empty directory: choose another one, or remove it"
+        )
+    return directory
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` that takes its place when all is written, and goes away otherwise."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write to {target.parent}: {error}") from error
+    try:
+        yield folder
+        folder.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write(
+    model: nn.Module, example: Any, folder: Path, opset: int, dynamic_shapes: Any, options: Options
+) -> Manifest:
+    found = capture_for_export(model, example, dynamic_shapes)
+    profile = None if options.profile is None else Profile.load(options.profile)
+    policy = get_policy(options.policy)
+    groups = layer_groups(policy, found.facts.num_layers, profile, options.budget)
+    cold, warm = cold_program(found.decoder), warm_program(found.decoder)
+    form = DecoderForm.of(found.decoder, found.facts, cold.recorded, groups)
+    fingerprint = Fingerprints().of([found.weights[index][1] for index in form.weights])
+    misfit = None if profile is None else profile.misfits(fingerprint, form.dtype)
+    if misfit is not None:
+        raise PolicyError(misfit)
+    cold_call, warm_call = example_calls(found, form, cold, warm)
+    refused: list[dict[str, str]] = []
+    graphs: dict[str, GraphSpec] = {}
+    with SharedWeights(folder / WEIGHTS) as weights:
+        writer = GraphWriter(found, groups, opset, folder, weights, graphs)
+        programs = {
+            COLD: writer.program(COLD, cold, cold_call),
+            WARM: writer.program(WARM, warm, warm_call),
+        }
+        merged = [merge.mask for merge in found.facts.merges] + [one.mask for one in found.facts.additions]
+        spans = writer.masks(SPANS, merged)
+        masks = writer.masks(MASKS, masks_of(found.facts))
+        leaves = writer.masks(LEAVES, made_leaves(found))
+        encoders = writer.encoders(refused)
+        decode = writer.stage(DECODE, found.stages.decode, refused) if found.stages else None
+    if found.stages is None:
+        refused.append(
+            {"graph": DECODE, "reason": "only models of the transformers library have a known cache"}
+        )
+    return Manifest(
+        format=FORMAT,
+        library_version=VERSION,
+        model=type(model).__name__,
+        dtype=form.dtype,
+        opset=opset,
+        policy=policy.name,
+        budget=options.budget,
+        profile_fingerprint=None if profile is None else profile.model_fingerprint,
+        graphs=graphs,
+        cold=programs[COLD],
+        warm=programs[WARM],
+        encoders=tuple(encoders),
+        decoder=decoder_spec(found, form, fingerprint, spans, masks, leaves),
+        decode=DECODE if decode else None,
+        engines={},
+        wiring=wiring(bool(found.stages)),
+        report=describe(found.facts, warm, programs[WARM], refused),
+        files={},
+    )

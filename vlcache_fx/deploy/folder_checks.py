@@ -1,0 +1,205 @@
+"""What a manifest may say of its folder, looked at before any file of it is opened.
+
+A digest tells that a manifest is whole, not who wrote it: anyone can make one anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlcache_fx.deploy.specs import LEAVES, MASKS, SPANS, TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
+from vlcache_fx.errors import ExportError
+from vlcache_fx.plan.selection import InputPlaces, SizeSum
+
+if TYPE_CHECKING:
+    from vlcache_fx.deploy.manifest import Manifest
+
+MOST = 1 << 40
+"""No size of a tensor, and no number of its values, is larger."""
+
+MOST_LAYERS = 1 << 14
+
+BUILDERS = ("tensorrt", "tensorrt_rtx")
+"""Packages that build and run engines: no other module is imported because a manifest names it."""
+
+
+def check_manifest(manifest: Manifest, directory: Path) -> None:
+    """Raises ExportError for names, sizes or numbers that no export writes, naming field and value."""
+    for name, file in manifest.files.items():
+        _check_name(f"files.{name}", name, directory)
+        _check(file.size_bytes >= 0, f"files.{name}.size_bytes", file.size_bytes, "a number of bytes")
+        is_digest = len(file.blake3) == 64 and not set(file.blake3) - set("0123456789abcdef")
+        _check(is_digest, f"files.{name}.blake3", file.blake3, "64 hexadecimal digits")
+    for name, graph in manifest.graphs.items():
+        _check_name(f"graphs.{name}.file", graph.file, directory)
+        _check_graph(f"graphs.{name}", graph)
+    for name, engine in manifest.engines.items():
+        _check_name(f"engines.{name}.file", engine.file, directory)
+        _check_engine(f"engines.{name}", engine)
+    _check_decoder(manifest)
+
+
+def check_references(manifest: Manifest) -> None:
+    """Raises ExportError where a graph or a file that is called by name is not listed."""
+    graphs = {"cold.graph": manifest.cold.graph, "warm.graph": manifest.warm.graph}
+    graphs |= {f"encoders.{i}.graph": encoder.graph for i, encoder in enumerate(manifest.encoders)}
+    graphs |= {"decode": manifest.decode} if manifest.decode is not None else {}
+    graphs |= {"decoder.spans": SPANS} if manifest.decoder.spans else {}
+    graphs |= {"decoder.masks": MASKS} if manifest.decoder.masks else {}
+    graphs |= {"decoder.leaf_outputs": LEAVES} if manifest.decoder.leaf_outputs else {}
+    graphs |= {f"engines.{name}": name for name in manifest.engines}
+    for field, name in graphs.items():
+        _check(name in manifest.graphs, field, name, f"a graph; there are {', '.join(manifest.graphs)}")
+    files = {f"graphs.{name}.file": spec.file for name, spec in manifest.graphs.items()}
+    files |= {f"engines.{name}.file": spec.file for name, spec in manifest.engines.items()}
+    for field, name in files.items():
+        _check(name in manifest.files, field, name, "one of the files that the manifest lists")
+
+
+def check_external_data(path: Path, files: Mapping[str, Any]) -> None:
+    """Weights of an ONNX graph lie in files of its folder, inside of them.
+
+    Args:
+        path: of the graph.
+        files: the folder's files that the manifest lists, which were compared with it.
+
+    Raises:
+        ExportError: another place, or a size that does not fit.
+    """
+    try:
+        import onnx
+    except ImportError:  # ONNX Runtime itself refuses files outside of a graph's folder
+        return
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # noqa: BLE001 - no graph at all: whoever loads it says so
+        return
+    for tensor in _tensors(model.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        field = f"{path.name}: external_data of {tensor.name}"
+        location = said.get("location", "")
+        _check_name(f"{field}: location", location, path.parent)
+        _check(location in files, f"{field}: location", location, "a file that the manifest lists")
+        bounds = {}
+        for key in ("offset", "length"):
+            value = said.get(key, "0")
+            _check(value.isascii() and value.isdigit(), f"{field}: {key}", value, "a number of bytes")
+            bounds[key] = int(value)
+        size = files[location].size_bytes
+        end = bounds["offset"] + bounds["length"]
+        _check(end <= size, f"{field}: offset + length", end, f"at most the file's {size} bytes")
+
+
+def _tensors(graph: Any) -> Iterable[Any]:
+    """Every tensor in a graph: initializers and attributes of nodes, subgraphs included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node or inner.initializer:
+                    yield from _tensors(inner)
+
+
+def _check(holds: bool, field: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ExportError(f"the manifest's {field} is {value!r:.200}, which is not {wanted}")
+
+
+def _check_name(field: str, name: str, directory: Path) -> None:
+    is_plain = name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0", ":"}
+    is_plain = is_plain and PurePosixPath(name).name == PureWindowsPath(name).name == name
+    _check(is_plain, field, name, "the name of a file in its folder")
+    path = directory / name
+    if path.is_symlink():
+        target = path.resolve()
+        inside = target.parent == directory.resolve()
+        _check(inside, field, f"{name} -> {target}", "a file in its folder")
+
+
+def _check_graph(field: str, graph: GraphSpec) -> None:
+    for kind, tensors in (("inputs", graph.inputs), ("outputs", graph.outputs)):
+        for name, spec in tensors.items():
+            _check_tensor(f"{field}.{kind}.{name}", spec)
+
+
+def _check_tensor(field: str, spec: TensorSpec) -> None:
+    values = 1
+    for size in spec.shape:
+        is_named = isinstance(size, str) and bool(size)
+        _check(
+            is_named or (isinstance(size, int) and 0 <= size <= MOST), f"{field}.shape", spec.shape, "a shape"
+        )
+        values *= size if isinstance(size, int) else 1
+    _check(values <= MOST, f"{field}.shape", spec.shape, f"a shape of at most {MOST} values")
+
+
+def _check_engine(field: str, engine: EngineSpec) -> None:
+    builder = engine.builder.split()
+    is_known = len(builder) == 2 and builder[0] in BUILDERS
+    _check(is_known, f"{field}.builder", engine.builder, f"one of {', '.join(BUILDERS)} and a version")
+    for name, shapes in engine.profile.items():
+        low, usual, high = shapes
+        fits = len(low) == len(usual) == len(high) and all(
+            0 <= least <= one <= most <= MOST for least, one, most in zip(low, usual, high, strict=True)
+        )
+        _check(fits, f"{field}.profile.{name}", shapes, "a smallest, usual and largest shape")
+    for name, dtype in engine.dtypes.items():
+        _check(dtype in TORCH_DTYPES, f"{field}.dtypes.{name}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
+
+
+def _check_decoder(manifest: Manifest) -> None:
+    spec = manifest.decoder
+    layers, groups = spec.num_layers, spec.layer_groups
+    _check(1 <= layers <= MOST_LAYERS, "decoder.num_layers", layers, f"in 1 to {MOST_LAYERS}")
+    adds_up = not groups or (sum(groups) == layers and min(groups) >= 1)
+    _check(adds_up, "decoder.layer_groups", groups, f"groups of the {layers} layers")
+    _check(0 <= spec.num_outputs <= MOST_LAYERS * 8, "decoder.num_outputs", spec.num_outputs, "a number")
+    _check(
+        0 <= spec.num_merges <= len(spec.features),
+        "decoder.num_merges",
+        spec.num_merges,
+        "that of its merges",
+    )
+    _check(spec.width is None or 1 <= spec.width <= MOST, "decoder.width", spec.width, "a width")
+    indices = {name: tuple(getattr(spec, name)) for name in ("features", "mask_inputs")}
+    indices["leaves"] = tuple(leaf.input for leaf in spec.leaves if leaf.input is not None)
+    made = sum(leaf.input is None for leaf in spec.leaves)
+    _check(made == len(spec.leaf_outputs), "decoder.leaf_outputs", spec.leaf_outputs, f"{made} names")
+    kinds = len(spec.mask_sites)
+    _check(
+        all(site is None or 0 <= site < kinds for site in spec.site_of_layer),
+        "decoder.site_of_layer",
+        spec.site_of_layer,
+        f"made of indices of the {kinds} mask_sites",
+    )
+    indices["embeddings"] = () if spec.embeddings is None else (spec.embeddings,)
+    indices["tail"] = tuple(_inputs_of_tail(spec.tail or ()))
+    for name, given in indices.items():
+        inside = all(0 <= index < len(spec.inputs) for index in given)
+        _check(inside, f"decoder.{name}", given, f"made of indices of the {len(spec.inputs)} inputs")
+    for slot, row in spec.rows.items():
+        field = f"decoder.rows.{slot}"
+        _check(0 <= row.dim < len(row.sizes), f"{field}.dim", row.dim, f"a dimension of {row.sizes}")
+        _check(
+            all(size is None or 1 <= size <= MOST for size in row.sizes), f"{field}.sizes", row.sizes, "sizes"
+        )
+        is_dtype = isinstance(getattr(torch, row.dtype, None), torch.dtype)
+        _check(is_dtype, f"{field}.dtype", row.dtype, "a dtype of torch")
+
+
+def _inputs_of_tail(bounds: Iterable[object]) -> Iterable[int]:
+    for bound in bounds:
+        match bound:
+            case InputPlaces():
+                yield bound.input
+            case SizeSum():
+                yield from (size.input for size in bound.sizes)

@@ -1,0 +1,79 @@
+"""Which encoder graph each item of a request goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.deploy.manifest import Manifest
+from vlcache_fx.deploy.specs import EncoderSpec
+from vlcache_fx.errors import ExportError
+from vlcache_fx.integrations.encoder_cache import PIXELS
+from vlcache_fx.integrations.stages import items_of
+
+
+@dataclass(frozen=True)
+class EncoderCall:
+    """One call of an encoder: the graph's inputs in order."""
+
+    spec: EncoderSpec
+    values: tuple[Tensor, ...]
+
+
+def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[EncoderCall]:
+    """The calls that a request needs, items in order. None where features are given.
+
+    Raises:
+        ExportError: pixels for which there is no encoder, or of a kind for which there is none.
+    """
+    for modality in dict.fromkeys(spec.modality for spec in manifest.encoders):
+        specs = [spec for spec in manifest.encoders if spec.modality == modality]
+        if any(name in inputs for name in specs[0].features):
+            continue
+        if not modality:
+            names = list(manifest.graphs[specs[0].graph].inputs)
+            if all(isinstance(inputs.get(name), Tensor) for name in names):
+                yield EncoderCall(specs[0], tuple(inputs[name] for name in names))
+            continue
+        pixels, grids = PIXELS[modality]
+        values = inputs.get(pixels)
+        if not isinstance(values, Tensor):
+            continue
+        missing = [name for name in specs[0].fixed if not isinstance(inputs.get(name), Tensor)]
+        if missing:
+            raise ExportError(f"input {missing[0]!r} is missing: the encoder is told it of every item")
+        told = {name: inputs[name] for name in specs[0].fixed}
+        for part, fixed in items_of(values, told, grids):
+            yield EncoderCall(_encoder_for(specs, fixed, modality), (part,))
+    _check_modalities(manifest, inputs)
+
+
+def _encoder_for(specs: list[EncoderSpec], fixed: Mapping[str, Tensor], modality: str) -> EncoderSpec:
+    given = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
+    for spec in specs:
+        if spec.fixed == given:
+            return spec
+    raise ExportError(
+        f"no encoder was exported for the {modality} {_shown(given)}; there are some for "
+        f"{'; '.join(_shown(spec.fixed) for spec in specs)}: export with an example that holds such an "
+        f"item, or give its features ({', '.join(specs[0].features)})"
+    )
+
+
+def _shown(fixed: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, value))}" for name, value in fixed.items())
+
+
+def _check_modalities(manifest: Manifest, inputs: Mapping[str, Any]) -> None:
+    known = {spec.modality for spec in manifest.encoders}
+    if "" in known:
+        return
+    for modality, (pixels, _) in PIXELS.items():
+        if isinstance(inputs.get(pixels), Tensor) and modality not in known:
+            article = "an" if modality[0] in "aeiou" else "a"
+            raise ExportError(
+                f"{pixels} are given, but this export holds no encoder for {article} {modality}"
+            )

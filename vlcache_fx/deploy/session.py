@@ -1,0 +1,248 @@
+"""Runs an exported folder with reuse: the same store, policies, plans and reports as the torch path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.deploy.facts import decoder_form, mask_check
+from vlcache_fx.deploy.folder_checks import check_references
+from vlcache_fx.deploy.inputs import decoder_inputs, num_tokens, with_a_row
+from vlcache_fx.deploy.items import encoder_inputs
+from vlcache_fx.deploy.manifest import Manifest
+from vlcache_fx.deploy.specs import LEAVES, MASKS, SPANS, WEIGHTS, ProgramSpec
+from vlcache_fx.errors import ExportError, OptionError, Reason, UnsupportedGraphError
+from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.options import Options
+from vlcache_fx.plan import build_plan
+from vlcache_fx.policies.none import NoRows
+from vlcache_fx.runtime.encode import EncoderRunner
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.prefill import DecoderRunner
+from vlcache_fx.runtime.programs.run import ProgramRunner
+
+OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode")
+"""Options of the torch path that say nothing about exported graphs."""
+
+
+class GraphRunner(Protocol):
+    """Runs the graphs of one exported folder."""
+
+    device: torch.device
+    """Where inputs are and outputs will be."""
+
+    def check(self, graph: str, inputs: Mapping[str, Tensor]) -> None:
+        """Raises ExportError for sizes that it was not built for."""
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of a graph by name."""
+
+
+class Session:
+    """An exported model with reuse.
+
+    Args:
+        manifest: of the folder.
+        runner: runs its graphs.
+        options: see ``Options``; policy and budget are those of the export unless given.
+
+    Attributes:
+        vlcache: the engine: reports, statistics, store, other settings.
+        manifest: of the folder.
+    """
+
+    def __init__(self, manifest: Manifest, runner: GraphRunner, options: Mapping[str, Any]) -> None:
+        check_references(manifest)
+        self.manifest, self._runner = manifest, runner
+        self.vlcache = engine = Engine(_options(manifest, options))
+        decoder = manifest.decoder
+        self._form = decoder_form(
+            manifest,
+            self._outputs(SPANS, decoder.spans),
+            self._outputs(LEAVES, decoder.leaf_outputs),
+            runner.device,
+        )
+        self._cold = self._program("cold", manifest.cold, engine)
+        self._decoder = DecoderRunner(
+            self._form,
+            mask_check(manifest, self._outputs(MASKS, decoder.masks)),
+            self._cold,
+            self._program("warm", manifest.warm, engine),
+            engine,
+            self._without_reuse,
+            self._logits_to_shadow(),
+        )
+        self._encoders = {spec.graph: self._encoder(spec.graph, spec.features) for spec in manifest.encoders}
+
+    def prefill(self, **inputs: Any) -> dict[str, Tensor]:
+        """Run one prompt.
+
+        Args:
+            **inputs: token ids and whatever else the graphs take, and for each item its pixels (and grid) or
+                its features.
+
+        Returns:
+            Results by name: ``logits`` of the last token and ``present.<layer>.key`` and ``.value`` of all
+            tokens, [1, heads, tokens, dim], for models of the transformers library.
+
+        Raises:
+            ExportError: an input is missing, unknown or of another form than the graphs take.
+        """
+        features, hit = self._features(inputs)
+        args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
+        named = dict(zip(self.manifest.decoder.inputs, map(with_a_row, args), strict=True))
+        for program in (self.manifest.cold, self.manifest.warm):
+            # Before anything is looked up: a program that fails later is not tried again.
+            self._runner.check(program.graph, named)
+        with torch.no_grad():
+            results = self._decoder(args, encoder_hit=hit)
+        names = self.manifest.cold.results
+        return {
+            name: result
+            for name, result in zip(names, results, strict=False)
+            if name is not None and result is not None
+        }
+
+    def decode(
+        self, input_ids: Tensor, position_ids: Tensor, cache: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """One more token.
+
+        Args:
+            input_ids: int64 [1, 1].
+            position_ids: its position, in the form of the prefill's.
+            cache: results of ``prefill`` or of the step before; everything but ``present.*`` is ignored.
+
+        Returns:
+            ``logits`` and the cache with the token.
+
+        Raises:
+            ExportError: the export holds no decoding step.
+        """
+        graph = self._decoding_graph()
+        past = {
+            name.replace("present", "past", 1): value for name, value in cache.items() if "present." in name
+        }
+        given = {"input_ids": input_ids, "position_ids": position_ids, **past}
+        known = self.manifest.graphs[graph].inputs
+        for name in known:
+            if name not in given:
+                raise ExportError(f"{name!r} is missing in the cache")
+        return self._runner.run(graph, {name: given[name] for name in known})
+
+    def generate(self, max_new_tokens: int, eos_token_id: int | None = None, **inputs: Any) -> Tensor:
+        """Greedy answer to one prompt: int64 [new tokens].
+
+        Args:
+            max_new_tokens: at most so many.
+            eos_token_id: ends the answer.
+            **inputs: see ``prefill``.
+        """
+        graph = self._decoding_graph()
+        state = self.prefill(**inputs)
+        position = inputs.get("position_ids")
+        if position is None:
+            form = self.manifest.graphs[graph].inputs["position_ids"].shape
+            position = torch.full([int(size) for size in form], inputs["input_ids"].shape[1] - 1)
+        answer: list[int] = []
+        for step in range(1, max_new_tokens + 1):
+            answer.append(int(state["logits"][0, -1].argmax()))
+            if answer[-1] == eos_token_id or step == max_new_tokens:
+                break
+            token = torch.tensor([[answer[-1]]], device=self._runner.device)
+            state = self.decode(token, position[..., -1:] + step, state)
+        return torch.tensor(answer)
+
+    def _logits_to_shadow(self) -> int | None:
+        if not self.vlcache.options.shadow:
+            return None
+        if "logits" in self.manifest.cold.results:
+            return self.manifest.cold.results.index("logits")
+        self.vlcache.refuse_shadow(
+            UnsupportedGraphError(Reason.NO_LOGITS, "no result of these graphs is called logits")
+        )
+        return None
+
+    def _decoding_graph(self) -> str:
+        if self.manifest.decode is None:
+            raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
+        return self.manifest.decode
+
+    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool | None]:
+        """Features of all items, and whether every encoder was skipped; None where none was needed."""
+        found: dict[str, list[Tensor]] = {}
+        hits: list[bool] = []
+        for item in encoder_inputs(self.manifest, inputs):
+            results, hit = self._encoders[item.spec.graph](list(item.values))
+            hits.append(hit)
+            for name, value in zip(item.spec.features, results, strict=True):
+                found.setdefault(name, []).append(value)
+        for modality in {spec.modality for spec in self.manifest.encoders if spec.modality}:
+            rows = next((parts for name, parts in found.items() if name.startswith(f"{modality}.")), [])
+            self.vlcache.note_items(modality, [part.shape[-2] for part in rows])
+        features = {name: torch.cat(parts, -2) for name, parts in found.items()}
+        return features, all(hits) if hits else None
+
+    def _outputs(self, graph: str, outputs: Sequence[str]) -> Any:
+        """From the decoder's inputs to the outputs of one of the small graphs."""
+
+        def run(*args: Any) -> list[Tensor]:
+            if not outputs:
+                return []
+            named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+            inputs = {name: named[name] for name in self.manifest.graphs[graph].inputs}
+            results = self._runner.run(graph, inputs)
+            return [results[name] for name in outputs]
+
+        return run
+
+    def _program(self, name: str, spec: ProgramSpec, engine: Engine) -> ProgramRunner:
+        def run(args: Sequence[Any]) -> tuple[Any, ...]:
+            given = zip(spec.inputs, args, strict=True)
+            inputs = {key: with_a_row(arrived(value)) for key, value in given if key}
+            results = self._runner.run(spec.graph, inputs)
+            return tuple(None if key is None else results[key] for key in spec.results)
+
+        lowered: Lowered = run
+        return ProgramRunner(name, spec.slots, spec.recorded, lambda: lowered, self._runner.device, engine)
+
+    def _encoder(self, graph: str, features: Sequence[str]) -> EncoderRunner:
+        names = list(self.manifest.graphs[graph].inputs)
+
+        def run(*args: Any) -> list[Tensor]:
+            results = self._runner.run(graph, dict(zip(names, args, strict=True)))
+            return [results[name] for name in features]
+
+        files = self.manifest.files
+        digests = [spec.blake3 for name, spec in files.items() if name.startswith(f"{graph}.")]
+        digests += [files[WEIGHTS].blake3]
+        return EncoderRunner(
+            run, range(len(names)), (), [f"{digests}:{name}" for name in features], self.vlcache
+        )
+
+    def _without_reuse(self, *args: Any) -> Sequence[Any]:
+        if self._form.identifier.runs(args) is None:
+            raise ExportError("placeholders and encoder features do not agree in number or width")
+        tokens = num_tokens(self.manifest, list(args))
+        positions = self._form.positions(tokens, args)
+        plan = build_plan(
+            num_tokens=tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
+            output_rows=positions,
+        )  # fmt: skip
+        self._cold.ready()
+        results = self._cold.run(args, self._cold.bind(plan, positions, dict))
+        if results is None:
+            reasons = "; ".join(str(refusal) for refusal in self.vlcache.refusals)
+            raise ExportError(f"the cold graph failed: {reasons}")
+        return results[: self._form.num_outputs]
+
+
+def _options(manifest: Manifest, given: Mapping[str, Any]) -> Options:
+    for name in OWN_OPTIONS:
+        if name in given:
+            raise OptionError(f"option {name!r} says nothing about exported graphs")
+    defaults = {"policy": manifest.policy, "budget": manifest.budget, "lowering": "eager"}
+    return Options.parse({**defaults, **given})

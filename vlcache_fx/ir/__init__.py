@@ -1,0 +1,7 @@
+"""The graph that analysis and passes work on, and tools to read, cut and copy it.
+
+No knowledge of models, layers or caches. Everything that handles graphs imports it."""
+
+from vlcache_fx.ir.captured import Captured, InputKind, Write
+
+__all__ = ["Captured", "InputKind", "Write"]

@@ -1,0 +1,264 @@
+"""Which donors a request has, and what it leaves behind: the store as one decoder graph sees it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from vlcache_fx.errors import NotReused, StoreClosedError
+from vlcache_fx.keys.digest import content_digest
+from vlcache_fx.lowering.numerics import numerics
+from vlcache_fx.plan.types import Plan, Span
+from vlcache_fx.runtime.clock import Clock
+from vlcache_fx.runtime.donors import refine
+from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.runtime.requests.masks import MaskLook
+from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.request import Request, Sample
+from vlcache_fx.runtime.requests.spans import donor_key
+from vlcache_fx.store.entry import Entry
+
+LEAST_PREFIX_SHARE = 0.5
+"""A known prefix without a reused span is worth the warm program from this share of the prompt on."""
+
+
+class DonorLookup:
+    """Finds and stores donors.
+
+    Args:
+        form: of the decoder graph.
+        engine: has the store.
+    """
+
+    def __init__(self, form: DecoderForm, engine: Engine) -> None:
+        self._form, self._engine = form, engine
+
+    def request(
+        self,
+        args: Sequence[Any],
+        known: Sequence[Any],
+        num_samples: int,
+        num_tokens: int,
+        runs: Sequence[Run],
+        encoder_hit: bool | None,
+        clock: Clock,
+    ) -> Request:
+        """The request for a call of the graph; its spans have no keys yet.
+
+        Args:
+            args, known, encoder_hit, clock, num_tokens: see ``Request``.
+            num_samples: prompts in the call.
+            runs: of all of them.
+
+        Raises:
+            StoreError: the bytes of a weight cannot be read.
+        """
+        by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
+        least = self._engine.options.min_span_tokens
+        samples = tuple(
+            Sample(
+                index,
+                own,
+                tuple(Span(index, run.start, run.length, "", False) for run in own if run.length >= least),
+            )
+            for index, own in enumerate(by_sample)
+        )
+        fingerprint = others = ""
+        if any(sample.spans for sample in samples):  # with text alone there is nothing to look them over for
+            fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
+            others = self._fingerprint(args, self._form.other_weights)
+        return Request(
+            args,
+            known,
+            num_tokens,
+            samples,
+            encoder_hit,
+            clock,
+            model_fingerprint=fingerprint,
+            weights=content_digest([fingerprint, others]),
+        )
+
+    def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
+        return self._engine.fingerprints.of([args[index] for index in weights])
+
+    def with_keys(self, request: Request, look: MaskLook) -> Request:
+        """The request with the keys of its spans, and the root of its prompts' keys.
+
+        Args:
+            request: with spans.
+            look: what masks let its tokens see.
+        """
+        salt, device = self._engine.options.salt, self._form.device.type
+        common = [request.weights, self._form.layout, numerics(device)]
+        digests = self._form.computation
+        identities = {True: content_digest([*common, digests.unified])}
+        identities[False] = content_digest([*common, digests.separate])
+        leaves = self._form.leaves
+        values = leaves.read(request.known)
+        samples = []
+        for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
+            wanted = {span.start for span in sample.spans}
+            # Read once: digests are asked for again.
+            runs = [replace(run, known=run.digests) if run.start in wanted else run for run in sample.runs]
+            by_start = {run.start: run for run in runs}
+            spans = []
+            for span, text in zip(sample.spans, seen, strict=True):
+                is_unified, parts = leaves.of_item(
+                    values, sample.index, span.start, span.length, request.num_tokens
+                )
+                key = donor_key(by_start[span.start], [text, *parts], identities[is_unified], salt)
+                spans.append(replace(span, key=key))
+            is_unified, by_token, whole = leaves.of_prompt(values, sample.index, request.num_tokens)
+            samples.append(
+                replace(
+                    sample,
+                    runs=tuple(runs),
+                    spans=tuple(spans),
+                    seen=rows,
+                    by_token=by_token,
+                    root=content_digest([identities[is_unified], salt, whole]),
+                )
+            )
+        return replace(
+            request,
+            samples=tuple(samples),
+            identity=identities[True],
+        )
+
+    def find(self, request: Request) -> Request:
+        """The request with what the store has for it.
+
+        A sample of which an item is worth recording is to be computed in full.
+        """
+        samples, looked = [], []
+        memory = self._memory(request)
+        for sample in request.samples:
+            found = self._find(sample, request, memory)
+            records = request.is_whole and not found.reuse_is_exact and self._is_worth_recording(found.spans)
+            samples.append(found.without_donors() if records else found)
+            leaves = NotReused.RECOMPUTED_TO_RECORD if records else None
+            looked += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
+        return replace(request, samples=tuple(samples), found=tuple(looked))
+
+    def _memory(self, request: Request) -> dict[str, NotReused]:
+        """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
+        meanings: dict[str, NotReused] = {}
+        for sample in request.samples:
+            runs = {run.start: run for run in sample.runs}
+            for span in sample.spans:
+                if span.key in meanings:
+                    continue  # the same item twice in one call
+                asked = self._engine.contents.add(span.key, request.identity)
+                seen_with = self._engine.contents.add(
+                    content_digest(runs[span.start].digests), request.identity
+                )
+                if span.key in self._engine.unstorable:
+                    meanings[span.key] = NotReused.TOO_LARGE
+                elif asked:
+                    meanings[span.key] = NotReused.NOT_RECORDED
+                elif seen_with and request.identity not in seen_with:
+                    meanings[span.key] = NotReused.OTHER_WEIGHTS
+                else:
+                    meanings[span.key] = NotReused.NEW_ITEM
+        return meanings
+
+    def _find(self, sample: Sample, request: Request, memory: Mapping[str, NotReused]) -> Sample:
+        looked, found = [], {}
+        for span in sample.spans:
+            entry, failure = self._look(span.key)
+            if entry is not None and donors.fits(entry, self._form.rows, span.length):
+                found[span.start] = entry
+                contexts = len(refine.contexts_of(entry))
+                looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
+            else:
+                known = memory[span.key] if entry is None else NotReused.INCOMPATIBLE_ENTRY
+                looked.append(replace(span, miss=failure or known))
+        prefix, entries = self._known_prefix(request, sample, found)
+        entries += [entry for start, entry in found.items() if start >= prefix]
+        looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
+        return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
+
+    def _look(self, key: str) -> tuple[Entry | None, NotReused | None]:
+        """The entry under a key, and how the store failed, where it did."""
+        failure = NotReused.STORE_FAILED
+        with self._engine.tolerating_store_errors():
+            try:
+                return self._engine.store.get(key), None
+            except StoreClosedError:
+                failure = NotReused.STORE_CLOSED
+                raise
+        return None, failure
+
+    def _get(self, key: str) -> Entry | None:
+        return self._look(key)[0]
+
+    def _known_prefix(
+        self, request: Request, sample: Sample, found: Mapping[int, Entry]
+    ) -> tuple[int, list[Entry]]:
+        policy = self._engine.choices.now.policy
+        if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
+            return 0, []
+
+        def find(piece: Piece) -> Entry | None:
+            entry = self._get(piece.key) if piece.span is None else found.get(piece.start)
+            if piece.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
+                return self._get(refine.exact_key(piece.key))
+            return entry
+
+        length, entries = donors.known_prefix(self._pieces(request, sample), find, self._form.rows)
+        reuses = any(start < length for start in found)
+        return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
+
+    def _keeps_prefixes(self, request: Request) -> bool:
+        """Prompts of several samples are padded, so their beginnings are not those of other prompts."""
+        return request.is_causal and request.is_whole and len(request.samples) == 1
+
+    def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
+        pieces = self._form.prefixes.pieces(
+            request.args,
+            sample.by_token,
+            sample.runs,
+            sample.spans,
+            request.num_tokens,
+            sample.root,
+            sample.seen,
+            sample.index,
+        )
+        if len(request.samples) == 1:
+            return pieces
+        # Behind padding, an item's context is another one than behind the same text alone.
+        return [replace(p, before=content_digest(["batch", p.before])) for p in pieces if p.span is not None]
+
+    def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
+        """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
+
+        In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
+        are never stored.
+        """
+        missed = [span.key for span in spans if not span.hit and span.key not in self._engine.unstorable]
+        repeated = [self._engine.missed.add(key) for key in missed]
+        return any(repeated)
+
+    def admit(self, request: Request, recorded: Mapping[str, Tensor], plans: Sequence[Plan]) -> None:
+        """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
+        if not request.is_whole:
+            return
+        for sample, plan in zip(request.samples, plans, strict=True):
+            if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
+                continue
+            for piece in self._pieces(request, sample):
+                with self._engine.tolerating_store_errors():
+                    if piece.start >= sample.prefix and self._is_wanted(piece, request):
+                        store, index = self._engine.store, sample.index
+                        most = self._engine.options.donor_contexts
+                        stored = donors.admit(store, piece, recorded, self._form.rows, plan, index, most)
+                        if not stored and piece.span is not None:
+                            self._engine.unstorable.add(piece.key)
+
+    def _is_wanted(self, piece: Piece, request: Request) -> bool:
+        """True for media, whose donor may be of another prefix, and for text that is not stored yet."""
+        return piece.span is not None or (request.is_causal and piece.key not in self._engine.store)

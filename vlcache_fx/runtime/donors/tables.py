@@ -1,0 +1,152 @@
+"""Donors in and out of the store."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.lowering import Arriving
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.donors import refine
+from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.store.base import Store
+from vlcache_fx.store.entry import Entry
+
+RESIDUAL = "residual"
+"""The slot of what leaves the last layer; all others are ``<layer>.k`` and ``<layer>.v``."""
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """What a program reads from one slot.
+
+    Attributes:
+        dim: the dimension that runs over rows.
+        dtype: of its values.
+        sizes: of every dimension; None for rows, and where the graph leaves it open.
+        batch_dim: the dimension that runs over samples in a program of several; 1 in what is stored.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    sizes: tuple[int | None, ...]
+    batch_dim: int | None = None
+
+    @classmethod
+    def of(cls, value: Tensor, dim: int, batch_dim: int | None = None) -> "RowForm":
+        """The form of rows of ``value``, a fake tensor of the graph."""
+        sizes: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
+        sizes[dim] = None
+        if batch_dim is not None:
+            sizes[batch_dim] = 1
+        return cls(dim, value.dtype, tuple(sizes), batch_dim)
+
+    def of_sample(self, recorded: Tensor, sample: int) -> Tensor:
+        """The part of what a program recorded that belongs to one sample."""
+        return recorded if self.batch_dim is None else recorded.narrow(self.batch_dim, sample, 1)
+
+    def fits(self, tensor: Tensor, length: int) -> bool:
+        """True for ``length`` rows of this form."""
+        return (
+            tensor.dtype == self.dtype
+            and tensor.dim() == len(self.sizes)
+            and tensor.shape[self.dim] == length
+            and all(want is None or size == want for size, want in zip(tensor.shape, self.sizes, strict=True))
+        )
+
+
+def tables(
+    entries: Sequence[Entry], forms: Mapping[str, RowForm], device: torch.device
+) -> dict[str, Tensor | Arriving]:
+    """Donor tables per slot: the rows of all entries, one behind the other.
+
+    A single donor is handed over as it lies in the store; several are joined. Donors of a host tier are
+    brought in on a stream of their own, in the order of ``forms``, which is that of the layers, while earlier
+    layers compute.
+    """
+
+    def table(slot: str, dim: int) -> Tensor:
+        parts = [entry.tensors[slot].to(device, non_blocking=True) for entry in entries]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+    if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
+        return {slot: table(slot, form.dim) for slot, form in forms.items()}
+    made: dict[str, Tensor | Arriving] = {}
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
+    for slot, form in forms.items():
+        with torch.cuda.stream(side):
+            tensor, event = table(slot, form.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(side)
+        tensor.record_stream(current)  # its memory was allocated for the side stream
+        made[slot] = Arriving(tensor, functools.partial(current.wait_event, event))
+    return made
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool:
+    """True where the entry has every slot that a program reads, with ``length`` rows of its form each."""
+    return entry is not None and all(
+        slot in entry.tensors and form.fits(entry.tensors[slot], length) for slot, form in forms.items()
+    )
+
+
+def length_of(entry: Entry) -> int:
+    """The number of rows of a donor."""
+    length = entry.info["length"]
+    assert isinstance(length, int)
+    return length
+
+
+def admit(
+    store: Store,
+    piece: Piece,
+    recorded: Mapping[str, Tensor],
+    forms: Mapping[str, RowForm],
+    plan: Plan,
+    sample: int = 0,
+    max_contexts: int = 1,
+) -> bool:
+    """Store the rows of one piece, all of which were computed exactly; False where the store refused them.
+
+    Donors of media refine: up to ``max_contexts`` contexts go into their mean.
+    """
+    places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
+    rows = {}
+    for slot, form in forms.items():
+        level = plan.num_layers if slot == RESIDUAL else int(slot.partition(".")[0])
+        active = plan.rows[level]
+        if id(active) not in places:
+            places[id(active)] = int(torch.searchsorted(active, piece.start))
+        own = form.of_sample(recorded[slot], sample)
+        rows[slot] = own.narrow(form.dim, places[id(active)], piece.length)
+    if piece.span is not None:
+        return refine.admit_item(store, piece.key, rows, piece.length, piece.before, max_contexts)
+    return store.put(piece.key, refine.exact_donor(rows, piece.length, piece.before))
+
+
+def known_prefix(
+    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], forms: Mapping[str, RowForm]
+) -> tuple[int, list[Entry]]:
+    """How many leading tokens have exact donors, and these.
+
+    Args:
+        pieces: of the prompt, in order.
+        find: the entry under a piece's key.
+        forms: what programs read.
+    """
+    length, known = 0, []
+    for piece in pieces:
+        entry = find(piece)
+        # The rows of a media item may have been computed behind something else: good to reuse, but not exact.
+        # A refined donor has no `before` at all.
+        if entry is None or entry.info.get("before") != piece.before or not fits(entry, forms, piece.length):
+            break
+        known.append(entry)
+        length = piece.end
+    return length, known

@@ -1,0 +1,1 @@
+"""Watches the quality of reuse: shadow runs and what follows from them."""

@@ -1,0 +1,171 @@
+"""What one mask lets tokens see, in words that keys can hold.
+
+Stored rows depend on it. Masks of one rule come in many forms: left to the attention call, built in the
+graph, given by the caller, as flags or as numbers. So their values are described, not the way they were made:
+
+- *causal*: a token sees every token before it, and itself;
+- *both ways*: the tokens of an item see each other, too;
+- *window n*: as causal, but no token more than n before it;
+- anything else by a digest.
+
+Parameters of a rule, such as a window's width, are part of the words: as long as prompts are shorter, values
+do not show them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlcache_fx.keys.digest import content_digest
+from vlcache_fx.plan.types import Span
+
+HIDDEN_BELOW = -1e3
+"""Additive masks hide with a large negative number; anything above is a bias."""
+
+CAUSAL, BOTH_WAYS, ALL = "causal", "both ways", "all"
+
+
+@dataclass(frozen=True)
+class MaskView:
+    """What a mask lets the tokens of one sample see.
+
+    Attributes:
+        is_plain: every token sees all tokens before it and itself; within ``spans_both_ways``, all of them.
+        spans_both_ways: whether tokens of an item see each other whatever their order.
+        seen: bool [heads, tokens, tokens]: which token (row) sees which (column); None where it is plain.
+        bias: what an additive mask adds where something is seen, of the same shape; None where that is 0.
+        rule: see ``MaskSite``.
+    """
+
+    is_plain: bool
+    spans_both_ways: bool = False
+    seen: Tensor | None = None
+    bias: Tensor | None = None
+    rule: str = ""
+
+    def of_item(self, span: Span) -> str:
+        """What it lets the tokens of an item see."""
+        if self.seen is None:
+            text = BOTH_WAYS if self.spans_both_ways else CAUSAL
+            return f"{text}, {self.rule}" if self.rule else text
+        start, end = span.start, span.end
+        rows = self.seen[:, start:end]
+        inside, before = self._inside(rows[..., start:end]), self._before(rows, start, end)
+        if self.bias is not None:
+            bias = self.bias[:, start:end, :start]
+            inside += f" {content_digest([self.bias[:, start:end, start:end].contiguous()])}"
+            if bool(bias.any()):
+                before += f" {self.rule or content_digest([start, bias.contiguous()])}"
+        return inside if before == ALL else f"{inside}, {before}"
+
+    def _inside(self, inside: Tensor) -> str:
+        if bool(inside.all()):
+            return BOTH_WAYS if inside.shape[-1] > 1 else CAUSAL
+        if bool((inside == _causal(inside.shape[-1], inside.device)).all()):
+            return CAUSAL
+        return content_digest([_packed(inside)])
+
+    def _before(self, rows: Tensor, start: int, end: int) -> str:
+        """What is seen of the tokens before the item; hidden ones, such as padding, do not count."""
+        assert self.seen is not None
+        if self.rule:
+            return self.rule
+        real = self.seen.any(1, keepdim=True)  # [heads, 1, tokens]
+        if bool((rows[..., :start] == real[..., :start]).all()):
+            return ALL
+        own = torch.arange(start, end, device=rows.device)
+        columns = torch.arange(end, device=rows.device)
+        behind = own[:, None] - columns  # how far a column lies before a row
+        candidates = rows[..., :end] & real[..., :end]
+        reach = torch.where(candidates, behind, -1).amax(-1)  # [heads, rows]
+        is_limited = (real[..., :end] & (behind >= 0) & ~candidates).any(-1)
+        reaches = torch.unique(reach[is_limited])
+        if len(reaches) == 1:
+            limit = int(reaches[0])
+            window = real[..., :end] & (behind <= limit)
+            window &= (behind >= 0) | candidates
+            if bool((candidates == window).all()):
+                return f"window {limit}"
+        return content_digest([start, _packed(rows[..., :start])])
+
+    def of_tokens(self, num_tokens: int) -> list[bytes]:
+        """Per token, what it sees: equal for the same beginning of prompts of other lengths."""
+        if self.seen is None:  # what an item's tokens see of each other is part of its own key
+            return [b""] * num_tokens
+        packed = _packed(self.seen.transpose(0, 1))  # [tokens, heads, bytes]
+        rows = [b"|".join(head.tobytes().rstrip(b"\0") for head in row) for row in packed.numpy()]
+        if self.bias is None:
+            return rows
+        values = self.bias.transpose(0, 1).contiguous().cpu()
+        return [
+            row + bytes.fromhex(content_digest([value[..., : 1 + int(last)]]))
+            for row, value, last in zip(rows, values, _last_seen(self.seen), strict=True)
+        ]
+
+
+def view_of(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span], rule: str = "") -> MaskView:
+    """Describe one sample's mask.
+
+    Args:
+        mask: [..., rows, keys], bool or added to scores; the rows may be one for all.
+        tokens: the token of each key, int64 [keys]; negative for keys of earlier calls.
+        num_tokens: of the sample.
+        spans: its items.
+        rule: see ``MaskSite``.
+    """
+    shown = visible(mask)
+    bias = _bias(mask, shown)
+    rows = torch.arange(num_tokens, device=mask.device)
+    if bias is None and mask.shape[-2] == num_tokens:
+        own = tokens >= 0
+        if bool((shown == (own & (tokens <= rows[:, None]))).all()):
+            return MaskView(is_plain=True, rule=rule)
+        for span in spans:
+            rows[span.start : span.end] = span.end - 1
+        if spans and bool((shown == (own & (tokens <= rows[:, None]))).all()):
+            return MaskView(is_plain=True, spans_both_ways=True, rule=rule)
+    seen = _by_token(shown, tokens, num_tokens)
+    biases = None if bias is None else _by_token(bias, tokens, num_tokens)
+    return MaskView(False, False, seen, biases, rule)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """Where a mask lets something be seen, bool."""
+    return mask > HIDDEN_BELOW if mask.is_floating_point() else mask
+
+
+def _bias(mask: Tensor, shown: Tensor) -> Tensor | None:
+    if not mask.is_floating_point():
+        return None
+    bias = mask.masked_fill(~shown, 0.0)
+    return bias if bool(bias.any()) else None
+
+
+def _by_token(value: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """[..., rows, keys] as [heads, tokens, tokens] on the CPU: keys in the order of their tokens."""
+    own = (tokens >= 0) & (tokens < num_tokens)
+    keys = value[..., own].reshape(-1, value.shape[-2], int(own.sum()))
+    keys = keys.expand(-1, num_tokens, -1)
+    found = keys.new_zeros(keys.shape[0], num_tokens, num_tokens)
+    found[..., tokens[own]] = keys
+    return found.cpu()
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _packed(flags: Tensor) -> Tensor:
+    """Flags as bits, uint8 [..., ceil(last / 8)]."""
+    return torch.from_numpy(np.packbits(flags.contiguous().numpy(), axis=-1, bitorder="little"))
+
+
+def _last_seen(seen: Tensor) -> Tensor:
+    """Per token, the last one that it sees, [tokens]."""
+    columns = torch.arange(seen.shape[-1])
+    return torch.where(seen, columns, -1).amax(-1).amax(0)
