@@ -11,7 +11,7 @@ from vlcache_fx.explain import explain
 
 from .passes.test_classify import PROMPT, Looking
 from .runtime.helpers import own_compiler_state
-from .runtime.test_merges import cut
+from .runtime.test_merge import cut
 
 
 @pytest.fixture(autouse=True)
