@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check typecheck format demo gpu-check clean
+.PHONY: help env test check typecheck format demo docs figures gpu-check clean
 
 help:
 	@echo "make env        create or update $(VENV) with the pinned versions"
@@ -13,6 +13,8 @@ help:
 	@echo "make check      formatting, lint and types"
 	@echo "make format     format, and fix what the linter can"
 	@echo "make demo       run examples/demo.py"
+	@echo "make docs       build the manual into site/, strictly"
+	@echo "make figures    draw the manual's pictures and graphs anew (after make demo)"
 	@echo "make gpu-check  tests and times on a GPU, within ten minutes (ARGS='--output DIR')"
 
 env: $(STAMP)
@@ -20,7 +22,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Modules are compiled when they are imported: compiling all of them takes longer than the rest.
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,dev,demo]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,dev,demo,docs]'
 	touch $@
 
 # One process per core, one thread each: the tensors of tests are too small to share out. In the order of their names:
@@ -39,6 +41,16 @@ typecheck: env
 	ln -s $(CURDIR)/vlcache_fx/* $(CURDIR)/passes $(CURDIR)/policies .typecheck/vlcache_fx/
 	cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p vlcache_fx
 
+# As for mypy: links that stand where each package is imported from. NO_MKDOCS_2_WARNING: an advertisement.
+docs: env
+	rm -rf .docs-tree && mkdir -p .docs-tree/vlcache_fx
+	ln -s $(CURDIR)/vlcache_fx/* $(CURDIR)/passes $(CURDIR)/policies .docs-tree/vlcache_fx/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+figures: env
+	$(BIN)/python docs/figures/request.py
+	$(BIN)/python docs/figures/graphs.py
+
 format: env
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -53,4 +65,4 @@ gpu-check:
 	$(CHECK_PYTHON) -m vlcache_fx.bench.gpu_check $(ARGS)
 
 clean:
-	rm -rf build dist .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist site .docs-tree .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
