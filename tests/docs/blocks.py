@@ -14,10 +14,9 @@ from types import CodeType
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
-BLOCK = re.compile(
-    r"^(?:<!-- setup\n(?P<hidden>.*?)^-->|```python(?: \{skip=\"(?P<skip>[^\"\n]+)\"\})?\n(?P<shown>.*?)^```)$",
-    re.MULTILINE | re.DOTALL,
-)
+HIDDEN = r"<!-- setup\n(?P<hidden>.*?)^-->"
+SHOWN = r"```python(?: \{skip=\"(?P<skip>[^\"\n]+)\"\})?\n(?P<shown>.*?)^```"
+BLOCK = re.compile(f"^(?:{HIDDEN}|{SHOWN})$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^[ >]*```py.*$", re.MULTILINE)
 
 

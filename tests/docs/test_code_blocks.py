@@ -46,7 +46,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         torch.manual_seed(0)
         for block in blocks(page.read_text(encoding="utf-8")):
             if block.skip is None:
-                exec(block.compiled(page), names)  # noqa: S102 - what this test is for
+                exec(block.compiled(page), names)
 
 
 def test_blocks_reads_code_set_up_and_reasons() -> None:

@@ -1,0 +1,44 @@
+"""Pages that list names of the code list all of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+
+import vlcache_fx
+from vlcache_fx import errors
+from vlcache_fx.options import Options
+from vlcache_fx.policies import known_policies
+
+from .blocks import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def first_cells(page: str) -> list[str]:
+    """The code spans in the first cells of the page's tables."""
+    rows = re.findall(r"^\| ([^|]*) \|", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return [name for cell in rows for name in re.findall(r"`([^`]*)`", cell)]
+
+
+def test_troubleshooting_has_one_entry_for_each_reason() -> None:
+    kinds = [errors.Reason, *([errors.NotReused] if hasattr(errors, "NotReused") else [])]
+    values = [reason.value for kind in kinds for reason in kind]
+    listed = first_cells("troubleshooting.md")
+    assert [value for value in values if listed.count(value) != 1] == []
+
+
+def test_options_has_a_row_for_each_option() -> None:
+    assert {option.name for option in fields(Options)} <= set(first_cells("options.md"))
+
+
+def test_policies_has_a_row_for_each_policy() -> None:
+    own = [name for name, entry in known_policies().items() if entry.value.startswith("vlcache_fx.")]
+    assert set(own) <= set(first_cells("policies.md"))
+
+
+@pytest.mark.parametrize("name", sorted(set(vlcache_fx.__all__) - {"__version__"}))
+def test_api_has_each_public_name(name: str) -> None:
+    assert f"::: vlcache_fx.{name}\n" in (DOCS / "api.md").read_text(encoding="utf-8")
