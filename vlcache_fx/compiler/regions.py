@@ -16,6 +16,7 @@ import torch
 from torch._dynamo import eval_frame
 
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
+from vlcache_fx.compiling import raise_limit_of_function
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.runtime.engine import Engine
 
@@ -42,6 +43,13 @@ def raise_recompile_limit() -> None:
     """
     if torch._dynamo.config.recompile_limit == TORCH_RECOMPILE_LIMIT:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+
+def raise_limits() -> None:
+    """Raise Dynamo's limit, and that of the function that it compiles now, unless the user set one."""
+    raise_recompile_limit()
+    if torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:
+        raise_limit_of_function(RECOMPILE_LIMIT)
 
 
 def watch(engine: Engine) -> None:

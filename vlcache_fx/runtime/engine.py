@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -24,7 +24,6 @@ from vlcache_fx.errors import (
     UnreadableWeightsError,
     UnsupportedGraphError,
 )
-from vlcache_fx.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.lowering import (
     CompileCache,
     Decompositions,
@@ -52,10 +51,13 @@ from vlcache_fx.runtime.report import Report, ReportView, one_line
 from vlcache_fx.runtime.settings import Choice, Choices
 from vlcache_fx.store import open_store
 
+if TYPE_CHECKING:
+    from vlcache_fx.compiler.explanation import GraphExplanation
+
 log = logging.getLogger("vlcache_fx")
 
-PREPARED = "_vlcache_prepared"
-"""The attribute of a compiled ``forward`` that prepares arguments."""
+EXPLAIN = "_vlcache_explain"
+"""The attribute of a compiled ``forward`` that explains a call."""
 
 
 class Engine:
@@ -128,17 +130,15 @@ class Engine:
         return getattr(forward, "__wrapped__", None)
 
     def explains(
-        self,
-        forward: Callable[..., Any],
-        prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
+        self, forward: Callable[..., Any], explain: Callable[[dict[str, Any]], tuple["GraphExplanation", ...]]
     ) -> None:
-        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
+        """Called by the compiler with the compiled ``forward`` of a model, which is not kept alive.
 
         Args:
-            forward: owns ``prepared``, which knows the model.
-            prepared: what becomes of the arguments of a call before they are traced.
+            forward: wraps the model's own ``forward``; owns ``explain``, which holds the model.
+            explain: from the keyword arguments of a call to the explanation of each of its graphs.
         """
-        setattr(forward, PREPARED, prepared)
+        setattr(forward, EXPLAIN, explain)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
@@ -160,22 +160,21 @@ class Engine:
             "shadow": self.guards.stats(),
         }
 
-    def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
+    def explain(self, **inputs: Any) -> tuple["GraphExplanation", ...]:
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
             OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
                 the model is gone.
         """
-        explained = self.explained
-        if explained is None:
+        forward = None if self._explained is None else self._explained()
+        if forward is None:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        forward = None if self._explained is None else self._explained()
-        assert forward is not None
         try:
-            return explain(explained, inputs, getattr(forward, PREPARED), self.options.dynamic)
+            explained: tuple[GraphExplanation, ...] = getattr(forward, EXPLAIN)(inputs)
+            return explained
         finally:  # no word of it in the report of the next call
             self.take_encoder_note()
             self.take_items()

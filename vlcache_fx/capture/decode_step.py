@@ -26,7 +26,7 @@ def attends(graph: fx.Graph) -> bool:
     )
 
 
-def is_decoding_step(graph: fx.Graph) -> bool:
+def is_decode_step(graph: fx.Graph) -> bool:
     """True where a single query attends, in every attention of the graph, and no features are merged."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
     if any(node.target in MERGES for node in calls):

@@ -11,7 +11,7 @@ from vlcache_fx.lowering import Lowered
 from vlcache_fx.passes import Program
 
 
-class StepRunner:
+class DecodeStepRunner:
     """A compiled step: call it with the graph's inputs, get the graph's outputs.
 
     Args:
