@@ -86,7 +86,7 @@ WARM = Pipeline(
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
 DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
-"""A decoding step: as it is, cut into its layers."""
+"""A decoding step: unchanged, cut into its layers."""
 
 
 def copy_captured(captured: Captured) -> Captured:

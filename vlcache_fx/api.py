@@ -68,7 +68,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         args, kwargs = encoders_first.prepared(args, kwargs)
         return args, joined_items(kwargs)
 
-    def explained(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
+    def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
         return explain(plain, inputs, prepared, engine.options.dynamic)
 
     @functools.wraps(plain)
@@ -93,7 +93,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
     hook_encoders(inner, engine)
     hook_placeholder_check(inner)
-    engine.explains(forward, explained)
+    engine.explains(forward, explanation)
     object.__setattr__(inner, "forward", forward)
     for one in {id(one): one for one in (inner, getattr(inner, "base_model", inner))}.values():
         refuse_copies(one)

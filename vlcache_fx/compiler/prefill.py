@@ -22,6 +22,7 @@ from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
 from vlcache_fx.lowering.tensorrt import dry_run
+from vlcache_fx.passes import Program
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.runtime.engine import Engine
@@ -78,9 +79,8 @@ class Prefill:
 
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
-        facts, decoder = self.facts, self.decoder
-        programs = (cold_program(decoder), warm_program(decoder))
-        _check(decoder, programs[0].recorded)
+        facts = self.facts
+        programs = _programs(self.decoder)
         selection, engines = facts.tail_rows.selection, dry_run(programs[1].graph_module)
         graphs = (self.graph.captured.graph_module.graph, *(program.graph for program in programs))
         return GraphExplanation(
@@ -98,8 +98,10 @@ class Prefill:
         )
 
 
-def _check(decoder: Captured, recorded: Sequence[str]) -> None:
-    """Raises the refusals that ``DecoderRunner.of`` raises beside those of the programs."""
+def _programs(decoder: Captured) -> tuple[Program, Program]:
+    """The cold and the warm program; raises what ``DecoderRunner.of`` raises, in the same order."""
     facts = analyze(decoder)
     MaskCheck.of(decoder, facts)
-    DecoderForm.of(decoder, facts, recorded)
+    cold, warm = cold_program(decoder), warm_program(decoder)
+    DecoderForm.of(decoder, facts, cold.recorded)
+    return cold, warm

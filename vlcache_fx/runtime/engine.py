@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vlcache_fx")
 
-EXPLAIN = "_vlcache_explain"
-"""The attribute of a compiled ``forward`` that explains a call."""
+EXPLANATION = "_vlcache_explanation"
+"""The attribute of a compiled ``forward`` that explains its graphs."""
 
 
 class Engine:
@@ -130,15 +130,17 @@ class Engine:
         return getattr(forward, "__wrapped__", None)
 
     def explains(
-        self, forward: Callable[..., Any], explain: Callable[[dict[str, Any]], tuple["GraphExplanation", ...]]
+        self,
+        forward: Callable[..., Any],
+        explanation: Callable[[dict[str, Any]], "tuple[GraphExplanation, ...]"],
     ) -> None:
-        """Called by the compiler with the compiled ``forward`` of a model, which is not kept alive.
+        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
 
         Args:
-            forward: wraps the model's own ``forward``; owns ``explain``, which holds the model.
-            explain: from the keyword arguments of a call to the explanation of each of its graphs.
+            forward: owns ``explanation``, which knows the model.
+            explanation: of its graphs, for the keyword arguments of a call.
         """
-        setattr(forward, EXPLAIN, explain)
+        setattr(forward, EXPLANATION, explanation)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class Engine:
             "shadow": self.guards.stats(),
         }
 
-    def explain(self, **inputs: Any) -> tuple["GraphExplanation", ...]:
+    def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
@@ -173,8 +175,8 @@ class Engine:
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
         try:
-            explained: tuple[GraphExplanation, ...] = getattr(forward, EXPLAIN)(inputs)
-            return explained
+            found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
+            return found
         finally:  # no word of it in the report of the next call
             self.take_encoder_note()
             self.take_items()

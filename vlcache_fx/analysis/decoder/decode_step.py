@@ -1,4 +1,4 @@
-"""Facts about a decoding step: where its layers lie, and no more, since it has nothing to reuse."""
+"""Facts about a decoding step: its layers, and no more, since it has nothing to reuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlcache_fx.ir.refusal import refuse
 
 @dataclass(frozen=True)
 class DecodeStepFacts:
-    """What analysis found out about a graph of which only the layers are wanted.
+    """The layers of a decoding step.
 
     Attributes:
         sites: the attentions, one for each layer, in graph order.
