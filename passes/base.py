@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
-from vlcache_fx.analysis import DecoderFacts, StepFacts
+from vlcache_fx.analysis import DecoderFacts, DecodeStepFacts
 from vlcache_fx.ir import Write
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ class Program:
     """
 
     graph_module: fx.GraphModule
-    facts: DecoderFacts | StepFacts | None = None
+    facts: DecoderFacts | DecodeStepFacts | None = None
     writes: tuple[Write, ...] = ()
     row_inputs: tuple[Node | None, ...] = ()
     slots: dict[str, Node] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Program:
         return self.facts
 
     @property
-    def layered(self) -> DecoderFacts | StepFacts:
+    def layered(self) -> DecoderFacts | DecodeStepFacts:
         """The facts, of which only ``sites`` and ``stream`` are needed."""
         assert self.facts is not None
         return self.facts

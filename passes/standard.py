@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from vlcache_fx.analysis import analyze, analyze_step
+from vlcache_fx.analysis import analyze, analyze_decode_step
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured
 from vlcache_fx.ir.refusal import refuse
@@ -85,8 +85,8 @@ WARM = Pipeline(
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
-STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
-"""A decoding step: as it is, cut into its layers."""
+DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
+"""A decoding step: unchanged, cut into its layers."""
 
 
 def copy_captured(captured: Captured) -> Captured:
@@ -129,14 +129,14 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
     return program
 
 
-def step_program(captured: Captured, pipeline: Pipeline = STEP) -> Program:
+def decode_step_program(captured: Captured, pipeline: Pipeline = DECODE_STEP) -> Program:
     """A captured, cleaned decoding step as a program; ``captured`` stays as it is.
 
     Raises:
         UnsupportedGraphError: its layers are not found, or it would copy a whole cache to write a row to it.
     """
     own = copy_captured(captured)
-    program = Program(own.graph_module, analyze_step(own), own.writes)
+    program = Program(own.graph_module, analyze_decode_step(own), own.writes)
     pipeline.run(program)
     copy = first_copy(program)
     if copy is not None:

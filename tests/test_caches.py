@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.api import DYNAMO_CONFIG
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.lowering import EagerLowering
 from vlcache_fx.testing.families import llava_inputs
 

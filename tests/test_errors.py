@@ -1,5 +1,6 @@
 """Errors: one tree, readable sentences, plain data."""
 
+import copy
 import inspect
 import json
 import pickle
@@ -64,6 +65,16 @@ def test_errors_survive_a_trip_to_another_process(error: VlcacheError) -> None:
 
 def test_reasons_are_their_names() -> None:
     assert all(reason.value == reason.name.lower() for reason in Reason)
+
+
+def test_reason_text_is_one_line() -> None:
+    texts = [reason.text for reason in Reason]
+    assert all(text and text == " ".join(text.split()) for text in texts)
+
+
+def test_reason_survives_copies() -> None:
+    for reason in Reason:
+        assert pickle.loads(pickle.dumps(reason)) is copy.deepcopy(reason) is Reason(str(reason)) is reason
 
 
 def test_pass_error_names_the_pass_and_those_before() -> None:

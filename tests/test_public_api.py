@@ -18,7 +18,6 @@ PUBLIC = {
     "ExportError",
     "LoweringError",
     "NoCompilerError",
-    "NotReused",
     "OnnxSession",
     "OptionError",
     "Options",

@@ -216,7 +216,13 @@ def test_every_reason_has_a_case() -> None:
         Reason.UNCOMPILED,  # of calls that bring no graph: tests/runtime/test_regions.py
         Reason.WEIGHTS_UNREADABLE,  # refuses calls: tests/capture/test_wrapped.py
     }
-    assert {*CASES, *elsewhere} == set(Reason)
+    of_calls_and_spans = {  # tests/runtime/test_reasons.py
+        Reason.NO_SPAN, Reason.ONE_TOKEN, Reason.MISMATCH, Reason.CANNOT_WRITE, Reason.TOO_FEW_ROWS,
+        Reason.GUARDED, Reason.NO_PLAN, Reason.PROGRAM_FAILED, Reason.NEW_ITEM, Reason.NOT_RECORDED,
+        Reason.OTHER_WEIGHTS, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED,
+        Reason.INCOMPATIBLE_ENTRY, Reason.RECOMPUTED_TO_RECORD,
+    }  # fmt: skip
+    assert {*CASES, *elsewhere, *of_calls_and_spans} == set(Reason)
 
 
 @pytest.mark.parametrize("reason", CASES)

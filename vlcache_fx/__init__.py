@@ -13,6 +13,7 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
+    from vlcache_fx.compiler.exported_program import compile_exported
     from vlcache_fx.deploy.engines import EngineOptions
     from vlcache_fx.deploy.export import export
     from vlcache_fx.deploy.sessions import EngineSession, OnnxSession
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         ExportError,
         LoweringError,
         NoCompilerError,
-        NotReused,
         OptionError,
         PassError,
         PlanError,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         UnsupportedGraphError,
         VlcacheError,
     )
-    from vlcache_fx.exported_program import compile_exported
     from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import Options
     from vlcache_fx.runtime.engine import Engine
@@ -46,7 +45,6 @@ __all__ = [
     "ExportError",
     "LoweringError",
     "NoCompilerError",
-    "NotReused",
     "OnnxSession",
     "OptionError",
     "Options",
@@ -74,7 +72,7 @@ _HOMES = {
     "OnnxSession": "vlcache_fx.deploy.sessions",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
-    "compile_exported": "vlcache_fx.exported_program",
+    "compile_exported": "vlcache_fx.compiler.exported_program",
     "export": "vlcache_fx.deploy.export",
     "gate": "vlcache_fx.fidelity.gate:check",
     "mark_spans": "vlcache_fx.api",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Self
 
 
 class VlcacheError(Exception):
@@ -59,91 +60,70 @@ class CopyError(VlcacheError, TypeError):
 
 
 class Reason(StrEnum):
-    """Why a graph was refused. The values are stable: reports and metrics carry them."""
+    """Why a graph was refused, or a call or a span was not reused.
 
-    NO_ATTENTION = "no_attention"
-    """No attention site was found."""
-    NO_MERGE = "no_merge"
-    """No place was found where encoder features enter the token embeddings, and no spans were marked."""
-    NO_STREAM = "no_stream"
-    """The residual stream between two attention sites could not be isolated."""
-    UNKNOWN_OP = "unknown_op"
-    """An operator on the token axis is not known to be token-wise."""
-    TOKEN_AXIS_LOST = "token_axis_lost"
-    """The token axis could not be followed through an operator (merged, flattened, permuted away)."""
-    TOKEN_MIXING = "token_mixing"
-    """Tokens meet outside attention, in recurrent layers or convolutions: a row depends on all before it."""
-    POSITION_IN_STREAM = "position_in_stream"
-    """Positions are added to the residual stream itself (learned embeddings): K cannot be position-free."""
-    BATCHED = "batched"
-    """Several samples per call, and rows cannot be taken sample by sample."""
-    MUTATED_INPUTS = "mutated_inputs"
-    """The graph writes to its inputs in a way that cannot be repeated after it has run."""
-    PAST_KEYS = "past_keys"
-    """The call continues a KV cache and brings nothing that could be reused: a decoding step."""
-    ATTENTION_FORM = "attention_form"
-    """An attention cannot be brought to the one form that is understood; says which one and why."""
-    MASK_FORM = "mask_form"
-    """An attention mask has a form that cannot be cut to rows."""
-    CAPTURE_FAILED = "capture_failed"
-    """The graph could not be brought to the functional ATen form."""
-    GRAD_REQUIRED = "grad_required"
-    """Gradients are needed; reused values carry none."""
-    LOWERING_FAILED = "lowering_failed"
-    """The rewritten graph did not compile."""
-    RANDOM = "random"
-    """The graph draws random numbers: what it gave once says nothing of the next call."""
-    NO_COMPILER = "no_compiler"
-    """Torch's compiler lacks a C++ compiler or Triton: programs run with eager kernels, reuse goes on."""
-    DATA_DEPENDENT = "data_dependent"
-    """Shapes or control flow depend on tensor values."""
-    WEIGHTS_UNREADABLE = "weights_unreadable"
-    """The bytes of a weight cannot be read (it is on ``meta``, packed by a kernel library, or a tensor of a
-    class that does not say what it is made of): nothing could be told apart by weights."""
-    UNCOMPILED = "uncompiled"
-    """Dynamo ran a call without compiling it: none of its graphs reached this backend."""
-    NO_LOGITS = "no_logits"
-    """Results hold no logits: the graph is served, but shadow runs could not be judged and are not made."""
+    Reports and metrics carry the values, which are stable. Calls of a refused graph carry the graph's reason.
 
-
-class NotReused(StrEnum):
-    """Why a call or a span was not reused, where its graph could be. The values are stable, as ``Reason``'s.
-
-    Calls of graphs that were refused carry the ``Reason`` instead.
+    Attributes:
+        text: the reason in words.
     """
 
-    NEW_ITEM = "new_item"
-    """Nothing of this content was seen lately, at these positions relative to each other."""
-    NOT_RECORDED = "not_recorded"
-    """It was seen before, but there is no donor: it could not be recorded then, or is not stored any more."""
-    OTHER_WEIGHTS = "other_weights"
-    """The same content was seen with other weights, or in another model, alone."""
-    TOO_LARGE = "too_large"
-    """The store refused its donor."""
-    STORE_CLOSED = "store_closed"
-    """The store is closed."""
-    STORE_FAILED = "store_failed"
-    """The store failed when it was asked."""
-    INCOMPATIBLE_ENTRY = "incompatible_entry"
-    """There is a donor, of a graph that recorded less than this one reads, or something else."""
-    RECOMPUTED_TO_RECORD = "recomputed_to_record"
-    """There is a donor, but the call was computed in full so that another item could be recorded."""
-    NO_SPAN = "no_span"
-    """Nothing in the call can be reused: no media, none that is long enough, or none that is marked."""
-    ONE_TOKEN = "one_token"
-    """A sequence of one token."""
-    MISMATCH = "mismatch"
-    """Placeholders and encoder features do not agree."""
-    CANNOT_WRITE = "cannot_write"
-    """An input that is written to has a layout in which that cannot be repeated."""
-    TOO_FEW_ROWS = "too_few_rows"
-    """Results are made of less than two tokens in a graph for any number of them."""
-    GUARDED = "guarded"
-    """Shadow runs or the gate decided that the model goes without reuse."""
-    NO_PLAN = "no_plan"
-    """The policy's rows make no plan."""
-    PROGRAM_FAILED = "program_failed"
-    """A rewritten graph did not compile, or failed when it ran."""
+    text: str
+
+    def __new__(cls, value: str, text: str) -> Self:
+        """A member with its text."""
+        reason = str.__new__(cls, value)
+        reason._value_, reason.text = value, text
+        return reason
+
+    # Graphs; the refusal names the node and its source line.
+    NO_ATTENTION = "no_attention", "the graph has no attention"
+    NO_MERGE = "no_merge", "no encoder features enter the token embeddings, and no spans are marked"
+    NO_STREAM = "no_stream", "no residual stream is found between two attention calls"
+    UNKNOWN_OP = "unknown_op", "an operator on the token dimension is not known to be token-wise"
+    TOKEN_AXIS_LOST = "token_axis_lost", "an operator merges, flattens or permutes the token dimension away"
+    TOKEN_MIXING = "token_mixing", "recurrent layers or convolutions mix tokens outside attention"
+    POSITION_IN_STREAM = "position_in_stream", "learned position embeddings are added to the residual stream"
+    BATCHED = "batched", "rows of several samples cannot be taken sample by sample"
+    MUTATED_INPUTS = "mutated_inputs", "the graph writes to its inputs in a way that cannot be repeated"
+    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and brings nothing to reuse"
+    ATTENTION_FORM = "attention_form", "an attention cannot be brought to the canonical form"
+    MASK_FORM = "mask_form", "an attention mask cannot be cut to rows"
+    CAPTURE_FAILED = "capture_failed", "the graph cannot be brought to functional ATen"
+    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values carry none"
+    LOWERING_FAILED = "lowering_failed", "the rewritten graph did not compile"
+    RANDOM = "random", "the graph draws random numbers"
+    NO_COMPILER = "no_compiler", "no C++ compiler or Triton: eager kernels run, with reuse"
+    DATA_DEPENDENT = "data_dependent", "shapes or control flow depend on tensor values"
+    WEIGHTS_UNREADABLE = "weights_unreadable", "the bytes of a weight cannot be read, so keys cannot cover it"
+    UNCOMPILED = "uncompiled", "Dynamo ran the call uncompiled: no graph reached the backend"
+    NO_LOGITS = "no_logits", "no result is the logits: there are no shadow runs, but reuse"
+
+    # Calls of graphs that could be reused.
+    NO_SPAN = "no_span", "no media span"
+    ONE_TOKEN = "one_token", "a sequence of one token"
+    MISMATCH = "mismatch", "placeholders and encoder features do not agree in number or width"
+    CANNOT_WRITE = (
+        "cannot_write",
+        "an input that is written to shares memory with another, or is not contiguous",
+    )
+    TOO_FEW_ROWS = (
+        "too_few_rows",
+        "results are made of less than two tokens, in a graph for any number of them",
+    )
+    GUARDED = "guarded", "shadow runs or the gate turned reuse off for the model"
+    NO_PLAN = "no_plan", "the policy's rows make no plan"
+    PROGRAM_FAILED = "program_failed", "the rewritten graph did not compile"
+
+    # Spans, and calls of which no span was reused.
+    NEW_ITEM = "new_item", "its content is new"
+    NOT_RECORDED = "not_recorded", "seen before, but not recorded, or not stored any more"
+    OTHER_WEIGHTS = "other_weights", "seen with other weights alone"
+    TOO_LARGE = "too_large", "its donor is too large for the store"
+    STORE_CLOSED = "store_closed", "the store is closed"
+    STORE_FAILED = "store_failed", "the store failed"
+    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another form"
+    RECOMPUTED_TO_RECORD = "recomputed_to_record", "it has a donor, but another one is recorded"
 
 
 LONGEST_DETAIL = 300

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlcache_fx.errors import NotReused, Reason
+from vlcache_fx.errors import Reason
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.report import Report, SpanReport, one_line, why_cold
 from vlcache_fx.store import MemoryStore
@@ -103,7 +103,7 @@ def test_an_entry_of_a_graph_that_records_less() -> None:
 
 
 def test_calls_without_spans_and_refused_graphs(pair: Pair) -> None:
-    assert ask(pair, (15, 3)) == [NotReused.NO_SPAN]
+    assert ask(pair, (15, 3)) == [Reason.NO_SPAN]
     refused = with_backend(tiny_vlm(learned_positions=True))
     assert ask(refused, ONE) == [Reason.POSITION_IN_STREAM]
 
@@ -113,7 +113,7 @@ def test_a_report_is_a_mapping_with_attributes(pair: Pair) -> None:
     report = pair.engine.last_report
     assert report is not None
     assert (report.mode, report["mode"]) == ("cold", "cold")
-    assert report.spans[0].miss_reason is report["spans"][0]["miss_reason"] is NotReused.NEW_ITEM
+    assert report.spans[0].miss_reason is report["spans"][0]["miss_reason"] is Reason.NEW_ITEM
     again = json.loads(json.dumps(report))
     assert again == json.loads(json.dumps(report.as_dict()))
     assert type(report.as_dict()) is type(report.as_dict()["spans"][0]) is dict
@@ -137,7 +137,7 @@ def test_what_goes_on_behind_a_prefill_leaves_its_report() -> None:
 
 
 def test_reasons_in_words() -> None:
-    new, left = NotReused.NEW_ITEM, NotReused.RECOMPUTED_TO_RECORD
+    new, left = Reason.NEW_ITEM, Reason.RECOMPUTED_TO_RECORD
     assert why_cold([new]) == ("no donor for its spans: its content is new", new)
     text, code = why_cold([left, new, new])
     assert code is new
@@ -146,9 +146,16 @@ def test_reasons_in_words() -> None:
 
 
 def test_values_are_stable() -> None:
-    assert [str(one) for one in NotReused] == [
+    of_graphs = [
+        "no_attention", "no_merge", "no_stream", "unknown_op", "token_axis_lost", "token_mixing",
+        "position_in_stream", "batched", "mutated_inputs", "past_keys", "attention_form", "mask_form",
+        "capture_failed", "grad_required", "lowering_failed", "random", "no_compiler", "data_dependent",
+        "weights_unreadable", "uncompiled", "no_logits",
+    ]  # fmt: skip
+    of_calls_and_spans = [
         "new_item", "not_recorded", "other_weights", "too_large", "store_closed", "store_failed",
         "incompatible_entry", "recomputed_to_record", "no_span", "one_token", "mismatch", "cannot_write",
         "too_few_rows", "guarded", "no_plan", "program_failed",
     ]  # fmt: skip
-    assert not {*map(str, NotReused)} & {*map(str, Reason)}
+    assert sorted(str(one) for one in Reason) == sorted(of_graphs + of_calls_and_spans)
+    assert len(set(of_graphs + of_calls_and_spans)) == len(Reason.__members__)

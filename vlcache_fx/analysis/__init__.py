@@ -1,7 +1,7 @@
 """Analysis: read-only facts about a captured graph, found by structure alone."""
 
 from vlcache_fx.analysis.attention.sites import Site
-from vlcache_fx.analysis.decoder.decode_step import StepFacts, analyze_step
+from vlcache_fx.analysis.decoder.decode_step import DecodeStepFacts, analyze_decode_step
 from vlcache_fx.analysis.decoder.facts import DecoderFacts, analyze
 from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.decoder.merge import Merge
@@ -10,14 +10,14 @@ from vlcache_fx.analysis.decoder.stream import Stream
 from vlcache_fx.analysis.tokens.axis import RowStep
 
 __all__ = [
+    "DecodeStepFacts",
     "DecoderFacts",
     "LayerParts",
     "Merge",
     "RowStep",
     "Site",
-    "StepFacts",
     "Stream",
     "TailRows",
     "analyze",
-    "analyze_step",
+    "analyze_decode_step",
 ]

@@ -18,8 +18,10 @@ import torch
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import ModelSpec
 from vlcache_fx.bench.rounds import MeasurementError, System, do_nothing, time_once
-from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
+from vlcache_fx.bench.systems import Systems, Variant
 from vlcache_fx.bench.workload import RequestShape, make_workload
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 
 SYSTEMS = ("plain", "vlcache")
 PROCESSES = ("first", "second")
@@ -107,7 +109,7 @@ def compile_seconds(task: Task) -> dict[str, Any]:
     model = build_model(task.spec.with_feature_tower(), getattr(torch, task.dtype), device)
     systems = Systems(model, task.lowering, [Variant()])
     workload = make_workload(model, task.shape)
-    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         # So that what torch loads at its first use is not counted as compilation.
         model(**workload.second)
         if task.system == "plain":

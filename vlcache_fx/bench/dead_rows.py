@@ -15,8 +15,9 @@ from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
-from vlcache_fx.bench.systems import DYNAMO_CONFIG
 from vlcache_fx.bench.workload import RequestShape, make_workload
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
@@ -46,7 +47,7 @@ def measure_dead_rows(model: Any, shape: RequestShape, rounds: int, engine: Engi
         UnsupportedGraphError: the model's graph cannot be rewritten.
     """
     request = make_workload(model, shape).first
-    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         captured, graph = captured_graph(model, request, dynamic=True)
         args, num_tokens = graph.calls[0], request["input_ids"].shape[1]
         runs = {

@@ -12,8 +12,10 @@ from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
-from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
+from vlcache_fx.bench.systems import Systems, Variant
 from vlcache_fx.bench.workload import RequestShape, Workload, make_workload
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 
 EAGER, PLAIN, VLCACHE = "unmodified, eager", "unmodified, torch.compile", "vlcache"
 
@@ -43,7 +45,7 @@ def measure_decoding(
         MeasurementError: a system computed something else.
     """
     systems = Systems(model, lowering, [Variant()])
-    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         workload = make_workload(model, shape)
         timed = decoding_systems(systems, workload, room)
         for system in timed.values():

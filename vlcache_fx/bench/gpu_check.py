@@ -32,8 +32,10 @@ from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.report import milliseconds
 from vlcache_fx.bench.rounds import MeasurementError, Summary, System, time_once
-from vlcache_fx.bench.systems import DYNAMO_CONFIG, GIB, Systems, Variant
+from vlcache_fx.bench.systems import GIB, Systems, Variant
 from vlcache_fx.bench.workload import RequestShape, Workload, make_workload
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError
 from vlcache_fx.version import VERSION
 
@@ -246,7 +248,7 @@ def times(
     capacity = max(4 * GIB, 2 * max(vision_tokens) * _bytes_per_token(model))
     systems = Systems(model, lowering, [DEVICE_TIER, HOST_TIER], capacity, cuda_graphs=cuda_graphs)
     try:
-        with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+        with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
             for tokens in vision_tokens:
                 made: list[Workload] = []
 

@@ -19,8 +19,10 @@ from vlcache_fx.bench.rounds import (
     paired_ratio,
     time_once,
 )
-from vlcache_fx.bench.systems import DYNAMO_CONFIG, Systems, Variant
+from vlcache_fx.bench.systems import Systems, Variant
 from vlcache_fx.bench.workload import RequestShape, Workload
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def measure_point(
     Raises:
         MeasurementError: a run did not do what its name says.
     """
-    with torch.no_grad(), torch._dynamo.config.patch(dict(DYNAMO_CONFIG)):
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         point = _PointBench(systems, workload, eager_rounds)
         point.warm_up()
         seconds = interleave(point.systems, rounds, after_run)

@@ -1,7 +1,7 @@
 """The systems that are compared: one model, unmodified and with reuse, sharing its weights."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,6 @@ from vlcache_fx.options import Options
 from vlcache_fx.store import Store, open_store
 
 GIB = 1024**3
-
-DYNAMO_CONFIG: Mapping[str, Any] = {
-    # Models check that placeholders and features agree: without this, that is a graph break.
-    "capture_scalar_outputs": True,
-    # Numbers of images and ready caches are other graphs: more of them than Dynamo compiles by default.
-    "recompile_limit": 64,
-}
-"""For all systems alike; ``vlcache_fx.compile`` sets the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +36,8 @@ class Systems:
     Programs do not depend on policy, budget or store, so one compiled model serves all variants: ``use``
     exchanges what its engine holds. Cold runs have a store of their own.
 
-    Dynamo is reset first: what else this process compiled would count towards its limits.
+    Dynamo is reset first: what else this process compiled would count towards its limits. Call all systems
+    with the settings of ``capture.dynamo_settings``: they are those of the model compiled for reuse.
 
     Args:
         model: in eval mode, on its device.

@@ -1,4 +1,4 @@
-"""Dynamo's settings for models that are traced for reuse, in one place."""
+"""The one set of Dynamo's settings."""
 
 from typing import Any
 
@@ -11,13 +11,15 @@ have one code object in common, the wrapper that decorates their ``forward``.
 """
 
 DYNAMO_CONFIG: dict[str, Any] = {
-    # Models check on the way that placeholders and features agree; with scalars captured, that check does not
-    # cut the graph in two.
+    # Models check that placeholders and features agree: without captured scalars, that is a graph break.
     "capture_scalar_outputs": True,
-    # Features that are added at masked places of inner layers have a size that depends on data.
+    # Features that are added at masked positions of inner layers have a data-dependent size.
     "capture_dynamic_output_shape_ops": True,
     "recompile_limit": RECOMPILE_LIMIT,
     # Else a call fails while another thread traces, whatever it traces.
     "force_compile_during_fx_trace": True,
 }
-"""For a ``forward`` that is given what encoders gave: the encoders themselves do not trace with them."""
+"""For ``vlcache_fx.compile``, ``explain`` and the plain ``torch.compile`` of benches.
+
+They are for a ``forward`` that takes encoder outputs: encoders themselves do not trace with them.
+"""

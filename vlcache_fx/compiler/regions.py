@@ -1,8 +1,8 @@
-"""Calls of what ``torch.compile(backend="vlcache")`` made, seen from the backend.
+"""Calls of a function that ``torch.compile(backend="vlcache")`` returned, watched by the backend.
 
-Dynamo calls a backend to compile a graph, and says nothing of calls in which it gave up compiling. So the
-object that torch made for the region (``torch._dynamo.eval_frame``) is asked to enter a context of ours in
-every later call, as it does for a backend's own ``backend_ctx_ctor``, which ``torch.compile`` hides.
+Dynamo calls a backend to compile a graph, but does not report calls that it runs uncompiled. So a hook is
+added to the object that torch made for the region (``torch._dynamo.eval_frame``). It enters our context in
+every later call, as it enters a backend's own ``backend_ctx_ctor``, which ``torch.compile`` hides.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import torch
 from torch._dynamo import eval_frame
 
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
+from vlcache_fx.compiling import raise_limit_of_function
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.runtime.engine import Engine
 
 TORCH_RECOMPILE_LIMIT = 8
-"""Dynamo's own; another value was set by the user, and stays."""
+"""Dynamo's default. Another value was set by the user, and stays."""
 
 
 def uncompiled_refusal() -> UnsupportedGraphError:
-    """Why a call in which no graph ran was not served."""
+    """The refusal of a call in which no graph ran."""
     limit = torch._dynamo.config.recompile_limit
     return UnsupportedGraphError(
         Reason.UNCOMPILED,
@@ -37,11 +38,18 @@ def raise_recompile_limit() -> None:
     """Raise Dynamo's limit for good, unless the user set one.
 
     The limit holds for a code object, and models of the transformers library have one in common: where a
-    second model has reached it, no backend is called for the third, so nothing that is undone behind a call
-    would do. Config values belong to a thread in newer versions of torch: ``watch`` raises it for the others.
+    second model has reached it, no backend is called for the third, so raising it during calls alone would
+    not do. Config values belong to a thread in newer versions of torch: ``watch`` raises it for the others.
     """
     if torch._dynamo.config.recompile_limit == TORCH_RECOMPILE_LIMIT:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+
+
+def raise_limits() -> None:
+    """Raise Dynamo's limit, and that of the function that it compiles now, unless the user set one."""
+    raise_recompile_limit()
+    if torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:
+        raise_limit_of_function(RECOMPILE_LIMIT)
 
 
 def watch(engine: Engine) -> None:
@@ -54,7 +62,7 @@ def watch(engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class _Watch:
-    """Entered before a call, in the thread of the call; what it returns is called behind it."""
+    """Entered before a call, in the thread of the call; returns the function to call after it."""
 
     engine: Engine
 
@@ -71,7 +79,7 @@ class _Watch:
 
 
 def _compiling_region() -> Any:
-    """What ``torch.compile`` made for the call that is being compiled: the nearest in the stack."""
+    """The nearest region in the stack: that of the call that Dynamo is compiling."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back

@@ -1,9 +1,9 @@
 """Threads that call one model compile each of its graphs once.
 
-Dynamo looks for a compiled graph before it waits for its lock, and not again behind it: of threads that wait
-while a graph is compiled, each would compile the same one. And while one thread looks, others put the graph
-that they found in front, so it may miss what is there. Every copy costs a compilation, and counts towards the
-limit at which Dynamo gives a function up.
+Dynamo searches its cache before it waits for its lock, and not again afterwards: each thread that waits while
+a graph is compiled would compile the same graph again. And while one thread searches, others move the entry
+that they found to the front, so the search may miss an entry. Every copy costs a compilation, and counts
+towards ``recompile_limit``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["Turns"]
 Result = TypeVar("Result")
 
 TRANSPARENT = frozenset({"contextlib", "vlcache_fx.api", __name__})
-"""Modules, beside torch's, whose functions do nothing that must not be done twice."""
+"""Modules, in addition to torch's, whose functions may run twice in one call."""
 
 
 MAX_ATTEMPTS = 4
-"""Of one call, lest it never ends where Dynamo does not take what it has."""
+"""Per call, so that it ends even if Dynamo never takes the graph that was compiled."""
 
 
 class _CompiledAlreadyError(Exception):
-    """There is a compiled graph for this call by now."""
+    """Another thread has compiled a graph for this call."""
 
 
 @dataclass
@@ -42,8 +42,8 @@ class _Call:
     """A call that a thread makes.
 
     Attributes:
-        ran: calls of graphs that this thread had made when it began.
-        may_begin_again: once more than the attempts that were made.
+        ran: calls of graphs that this thread had made before the call.
+        may_begin_again: False in the last attempt.
     """
 
     ran: int
@@ -51,7 +51,7 @@ class _Call:
 
 
 class Turns:
-    """Who compiles which graph of one model, where several threads call it.
+    """The order in which threads that call one model compile its graphs.
 
     Args:
         engine: of the model.
@@ -64,10 +64,9 @@ class Turns:
         self._thread = threading.local()
 
     def run(self, call: Callable[[], Result]) -> Result:
-        """``call()``, which calls the model; from its beginning again where another thread compiled what it
-        needs.
+        """Return ``call()``, which calls the model; repeat it if another thread compiled its graph meanwhile.
 
-        The first call of all is made alone: it compiles, and all others would need what it compiles.
+        The first call of all runs alone: it compiles the graphs that all others need.
 
         Raises:
             Exception: what ``call`` raises; what the backend raised, as it was.
@@ -112,7 +111,7 @@ class Turns:
 
 
 def _frames() -> Iterator[FrameType]:
-    """Of this thread, from the innermost on."""
+    """The frames of this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -120,7 +119,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _nothing_else_ran() -> bool:
-    """True where none of the model's own Python is under way: Dynamo looks at the beginning of the call."""
+    """True if Dynamo compiles at the beginning of the call: no Python code of the model is running."""
     for frame in _frames():
         if frame.f_code is Turns._run.__code__:
             return True
@@ -131,7 +130,7 @@ def _nothing_else_ran() -> bool:
 
 
 def _is_compiled() -> bool:
-    """True where a graph was compiled before that serves the frame that Dynamo is looking at."""
+    """True if an earlier compiled graph serves the frame that Dynamo is compiling."""
     for frame in _frames():
         wanted = frame.f_locals.get("frame")
         if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" and wanted is not None:

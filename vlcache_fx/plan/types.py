@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlcache_fx.errors import NotReused
+from vlcache_fx.errors import Reason
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Span:
     hit: bool
     tier: str | None = None
     contexts: int = 0
-    miss: NotReused | None = None
+    miss: Reason | None = None
 
     @property
     def end(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlcache_fx.errors import NotReused
+from vlcache_fx.errors import Reason
 from vlcache_fx.lowering import Lowered
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
@@ -29,6 +29,6 @@ class CrossAttendingRunner:
         attended, hit = self._encoder(args)
         results = self._decoder([*args, *attended])
         reason = None if hit else "the item that it attends to is new"
-        code = None if hit else NotReused.NEW_ITEM
+        code = None if hit else Reason.NEW_ITEM
         self._engine.report(Report("warm" if hit else "cold", reason, encoder_hit=hit, reason_code=code))
         return results

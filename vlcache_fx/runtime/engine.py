@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -24,7 +24,6 @@ from vlcache_fx.errors import (
     UnreadableWeightsError,
     UnsupportedGraphError,
 )
-from vlcache_fx.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.lowering import (
     CompileCache,
     Decompositions,
@@ -52,10 +51,13 @@ from vlcache_fx.runtime.report import Report, ReportView, one_line
 from vlcache_fx.runtime.settings import Choice, Choices
 from vlcache_fx.store import open_store
 
+if TYPE_CHECKING:
+    from vlcache_fx.compiler.explanation import GraphExplanation
+
 log = logging.getLogger("vlcache_fx")
 
-PREPARED = "_vlcache_prepared"
-"""The attribute of a compiled ``forward`` that prepares arguments."""
+EXPLANATION = "_vlcache_explanation"
+"""The attribute of a compiled ``forward`` that explains its graphs."""
 
 
 class Engine:
@@ -130,15 +132,15 @@ class Engine:
     def explains(
         self,
         forward: Callable[..., Any],
-        prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
+        explanation: Callable[[dict[str, Any]], "tuple[GraphExplanation, ...]"],
     ) -> None:
         """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
 
         Args:
-            forward: owns ``prepared``, which knows the model.
-            prepared: what becomes of the arguments of a call before they are traced.
+            forward: owns ``explanation``, which knows the model.
+            explanation: of its graphs, for the keyword arguments of a call.
         """
-        setattr(forward, PREPARED, prepared)
+        setattr(forward, EXPLANATION, explanation)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
@@ -160,22 +162,21 @@ class Engine:
             "shadow": self.guards.stats(),
         }
 
-    def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
+    def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
             OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
                 the model is gone.
         """
-        explained = self.explained
-        if explained is None:
+        forward = None if self._explained is None else self._explained()
+        if forward is None:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        forward = None if self._explained is None else self._explained()
-        assert forward is not None
         try:
-            return explain(explained, inputs, getattr(forward, PREPARED), self.options.dynamic)
+            found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
+            return found
         finally:  # no word of it in the report of the next call
             self.take_encoder_note()
             self.take_items()

@@ -8,7 +8,6 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture.mutations import can_write, deliver
 from vlcache_fx.errors import (
-    NotReused,
     PlanError,
     PolicyError,
     Reason,
@@ -32,12 +31,6 @@ from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.runtime.requests.request import Request, together
-
-CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
-MISMATCH = "placeholders and encoder features do not agree in number or width"
-TOO_FEW_ROWS = "results are made of less than two tokens, in a graph for any number of them"
-NO_PLAN = "the policy's rows make no plan"
-NOT_COMPILED = "the rewritten graph did not compile"
 
 
 class DecoderRunner:
@@ -99,32 +92,32 @@ class DecoderRunner:
             known = on_host(args, self._form.tells)
             identified = identifier.runs(known, items)
             if identified is None:
-                return self._bypass(args, MISMATCH, NotReused.MISMATCH)
+                return self._bypass(args, Reason.MISMATCH)
             num_samples, num_tokens, runs = identified
             hit = noted if encoder_hit is None else encoder_hit
             try:
                 request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
-                return self._bypass(args, text, Reason.WEIGHTS_UNREADABLE, num_tokens)
+                return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
         if not runs and identifier.embeddings is not None:
-            return self._bypass(args, "no span is marked", NotReused.NO_SPAN, num_tokens)
+            return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
         if num_tokens < 2:
-            return self._bypass(args, "a sequence of one token", NotReused.ONE_TOKEN, num_tokens)
+            return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
         request = replace(request, positions=self._form.positions(num_tokens, known))
         if request.positions is not None and len(request.positions) < 2 and self._form.tail_varies:
             # Programs take sizes below two as special.
-            return self._bypass(args, TOO_FEW_ROWS, NotReused.TOO_FEW_ROWS, num_tokens)
+            return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
         if not can_write(self._form.writes, self._in_place, args, self._form.data):
-            return self._bypass(args, CANNOT_WRITE, NotReused.CANNOT_WRITE, num_tokens)
+            return self._bypass(args, Reason.CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
-            return self._bypass(args, reason, NotReused.GUARDED, num_tokens)
+            return self._bypass(args, Reason.GUARDED, num_tokens, reason)
         if request.spans:
             look = self._masks.look(args, known, num_tokens, [sample.spans for sample in request.samples])
             if look.refusal is not None:
                 self.engine.refuse_call(look.refusal)
-                return self._bypass(args, str(look.refusal), look.refusal.reason, num_tokens)
+                return self._bypass(args, look.refusal.reason, num_tokens, str(look.refusal))
             samples = [
                 replace(sample, unseen=unseen if num_samples > 1 else None)
                 for sample, unseen in zip(request.samples, look.unseen, strict=True)
@@ -145,22 +138,22 @@ class DecoderRunner:
         request = request.without_donors()
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
+            return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         if not self._cold.ready():
-            return self._bypass(request.args, NOT_COMPILED, NotReused.PROGRAM_FAILED, request.num_tokens)
+            return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
         bound = self._cold.bind(together(plans), request.positions, dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
             return self._bypass(
-                request.args, "the cold program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+                request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the cold program failed"
             )
         if request.spans:
             self._admit(request, self._cold.recorded, results, plans)
             reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
             self.engine.report(request.report("cold", reason, plans, 1.0, code))
         else:
-            report = request.report("bypass", "no media span", plans, 1.0, NotReused.NO_SPAN)
+            report = request.report("bypass", Reason.NO_SPAN.text, plans, 1.0, Reason.NO_SPAN)
             self.engine.report(report, continues=self._form.goes_on)
         return deliver(self._form.writes, request.args, results, self._form.num_results)
 
@@ -174,9 +167,9 @@ class DecoderRunner:
     def _run_warm(self, request: Request) -> Sequence[Any]:
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
+            return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         if not self._warm.ready():
-            return self._bypass(request.args, NOT_COMPILED, NotReused.PROGRAM_FAILED, request.num_tokens)
+            return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
         positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._form.rows, self._form.device))
         policy = self.engine.choices.now.policy
@@ -185,18 +178,18 @@ class DecoderRunner:
                 found = measure(policy, self._warm, request, plans, tables, self._form.rows, positions)
             if found is None:
                 return self._bypass(
-                    request.args, "the warm program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+                    request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the warm program failed"
                 )
             plans = self._plans(request, ChosenRows(policy, found))
             if plans is None:
-                return self._bypass(request.args, NO_PLAN, NotReused.NO_PLAN, request.num_tokens)
+                return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         with request.clock.measure("bind"):
             bound = self._warm.bind(together(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
             return self._bypass(
-                request.args, "the warm program failed", NotReused.PROGRAM_FAILED, request.num_tokens
+                request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the warm program failed"
             )
         shadow = self._shadow(request, results)
         if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
@@ -283,10 +276,11 @@ class DecoderRunner:
             )
 
     def _bypass(
-        self, args: Sequence[Any], reason: str, code: Reason | NotReused, num_tokens: int = 0
+        self, args: Sequence[Any], code: Reason, num_tokens: int = 0, text: str | None = None
     ) -> Sequence[Any]:
-        continues = self._form.goes_on and code in (NotReused.NO_SPAN, NotReused.ONE_TOKEN)
-        report = Report("bypass", one_line(reason), num_tokens, reason_code=code)
+        """Run without reuse, and report ``code``; ``text`` says more than the reason's own."""
+        continues = self._form.goes_on and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
+        report = Report("bypass", one_line(text or code.text), num_tokens, reason_code=code)
         self.engine.report(report, continues=continues)
         return self._unmodified(*args)
 

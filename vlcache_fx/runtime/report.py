@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from vlcache_fx.errors import NotReused, Reason
+from vlcache_fx.errors import Reason
 
 Mode = Literal["cold", "warm", "bypass"]
 
@@ -25,7 +25,7 @@ class SpanReport:
     donor_tier: str | None = None
     sample: int = 0
     donor_contexts: int = 0
-    miss_reason: NotReused | None = None
+    miss_reason: Reason | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Report:
     explanations: tuple[str, ...] = ()
     model_fingerprint: str = ""
     shadow_kl: float | None = None
-    reason_code: Reason | NotReused | None = None
+    reason_code: Reason | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
@@ -96,28 +96,15 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-MISSES = {
-    NotReused.NEW_ITEM: "its content is new",
-    NotReused.NOT_RECORDED: "seen before, but not recorded, or not stored any more",
-    NotReused.OTHER_WEIGHTS: "seen with other weights alone",
-    NotReused.TOO_LARGE: "its donor is too large for the store",
-    NotReused.STORE_CLOSED: "the store is closed",
-    NotReused.STORE_FAILED: "the store failed",
-    NotReused.INCOMPATIBLE_ENTRY: "its donor was recorded by a graph of another form",
-    NotReused.RECOMPUTED_TO_RECORD: "it has a donor, but another one is recorded",
-}
-"""Why spans miss, in words."""
-
-
-def why_cold(misses: list[NotReused]) -> tuple[str, NotReused]:
+def why_cold(misses: list[Reason]) -> tuple[str, Reason]:
     """``(reason, reason_code)`` of a call that was computed in full, by those of its spans.
 
     The code is that of the first span without a donor.
     """
-    code = next((one for one in misses if one is not NotReused.RECOMPUTED_TO_RECORD), misses[0])
+    code = next((one for one in misses if one is not Reason.RECOMPUTED_TO_RECORD), misses[0])
     if len(set(misses)) == 1:
-        return f"no donor for its spans: {MISSES[code]}", code
-    counts = [f"{misses.count(one)} x {MISSES[one]}" for one in dict.fromkeys(misses)]
+        return f"no donor for its spans: {code.text}", code
+    counts = [f"{misses.count(one)} x {one.text}" for one in dict.fromkeys(misses)]
     return f"no donor for its spans: {'; '.join(counts)}", code
 
 

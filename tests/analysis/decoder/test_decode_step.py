@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.analysis import analyze, analyze_step
+from vlcache_fx.analysis import analyze, analyze_decode_step
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes.standard import step_program
+from vlcache_fx.passes.standard import decode_step_program
 from vlcache_fx.testing.graphs import captured_graph
 
 from ...runtime.helpers import own_compiler_state
@@ -62,7 +62,7 @@ def inputs() -> dict[str, Any]:
 
 def test_layers_lie_between_attentions() -> None:
     captured, _ = captured_graph(Decoder(), inputs(), dynamic=True)
-    facts = analyze_step(captured)
+    facts = analyze_decode_step(captured)
     assert len(facts.sites) == LAYERS
     assert len(facts.stream.boundaries) == LAYERS + 1
     for site, members in zip(facts.sites, facts.stream.members, strict=True):
@@ -76,7 +76,7 @@ def test_the_program_is_the_graph_with_segments() -> None:
     model = Decoder()
     captured, graph = captured_graph(model, inputs(), dynamic=True)
     before = str(captured.graph_module.graph)
-    program = step_program(captured)
+    program = decode_step_program(captured)
     assert str(captured.graph_module.graph) == before
     tags = {node.meta.get("segment") for node in program.graph.nodes if node.op == "call_function"}
     assert {f"layer.{index}" for index in range(LAYERS)} | {"tail"} <= tags
@@ -93,5 +93,5 @@ def test_without_attention_there_are_no_layers() -> None:
 
     captured, _ = captured_graph(Head(), {"embeds": torch.ones(1, 1, WIDTH)}, dynamic=True)
     with pytest.raises(UnsupportedGraphError) as refusal:
-        analyze_step(captured)
+        analyze_decode_step(captured)
     assert refusal.value.reason is Reason.NO_ATTENTION

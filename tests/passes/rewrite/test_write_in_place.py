@@ -16,7 +16,7 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.rewrite import WriteInPlace
 from vlcache_fx.passes.rewrite.write_in_place import IN_PLACE
-from vlcache_fx.passes.standard import copy_captured, step_program
+from vlcache_fx.passes.standard import copy_captured, decode_step_program
 from vlcache_fx.testing.graphs import captured_graph
 
 from ..programs import before_and_after, unchanged
@@ -148,6 +148,6 @@ def test_caches_of_which_more_is_wanted_are_copied(write: Callable[..., Tensor],
     if write is not scattered:
         assert str(program.graph) == before
     with pytest.raises(UnsupportedGraphError, match="an input is copied") as refusal:
-        step_program(captured)
+        decode_step_program(captured)
     assert refusal.value.reason is Reason.MUTATED_INPUTS
     assert refusal.value.node is not None

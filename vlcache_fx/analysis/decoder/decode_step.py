@@ -1,4 +1,4 @@
-"""Facts about a decoding step: where its layers lie, and no more, since it has nothing to reuse."""
+"""Facts about a decoding step: its layers, and no more, since it has nothing to reuse."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vlcache_fx.ir.refusal import refuse
 
 
 @dataclass(frozen=True)
-class StepFacts:
-    """What analysis found out about a graph of which only the layers are wanted.
+class DecodeStepFacts:
+    """The layers of a decoding step.
 
     Attributes:
         sites: the attentions, one for each layer, in graph order.
@@ -24,7 +24,7 @@ class StepFacts:
     stream: Stream
 
 
-def analyze_step(captured: Captured) -> StepFacts:
+def analyze_decode_step(captured: Captured) -> DecodeStepFacts:
     """Find the layers of a graph; nothing in it is changed.
 
     Raises:
@@ -34,4 +34,4 @@ def analyze_step(captured: Captured) -> StepFacts:
     sites = find_sites(graph)
     if not sites:
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
-    return StepFacts(sites, find_stream(graph, sites, captured.inputs_of(InputKind.DATA)))
+    return DecodeStepFacts(sites, find_stream(graph, sites, captured.inputs_of(InputKind.DATA)))

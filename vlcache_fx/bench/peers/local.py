@@ -1,5 +1,6 @@
 """The libraries that run in this process: this one, and transformers without it."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import vlcache_fx
 from vlcache_fx.bench.peers.answer import Answer, FloatArray
 from vlcache_fx.bench.peers.cases import Request
 from vlcache_fx.bench.peers.checkpoint import IMAGE, MERGE, PATCH, TEMPORAL_PATCH, read_model
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.integrations.processor import CachedImageProcessor
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor
 
@@ -75,11 +78,19 @@ class LocalPeer:
 
 
 class CompiledPeer(LocalPeer):
-    """The same behind plain ``torch.compile``."""
+    """The same with plain ``torch.compile``, under the settings of Dynamo that ``vlcache_fx.compile`` has."""
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
-        self.model.forward = torch.compile(self.model.forward, dynamic=True)
+        plain = self.model.forward
+        compiled = torch.compile(plain, dynamic=True)
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with dynamo_settings(DYNAMO_CONFIG):
+                return compiled(*args, **kwargs)
+
+        self.model.forward = forward
 
 
 class VlcachePeer(LocalPeer):

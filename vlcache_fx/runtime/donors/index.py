@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.errors import NotReused, StoreClosedError
+from vlcache_fx.errors import Reason, StoreClosedError
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
@@ -140,13 +140,13 @@ class DonorLookup:
             found = self._find(sample, request, memory)
             records = request.is_whole and not found.reuse_is_exact and self._is_worth_recording(found.spans)
             samples.append(found.without_donors() if records else found)
-            leaves = NotReused.RECOMPUTED_TO_RECORD if records else None
+            leaves = Reason.RECOMPUTED_TO_RECORD if records else None
             looked += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
         return replace(request, samples=tuple(samples), found=tuple(looked))
 
-    def _memory(self, request: Request) -> dict[str, NotReused]:
+    def _memory(self, request: Request) -> dict[str, Reason]:
         """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
-        meanings: dict[str, NotReused] = {}
+        meanings: dict[str, Reason] = {}
         for sample in request.samples:
             runs = {run.start: run for run in sample.runs}
             for span in sample.spans:
@@ -157,16 +157,16 @@ class DonorLookup:
                     content_digest(runs[span.start].digests), request.identity
                 )
                 if span.key in self._engine.unstorable:
-                    meanings[span.key] = NotReused.TOO_LARGE
+                    meanings[span.key] = Reason.TOO_LARGE
                 elif asked:
-                    meanings[span.key] = NotReused.NOT_RECORDED
+                    meanings[span.key] = Reason.NOT_RECORDED
                 elif seen_with and request.identity not in seen_with:
-                    meanings[span.key] = NotReused.OTHER_WEIGHTS
+                    meanings[span.key] = Reason.OTHER_WEIGHTS
                 else:
-                    meanings[span.key] = NotReused.NEW_ITEM
+                    meanings[span.key] = Reason.NEW_ITEM
         return meanings
 
-    def _find(self, sample: Sample, request: Request, memory: Mapping[str, NotReused]) -> Sample:
+    def _find(self, sample: Sample, request: Request, memory: Mapping[str, Reason]) -> Sample:
         looked, found = [], {}
         for span in sample.spans:
             entry, failure = self._look(span.key)
@@ -175,21 +175,21 @@ class DonorLookup:
                 contexts = len(refine.contexts_of(entry))
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
             else:
-                known = memory[span.key] if entry is None else NotReused.INCOMPATIBLE_ENTRY
+                known = memory[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
                 looked.append(replace(span, miss=failure or known))
         prefix, entries = self._known_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
         looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
         return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
 
-    def _look(self, key: str) -> tuple[Entry | None, NotReused | None]:
+    def _look(self, key: str) -> tuple[Entry | None, Reason | None]:
         """The entry under a key, and how the store failed, where it did."""
-        failure = NotReused.STORE_FAILED
+        failure = Reason.STORE_FAILED
         with self._engine.tolerating_store_errors():
             try:
                 return self._engine.store.get(key), None
             except StoreClosedError:
-                failure = NotReused.STORE_CLOSED
+                failure = Reason.STORE_CLOSED
                 raise
         return None, failure
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.errors import NotReused
+from vlcache_fx.errors import Reason
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
@@ -107,7 +107,7 @@ class Request:
         reason: str | None,
         plans: Sequence[Plan],
         fraction: float,
-        reason_code: NotReused | None = None,
+        reason_code: Reason | None = None,
     ) -> Report:
         """The report of this call; the arguments as in ``Report``, with a plan per sample."""
         return Report(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import vlcache_fx
-from vlcache_fx.api import DYNAMO_CONFIG
 from vlcache_fx.backend import engine_for
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.survey.families import FamilyModel, build_family, known_families
@@ -159,7 +160,7 @@ def _quiet_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     log.setLevel(logging.ERROR)
     try:
-        with torch._dynamo.config.patch(DYNAMO_CONFIG):
+        with dynamo_settings(DYNAMO_CONFIG):
             yield
     finally:
         log.setLevel(level)

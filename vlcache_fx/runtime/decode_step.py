@@ -1,4 +1,4 @@
-"""Runs decoding steps, which have nothing to reuse, layer by layer."""
+"""Runs decoding steps layer by layer. They have nothing to reuse."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vlcache_fx.lowering import Lowered
 from vlcache_fx.passes import Program
 
 
-class StepRunner:
-    """A compiled step: call it with the graph's inputs, get the graph's outputs.
+class DecodeStepRunner:
+    """A compiled decoding step: call it with the graph's inputs, get the graph's outputs.
 
     Args:
         captured: the graph.
         program: made of it.
         lowered: the program.
-        unmodified: serves calls whose inputs are not what the program was made for.
+        unmodified: serves calls whose inputs do not allow the program's mutations.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class StepRunner:
         self._in_place = tuple(program.in_place)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        """Run one step."""
+        """Run one decoding step."""
         if not can_write(self._writes, self._in_place, args, self._data):
             return self._unmodified(*args)
         return deliver(self._writes, args, self._lowered(args), self._num_results)

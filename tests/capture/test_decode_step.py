@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.capture.decode_steps import is_decoding_step
+from vlcache_fx.capture.decode_step import is_decode_step
 from vlcache_fx.testing.graphs import traced_graphs
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -54,7 +54,7 @@ class Attending(nn.Module):
 
 def traced(model: nn.Module, dynamic: bool, **call: Tensor) -> bool:
     (graph,) = traced_graphs(model, call, dynamic=dynamic)
-    return is_decoding_step(graph.graph_module.graph)
+    return is_decode_step(graph.graph_module.graph)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.passes import Program
-from vlcache_fx.runtime.decode import StepRunner
+from vlcache_fx.runtime.decode_step import DecodeStepRunner
 
 ROWS, COUNT = Write(input=0, value=1, dim=1, places=2), Write(input=2, value=3, results=(0,))
 KINDS = (InputKind.DATA, InputKind.DATA, InputKind.DATA, InputKind.WEIGHT)
@@ -27,12 +27,12 @@ def unmodified(*args: Any) -> tuple[Any, ...]:
     return ("unmodified",)
 
 
-def runner(*writes: Write) -> StepRunner:
+def runner(*writes: Write) -> DecodeStepRunner:
     graph = torch.fx.Graph()
     graph.output((None,) * 4)
     captured = Captured(torch.fx.GraphModule({}, graph), KINDS, writes=writes)
     made = Program(captured.graph_module, writes=writes, in_place=[0] if writes else [])
-    return StepRunner(captured, made, lowered, unmodified)
+    return DecodeStepRunner(captured, made, lowered, unmodified)
 
 
 def inputs() -> list[Tensor]:

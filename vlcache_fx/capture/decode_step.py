@@ -1,4 +1,4 @@
-"""Decoding steps, recognised in the graph as Dynamo gives it: also where it cannot be brought to the IR."""
+"""Recognise decoding steps in Dynamo's graph, so that graphs that cannot be captured are recognised, too."""
 
 import torch
 from torch import fx
@@ -14,20 +14,20 @@ ATTENTION = frozenset(
         "softmax",
     }
 )
-"""What gives a row per query, in the last dimension but one."""
+"""Calls whose result has one row per query, in dimension -2."""
 
 MERGES = frozenset({torch.masked_scatter, "masked_scatter"})
 
 
 def attends(graph: fx.Graph) -> bool:
-    """True where there is an attention in the graph, in whatever form."""
+    """True if the graph has an attention, in whatever form."""
     return any(
         node.target in ATTENTION for node in graph.nodes if node.op in ("call_function", "call_method")
     )
 
 
-def is_decoding_step(graph: fx.Graph) -> bool:
-    """True where a single query attends, in every attention of the graph, and no features are merged."""
+def is_decode_step(graph: fx.Graph) -> bool:
+    """True if every attention of the graph has a single query, and no features are merged."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
     if any(node.target in MERGES for node in calls):
         return False

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import vlcache_fx
+from vlcache_fx.compiler.exported_program import CompiledProgram
 from vlcache_fx.errors import OptionError, Reason, UnsupportedGraphError
-from vlcache_fx.exported_program import CompiledProgram
 from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 TOLERANCE = {"atol": 2e-6, "rtol": 1e-5}

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from vlcache_fx.backend import compile_captured
 from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_arguments
+from vlcache_fx.compiler.kinds import compile_traced
+from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
@@ -43,7 +44,8 @@ class CompiledProgram:
         self.vlcache = engine
         self._bound = bound_tensors(program)
         self._arguments = _Arguments(program, [tensor is not None for tensor in self._bound])
-        self._run = compile_captured(lambda: capture_exported(program), self._arguments, engine)
+        # Exported decoding steps are reported as every other refusal, not silenced.
+        self._run = compile_traced(Traced(lambda: capture_exported(program), self._arguments), engine)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program's results. Arguments that it does not cover raise its own error."""
@@ -71,16 +73,13 @@ class _Arguments:
         self._forms = [node.meta["val"] for node in placeholders[-len(self._is_given) :]]
         self._ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
 
-    def prepare(self) -> "_Arguments":
+    def prepare(self, engine: Engine) -> "_Arguments":
         """Nothing: exported programs run as they are."""
+        del engine
         return self
 
     def release(self) -> None:
         """Nothing, either."""
-
-    def is_decoding_step(self) -> bool:
-        """Who exports a decoding step and compiles it for reuse is told why there is none."""
-        return False
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """Run the program as it is, with the inputs of the captured graph."""

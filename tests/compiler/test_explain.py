@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vlcache_fx.explain import explain
+from vlcache_fx.compiler.explain import explain
 
-from .passes.test_classify import PROMPT, Looking
-from .runtime.helpers import own_compiler_state
-from .runtime.test_merge import cut
+from ..runtime.helpers import own_compiler_state
+from ..runtime.test_merge import cut
+from .graphs import PROMPT, Looking
 
 
 @pytest.fixture(autouse=True)
@@ -20,24 +20,24 @@ def _compiler() -> Iterator[None]:
         yield
 
 
-def test_graphs_that_are_cut_behind_the_merge() -> None:
+def test_explain_graphs_cut_after_the_merge() -> None:
     merge, decoder = explain(cut(), dict(PROMPT))
     assert (merge.kind, merge.reason) == ("merge", None)
     assert (decoder.kind, decoder.merges) == ("decoder", ())
     assert decoder.as_dict()["num_layers"] == decoder.num_layers > 0
 
 
-def test_an_encoder() -> None:
+def test_explain_encoder() -> None:
     (found,) = explain(Looking(), {"pixels": torch.ones(1, 2, 5, 8)})
     assert (found.kind, found.reason) == ("encoder", None)
 
 
-def test_explaining_often_reaches_no_limit() -> None:
+def test_explain_reaches_no_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         assert all(len(explain(Looking(), {"pixels": torch.ones(1, 2, 5, 8)})) == 1 for _ in range(4))
 
 
-def test_a_decoding_step() -> None:
+def test_explain_decoding_step() -> None:
     pytest.importorskip("transformers")
     from vlcache_fx.testing.families import tiny_llava
 

@@ -1,0 +1,13 @@
+"""What tests of the compiler share."""
+
+import pytest
+
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store import MemoryStore
+
+
+@pytest.fixture
+def eager() -> Engine:
+    """An engine with eager kernels and a store of its own."""
+    return Engine(Options(lowering="eager", store=MemoryStore(1 << 24)))

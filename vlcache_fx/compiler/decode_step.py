@@ -1,0 +1,54 @@
+"""A decoding step: a graph in which one new token attends to a KV cache.
+
+All decoder-only models have one, and their ``generate()`` calls it for every token after the prefill. It has
+no rows to reuse. It is compiled layer by layer, each distinct layer once, and writes to the cache in place; a
+step whose layers are not found is compiled as a whole. Nothing is logged or reported.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiler.unmodified import Compiled
+from vlcache_fx.errors import LoweringError, PassError, UnsupportedGraphError
+from vlcache_fx.passes.standard import decode_step_program
+from vlcache_fx.runtime.decode_step import DecodeStepRunner
+from vlcache_fx.runtime.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """See the module.
+
+    Attributes:
+        graph: as traced.
+        refusal: why it is of no kind with reuse.
+    """
+
+    name: ClassVar[str] = "decoding step"
+    graph: Traced
+    refusal: UnsupportedGraphError
+
+    def compile(self, engine: Engine) -> Compiled:
+        """See ``Kind``."""
+        unmodified = self.graph.unmodified
+        if engine.lowering.name != "inductor":
+            return unmodified.prepare(engine)
+        try:
+            captured = self.graph.captured
+            program = decode_step_program(captured)
+            lowered = engine.lower(program.graph_module, name=self.name)
+        except (UnsupportedGraphError, PassError, LoweringError) as failure:
+            _log.debug("a decoding step is compiled as a whole: %s", failure)
+            return unmodified.prepare(engine)
+        return self.graph.rewritten(DecodeStepRunner(captured, program, lowered, unmodified))
+
+    def explain(self) -> GraphExplanation:
+        """See ``Kind``."""
+        return GraphExplanation(self.name, str(self.refusal))

@@ -1,0 +1,79 @@
+"""An encoder in a graph of its own.
+
+Vision and audio towers whose ``forward`` Dynamo traces apart from the decoder, or that a user compiles alone:
+all attention is bidirectional, and a float tensor (pixels, features) enters, so the graph is a function of
+its items. Its results are kept under the content of its inputs; a hit skips the graph. Results without
+attention before them (text in the same graph) are computed in every call. Reuse is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from torch import fx
+
+from vlcache_fx.analysis.encoder import is_encoder
+from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiler.unmodified import Compiled
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
+from vlcache_fx.runtime.encode import EncoderRunner
+from vlcache_fx.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """See the module.
+
+    Attributes:
+        graph: as traced.
+        split: its results by whether attention leads to them.
+    """
+
+    name: ClassVar[str] = "encoder"
+    graph: Traced
+    split: SplitResults
+
+    @classmethod
+    def match(cls, graph: Traced) -> Self | None:
+        """See ``Kind``."""
+        if not is_encoder(graph.captured):
+            return None
+        if graph.captured.writes:
+            raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "an encoder that writes to its inputs")
+        return cls(graph, split_results(graph.captured))
+
+    def compile(self, engine: Engine) -> Compiled:
+        """See ``Kind``."""
+        split, encoder = self.split, kept(self.split, engine)
+        if not split.other_places:
+            return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], ()))
+        others = lower_encoder(split.others, engine)
+        return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], others(*args)))
+
+    def explain(self) -> GraphExplanation:
+        """See ``Kind``."""
+        return GraphExplanation(self.name, nodes=(len(self.graph.captured.graph_module.graph.nodes),))
+
+
+def kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
+    """The encoder of ``split``, whose results ``engine`` keeps.
+
+    Raises:
+        LoweringError: it does not compile.
+    """
+    run = lower_encoder(split.encoder, engine)
+    return EncoderRunner(run, split.inputs, split.weights, split.computations, engine)
+
+
+def lower_encoder(encoder: fx.GraphModule, engine: Engine) -> Callable[..., Sequence[Any]]:
+    """``encoder`` as a callable of the graph's inputs.
+
+    Raises:
+        LoweringError: it does not compile.
+    """
+    run = engine.lower(encoder, name="encoder")
+    return lambda *args: run(args)

@@ -1,0 +1,56 @@
+"""What would happen to a model's graphs, and why, without compiling anything."""
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.kinds import on_kind
+from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiling import dynamo_settings
+
+__all__ = ["Arguments", "GraphExplanation", "explain", "explain_graph"]
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
+
+def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
+    """Explain one graph as Dynamo hands it over."""
+    return on_kind(Traced.by_dynamo(graph_module, example_inputs), lambda kind: kind.explain())
+
+
+def explain(
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] = lambda args, kwargs: (args, kwargs),
+    dynamic: bool | None = None,
+) -> tuple[GraphExplanation, ...]:
+    """Trace ``function(**inputs)`` (it runs once, without reuse) and explain each of its graphs.
+
+    Args:
+        function: the plain forward.
+        inputs: its keyword arguments.
+        prepared: what a compiled model makes of the arguments of a call before they are traced.
+        dynamic: as in ``torch.compile``.
+    """
+    explained: list[GraphExplanation] = []
+
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        explained.append(explain_graph(graph_module, example_inputs))
+        return graph_module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    # Dynamo keeps and counts what it compiled per code object: with one of its own, no explanation adds to
+    # what real calls have to search, and none is left out because a limit is reached.
+    traced = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+    with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
+        args, kwargs = prepared((), inputs)
+        torch.compile(traced, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    return tuple(explained)

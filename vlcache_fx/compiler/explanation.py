@@ -1,0 +1,43 @@
+"""The explanation of one graph: plain data."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GraphExplanation:
+    """One traced graph, as the backend would treat it.
+
+    Attributes:
+        kind: ``name`` of the kind (``compiler.kinds``): ``encoder`` (its results are kept), ``merge`` (its
+            spans are marked for the decoder's graph), ``cross-attending decoder`` (what it computes of the
+            items alone is kept), ``decoder`` (a prefill, rewritten), ``decoding step`` (nothing to reuse) or
+            ``unmodified``.
+        reason: why nothing is reused; None for a kind with reuse.
+        num_layers: decoder layers found.
+        merges: graph nodes at which encoder features enter the token embeddings.
+        encoder_in_graph: True where the features are computed in the same graph.
+        key_frontiers, value_frontiers: per layer that has its own, the nodes whose rows are stored.
+        attention: per layer, ``causal`` or ``mask``.
+        results_need: ``all rows`` or the selection that says which rows follow the last layer.
+        nodes: number of graph nodes captured, and in the cold and warm programs.
+        engines: of the warm program under ``lowering="tensorrt"``, the nodes of each engine.
+        outside_engines: and the nodes that would stay outside, with the reason.
+    """
+
+    kind: str
+    reason: str | None = None
+    num_layers: int = 0
+    merges: tuple[str, ...] = ()
+    encoder_in_graph: bool = False
+    key_frontiers: tuple[str, ...] = ()
+    value_frontiers: tuple[str, ...] = ()
+    attention: tuple[str, ...] = ()
+    results_need: str = ""
+    nodes: tuple[int, ...] = ()
+    engines: tuple[tuple[str, ...], ...] = ()
+    outside_engines: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return asdict(self)

@@ -1,0 +1,51 @@
+"""A merge in a graph of its own.
+
+Models that break the graph between the merge and the decoder, for example to make masks that cannot be
+traced. The graph puts encoder features into the token embeddings and attends to nothing. It runs unmodified;
+the spans in its result are marked, so that the decoder's graph finds them. Nothing is reused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiler.unmodified import Compiled
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.merge import MergeMarks
+
+
+@dataclass(frozen=True)
+class Merge:
+    """See the module.
+
+    Attributes:
+        graph: as traced.
+        marks: marks its result.
+    """
+
+    name: ClassVar[str] = "merge"
+    graph: Traced
+    marks: MergeMarks
+
+    @classmethod
+    def match(cls, graph: Traced) -> Self | None:
+        """See ``Kind``."""
+        marks = MergeMarks.of(graph.captured)
+        return None if marks is None else cls(graph, marks)
+
+    def compile(self, engine: Engine) -> Compiled:
+        """See ``Kind``."""
+        marks, merge = self.marks, self.graph.unmodified.prepare(engine)
+
+        def run(*args: Any) -> Sequence[Any]:
+            return marks.mark(args, merge(*args))
+
+        return self.graph.rewritten(run)
+
+    def explain(self) -> GraphExplanation:
+        """See ``Kind``."""
+        return GraphExplanation(self.name, nodes=(len(self.graph.captured.graph_module.graph.nodes),))

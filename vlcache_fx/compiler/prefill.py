@@ -1,0 +1,107 @@
+"""The prefill of a decoder-only model: a graph over all tokens of a prompt.
+
+LLaVA, Qwen-VL, InternVL, Gemma 3 and most other vision-language models: encoder features replace the
+embeddings of placeholder tokens, then layers of causal self-attention follow. Features may be computed in the
+same graph, in another one (their spans are marked) or by the caller. The graph becomes two programs: the cold
+program computes all rows and records keys and values of each media span; the warm program computes the rows
+that the policy selects and reads the others from donors. An encoder in the same graph is split off and kept,
+as in ``encoder``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.compiler.encoder import kept
+from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiler.unmodified import Compiled
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured
+from vlcache_fx.lowering.tensorrt import dry_run
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
+from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.prefill import DecoderRunner
+from vlcache_fx.runtime.requests.masks import MaskCheck
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """See the module.
+
+    Attributes:
+        graph: as traced.
+        facts: of the whole graph.
+        split: the encoder inside, and the decoder; None where features are inputs of the graph.
+    """
+
+    name: ClassVar[str] = "decoder"
+    graph: Traced
+    facts: DecoderFacts
+    split: SplitEncoder | None
+
+    @classmethod
+    def match(cls, graph: Traced) -> Self:
+        """See ``Kind``. The last kind with reuse: it refuses all other graphs."""
+        facts = analyze(graph.captured)
+        if not facts.merges and facts.stream.boundaries[0].op != "placeholder":
+            raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
+        return cls(graph, facts, split_encoder(graph.captured, facts.encoder))
+
+    @property
+    def decoder(self) -> Captured:
+        """The decoder's graph; features are inputs of it."""
+        return self.graph.captured if self.split is None else self.split.decoder
+
+    def compile(self, engine: Engine) -> Compiled:
+        """See ``Kind``."""
+        split, unmodified, original = self.split, self.graph.unmodified, len(self.graph.captured.kinds)
+        decoder = DecoderRunner.of(self.decoder, engine, lambda *args: unmodified(*args[:original]))
+        if not self.facts.merges:
+            unmodified.prepare(engine)  # serves every call in which no span is marked
+        if split is None:
+            return self.graph.rewritten(lambda *args: decoder(args))
+        if not split.computes:
+            return self.graph.rewritten(lambda *args: decoder([*args, *split.encoder(*args)]))
+        encoder = kept(split, engine)
+
+        def run(*args: Any) -> Sequence[Any]:
+            features, hit = encoder(args)
+            return decoder([*args, *features], encoder_hit=hit)
+
+        return self.graph.rewritten(run)
+
+    def explain(self) -> GraphExplanation:
+        """See ``Kind``."""
+        facts = self.facts
+        programs = _programs(self.decoder)
+        selection, engines = facts.tail_rows.selection, dry_run(programs[1].graph_module)
+        graphs = (self.graph.captured.graph_module.graph, *(program.graph for program in programs))
+        return GraphExplanation(
+            kind=self.name,
+            num_layers=facts.num_layers,
+            merges=tuple(merge.node.name for merge in facts.merges),
+            encoder_in_graph=bool(facts.encoder),
+            key_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("k")),
+            value_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("v")),
+            attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
+            results_need="all rows" if selection is None else str(selection.format_node()),
+            nodes=tuple(len(graph.nodes) for graph in graphs),
+            engines=engines.engines,
+            outside_engines=dict(engines.outside),
+        )
+
+
+def _programs(decoder: Captured) -> tuple[Program, Program]:
+    """The cold and the warm program; raises what ``DecoderRunner.of`` raises, in the same order."""
+    facts = analyze(decoder)
+    MaskCheck.of(decoder, facts)
+    cold, warm = cold_program(decoder), warm_program(decoder)
+    DecoderForm.of(decoder, facts, cold.recorded)
+    return cold, warm

@@ -1,0 +1,117 @@
+"""A graph on its way through the compiler: as traced, captured in the IR, and without reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.capture.decode_step import attends, is_decode_step
+from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiler.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
+from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir import Captured
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.standard import CLEANUP
+from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
+
+
+class Traced:
+    """One graph that Dynamo or ``torch.export`` traced.
+
+    Args:
+        capture: brings the graph to the IR; called once, when ``captured`` is first read.
+        unmodified: the graph without reuse.
+        is_decode_step: True for a decoding step that the caller did not ask to have rewritten.
+        unwrapped: for inputs that are tensor subclasses; the captured graph takes the plain tensors within.
+    """
+
+    def __init__(
+        self,
+        capture: Callable[[], Captured],
+        unmodified: Unmodified,
+        *,
+        is_decode_step: bool = False,
+        unwrapped: Unwrapped | None = None,
+    ) -> None:
+        self.unmodified, self.is_decode_step = unmodified, is_decode_step
+        self._capture, self._unwrapped = capture, unwrapped
+        self._outcome: Captured | UnsupportedGraphError | None = None
+
+    @classmethod
+    def by_dynamo(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Traced:
+        """Of a graph as Dynamo calls a backend with it."""
+        plain = DynamoGraph(graph_module, example_inputs)
+        try:
+            unwrapped = Unwrapped.of(graph_module, example_inputs)
+        except UnsupportedGraphError as error:
+            return cls(_raising(error), plain)
+        is_step = is_decode_step(graph_module.graph)
+        if unwrapped is None:
+            return cls(lambda: _capture(graph_module, example_inputs), plain, is_decode_step=is_step)
+        return cls(
+            lambda: _capture_unwrapped(unwrapped),
+            Rewrapped(plain, unwrapped),
+            is_decode_step=is_step,
+            unwrapped=unwrapped,
+        )
+
+    @property
+    def captured(self) -> Captured:
+        """The graph in the IR, cleaned up.
+
+        Raises:
+            UnsupportedGraphError: it could not be captured; the same error each time.
+            PassError: a clean-up pass failed.
+        """
+        if self._outcome is None:
+            try:
+                captured = self._capture()
+            except UnsupportedGraphError as error:
+                self._outcome = error
+            else:
+                CLEANUP.run(Program(captured.graph_module))
+                self._outcome = captured
+        if isinstance(self._outcome, UnsupportedGraphError):
+            raise self._outcome
+        return self._outcome
+
+    def rewritten(self, compiled: Compiled) -> Compiled:
+        """``compiled`` for the calls that it was made for, the unmodified graph for others."""
+        self.unmodified.release()
+        captured, unmodified = self.captured, self.unmodified
+        if not captured.specialised:
+            return compiled
+        return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
+
+    def entry(self, compiled: Compiled) -> Compiled:
+        """``compiled``, which takes the captured graph's inputs, for callers that have the traced graph's."""
+        unwrapped = self._unwrapped
+        return compiled if unwrapped is None else lambda *args: compiled(*unwrapped.flat(args))
+
+
+def _capture(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+    if records_gradients(example_inputs):
+        if attends(graph_module.graph):
+            raise gradient_refusal()
+        raise UnsupportedGraphError(Reason.NO_ATTENTION, "nothing to reuse, with gradients or without")
+    return capture_dynamo(graph_module, example_inputs)
+
+
+def _capture_unwrapped(unwrapped: Unwrapped) -> Captured:
+    try:
+        return _capture(unwrapped.graph_module, unwrapped.example_inputs)
+    except UnsupportedGraphError as refusal:
+        if refusal.reason is not Reason.CAPTURE_FAILED:
+            raise
+        detail = f"weights of the class {unwrapped.classes} cannot be traced: {refusal.detail}"
+        raise UnsupportedGraphError(refusal.reason, detail) from refusal
+
+
+def _raising(error: UnsupportedGraphError) -> Callable[[], Captured]:
+    def capture() -> Captured:
+        raise error
+
+    return capture
