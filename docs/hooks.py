@@ -1,8 +1,9 @@
-"""Hooks of mkdocs: what tests read in a page is not shown."""
+"""Hooks of mkdocs: what tests read in a page is not shown, and the glossary is that of CONTRIBUTING.md."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 HIDDEN = re.compile(r"^<!-- setup\n.*?^-->\n", re.MULTILINE | re.DOTALL)
@@ -11,7 +12,17 @@ HIDDEN = re.compile(r"^<!-- setup\n.*?^-->\n", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"^(```python) \{[^\n]*\}$", re.MULTILINE)
 """A block that tests do not run, and the reason."""
 
+GLOSSARY = re.compile(r"^<!-- glossary -->\n.*?^<!-- glossary -->\n", re.MULTILINE | re.DOTALL)
+"""The place of the glossary in its page."""
+
+SECTION = re.compile(r"^## Glossary\n\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page without hidden code and marks of blocks."""
+    """The page as readers see it."""
+    section = SECTION.search(CONTRIBUTING.read_text(encoding="utf-8"))
+    if section is not None:
+        markdown = GLOSSARY.sub(lambda _: section[1], markdown)
     return MARK.sub(r"\1", HIDDEN.sub("", markdown))

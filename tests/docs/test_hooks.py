@@ -1,17 +1,36 @@
-"""What tests read in a page is not shown."""
+"""What tests read in a page is not shown; the glossary is."""
 
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 from .blocks import ROOT
 
 
-def test_on_page_markdown_hides_set_up_and_marks() -> None:
+@pytest.fixture
+def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
     assert spec is not None
     assert spec.loader is not None
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_on_page_markdown_hides_set_up_and_marks(hooks: ModuleType) -> None:
     page = '<!-- setup\na = 1\n-->\n```python {skip="no GPU"}\nb\n```\n'
     assert hooks.on_page_markdown(page, files=None) == "```python\nb\n```\n"
+
+
+def test_on_page_markdown_brings_the_glossary(
+    hooks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contributing = tmp_path / "CONTRIBUTING.md"
+    contributing.write_text("# Contributing\n\n## Glossary\n\n| span | tokens |\n\n## How\n", encoding="utf-8")
+    monkeypatch.setattr(hooks, "CONTRIBUTING", contributing)
+    page = "a\n<!-- glossary -->\nelsewhere\n<!-- glossary -->\nb\n"
+    assert hooks.on_page_markdown(page) == "a\n| span | tokens |\n\nb\n"

@@ -38,14 +38,14 @@ def test_an_entry_that_was_not_tried_says_so() -> None:
 
 
 def test_writing_replaces_what_stands_between_the_marks(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
+    document = tmp_path / "families.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nbehind\n")
     write_into(document, "new")
     assert document.read_text() == f"before\n{BEGIN}\nnew\n{END}\nbehind\n"
 
 
 def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
-    document = tmp_path / "README.md"
+    document = tmp_path / "families.md"
     document.write_text("nothing\n")
     with pytest.raises(ValueError, match="families: begin"):
         write_into(document, "new")

@@ -28,7 +28,7 @@ def require_parts() -> None:
     missing = missing_parts()
     if missing:
         raise ImportError(
-            f"the photo VLM needs {', '.join(missing)}; README.md ('The photo VLM') says how to install them"
+            f"the photo VLM needs {', '.join(missing)}; docs/test-models.md says how to install them"
         )
 
 

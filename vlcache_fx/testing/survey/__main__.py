@@ -1,4 +1,4 @@
-"""Try families out: ``python -m vlcache_fx.testing.survey --write README.md``."""
+"""Try families out: ``python -m vlcache_fx.testing.survey --write docs/families.md``."""
 
 from __future__ import annotations
 
