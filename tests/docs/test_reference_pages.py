@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-import pytest
-
-import vlcache_fx
 from vlcache_fx.errors import Reason
 from vlcache_fx.options import Options
 from vlcache_fx.policies import known_policies
@@ -36,8 +33,3 @@ def test_options_has_a_row_for_each_option() -> None:
 def test_policies_has_a_row_for_each_policy() -> None:
     own = [name for name, entry in known_policies().items() if entry.value.startswith("vlcache_fx.")]
     assert set(own) <= set(first_cells("policies.md"))
-
-
-@pytest.mark.parametrize("name", sorted(set(vlcache_fx.__all__) - {"__version__"}))
-def test_api_has_each_public_name(name: str) -> None:
-    assert f"::: vlcache_fx.{name}\n" in (DOCS / "api.md").read_text(encoding="utf-8")
