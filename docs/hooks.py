@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: hide what only tests read, bring the glossary of CONTRIBUTING.md, complete the API page."""
+"""Hooks of mkdocs: hide what only tests read, bring CONTRIBUTING.md's glossary, complete the API page."""
 
 from __future__ import annotations
 
