@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts, StepFacts
 from vlcache_fx.ir import Write
+from vlcache_fx.spec.slots import InputSlot, StoredSlot
 
 aten = torch.ops.aten
 
@@ -29,8 +30,8 @@ class Program:
         row_inputs: per level 0..L, the placeholder with the active rows (int64 [n], or [batch, n] where the
             program computes several samples), or None where all tokens are active.
             Level i is what enters layer i, level L what leaves the last one.
-        slots: name -> placeholder of every input that passes added, in input order behind the graph's own.
-        recorded: names of the outputs that passes appended, in order.
+        slots: placeholder of every input that passes added, in input order after the graph's own.
+        recorded: what the outputs that passes appended are, in order.
         in_place: indices of inputs that the program writes to by itself, which must be contiguous.
         properties: what the passes that ran ensure; a pass may require some.
     """
@@ -39,8 +40,8 @@ class Program:
     facts: DecoderFacts | StepFacts | None = None
     writes: tuple[Write, ...] = ()
     row_inputs: tuple[Node | None, ...] = ()
-    slots: dict[str, Node] = field(default_factory=dict)
-    recorded: list[str] = field(default_factory=list)
+    slots: dict[InputSlot, Node] = field(default_factory=dict)
+    recorded: list[StoredSlot] = field(default_factory=list)
     in_place: list[int] = field(default_factory=list)
     properties: set[str] = field(default_factory=set)
 
@@ -66,16 +67,16 @@ class Program:
         """True where the program computes several samples, each with rows of its own."""
         return self.decoder.batch_dims is not None
 
-    def add_input(self, slot: str) -> Node:
-        """A new placeholder behind all others (the same one when the slot exists already)."""
+    def add_input(self, slot: InputSlot) -> Node:
+        """A new placeholder after all others (the existing one when the slot exists already)."""
         if slot not in self.slots:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
-                self.slots[slot] = self.graph.placeholder(slot.replace(".", "_"))
+                self.slots[slot] = self.graph.placeholder(str(slot).replace(".", "_"))
         return self.slots[slot]
 
-    def add_outputs(self, named: Iterable[tuple[str, Node]]) -> None:
-        """Append results behind the graph's own."""
+    def add_outputs(self, named: Iterable[tuple[StoredSlot, Node]]) -> None:
+        """Append results after the graph's own."""
         output = self.graph.output_node()
         named = list(named)
         results = output.args[0]

@@ -36,6 +36,7 @@ from vlcache_fx.passes.rewrite import (
     WriteInPlace,
 )
 from vlcache_fx.passes.rewrite.write_in_place import first_copy
+from vlcache_fx.spec.slots import Rows
 
 CLEANUP = Pipeline(
     (
@@ -107,7 +108,7 @@ def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
     last = (
         None
         if program.decoder.tail_rows.selection is None
-        else program.add_input(f"rows.{program.decoder.num_layers}")
+        else program.add_input(Rows(program.decoder.num_layers))
     )
     program.row_inputs = (*[None] * program.decoder.num_layers, last)
     pipeline.run(program)
@@ -123,7 +124,7 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze(own), own.writes)
     program.row_inputs = tuple(
-        program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
+        program.add_input(Rows(level)) for level in range(program.decoder.num_layers + 1)
     )
     pipeline.run(program)
     return program

@@ -19,6 +19,7 @@ from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import classify
 from vlcache_fx.passes.standard import CLEANUP, cold_program, warm_program
+from vlcache_fx.spec.slots import Key, Value
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
@@ -96,8 +97,8 @@ def _explain_decoder(captured: Captured, facts: DecoderFacts, decoder: Captured)
         num_layers=facts.num_layers,
         merges=tuple(merge.node.name for merge in facts.merges),
         encoder_in_graph=bool(facts.encoder),
-        key_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("k")),
-        value_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("v")),
+        key_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Key)),
+        value_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Value)),
         attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
         results_need="all rows" if selection is None else str(selection.format_node()),
         nodes=(

@@ -3,9 +3,7 @@
 from typing import ClassVar
 
 from vlcache_fx.passes.base import Pass, Program
-
-DONOR = "donor."
-"""What the names of donors' inputs begin with; the slot follows."""
+from vlcache_fx.spec.slots import Donor
 
 
 class HoistLookups(Pass):
@@ -22,7 +20,7 @@ class HoistLookups(Pass):
         """Replace every lookup by the input ``donor.<slot>``."""
         lookups = [node for node in program.graph.nodes if "slot" in node.meta]
         for node in lookups:
-            donor = program.add_input(f"{DONOR}{node.meta['slot']}")
+            donor = program.add_input(Donor(node.meta["slot"]))
             donor.meta["donor_of"] = (node.meta["frontier"], node.args[2])
             node.replace_all_uses_with(donor)
             program.graph.erase_node(node)

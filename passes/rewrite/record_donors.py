@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.spec.slots import Residual
 
 
 class RecordDonors(Pass):
@@ -20,5 +21,5 @@ class RecordDonors(Pass):
         facts = program.decoder
         program.add_outputs((frontier.slot, frontier.node) for frontier in facts.frontiers)
         if facts.tail_rows.selection is None:
-            program.add_outputs([("residual", facts.stream.boundaries[-1])])
+            program.add_outputs([(Residual(), facts.stream.boundaries[-1])])
         return True

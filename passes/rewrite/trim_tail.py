@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import restrict_node, sample_dim
+from vlcache_fx.spec.slots import Results
 
 aten = torch.ops.aten
 
@@ -34,7 +35,7 @@ class TrimTail(Pass):
         assert isinstance(source, Node)
         axis = _axis_of(program, source)
         with program.graph.inserting_before(selection):
-            results = program.add_input("results")
+            results = program.add_input(Results())
             if not program.is_batched:
                 taken = program.graph.call_function(aten.index_select.default, (source, axis, results))
             else:

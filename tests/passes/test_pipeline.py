@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from vlcache_fx.errors import PassError, Reason, UnsupportedGraphError
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.standard import CLEANUP, COLD, WARM, warm_program
+from vlcache_fx.spec.slots import Donor
 
 from .programs import everything, nothing_stored, run, small
 
@@ -136,7 +137,7 @@ class ScaleStored(Pass):
 
     def run(self, program: Program) -> bool:
         for slot, node in program.slots.items():
-            if slot.startswith("donor."):
+            if isinstance(slot, Donor):
                 first = next(iter(node.users))
                 with program.graph.inserting_before(first):
                     scaled = program.graph.call_function(aten.mul.Tensor, (node, self.factor))

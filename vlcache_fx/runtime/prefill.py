@@ -32,6 +32,7 @@ from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.runtime.requests.request import Request, together
+from vlcache_fx.spec.slots import StoredSlot
 
 CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
 MISMATCH = "placeholders and encoder features do not agree in number or width"
@@ -165,7 +166,7 @@ class DecoderRunner:
         return deliver(self._form.writes, request.args, results, self._form.num_results)
 
     def _admit(
-        self, request: Request, slots: Sequence[str], results: Sequence[Any], plans: Sequence[Plan]
+        self, request: Request, slots: Sequence[StoredSlot], results: Sequence[Any], plans: Sequence[Plan]
     ) -> None:
         recorded = dict(zip(slots, results[self._form.num_outputs :], strict=True))
         with request.clock.measure("admit"):
