@@ -49,7 +49,8 @@ CLEANUP = Pipeline(
         FuseAttention(),
         FoldRepeatedHeads(),
         InvertPermutations(),
-    )
+    ),
+    name="cleanup",
 )
 """Before analysis."""
 
@@ -63,7 +64,8 @@ COLD = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="cold",
 )
 """Computes everything and records donors; dead rows of the last layer are cut."""
 
@@ -82,11 +84,12 @@ WARM = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="warm",
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
-STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
+STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()), name="decode")
 """A decoding step: as it is, cut into its layers."""
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PlanError,
         PolicyError,
         Reason,
+        SlotError,
         StoreClosedError,
         StoreError,
         UnreadableWeightsError,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     )
     from vlcache_fx.exported_program import compile_exported
     from vlcache_fx.fidelity.gate import check as gate
-    from vlcache_fx.options import Options
+    from vlcache_fx.options import InsertedPass, Options
     from vlcache_fx.runtime.engine import Engine
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "EngineOptions",
     "EngineSession",
     "ExportError",
+    "InsertedPass",
     "LoweringError",
     "NoCompilerError",
     "NotReused",
@@ -54,6 +56,7 @@ __all__ = [
     "PlanError",
     "PolicyError",
     "Reason",
+    "SlotError",
     "StoreClosedError",
     "StoreError",
     "UnreadableWeightsError",
@@ -72,6 +75,7 @@ _HOMES = {
     "EngineOptions": "vlcache_fx.deploy.engines",
     "EngineSession": "vlcache_fx.deploy.sessions",
     "OnnxSession": "vlcache_fx.deploy.sessions",
+    "InsertedPass": "vlcache_fx.options",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.exported_program",

@@ -30,7 +30,7 @@ from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import GraphKind, classify
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
-from vlcache_fx.passes.standard import CLEANUP, step_program
+from vlcache_fx.passes.standard import step_program
 from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
 from vlcache_fx.runtime.decode import StepRunner
 from vlcache_fx.runtime.encode import EncoderRunner
@@ -151,7 +151,7 @@ def _compile_captured(capture: Callable[[], Captured], unmodified: Unmodified, e
     captured = None
     try:
         captured = capture()
-        CLEANUP.run(Program(captured.graph_module))
+        engine.pipelines.cleanup.run(Program(captured.graph_module))
         compiled = _rewrite(captured, engine, unmodified)
     except UnsupportedGraphError as refusal:
         if refusal.reason in NOTHING_TO_REUSE or unmodified.is_decoding_step():
@@ -239,7 +239,8 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
     if captured is None or engine.lowering.name != "inductor" or not unmodified.is_decoding_step():
         return unmodified.prepare()
     try:
-        program = step_program(captured)
+        program = step_program(captured, engine.pipelines.decode)
+        program.check_complete()
         lowered = engine.lower(program.graph_module, name="decoding step")
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)

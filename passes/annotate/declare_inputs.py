@@ -20,6 +20,7 @@ class DeclareInputs(Pass):
 
     name: ClassVar[str] = "declare_inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset({"inputs_declared"})
 
     def run(self, program: Program) -> bool:

@@ -18,7 +18,6 @@ class CarryRows(Pass):
 
     name: ClassVar[str] = "carry_rows"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted", "kv_only"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"carried"})
 
     def run(self, program: Program) -> bool:
         """Insert a gather in front of every such read whose two levels differ."""

@@ -13,7 +13,8 @@ class HoistLookups(Pass):
     """
 
     name: ClassVar[str] = "hoist_lookups"
-    requires: ClassVar[frozenset[str]] = frozenset({"lookups"})
+    requires: ClassVar[frozenset[str]] = frozenset({"spliced"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"hoisted"})
 
     def run(self, program: Program) -> bool:

@@ -18,6 +18,7 @@ class InsertLookups(Pass):
 
     name: ClassVar[str] = "insert_lookups"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"lookups"})
 
     def run(self, program: Program) -> bool:

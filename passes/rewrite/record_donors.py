@@ -14,6 +14,7 @@ class RecordDonors(Pass):
 
     name: ClassVar[str] = "record_donors"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"recorded"})
 
     def run(self, program: Program) -> bool:

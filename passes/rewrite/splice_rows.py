@@ -19,6 +19,7 @@ class SpliceRows(Pass):
 
     name: ClassVar[str] = "splice_rows"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "lookups"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "recorded", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"spliced"})
 
     def run(self, program: Program) -> bool:

@@ -21,7 +21,6 @@ class TrimTail(Pass):
 
     name: ClassVar[str] = "trim_tail"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"tail_trimmed"})
 
     def run(self, program: Program) -> bool:
         """Restrict the tail up to the selection and replace the selection."""

@@ -25,7 +25,7 @@ from vlcache_fx.runtime.prefill import DecoderRunner
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.slots import InputSlot, StoredSlot
 
-OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode")
+OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
 """Options of the torch path that say nothing about exported graphs."""
 
 

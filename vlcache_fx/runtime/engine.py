@@ -43,6 +43,7 @@ from vlcache_fx.ops import (
     take_rows_reference,
 )
 from vlcache_fx.options import Options
+from vlcache_fx.passes.configured import configured
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
@@ -79,6 +80,7 @@ class Engine:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
+        self.pipelines = configured(self.options)
         self.choices = Choices(_choice(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
         self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})

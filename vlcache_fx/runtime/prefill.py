@@ -80,7 +80,8 @@ class DecoderRunner:
         """
         facts = analyze(captured)
         masks = MaskCheck.of(captured, facts)
-        cold, warm = cold_program(captured), warm_program(captured)
+        pipelines = engine.pipelines
+        cold, warm = cold_program(captured, pipelines.cold), warm_program(captured, pipelines.warm)
         form = DecoderForm.of(captured, facts, cold.recorded)
         return cls(
             form,

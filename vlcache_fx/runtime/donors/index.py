@@ -93,7 +93,7 @@ class DonorLookup:
             request: with spans.
             look: what masks let its tokens see.
         """
-        salt, device = self._engine.options.salt, self._form.device.type
+        salt, device = self._engine.options.key_salt, self._form.device.type
         common = [request.weights, self._form.layout, numerics(device)]
         digests = self._form.computation
         identities = {True: content_digest([*common, digests.unified])}

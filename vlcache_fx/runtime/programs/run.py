@@ -48,7 +48,12 @@ class ProgramRunner:
 
     @classmethod
     def of(cls, name: str, program: Program, device: torch.device, engine: Engine) -> "ProgramRunner":
-        """Of a rewritten graph, lowered as the engine's options say."""
+        """Of a rewritten graph, lowered as the engine's options say.
+
+        Raises:
+            LoweringError: passes are missing that lowerings need.
+        """
+        program.check_complete()
 
         def lower() -> Lowered:
             lowered = engine.lower(program.graph_module, name=name)
