@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import math
 import os
@@ -109,7 +110,7 @@ class Options:
         config = {} if self.mode is None else _modes()[self.mode]
         return {name: value for name, value in config.items() if name != CUDA_GRAPHS}
 
-    @property
+    @functools.cached_property
     def key_salt(self) -> str:
         """What every key begins with: ``salt``, and what passes of the user do to stored rows."""
         if not self.passes:
