@@ -36,6 +36,7 @@ from vlcache_fx.passes.rewrite import (
     WriteInPlace,
 )
 from vlcache_fx.passes.rewrite.write_in_place import first_copy
+from vlcache_fx.spec.slots import Rows
 
 CLEANUP = Pipeline(
     (
@@ -48,7 +49,8 @@ CLEANUP = Pipeline(
         FuseAttention(),
         FoldRepeatedHeads(),
         InvertPermutations(),
-    )
+    ),
+    name="cleanup",
 )
 """Before analysis."""
 
@@ -62,7 +64,8 @@ COLD = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="cold",
 )
 """Computes everything and records donors; dead rows of the last layer are cut."""
 
@@ -81,11 +84,12 @@ WARM = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="warm",
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
-DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
+DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()), name="decode")
 """A decoding step: unchanged, cut into its layers."""
 
 
@@ -107,7 +111,7 @@ def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
     last = (
         None
         if program.decoder.tail_rows.selection is None
-        else program.add_input(f"rows.{program.decoder.num_layers}")
+        else program.add_input(Rows(program.decoder.num_layers))
     )
     program.row_inputs = (*[None] * program.decoder.num_layers, last)
     pipeline.run(program)
@@ -123,7 +127,7 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze(own), own.writes)
     program.row_inputs = tuple(
-        program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
+        program.add_input(Rows(level)) for level in range(program.decoder.num_layers + 1)
     )
     pipeline.run(program)
     return program

@@ -18,7 +18,6 @@ class DropNoops(Pass):
     """Identities are forwarded; assertions of dtype and device, which capture has resolved, are erased."""
 
     name: ClassVar[str] = "drop_noops"
-    ensures: ClassVar[frozenset[str]] = frozenset({"no_noops"})
 
     def run(self, program: Program) -> bool:
         """Forward identities and erase assertions."""

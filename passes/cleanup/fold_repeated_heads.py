@@ -27,7 +27,7 @@ class FoldRepeatedHeads(Pass):
     """
 
     name: ClassVar[str] = "fold_repeated_heads"
-    ensures: ClassVar[frozenset[str]] = frozenset({"heads_folded"})
+    requires: ClassVar[frozenset[str]] = frozenset({"no_flex", "attention_fused"})
 
     def run(self, program: Program) -> bool:
         """Fold where keys and values are repeated equally often."""

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from vlcache_fx.analysis.attention.scores import Term
 from vlcache_fx.passes.base import Program
-from vlcache_fx.passes.utility.attention import insert_call
+from vlcache_fx.passes.utility.insert import insert_call
 
 aten = torch.ops.aten
 

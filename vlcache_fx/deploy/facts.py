@@ -25,6 +25,7 @@ from vlcache_fx.runtime.requests.blocks import PrefixReader
 from vlcache_fx.runtime.requests.input_values import LeafForm, Leaves
 from vlcache_fx.runtime.requests.masks import MaskCheck, MaskSite
 from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.spec.slots import StoredSlot
 
 PROBED_LENGTHS = (64, 400, 2048, 8192)
 """Span lengths at which the policy is asked which layers have the same rows."""
@@ -78,7 +79,7 @@ def decoder_spec(
         num_outputs=form.num_outputs,
         tail=None if form.tail is None else form.tail.moved(place).bounds,
         rows={
-            slot: RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
+            str(slot): RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
             for slot, row in form.rows.items()
         },
         layout=f"{form.layout} {others}",
@@ -151,7 +152,8 @@ def decoder_form(
         device=device,
         tail=None if spec.tail is None else RowSelection(spec.tail),
         rows={
-            slot: RowForm(row.dim, getattr(torch, row.dtype), row.sizes) for slot, row in spec.rows.items()
+            StoredSlot.parse(name): RowForm(row.dim, getattr(torch, row.dtype), row.sizes)
+            for name, row in spec.rows.items()
         },
         layout=spec.layout,
         computation=spec.computation,

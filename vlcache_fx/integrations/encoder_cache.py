@@ -162,7 +162,7 @@ class EncoderCache:
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         numbers = numerics(device_type_of(call.values()))
-        start = ["features", self._engine.options.salt, weights, state, numbers, self._pixels_name]
+        start = ["features", self._engine.options.key_salt, weights, state, numbers, self._pixels_name]
         try:
             contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
             return [

@@ -21,13 +21,14 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.ir.dataflow import ancestors, carries_data, descendants, positions
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
 class Frontier:
     """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
 
-    slot: str
+    slot: StoredSlot
     layer: int
     node: Node
     dim: int
@@ -81,9 +82,9 @@ class DecoderFacts:
     def frontiers(self) -> tuple[Frontier, ...]:
         """Where keys and values are stored and spliced, layer by layer."""
         return tuple(
-            Frontier(f"{index}.{letter}", index, node, self.steps[node].dim)
+            Frontier(slot(index), index, node, self.steps[node].dim)
             for index, layer in enumerate(self.layers)
-            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier))
+            for slot, node in ((Key, layer.key_frontier), (Value, layer.value_frontier))
             if node is not None
         )
 

@@ -1,6 +1,6 @@
 """Runs the warm program for a look at the first layers, for policies that choose by what they see there."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
@@ -15,8 +15,10 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors.tables import RowForm, length_of
+from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.request import Request, Sample, together
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ProbeRows:
     """The rows of the probe run, which no budget limits."""
 
     policy: ProbingPolicy
-    forms: Mapping[str, RowForm]
+    forms: Mapping[StoredSlot, RowForm]
     ignores_budget: ClassVar[bool] = True
 
     def select(
@@ -72,15 +74,15 @@ class ChosenRows:
         return self._policy.choose(deviation, num_layers, profile, budget)
 
 
-def first_chooser(policy: Policy, forms: Mapping[str, RowForm]) -> RowChooser:
+def first_chooser(policy: Policy, forms: Mapping[StoredSlot, RowForm]) -> RowChooser:
     """What the first plans of a call ask: the policy, or for the rows of its probe."""
     return ProbeRows(policy, forms) if isinstance(policy, ProbingPolicy) else policy
 
 
-def stored_layer(policy: ProbingPolicy, forms: Mapping[str, RowForm]) -> int:
+def stored_layer(policy: ProbingPolicy, forms: Mapping[StoredSlot, RowForm]) -> int:
     """The last layer up to the policy's that has keys and values of its own, which donors hold."""
     for layer in range(policy.probe_layer, -1, -1):
-        if f"{layer}.k" in forms and f"{layer}.v" in forms:
+        if Key(layer) in forms and Value(layer) in forms:
             return layer
     raise PlanError(f"no layer up to {policy.probe_layer} has keys and values of its own to compare")
 
@@ -95,8 +97,8 @@ def measure(
     program: ProgramRunner,
     request: Request,
     plans: Sequence[Plan],
-    tables: Callable[[], Mapping[str, Tensor | Arriving]],
-    forms: Mapping[str, RowForm],
+    tables: Tables,
+    forms: Mapping[StoredSlot, RowForm],
     output_rows: Tensor | None,
 ) -> list[Deviation] | None:
     """The deviations of all reused spans behind known prefixes, sample by sample.
@@ -123,7 +125,7 @@ def measure(
     recorded = dict(zip(program.recorded, results[len(results) - len(program.recorded) :], strict=True))
 
     def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
-        for slot in (f"{layer}.k", f"{layer}.v"):
+        for slot in (Key(layer), Value(layer)):
             form, table = forms[slot], tables()[slot]
             stored = table.get() if isinstance(table, Arriving) else table
             fresh = form.of_sample(recorded[slot], sample.index).narrow(form.dim, place, length)
