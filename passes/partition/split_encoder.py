@@ -10,13 +10,14 @@ from torch.fx import Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.attention.sites import find_sites
-from vlcache_fx.analysis.decoder.computation import draws_numbers
-from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.randomness import draws_numbers
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.ir.dataflow import descendants
+from vlcache_fx.ir.digest import computation_digest
+from vlcache_fx.ir.nodes import packet_of
 from vlcache_fx.ir.refusal import refuse
-from vlcache_fx.ir.subgraph import computation_digest, extract, needed_for
+from vlcache_fx.ir.subgraph import extract, needed_for
 
 aten = torch.ops.aten
 
