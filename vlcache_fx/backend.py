@@ -28,7 +28,7 @@ from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraph
 from vlcache_fx.ir import Captured
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.classify import GraphKind, classify
+from vlcache_fx.passes.classify import Classified, GraphKind, classify
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
 from vlcache_fx.passes.standard import CLEANUP, step_program
 from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
@@ -177,7 +177,7 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: Unmodified) -> Comp
             assert found.facts is not None
             if not found.facts.merges:
                 unmodified.prepare()  # serves every call in which no span is marked
-            return _reuse_spans(captured, found.split, engine, unmodified)
+            return _reuse_spans(captured, found, engine, unmodified)
 
 
 def _mark_spans(captured: Captured, unmodified: Unmodified) -> Compiled:
@@ -187,12 +187,11 @@ def _mark_spans(captured: Captured, unmodified: Unmodified) -> Compiled:
     return lambda *args: marks.mark(args, merge(*args))
 
 
-def _reuse_spans(
-    captured: Captured, split: SplitEncoder | None, engine: Engine, unmodified: Unmodified
-) -> Compiled:
+def _reuse_spans(captured: Captured, found: Classified, engine: Engine, unmodified: Unmodified) -> Compiled:
     """A decoder, and the encoder of its spans where that is in the same graph."""
+    split = found.split
     if split is None:
-        decoder = DecoderRunner.of(captured, engine, unmodified)
+        decoder = DecoderRunner.of(captured, engine, unmodified, found.facts)
         return lambda *args: decoder(args)
     original = len(captured.kinds)
     decoder = DecoderRunner.of(split.decoder, engine, lambda *args: unmodified(*args[:original]))

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis import DecoderFacts, analyze
 from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.capture.decode_steps import is_decoding_step
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
@@ -89,7 +89,8 @@ def _explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
 def _explain_decoder(captured: Captured, facts: DecoderFacts, decoder: Captured) -> GraphExplanation:
     """``facts`` are of the whole graph, programs are made of the decoder in it."""
     selection = facts.tail_rows.selection
-    programs = (cold_program(decoder), warm_program(decoder))
+    own = facts if decoder is captured else analyze(decoder)
+    programs = (cold_program(decoder, facts=own), warm_program(decoder, facts=own))
     engines = dry_run(programs[1].graph_module)
     return GraphExplanation(
         kind="decoder",

@@ -146,7 +146,7 @@ def _write(
     profile = None if options.profile is None else Profile.load(options.profile)
     policy = get_policy(options.policy)
     groups = layer_groups(policy, found.facts.num_layers, profile, options.budget)
-    cold, warm = cold_program(found.decoder), warm_program(found.decoder)
+    cold, warm = (make(found.decoder, facts=found.facts) for make in (cold_program, warm_program))
     form = DecoderForm.of(found.decoder, found.facts, cold.recorded, groups)
     fingerprint = Fingerprints().of([found.weights[index][1] for index in form.weights])
     misfit = None if profile is None else profile.misfits(fingerprint, form.dtype)

@@ -70,16 +70,22 @@ class DecoderRunner:
 
     @classmethod
     def of(
-        cls, captured: Captured, engine: Engine, unmodified: Callable[..., Sequence[Any]]
+        cls,
+        captured: Captured,
+        engine: Engine,
+        unmodified: Callable[..., Sequence[Any]],
+        facts: DecoderFacts | None = None,
     ) -> "DecoderRunner":
         """Of a captured graph whose encoder features are inputs. Both programs are built at once.
+
+        ``facts`` are of the graph, where it was analysed before.
 
         Raises:
             UnsupportedGraphError: the graph cannot be rewritten.
         """
-        facts = analyze(captured)
+        facts = facts or analyze(captured)
         masks = MaskCheck.of(captured, facts)
-        cold, warm = cold_program(captured), warm_program(captured)
+        cold, warm = cold_program(captured, facts=facts), warm_program(captured, facts=facts)
         form = DecoderForm.of(captured, facts, cold.recorded)
         return cls(
             form,
