@@ -24,7 +24,8 @@ def compile_expressions(
     """Compiles expressions to one Python function of a sequence; `sources` says where each symbol is found
     in it.
 
-    The code is printed from sympy expressions alone, never from text of a user.
+    The code is printed from sympy expressions alone, never from text of a user. ``sympy.lambdify`` makes
+    functions of values: reading these first takes as long again, in every call of every segment.
 
     Raises:
         KeyError: an expression has a symbol without a source.

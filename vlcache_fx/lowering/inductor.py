@@ -207,8 +207,11 @@ def _layouts(
 
 
 class _Program:
-    """A lowered program: runs its steps on an environment of slots and drops every value after its last
-    use."""
+    """A lowered program: runs its steps on an environment of slots and drops every value in its last use.
+
+    Code that FX generates drops a value after the call that reads it last: there it would take memory while
+    the segment runs.
+    """
 
     def __init__(
         self, steps: tuple[_Step, ...], returned: tuple[int, ...], constants: tuple[Any, ...], slots: int,
