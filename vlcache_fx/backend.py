@@ -194,7 +194,8 @@ def _reuse_spans(captured: Captured, found: Classified, engine: Engine, unmodifi
         decoder = DecoderRunner.of(captured, engine, unmodified, found.facts)
         return lambda *args: decoder(args)
     original = len(captured.kinds)
-    decoder = DecoderRunner.of(split.decoder, engine, lambda *args: unmodified(*args[:original]))
+    facts = found.facts and found.facts.without_encoder(split.nodes)
+    decoder = DecoderRunner.of(split.decoder, engine, lambda *args: unmodified(*args[:original]), facts)
     if not split.computes:
         return lambda *args: decoder([*args, *split.encoder(*args)])
     encoder = _kept(split, engine)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.capture.decode_steps import is_decoding_step
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
@@ -18,6 +18,7 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import classify
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder
 from vlcache_fx.passes.standard import CLEANUP, cold_program, warm_program
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,8 +75,7 @@ def _explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         CLEANUP.run(Program(captured.graph_module))
         found = classify(captured)
         if found.facts is not None:
-            decoder = captured if found.split is None else found.split.decoder
-            return _explain_decoder(captured, found.facts, decoder)
+            return _explain_decoder(captured, found.facts, found.split)
     except (UnsupportedGraphError, PassError) as refusal:
         is_step = is_decoding_step(graph_module.graph)
         return GraphExplanation("decoding step" if is_step else "unmodified", str(refusal))
@@ -86,10 +86,11 @@ def _explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     )
 
 
-def _explain_decoder(captured: Captured, facts: DecoderFacts, decoder: Captured) -> GraphExplanation:
+def _explain_decoder(captured: Captured, facts: DecoderFacts, split: SplitEncoder | None) -> GraphExplanation:
     """``facts`` are of the whole graph, programs are made of the decoder in it."""
     selection = facts.tail_rows.selection
-    own = facts if decoder is captured else analyze(decoder)
+    decoder = captured if split is None else split.decoder
+    own = facts if split is None else facts.without_encoder(split.nodes)
     programs = (cold_program(decoder, facts=own), warm_program(decoder, facts=own))
     engines = dry_run(programs[1].graph_module)
     return GraphExplanation(

@@ -1,7 +1,7 @@
 """All facts about one traced VLM graph, or a typed refusal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -99,6 +99,14 @@ class DecoderFacts:
     def on(self, nodes: NodeMap) -> "DecoderFacts":
         """The same facts of a copy of the graph, whose nodes are ``nodes[n]`` for each node ``n``."""
         return on_nodes(self, nodes)
+
+    def without_encoder(self, nodes: NodeMap) -> "DecoderFacts":
+        """The same facts of the graph in which results of the encoder are inputs.
+
+        ``nodes`` has no node of the encoder but these results.
+        """
+        taint = {node: None for node in self.taint if node in nodes}
+        return replace(self, encoder=(), taint=taint).on(nodes)
 
 
 def analyze(captured: Captured) -> DecoderFacts:
