@@ -10,9 +10,9 @@ import itertools
 import logging
 from pathlib import Path
 
-from torch.fx._utils import lazy_format_graph_code
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
+from torch.fx._utils import lazy_format_graph_code
 
 from vlcache_fx.errors import OptionError
 

@@ -8,9 +8,10 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis import Site
-from vlcache_fx.analysis.tokens.axis import is_one, shape_of
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.errors import SlotError
-from vlcache_fx.ir.fakes import FakeInputs, expression_of
+from vlcache_fx.ir.fakes import FakeInputs
+from vlcache_fx.ir.sizes import expression, is_one
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source
 
@@ -51,7 +52,7 @@ def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
         keys = shape_of(site.key)[-2]
         masks = [] if site.mask is None else [size for size in shape_of(site.mask)[-1:] if not is_one(size)]
         for other in (shape_of(site.value)[-2], *masks):
-            difference = sympy.sympify(expression_of(keys)) - sympy.sympify(expression_of(other))
+            difference = sympy.sympify(expression(keys)) - sympy.sympify(expression(other))
             rules = {name: base + more for name, (base, more) in known.items()}
             while (simpler := difference.xreplace(rules)) != difference:
                 difference = simpler

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
+from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten

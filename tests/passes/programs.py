@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from vlcache_fx.ir import Captured
+from vlcache_fx.ir.copies import copy_captured
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.rewrite import TrimTail
-from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
+from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
+from vlcache_fx.ir.copies import copy_captured
+from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.types import Span
 from vlcache_fx.spec.slots import Key, Value
 from vlcache_fx.testing.graphs import captured_graph

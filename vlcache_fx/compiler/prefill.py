@@ -61,11 +61,20 @@ class Prefill:
         """The decoder's graph; features are inputs of it."""
         return self.graph.captured if self.split is None else self.split.decoder
 
+    @property
+    def decoder_facts(self) -> DecoderFacts:
+        """Facts of ``decoder``."""
+        return self.facts if self.split is None else self.facts.without_encoder(self.split.nodes)
+
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
         split, unmodified, original = self.split, self.graph.unmodified, len(self.graph.captured.kinds)
         decoder = DecoderRunner.of(
-            self.decoder, engine, lambda *args: unmodified(*args[:original]), self.graph.pipelines
+            self.decoder,
+            engine,
+            lambda *args: unmodified(*args[:original]),
+            self.graph.pipelines,
+            self.decoder_facts,
         )
         if not self.facts.merges:
             unmodified.prepare(engine)  # serves every call in which no span is marked
@@ -84,7 +93,7 @@ class Prefill:
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
         facts = self.facts
-        programs = _programs(self.decoder, self.graph.pipelines)
+        programs = _programs(self.decoder, self.decoder_facts, self.graph.pipelines)
         selection, engines = facts.tail_rows.selection, dry_run(programs[1].graph_module)
         graphs = (self.graph.captured.graph_module.graph, *(program.graph for program in programs))
         return GraphExplanation(
@@ -102,10 +111,10 @@ class Prefill:
         )
 
 
-def _programs(decoder: Captured, pipelines: Pipelines) -> tuple[Program, Program]:
+def _programs(decoder: Captured, facts: DecoderFacts, pipelines: Pipelines) -> tuple[Program, Program]:
     """The cold and the warm program; raises what ``DecoderRunner.of`` raises, in the same order."""
-    facts = analyze(decoder)
     MaskCheck.of(decoder, facts)
-    cold, warm = cold_program(decoder, pipelines.cold), warm_program(decoder, pipelines.warm)
+    cold = cold_program(decoder, pipelines.cold, facts)
+    warm = warm_program(decoder, pipelines.warm, facts)
     DecoderForm.of(decoder, facts, cold.recorded)
     return cold, warm

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.capture.mutations import can_write, deliver
 from vlcache_fx.errors import (
     PlanError,
@@ -70,15 +70,18 @@ class DecoderRunner:
         engine: Engine,
         unmodified: Callable[..., Sequence[Any]],
         pipelines: Pipelines,
+        facts: DecoderFacts,
     ) -> "DecoderRunner":
         """Of a captured graph whose encoder features are inputs. Both programs are built at once.
+
+        ``facts`` are of the graph, where it was analysed before.
 
         Raises:
             UnsupportedGraphError: the graph cannot be rewritten.
         """
-        facts = analyze(captured)
         masks = MaskCheck.of(captured, facts)
-        cold, warm = cold_program(captured, pipelines.cold), warm_program(captured, pipelines.warm)
+        cold = cold_program(captured, pipelines.cold, facts)
+        warm = warm_program(captured, pipelines.warm, facts)
         form = DecoderForm.of(captured, facts, cold.recorded)
         return cls(
             form,
