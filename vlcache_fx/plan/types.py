@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from vlcache_fx.errors import NotReused
 
+if TYPE_CHECKING:
+    from vlcache_fx.policies.profile import Profile
+
 
 @dataclass(frozen=True)
 class Span:
-    """The run of token positions that one media item fills.
+    """The token positions that one media item fills.
 
     Attributes:
         sample: index of the sample in the batch.
@@ -37,6 +41,43 @@ class Span:
     def end(self) -> int:
         """One past the last token position."""
         return self.start + self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanContext:
+    """All that a policy knows of a reused span when it chooses rows.
+
+    Fields may be added in minor versions, with defaults. The defaults describe a span that is alone in its
+    prompt::
+
+        a system prompt  [ span, 4 tokens ]  text  [ other span ]  a question
+        0 1 2            3  4  5  6          7 8   9 ...  12       13 14 15
+
+        start=3, length=4, num_tokens=16, text_before=3, text_after=5
+
+    Attributes:
+        length: tokens in the span, at least 1.
+        num_layers: layers of the model, L.
+        budget: share in [0, 1] of the span's token-layers that may be recomputed.
+        profile: the model's sensitivities, None without them.
+        start: position of the first token in its prompt, padding included.
+        num_tokens: tokens of the prompt, padding included; 0 stands for ``start + length``.
+        text_before: tokens before the span that are neither in another span nor known to be padding.
+        text_after: tokens after the span, likewise.
+    """
+
+    length: int
+    num_layers: int
+    budget: float
+    profile: Profile | None = None
+    start: int = 0
+    num_tokens: int = 0
+    text_before: int = 0
+    text_after: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.num_tokens:
+            object.__setattr__(self, "num_tokens", self.start + self.length)
 
 
 @dataclass(frozen=True)

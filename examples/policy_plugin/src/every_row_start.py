@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan import row_allowance
-from vlcache_fx.policies import Policy, Profile
+from vlcache_fx.policies import Policy, SpanContext
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,12 @@ class EveryRowStart(Policy):
         if not isinstance(self.width, int) or self.width < 1:
             raise PolicyError(f"every_row_start: width must be an integer >= 1, not {self.width!r}")
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile plays no part."""
-        allowed = row_allowance(budget, span_length)
-        chosen = torch.zeros(span_length, dtype=torch.bool)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
+        allowed = row_allowance(span.budget, span.length)
+        chosen = torch.zeros(span.length, dtype=torch.bool)
         chosen[: (allowed + 1) // 2] = True
-        starts = torch.arange(0, span_length, self.width)
+        starts = torch.arange(0, span.length, self.width)
         starts = starts[~chosen[starts]][: allowed // 2]
         chosen[starts] = True
-        return (chosen.nonzero().flatten(),) * num_layers  # one object: planning is faster
+        return (chosen.nonzero().flatten(),) * span.num_layers  # one object: planning is faster

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from vlcache_fx.backend import engine_for
 from vlcache_fx.cli import app
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import get_policy
+from vlcache_fx.policies import SpanContext, get_policy
 from vlcache_fx.testing.policy_contract import check_policy
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -19,7 +19,8 @@ def test_the_contract_is_kept(width: int) -> None:
 
 
 def test_what_is_chosen() -> None:
-    first, last = EveryRowStart(width=10).select(50, 2, None, 0.2)
+    span = SpanContext(length=50, num_layers=2, budget=0.2)
+    first, last = EveryRowStart(width=10).select(span)
     assert first.tolist() == [0, 1, 2, 3, 4, 10, 20, 30, 40]
     assert last is first
 
