@@ -23,7 +23,7 @@ def bench(
     images: Annotated[list[int] | None, typer.Option(help="per sample [default: 1]")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="samples per call [default: 1]")] = None,
     text_before: Annotated[int, typer.Option(help="tokens before the images when they are new")] = 20,
-    text_after: Annotated[int, typer.Option(help="tokens behind them; swapped when they are back")] = 40,
+    text_after: Annotated[int, typer.Option(help="tokens after them; swapped when they are back")] = 40,
     policy: Annotated[
         list[str] | None, typer.Option(help="see vlcache policies [default: layer_aware]")
     ] = None,

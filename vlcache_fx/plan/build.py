@@ -146,7 +146,7 @@ def _check_spans(spans: Sequence[Span], num_tokens: int) -> None:
             raise PlanError(f"span [{span.start}, {span.end}) is not inside [0, {num_tokens})")
         if span.start < end:
             raise PlanError(
-                f"span [{span.start}, {span.end}) overlaps the one before, or spans are not sorted"
+                f"span [{span.start}, {span.end}) overlaps the span before, or spans are not sorted"
             )
         if span.sample != spans[0].sample:
             raise PlanError(
@@ -179,7 +179,7 @@ def _checked_outputs(output_rows: Tensor, num_tokens: int) -> Tensor:
 def _at_least_two(computed: Tensor, hits: Sequence[Span], last_rows: Sequence[Tensor]) -> list[str]:
     """Marks rows in ``computed`` until the last layer, the smallest set, has two rows; says so.
 
-    Neighbours of a row that is there, or the last two tokens: the ones that outputs are likely to need.
+    Neighbours of an active row, or the last two tokens, which outputs are likely to need.
     """
     active = computed.clone()
     for span, offsets in zip(hits, last_rows, strict=True):

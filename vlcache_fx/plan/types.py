@@ -87,22 +87,22 @@ class Plan:
     With L layers and N tokens. Index l < L is the input of layer l (its K and V are computed for
     ``rows[l]``); index L is the stream after the last layer. All tensors are int64, one-dimensional and on
     the CPU. Where neighbouring layers have the same rows they share the same tensor objects, so that
-    ``rows[l] is rows[l + 1]`` tells that nothing has to be gathered there.
+    ``rows[l] is rows[l + 1]`` means that nothing has to be gathered there.
 
     Attributes:
         num_tokens: N.
         rows: L + 1 sorted sets of token positions active at each layer; never fewer than two entries
             when N >= 2 (compiled programs treat sizes 0 and 1 as special).
         keep: L index tensors; ``rows[l][keep[l]]`` equals ``rows[l + 1]``.
-        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 says "row v of the donor table", which
-            is the concatenation of all hit spans' donor rows in order; v < 0 says "computed row
-            j = -(v + 1)", where ``rows[l][j] == i``. For l < L every token is one or the other. At index L,
-            tokens that are neither computed nor in a hit span hold 0, which means nothing there: no output
-            needs them.
+        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 is row v of the donor table, the
+            concatenation of all hit spans' donor rows in order; v < 0 is computed row j = -(v + 1), where
+            ``rows[l][j] == i``. For l < L every token has one of them. At index L, tokens that are neither
+            computed nor in a hit span hold 0, which has no meaning there: no output needs them.
+            Three tokens, of which the second is reused and the others are computed: ``[-1, 0, -2]``.
         rows_per_layer: number of rows at each of the L + 1 indices.
         token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), rows that
             outputs need included; 0.0 without hit spans.
-        explanations: one sentence for every repair made to what the policy asked for.
+        explanations: a sentence for every repair of the policy's choice.
     """
 
     num_tokens: int
