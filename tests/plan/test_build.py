@@ -1,7 +1,7 @@
 """Plans equal their definition, whatever the spans, the policy and the outputs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -370,6 +370,12 @@ def test_build_plan_context_passes_the_profile() -> None:
     profile = Profile("model", "float32", (1.0, 2.0))
     (asked,) = contexts(num_tokens=10, spans=[span(4, 3)], profile=profile)
     assert asked.profile is profile
+
+
+def test_build_plan_context_passes_the_grid() -> None:
+    hit = replace(span(2, 6), grid=(1, 2, 3))
+    asked = contexts(num_tokens=12, spans=[hit, span(9, 2)])
+    assert [one.grid for one in asked] == [(1, 2, 3), None]
 
 
 def test_span_context_alone() -> None:

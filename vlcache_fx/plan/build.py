@@ -97,6 +97,7 @@ def build_plan(
                 num_tokens=num_tokens,
                 text_before=int(text[: span.start].sum()),
                 text_after=int(text[span.end :].sum()),
+                grid=span.grid,
             )
         )
         limit = None if policy.ignores_budget else budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
@@ -11,6 +11,10 @@ from vlcache_fx.errors import NotReused
 
 if TYPE_CHECKING:
     from vlcache_fx.policies.profile import Profile
+
+
+Grid: TypeAlias = tuple[int, int, int]
+"""Tokens of a media item in time, height and width; they follow each other row by row."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Span:
         tier: store tier the donor came from, None when there is none.
         contexts: number of contexts that the donor is the mean of, 0 when there is none.
         miss: why its rows are not reused; None where they are, and where nothing was looked up.
+        grid: of the media item, where it is known.
     """
 
     sample: int
@@ -36,6 +41,7 @@ class Span:
     tier: str | None = None
     contexts: int = 0
     miss: NotReused | None = None
+    grid: Grid | None = None
 
     @property
     def end(self) -> int:
@@ -64,6 +70,8 @@ class SpanContext:
         num_tokens: tokens of the prompt, padding included; 0 stands for ``start + length``.
         text_before: tokens before the span that are neither in another span nor known to be padding.
         text_after: tokens after the span, likewise.
+        grid: tokens in time, height and width, whose product is ``length``. None where the encoder gets no
+            grids, runs inside of the traced graph, or its grid does not fit the span.
     """
 
     length: int
@@ -74,6 +82,7 @@ class SpanContext:
     num_tokens: int = 0
     text_before: int = 0
     text_after: int = 0
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         if not self.num_tokens:

@@ -175,7 +175,15 @@ def _span(
         num_tokens=before + length + after,
         text_before=draw.choice([before, draw.randint(0, before)]),
         text_after=draw.choice([after, draw.randint(0, after)]),
+        grid=_grid(draw, length),
     )
+
+
+def _grid(draw: random.Random, length: int) -> tuple[int, int, int] | None:
+    """None, or tokens in time, height and width."""
+    widths = [width for width in range(1, length + 1) if length % width == 0]
+    width = draw.choice([0, *widths])
+    return (1, length // width, width) if width else None
 
 
 def _profile(draw: random.Random, num_layers: int) -> Profile | None:

@@ -19,10 +19,10 @@ class EveryRowStart(Policy):
     """The earliest tokens for half of the budget, and the first token of every picture row for the rest.
 
     An example of how a policy is written, not a recommendation. The same tokens in every layer. Where the
-    budget is too small for all picture rows, the upper ones are served.
+    budget is too small for all picture rows, the upper rows have priority.
 
     Attributes:
-        width: tokens per row of the picture.
+        width: tokens per row of a picture whose grid is not known.
     """
 
     name: ClassVar[str] = "every_row_start"
@@ -38,7 +38,8 @@ class EveryRowStart(Policy):
         allowed = row_allowance(span.budget, span.length)
         chosen = torch.zeros(span.length, dtype=torch.bool)
         chosen[: (allowed + 1) // 2] = True
-        starts = torch.arange(0, span.length, self.width)
+        width = self.width if span.grid is None else span.grid[2]
+        starts = torch.arange(0, span.length, width)
         starts = starts[~chosen[starts]][: allowed // 2]
         chosen[starts] = True
         return (chosen.nonzero().flatten(),) * span.num_layers  # one object: planning is faster

@@ -1,5 +1,7 @@
 """What a package with a policy should test: its choice, the contract, and a model that runs with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from every_row_start import EveryRowStart
@@ -23,6 +25,8 @@ def test_what_is_chosen() -> None:
     first, last = EveryRowStart(width=10).select(span)
     assert first.tolist() == [0, 1, 2, 3, 4, 10, 20, 30, 40]
     assert last is first
+    first, _ = EveryRowStart(width=10).select(replace(span, grid=(1, 2, 25)))
+    assert first.tolist() == [0, 1, 2, 3, 4, 25]
 
 
 def test_a_picture_row_has_tokens() -> None:
