@@ -19,7 +19,7 @@ from vlcache_fx.passes.rewrite import TrimTail
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
-from vlcache_fx.plan.types import Plan, Span
+from vlcache_fx.plan.types import Plan, Span, SpanContext
 from vlcache_fx.runtime.programs.bind import bind
 from vlcache_fx.spec.slots import Residual, StoredSlot
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph
@@ -43,7 +43,7 @@ class Rows:
     per_layer: tuple[tuple[int, ...], ...]
     ignores_budget: bool = True
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> list[Tensor]:
+    def select(self, span: SpanContext) -> list[Tensor]:
         return [torch.tensor(rows, dtype=torch.int64) for rows in self.per_layer]
 
 

@@ -16,7 +16,7 @@ from vlcache_fx.deploy.specs import DecoderSpec, LeafSpec, MaskSpec, RowSpec
 from vlcache_fx.deploy.trace import ExportInput
 from vlcache_fx.ir.refusal import without_folders
 from vlcache_fx.plan.selection import RowSelection
-from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.policies.base import Policy, ProbingPolicy, SpanContext
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints
 from vlcache_fx.runtime.donors.tables import RowForm
@@ -38,7 +38,10 @@ def layer_groups(policy: Policy, num_layers: int, profile: Profile | None, budge
     """
     if isinstance(policy, ProbingPolicy):
         return (1,) * num_layers
-    chosen = [policy.select(length, num_layers, profile, budget) for length in PROBED_LENGTHS]
+    chosen = [
+        policy.select(SpanContext(length=length, num_layers=num_layers, budget=budget, profile=profile))
+        for length in PROBED_LENGTHS
+    ]
     is_new = [
         layer > 0 and any(not torch.equal(rows[layer - 1], rows[layer]) for rows in chosen)
         for layer in range(num_layers)

@@ -22,7 +22,7 @@ from vlcache_fx.deploy.specs import (
     TensorSpec,
 )
 from vlcache_fx.errors import ExportError, SlotError
-from vlcache_fx.plan.selection import InputPlaces, SizeSum
+from vlcache_fx.plan.selection import InputPositions, SizeSum
 from vlcache_fx.spec.slots import InputSlot, Slot, StoredSlot
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _check_decoder(manifest: Manifest) -> None:
 def _inputs_of_tail(bounds: Iterable[object]) -> Iterable[int]:
     for bound in bounds:
         match bound:
-            case InputPlaces():
+            case InputPositions():
                 yield bound.input
             case SizeSum():
                 yield from (size.input for size in bound.sizes)

@@ -64,7 +64,11 @@ class DonorLookup:
             Sample(
                 index,
                 own,
-                tuple(Span(index, run.start, run.length, "", False) for run in own if run.length >= least),
+                tuple(
+                    Span(index, run.start, run.length, "", False, grid=run.grid)
+                    for run in own
+                    if run.length >= least
+                ),
             )
             for index, own in enumerate(by_sample)
         )

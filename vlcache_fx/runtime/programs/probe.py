@@ -10,10 +10,9 @@ from torch import Tensor
 from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.build import RowChooser
-from vlcache_fx.plan.cut import cut_behind
-from vlcache_fx.plan.types import Plan, Span
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.plan.cut import cut_after
+from vlcache_fx.plan.types import Plan, Span, SpanContext
+from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy
 from vlcache_fx.runtime.donors.tables import RowForm, length_of
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.run import ProgramRunner
@@ -29,25 +28,23 @@ class ProbeRows:
     forms: Mapping[StoredSlot, RowForm]
     ignores_budget: ClassVar[bool] = True
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``RowChooser``.
 
         Raises:
             PolicyError: the model has fewer layers, or rows are left out.
             PlanError: no layer up to the policy's stores keys and values.
         """
-        if not 0 <= self.policy.probe_layer < num_layers:
+        if not 0 <= self.policy.probe_layer < span.num_layers:
             raise PolicyError(
                 f"policy {self.policy.name!r} probes layer {self.policy.probe_layer}; "
-                f"the model has layers 0 to {num_layers - 1}"
+                f"the model has layers 0 to {span.num_layers - 1}"
             )
-        rows = self.policy.select(span_length, num_layers, profile, budget)
+        rows = self.policy.select(span)
         layer = stored_layer(self.policy, self.forms)
-        if layer < len(rows) and len(rows[layer]) != span_length:
+        if layer < len(rows) and len(rows[layer]) != span.length:
             raise PolicyError(
-                f"policy {self.policy.name!r}: select must ask for all {span_length} rows of a span up to "
+                f"policy {self.policy.name!r}: select must ask for all {span.length} rows of a span up to "
                 f"layer {self.policy.probe_layer}, not for {len(rows[layer])}"
             )
         return rows
@@ -65,13 +62,11 @@ class ChosenRows:
         self.ignores_budget = policy.ignores_budget
         self._policy, self._left = policy, iter(deviations)
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``RowChooser``."""
         deviation = next(self._left)
-        assert len(deviation.key) == span_length
-        return self._policy.choose(deviation, num_layers, profile, budget)
+        assert len(deviation.key) == span.length
+        return self._policy.choose(ProbedSpan(**vars(span), deviation=deviation))
 
 
 def first_chooser(policy: Policy, forms: Mapping[StoredSlot, RowForm]) -> RowChooser:
@@ -118,7 +113,7 @@ def measure(
         None where the program failed.
     """
     layer = stored_layer(policy, forms)
-    plans = [cut_behind(plan, layer, output_rows) for plan in plans]
+    plans = [cut_after(plan, layer, output_rows) for plan in plans]
     results = program.run(request.args, program.bind(together(plans), output_rows, tables))
     if results is None:
         return None
