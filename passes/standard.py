@@ -1,12 +1,11 @@
 """The standard pipelines, first pass to last."""
 
-from dataclasses import replace
+from torch.fx import Node
 
-from torch import fx
-
-from vlcache_fx.analysis import analyze, analyze_decode_step
+from vlcache_fx.analysis import DecoderFacts, analyze, analyze_decode_step
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured
+from vlcache_fx.ir.copies import copy_captured
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
@@ -36,6 +35,7 @@ from vlcache_fx.passes.rewrite import (
     WriteInPlace,
 )
 from vlcache_fx.passes.rewrite.write_in_place import first_copy
+from vlcache_fx.spec.slots import Rows
 
 CLEANUP = Pipeline(
     (
@@ -48,7 +48,8 @@ CLEANUP = Pipeline(
         FuseAttention(),
         FoldRepeatedHeads(),
         InvertPermutations(),
-    )
+    ),
+    name="cleanup",
 )
 """Before analysis."""
 
@@ -62,7 +63,8 @@ COLD = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="cold",
 )
 """Computes everything and records donors; dead rows of the last layer are cut."""
 
@@ -81,52 +83,53 @@ WARM = Pipeline(
         WriteInPlace(),
         TagSegments(),
         DeclareInputs(),
-    )
+    ),
+    name="warm",
 )
 """Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
 
-DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()))
+DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()), name="decode")
 """A decoding step: unchanged, cut into its layers."""
 
 
-def copy_captured(captured: Captured) -> Captured:
-    """The same captured graph with nodes of its own."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(captured.graph_module.graph, {}))
-    return replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph))
-
-
-def cold_program(captured: Captured, pipeline: Pipeline = COLD) -> Program:
+def cold_program(captured: Captured, pipeline: Pipeline = COLD, facts: DecoderFacts | None = None) -> Program:
     """The cold program of a captured, cleaned graph; ``captured`` stays as it is.
+
+    Args:
+        captured: the graph.
+        pipeline: its passes.
+        facts: of the graph, where it was analysed before.
 
     Raises:
         UnsupportedGraphError: the graph cannot be analysed.
     """
-    own = copy_captured(captured)
-    program = Program(own.graph_module, analyze(own), own.writes)
+    program = _program(captured, facts)
     last = (
         None
         if program.decoder.tail_rows.selection is None
-        else program.add_input(f"rows.{program.decoder.num_layers}")
+        else program.add_input(Rows(program.decoder.num_layers))
     )
     program.row_inputs = (*[None] * program.decoder.num_layers, last)
     pipeline.run(program)
     return program
 
 
-def warm_program(captured: Captured, pipeline: Pipeline = WARM) -> Program:
-    """The warm program of a captured, cleaned graph; ``captured`` stays as it is.
-
-    Raises:
-        UnsupportedGraphError: the graph cannot be analysed.
-    """
-    own = copy_captured(captured)
-    program = Program(own.graph_module, analyze(own), own.writes)
+def warm_program(captured: Captured, pipeline: Pipeline = WARM, facts: DecoderFacts | None = None) -> Program:
+    """The warm program of a captured, cleaned graph; see ``cold_program``."""
+    program = _program(captured, facts)
     program.row_inputs = tuple(
-        program.add_input(f"rows.{level}") for level in range(program.decoder.num_layers + 1)
+        program.add_input(Rows(level)) for level in range(program.decoder.num_layers + 1)
     )
     pipeline.run(program)
     return program
+
+
+def _program(captured: Captured, facts: DecoderFacts | None) -> Program:
+    """A copy of the graph, on which no pass has run."""
+    nodes: dict[Node, Node] = {}
+    facts = facts or analyze(captured)
+    own = copy_captured(captured, nodes)
+    return Program(own.graph_module, facts.on(nodes), own.writes)
 
 
 def decode_step_program(captured: Captured, pipeline: Pipeline = DECODE_STEP) -> Program:

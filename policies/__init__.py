@@ -1,7 +1,7 @@
-"""Layer-importance policies: which rows of a reused span every layer recomputes.
+"""Policies: from the facts of a reused span to the rows that each layer recomputes. Knows no graphs.
 
-One policy per file, the file's name is the registered name. Others are added by packages that declare an
-entry point in the group ``vlcache_fx.policies``.
+One policy per file, and the file's name is the registered name. Other packages add policies by an entry point
+in the group ``vlcache_fx.policies``.
 """
 
 # The folder lies at the top of the repository, so an interpreter started there could import it as `policies`,
@@ -9,8 +9,17 @@ entry point in the group ``vlcache_fx.policies``.
 if __name__ != "vlcache_fx.policies":
     raise ImportError("import vlcache_fx.policies, not policies")
 
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
+from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy, SpanContext
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy, known_policies
 
-__all__ = ["Deviation", "Policy", "ProbingPolicy", "Profile", "get_policy", "known_policies"]
+__all__ = [
+    "Deviation",
+    "Policy",
+    "ProbedSpan",
+    "ProbingPolicy",
+    "Profile",
+    "SpanContext",
+    "get_policy",
+    "known_policies",
+]

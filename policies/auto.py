@@ -1,4 +1,7 @@
-"""The smallest budget whose predicted error is under a bound."""
+"""Recompute the earliest tokens, as few as keep the predicted error under a bound.
+
+The rows are those of ``layer_aware`` (VLCache, arXiv 2512.12977).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.allocate import Gain, convex_hull, worth
-from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.base import Policy, SpanContext
 from vlcache_fx.policies.layer_aware import earliest, row_counts
 from vlcache_fx.policies.profile import Profile
 
@@ -21,10 +24,9 @@ from vlcache_fx.policies.profile import Profile
 class Auto(Policy):
     """As few rows as keep the error that the model's profile predicts under a bound.
 
-    The rows are those of ``layer_aware`` (VLCache, arXiv 2512.12977); the budget does not apply. The error
-    that a choice leaves is predicted as that of no rows, less what the rows of each layer are worth
-    (``vlcache_fx.plan.allocate``). It is a mean over the prompts that the profile was measured on, no bound
-    for a single request.
+    The budget does not apply. The predicted error of a choice is that of no rows, less the worth of the rows
+    of each layer (``vlcache_fx.plan.allocate``). It is a mean over the prompts of the profile's measurement,
+    not a bound for a single request.
 
     Attributes:
         max_error: bound of the mean KL divergence of the next token from full recompute, in nats.
@@ -40,19 +42,17 @@ class Auto(Policy):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise PolicyError(f"auto: max_error must be a number >= 0 (nats), not {value!r}")
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``Policy.select``.
 
         Raises:
             PolicyError: without a profile that has an error curve, or with one of another model.
         """
-        if profile is None or not profile.error_curve:
+        if span.profile is None or not span.profile.error_curve:
             raise PolicyError(
                 "auto needs a profile with an error curve (option profile; vlcache calibrate makes one)"
             )
-        return earliest(_counts(span_length, num_layers, profile, float(self.max_error)))
+        return earliest(_counts(span.length, span.num_layers, span.profile, float(self.max_error)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,12 +1,12 @@
 """Recompute the rows whose keys and values differ most from the donor's (CacheBlend, arXiv 2405.16444).
 
-CacheBlend computes all rows of a reused text in the first layers, looks where the last of them differs from
-what is stored, and goes on with the tokens of the largest deviation ("high KV deviation" tokens). Tokens that
-deviate at one layer mostly deviate at the next, which is why one look serves all later layers.
+CacheBlend computes all rows of a reused text in the first layers, compares the last of these layers with the
+stored rows, and continues with the tokens of the largest deviation ("high KV deviation" tokens). Tokens that
+deviate at one layer mostly deviate at the next, so a single comparison serves all later layers.
 
 The paper speaks of the deviation of keys and values. The authors' code (github.com/YaoJiayi/CacheBlend) takes
 the squared difference of the values at layer index 1, the one in LMCache (github.com/LMCache/LMCache) that of
-the keys. The paper's gradual filtering, a falling share from layer to layer, is in neither, and not here.
+the keys. The paper's gradual filtering, a falling share from layer to layer, is in neither code, nor here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import row_allowance
-from vlcache_fx.policies.base import Deviation, ProbingPolicy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.base import ProbedSpan, ProbingPolicy
 
 Measure = Literal["value", "key", "key_value"]
 
@@ -60,17 +59,13 @@ class CacheBlend(ProbingPolicy):
         """The last check layer."""
         return self.check_layers - 1
 
-    def choose(
-        self, deviation: Deviation, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``ProbingPolicy.choose``; the profile plays no part."""
-        if self.measure == "key_value":
-            distance = deviation.key + deviation.value
-        else:
-            distance = deviation.key if self.measure == "key" else deviation.value
-        count = row_allowance(budget, len(distance))
-        all_rows = torch.arange(len(distance))
-        if count == len(distance):
-            return (all_rows,) * num_layers
+    def choose(self, span: ProbedSpan) -> Sequence[Tensor]:
+        """See ``ProbingPolicy.choose``."""
+        key, value = span.deviation.key, span.deviation.value
+        distance = {"value": value, "key": key, "key_value": key + value}[self.measure]
+        count = row_allowance(span.budget, span.length)
+        all_rows = torch.arange(span.length)
+        if count == span.length:
+            return (all_rows,) * span.num_layers
         largest = torch.sort(distance, descending=True, stable=True).indices[:count].sort().values
-        return tuple(all_rows if layer < self.check_layers else largest for layer in range(num_layers))
+        return tuple(all_rows if layer < self.check_layers else largest for layer in range(span.num_layers))

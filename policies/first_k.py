@@ -16,8 +16,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import row_allowance
-from vlcache_fx.policies.base import Policy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.base import Policy, SpanContext
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FirstK(Policy):
     """The first k tokens in every layer.
 
     The budget still caps them: ``FirstK(tokens=32)`` on a span of 400 tokens needs a budget of at least 0.08,
-    or the plan drops the latest ones and says so.
+    or the plan drops the latest rows and says so.
 
     Attributes:
         tokens: k, whatever the span's length.
@@ -46,12 +45,10 @@ class FirstK(Policy):
         if self.share is not None and not 0 <= self.share <= 1:
             raise PolicyError(f"first_k: share must be in [0, 1], not {self.share!r}")
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile plays no part."""
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
         if self.tokens is not None:
-            count = min(self.tokens, span_length)
+            count = min(self.tokens, span.length)
         else:
-            count = row_allowance(budget if self.share is None else self.share, span_length)
-        return (torch.arange(count),) * num_layers
+            count = row_allowance(span.budget if self.share is None else self.share, span.length)
+        return (torch.arange(count),) * span.num_layers

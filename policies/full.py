@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlcache_fx.policies.base import Policy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.base import Policy, SpanContext
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,6 @@ class Full(Policy):
     ignores_budget: ClassVar[bool] = True
     keeps_prefix: ClassVar[bool] = False
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile and the budget play no part."""
-        return (torch.arange(span_length),) * num_layers
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
+        return (torch.arange(span.length),) * span.num_layers

@@ -1,4 +1,4 @@
-"""Spend the budget where a model's layers are sensitive to reuse error (VLCache, arXiv 2512.12977)."""
+"""Recompute the earliest tokens, more of them in layers that are sensitive (VLCache, arXiv 2512.12977)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.allocate import Gain, allocate
 from vlcache_fx.plan.budget import token_layer_allowance
-from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.base import Policy, SpanContext
 from vlcache_fx.policies.profile import Profile
 
 
@@ -21,25 +21,23 @@ class LayerAware(Policy):
     """More rows in sensitive layers, earliest tokens first; the default.
 
     Row sets can only shrink with depth (a skipped row has no hidden state further down), so sensitivities
-    cannot be followed as they are: a sensitive late layer makes every layer before it compute as many rows.
-    ``vlcache_fx.plan.allocate`` states what is maximised under that rule, and how. A model whose late layers
-    matter most thus gets a flat schedule, and one whose last layers do not matter drops them.
+    are not followed directly: a sensitive late layer makes every layer before it compute as many rows.
+    ``vlcache_fx.plan.allocate`` states the objective under that rule, and its solution. A model whose late
+    layers matter most thus gets a flat schedule, and a model whose last layers do not matter drops them.
 
     Without a profile all layers count the same, and the choice equals ``uniform``.
     """
 
     name: ClassVar[str] = "layer_aware"
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``Policy.select``.
 
         Raises:
             PolicyError: when the profile has another number of layers.
         """
-        allowance = token_layer_allowance(budget, span_length, num_layers)
-        return earliest(row_counts(span_length, num_layers, profile, allowance))
+        allowance = token_layer_allowance(span.budget, span.length, span.num_layers)
+        return earliest(row_counts(span.length, span.num_layers, span.profile, allowance))
 
 
 def row_counts(span_length: int, num_layers: int, profile: Profile | None, allowance: int) -> list[int]:

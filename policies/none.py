@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlcache_fx.policies.base import Policy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.base import Policy, SpanContext
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,6 @@ class NoRows(Policy):
 
     name: ClassVar[str] = "none"
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile and the budget play no part."""
-        return (torch.empty(0, dtype=torch.int64),) * num_layers
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
+        return (torch.empty(0, dtype=torch.int64),) * span.num_layers

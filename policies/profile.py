@@ -1,4 +1,4 @@
-"""The profile: what recomputing is worth in each layer of one model, as measured."""
+"""The profile: the measured worth of recomputing in each layer of a model."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from vlcache_fx.version import VERSION
 
 @dataclass(frozen=True)
 class Profile:
-    """What recomputing is worth in each layer of one model; ``vlcache calibrate`` measures it.
+    """The worth of recomputing in each layer of a model; ``vlcache calibrate`` measures it.
 
     Attributes:
         model_fingerprint: of the weights it was measured on (``Engine.last_report["model_fingerprint"]``).
         dtype: of the keys and values, such as ``"bfloat16"``.
-        sensitivities: one finite number >= 0 per layer: the share of what recomputing gains that is lost when
-            rows stop in front of this layer and not behind it. Only their ratios matter.
+        sensitivities: a finite number >= 0 per layer: the share of recomputing's gain that is lost when rows
+            stop before this layer instead of after it. Only their ratios matter.
         error_curve: ``(share, error)`` pairs: the error against full recompute (mean KL divergence of the
             next token, in nats) with that share of a span's rows, the earliest ones, recomputed in all
             layers. The shares rise from 0 to 1. Empty where it was not measured.
-        library_version: of vlcache_fx at that time. Programs of another version may compute something else.
+        library_version: of vlcache_fx at that time. Programs of other versions may compute something else.
     """
 
     model_fingerprint: str

@@ -1,6 +1,6 @@
-"""Recompute random rows: the control that policies which know where to look are measured against.
+"""Recompute random rows: the control for policies that choose rows on purpose.
 
-VLCache (arXiv 2512.12977) argues that a reused token's error reaches every token behind it, so that the
+VLCache (arXiv 2512.12977) argues that a reused token's error reaches every token after it, so that the
 earliest rows are worth recomputing. As many rows anywhere in the span show what the choice itself is worth.
 """
 
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import row_allowance
-from vlcache_fx.policies.base import Policy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.base import Policy, SpanContext
 
 
 @dataclass(frozen=True)
 class Random(Policy):
     """The budget's share of the span's rows, drawn at random, the same in every layer: a control.
 
-    Spans of one length get the same rows, whatever they show, and a larger budget adds to them.
+    Spans of one length get the same rows, whatever their content, and a larger budget adds to them.
 
     Attributes:
         seed: of the draw; an integer in [0, 2**63).
@@ -37,10 +36,8 @@ class Random(Policy):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise PolicyError(f"random: seed must be an integer in [0, 2**63), not {self.seed!r}")
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile plays no part."""
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randperm(span_length, generator=generator)[: row_allowance(budget, span_length)]
-        return (drawn.sort().values,) * num_layers
+        drawn = torch.randperm(span.length, generator=generator)[: row_allowance(span.budget, span.length)]
+        return (drawn.sort().values,) * span.num_layers

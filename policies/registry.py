@@ -5,10 +5,11 @@ The installed packages' metadata is the registry; this module keeps no state of 
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import EntryPoint, entry_points
 
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.base import Policy, ProbingPolicy
 
 GROUP = "vlcache_fx.policies"
 
@@ -33,10 +34,11 @@ def get_policy(name_or_object: str | Policy) -> Policy:
     """The policy of that name with its default parameters; a policy object is returned as it is.
 
     Raises:
-        PolicyError: for an unknown name (the known ones are listed), or something that is not a policy.
+        PolicyError: for an unknown name (the known names are listed), something that is not a policy, or a
+            policy that was written for an earlier interface.
     """
     if isinstance(name_or_object, Policy):
-        return name_or_object
+        return _current(name_or_object)
     if not isinstance(name_or_object, str):
         raise PolicyError(
             f"{name_or_object!r} is not a policy: give a name, or an object of a Policy subclass"
@@ -54,4 +56,34 @@ def get_policy(name_or_object: str | Policy) -> Policy:
         raise PolicyError(f"policy {entry.name!r} ({entry.value}) could not be loaded: {error!r}") from error
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy {entry.name!r} ({entry.value}) is not a subclass of Policy")
+    return _current(policy)
+
+
+def interface_error(policy: Policy) -> str | None:
+    """The error of a policy whose methods take the several arguments of an earlier interface, else None."""
+    expected = {"select": "length"}
+    if isinstance(policy, ProbingPolicy):
+        expected["choose"] = "deviation"
+    for method, first in expected.items():
+        try:
+            signature = inspect.signature(getattr(policy, method))
+        except (TypeError, ValueError):  # without a signature, calls decide
+            continue
+        try:
+            signature.bind(None)
+        except TypeError:
+            kind = type(policy)
+            return (
+                f"policy {policy.name!r} ({kind.__module__}.{kind.__qualname__}): {method}{signature} was "
+                f"written for an earlier interface; {method} now takes one object, {method}(self, span), "
+                f"with span.{first}, span.num_layers, span.profile, span.budget and more "
+                "(see vlcache_fx.policies.base)"
+            )
+    return None
+
+
+def _current(policy: Policy) -> Policy:
+    error = interface_error(policy)
+    if error is not None:
+        raise PolicyError(error)
     return policy

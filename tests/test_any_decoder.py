@@ -21,8 +21,7 @@ from torch import Tensor
 from vlcache_fx.errors import Reason
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.types import Span
-from vlcache_fx.policies.base import Policy
-from vlcache_fx.runtime.donors.tables import RESIDUAL
+from vlcache_fx.policies.base import Policy, SpanContext
 from vlcache_fx.store import Entry
 from vlcache_fx.testing.tiny_attention import DecoderShape
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -96,7 +95,7 @@ class Given(Policy):
 
     per_layer: tuple[tuple[int, ...], ...] = ()
 
-    def select(self, *_: Any) -> Sequence[Tensor]:
+    def select(self, _: SpanContext) -> Sequence[Tensor]:
         return [torch.tensor(rows, dtype=torch.int64) for rows in self.per_layer]
 
 
@@ -148,7 +147,7 @@ def by_token(value: Tensor) -> Tensor:
 def check_donor(donor: Entry, states: Sequence[KeyValue], span: slice) -> None:
     """It holds what was projected, before positions entered: of these tokens, in this prompt."""
     slots = {f"{layer}.{letter}" for layer in range(len(states)) for letter in "kv"}
-    assert slots <= donor.tensors.keys() <= slots | {RESIDUAL}
+    assert slots <= donor.tensors.keys() <= slots | {"residual"}
     for layer, state in enumerate(states):
         for letter, value in zip("kv", state, strict=True):
             stored = donor.tensors[f"{layer}.{letter}"]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # A part imports from itself and from the lines above it, never from its own line or from below.
 ORDER = [
     ["errors", "version", "compiling"],
-    ["plan", "keys", "ops", "options"],
+    ["plan", "keys", "ops", "options", "spec"],
     ["ir", "store"],
     ["capture"],
     ["analysis"],
@@ -30,7 +30,7 @@ ORDER = [
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # These are used without graphs, and stay usable where torch.fx changes.
-NO_GRAPHS = ["plan", "keys", "store", "policies"]
+NO_GRAPHS = ["plan", "keys", "spec", "store", "policies"]
 
 
 def sources() -> list[Path]:

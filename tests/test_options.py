@@ -2,15 +2,23 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.options import Options
+from vlcache_fx.options import InsertedPass, Options
+from vlcache_fx.passes import Pass, Program
 from vlcache_fx.policies.uniform import Uniform
 from vlcache_fx.store.memory import MemoryStore
+
+
+class Nothing(Pass):
+    name: ClassVar[str] = "nothing"
+
+    def run(self, program: Program) -> bool:
+        return False
 
 
 def test_defaults() -> None:
@@ -31,6 +39,8 @@ def test_defaults() -> None:
         "cuda_graphs": False,
         "dynamic": None,
         "mode": None,
+        "passes": (),
+        "dump_graphs": None,
     }
     assert Options.parse(None) == Options.parse({}) == Options()
 
@@ -56,6 +66,9 @@ def test_defaults() -> None:
         ("salt", "tenant"),
         ("strict", True),
         ("dynamic", False),
+        ("passes", ()),
+        ("passes", (InsertedPass(Nothing(), "warm", after="trim_tail"),)),
+        ("dump_graphs", Path("graphs")),
         ("mode", "max-autotune"),
         ("mode", "default"),
         ("mode", None),
@@ -105,6 +118,9 @@ def test_valid_values_are_kept(name: str, value: Any) -> None:
         ("strict", 1),
         ("strict", None),
         ("dynamic", "auto"),
+        ("passes", "splice_rows"),
+        ("passes", [Nothing()]),
+        ("dump_graphs", 1),
         ("mode", "fastest"),
         ("mode", True),
     ],
@@ -148,3 +164,32 @@ def test_modes_are_settings_of_inductor_and_cuda_graphs_of_ours() -> None:
     assert Options.parse({}).inductor_config == {}
     with pytest.raises(OptionError, match=r"mode='fastest'.*'reduce-overhead'"):
         Options.parse({"mode": "fastest"})
+
+
+@pytest.mark.parametrize(
+    ("step", "places", "message"),
+    [
+        (Nothing, {"before": "trim_tail"}, "is not a pass; is it the class"),
+        ("nothing", {"before": "trim_tail"}, "'nothing' is not a pass"),
+        (Nothing(), {}, "say before or after which pass 'nothing' runs"),
+        (Nothing(), {"before": "trim_tail", "after": "trim_tail"}, "say before or after which pass"),
+    ],
+)
+def test_inserted_pass_is_checked(step: Any, places: dict[str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        InsertedPass(step, "warm", **places)
+
+
+def test_key_salt_tells_inserted_passes_apart() -> None:
+    step = Nothing()
+    options = [
+        Options(salt="a"),
+        Options(salt="a", passes=(InsertedPass(step, "warm", after="trim_tail"),)),
+        Options(salt="b", passes=(InsertedPass(step, "warm", after="trim_tail"),)),
+        Options(salt="a", passes=(InsertedPass(step, "cold", after="trim_tail"),)),
+        Options(salt="a", passes=(InsertedPass(step, "warm", before="trim_tail"),)),
+        Options(salt="a", passes=(InsertedPass(Nothing(), "warm", after="trim_tail"),)),  # unknown state
+    ]
+    assert options[0].key_salt == "a"
+    assert len({one.key_salt for one in options}) == len(options)
+    assert options[1].key_salt == Options(salt="a", passes=options[1].passes).key_salt

@@ -46,7 +46,8 @@ def test_entry_points_lead_somewhere(name: str, value: str) -> None:
     module, _, attribute = value.partition(":")
     for folder, package in sorted(FOLDERS.items(), key=lambda item: len(item[1]), reverse=True):
         if module.startswith(f"{package}."):
-            path = ROOT / folder / (module.removeprefix(f"{package}.").replace(".", "/") + ".py")
+            path = ROOT / folder / module.removeprefix(f"{package}.").replace(".", "/")
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             break
     pattern = rf"^(def|class) {attribute}\b|^{attribute}\b.*="
     assert re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE), f"{path} has no {attribute}"

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         PlanError,
         PolicyError,
         Reason,
+        SlotError,
         StoreClosedError,
         StoreError,
         UnreadableWeightsError,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         VlcacheError,
     )
     from vlcache_fx.fidelity.gate import check as gate
-    from vlcache_fx.options import Options
+    from vlcache_fx.options import InsertedPass, Options
     from vlcache_fx.runtime.engine import Engine
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "EngineOptions",
     "EngineSession",
     "ExportError",
+    "InsertedPass",
     "LoweringError",
     "NoCompilerError",
     "OnnxSession",
@@ -52,6 +54,7 @@ __all__ = [
     "PlanError",
     "PolicyError",
     "Reason",
+    "SlotError",
     "StoreClosedError",
     "StoreError",
     "UnreadableWeightsError",
@@ -70,6 +73,7 @@ _HOMES = {
     "EngineOptions": "vlcache_fx.deploy.engines",
     "EngineSession": "vlcache_fx.deploy.sessions",
     "OnnxSession": "vlcache_fx.deploy.sessions",
+    "InsertedPass": "vlcache_fx.options",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.compiler.exported_program",

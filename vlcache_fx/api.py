@@ -26,6 +26,7 @@ from vlcache_fx.integrations.transformers import (
 )
 from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
+from vlcache_fx.passes.configured import configured
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
@@ -58,7 +59,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     inner = model_within(model)
     if isinstance(vars(inner).get("vlcache"), Engine):
         raise OptionError(f"this {type(inner).__name__} is compiled already; its engine is model.vlcache")
-    engine = Engine(parsed)
+    pipelines, engine = configured(parsed), Engine(parsed)
     plain = inner.forward
     encoders_first = EncodersFirst(inner)
     turns = Turns(engine)
@@ -69,7 +70,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         return args, joined_items(kwargs)
 
     def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
-        return explain(plain, inputs, prepared, engine.options.dynamic)
+        return explain(plain, inputs, prepared, engine.options.dynamic, pipelines)
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:

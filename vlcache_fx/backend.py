@@ -19,6 +19,7 @@ from vlcache_fx.compiler.regions import raise_limits, watch
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.options import Options
+from vlcache_fx.passes.configured import configured
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 
@@ -65,7 +66,9 @@ def _engine(options: Options) -> Engine:
 
 def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
     """Compile one graph for ``engine``. The result takes the graph's inputs and returns its outputs."""
-    compiled = compile_traced(Traced.by_dynamo(graph_module, example_inputs), engine)
+    compiled = compile_traced(
+        Traced.by_dynamo(graph_module, example_inputs, configured(engine.options)), engine
+    )
     with_gradients = records_gradients(example_inputs)
 
     def run(*args: Any) -> Sequence[Any]:

@@ -10,6 +10,7 @@
     │   ├── StoreClosedError        somebody closed the store
     │   └── UnreadableWeightsError  the bytes of a weight cannot be read, so nothing can be kept under them
     ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
+    ├── SlotError              (also a ValueError)  a name is not that of a slot
     ├── PassError              a pass failed; names itself and the passes before it
     ├── LoweringError          a rewritten graph could not be compiled
     │   └── NoCompilerError    torch's compiler lacks something on this machine; says what, and the remedy
@@ -41,6 +42,10 @@ class PolicyError(VlcacheError):
 
 class PlanError(VlcacheError):
     """The spans or row sets are not executable (and, in strict mode, when they would need a repair)."""
+
+
+class SlotError(VlcacheError, ValueError):
+    """A name is not that of a slot: an input that passes add to a program, or rows that donors store."""
 
 
 class StoreError(VlcacheError):
@@ -148,7 +153,7 @@ class UnsupportedGraphError(VlcacheError):
         if len(detail) > LONGEST_DETAIL:
             detail = f"{detail[: LONGEST_DETAIL - 80]} ... {detail[-75:]}"
         super().__init__(reason, detail, node, source_line)
-        self.reason = Reason(reason)
+        self.reason = reason
         self.detail = detail
         self.node = node
         self.source_line = source_line

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlcache_fx.errors import OptionError
 
 if TYPE_CHECKING:
+    from vlcache_fx.passes.base import Pass
     from vlcache_fx.policies.base import Policy
     from vlcache_fx.store.base import Store
 
@@ -22,6 +25,28 @@ CUDA_GRAPHS = "triton.cudagraphs"
 """Inductor's setting of that name."""
 
 LOWERINGS = ("eager", "inductor", "tensorrt")
+
+
+@dataclass(frozen=True)
+class InsertedPass:
+    """A pass of the user in a standard pipeline (see ``vlcache_fx.passes.standard``).
+
+    Attributes:
+        step: a ``vlcache_fx.passes.Pass``. Its ``fingerprint`` becomes part of the keys of donors.
+        pipeline: ``"cleanup"``, ``"cold"``, ``"warm"`` or ``"decode"``.
+        before, after: name of the pass before or after which it runs; one of the two.
+    """
+
+    step: Pass
+    pipeline: str
+    before: str | None = None
+    after: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.step, type) or not callable(getattr(self.step, "run", None)):
+            raise OptionError(f"option passes: {self.step!r} is not a pass; is it the class, not an object?")
+        if (self.before is None) == (self.after is None):
+            raise OptionError(f"option passes: say before or after which pass {self.step.name!r} runs")
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,9 @@ class Options:
         dynamic: as in ``torch.compile``: True for symbolic lengths, False for static, None to decide.
         mode: as in ``torch.compile``, for the lowering ``"inductor"``: ``"reduce-overhead"``,
             ``"max-autotune"``, ...; what it says of CUDA graphs sets ``cuda_graphs``.
+        passes: passes of the user in the standard pipelines, in the order in which they are inserted.
+        dump_graphs: folder for the graphs before and after each pass, or None. The environment variable
+            ``VLCACHE_DUMP_GRAPHS`` sets it, too.
     """
 
     policy: str | Policy = "layer_aware"
@@ -66,6 +94,8 @@ class Options:
     cuda_graphs: bool = False
     dynamic: bool | None = None
     mode: str | None = None
+    passes: tuple[InsertedPass, ...] = ()
+    dump_graphs: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -79,6 +109,14 @@ class Options:
         """What ``mode`` sets of Inductor's configuration, without its CUDA graphs: ours take their place."""
         config = {} if self.mode is None else _modes()[self.mode]
         return {name: value for name, value in config.items() if name != CUDA_GRAPHS}
+
+    @functools.cached_property
+    def key_salt(self) -> str:
+        """What every key begins with: ``salt``, and what passes of the user do to stored rows."""
+        if not self.passes:
+            return self.salt
+        passes = [(one.pipeline, one.before, one.after, one.step.fingerprint()) for one in self.passes]
+        return hashlib.sha256(repr((self.salt, passes)).encode()).hexdigest()
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any] | None = None) -> Options:
@@ -164,6 +202,12 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _inserted(name: str, value: Any) -> tuple[InsertedPass, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(one, InsertedPass) for one in value):
+        return tuple(value)  # a list has no hash
+    raise _bad(name, value, "a list of InsertedPass(step, pipeline, before= or after=)")
+
+
 def _modes() -> dict[str, dict[str, Any]]:
     from torch._inductor import list_mode_options  # here: options are checked before torch is needed
 
@@ -199,4 +243,6 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "cuda_graphs": _flag,
     "dynamic": _optional_flag,
     "mode": _mode,
+    "passes": _inserted,
+    "dump_graphs": _path,
 }

@@ -8,9 +8,12 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis import Site
-from vlcache_fx.analysis.tokens.axis import is_one, shape_of
-from vlcache_fx.ir.fakes import FakeInputs, expression_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.errors import SlotError
+from vlcache_fx.ir.fakes import FakeInputs
+from vlcache_fx.ir.sizes import expression, is_one
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source
 
 
 class DeclareInputs(Pass):
@@ -18,6 +21,7 @@ class DeclareInputs(Pass):
 
     name: ClassVar[str] = "declare_inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset({"inputs_declared"})
 
     def run(self, program: Program) -> bool:
@@ -48,7 +52,7 @@ def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
         keys = shape_of(site.key)[-2]
         masks = [] if site.mask is None else [size for size in shape_of(site.mask)[-1:] if not is_one(size)]
         for other in (shape_of(site.value)[-2], *masks):
-            difference = sympy.sympify(expression_of(keys)) - sympy.sympify(expression_of(other))
+            difference = sympy.sympify(expression(keys)) - sympy.sympify(expression(other))
             rules = {name: base + more for name, (base, more) in known.items()}
             while (simpler := difference.xreplace(rules)) != difference:
                 difference = simpler
@@ -67,24 +71,30 @@ def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
     return {str(name): (str(base), more) for name, (base, more) in known.items()}
 
 
-def _slot_value(program: Program, fakes: FakeInputs, slot: str, node: Node) -> Any:
+def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node) -> Any:
     start = program.decoder.stream.boundaries[0].meta["val"]
-    device = start.device
-    kind, _, rest = slot.partition(".")
     batch, tokens = fakes.like(start).shape[:2]
+    match slot:
+        case Donor():
+            return _donor_value(program, fakes, node)
+        case Source():
+            count = tokens
+        case Results():
+            # Under the name that the trace gave it: what follows spells it out, too.
+            count = fakes.like(program.decoder.tail_rows.num_taken)
+        case Rows() | Keep() | Positions():
+            count = fakes.size(f"rows_{slot.row_level}")
+        case _:
+            raise SlotError(f"slot {slot} has no declared size")
     samples = [batch] if program.is_batched else []
-    if kind == "donor":
-        frontier, dim = node.meta["donor_of"]
-        sizes = list(fakes.like(frontier.meta["val"]).shape)
-        sizes[dim] = fakes.size("donor_rows")
-        if program.decoder.batch_dims is not None:
-            sizes[program.decoder.batch_dims[frontier]] = 1
-        return fakes.tensor(sizes, frontier.meta["val"].dtype, device)
-    if kind == "source":
-        return fakes.tensor([*samples, tokens], torch.int64, device)
-    if kind == "results":
-        # Under the name that the trace gave it: what follows spells it out, too.
-        count = fakes.like(program.decoder.tail_rows.num_taken)
-        return fakes.tensor([*samples, count], torch.int64, device)
-    level = int(rest.rpartition(".")[2]) + (kind == "keep")
-    return fakes.tensor([*samples, fakes.size(f"rows_{level}")], torch.int64, device)
+    return fakes.tensor([*samples, count], torch.int64, start.device)
+
+
+def _donor_value(program: Program, fakes: FakeInputs, node: Node) -> Any:
+    frontier, dim = node.meta["donor_of"]
+    value = frontier.meta["val"]
+    sizes = list(fakes.like(value).shape)
+    sizes[dim] = fakes.size("donor_rows")
+    if program.decoder.batch_dims is not None:
+        sizes[program.decoder.batch_dims[frontier]] = 1
+    return fakes.tensor(sizes, value.dtype, program.decoder.stream.boundaries[0].meta["val"].device)

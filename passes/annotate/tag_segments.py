@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from vlcache_fx.analysis.decoder.layers import LAYOUT, packet_of
+from vlcache_fx.ir.nodes import LAYOUT, packet_of
 from vlcache_fx.passes.base import Pass, Program
 
 

@@ -17,15 +17,8 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import (
-    fake_mode,
-    insert_call,
-    insert_graph,
-    insert_size,
-    is_grouped_by_writing_out,
-    loosen_views,
-    without_guards,
-)
+from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, loosen_views
+from vlcache_fx.passes.utility.insert import fake_mode, insert_call, insert_graph, insert_size, without_guards
 from vlcache_fx.passes.utility.masks import Masks
 
 aten = torch.ops.aten

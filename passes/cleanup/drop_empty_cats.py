@@ -14,7 +14,6 @@ class DropEmptyCats(Pass):
     """``cat([empty, x], dim)`` becomes ``x``."""
 
     name: ClassVar[str] = "drop_empty_cats"
-    ensures: ClassVar[frozenset[str]] = frozenset({"no_empty_cats"})
 
     def run(self, program: Program) -> bool:
         """Remove operands that have no element; a cat of one operand is that operand."""

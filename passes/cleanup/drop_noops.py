@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
+from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -18,7 +18,6 @@ class DropNoops(Pass):
     """Identities are forwarded; assertions of dtype and device, which capture has resolved, are erased."""
 
     name: ClassVar[str] = "drop_noops"
-    ensures: ClassVar[frozenset[str]] = frozenset({"no_noops"})
 
     def run(self, program: Program) -> bool:
         """Forward identities and erase assertions."""

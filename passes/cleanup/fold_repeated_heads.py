@@ -7,15 +7,12 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import find_sites
-from vlcache_fx.analysis.decoder.layers import packet_of
 from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.nodes import COPIES, RESHAPES, packet_of
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, write_site
 
 aten = torch.ops.aten
-
-COPIES = frozenset({aten.clone, aten.contiguous})
-VIEWS = frozenset({aten.view, aten.reshape, aten._unsafe_view})
 
 
 class FoldRepeatedHeads(Pass):
@@ -27,7 +24,7 @@ class FoldRepeatedHeads(Pass):
     """
 
     name: ClassVar[str] = "fold_repeated_heads"
-    ensures: ClassVar[frozenset[str]] = frozenset({"heads_folded"})
+    requires: ClassVar[frozenset[str]] = frozenset({"no_flex", "attention_fused"})
 
     def run(self, program: Program) -> bool:
         """Fold where keys and values are repeated equally often."""
@@ -54,7 +51,7 @@ def _before_repeat(repeated: Node, reader: Node) -> Node | None:
     if repeated.target is aten.repeat_interleave.self_int:
         source, _, dim = (*repeated.args, None)[:3]
         return source if isinstance(source, Node) and dim in (1, -3) else None
-    if packet_of(repeated) not in VIEWS:
+    if packet_of(repeated) not in RESHAPES:
         return None
     expanded = _source(repeated, COPIES)
     if expanded is None or packet_of(expanded) is not aten.expand:

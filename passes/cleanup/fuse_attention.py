@@ -10,9 +10,10 @@ from vlcache_fx.analysis.attention.eager import EagerAttention, eager_attention
 from vlcache_fx.analysis.attention.products import Operand
 from vlcache_fx.analysis.attention.scores import OtherFormError
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
-from vlcache_fx.analysis.tokens.axis import equal
+from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import insert_call, loosen_views
+from vlcache_fx.passes.utility.attention import loosen_views
+from vlcache_fx.passes.utility.insert import insert_call
 from vlcache_fx.passes.utility.masks import Masks
 
 

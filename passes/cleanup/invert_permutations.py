@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import packet_of
-from vlcache_fx.analysis.tokens.axis import equal, product, shape_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.nodes import packet_of
+from vlcache_fx.ir.sizes import equal, product
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten

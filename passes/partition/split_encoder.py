@@ -10,13 +10,15 @@ from torch.fx import Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.attention.sites import find_sites
-from vlcache_fx.analysis.decoder.computation import draws_numbers
-from vlcache_fx.analysis.decoder.layers import packet_of
+from vlcache_fx.analysis.randomness import draws_numbers
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.ir.copies import NodeMap
 from vlcache_fx.ir.dataflow import descendants
+from vlcache_fx.ir.digest import computation_digest
+from vlcache_fx.ir.nodes import packet_of
 from vlcache_fx.ir.refusal import refuse
-from vlcache_fx.ir.subgraph import computation_digest, extract, needed_for
+from vlcache_fx.ir.subgraph import extract, needed_for
 
 aten = torch.ops.aten
 
@@ -37,6 +39,7 @@ class SplitEncoder:
         weights: indices of its weights.
         computations: per result, a digest of how it is computed from these inputs.
         decoder: the rest; the encoder's results are data inputs behind the original ones.
+        nodes: from what is left of the graph to the decoder's; from results of the encoder to inputs.
         computes: False where the region only joins or converts what an encoder outside the graph gave.
     """
 
@@ -45,6 +48,7 @@ class SplitEncoder:
     weights: tuple[int, ...]
     computations: tuple[str, ...]
     decoder: Captured
+    nodes: NodeMap
     computes: bool
 
 
@@ -61,12 +65,14 @@ def split_encoder(captured: Captured, encoder: Iterable[Node]) -> SplitEncoder |
     ]
     results += [n for n in region if n not in results and any(user.op == "output" for user in n.users)]
     inputs, weights = _inputs(captured, results)
+    decoder, nodes = _rest(captured, results)
     return SplitEncoder(
         encoder=extract(captured.graph_module, results),
         inputs=inputs,
         weights=weights,
         computations=_computations(captured, results, inputs, weights),
-        decoder=_rest(captured, results),
+        decoder=decoder,
+        nodes=nodes,
         computes=any(packet_of(node) in COMPUTES for node in region),
     )
 
@@ -143,7 +149,7 @@ def _computations(
     return tuple(computation_digest(captured.graph_module, result, names) for result in results)
 
 
-def _rest(captured: Captured, results: list[Node]) -> Captured:
+def _rest(captured: Captured, results: list[Node]) -> tuple[Captured, NodeMap]:
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
     last = captured.placeholders[-1]
@@ -158,4 +164,6 @@ def _rest(captured: Captured, results: list[Node]) -> Captured:
     graph.eliminate_dead_code()
     graph.lint()
     kinds = (*captured.kinds, *[InputKind.DATA] * len(results))
-    return replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), kinds=kinds)
+    decoder = replace(captured, graph_module=fx.GraphModule(captured.graph_module, graph), kinds=kinds)
+    left = set(graph.nodes)
+    return decoder, {node: copy for node, copy in copies.items() if copy in left}

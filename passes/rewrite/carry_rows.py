@@ -7,6 +7,7 @@ from torch.fx import Node
 from vlcache_fx.analysis.decoder.rows import Carried
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import gather
+from vlcache_fx.spec.slots import Positions
 
 
 class CarryRows(Pass):
@@ -17,7 +18,6 @@ class CarryRows(Pass):
 
     name: ClassVar[str] = "carry_rows"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted", "kv_only"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"carried"})
 
     def run(self, program: Program) -> bool:
         """Insert a gather in front of every such read whose two levels differ."""
@@ -47,7 +47,7 @@ def _index(program: Program, made_at: int, read_at: int) -> Node | None:
     before, after = program.row_inputs[made_at], program.row_inputs[read_at]
     if after is None or made_at == read_at:
         return None
-    return after if before is None else program.add_input(f"place.{made_at}.{read_at}")
+    return after if before is None else program.add_input(Positions(made_at, read_at))
 
 
 def _layer_of(program: Program, node: Node) -> int:

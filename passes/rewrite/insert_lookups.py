@@ -6,6 +6,7 @@ import torch
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.spec.slots import Residual, StoredSlot
 
 
 class InsertLookups(Pass):
@@ -17,6 +18,7 @@ class InsertLookups(Pass):
 
     name: ClassVar[str] = "insert_lookups"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"lookups"})
 
     def run(self, program: Program) -> bool:
@@ -25,11 +27,11 @@ class InsertLookups(Pass):
         for frontier in facts.frontiers:
             _insert(program, frontier.slot, frontier.node, frontier.dim, f"layer.{frontier.layer}")
         if facts.tail_rows.selection is None:
-            _insert(program, "residual", facts.stream.boundaries[-1], facts.tail_rows.axis, "tail")
+            _insert(program, Residual(), facts.stream.boundaries[-1], facts.tail_rows.axis, "tail")
         return True
 
 
-def _insert(program: Program, slot: str, frontier: torch.fx.Node, dim: int, segment: str) -> None:
+def _insert(program: Program, slot: StoredSlot, frontier: torch.fx.Node, dim: int, segment: str) -> None:
     with program.graph.inserting_after(frontier):
-        node = program.graph.call_function(torch.ops.vlcache.lookup.default, (frontier, slot, dim))
+        node = program.graph.call_function(torch.ops.vlcache.lookup.default, (frontier, str(slot), dim))
     node.meta.update(segment=segment, slot=slot, frontier=frontier)

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.spec.slots import Residual
 
 
 class RecordDonors(Pass):
@@ -13,6 +14,7 @@ class RecordDonors(Pass):
 
     name: ClassVar[str] = "record_donors"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"recorded"})
 
     def run(self, program: Program) -> bool:
@@ -20,5 +22,5 @@ class RecordDonors(Pass):
         facts = program.decoder
         program.add_outputs((frontier.slot, frontier.node) for frontier in facts.frontiers)
         if facts.tail_rows.selection is None:
-            program.add_outputs([("residual", facts.stream.boundaries[-1])])
+            program.add_outputs([(Residual(), facts.stream.boundaries[-1])])
         return True

@@ -22,8 +22,7 @@ class RestrictMasks(Pass):
     """
 
     name: ClassVar[str] = "restrict_masks"
-    requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"masks_restricted"})
+    requires: ClassVar[frozenset[str]] = frozenset({"facts", "kv_only"})
 
     def run(self, program: Program) -> bool:
         """Rewrite each gather of rows of a mask, and drop the masks that nothing reads any more."""

@@ -22,7 +22,6 @@ class RestrictMerge(Pass):
 
     name: ClassVar[str] = "restrict_merge"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"merge_restricted"})
 
     def run(self, program: Program) -> bool:
         """Rewrite the merges from the last one back: each leaves a gather of what it merged into."""

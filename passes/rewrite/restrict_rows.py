@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import gather, restrict_node
+from vlcache_fx.spec.slots import Keep
 
 
 class RestrictRows(Pass):
@@ -62,7 +63,7 @@ def keep_input(program: Program, index: int, rows: Node | None) -> Node:
     """Places of R_{index+1} among R_index: an input, or the rows themselves where R_index is every token."""
     rows_after = program.row_inputs[index + 1]
     assert rows_after is not None
-    return rows_after if rows is None else program.add_input(f"keep.{index}")
+    return rows_after if rows is None else program.add_input(Keep(index))
 
 
 def _redirect(source: Node, target: Node, readers: list[Node]) -> None:

@@ -11,7 +11,8 @@ import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis import RowStep, Site
 from vlcache_fx.analysis.attention.sites import site_of
 from vlcache_fx.analysis.decoder.batch import operand_batch_dim
-from vlcache_fx.analysis.tokens.axis import expressions, quotient, shape_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.sizes import expressions, quotient
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.utility.attention import write_site
 

@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import sample_dim
+from vlcache_fx.spec.slots import Residual, Source
 
 
 class SpliceRows(Pass):
@@ -18,6 +19,7 @@ class SpliceRows(Pass):
 
     name: ClassVar[str] = "splice_rows"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "lookups"})
+    excludes: ClassVar[frozenset[str]] = frozenset({"segments", "recorded", "rows_restricted"})
     ensures: ClassVar[frozenset[str]] = frozenset({"spliced"})
 
     def run(self, program: Program) -> bool:
@@ -27,19 +29,19 @@ class SpliceRows(Pass):
         full = {node for layer in facts.layers for node in (*layer.full_part, layer.site.node)}
         for frontier in facts.frontiers:
             lookup, segment = lookups[frontier.slot], f"layer.{frontier.layer}"
-            spliced = _splice(program, lookup, frontier.node, f"source.{frontier.layer}", segment)
+            spliced = _splice(program, lookup, frontier.node, Source(frontier.layer), segment)
             for reader in [user for user in frontier.node.users if user in full or user.op == "output"]:
                 reader.replace_input_with(frontier.node, spliced)
-        if "residual" in lookups:
+        if Residual() in lookups:
             boundary = facts.stream.boundaries[-1]
-            spliced = _splice(program, lookups["residual"], boundary, f"source.{facts.num_layers}", "tail")
-            for reader in [user for user in boundary.users if user not in (spliced, lookups["residual"])]:
+            spliced = _splice(program, lookups[Residual()], boundary, Source(facts.num_layers), "tail")
+            for reader in [user for user in boundary.users if user not in (spliced, lookups[Residual()])]:
                 reader.replace_input_with(boundary, spliced)
         return True
 
 
-def _splice(program: Program, lookup: Node, fresh: Node, source_slot: str, segment: str) -> Node:
-    source = program.add_input(source_slot)
+def _splice(program: Program, lookup: Node, fresh: Node, slot: Source, segment: str) -> Node:
+    source = program.add_input(slot)
     dim = lookup.args[2]
     with program.graph.inserting_after(lookup):
         args: tuple[Any, ...] = (lookup, fresh, source, dim)

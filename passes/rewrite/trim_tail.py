@@ -7,6 +7,7 @@ from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import restrict_node, sample_dim
+from vlcache_fx.spec.slots import Results
 
 aten = torch.ops.aten
 
@@ -20,7 +21,6 @@ class TrimTail(Pass):
 
     name: ClassVar[str] = "trim_tail"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"tail_trimmed"})
 
     def run(self, program: Program) -> bool:
         """Restrict the tail up to the selection and replace the selection."""
@@ -34,7 +34,7 @@ class TrimTail(Pass):
         assert isinstance(source, Node)
         axis = _axis_of(program, source)
         with program.graph.inserting_before(selection):
-            results = program.add_input("results")
+            results = program.add_input(Results())
             if not program.is_batched:
                 taken = program.graph.call_function(aten.index_select.default, (source, axis, results))
             else:

@@ -27,7 +27,6 @@ class WriteInPlace(Pass):
     """
 
     name: ClassVar[str] = "write_in_place"
-    ensures: ClassVar[frozenset[str]] = frozenset({"written_in_place"})
 
     def run(self, program: Program) -> bool:
         """Rewrite every write of rows that nothing else depends on."""

@@ -1,1 +1,1 @@
-"""What passes share: nodes of attention calls and masks."""
+"""What passes share: insertion of nodes, attention calls and masks. Passes import it."""

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from vlcache_fx.analysis.attention.scores import Term
 from vlcache_fx.passes.base import Program
-from vlcache_fx.passes.utility.attention import insert_call
+from vlcache_fx.passes.utility.insert import insert_call
 
 aten = torch.ops.aten
 
@@ -21,7 +21,8 @@ class Masks:
     One bool term that hides with minus infinity gives a bool mask. Everything else gives one that is added;
     there, a finite number that hides is the lowest of the scores' dtype, which leaves nothing of a score: a
     row that reads nothing then reads everything alike, as where its scores are replaced. Layers that each
-    compute the same mask anew share the first one.
+    compute the same mask anew share the first one. (Torch's passes share every common expression: layers that
+    read each other's values are no longer equal, and each would be compiled.)
     """
 
     def __init__(self, program: Program) -> None:

@@ -22,7 +22,7 @@ from vlcache_fx.deploy.trace import ExportInput, capture_for_export
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.ir.refusal import without_folders
 from vlcache_fx.passes.standard import cold_program
-from vlcache_fx.policies import Policy, Profile, get_policy
+from vlcache_fx.policies import Policy, Profile, SpanContext, get_policy
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -44,8 +44,8 @@ class Chosen(Policy):
 
     choice: Callable[[int], Sequence[Tensor]]
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-        return self.choice(span_length)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return self.choice(span.length)
 
 
 @pytest.mark.parametrize("name", ["layer_aware", "uniform", "first_k", "full", "none", "random"])

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlcache_fx.deploy.flatten import CHECKS, TAIL, FlatGraph, flatten, group_of, slot_name
+from vlcache_fx.spec.slots import InputSlot
 
 aten = torch.ops.aten
 
@@ -169,4 +170,4 @@ def test_a_level_belongs_to_the_group_of_its_layer(level: int, groups: tuple[int
     ],
 )
 def test_slots_of_one_group_are_one_input(slot: str, groups: tuple[int, ...], name: str | None) -> None:
-    assert slot_name(slot, groups) == name
+    assert slot_name(InputSlot.parse(slot), groups) == name

@@ -339,6 +339,23 @@ def test_rows_that_cannot_be_are_refused(folder: Path, field: str, rows: dict[st
     assert refusal(folder).startswith(f"the manifest's decoder.rows.0.k.{field} is ")
 
 
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        (
+            "decoder.rows",
+            lambda m: m["decoder"].update(rows={"0.q": {"dim": 0, "dtype": "int8", "sizes": [1]}}),
+        ),
+        ("cold.slots", lambda m: m["cold"].update(slots=["rows.one"])),
+        ("warm.slots", lambda m: m["warm"].update(slots=["0.k"])),
+        ("warm.recorded", lambda m: m["warm"].update(recorded=["rows.0"])),
+    ],
+)
+def test_check_manifest_of_no_slot(folder: Path, field: str, change: Callable[[Any], None]) -> None:
+    made_anew(folder, change)
+    assert refusal(folder).startswith(f"the manifest's {field} holds ")
+
+
 def test_a_manifest_made_anew_for_nothing_is_read(folder: Path) -> None:
     made_anew(folder, lambda m: m.update(model="Another"))
     assert Manifest.load(folder).model == "Another"

@@ -66,7 +66,7 @@ def test_the_warm_call_reuses_half_of_the_image(
     found: ExportInput, programs: tuple[Program, Program]
 ) -> None:
     _, warm = calls(found, programs)
-    added = dict(zip(programs[1].slots, warm.inputs[len(found.inputs) :], strict=True))
+    added = dict(zip(map(str, programs[1].slots), warm.inputs[len(found.inputs) :], strict=True))
     assert len(added["rows.0"]) == 9 + 10
     assert added["donor.0.k"].shape[1] == 20
     assert torch.equal(added["rows.0"], added["rows.1"])

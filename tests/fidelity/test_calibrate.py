@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from vlcache_fx.fidelity.calibrate import SHARES, UpTo, falling, sensitivities
-from vlcache_fx.policies import Profile
+from vlcache_fx.policies import Profile, SpanContext
 from vlcache_fx.policies.layer_aware import LayerAware
 from vlcache_fx.policies.uniform import Uniform
 
@@ -20,8 +20,12 @@ def error(counts: Sequence[int]) -> float:
     return 0.05 * (1 - sum(s * w for s, w in zip(TRUE_SENSITIVITIES, worth, strict=True)))
 
 
+def span(layers: int, profile: Profile | None = None, budget: float = 1.0) -> SpanContext:
+    return SpanContext(length=SPAN, num_layers=layers, profile=profile, budget=budget)
+
+
 def measured(policy: UpTo) -> float:
-    return error([len(rows) for rows in policy.select(SPAN, len(TRUE_SENSITIVITIES), None, 1.0)])
+    return error([len(rows) for rows in policy.select(span(len(TRUE_SENSITIVITIES)))])
 
 
 def test_a_measured_profile_beats_equal_counts() -> None:
@@ -32,7 +36,7 @@ def test_a_measured_profile_beats_equal_counts() -> None:
     profile = Profile("constructed", "float32", found, falling(curve))
     for budget in (0.01, 0.02, 0.05, 0.1):
         solved, equal = (
-            error([len(rows) for rows in policy.select(SPAN, len(found), profile, budget)])
+            error([len(rows) for rows in policy.select(span(len(found), profile, budget))])
             for policy in (LayerAware(), Uniform())
         )
         assert solved < equal

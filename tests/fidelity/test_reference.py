@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 import vlcache_fx
 from vlcache_fx.cli import app
 from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity import command
 from vlcache_fx.fidelity.calibrate import SHARES, calibrate
 from vlcache_fx.fidelity.donor_study import KINDS, results_table, study
 from vlcache_fx.fidelity.plot import plot_scores
@@ -101,7 +100,9 @@ def test_what_cannot_be_calibrated(subject: Subject) -> None:
 
 
 def test_calibrated_then_compared(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "load_subject", lambda *_: subject)  # compiled once for this file
+    monkeypatch.setattr(
+        "vlcache_fx.fidelity.models.load_subject", lambda *_: subject
+    )  # compiled once for this file
     profile, output = tmp_path / "new" / "profile.json", tmp_path / "out"
     arguments = ["--family", "single_hop", "--count", "3"]
     made = CliRunner().invoke(app, ["calibrate", "reference", *arguments, "--output", str(profile)])

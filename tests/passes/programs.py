@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, fx
 
 from vlcache_fx.ir import Captured
+from vlcache_fx.ir.copies import copy_captured
+from vlcache_fx.lowering import Arriving
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.rewrite import TrimTail
-from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
+from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
-from vlcache_fx.plan.types import Plan, Span
+from vlcache_fx.plan.types import Plan, Span, SpanContext
+from vlcache_fx.runtime.programs.bind import bind
+from vlcache_fx.spec.slots import Residual, StoredSlot
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -28,6 +32,8 @@ OTHER = tiny_vlm_inputs(1, 4, [(5, 1)], text_seed=1)
 BOTH = {name: torch.cat([PROMPT[name], OTHER[name]]) for name in PROMPT}
 """Two samples of ten tokens; the second one's image is at 1 to 5."""
 STARTS = (START, 1)
+Donors = Mapping[StoredSlot, Tensor]
+"""Donor tables."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Rows:
     per_layer: tuple[tuple[int, ...], ...]
     ignores_budget: bool = True
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> list[Tensor]:
+    def select(self, span: SpanContext) -> list[Tensor]:
         return [torch.tensor(rows, dtype=torch.int64) for rows in self.per_layer]
 
 
@@ -112,30 +118,23 @@ def everything_of_both(program: Program) -> StackedPlan:
     return plan_for_both(program, Rows((tuple(range(LENGTH)),) * program.decoder.num_layers))
 
 
+def bind_plan(
+    program: Program, plan: Plan | StackedPlan, donors: Donors | None = None
+) -> list[Tensor | Arriving]:
+    """The values of the inputs that passes added, as the runtime binds them."""
+    num_tokens = plan.num_tokens if isinstance(plan, Plan) else plan.plans[0].num_tokens
+    positions = program.decoder.tail_rows.positions(num_tokens)
+    return bind(tuple(program.slots), plan, positions, lambda: donors or {})
+
+
 def run(
     program: Program,
     args: Sequence[Any],
     plan: Plan | StackedPlan,
-    donors: Mapping[str, Tensor] | None = None,
+    donors: Donors | None = None,
 ) -> tuple[Any, ...]:
     """Run a program: its own results, then what it records."""
-    bound: list[Tensor] = []
-    num_tokens = plan.num_tokens if isinstance(plan, Plan) else plan.plans[0].num_tokens
-    for slot in program.slots:
-        kind, _, rest = slot.partition(".")
-        if kind == "donor":
-            assert donors is not None
-            bound.append(donors[rest])
-        elif kind == "results":
-            positions = program.decoder.tail_rows.positions(num_tokens)
-            assert positions is not None
-            wanted = positions.expand(*plan.rows[-1].shape[:-1], -1).contiguous()
-            bound.append(torch.searchsorted(plan.rows[-1], wanted))
-        elif kind == "place":
-            made_at, read_at = map(int, rest.split("."))
-            bound.append(torch.searchsorted(plan.rows[made_at], plan.rows[read_at]))
-        else:
-            bound.append({"rows": plan.rows, "keep": plan.keep, "source": plan.source}[kind][int(rest)])
+    bound = bind_plan(program, plan, donors)
     program.graph.lint()
     program.graph_module.recompile()
     with torch.no_grad():
@@ -160,11 +159,11 @@ def results_without_and_with(
     return results
 
 
-def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
+def nothing_stored(program: Program, rows: int = LENGTH) -> dict[StoredSlot, Tensor]:
     """Donor tables of NaN: whatever reads one of their rows shows it."""
     facts = program.decoder
-    frontiers = {"residual": facts.stream.boundaries[-1]}
-    axes = {"residual": facts.tail_rows.axis}
+    frontiers: dict[StoredSlot, fx.Node] = {Residual(): facts.stream.boundaries[-1]}
+    axes: dict[StoredSlot, int] = {Residual(): facts.tail_rows.axis}
     for frontier in facts.frontiers:
         frontiers[frontier.slot], axes[frontier.slot] = frontier.node, frontier.dim
     tables = {}
@@ -178,14 +177,16 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[str, Tensor]:
     return tables
 
 
-def own_donors(captured: Captured, args: Sequence[Any], starts: Sequence[int] = STARTS) -> dict[str, Tensor]:
+def own_donors(
+    captured: Captured, args: Sequence[Any], starts: Sequence[int] = STARTS
+) -> dict[StoredSlot, Tensor]:
     """Donor tables with the image of each sample as this very call computes it."""
     cold = cold_program(captured)
     facts, count = cold.decoder, len(starts)
     plans = [plan_for(cold, TOKENS, [], Rows(())) for _ in starts]
     results = run(cold, args, plans[0] if count == 1 else stack_plans(plans))
-    nodes = {one.slot: (one.node, one.dim) for one in facts.frontiers}
-    nodes["residual"] = (facts.stream.boundaries[-1], facts.tail_rows.axis)
+    nodes: dict[StoredSlot, tuple[fx.Node, int]] = {one.slot: (one.node, one.dim) for one in facts.frontiers}
+    nodes[Residual()] = (facts.stream.boundaries[-1], facts.tail_rows.axis)
     tables = {}
     for slot, value in zip(cold.recorded, results[len(results) - len(cold.recorded) :], strict=True):
         node, dim = nodes[slot]

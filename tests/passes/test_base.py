@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from vlcache_fx.passes import Program
+from vlcache_fx.spec.slots import Keep, Key, Rows, Value
 
 
 def program() -> Program:
@@ -18,20 +19,20 @@ def program() -> Program:
 
 def test_inputs_come_behind_all_others_in_order() -> None:
     subject = program()
-    rows = subject.add_input("rows.0")
-    keep = subject.add_input("keep.0")
-    assert subject.add_input("rows.0") is rows
+    rows = subject.add_input(Rows(0))
+    keep = subject.add_input(Keep(0))
+    assert subject.add_input(Rows(0)) is rows
     placeholders = [node for node in subject.graph.nodes if node.op == "placeholder"]
     assert [node.name for node in placeholders] == ["x", "y", "rows_0", "keep_0"]
-    assert subject.slots == {"rows.0": rows, "keep.0": keep}
+    assert subject.slots == {Rows(0): rows, Keep(0): keep}
     subject.graph.lint()
 
 
 def test_outputs_come_behind_the_graphs_own() -> None:
     subject = program()
     x = next(iter(subject.graph.nodes))
-    subject.add_outputs([("mine", x)])
-    subject.add_outputs(iter([("again", x)]))
+    subject.add_outputs([(Key(0), x)])
+    subject.add_outputs(iter([(Value(0), x)]))
     subject.graph_module.recompile()
     assert [int(value) for value in subject.graph_module(torch.tensor(1), torch.tensor(2))] == [3, 1, 1]
-    assert subject.recorded == ["mine", "again"]
+    assert subject.recorded == [Key(0), Value(0)]

@@ -1,18 +1,23 @@
-"""What the pipeline owns: order, checks, dead code, dumps, fingerprints."""
+"""What the pipeline owns: order, checks, dead code, dumps. And what identifies passes of users."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, fx
 
-from vlcache_fx.errors import PassError, Reason, UnsupportedGraphError
+from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
+from vlcache_fx.lowering.fingerprint import structure_of
+from vlcache_fx.lowering.outline import outline
+from vlcache_fx.lowering.values import program_values
 from vlcache_fx.passes import Pass, Pipeline, Program
-from vlcache_fx.passes.standard import CLEANUP, COLD, WARM, warm_program
+from vlcache_fx.passes.standard import CLEANUP, COLD, STEP, WARM, warm_program
+from vlcache_fx.spec.slots import Donor
 
 from .programs import everything, nothing_stored, run, small
 
@@ -57,17 +62,19 @@ class Failing(Pass):
         return True
 
 
-def test_records_and_dead_code() -> None:
-    dumped: list[str] = []
+def test_records_and_dead_code(tmp_path: Path) -> None:
     subject = program()
-    records = Pipeline((First(), Second()), lambda name, text: dumped.append(f"{name}: {'neg' in text}")).run(
-        subject
-    )
+    records = Pipeline((First(), Second()), "mine", tmp_path).run(subject)
     assert [(record.name, record.changed) for record in records] == [("first", False), ("second", True)]
     assert [record.nodes_before for record in records] == [3, 3]
     assert all(record.elapsed_ms >= 0 for record in records)
     assert "neg" not in str(subject.graph)
-    assert dumped == ["second: False"]  # only where something changed
+    dumped = sorted(tmp_path.rglob("*.py"))
+    assert [str(path.relative_to(tmp_path)) for path in dumped] == [
+        "0000_mine/00_before.py",
+        "0000_mine/02_second.py",
+    ]  # only where something changed
+    assert "neg" not in dumped[1].read_text(encoding="utf-8")
     assert subject.graph_module(torch.ones(1)).item() == 2
     assert subject.properties == {"prepared"}
 
@@ -136,7 +143,7 @@ class ScaleStored(Pass):
 
     def run(self, program: Program) -> bool:
         for slot, node in program.slots.items():
-            if slot.startswith("donor."):
+            if isinstance(slot, Donor):
                 first = next(iter(node.users))
                 with program.graph.inserting_before(first):
                     scaled = program.graph.call_function(aten.mul.Tensor, (node, self.factor))
@@ -160,21 +167,106 @@ def test_a_user_pass_at_the_wrong_place_is_told_what_it_lacks() -> None:
         warm_program(small()[0], WARM.inserting(ScaleStored(0.5), before="hoist_lookups"))
 
 
-def test_fingerprints_tell_code_and_order() -> None:
-    def other_version() -> type[Pass]:
-        class First(Pass):
-            name: ClassVar[str] = "first"
+def moved(pipeline: Pipeline, name: str, before: str) -> Pipeline:
+    """A pipeline in another order."""
+    step = next(step for step in pipeline.passes if step.name == name)
+    others = replace(pipeline, passes=tuple(one for one in pipeline.passes if one is not step))
+    return others.inserting(step, before=before)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "message"),
+    [
+        ("splice_rows", "insert_lookups", "'splice_rows': requires lookups"),
+        ("hoist_lookups", "splice_rows", "'hoist_lookups': requires spliced"),
+        ("record_donors", "splice_rows", r"'splice_rows': must run before record_donors \(recorded\)"),
+        ("restrict_rows", "insert_lookups", "'insert_lookups': must run before restrict_rows"),
+        ("restrict_rows", "splice_rows", r"'splice_rows': must run before restrict_rows \(rows_restricted\)"),
+        ("restrict_rows", "record_donors", "'record_donors': must run before restrict_rows"),
+        ("restrict_rows", "hoist_lookups", "'hoist_lookups': must run before restrict_rows"),
+        ("restrict_merge", "restrict_rows", "'restrict_merge': requires rows_restricted"),
+        ("kv_only_rows", "restrict_rows", "'kv_only_rows': requires rows_restricted"),
+        ("trim_tail", "restrict_rows", "'trim_tail': requires rows_restricted"),
+        ("carry_rows", "kv_only_rows", "'carry_rows': requires kv_only"),
+        ("restrict_masks", "kv_only_rows", "'restrict_masks': requires kv_only"),
+        ("tag_segments", "write_in_place", r"'write_in_place': must run before tag_segments \(segments\)"),
+        ("tag_segments", "insert_lookups", "'insert_lookups': must run before tag_segments"),
+    ],
+)
+def test_run_in_a_wrong_order(name: str, before: str, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        warm_program(small()[0], moved(WARM, name, before))
+
+
+@pytest.mark.parametrize("name", ["fuse_attention", "canonicalise_flex"])
+def test_run_cleanup_in_a_wrong_order(name: str) -> None:
+    with pytest.raises(PassError, match="'fold_repeated_heads': requires"):
+        moved(CLEANUP, "fold_repeated_heads", name).run(program())
+
+
+def without(pipeline: Pipeline, name: str) -> Pipeline:
+    return replace(pipeline, passes=tuple(step for step in pipeline.passes if step.name != name))
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("tag_segments", "segments"), ("declare_inputs", "inputs_declared"), ("hoist_lookups", "hoisted")],
+)
+def test_check_complete_names_what_lowerings_lack(name: str, missing: str) -> None:
+    subject = warm_program(small()[0], without(WARM, "declare_inputs"))
+    assert name in [step.name for step in WARM.passes]
+    subject.properties |= {"inputs_declared"}
+    subject.check_complete()
+    subject.properties -= {missing}
+    with pytest.raises(LoweringError, match=f"no pass of the program ensured {missing}"):
+        subject.check_complete()
+
+
+def test_every_property_matters() -> None:
+    """What no pass and no lowering asks for is not declared."""
+    passes = [step for pipeline in (CLEANUP, COLD, WARM, STEP) for step in pipeline.passes]
+    asked = frozenset().union(*(step.requires | step.excludes for step in passes))
+    ensured = frozenset().union(*(step.ensures for step in passes))
+    assert asked - {"facts"} <= ensured
+    assert ensured - asked == {"hoisted", "inputs_declared"}  # see Program.check_complete
+
+
+def test_fingerprint_tells_code_and_configuration() -> None:
+    def other_version() -> Pass:
+        class ScaleStored(Pass):
+            name: ClassVar[str] = "scale_stored"
 
             def run(self, program: Program) -> bool:
                 return bool(program) and False
 
-        return First
+        return ScaleStored()
 
-    one, two = Pipeline((First(), Second())), Pipeline((Second(), First()))
-    assert one.fingerprint() == Pipeline((First(), Second())).fingerprint()
-    assert one.fingerprint() != two.fingerprint()
-    assert one.fingerprint() != Pipeline((other_version()(), Second())).fingerprint()
-    assert len({pipeline.fingerprint() for pipeline in (CLEANUP, COLD, WARM)}) == 3
+    one = ScaleStored(0.5).fingerprint()
+    assert one == ScaleStored(0.5).fingerprint()
+    assert len({one, ScaleStored(0.25).fingerprint(), other_version().fingerprint()}) == 3
+
+
+def test_fingerprint_without_source() -> None:
+    scope: dict[str, Any] = {"Pass": Pass}
+    exec("class Typed(Pass):\n    name = 'typed'\n    def run(self, program): return False", scope)
+    assert scope["Typed"]().fingerprint()
+
+
+def test_compiled_code_is_keyed_by_what_passes_made() -> None:
+    """The text of a segment's graph is in its key, so keys need no word about passes."""
+
+    def keys(pipeline: Pipeline) -> list[str]:
+        program = warm_program(small(num_layers=2)[0], pipeline).graph_module
+        values = program_values(program)
+        return [structure_of(segment, values).key for segment in outline(program, values)]
+
+    plain, half, quarter = (
+        keys(pipeline)
+        for pipeline in (WARM, *(WARM.inserting(ScaleStored(x), after="hoist_lookups") for x in (0.5, 0.25)))
+    )
+    assert plain == keys(WARM)
+    assert plain != half
+    assert half != quarter
 
 
 @pytest.mark.parametrize("pipeline", [CLEANUP, COLD, WARM])

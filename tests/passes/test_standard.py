@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes.standard import cold_program, copy_captured, warm_program
+from vlcache_fx.ir.copies import copy_captured
+from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.types import Span
+from vlcache_fx.spec.slots import Key, Value
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_attention import DecoderShape
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -84,12 +86,13 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
     warm = warm_program(captured)
     tables = {}
     for slot, value in zip(cold.recorded, recorded, strict=True):
-        layer, _, letter = slot.partition(".")
-        if slot == "residual":
-            dim = warm.decoder.tail_rows.axis
+        if isinstance(slot, Key | Value):
+            parts = warm.decoder.layers[slot.layer]
+            dim = warm.decoder.steps[
+                parts.key_frontier if isinstance(slot, Key) else parts.value_frontier
+            ].dim
         else:
-            parts = warm.decoder.layers[int(layer)]
-            dim = warm.decoder.steps[parts.key_frontier if letter == "k" else parts.value_frontier].dim
+            dim = warm.decoder.tail_rows.axis
         tables[slot] = value.narrow(dim, donor_before, length)
 
     # All rows recomputed: the unmodified model, whatever is stored.

@@ -1,7 +1,7 @@
 """Plans equal their definition, whatever the spans, the policy and the outputs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan import Plan, Span, build_plan, token_layer_allowance
+from vlcache_fx.plan import Plan, Span, SpanContext, build_plan, token_layer_allowance
 from vlcache_fx.policies.full import Full
 from vlcache_fx.policies.none import NoRows
+from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.uniform import Uniform
 
 
@@ -24,7 +25,7 @@ class Given:
     rows: Sequence[Tensor]
     ignores_budget: bool = False
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         return self.rows
 
 
@@ -280,7 +281,7 @@ def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
 def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
     """The places that nothing attends to, the plan that knows of them, and the one that does not."""
     unseen = ids(*sorted(place for place in places if place < request["num_tokens"]))
-    return unseen, build_plan(**request, unseen=unseen), build_plan(**request)
+    return unseen, build_plan(**request, padding=unseen), build_plan(**request)
 
 
 @given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
@@ -316,16 +317,81 @@ def test_all_of_a_missed_span_is_computed() -> None:
         num_layers=1,
         policy=NoRows(),
         budget=0.0,
-        unseen=ids(0, 2, 4, 5),
+        padding=ids(0, 2, 4, 5),
     )
     assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
 
 
 def test_padding_is_computed_where_outputs_need_it() -> None:
     common: dict[str, Any] = {"num_tokens": 8, "spans": [span(3, 3)], "num_layers": 2, "policy": NoRows()}
-    plan = build_plan(budget=0.0, unseen=ids(0, 1), **common)
+    plan = build_plan(budget=0.0, padding=ids(0, 1), **common)
     assert [rows.tolist() for rows in plan.rows] == [[2, 6, 7]] * 3
-    plan = build_plan(budget=0.0, unseen=ids(0, 1), output_rows=ids(1, 7), **common)
+    plan = build_plan(budget=0.0, padding=ids(0, 1), output_rows=ids(1, 7), **common)
     assert [rows.tolist() for rows in plan.rows] == [[1, 2, 6, 7], [1, 2, 6, 7], [1, 7]]
-    full = build_plan(budget=0.0, unseen=ids(0, 1), **common | {"policy": Full()})
+    full = build_plan(budget=0.0, padding=ids(0, 1), **common | {"policy": Full()})
     assert [rows.tolist() for rows in full.rows] == [list(range(8))] * 3
+
+
+# The facts that a policy gets ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Noting(Given):
+    """Notes what it is asked."""
+
+    asked: list[SpanContext] = field(default_factory=list)
+
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        self.asked.append(span)
+        return self.rows
+
+
+def contexts(**request: Any) -> list[SpanContext]:
+    policy = Noting([ids(0)] * 2)
+    build_plan(num_layers=2, policy=policy, budget=0.5, **request)
+    return policy.asked
+
+
+def test_build_plan_context_of_each_hit() -> None:
+    asked = contexts(num_tokens=16, spans=[span(3, 4), span(9, 4, hit=False), span(14, 2)])
+    common: dict[str, Any] = {"num_layers": 2, "budget": 0.5, "num_tokens": 16}
+    assert asked == [
+        SpanContext(length=4, start=3, text_before=3, text_after=3, **common),
+        SpanContext(length=2, start=14, text_before=6, text_after=0, **common),
+    ]
+
+
+def test_build_plan_context_without_padding() -> None:
+    (asked,) = contexts(num_tokens=10, spans=[span(4, 3)], padding=ids(0, 1, 9))
+    assert (asked.start, asked.num_tokens, asked.text_before, asked.text_after) == (4, 10, 2, 2)
+
+
+def test_build_plan_context_passes_the_profile() -> None:
+    profile = Profile("model", "float32", (1.0, 2.0))
+    (asked,) = contexts(num_tokens=10, spans=[span(4, 3)], profile=profile)
+    assert asked.profile is profile
+
+
+def test_build_plan_context_passes_the_grid() -> None:
+    hit = replace(span(2, 6), grid=(1, 2, 3))
+    asked = contexts(num_tokens=12, spans=[hit, span(9, 2)])
+    assert [one.grid for one in asked] == [(1, 2, 3), None]
+
+
+def test_span_context_alone() -> None:
+    alone = SpanContext(length=4, num_layers=2, budget=0.5)
+    assert (alone.start, alone.num_tokens, alone.text_before, alone.text_after) == (0, 4, 0, 0)
+    assert alone == SpanContext(length=4, num_layers=2, budget=0.5, num_tokens=4)
+
+
+@given(requests())
+def test_build_plan_context_counts(request: dict[str, Any]) -> None:
+    policy = Noting(request["policy"].rows)
+    build_plan(**request | {"policy": policy})
+    text = request["num_tokens"] - sum(s.length for s in request["spans"])
+    hits = [s for s in request["spans"] if s.hit]
+    for asked, hit in zip(policy.asked, hits, strict=True):
+        assert (asked.start, asked.length) == (hit.start, hit.length)
+        assert asked.text_before + asked.text_after == text
+        assert asked.text_before <= asked.start
+        assert asked.text_after <= asked.num_tokens - hit.end

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan import Span, build_plan, token_layer_allowance
+from vlcache_fx.plan import Span, SpanContext, build_plan, token_layer_allowance
 from vlcache_fx.plan.repair import checked_rows, grouped_rows
 
 SPAN = Span(0, 3, 12, "key", True)
@@ -25,7 +25,7 @@ class Given:
     rows: Sequence[Tensor]
     ignores_budget: bool = False
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         return self.rows
 
 

@@ -8,11 +8,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import Profile
+from vlcache_fx.policies import Profile, SpanContext
 from vlcache_fx.policies.auto import Auto, predicted_error
 from vlcache_fx.policies.layer_aware import row_counts
 
 CURVE = ((0.0, 0.04), (0.02, 0.02), (0.1, 0.01), (1.0, 0.0))
+
+
+def span(length: int, layers: int, profile: Profile | None, budget: float) -> SpanContext:
+    return SpanContext(length=length, num_layers=layers, profile=profile, budget=budget)
 
 
 def counts(chosen: Sequence[Tensor]) -> list[int]:
@@ -30,7 +34,7 @@ def profile(values: Sequence[float]) -> Profile:
 )
 def test_it_is_the_smallest_budget_under_the_bound(values: list[float], bound: float, length: int) -> None:
     model = profile(values)
-    chosen = counts(Auto(bound).select(length, len(values), model, 0.5))
+    chosen = counts(Auto(bound).select(span(length, len(values), model, 0.5)))
     total = sum(chosen)
     assert predicted_error(chosen, model, length) <= bound + 1e-9
     if total:
@@ -39,15 +43,15 @@ def test_it_is_the_smallest_budget_under_the_bound(values: list[float], bound: f
 
 
 def test_points_of_the_curve_are_met_exactly() -> None:
-    assert counts(Auto(0.02).select(1000, 3, profile([1, 1, 1]), 0.0)) == [20] * 3
-    assert counts(Auto(0.05).select(1000, 3, profile([1, 1, 1]), 0.0)) == [0] * 3
-    assert counts(Auto(0.0).select(1000, 3, profile([1, 1, 1]), 0.0)) == [1000] * 3
+    assert counts(Auto(0.02).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [20] * 3
+    assert counts(Auto(0.05).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [0] * 3
+    assert counts(Auto(0.0).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [1000] * 3
 
 
 @pytest.mark.parametrize("model", [None, Profile("weights", "float32", (1.0,))])
 def test_it_needs_an_error_curve(model: Profile | None) -> None:
     with pytest.raises(PolicyError, match="auto needs a profile with an error curve"):
-        Auto().select(100, 1, model, 0.02)
+        Auto().select(span(100, 1, model, 0.02))
 
 
 @pytest.mark.parametrize("bound", [-1, float("nan"), float("inf"), "0.1", True])

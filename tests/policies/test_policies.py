@@ -11,7 +11,15 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan import row_allowance
-from vlcache_fx.policies import Deviation, Policy, Profile, get_policy, known_policies
+from vlcache_fx.policies import (
+    Deviation,
+    Policy,
+    ProbedSpan,
+    Profile,
+    SpanContext,
+    get_policy,
+    known_policies,
+)
 from vlcache_fx.policies.auto import Auto
 from vlcache_fx.policies.cacheblend import CacheBlend
 from vlcache_fx.policies.first_k import FirstK
@@ -25,6 +33,15 @@ from vlcache_fx.testing.policy_contract import check_policy
 sensitivities = st.lists(st.floats(0, 100), min_size=1, max_size=12)
 budgets = st.floats(0, 1)
 lengths = st.integers(1, 300)
+
+
+def span(length: int, layers: int, profile: Profile | None, budget: float) -> SpanContext:
+    return SpanContext(length=length, num_layers=layers, profile=profile, budget=budget)
+
+
+def probed(deviation: Deviation, layers: int, budget: float) -> ProbedSpan:
+    length = len(deviation.key)
+    return ProbedSpan(length=length, num_layers=layers, budget=budget, deviation=deviation)
 
 
 def counts(chosen: Sequence[Tensor]) -> list[int]:
@@ -59,25 +76,28 @@ def test_first_k_leaves_the_cut_to_the_plan() -> None:
 )
 @given(values=sensitivities, budget=budgets, length=lengths)
 def test_the_earliest_rows_are_taken(policy: Policy, values: list[float], budget: float, length: int) -> None:
-    for rows in policy.select(length, len(values), profile(values), budget):
+    for rows in policy.select(span(length, len(values), profile(values), budget)):
         assert torch.equal(rows, torch.arange(len(rows)))
 
 
 def test_full_and_none() -> None:
-    assert counts(Full().select(50, 3, None, 0.0)) == [50] * 3
-    assert counts(NoRows().select(50, 3, None, 1.0)) == [0] * 3
+    assert counts(Full().select(span(50, 3, None, 0.0))) == [50] * 3
+    assert counts(NoRows().select(span(50, 3, None, 1.0))) == [0] * 3
 
 
 @given(budget=budgets, length=lengths, layers=st.integers(1, 30))
 def test_uniform_spends_the_budget_evenly(budget: float, length: int, layers: int) -> None:
-    assert counts(Uniform().select(length, layers, None, budget)) == [row_allowance(budget, length)] * layers
+    assert (
+        counts(Uniform().select(span(length, layers, None, budget)))
+        == [row_allowance(budget, length)] * layers
+    )
 
 
 def test_first_k() -> None:
-    assert counts(FirstK(tokens=32).select(100, 2, None, 0.01)) == [32, 32]
-    assert counts(FirstK(tokens=32).select(10, 2, None, 0.01)) == [10, 10]
-    assert counts(FirstK(share=0.2).select(100, 2, None, 0.01)) == [20, 20]
-    assert counts(FirstK().select(100, 2, None, 0.05)) == [5, 5]
+    assert counts(FirstK(tokens=32).select(span(100, 2, None, 0.01))) == [32, 32]
+    assert counts(FirstK(tokens=32).select(span(10, 2, None, 0.01))) == [10, 10]
+    assert counts(FirstK(share=0.2).select(span(100, 2, None, 0.01))) == [20, 20]
+    assert counts(FirstK().select(span(100, 2, None, 0.05))) == [5, 5]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +110,7 @@ def test_first_k_checks_its_parameters(arguments: dict[str, float]) -> None:
 
 def test_random_rows_follow_the_seed_and_the_budget() -> None:
     few, many, other = (
-        Random(seed).select(200, 3, None, budget)[0].tolist()
+        Random(seed).select(span(200, 3, None, budget))[0].tolist()
         for seed, budget in [(0, 0.05), (0, 0.1), (1, 0.05)]
     )
     assert (len(few), len(many), len(other)) == (10, 20, 10)
@@ -101,7 +121,7 @@ def test_random_rows_follow_the_seed_and_the_budget() -> None:
 
 def test_random_is_fair() -> None:
     """Each of 20 rows is drawn in a quarter of 400 seeds: 100 times, give or take five deviations."""
-    drawn = torch.cat([Random(seed).select(20, 1, None, 0.25)[0] for seed in range(400)])
+    drawn = torch.cat([Random(seed).select(span(20, 1, None, 0.25))[0] for seed in range(400)])
     counted = torch.bincount(drawn, minlength=20)
     assert counted.sum() == 400 * 5
     assert (counted - 100).abs().max() < 5 * (400 * 0.25 * 0.75) ** 0.5
@@ -116,19 +136,19 @@ def test_random_checks_its_seed(seed: Any) -> None:
 @pytest.mark.parametrize(("measure", "expected"), [("value", [1, 4]), ("key", [0, 2]), ("key_value", [0, 4])])
 def test_cacheblend_takes_the_rows_that_deviate_most(measure: Any, expected: list[int]) -> None:
     deviation = Deviation(1, torch.tensor([9.0, 0, 5, 1, 4]), torch.tensor([1.0, 5, 0, 3, 8]))
-    chosen = CacheBlend(measure=measure).choose(deviation, 4, None, 0.4)
+    chosen = CacheBlend(measure=measure).choose(probed(deviation, 4, 0.4))
     assert [rows.tolist() for rows in chosen] == [[0, 1, 2, 3, 4]] * 2 + [expected] * 2
 
 
 def test_cacheblend_breaks_ties_towards_the_beginning() -> None:
-    chosen = CacheBlend().choose(Deviation(1, *torch.ones(2, 50)), 3, None, 0.1)
+    chosen = CacheBlend().choose(probed(Deviation(1, *torch.ones(2, 50)), 3, 0.1))
     assert chosen[2].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_cacheblend_probes_its_check_layers() -> None:
     policy = CacheBlend(check_layers=3)
     assert policy.probe_layer == 2
-    assert counts(policy.select(7, 5, None, 0.0)) == [7, 7, 7, 0, 0]
+    assert counts(policy.select(span(7, 5, None, 0.0))) == [7, 7, 7, 0, 0]
 
 
 @pytest.mark.parametrize(

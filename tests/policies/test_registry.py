@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import get_policy, known_policies, registry
+from vlcache_fx.policies import Policy, get_policy, known_policies, registry, uniform
+from vlcache_fx.policies.cacheblend import CacheBlend
 from vlcache_fx.policies.uniform import Uniform
+from vlcache_fx.testing.policy_contract import check_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,3 +84,45 @@ def test_the_folder_is_not_imported_under_its_own_name(package: str) -> None:
     assert done.returncode != 0
     assert f"vlcache_fx.{package}" in done.stderr
     assert "ImportError" in done.stderr
+
+
+@dataclass(frozen=True)
+class Earlier(Uniform):
+    """Written for the interface of several arguments."""
+
+    name: ClassVar[str] = "earlier"
+
+    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Any:  # type: ignore[override]
+        return ()
+
+
+@dataclass(frozen=True)
+class EarlierProbing(CacheBlend):
+    """Likewise."""
+
+    def choose(self, deviation: Any, num_layers: int, profile: Any, budget: float) -> Any:  # type: ignore[override]
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            Earlier(),
+            r"policy 'earlier' \(.*Earlier\): select\(span_length.*select\(self, span\), with span.length",
+        ),
+        (EarlierProbing(), r"choose\(deviation.*choose\(self, span\), with span.deviation"),
+    ],
+)
+def test_get_policy_earlier_interface(policy: Policy, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        get_policy(policy)
+    with pytest.raises(AssertionError, match=message):
+        check_policy(policy)
+
+
+def test_get_policy_earlier_interface_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uniform, "Uniform", Earlier)
+    with_entries(monkeypatch, ("earlier", "vlcache_fx.policies.uniform:Uniform"))
+    with pytest.raises(PolicyError, match="written for an earlier interface; select now takes one object"):
+        get_policy("earlier")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.policies import Policy
+from vlcache_fx.policies import Policy, SpanContext
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, settings_of, with_backend
@@ -28,8 +28,8 @@ class Asked(Policy):
 
     choice: Choice
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-        return self.choice(span_length)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return self.choice(span.length)
 
 
 def ids(*values: int) -> Tensor:

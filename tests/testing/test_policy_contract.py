@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import Policy, ProbingPolicy, Profile
+from vlcache_fx.policies import Policy, ProbedSpan, ProbingPolicy, Profile, SpanContext
 from vlcache_fx.policies.layer_aware import LayerAware
 from vlcache_fx.testing.policy_contract import check_policy
 
@@ -29,10 +29,8 @@ class Asked(Policy):
 
     answer: Callable[[int, int], Any] = first
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        return self.answer(span_length, num_layers)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return self.answer(span.length, span.num_layers)
 
 
 def test_a_good_policy_passes() -> None:
@@ -59,7 +57,7 @@ def test_a_good_policy_passes() -> None:
     ],
 )
 def test_bad_answers_are_found(answer: Any, message: str) -> None:
-    with pytest.raises(AssertionError, match=rf"Asked\.select\(span_length=\d+, num_layers=.*{message}"):
+    with pytest.raises(AssertionError, match=rf"Asked\.select\(length=\d+, num_layers=.*{message}"):
         check_policy(Asked(answer))
 
 
@@ -86,10 +84,8 @@ def test_a_profile_may_be_refused_but_not_every_profile() -> None:
     class Measured(Asked):
         """Needs a profile."""
 
-        def select(
-            self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-        ) -> Sequence[Tensor]:
-            return refuse() if profile is None else super().select(span_length, num_layers, profile, budget)
+        def select(self, span: SpanContext) -> Sequence[Tensor]:
+            return refuse() if span.profile is None else super().select(span)
 
     assert check_policy(Measured()) == []
 
@@ -99,8 +95,8 @@ def test_recommendations() -> None:
     class Plain(Asked):
         more: int = field(kw_only=True)
 
-        def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-            return [torch.arange(1) for _ in range(num_layers)]
+        def select(self, span: SpanContext) -> Sequence[Tensor]:
+            return [torch.arange(1) for _ in range(span.num_layers)]
 
     assert [text.partition(" ")[2] for text in check_policy(Plain(more=1))] == [
         "has no docstring; `vlcache policies` shows its first paragraph",
@@ -113,7 +109,7 @@ def made(**changes: Any) -> Any:
     """A policy class whose ``dataclass`` arguments, or attributes, are not as they should be."""
     arguments = {"frozen": True} | changes.pop("arguments", {})
     bases = changes.pop("bases", (Policy,))
-    own = {"__doc__": "Odd.", "name": "odd", "select": lambda self, n, layers, *rest: first(n, layers)}
+    own = {"__doc__": "Odd.", "name": "odd", "select": lambda self, span: first(span.length, span.num_layers)}
     return dataclass(**arguments)(type("Odd", bases, own | changes))()
 
 
@@ -144,15 +140,12 @@ class Probing(ProbingPolicy):
     probe_layer: int = 2
     probed: int = 3
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        return super().select(span_length, num_layers, profile, budget)[: self.probed] + (
-            torch.empty(0, dtype=torch.int64),
-        ) * (num_layers - self.probed)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        no_rows = torch.empty(0, dtype=torch.int64)
+        return (*super().select(span)[: self.probed], *(no_rows,) * (span.num_layers - self.probed))
 
-    def choose(self, deviation: Any, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-        return self.answer(deviation, num_layers)
+    def choose(self, span: ProbedSpan) -> Sequence[Tensor]:
+        return self.answer(span.deviation, span.num_layers)
 
 
 def all_rows(deviation: Any, layers: int) -> list[Tensor]:
@@ -178,8 +171,6 @@ def test_profiles_of_ones_own_are_asked_with() -> None:
 class Picky(LayerAware):
     """Fails for one profile."""
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        found = profile is not None and profile.sensitivities == (7.0, 7.5)
-        return [] if found else super().select(span_length, num_layers, profile, budget)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        found = span.profile is not None and span.profile.sensitivities == (7.0, 7.5)
+        return [] if found else super().select(span)

@@ -19,11 +19,12 @@ from vlcache_fx.bench.workload import RequestShape, make_workload
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.ir import Captured
+from vlcache_fx.ir.copies import copy_captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import RecordDonors
-from vlcache_fx.passes.standard import cold_program, copy_captured
+from vlcache_fx.passes.standard import cold_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.policies import get_policy
 from vlcache_fx.runtime.engine import Engine

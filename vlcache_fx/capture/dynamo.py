@@ -20,6 +20,7 @@ from vlcache_fx.capture.vmap import inline_vmap
 from vlcache_fx.capture.wrapped import WHOLE
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
+from vlcache_fx.ir.copies import copy_module
 from vlcache_fx.ir.scatters import settle_scatters
 
 
@@ -36,7 +37,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     """
     if _has_no_floats(graph_module.graph):
         raise UnsupportedGraphError(Reason.NO_ATTENTION, "the graph has no floating-point tensor")
-    module = fx.GraphModule(graph_module, copy_graph(graph_module.graph))
+    module = copy_module(graph_module)
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     kinds = tuple(
         _kind(node, node.meta.get(WHOLE, example))
@@ -85,13 +86,6 @@ def data_where_written(kinds: Sequence[InputKind], writes: Sequence[Write]) -> t
     """A buffer that the graph writes to is not the same tensor in every request."""
     written = {write.input for write in writes}
     return tuple(InputKind.DATA if index in written else kind for index, kind in enumerate(kinds))
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """The same graph with nodes of its own."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
-    return copy
 
 
 def _kind(node: fx.Node, example: Any) -> InputKind:

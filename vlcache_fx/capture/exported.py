@@ -21,10 +21,11 @@ from torch.export.graph_signature import (
 from torch.export.graph_signature import InputKind as Spec
 
 from vlcache_fx.capture.direct import trace_without_writes
-from vlcache_fx.capture.dynamo import copy_graph, data_where_written, functionalised
+from vlcache_fx.capture.dynamo import data_where_written, functionalised
 from vlcache_fx.capture.mutations import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
+from vlcache_fx.ir.copies import copy_module
 from vlcache_fx.ir.scatters import settle_scatters
 
 BOUND = frozenset({Spec.PARAMETER, Spec.BUFFER, Spec.CONSTANT_TENSOR})
@@ -45,7 +46,7 @@ def capture_exported(program: ExportedProgram) -> Captured:
         UnsupportedGraphError: CAPTURE_FAILED for inputs that are no tensors or numbers, and where torch
             cannot trace the program again; MUTATED_INPUTS, see ``capture_dynamo``.
     """
-    module = fx.GraphModule(program.graph_module, copy_graph(program.graph_module.graph))
+    module = copy_module(program.graph_module)
     kinds = _kinds(program, module)
     fakes = [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
     try:

@@ -42,7 +42,8 @@ class DecodeStep:
             return unmodified.prepare(engine)
         try:
             captured = self.graph.captured
-            program = decode_step_program(captured)
+            program = decode_step_program(captured, self.graph.pipelines.decode)
+            program.check_complete()
             lowered = engine.lower(program.graph_module, name=self.name)
         except (UnsupportedGraphError, PassError, LoweringError) as failure:
             _log.debug("a decoding step is compiled as a whole: %s", failure)

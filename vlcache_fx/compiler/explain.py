@@ -10,8 +10,9 @@ from torch import fx
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.kinds import on_kind
-from vlcache_fx.compiler.traced import Traced
+from vlcache_fx.compiler.traced import STANDARD, Traced
 from vlcache_fx.compiling import dynamo_settings
+from vlcache_fx.passes.configured import Pipelines
 
 __all__ = ["Arguments", "GraphExplanation", "explain", "explain_graph"]
 
@@ -19,9 +20,11 @@ Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
 
 
-def explain_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> GraphExplanation:
+def explain_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], pipelines: Pipelines
+) -> GraphExplanation:
     """Explain one graph as Dynamo hands it over."""
-    return on_kind(Traced.by_dynamo(graph_module, example_inputs), lambda kind: kind.explain())
+    return on_kind(Traced.by_dynamo(graph_module, example_inputs, pipelines), lambda kind: kind.explain())
 
 
 def explain(
@@ -29,6 +32,7 @@ def explain(
     inputs: dict[str, Any],
     prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments] = lambda args, kwargs: (args, kwargs),
     dynamic: bool | None = None,
+    pipelines: Pipelines = STANDARD,
 ) -> tuple[GraphExplanation, ...]:
     """Trace ``function(**inputs)`` (it runs once, without reuse) and explain each of its graphs.
 
@@ -37,11 +41,12 @@ def explain(
         inputs: its keyword arguments.
         prepared: what a compiled model makes of the arguments of a call before they are traced.
         dynamic: as in ``torch.compile``.
+        pipelines: the passes that its graphs go through.
     """
     explained: list[GraphExplanation] = []
 
     def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        explained.append(explain_graph(graph_module, example_inputs))
+        explained.append(explain_graph(graph_module, example_inputs, pipelines))
         return graph_module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_a
 from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.options import Options
+from vlcache_fx.passes.configured import configured
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.report import Report, one_line
@@ -44,8 +45,11 @@ class CompiledProgram:
         self.vlcache = engine
         self._bound = bound_tensors(program)
         self._arguments = _Arguments(program, [tensor is not None for tensor in self._bound])
+        pipelines = configured(engine.options)
         # Exported decoding steps are reported as every other refusal, not silenced.
-        self._run = compile_traced(Traced(lambda: capture_exported(program), self._arguments), engine)
+        self._run = compile_traced(
+            Traced(lambda: capture_exported(program), self._arguments, pipelines=pipelines), engine
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The program's results. Arguments that it does not cover raise its own error."""

@@ -23,12 +23,14 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
 from vlcache_fx.lowering.tensorrt import dry_run
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.prefill import DecoderRunner
 from vlcache_fx.runtime.requests.masks import MaskCheck
+from vlcache_fx.spec.slots import Key, Value
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,21 @@ class Prefill:
         """The decoder's graph; features are inputs of it."""
         return self.graph.captured if self.split is None else self.split.decoder
 
+    @property
+    def decoder_facts(self) -> DecoderFacts:
+        """Facts of ``decoder``."""
+        return self.facts if self.split is None else self.facts.without_encoder(self.split.nodes)
+
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
         split, unmodified, original = self.split, self.graph.unmodified, len(self.graph.captured.kinds)
-        decoder = DecoderRunner.of(self.decoder, engine, lambda *args: unmodified(*args[:original]))
+        decoder = DecoderRunner.of(
+            self.decoder,
+            engine,
+            lambda *args: unmodified(*args[:original]),
+            self.graph.pipelines,
+            self.decoder_facts,
+        )
         if not self.facts.merges:
             unmodified.prepare(engine)  # serves every call in which no span is marked
         if split is None:
@@ -80,7 +93,7 @@ class Prefill:
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
         facts = self.facts
-        programs = _programs(self.decoder)
+        programs = _programs(self.decoder, self.decoder_facts, self.graph.pipelines)
         selection, engines = facts.tail_rows.selection, dry_run(programs[1].graph_module)
         graphs = (self.graph.captured.graph_module.graph, *(program.graph for program in programs))
         return GraphExplanation(
@@ -88,8 +101,8 @@ class Prefill:
             num_layers=facts.num_layers,
             merges=tuple(merge.node.name for merge in facts.merges),
             encoder_in_graph=bool(facts.encoder),
-            key_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("k")),
-            value_frontiers=tuple(one.node.name for one in facts.frontiers if one.slot.endswith("v")),
+            key_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Key)),
+            value_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Value)),
             attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
             results_need="all rows" if selection is None else str(selection.format_node()),
             nodes=tuple(len(graph.nodes) for graph in graphs),
@@ -98,10 +111,10 @@ class Prefill:
         )
 
 
-def _programs(decoder: Captured) -> tuple[Program, Program]:
+def _programs(decoder: Captured, facts: DecoderFacts, pipelines: Pipelines) -> tuple[Program, Program]:
     """The cold and the warm program; raises what ``DecoderRunner.of`` raises, in the same order."""
-    facts = analyze(decoder)
     MaskCheck.of(decoder, facts)
-    cold, warm = cold_program(decoder), warm_program(decoder)
+    cold = cold_program(decoder, pipelines.cold, facts)
+    warm = warm_program(decoder, pipelines.warm, facts)
     DecoderForm.of(decoder, facts, cold.recorded)
     return cold, warm

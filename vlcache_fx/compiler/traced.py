@@ -14,8 +14,10 @@ from vlcache_fx.compiler.unmodified import Compiled, DynamoGraph, Rewrapped, Unm
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.standard import CLEANUP
+from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
+
+STANDARD = Pipelines()
 
 
 class Traced:
@@ -26,6 +28,7 @@ class Traced:
         unmodified: the graph without reuse.
         is_decode_step: True for a decoding step that the caller did not ask to have rewritten.
         unwrapped: for inputs that are tensor subclasses; the captured graph takes the plain tensors within.
+        pipelines: the passes that the graph goes through.
     """
 
     def __init__(
@@ -35,27 +38,36 @@ class Traced:
         *,
         is_decode_step: bool = False,
         unwrapped: Unwrapped | None = None,
+        pipelines: Pipelines = STANDARD,
     ) -> None:
-        self.unmodified, self.is_decode_step = unmodified, is_decode_step
+        self.unmodified, self.is_decode_step, self.pipelines = unmodified, is_decode_step, pipelines
         self._capture, self._unwrapped = capture, unwrapped
         self._outcome: Captured | UnsupportedGraphError | None = None
 
     @classmethod
-    def by_dynamo(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Traced:
+    def by_dynamo(
+        cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any], pipelines: Pipelines = STANDARD
+    ) -> Traced:
         """Of a graph as Dynamo calls a backend with it."""
         plain = DynamoGraph(graph_module, example_inputs)
         try:
             unwrapped = Unwrapped.of(graph_module, example_inputs)
         except UnsupportedGraphError as error:
-            return cls(_raising(error), plain)
+            return cls(_raising(error), plain, pipelines=pipelines)
         is_step = is_decode_step(graph_module.graph)
         if unwrapped is None:
-            return cls(lambda: _capture(graph_module, example_inputs), plain, is_decode_step=is_step)
+            return cls(
+                lambda: _capture(graph_module, example_inputs),
+                plain,
+                is_decode_step=is_step,
+                pipelines=pipelines,
+            )
         return cls(
             lambda: _capture_unwrapped(unwrapped),
             Rewrapped(plain, unwrapped),
             is_decode_step=is_step,
             unwrapped=unwrapped,
+            pipelines=pipelines,
         )
 
     @property
@@ -72,7 +84,7 @@ class Traced:
             except UnsupportedGraphError as error:
                 self._outcome = error
             else:
-                CLEANUP.run(Program(captured.graph_module))
+                self.pipelines.cleanup.run(Program(captured.graph_module))
                 self._outcome = captured
         if isinstance(self._outcome, UnsupportedGraphError):
             raise self._outcome

@@ -6,10 +6,10 @@ from typing import Any, Protocol, cast
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
-from vlcache_fx.capture.dynamo import copy_graph
 from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
+from vlcache_fx.ir.copies import copy_module
 from vlcache_fx.runtime.engine import Engine
 
 Compiled = Callable[..., Sequence[Any]]
@@ -50,7 +50,7 @@ class DynamoGraph:
         from torch._inductor.compile_fx import compile_fx
 
         # The compiler takes the graph apart, and might fail half-way.
-        given = fx.GraphModule(self._graph_module, copy_graph(self._graph_module.graph))
+        given = copy_module(self._graph_module)
         try:
             with compiling():
                 compiled: Any = compile_fx(

@@ -12,7 +12,7 @@ from vlcache_fx.deploy.manifest import Manifest
 from vlcache_fx.deploy.specs import ProgramSpec
 from vlcache_fx.ir.refusal import source_line, without_folders
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.rewrite.hoist_lookups import DONOR
+from vlcache_fx.spec.slots import Donor
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def describe(
     return {
         "lookups": [
             {
-                "slot": one.slot,
+                "slot": str(one.slot),
                 "layer": one.layer,
                 "node": one.node.name,
                 "source_line": without_folders(source_line(one.node)),
-                "input": f"{DONOR}{one.slot}",
+                "input": str(Donor(one.slot)),
             }
             for one in facts.frontiers
         ],

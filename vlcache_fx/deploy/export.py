@@ -30,6 +30,7 @@ from vlcache_fx.deploy.writer import GraphWriter
 from vlcache_fx.errors import ExportError, OptionError, PolicyError
 from vlcache_fx.integrations.transformers import hooked_placeholder_check
 from vlcache_fx.options import Options
+from vlcache_fx.passes.configured import configured
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
@@ -146,7 +147,9 @@ def _write(
     profile = None if options.profile is None else Profile.load(options.profile)
     policy = get_policy(options.policy)
     groups = layer_groups(policy, found.facts.num_layers, profile, options.budget)
-    cold, warm = cold_program(found.decoder), warm_program(found.decoder)
+    pipelines = configured(options)
+    cold = cold_program(found.decoder, pipelines.cold, found.facts)
+    warm = warm_program(found.decoder, pipelines.warm, found.facts)
     form = DecoderForm.of(found.decoder, found.facts, cold.recorded, groups)
     fingerprint = Fingerprints().of([found.weights[index][1] for index in form.weights])
     misfit = None if profile is None else profile.misfits(fingerprint, form.dtype)

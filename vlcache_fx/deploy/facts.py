@@ -16,7 +16,7 @@ from vlcache_fx.deploy.specs import DecoderSpec, LeafSpec, MaskSpec, RowSpec
 from vlcache_fx.deploy.trace import ExportInput
 from vlcache_fx.ir.refusal import without_folders
 from vlcache_fx.plan.selection import RowSelection
-from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.policies.base import Policy, ProbingPolicy, SpanContext
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints
 from vlcache_fx.runtime.donors.tables import RowForm
@@ -25,6 +25,7 @@ from vlcache_fx.runtime.requests.blocks import PrefixReader
 from vlcache_fx.runtime.requests.input_values import LeafForm, Leaves
 from vlcache_fx.runtime.requests.masks import MaskCheck, MaskSite
 from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.spec.slots import StoredSlot
 
 PROBED_LENGTHS = (64, 400, 2048, 8192)
 """Span lengths at which the policy is asked which layers have the same rows."""
@@ -37,7 +38,10 @@ def layer_groups(policy: Policy, num_layers: int, profile: Profile | None, budge
     """
     if isinstance(policy, ProbingPolicy):
         return (1,) * num_layers
-    chosen = [policy.select(length, num_layers, profile, budget) for length in PROBED_LENGTHS]
+    chosen = [
+        policy.select(SpanContext(length=length, num_layers=num_layers, budget=budget, profile=profile))
+        for length in PROBED_LENGTHS
+    ]
     is_new = [
         layer > 0 and any(not torch.equal(rows[layer - 1], rows[layer]) for rows in chosen)
         for layer in range(num_layers)
@@ -78,7 +82,7 @@ def decoder_spec(
         num_outputs=form.num_outputs,
         tail=None if form.tail is None else form.tail.moved(place).bounds,
         rows={
-            slot: RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
+            str(slot): RowSpec(row.dim, str(row.dtype).removeprefix("torch."), row.sizes)
             for slot, row in form.rows.items()
         },
         layout=f"{form.layout} {others}",
@@ -151,7 +155,8 @@ def decoder_form(
         device=device,
         tail=None if spec.tail is None else RowSelection(spec.tail),
         rows={
-            slot: RowForm(row.dim, getattr(torch, row.dtype), row.sizes) for slot, row in spec.rows.items()
+            StoredSlot.parse(name): RowForm(row.dim, getattr(torch, row.dtype), row.sizes)
+            for name, row in spec.rows.items()
         },
         layout=spec.layout,
         computation=spec.computation,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from vlcache_fx.spec.slots import InputSlot, Keep, Positions, Rows, Source
+
 aten = torch.ops.aten
 TAIL = "tail"
 
@@ -116,19 +118,21 @@ def group_of(level: int, groups: Sequence[int]) -> str:
     return next((str(number) for number, end in enumerate(ends) if level < end), TAIL)
 
 
-def slot_name(slot: str, groups: Sequence[int]) -> str | None:
+def slot_name(slot: InputSlot, groups: Sequence[int]) -> str | None:
     """The name of an input that passes added, the same for all levels of a group; None where it does nothing.
 
     Args:
-        slot: as passes name it: ``rows.3``, ``keep.3``, ``donor.3.k``.
+        slot: of the program.
         groups: number of layers in each run of layers that compute the same rows.
     """
-    kind, *levels = slot.split(".")
-    if kind in ("donor", "results"):
-        return slot
-    if kind in ("rows", "source"):
-        return f"{kind}.{group_of(int(levels[0]), groups)}"
-    made_at = int(levels[0])
-    read_at = int(levels[1]) if kind == "place" else made_at + 1
+    match slot:
+        case Rows(level) | Source(level):
+            return f"{slot.kind}.{group_of(level, groups)}"
+        case Keep(level):
+            made_at, read_at = level, level + 1
+        case Positions(made_at, read_at):
+            pass
+        case _:
+            return str(slot)
     before, after = group_of(made_at, groups), group_of(read_at, groups)
-    return None if before == after else f"{kind}.{before}.{after}"
+    return None if before == after else f"{slot.kind}.{before}.{after}"

@@ -11,9 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlcache_fx.deploy.specs import LEAVES, MASKS, SPANS, TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
-from vlcache_fx.errors import ExportError
-from vlcache_fx.plan.selection import InputPlaces, SizeSum
+from vlcache_fx.deploy.specs import (
+    LEAVES,
+    MASKS,
+    SPANS,
+    TORCH_DTYPES,
+    EngineSpec,
+    GraphSpec,
+    ProgramSpec,
+    TensorSpec,
+)
+from vlcache_fx.errors import ExportError, SlotError
+from vlcache_fx.plan.selection import InputPositions, SizeSum
+from vlcache_fx.spec.slots import InputSlot, Slot, StoredSlot
 
 if TYPE_CHECKING:
     from vlcache_fx.deploy.manifest import Manifest
@@ -41,6 +51,8 @@ def check_manifest(manifest: Manifest, directory: Path) -> None:
         _check_name(f"engines.{name}.file", engine.file, directory)
         _check_engine(f"engines.{name}", engine)
     _check_decoder(manifest)
+    _check_program("cold", manifest.cold)
+    _check_program("warm", manifest.warm)
 
 
 def check_references(manifest: Manifest) -> None:
@@ -156,6 +168,20 @@ def _check_engine(field: str, engine: EngineSpec) -> None:
         _check(dtype in TORCH_DTYPES, f"{field}.dtypes.{name}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
 
+def _check_program(field: str, program: ProgramSpec) -> None:
+    for slot in program.slots:
+        _check_slot(f"{field}.slots", slot, InputSlot)
+    for slot in program.recorded:
+        _check_slot(f"{field}.recorded", slot, StoredSlot)
+
+
+def _check_slot(field: str, name: str, kind: type[Slot]) -> None:
+    try:
+        kind.parse(name)
+    except SlotError as error:
+        raise ExportError(f"the manifest's {field} holds {name!r:.200}: {error}") from error
+
+
 def _check_decoder(manifest: Manifest) -> None:
     spec = manifest.decoder
     layers, groups = spec.num_layers, spec.layer_groups
@@ -187,6 +213,7 @@ def _check_decoder(manifest: Manifest) -> None:
         inside = all(0 <= index < len(spec.inputs) for index in given)
         _check(inside, f"decoder.{name}", given, f"made of indices of the {len(spec.inputs)} inputs")
     for slot, row in spec.rows.items():
+        _check_slot("decoder.rows", slot, StoredSlot)
         field = f"decoder.rows.{slot}"
         _check(0 <= row.dim < len(row.sizes), f"{field}.dim", row.dim, f"a dimension of {row.sizes}")
         _check(
@@ -199,7 +226,7 @@ def _check_decoder(manifest: Manifest) -> None:
 def _inputs_of_tail(bounds: Iterable[object]) -> Iterable[int]:
     for bound in bounds:
         match bound:
-            case InputPlaces():
+            case InputPositions():
                 yield bound.input
             case SizeSum():
                 yield from (size.input for size in bound.sizes)

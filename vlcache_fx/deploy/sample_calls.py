@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.deploy.trace import ExportInput
 from vlcache_fx.errors import ExportError
-from vlcache_fx.lowering import EagerLowering
+from vlcache_fx.lowering import Arriving, EagerLowering
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder
 from vlcache_fx.plan import Span, build_plan
@@ -20,6 +20,7 @@ from vlcache_fx.policies.uniform import Uniform
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.slots import StoredSlot
 
 EXAMPLE_BUDGET = 0.5
 
@@ -50,7 +51,9 @@ def example_calls(
         raise ExportError("example_inputs hold no image, and no span is marked in them")
     positions = form.positions(num_tokens, args)
 
-    def call(name: str, program: Program, plan: Any, tables: dict[str, Tensor]) -> ExampleCall:
+    def call(
+        name: str, program: Program, plan: Any, tables: dict[StoredSlot, Tensor | Arriving]
+    ) -> ExampleCall:
         lowered = EagerLowering().lower(program.graph_module, name=name)
         runner = ProgramRunner(
             name, tuple(program.slots), program.recorded, lambda: lowered, form.device, engine
@@ -66,7 +69,7 @@ def example_calls(
     first = call("cold", cold, build_plan(**common, spans=(), policy=NoRows(), budget=0.0), {})
     recorded = dict(zip(cold.recorded, first.results[form.num_outputs :], strict=True))
     marked = [Span(0, run.start, run.length, "example", True) for run in spans]
-    tables = {
+    tables: dict[StoredSlot, Tensor | Arriving] = {
         slot: torch.cat([recorded[slot].narrow(row.dim, one.start, one.length) for one in marked], row.dim)
         for slot, row in form.rows.items()
     }

@@ -23,8 +23,9 @@ from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.prefill import DecoderRunner
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.slots import InputSlot, StoredSlot
 
-OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode")
+OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
 """Options of the torch path that say nothing about exported graphs."""
 
 
@@ -207,7 +208,9 @@ class Session:
             return tuple(None if key is None else results[key] for key in spec.results)
 
         lowered: Lowered = run
-        return ProgramRunner(name, spec.slots, spec.recorded, lambda: lowered, self._runner.device, engine)
+        slots = [InputSlot.parse(slot) for slot in spec.slots]
+        recorded = [StoredSlot.parse(slot) for slot in spec.recorded]
+        return ProgramRunner(name, slots, recorded, lambda: lowered, self._runner.device, engine)
 
     def _encoder(self, graph: str, features: Sequence[str]) -> EncoderRunner:
         names = list(self.manifest.graphs[graph].inputs)

@@ -120,7 +120,7 @@ def _split(
     count = decoder.num_results
     return ExportInput(
         decoder=decoder,
-        facts=facts if split is None else analyze(decoder),
+        facts=facts if split is None else facts.without_encoder(split.nodes),
         inputs=tuple(inputs),
         weights=weights,
         values=dict(zip(names, given, strict=True)),

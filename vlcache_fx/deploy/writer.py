@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
-from vlcache_fx.deploy.flatten import FlatGraph, flatten, slot_name
+from vlcache_fx.deploy.flatten import FlatGraph, flatten, group_of, slot_name
 from vlcache_fx.deploy.onnx import SharedWeights, to_onnx
 from vlcache_fx.deploy.operators import plain_operators
 from vlcache_fx.deploy.sample_calls import ExampleCall, features_of
@@ -17,6 +17,7 @@ from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.stages import Stage
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.passes import Program
+from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Rows, Source
 
 
 class GraphWriter:
@@ -52,22 +53,27 @@ class GraphWriter:
         placeholders = program.graph_module.graph.find_nodes(op="placeholder")
         slot_of = dict(zip(placeholders[len(found.inputs) :], program.slots, strict=True))
         dynamic = {
-            key: found.dynamic.get(key)
-            or self._open(key, slot_of.get(placeholders[index]), placeholders[index])
+            key: found.dynamic.get(key) or self._open(slot_of.get(placeholders[index]), placeholders[index])
             for key, index in flat.inputs.items()
         }
         examples = {key: call.inputs[index] for key, index in flat.inputs.items()}
         self._save(name, flat, examples, dynamic)
         data = [key for key in found.inputs if key is not None]
         kept = [key if key in flat.inputs else None for key in (*data, *slots)]
-        return ProgramSpec(name, tuple(kept), tuple(program.slots), flat.results, tuple(program.recorded))
+        added, recorded = tuple(map(str, program.slots)), tuple(map(str, program.recorded))
+        return ProgramSpec(name, tuple(kept), added, flat.results, recorded)
 
-    def _open(self, name: str, slot: str | None, node: fx.Node) -> dict[int, str]:
+    def _open(self, slot: InputSlot | None, node: fx.Node) -> dict[int, str]:
         """Names of the sizes that vary, of an input that passes added."""
-        if slot is None or slot == "results":
-            return {}
-        kind, _, rest = name.partition(".")
-        size = {"donor": "donor_rows", "source": "tokens"}.get(kind, f"rows_{rest.rpartition('.')[2]}")
+        match slot:
+            case Donor():
+                size = "donor_rows"
+            case Source():
+                size = "tokens"
+            case Rows() | Keep() | Positions():
+                size = f"rows_{group_of(slot.row_level, self._groups)}"
+            case _:
+                return {}
         shape = node.meta["val"].shape
         return {dim: size for dim, length in enumerate(shape) if is_open(length)}
 

@@ -27,7 +27,7 @@ from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.run import ALL, Setting, run
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.plan.allocate import pools
-from vlcache_fx.policies.base import Policy
+from vlcache_fx.policies.base import Policy, SpanContext
 from vlcache_fx.policies.profile import Profile
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -51,17 +51,11 @@ class UpTo(Policy):
     share: float
     depth: int | None = None
 
-    def select(
-        self,
-        span_length: int,
-        num_layers: int,
-        profile: Profile | None,  # noqa: ARG002
-        budget: float,  # noqa: ARG002
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; neither profile nor budget plays a part."""
-        rows = torch.arange(math.ceil(self.share * span_length))
-        depth = num_layers if self.depth is None else self.depth
-        return (rows,) * depth + (rows[:0],) * (num_layers - depth)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
+        rows = torch.arange(math.ceil(self.share * span.length))
+        depth = span.num_layers if self.depth is None else self.depth
+        return (rows,) * depth + (rows[:0],) * (span.num_layers - depth)
 
 
 @dataclass(frozen=True)

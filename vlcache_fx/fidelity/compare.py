@@ -39,15 +39,15 @@ def compare(exact: Tensor, reused: Tensor, answers: Sequence[Tensor]) -> list[Co
         answers: per prompt, ids int64 [tokens].
     """
     divergence = kl_per_row(exact.double(), reused.double())
-    said, expected = reused.argmax(-1).cpu(), exact.argmax(-1).cpu()
+    predicted, expected = reused.argmax(-1).cpu(), exact.argmax(-1).cpu()
     compared = []
     for index, answer in enumerate(answers):
-        places = slice(-len(answer), None)
+        answered = slice(-len(answer), None)
         compared.append(
             Comparison(
-                kl=float(divergence[index, places].mean()),
-                agrees=torch.equal(said[index, places], expected[index, places]),
-                right=torch.equal(said[index, places], answer),
+                kl=float(divergence[index, answered].mean()),
+                agrees=torch.equal(predicted[index, answered], expected[index, answered]),
+                right=torch.equal(predicted[index, answered], answer),
             )
         )
     return compared

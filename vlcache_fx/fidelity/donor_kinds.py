@@ -29,15 +29,15 @@ def mean(entries: Sequence[Entry]) -> Entry:
     )
 
 
-def nearest(known: Sequence[str], new: str) -> int:
-    """Which ``known`` prompt has the largest share of words in common with the ``new`` one (Jaccard)."""
+def nearest(prompts: Sequence[str], new: str) -> int:
+    """Index of the prompt with the largest share of words in common with the ``new`` prompt (Jaccard)."""
     words = set(new.split())
 
     def likeness(prompt: str) -> float:
         own = set(prompt.split())
         return len(own & words) / max(1, len(own | words))
 
-    return max(range(len(known)), key=lambda index: likeness(known[index]))
+    return max(range(len(prompts)), key=lambda index: likeness(prompts[index]))
 
 
 def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:

@@ -1,6 +1,6 @@
 """Which donor is best: ``python -m vlcache_fx.fidelity.donor_study reference``.
 
-The same pictures are computed exactly behind several prompts, then reused behind others, from donors that are
+The same pictures are computed exactly after several prompts, then reused after others, from donors that are
 
 - ``one``: of a single context;
 - ``mean of 2``, ``mean of 4``: of the position-free keys and values of as many (what the option

@@ -78,14 +78,14 @@ def check(
     without reuse until ``Engine.resume()``.
 
     Run it before the model serves: the store is cleared, and calls of other threads meanwhile would mix with
-    it. The donors of the replay that passed are kept: they are what this traffic leaves behind anyway. Of a
+    it. The donors of the replay that passed are kept: this traffic would leave the same donors anyway. Of a
     model that did not pass, they are dropped.
 
     Args:
         model: compiled for reuse; called as ``model(**prompt)``, it returns logits [batch, tokens,
             vocabulary], alone, as ``.logits``, or first in a tuple.
         prompts: arguments, in the order of traffic. Each is used several times, so none may hold a cache that
-            the model writes to. Batches are padded in front: the last token is the next one's.
+            the model writes to. Batches are padded on the left: the last token predicts the next.
         min_agreement: share in [0, 1] of next tokens that must agree.
         max_kl: bound of the mean KL divergence, in nats; None for no bound.
         budgets: shares in [0, 1].
@@ -163,8 +163,8 @@ def _replay(
     if not found.kl:
         was = ", ".join(f"{count} {what}" for what, count in seen.items()) or "there were none"
         raise OptionError(
-            f"none of the {len(calls)} prompts reuses an image behind another beginning ({was}): "
-            "give some image at least twice, behind different text"
+            f"none of the {len(calls)} prompts reuses an image after another beginning ({was}): "
+            "give some image at least twice, after different text"
         )
     return found
 

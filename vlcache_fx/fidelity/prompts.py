@@ -80,18 +80,18 @@ def read_cases(path: Path, family: str = "data") -> list[Case]:
     return cases
 
 
-def _checked(line: str, place: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _checked(line: str, location: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     try:
         data: Any = json.loads(line)
     except ValueError as error:
-        raise OptionError(f"{place}: not JSON: {error}") from error
+        raise OptionError(f"{location}: not JSON: {error}") from error
     if not isinstance(data, dict) or set(data) != DATA_KEYS:
-        raise OptionError(f"{place}: expected an object with exactly {', '.join(sorted(DATA_KEYS))}")
+        raise OptionError(f"{location}: expected an object with exactly {', '.join(sorted(DATA_KEYS))}")
     names = data["images"]
     listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     if not listed or not all(isinstance(data[key], str) and data[key] for key in ("prompt", "answer")):
         raise OptionError(
-            f"{place}: images must be a list of paths, prompt and answer strings that say something"
+            f"{location}: images must be a list of paths, prompt and answer strings that say something"
         )
     return tuple(names), data
 

@@ -108,13 +108,13 @@ def run(
                 comparisons = compare(exact, subject.answer(question), question.answers)
             share = subject.recomputed()
             for family in (own[0].family, ALL):
-                place = found.setdefault((index, family), _Found())
-                place.comparisons += comparisons
-                place.exact += truth
-                place.recomputed += [share] * len(own)
+                results = found.setdefault((index, family), _Found())
+                results.comparisons += comparisons
+                results.exact += truth
+                results.recomputed += [share] * len(own)
         if after_batch is not None:
             after_batch(len(own))
-    return [_score(compared[index], family, place) for (index, family), place in sorted(found.items())]
+    return [_score(compared[index], family, results) for (index, family), results in sorted(found.items())]
 
 
 def _score(setting: Setting, family: str, found: _Found) -> Score:

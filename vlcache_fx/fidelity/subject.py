@@ -80,7 +80,7 @@ class Subject:
         for row, prompt, answer in zip(ids, prompts, answers, strict=True):
             if not torch.equal(row[-len(answer) :], answer):
                 raise OptionError(
-                    f"behind its prompt, the answer {prompt.answer!r} has other tokens than alone: "
+                    f"after its prompt, the answer {prompt.answer!r} has other tokens than alone: "
                     "begin it, or end the prompt, with a space or a line break as the chat template does"
                 )
         return Question(dict(inputs), tuple(answers))

@@ -68,10 +68,13 @@ class EncoderCache:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Same arguments and result as the encoder's own method."""
+        grids = self.arguments(args, kwargs).get(self.grids_name)
+        # Before the encoder runs: reading a tensor on a GPU would wait for it.
+        patches = grids.tolist() if isinstance(grids, Tensor) and grids.dim() == 2 else ()
         output = self._encoded(args, kwargs)
         features = getattr(output, "pooler_output", None)
         if isinstance(features, list | tuple) and all(isinstance(one, Tensor) for one in features):
-            self._engine.note_items(self._modality, [one.shape[0] for one in features])
+            self._engine.note_items(self._modality, [one.shape[0] for one in features], patches)
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -162,7 +165,7 @@ class EncoderCache:
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         numbers = numerics(device_type_of(call.values()))
-        start = ["features", self._engine.options.salt, weights, state, numbers, self._pixels_name]
+        start = ["features", self._engine.options.key_salt, weights, state, numbers, self._pixels_name]
         try:
             contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
             return [

@@ -31,9 +31,10 @@ def data_users(node: Node) -> Iterator[Node]:
     return (user for user in node.users if carries_data(user))
 
 
-def _closure(
-    starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], within: NodeSet | None
+def reachable(
+    starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], within: NodeSet | None = None
 ) -> NodeSet:
+    """``starts`` and every node that repeated ``step`` leads to (optionally without leaving ``within``)."""
     seen: NodeSet = dict.fromkeys(starts)
     stack = list(seen)
     while stack:
@@ -46,12 +47,12 @@ def _closure(
 
 def ancestors(nodes: Iterable[Node], within: NodeSet | None = None) -> NodeSet:
     """``nodes`` and every tensor they are computed from (optionally without leaving ``within``)."""
-    return _closure(nodes, data_inputs, within)
+    return reachable(nodes, data_inputs, within)
 
 
 def descendants(nodes: Iterable[Node], within: NodeSet | None = None) -> NodeSet:
     """``nodes`` and every tensor computed from them (optionally without leaving ``within``)."""
-    return _closure(nodes, data_users, within)
+    return reachable(nodes, data_users, within)
 
 
 def in_graph_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:

@@ -1,19 +1,58 @@
-"""Fake inputs of a program in a shape environment of its own.
+"""Fake values in a shape environment of their own.
 
 Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not know, and guards about them
-must not reach the environment that Dynamo makes its guards from.
+must not reach the environment that Dynamo makes its guards from. So nothing here evaluates a condition in the
+environment of a capture: expressions are copied.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-FIRST_HINT = 1009  # hints are distinct and large, so that no guard is added by a coincidence of sizes
+from vlcache_fx.ir.sizes import Size, equal, evaluated, expression, hint
+
+
+class Shapes:
+    """One shape environment and the fake tensor mode that goes with it."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+
+    def symbol(self, name: str, example: int) -> sympy.Symbol:
+        """A new symbol of at least 2, independent of every other, whatever their examples are."""
+        from torch._dynamo.source import ConstantSource  # here: it brings all of Dynamo
+
+        made = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        if not isinstance(made, sympy.Symbol):
+            raise ValueError(f"no symbol for the example {example}")
+        return made
+
+    def size(self, value: Size, examples: Mapping[sympy.Symbol, int]) -> int | torch.SymInt:
+        """A size of this environment; ``examples`` gives the value of each symbol that no data decides."""
+        if isinstance(value, int):
+            return value
+        if value.is_number:
+            return int(value)
+        made: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
+        return made
+
+    def empty(
+        self,
+        sizes: Sequence[int | torch.SymInt],
+        strides: Sequence[int | torch.SymInt],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """A fake tensor without autograd state."""
+        with self.mode, torch.no_grad():
+            return torch.empty_strided(tuple(sizes), tuple(strides), dtype=dtype, device=device)
 
 
 class FakeInputs:
@@ -24,8 +63,8 @@ class FakeInputs:
     """
 
     def __init__(self, known: Mapping[str, tuple[str, int]] | None = None) -> None:
-        self.env = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.env)
+        self._shapes = Shapes()
+        self.env, self.mode = self._shapes.env, self._shapes.mode
         self._known = dict(known or {})
         self._sizes: dict[str, torch.SymInt] = {}
 
@@ -35,10 +74,9 @@ class FakeInputs:
             other, more = self._known[name]
             return self.size(other) + more
         if name not in self._sizes:
-            hint = FIRST_HINT + 101 * len(self._sizes)
-            source = ConstantSource(f"vlcache_{name}")
-            symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-            made = self.env.create_symintnode(symbol, hint=hint, source=source)
+            example = hint(len(self._sizes))
+            symbol = self._shapes.symbol(f"vlcache_{name}", example)
+            made = self._shapes.size(symbol, {symbol: example})
             assert isinstance(made, torch.SymInt)
             self._sizes[name] = made
         return self._sizes[name]
@@ -57,14 +95,13 @@ class FakeInputs:
             if _is_row_major(value):
                 return self.tensor(sizes, value.dtype, value.device)
             strides = [self._translate(stride) for stride in value.stride()]
-            with self.mode:
-                return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+            return self._shapes.empty(sizes, strides, value.dtype, value.device)
         if isinstance(value, torch.SymInt):
             return self._translate(value)
         return value
 
     def _translate(self, size: int | torch.SymInt) -> int | torch.SymInt:
-        found = expression_of(size)
+        found = expression(size)
         if isinstance(found, int):
             return found
         more, symbol = found.as_coeff_Add()
@@ -75,19 +112,11 @@ class FakeInputs:
         return self.size(str(found))
 
 
-def expression_of(size: int | torch.SymInt) -> Any:
-    """The number, or the sympy expression behind a symbolic size."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression) if isinstance(expression, sympy.Integer) else expression
-
-
 def _is_row_major(value: torch.Tensor) -> bool:
-    """Contiguity as the expressions say it: asking the tensor would add a guard."""
+    """Contiguity as the expressions say it: torch's helpers, too, add guards for sizes that have a hint."""
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if expression_of(stride) != expected:
+        if not equal(stride, expected):
             return False
-        expected = expected * expression_of(size)
+        expected = expected * expression(size)
     return True

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from vlcache_fx.ir.nodes import NO_BOUND, is_full_slice, slice_bounds
+
 aten = torch.ops.aten
-TO_THE_END = 2**63 - 1
 
 
 def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
@@ -51,10 +52,10 @@ def settle_scatters(graph: fx.Graph) -> None:
         return
     for node in list(graph.nodes):
         replacement = None
-        if node.target is aten.slice.Tensor and _keeps_everything(node.args[1:]):
+        if node.target is aten.slice.Tensor and is_full_slice(node):
             replacement = node.args[0]
         elif node.target is aten.slice_scatter.default:
-            replacement = node.args[1] if _keeps_everything(node.args[2:]) else _as_index_copy(graph, node)
+            replacement = node.args[1] if is_full_slice(node) else _as_index_copy(graph, node)
         elif node.target is aten.copy.default and node.args[0].op != "placeholder":
             old, new = (argument.meta["val"] for argument in node.args[:2])
             same = (old.dtype, old.device, str(old.shape)) == (new.dtype, new.device, str(new.shape))
@@ -68,7 +69,7 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
     """``slice_scatter`` as ``index_copy``; places depend on the slice and the target's size, not on what is
     written, which would have to be computed to know its size."""
     target, source = node.args[:2]
-    dim, start, end, step = _slice_settings(node.args[2:])
+    dim, start, end, step = slice_bounds(node)
     assert isinstance(source, Node)
     if step != 1:
         return None
@@ -86,7 +87,7 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
             whole.shape[dim] if isinstance(whole.shape[dim], int) else call(aten.sym_size.int, target, dim)
         )
         first = 0 if start is None else _from_front(call, start, size)
-        after = size if end in (None, TO_THE_END) else _from_front(call, end, size)
+        after = size if end in (None, NO_BOUND) else _from_front(call, end, size)
         count = _difference(call, after, first)
         if str(_known(count)) != str(value.shape[dim]):
             return None  # the slice is cut at the end of its tensor, or not known to be as long
@@ -111,16 +112,3 @@ def _difference(call: Any, left: Any, right: Any) -> Any:
 
 def _known(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else size
-
-
-def _keeps_everything(arguments: Sequence[Any]) -> bool:
-    """True for ``(dim, 0, end, 1)`` of a slice over a whole dimension."""
-    _, start, end, step = _slice_settings(arguments)
-    return start in (None, 0) and (end is None or end == TO_THE_END) and bool(step == 1)
-
-
-def _slice_settings(arguments: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """``(dim, start, end, step)``, those left out included."""
-    defaults: list[Any] = [0, None, None, 1]
-    dim, start, end, step = [*arguments, *defaults[len(arguments) :]]
-    return dim, start, end, step

@@ -18,9 +18,10 @@ import sympy
 
 from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import LoweringError
+from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
+from vlcache_fx.lowering.expressions import compile_expressions
 from vlcache_fx.lowering.fingerprint import Structure
-from vlcache_fx.lowering.shapes import compile_expressions, hint
 from vlcache_fx.lowering.variant import CONFIG_PATCHES, Runner, Variant, compile_variant
 
 __all__ = ["CompileCache", "CompileStats", "Compiled"]

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from vlcache_fx.compiling import compiling
+from vlcache_fx.ir.copies import copy_module
 from vlcache_fx.lowering.base import Lowered, arrived
 
 __all__ = ["EagerLowering"]
@@ -26,13 +27,8 @@ class EagerLowering:
             return self._lower(program, name)
 
     def _lower(self, program: GraphModule, name: str) -> Lowered:
-        graph = Graph()
-        mapping: dict[torch.fx.Node, torch.fx.Node] = {}
-        outputs = graph.graph_copy(program.graph, mapping)
-        graph.output(outputs)
-        module = GraphModule(
-            program, graph, class_name=f"Eager_{''.join(c if c.isalnum() else '_' for c in name)}"
-        )
+        class_name = f"Eager_{''.join(c if c.isalnum() else '_' for c in name)}"
+        module = copy_module(program, class_name=class_name)
 
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             with torch.no_grad():

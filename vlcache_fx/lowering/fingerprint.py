@@ -17,8 +17,10 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
+from vlcache_fx.ir.digest import argument_text, target_text
+from vlcache_fx.ir.nodes import attribute
+from vlcache_fx.ir.sizes import Size, hint
 from vlcache_fx.lowering.outline import Segment
-from vlcache_fx.lowering.shapes import Size, hint
 from vlcache_fx.lowering.values import ProgramValues, TensorForm
 
 __all__ = ["InputSpec", "Structure", "structure_of"]
@@ -144,31 +146,23 @@ class _Naming:
 
 
 def _graph_text(module: GraphModule) -> str:
+    """Every node in the order of the graph: the compiler's code depends on it, unlike what is computed."""
     ids: dict[Node, int] = {}
 
-    def show(value: Any) -> str:
-        if isinstance(value, Node):
-            return f"%{ids[value]}"
-        if isinstance(value, (list, tuple)):
-            return f"[{', '.join(map(show, value))}]"
-        if isinstance(value, dict):
-            return f"{{{', '.join(f'{key}: {show(value[key])}' for key in sorted(value))}}}"
-        if isinstance(value, slice):
-            return f"slice({show(value.start)}, {show(value.stop)}, {show(value.step)})"
-        return repr(value)
+    def leaf(value: Any) -> str:
+        return f"%{ids[value]}" if isinstance(value, Node) else repr(value)
 
     lines: list[str] = []
     for node in module.graph.nodes:
         ids[node] = len(ids)
-        target = getattr(node.target, "__qualname__", None) or getattr(node.target, "__name__", "")
-        if node.op == "call_function":
-            what = f"{getattr(node.target, '__module__', '')}.{target}"
-            if isinstance(node.target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
-                what = str(node.target)
-        elif node.op == "get_attr":
-            what = "(" + _graph_text(module.get_submodule(str(node.target))) + ")"  # type: ignore[arg-type]
-        else:
-            what = node.op
-        if node.op != "placeholder":
-            lines.append(f"{what} {show(node.args)} {show(node.kwargs)}")
+        match node.op:
+            case "placeholder":
+                continue
+            case "call_function":
+                what = target_text(node.target)
+            case "get_attr":
+                what = f"({_graph_text(attribute(module, node))})"
+            case other:
+                what = other
+        lines.append(f"{what} {argument_text(node.args, leaf)} {argument_text(node.kwargs, leaf)}")
     return "\n".join(lines)

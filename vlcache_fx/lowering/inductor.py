@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Node
 
 from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import LoweringError, NoCompilerError
+from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
 from vlcache_fx.lowering.cache import CompileCache
+from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.lowering.outline import Segment, outline
-from vlcache_fx.lowering.shapes import compile_expressions, is_scalar
 from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
 
 __all__ = ["InductorLowering"]
@@ -147,10 +148,8 @@ class _Assembler:
         return value
 
     def _constant(self, node: Node) -> Any:
-        owner: Any = self.program
-        for part in str(node.target).split("."):
-            owner = getattr(owner, part)
-        return owner.detach() if isinstance(owner, torch.Tensor) else owner
+        value = attribute(self.program, node)
+        return value.detach() if isinstance(value, torch.Tensor) else value
 
     def _steps(self, returned: list[int]) -> tuple[_Step, ...]:
         last = {self.slots[key]: i for i, (_, inputs, _) in enumerate(self.parts) for key in inputs}
@@ -201,23 +200,18 @@ def _layouts(
             continue
         sizes, strides = ([values.example(one) or 0 for one in part] for part in (form.sizes, form.strides))
         order = tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
-        if _is_dense([sizes[dim] for dim in order], [strides[dim] for dim in order]):
+        example = torch.empty_strided(sizes, strides, device="meta")
+        if example.permute(order).is_contiguous():
             found.append((index, order, tuple(order.index(dim) for dim in range(len(order)))))
     return tuple(found)
 
 
-def _is_dense(sizes: Sequence[int], strides: Sequence[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
-
-
 class _Program:
-    """A lowered program: runs its steps on an environment of slots and drops every value after its last
-    use."""
+    """A lowered program: runs its steps on an environment of slots and drops every value in its last use.
+
+    Code that FX generates drops a value after the call that reads it last: there it would take memory while
+    the segment runs.
+    """
 
     def __init__(
         self, steps: tuple[_Step, ...], returned: tuple[int, ...], constants: tuple[Any, ...], slots: int,

@@ -26,7 +26,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from vlcache_fx.lowering.shapes import is_scalar
+from vlcache_fx.lowering.expressions import is_scalar
 from vlcache_fx.lowering.values import ProgramValues, TensorForm
 
 __all__ = ["Segment", "outline"]

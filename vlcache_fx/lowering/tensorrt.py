@@ -17,6 +17,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from vlcache_fx.errors import LoweringError, OptionError
+from vlcache_fx.ir.copies import copy_module
 from vlcache_fx.lowering.base import Lowered, arrived
 
 __all__ = ["DryRun", "TensorRtLowering", "dry_run"]
@@ -106,8 +107,7 @@ class TensorRtLowering:
 
     def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
         """See `Lowering.lower`."""
-        copy = fx.GraphModule(program, fx.Graph())
-        copy.graph.output(copy.graph.graph_copy(program.graph, {}))
+        copy = copy_module(program)
         partitioner = CapabilityBasedPartitioner(copy, _Convertible(), allows_single_node_partition=True)
         wanted = [part for part in partitioner.propose_partitions() if len(part.nodes) >= MIN_NODES]
         try:

@@ -19,7 +19,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from vlcache_fx.lowering.shapes import Shapes, Size, evaluated, expression, hint
+from vlcache_fx.ir.fakes import Shapes
+from vlcache_fx.ir.nodes import attribute
+from vlcache_fx.ir.sizes import Size, evaluated, expression, hint
 
 __all__ = ["ProgramValues", "TensorForm", "program_values"]
 
@@ -146,7 +148,7 @@ class _Propagation:
         return found.xreplace(self.known)
 
     def _attribute(self, program: GraphModule, node: Node) -> Any:
-        value: Any = functools.reduce(getattr, str(node.target).split("."), program)
+        value = attribute(program, node)
         if not isinstance(value, torch.Tensor):
             return value
         return _form(self.shapes.mode.from_tensor(value, static_shapes=True))

@@ -15,10 +15,12 @@ from torch._inductor import standalone_compile
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vlcache_fx.ir.fakes import Shapes
+from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
+from vlcache_fx.lowering.expressions import compile_expressions
 from vlcache_fx.lowering.fingerprint import Structure
 from vlcache_fx.lowering.row_places import SDPA, read_places
-from vlcache_fx.lowering.shapes import Shapes, compile_expressions, hint
 
 __all__ = ["CONFIG_PATCHES", "Runner", "Variant", "compile_variant"]
 

@@ -6,6 +6,7 @@ Each has a schema, a fake implementation and a reference implementation. Importi
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ _donors: ContextVar[Mapping[str, Tensor] | None] = ContextVar("vlcache_donors", 
 
 
 @contextmanager
-def bind_donors(donors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run graphs that still hold ``lookup`` nodes against these donor tables (slot -> table)."""
-    token = _donors.set(donors)
+def bind_donors(donors: Mapping[Any, Tensor]) -> Iterator[None]:
+    """Run graphs that still hold ``lookup`` nodes against these donor tables (slot, or its name -> table)."""
+    token = _donors.set({str(slot): table for slot, table in donors.items()})
     try:
         yield
     finally:

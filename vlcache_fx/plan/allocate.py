@@ -7,7 +7,7 @@ earliest n rows are worth in a layer), the counts n_l solve
     subject to  n_0 >= n_1 >= ... >= n_{L-1} >= 0,   n_0 + n_1 + ... + n_{L-1} <= allowance.
 
 The order is forced: a row that was skipped in a layer has no hidden state in the next. Where a later layer is
-more sensitive than an earlier one, the constraint binds and both have equal counts; which layers those are
+more sensitive than an earlier layer, the constraint binds and both have equal counts; which layers those are
 does not depend on W, and pooling adjacent violators finds them (isotonic regression of s). Between the pools
 the constraint is slack, and rows are bought by falling gain per token-layer, which is optimal for concave W
 up to the last purchase.
@@ -38,7 +38,7 @@ class Gain:
     def of_curve(cls, curve: Curve, span_length: int) -> Gain:
         """The gain of a measured error curve: what its lower convex hull falls, for a span of this length.
 
-        Nothing (no pieces) where it does not fall.
+        Empty where the curve does not fall.
         """
         hull = convex_hull(curve)
         ends: list[int] = []
@@ -74,7 +74,7 @@ class Gain:
 def allocate(sensitivities: Sequence[float], gain: Gain, allowance: int, span_length: int) -> list[int]:
     """Non-increasing row counts, one per layer: at most ``span_length`` each, ``allowance`` together.
 
-    The better one, by the objective above, of the greedy solution and of equal counts; with all sensitivities
+    The better, by the objective above, of the greedy solution and of equal counts; with all sensitivities
     equal (or zero) equal counts.
     """
     layers = len(sensitivities)
@@ -114,17 +114,17 @@ def _greedy(pooled: Sequence[tuple[float, int]], gain: Gain, allowance: int, spa
     counts = [0] * len(pooled)
     starts = (0, *gain.ends)
     offers = sorted(
-        (-slope * mean, piece, pool)
+        (-slope * mean, segment, pool)
         for pool, (mean, _) in enumerate(pooled)
-        for piece, slope in enumerate(gain.slopes)
+        for segment, slope in enumerate(gain.slopes)
         if mean * slope > 0
     )
-    for _, piece, pool in offers:
+    for _, segment, pool in offers:
         above = counts[pool - 1] if pool else span_length
-        # Rows are bought in order: a piece behind one that was not bought whole is not for sale.
-        if counts[pool] == starts[piece]:
+        # Rows are bought in order: a segment is for sale once the segment before is bought in full.
+        if counts[pool] == starts[segment]:
             size = pooled[pool][1]
-            bought = max(0, min(gain.ends[piece], above, counts[pool] + allowance // size) - counts[pool])
+            bought = max(0, min(gain.ends[segment], above, counts[pool] + allowance // size) - counts[pool])
             counts[pool] += bought
             allowance -= bought * size
     return [count for count, (_, size) in zip(counts, pooled, strict=True) for _ in range(size)]

@@ -1,4 +1,4 @@
-"""What a budget allows, in rows and in token-layers: the one definition that policies and plans share."""
+"""Rows and token-layers that a budget allows: the definition that policies and plans share."""
 
 from __future__ import annotations
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.repair import checked_rows, grouped_rows
-from vlcache_fx.plan.types import Plan, Span
+from vlcache_fx.plan.types import Plan, Span, SpanContext
+
+if TYPE_CHECKING:
+    from vlcache_fx.policies.profile import Profile
 
 
 class RowChooser(Protocol):
@@ -21,7 +24,7 @@ class RowChooser(Protocol):
     def ignores_budget(self) -> bool:
         """True when the plan must not cut the choice to the budget."""
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
+    def select(self, span: SpanContext, /) -> Sequence[Tensor]:
         """Per layer, row offsets relative to the start of a span."""
 
 
@@ -31,12 +34,12 @@ def build_plan(
     spans: Sequence[Span],
     num_layers: int,
     policy: RowChooser,
-    profile: Any = None,
+    profile: Profile | None = None,
     budget: float,
     output_rows: Tensor | None = None,
     strict: bool = False,
     prefix: int = 0,
-    unseen: Tensor | None = None,
+    padding: Tensor | None = None,
     first_donor: int = 0,
     groups: Sequence[int] = (),
 ) -> Plan:
@@ -50,19 +53,19 @@ def build_plan(
         spans: sorted, disjoint, inside [0, N), all of one sample.
         num_layers: L, at least 1.
         policy: chooses the rows of each hit span.
-        profile: per-layer sensitivities, passed to the policy as they are.
+        profile: per-layer sensitivities, for the policy.
         budget: share in [0, 1] of each hit span's token-layers; rows the policy chose beyond it are dropped,
             the latest first (see ``vlcache_fx.plan.budget`` for the rounding).
         output_rows: positions that outputs need after the last layer; None for all rows of the last layer.
         strict: raise instead of repairing a policy's choice.
         prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
-            lie inside it or behind it.
-        unseen: positions that no token attends to (padding). Outside of spans they are not computed, unless
+            lie inside it or after it.
+        padding: positions that no token attends to. Outside of spans they are not computed, unless
             outputs need them or the policy ignores budgets, and hold whatever the first row of the donor
             table holds.
         first_donor: the sample's first row in the donor table.
-        groups: number of layers in each run of neighbouring layers that compute the same rows: those that the
-            policy chose for the last of them. They add up to L; by default each layer has its own.
+        groups: number of layers in each group of neighbouring layers that compute the same rows: those that
+            the policy chose for the last of them. They add up to L; by default each layer has its own.
 
     Raises:
         PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
@@ -82,8 +85,21 @@ def build_plan(
     hits = [span for span in reused if span.start >= prefix]
     notes: list[str] = []
     chosen: list[list[Tensor]] = []
+    text = _text(num_tokens, spans, padding)
     for span in hits:
-        selected = policy.select(span.length, num_layers, profile, budget)
+        selected = policy.select(
+            SpanContext(
+                length=span.length,
+                num_layers=num_layers,
+                budget=budget,
+                profile=profile,
+                start=span.start,
+                num_tokens=num_tokens,
+                text_before=int(text[: span.start].sum()),
+                text_after=int(text[span.end :].sum()),
+                grid=span.grid,
+            )
+        )
         limit = None if policy.ignores_budget else budget
         rows_of_span, repairs = checked_rows(selected, span, num_layers, limit, strict)
         if groups:
@@ -94,8 +110,8 @@ def build_plan(
 
     computed = torch.ones(num_tokens, dtype=torch.bool)
     donors = torch.zeros(num_tokens, dtype=torch.int64)
-    if unseen is not None and not policy.ignores_budget:
-        computed[unseen] = False
+    if padding is not None and not policy.ignores_budget:
+        computed[padding] = False
         for span in spans:
             computed[span.start : span.end] = True  # what is recorded of a missed span is whole
     computed[:prefix] = False
@@ -116,7 +132,7 @@ def build_plan(
     return Plan(
         num_tokens=num_tokens,
         rows=tuple(rows),
-        keep=places_of_next(rows),
+        keep=indices_of_next(rows),
         source=tuple(source),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
@@ -131,13 +147,23 @@ def _check_spans(spans: Sequence[Span], num_tokens: int) -> None:
             raise PlanError(f"span [{span.start}, {span.end}) is not inside [0, {num_tokens})")
         if span.start < end:
             raise PlanError(
-                f"span [{span.start}, {span.end}) overlaps the one before, or spans are not sorted"
+                f"span [{span.start}, {span.end}) overlaps the span before, or spans are not sorted"
             )
         if span.sample != spans[0].sample:
             raise PlanError(
                 f"a plan is for one sample; got spans of samples {spans[0].sample} and {span.sample}"
             )
         end = span.end
+
+
+def _text(num_tokens: int, spans: Sequence[Span], padding: Tensor | None) -> Tensor:
+    """True for tokens that are neither in a span nor padding, bool [num_tokens]."""
+    text = torch.ones(num_tokens, dtype=torch.bool)
+    if padding is not None:
+        text[padding] = False
+    for span in spans:
+        text[span.start : span.end] = False
+    return text
 
 
 def _checked_outputs(output_rows: Tensor, num_tokens: int) -> Tensor:
@@ -154,7 +180,7 @@ def _checked_outputs(output_rows: Tensor, num_tokens: int) -> Tensor:
 def _at_least_two(computed: Tensor, hits: Sequence[Span], last_rows: Sequence[Tensor]) -> list[str]:
     """Marks rows in ``computed`` until the last layer, the smallest set, has two rows; says so.
 
-    Neighbours of a row that is there, or the last two tokens: the ones that outputs are likely to need.
+    Neighbours of an active row, or the last two tokens, which outputs are likely to need.
     """
     active = computed.clone()
     for span, offsets in zip(hits, last_rows, strict=True):
@@ -204,8 +230,8 @@ def _computed_share(rows: Sequence[Tensor], spans: Sequence[Span]) -> float:
     counts: dict[int, int] = {}  # equal neighbours are one object
     for tensor in rows:
         if id(tensor) not in counts:
-            places = torch.searchsorted(tensor, bounds)
-            counts[id(tensor)] = int((places[:, 1] - places[:, 0]).sum())
+            ends = torch.searchsorted(tensor, bounds)
+            counts[id(tensor)] = int((ends[:, 1] - ends[:, 0]).sum())
     total = len(rows) * sum(span.length for span in spans)
     return sum(counts[id(tensor)] for tensor in rows) / total if total else 0.0
 
@@ -226,8 +252,8 @@ def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
     return last[at - 1 : at + 1] if at > 0 else last[:2]
 
 
-def places_of_next(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Per level, the places of the next level's rows; equal neighbours share their tensor."""
+def indices_of_next(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Per level, the indices of the next level's rows; equal neighbours share their tensor."""
     keep: list[Tensor] = []
     identity: dict[int, Tensor] = {}  # one per set of rows, by the id of its tensor
     for before, after in pairwise(rows):

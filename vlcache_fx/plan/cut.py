@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlcache_fx.plan.build import places_of_next
+from vlcache_fx.plan.build import indices_of_next
 from vlcache_fx.plan.types import Plan
 
 
-def cut_behind(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
-    """The same rows for keys and values up to ``layer``, and as few as programs run on behind it.
+def cut_after(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
+    """The same rows for keys and values up to ``layer``, and as few as programs run on after it.
 
-    What is computed behind ``layer`` then means nothing, the outputs included. Donors must be there, at least
-    one row: it stands in for what is not computed.
+    Outputs after ``layer`` are garbage. Needs at least one donor row, which stands in for rows that are not
+    computed.
 
     Args:
         plan: of one sample of at least two tokens.
@@ -23,14 +23,14 @@ def cut_behind(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
         output_rows: as the plan was built with.
     """
     few = plan.rows[-1][-2:] if output_rows is None else plan.rows[-1]  # no fewer than a selection takes
-    behind = plan.num_layers - layer
+    after = plan.num_layers - layer
     source = torch.zeros(plan.num_tokens, dtype=torch.int64)
     source[few] = torch.arange(-1, -len(few) - 1, -1)
-    rows = (*plan.rows[: layer + 1], *(few,) * behind)
+    rows = (*plan.rows[: layer + 1], *(few,) * after)
     return replace(
         plan,
         rows=rows,
-        keep=places_of_next(rows),
-        source=(*plan.source[: layer + 1], *(source,) * behind),
+        keep=indices_of_next(rows),
+        source=(*plan.source[: layer + 1], *(source,) * after),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
     )

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt results are made of, as plain data."""
+"""The tokens of a prompt that results need, as plain data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputSize:
-    """A whole number among the inputs of a call: an input that is one, or the size of a tensor.
+    """An integer among the inputs of a call: an integer input, or the size of a tensor.
 
     Attributes:
         factor: what it is multiplied by.
@@ -42,21 +42,21 @@ class SizeSum:
 
 
 @dataclass(frozen=True)
-class InputPlaces:
-    """The places that an input of the call holds, int [n].
+class InputPositions:
+    """Token positions in an input of the call, int [n].
 
     Attributes:
         input: index of the input.
-        from_end: negative places count from the end; otherwise they are as wrong as those behind the end.
+        from_end: negative positions count from the end; otherwise they are out of range.
     """
 
     input: int
     from_end: bool = True
 
     def of(self, num_tokens: int, args: Sequence[Any]) -> Tensor:
-        """The places from the beginning, int64 [n], on the CPU; not checked."""
-        places = args[self.input].detach().to(device="cpu", dtype=torch.int64)
-        return torch.where(places < 0, places + num_tokens, places) if self.from_end else places
+        """Absolute positions, int64 [n], on the CPU; not checked."""
+        positions = args[self.input].detach().to(device="cpu", dtype=torch.int64)
+        return torch.where(positions < 0, positions + num_tokens, positions) if self.from_end else positions
 
 
 Bound: TypeAlias = int | SizeSum | None
@@ -64,20 +64,20 @@ Bound: TypeAlias = int | SizeSum | None
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Tokens, taken as Python's brackets take them: ``[index]``, ``[start:end:step]`` or ``[places]``.
+    """Tokens, by Python's indexing: ``[index]``, ``[start:end:step]`` or ``[positions]``.
 
     Attributes:
-        bounds: ``(index,)``, ``(places,)``, or ``(start, end, step)`` with None where nothing is said.
+        bounds: ``(index,)``, ``(positions,)``, or ``(start, end, step)`` with None for defaults.
     """
 
-    bounds: tuple[Bound | InputPlaces, ...]
+    bounds: tuple[Bound | InputPositions, ...]
 
     def moved(self, inputs: Mapping[int, int]) -> RowSelection:
-        """The same, where the input at each index is at another one."""
+        """The same for other indices of inputs: ``inputs`` maps old to new."""
 
-        def moved(bound: Bound | InputPlaces) -> Bound | InputPlaces:
+        def moved(bound: Bound | InputPositions) -> Bound | InputPositions:
             match bound:
-                case InputPlaces():
+                case InputPositions():
                     return replace(bound, input=inputs[bound.input])
                 case SizeSum():
                     sizes = tuple(replace(size, input=inputs[size.input]) for size in bound.sizes)
@@ -97,9 +97,9 @@ class RowSelection:
             IndexError: for a single token that is not there.
         """
         first = self.bounds[0]
-        if isinstance(first, InputPlaces):
+        if isinstance(first, InputPositions):
             return first.of(num_tokens, args)
         bounds = [bound.of(args) if isinstance(bound, SizeSum) else bound for bound in self.bounds]
         everything = torch.arange(num_tokens)
-        place = slice(*bounds) if len(bounds) > 1 else bounds[0]
-        return everything[place].reshape(-1)  # type: ignore[index]
+        index = slice(*bounds) if len(bounds) > 1 else bounds[0]
+        return everything[index].reshape(-1)  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Plans of several samples as one: the same number of rows for each, by computing some of them twice."""
+"""Plans of several samples, stacked: the same number of rows for each, by computing some rows twice."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class StackedPlan:
 
     Attributes:
         plans: one per sample.
-        rows: L + 1 tensors [B, n]: each sample's rows, the last one repeated where another sample has more. A
-            row that is computed twice is computed alike, and read once.
-        keep: L tensors [B, n] of places; as in ``Plan``.
-        source: L + 1 tensors [B, N]; as in ``Plan``. Values v >= 0 are rows of one donor table for all.
+        rows: L + 1 tensors [B, n]: each sample's rows, the last row repeated where another sample has more. A
+            row that is computed twice has equal values, and is read once.
+        keep: L tensors [B, n] of indices; as in ``Plan``.
+        source: L + 1 tensors [B, N]; as in ``Plan``. Values v >= 0 are rows of a donor table for all samples.
     """
 
     plans: tuple[Plan, ...]
@@ -36,7 +36,7 @@ class StackedPlan:
 
 
 def stack_plans(plans: Sequence[Plan]) -> StackedPlan:
-    """Put plans of one model and one number of tokens side by side.
+    """Stack plans of one model and one number of tokens.
 
     Neighbouring layers with the same rows share their tensors, as in ``Plan``.
     """
@@ -53,7 +53,7 @@ def stack_plans(plans: Sequence[Plan]) -> StackedPlan:
 
 
 def _stacked(levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Per level, the samples' tensors as rows of one; shorter ones are filled up with their last entry."""
+    """Per level, the samples' tensors, stacked; shorter tensors are filled up with their last entry."""
     made: dict[tuple[int, ...], Tensor] = {}
     stacked = []
     for tensors in zip(*levels, strict=True):

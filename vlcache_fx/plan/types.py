@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
 from vlcache_fx.errors import Reason
 
+if TYPE_CHECKING:
+    from vlcache_fx.policies.profile import Profile
+
+
+Grid: TypeAlias = tuple[int, int, int]
+"""Tokens of a media item in time, height and width; they follow each other row by row."""
+
 
 @dataclass(frozen=True)
 class Span:
-    """The run of token positions that one media item fills.
+    """The token positions that one media item fills.
 
     Attributes:
         sample: index of the sample in the batch.
@@ -22,6 +30,7 @@ class Span:
         tier: store tier the donor came from, None when there is none.
         contexts: number of contexts that the donor is the mean of, 0 when there is none.
         miss: why its rows are not reused; None where they are, and where nothing was looked up.
+        grid: of the media item, where it is known.
     """
 
     sample: int
@@ -32,11 +41,52 @@ class Span:
     tier: str | None = None
     contexts: int = 0
     miss: Reason | None = None
+    grid: Grid | None = None
 
     @property
     def end(self) -> int:
         """One past the last token position."""
         return self.start + self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanContext:
+    """All that a policy knows of a reused span when it chooses rows.
+
+    Fields may be added in minor versions, with defaults. The defaults describe a span that is alone in its
+    prompt::
+
+        a system prompt  [ span, 4 tokens ]  text  [ other span ]  a question
+        0 1 2            3  4  5  6          7 8   9 ...  12       13 14 15
+
+        start=3, length=4, num_tokens=16, text_before=3, text_after=5
+
+    Attributes:
+        length: tokens in the span, at least 1.
+        num_layers: layers of the model, L.
+        budget: share in [0, 1] of the span's token-layers that may be recomputed.
+        profile: the model's sensitivities, None without them.
+        start: position of the first token in its prompt, padding included.
+        num_tokens: tokens of the prompt, padding included; 0 stands for ``start + length``.
+        text_before: tokens before the span that are neither in another span nor known to be padding.
+        text_after: tokens after the span, likewise.
+        grid: tokens in time, height and width, whose product is ``length``. None where the encoder gets no
+            grids, runs inside of the traced graph, or its grid does not fit the span.
+    """
+
+    length: int
+    num_layers: int
+    budget: float
+    profile: Profile | None = None
+    start: int = 0
+    num_tokens: int = 0
+    text_before: int = 0
+    text_after: int = 0
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        if not self.num_tokens:
+            object.__setattr__(self, "num_tokens", self.start + self.length)
 
 
 @dataclass(frozen=True)
@@ -46,22 +96,22 @@ class Plan:
     With L layers and N tokens. Index l < L is the input of layer l (its K and V are computed for
     ``rows[l]``); index L is the stream after the last layer. All tensors are int64, one-dimensional and on
     the CPU. Where neighbouring layers have the same rows they share the same tensor objects, so that
-    ``rows[l] is rows[l + 1]`` tells that nothing has to be gathered there.
+    ``rows[l] is rows[l + 1]`` means that nothing has to be gathered there.
 
     Attributes:
         num_tokens: N.
         rows: L + 1 sorted sets of token positions active at each layer; never fewer than two entries
             when N >= 2 (compiled programs treat sizes 0 and 1 as special).
         keep: L index tensors; ``rows[l][keep[l]]`` equals ``rows[l + 1]``.
-        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 says "row v of the donor table", which
-            is the concatenation of all hit spans' donor rows in order; v < 0 says "computed row
-            j = -(v + 1)", where ``rows[l][j] == i``. For l < L every token is one or the other. At index L,
-            tokens that are neither computed nor in a hit span hold 0, which means nothing there: no output
-            needs them.
+        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 is row v of the donor table, the
+            concatenation of all hit spans' donor rows in order; v < 0 is computed row j = -(v + 1), where
+            ``rows[l][j] == i``. For l < L every token has one of them. At index L, tokens that are neither
+            computed nor in a hit span hold 0, which has no meaning there: no output needs them.
+            Three tokens, of which the second is reused and the others are computed: ``[-1, 0, -2]``.
         rows_per_layer: number of rows at each of the L + 1 indices.
         token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), rows that
             outputs need included; 0.0 without hit spans.
-        explanations: one sentence for every repair made to what the policy asked for.
+        explanations: a sentence for every repair of the policy's choice.
     """
 
     num_tokens: int

@@ -58,7 +58,7 @@ class EncoderRunner:
         weights = self._engine.fingerprints.of([args[index] for index in self._weights])
         content: list[Part] = [args[index] for index in self._inputs]
         state = numerics(device_type_of(args))
-        inputs = content_digest(["encoder", self._engine.options.salt, weights, state, tuple(content)])
+        inputs = content_digest(["encoder", self._engine.options.key_salt, weights, state, tuple(content)])
         return [content_digest([inputs, computation]) for computation in self._computations]
 
     def _get(self, keys: Sequence[str]) -> list[Any] | None:

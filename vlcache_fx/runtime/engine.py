@@ -48,6 +48,7 @@ from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, ReportView, one_line
+from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.runtime.settings import Choice, Choices
 from vlcache_fx.store import open_store
 
@@ -320,14 +321,16 @@ class Engine:
         self._call.encoder_hit = None
         return hit
 
-    def note_items(self, modality: str, lengths: Sequence[int]) -> None:
-        """Rows of features of each item that was encoded: the next prefill tells items apart by them."""
-        items: dict[str, tuple[int, ...]] = getattr(self._call, "items", {})
-        self._call.items = {**items, modality: tuple(lengths)}
+    def note_items(
+        self, modality: str, lengths: Sequence[int], patches: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Items that were encoded, for the next prefill; see ``MediaItems.of_patches``."""
+        items: dict[str, MediaItems] = getattr(self._call, "items", {})
+        self._call.items = {**items, modality: MediaItems.of_patches(lengths, patches)}
 
-    def take_items(self) -> list[tuple[int, ...]]:
-        """What ``note_items`` said since the last prefill of this thread."""
-        items: dict[str, tuple[int, ...]] = getattr(self._call, "items", {})
+    def take_items(self) -> list[MediaItems]:
+        """The items that ``note_items`` was given since the last prefill of this thread."""
+        items: dict[str, MediaItems] = getattr(self._call, "items", {})
         self._call.items = {}
         return list(items.values())
 

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.decoder.computation import Digests, computation_of
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.plan.selection import RowSelection
-from vlcache_fx.runtime.donors.tables import RESIDUAL, RowForm
+from vlcache_fx.runtime.donors.tables import RowForm
 from vlcache_fx.runtime.requests.blocks import PrefixReader
 from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.on_cpu import is_whole
 from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.spec.slots import Residual, StoredSlot
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class DecoderForm:
     tells: tuple[int, ...]
     device: torch.device
     tail: RowSelection | None
-    rows: Mapping[str, RowForm]
+    rows: Mapping[StoredSlot, RowForm]
     layout: str
     computation: Digests
     weights: tuple[int, ...]
@@ -73,16 +75,22 @@ class DecoderForm:
 
     @classmethod
     def of(
-        cls, captured: Captured, facts: DecoderFacts, slots: Sequence[str], groups: tuple[int, ...] = ()
+        cls,
+        captured: Captured,
+        facts: DecoderFacts,
+        slots: Sequence[StoredSlot],
+        groups: tuple[int, ...] = (),
     ) -> "DecoderForm":
         """Of a captured graph; ``slots`` are what its programs record."""
         data = captured.indices_of(InputKind.DATA)
         place = {node: index for index, node in enumerate(captured.placeholders)}
         identifier = Identifier.of(captured.graph_module, facts, data)
-        frontiers = {RESIDUAL: (facts.stream.boundaries[-1], facts.tail_rows.axis)}
+        frontiers: dict[StoredSlot, tuple[Node, int]] = {
+            Residual(): (facts.stream.boundaries[-1], facts.tail_rows.axis)
+        }
         frontiers |= {one.slot: (one.node, one.dim) for one in facts.frontiers}
         batch = facts.batch_dims or {}
-        rows = {slot: frontiers[slot][0] for slot in slots if slot != RESIDUAL}
+        rows = {slot: frontiers[slot][0] for slot in slots if slot != Residual()}
         computation = computation_of(captured, facts)
         leaves = Leaves.of(captured, computation.leaves)
         return cls(
@@ -101,7 +109,10 @@ class DecoderForm:
                 for slot in slots
             },
             layout=str(
-                [(slot, str(node.meta["val"].dtype), str(shape_of(node)[-1])) for slot, node in rows.items()]
+                [
+                    (str(slot), str(node.meta["val"].dtype), str(shape_of(node)[-1]))
+                    for slot, node in rows.items()
+                ]
             ),
             computation=computation.digests,
             weights=tuple(place[node] for node in facts.weights),

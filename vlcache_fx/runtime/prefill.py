@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.capture.mutations import can_write, deliver
 from vlcache_fx.errors import (
     PlanError,
@@ -15,6 +15,7 @@ from vlcache_fx.errors import (
     UnsupportedGraphError,
 )
 from vlcache_fx.ir import Captured
+from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
@@ -31,6 +32,7 @@ from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.runtime.requests.request import Request, together
+from vlcache_fx.spec.slots import StoredSlot
 
 
 class DecoderRunner:
@@ -63,16 +65,23 @@ class DecoderRunner:
 
     @classmethod
     def of(
-        cls, captured: Captured, engine: Engine, unmodified: Callable[..., Sequence[Any]]
+        cls,
+        captured: Captured,
+        engine: Engine,
+        unmodified: Callable[..., Sequence[Any]],
+        pipelines: Pipelines,
+        facts: DecoderFacts,
     ) -> "DecoderRunner":
         """Of a captured graph whose encoder features are inputs. Both programs are built at once.
+
+        ``facts`` are of the graph, where it was analysed before.
 
         Raises:
             UnsupportedGraphError: the graph cannot be rewritten.
         """
-        facts = analyze(captured)
         masks = MaskCheck.of(captured, facts)
-        cold, warm = cold_program(captured), warm_program(captured)
+        cold = cold_program(captured, pipelines.cold, facts)
+        warm = warm_program(captured, pipelines.warm, facts)
         form = DecoderForm.of(captured, facts, cold.recorded)
         return cls(
             form,
@@ -158,7 +167,7 @@ class DecoderRunner:
         return deliver(self._form.writes, request.args, results, self._form.num_results)
 
     def _admit(
-        self, request: Request, slots: Sequence[str], results: Sequence[Any], plans: Sequence[Plan]
+        self, request: Request, slots: Sequence[StoredSlot], results: Sequence[Any], plans: Sequence[Plan]
     ) -> None:
         recorded = dict(zip(slots, results[self._form.num_outputs :], strict=True))
         with request.clock.measure("admit"):
@@ -255,7 +264,7 @@ class DecoderRunner:
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
-                            unseen=sample.unseen if request.donors else None,
+                            padding=sample.unseen if request.donors else None,
                             first_donor=first_donor,
                             groups=self._form.groups,
                         )

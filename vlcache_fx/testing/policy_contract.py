@@ -18,8 +18,9 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan.budget import token_layer_allowance
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
+from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy, SpanContext
 from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.registry import interface_error
 from vlcache_fx.testing.prompts import seeded
 
 CURVE = ((0.0, 0.1), (0.05, 0.02), (0.3, 0.01), (1.0, 0.0))
@@ -27,33 +28,30 @@ CURVE = ((0.0, 0.1), (0.05, 0.02), (0.3, 0.01), (1.0, 0.0))
 
 @dataclass(frozen=True)
 class _Question:
-    """What a policy is asked: ``select`` for a span, or ``choose`` for what a probe found of it."""
+    """A call of a policy: ``select`` for a span, or ``choose`` for a span after the probe."""
 
     policy: Policy
-    span_length: int
-    num_layers: int
-    profile: Profile | None
-    budget: float
-    deviation: Deviation | None = None
+    span: SpanContext
 
     @property
     def method(self) -> str:
-        name = "select" if self.deviation is None else "choose"
+        name = "choose" if isinstance(self.span, ProbedSpan) else "select"
         return f"{type(self.policy).__name__}.{name}"
 
     def __str__(self) -> str:
-        return (
-            f"{self.method}(span_length={self.span_length}, num_layers={self.num_layers}, "
-            f"profile={self.profile}, budget={self.budget})"
-        )
+        facts = [f"{name}={value}" for name, value in vars(self.span).items() if name != "deviation"]
+        return f"{self.method}({', '.join(facts)})"
 
     def ask(self, seed: int = 0) -> Sequence[Tensor]:
         """With torch's own generator at ``seed``, on which an answer must not depend."""
         with seeded(seed):
-            if self.deviation is None:
-                return self.policy.select(self.span_length, self.num_layers, self.profile, self.budget)
+            if not isinstance(self.span, ProbedSpan):
+                return self.policy.select(self.span)
             assert isinstance(self.policy, ProbingPolicy)
-            return self.policy.choose(self.deviation, self.num_layers, self.profile, self.budget)
+            return self.policy.choose(self.span)
+
+    def with_profile(self, profile: Profile | None) -> _Question:
+        return replace(self, span=replace(self.span, profile=profile))
 
     def is_refused(self) -> bool:
         try:
@@ -93,9 +91,9 @@ def check_policy(
             advice += _check_choice(rows, question)
             continue
         _check_probe(rows, policy, question)
-        for deviation in _deviations(draw, policy.probe_layer, question.span_length):
+        for deviation in _deviations(draw, policy.probe_layer, question.span.length):
             before = deviation.key.clone(), deviation.value.clone()
-            shown = replace(question, deviation=deviation)
+            shown = replace(question, span=ProbedSpan(**vars(question.span), deviation=deviation))
             rows = _answer(shown)
             kept = torch.equal(before[0], deviation.key) and torch.equal(before[1], deviation.value)
             _require(kept, f"{shown}: it changed the deviation's tensors in place")
@@ -121,6 +119,8 @@ def _check_object(policy: Policy) -> list[str]:
     for flag in ("ignores_budget", "keeps_prefix"):
         value = getattr(policy, flag)
         _require(isinstance(value, bool), f"{name}.{flag} must be True or False, not {value!r}")
+    outdated = interface_error(policy)
+    _require(outdated is None, str(outdated))
     like: Policy = replace(policy)  # type: ignore[type-var]
     _require(like == policy, f"{name}: a copy with equal fields is not equal to it")
     try:
@@ -151,17 +151,39 @@ def _questions(
     budgets = [0.0, 1e-6, 0.02, 0.1, 0.5, 1.0]
     for index in range(count):
         num_layers = least_layers + draw.choice([0, 1, 2, 7, 27, draw.randint(0, 40)])
-        yield _Question(
-            policy,
-            lengths[index] if index < len(lengths) else draw.randint(1, 500),
-            num_layers,
-            _profile(draw, num_layers),
-            draw.choice([*budgets, draw.random()]),
-        )
+        length = lengths[index] if index < len(lengths) else draw.randint(1, 500)
+        budget = draw.choice([*budgets, draw.random()])
+        yield _Question(policy, _span(draw, length, num_layers, budget, _profile(draw, num_layers)))
     for given in profiles:
         for budget in budgets:
-            if len(given.sensitivities) >= least_layers:
-                yield _Question(policy, draw.randint(1, 500), len(given.sensitivities), given, budget)
+            num_layers = len(given.sensitivities)
+            if num_layers >= least_layers:
+                yield _Question(policy, _span(draw, draw.randint(1, 500), num_layers, budget, given))
+
+
+def _span(
+    draw: random.Random, length: int, num_layers: int, budget: float, profile: Profile | None
+) -> SpanContext:
+    """Somewhere in a prompt: text, padding and other spans around it, or nothing."""
+    before, after = draw.choice([0, draw.randint(0, 300)]), draw.choice([0, draw.randint(0, 300)])
+    return SpanContext(
+        length=length,
+        num_layers=num_layers,
+        budget=budget,
+        profile=profile,
+        start=before,
+        num_tokens=before + length + after,
+        text_before=draw.choice([before, draw.randint(0, before)]),
+        text_after=draw.choice([after, draw.randint(0, after)]),
+        grid=_grid(draw, length),
+    )
+
+
+def _grid(draw: random.Random, length: int) -> tuple[int, int, int] | None:
+    """None, or tokens in time, height and width."""
+    widths = [width for width in range(1, length + 1) if length % width == 0]
+    width = draw.choice([0, *widths])
+    return (1, length // width, width) if width else None
 
 
 def _profile(draw: random.Random, num_layers: int) -> Profile | None:
@@ -196,16 +218,16 @@ def _answer(question: _Question) -> Sequence[Tensor] | None:
     try:
         rows = question.ask(seed=1)
     except PolicyError as error:
-        others = (None, _with_shape(lambda _: 1.0, question.num_layers))
-        answered = any(not replace(question, profile=other).is_refused() for other in others)
+        others = (None, _with_shape(lambda _: 1.0, question.span.num_layers))
+        answered = any(not question.with_profile(other).is_refused() for other in others)
         _require(answered, f"{question}: refused, whatever the profile: {error}")
         return None
     _require(isinstance(rows, Sequence), f"{question}: want a sequence of tensors, got {type(rows).__name__}")
-    _require(len(rows) == question.num_layers, f"{question}: {len(rows)} tensors for these layers")
+    _require(len(rows) == question.span.num_layers, f"{question}: {len(rows)} tensors for these layers")
     checked: set[int] = set()
     for layer, tensor in enumerate(rows):
         if id(tensor) not in checked:
-            _check_rows(tensor, f"{question}, layer {layer}", question.span_length)
+            _check_rows(tensor, f"{question}, layer {layer}", question.span.length)
             checked.add(id(tensor))
     for layer, (before, after) in enumerate(pairwise(rows), 1):
         new = [] if after is before else after[~torch.isin(after, before)].tolist()
@@ -239,7 +261,8 @@ def _check_rows(tensor: Any, where: str, span_length: int) -> None:
 def _check_choice(rows: Sequence[Tensor], question: _Question) -> list[str]:
     """The budget is kept; and a recommendation where planning could be faster."""
     if not question.policy.ignores_budget:
-        allowed = token_layer_allowance(question.budget, question.span_length, question.num_layers)
+        span = question.span
+        allowed = token_layer_allowance(span.budget, span.length, span.num_layers)
         asked = sum(len(tensor) for tensor in rows)
         _require(asked <= allowed, f"{question}: {asked} token-layers, the budget allows {allowed}")
     if all(after is before or not torch.equal(after, before) for before, after in pairwise(rows)):
@@ -250,6 +273,6 @@ def _check_choice(rows: Sequence[Tensor], question: _Question) -> list[str]:
 def _check_probe(rows: Sequence[Tensor], policy: ProbingPolicy, question: _Question) -> None:
     for layer in range(policy.probe_layer + 1):
         _require(
-            len(rows[layer]) == question.span_length,
+            len(rows[layer]) == question.span.length,
             f"{question}, layer {layer}: the probe needs all rows up to layer {policy.probe_layer}",
         )

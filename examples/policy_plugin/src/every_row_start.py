@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.plan import row_allowance
-from vlcache_fx.policies import Policy, Profile
+from vlcache_fx.policies import Policy, SpanContext
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class EveryRowStart(Policy):
     """The earliest tokens for half of the budget, and the first token of every picture row for the rest.
 
     An example of how a policy is written, not a recommendation. The same tokens in every layer. Where the
-    budget is too small for all picture rows, the upper ones are served.
+    budget is too small for all picture rows, the upper rows have priority.
 
     Attributes:
-        width: tokens per row of the picture.
+        width: tokens per row of a picture whose grid is not known.
     """
 
     name: ClassVar[str] = "every_row_start"
@@ -33,14 +33,13 @@ class EveryRowStart(Policy):
         if not isinstance(self.width, int) or self.width < 1:
             raise PolicyError(f"every_row_start: width must be an integer >= 1, not {self.width!r}")
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        """See ``Policy.select``; the profile plays no part."""
-        allowed = row_allowance(budget, span_length)
-        chosen = torch.zeros(span_length, dtype=torch.bool)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        """See ``Policy.select``."""
+        allowed = row_allowance(span.budget, span.length)
+        chosen = torch.zeros(span.length, dtype=torch.bool)
         chosen[: (allowed + 1) // 2] = True
-        starts = torch.arange(0, span_length, self.width)
+        width = self.width if span.grid is None else span.grid[2]
+        starts = torch.arange(0, span.length, width)
         starts = starts[~chosen[starts]][: allowed // 2]
         chosen[starts] = True
-        return (chosen.nonzero().flatten(),) * num_layers  # one object: planning is faster
+        return (chosen.nonzero().flatten(),) * span.num_layers  # one object: planning is faster

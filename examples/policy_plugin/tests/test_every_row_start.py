@@ -1,5 +1,7 @@
 """What a package with a policy should test: its choice, the contract, and a model that runs with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from every_row_start import EveryRowStart
@@ -8,7 +10,7 @@ from typer.testing import CliRunner
 from vlcache_fx.backend import engine_for
 from vlcache_fx.cli import app
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import get_policy
+from vlcache_fx.policies import SpanContext, get_policy
 from vlcache_fx.testing.policy_contract import check_policy
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -19,9 +21,12 @@ def test_the_contract_is_kept(width: int) -> None:
 
 
 def test_what_is_chosen() -> None:
-    first, last = EveryRowStart(width=10).select(50, 2, None, 0.2)
+    span = SpanContext(length=50, num_layers=2, budget=0.2)
+    first, last = EveryRowStart(width=10).select(span)
     assert first.tolist() == [0, 1, 2, 3, 4, 10, 20, 30, 40]
     assert last is first
+    first, _ = EveryRowStart(width=10).select(replace(span, grid=(1, 2, 25)))
+    assert first.tolist() == [0, 1, 2, 3, 4, 25]
 
 
 def test_a_picture_row_has_tokens() -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import InputKind
+from vlcache_fx.ir.copies import copy_captured
 
 from ..graphs import attend, capture, captured_vlm
 
@@ -24,6 +26,14 @@ def test_analysis_changes_nothing_and_is_repeatable() -> None:
     first, second = analyze(captured), analyze(captured)
     assert str(captured.graph_module.graph) == before
     assert first == second
+
+
+@pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"last_only": True, "fused_qkv": True}])
+def test_on_a_copy_equals_analysis_of_the_copy(options: dict[str, bool]) -> None:
+    captured = captured_vlm(**options)
+    nodes: dict[Node, Node] = {}
+    copy = copy_captured(captured, nodes)
+    assert analyze(captured).on(nodes) == analyze(copy)
 
 
 def test_weights_are_those_behind_the_embeddings() -> None:

@@ -163,7 +163,7 @@ def test_a_layer_has_frontiers_for_keys_and_values_of_its_own(
     own = [(layer.key_frontier is not None, layer.value_frontier is not None) for layer in facts.layers]
     assert own == [(True, True), (True, True), last]
     letters = [letter for letter, there in zip("kv", last, strict=True) if there]
-    slots = [frontier.slot for frontier in facts.frontiers]
+    slots = [str(frontier.slot) for frontier in facts.frontiers]
     assert slots == ["0.k", "0.v", "1.k", "1.v", *[f"2.{letter}" for letter in letters]]
     for layer, members in zip(facts.layers, facts.stream.members, strict=True):
         assert {*layer.kv_part, *layer.full_part, *layer.q_part} == set(members)

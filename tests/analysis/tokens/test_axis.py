@@ -1,80 +1,12 @@
-"""Sizes as expressions: what is known of them whatever their symbols are."""
+"""What a token axis holds."""
 
 from __future__ import annotations
 
-import pytest
 import sympy
-from hypothesis import given
-from hypothesis import strategies as st
 
-from vlcache_fx.analysis.tokens.axis import Entries, TokenAxis, equal, expressions, product, quotient
-from vlcache_fx.ir.fakes import FakeInputs
+from vlcache_fx.analysis.tokens.axis import Entries, TokenAxis
 
-S, T = sympy.symbols("s t", integer=True, positive=True)
-numbers = st.integers(1, 12)
-monomials = st.builds(lambda c, a, b: c * S**a * T**b, numbers, st.integers(0, 2), st.integers(0, 2))
-sums = st.lists(monomials, min_size=1, max_size=3).map(sum)
-
-
-@given(sums, monomials)
-def test_a_product_is_divided_by_its_factor(size: sympy.Expr, factor: sympy.Expr) -> None:
-    assert equal(quotient(sympy.expand(size * factor), factor), size)
-
-
-@given(sums, sums, numbers, numbers)
-def test_a_quotient_is_right_for_every_value_of_its_symbols(
-    size: sympy.Expr, divisor: sympy.Expr, s: int, t: int
-) -> None:
-    found = quotient(size, divisor)
-    if found is not None:
-        value, of, by = (sympy.sympify(one).subs({S: s, T: t}) for one in (found, size, divisor))
-        assert value.is_integer
-        assert value * by == of
-
-
-@given(numbers, st.integers(0, 12))
-def test_a_quotient_of_numbers(size: int, divisor: int) -> None:
-    whole = divisor and not size % divisor
-    assert quotient(size, divisor) == (size // divisor if whole else None)
-
-
-@pytest.mark.parametrize(
-    ("size", "divisor", "expected"),
-    [
-        (S, 2, None),
-        (3 * S, 2, None),
-        (S + 1, S, None),
-        (1, S, None),
-        (S, T, None),
-        (S, 0, None),
-        (S, S - S, None),
-        (0, S, 0),
-        (4 * S, 2 * S, 2),
-        (2 * S * T, S, 2 * T),
-        (S * T + T, S + 1, T),
-    ],
-)
-def test_quotients(size: object, divisor: object, expected: object) -> None:
-    assert quotient(size, divisor) == expected
-
-
-def test_equal_adds_no_guard() -> None:
-    fakes = FakeInputs()
-    tokens, other = fakes.size("tokens"), fakes.size("other")
-    assert equal(2 * tokens - tokens, tokens)
-    assert equal(tokens + other, other + tokens)
-    assert not equal(tokens, other)
-    assert not equal(tokens, tokens.node.hint)  # it happens to be that long, and need not be
-    assert quotient(tokens * 6, tokens * 2) == 3
-    assert quotient(tokens * other, 2) is None
-    assert fakes.env.guards == []
-
-
-def test_products_and_expressions() -> None:
-    tokens = FakeInputs().size("tokens")
-    assert product([]) == 1
-    assert product([2, S, 3]) == 6 * S
-    assert expressions([2, tokens]) == [2, tokens.node.expr]
+S = sympy.Symbol("s", integer=True, positive=True)
 
 
 def test_entries_are_tokens_where_each_is_one_in_its_own_place() -> None:

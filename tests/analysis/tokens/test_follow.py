@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from vlcache_fx.analysis import RowStep, analyze
 from vlcache_fx.analysis.tokens.axis import TokenAxis
 from vlcache_fx.analysis.tokens.follow import row_step
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 from ..graphs import attend, capture
@@ -314,17 +313,3 @@ def test_nodes_that_are_no_calls_are_refused() -> None:
     x = graph.placeholder("x")
     with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
         row_step(graph.call_method("exp", (x,)), {x: TokenAxis(1)})
-
-
-def test_full_slices() -> None:
-    def slices(x: Tensor) -> tuple[Tensor, ...]:
-        end = 2**63 - 1
-        return (
-            aten.slice(x, 1, 0, end),
-            aten.slice(x, 1),
-            aten.slice(x, 1, 1, end),
-            aten.slice(x, 1, 0, end, 2),
-        )
-
-    nodes = [node for node in traced(slices).graph.nodes if node.op == "call_function"]
-    assert [is_full_slice(node) for node in nodes] == [True, True, False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from vlcache_fx.analysis import analyze
@@ -55,6 +56,16 @@ def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
     assert facts.merges[0].features.op == "placeholder"
     assert facts.encoder == ()
     assert split_encoder(split.decoder, facts.encoder) is None
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"last_only": True}])
+def test_without_encoder_equals_analysis_of_the_rest(options: dict[str, bool], dynamic: bool | None) -> None:
+    captured, _ = captured_graph(tiny_vlm(num_layers=2, **options), PROMPT, dynamic=dynamic)
+    facts = analyze(captured)
+    split = split_encoder(captured, facts.encoder)
+    assert split is not None
+    assert facts.without_encoder(split.nodes) == analyze(split.decoder)
 
 
 def test_features_that_are_inputs_are_left_alone() -> None:

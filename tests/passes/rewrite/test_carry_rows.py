@@ -24,6 +24,7 @@ from vlcache_fx.passes.rewrite import (
 )
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.types import Span
+from vlcache_fx.spec.slots import Positions
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph
 
 from ...models import wired
@@ -117,7 +118,10 @@ def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
     assert CarryRows().run(program)
     carried = [node for node in gathers(program) if node not in before]
     assert [node.meta["segment"] for node in carried] == ["layer.1", "layer.2"]
-    assert [node.args[2] for node in carried] == [program.slots["place.1.2"], program.slots["place.1.3"]]
+    assert [node.args[2] for node in carried] == [
+        program.slots[Positions(1, 2)],
+        program.slots[Positions(1, 3)],
+    ]
 
 
 def test_where_nothing_is_carried_nothing_changes() -> None:

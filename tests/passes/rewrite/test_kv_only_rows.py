@@ -16,7 +16,16 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 
-from ..programs import before_and_after, everything, nothing_stored, prepared, run, small, unchanged
+from ..programs import (
+    before_and_after,
+    bind_plan,
+    everything,
+    nothing_stored,
+    prepared,
+    run,
+    small,
+    unchanged,
+)
 
 EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows())
 
@@ -50,14 +59,7 @@ def test_the_attention_of_the_last_layer_has_the_rows_of_the_results() -> None:
                 seen.append(value.shape)
             return value
 
-    plan, tables = everything(captured), nothing_stored(program)
-    bound = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
-    values = [
-        tables[slot[6:]] if slot.startswith("donor.")
-        else torch.tensor([1]) if slot == "results"
-        else bound[slot.partition(".")[0]][int(slot.partition(".")[2])]
-        for slot in program.slots
-    ]  # fmt: skip
+    values = bind_plan(program, everything(captured), nothing_stored(program))
     with torch.no_grad():
         (logits,) = Watch(program.graph_module).run(*graph.calls[0], *values)
     torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)

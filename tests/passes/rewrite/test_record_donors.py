@@ -10,6 +10,7 @@ import torch
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.passes.rewrite import RecordDonors
 from vlcache_fx.passes.standard import cold_program
+from vlcache_fx.spec.slots import Key, Residual, Value
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
@@ -34,14 +35,14 @@ def test_results_stay_and_the_records_are_the_projections() -> None:
         assert torch.equal(logits, model(**PROMPT))
         assert torch.equal(key, attention.key(normed))  # no positions in it
         assert torch.equal(value, attention.value(normed))
-    assert program.recorded == ["0.k", "0.v"]
+    assert program.recorded == [Key(0), Value(0)]
 
 
 def test_the_residual_is_recorded_where_results_need_all_rows() -> None:
     captured, graph, want = small(last_only=False)
     program = prepared(captured, RecordDonors(), warm=False)
     results = run(program, graph.calls[0], everything(captured))
-    assert program.recorded == ["0.k", "0.v", "residual"]
+    assert program.recorded == [Key(0), Value(0), Residual()]
     assert torch.equal(results[0], want)
     assert results[3].shape == (1, 10, 16)
 

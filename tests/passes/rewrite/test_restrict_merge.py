@@ -17,6 +17,7 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
 )
 from vlcache_fx.passes.standard import warm_program
+from vlcache_fx.spec.slots import Residual
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -61,7 +62,7 @@ def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
 def test_a_merge_with_another_reader_stays() -> None:
     program = prepared(small()[0], *EARLIER)
     (merge,) = program.graph.find_nodes(op="call_function", target=MERGE)
-    program.add_outputs([("merged", merge)])
+    program.add_outputs([(Residual(), merge)])
     assert unchanged(RestrictMerge(), program)
 
 

@@ -16,6 +16,7 @@ from ..programs import (
     TOKENS,
     Rows,
     before_and_after,
+    bind_plan,
     everything,
     everything_of_both,
     nothing_stored,
@@ -69,16 +70,7 @@ def test_layers_run_on_their_rows_only() -> None:
             return value
 
     program.graph_module.recompile()
-    tables = nothing_stored(program)
-    positions = torch.tensor([TOKENS - 1])
-    bound = {
-        "rows": lambda rest: plan.rows[int(rest)],
-        "keep": lambda rest: plan.keep[int(rest)],
-        "source": lambda rest: plan.source[int(rest)],
-        "donor": tables.__getitem__,
-        "results": lambda rest: torch.searchsorted(plan.rows[-1], positions),
-    }
-    values = [bound[slot.partition(".")[0]](slot.partition(".")[2]) for slot in program.slots]
+    values = bind_plan(program, plan, nothing_stored(program))
     with torch.no_grad():
         Watch(program.graph_module).run(*graph.calls[0], *values)
     facts = program.decoder

@@ -12,6 +12,7 @@ from vlcache_fx.ops import bind_donors
 from vlcache_fx.passes import Pipeline
 from vlcache_fx.passes.rewrite import InsertLookups, RecordDonors, SpliceRows
 from vlcache_fx.plan.types import Span
+from vlcache_fx.spec.slots import Key, Source, Value
 
 from ..programs import (
     LENGTH,
@@ -54,12 +55,12 @@ def test_stored_rows_are_read_for_the_others() -> None:
     plan = plan_for(program, TOKENS, [hit], Rows(((),)))
     cold = prepared(captured, RecordDonors(), warm=False)
     _, key, value = run(cold, graph.calls[0], plan)
-    donors = {"0.k": key[:, START : START + LENGTH], "0.v": value[:, START : START + LENGTH]}
+    donors = {Key(0): key[:, START : START + LENGTH], Value(0): value[:, START : START + LENGTH]}
     # The rows are not restricted yet, so computed row j of the plan stands at its own position.
     source = torch.where(plan.source[0] >= 0, plan.source[0], -1 - torch.arange(TOKENS))
     program.graph_module.recompile()
     with torch.no_grad(), bind_donors(donors):
-        bound = [source if slot.startswith("source") else plan.rows[0] for slot in program.slots]
+        bound = [source if isinstance(slot, Source) else plan.rows[0] for slot in program.slots]
         assert torch.equal(program.graph_module(*graph.calls[0], *bound)[0], want)
         other = {slot: table + 1 for slot, table in donors.items()}
     with torch.no_grad(), bind_donors(other):
@@ -89,7 +90,7 @@ def test_each_sample_reads_its_own_part_of_the_table() -> None:
     donors = own_donors(captured, graph.calls[0])
     swapped = {slot: torch.cat(table.split(LENGTH, 1)[::-1], 1) for slot, table in donors.items()}
     program.graph_module.recompile()
-    bound = [source if slot.startswith("source") else plan.rows[0] for slot in program.slots]
+    bound = [source if isinstance(slot, Source) else plan.rows[0] for slot in program.slots]
     with torch.no_grad(), bind_donors(donors):
         assert torch.equal(program.graph_module(*graph.calls[0], *bound)[0], want)
     with torch.no_grad(), bind_donors(swapped):

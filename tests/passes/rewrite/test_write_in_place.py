@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from vlcache_fx.capture.mutations import deliver
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
+from vlcache_fx.ir.copies import copy_captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.rewrite import WriteInPlace
 from vlcache_fx.passes.rewrite.write_in_place import IN_PLACE
-from vlcache_fx.passes.standard import copy_captured, decode_step_program
+from vlcache_fx.passes.standard import decode_step_program
 from vlcache_fx.testing.graphs import captured_graph
 
 from ..programs import before_and_after, unchanged

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.policies import Deviation, Policy, ProbingPolicy, Profile
+from vlcache_fx.policies import Deviation, Policy, ProbedSpan, ProbingPolicy, SpanContext
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ...models import batch_of, padded, wired
@@ -35,11 +35,9 @@ class Looking(ProbingPolicy):
 
     probe_layer: int = 1
 
-    def choose(
-        self, deviation: Deviation, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
-        seen.append(deviation)
-        return (deviation.value.argmax().reshape(1),) * num_layers
+    def choose(self, span: ProbedSpan) -> Sequence[Tensor]:
+        seen.append(span.deviation)
+        return (span.deviation.value.argmax().reshape(1),) * span.num_layers
 
 
 def prompt(*images: int, before: int = 5, text: int = 0) -> dict[str, Tensor]:
@@ -157,8 +155,8 @@ class Row(Policy):
 
     row: int
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-        return (torch.tensor([self.row]),) * num_layers
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return (torch.tensor([self.row]),) * span.num_layers
 
 
 def test_the_answer_is_what_the_same_rows_give_without_a_probe() -> None:
@@ -202,13 +200,13 @@ def test_a_layer_that_reads_anothers_keys_shows_those_of_an_earlier_one() -> Non
 
 
 class Half(Looking):
-    def select(self, span_length: int, *rest: Any) -> Sequence[Tensor]:
-        return super().select(span_length // 2, *rest)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return super().select(replace(span, length=span.length // 2))
 
 
 class Short(Looking):
-    def choose(self, *arguments: Any) -> Sequence[Tensor]:
-        return super().choose(*arguments)[1:]
+    def choose(self, span: ProbedSpan) -> Sequence[Tensor]:
+        return super().choose(span)[1:]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from vlcache_fx.options import Options
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.slots import Donor, Key, Rows, StoredSlot
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..helpers import Pair, with_backend
@@ -72,19 +73,19 @@ def test_strict_raises_what_went_wrong() -> None:
 def test_donors_are_asked_for_when_the_plan_has_been_sent() -> None:
     sent = []
 
-    class Rows(torch.Tensor):
+    class Positions(torch.Tensor):
         def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
             sent.append("rows")
             return torch.zeros(len(self))
 
-    def tables() -> dict[str, torch.Tensor]:
+    def tables() -> dict[StoredSlot, torch.Tensor]:
         sent.append("donors")
-        return {"0.k": donor}
+        return {Key(0): donor}
 
-    donor, rows = torch.ones(3), torch.arange(2).as_subclass(Rows)
+    donor, rows = torch.ones(3), torch.arange(2).as_subclass(Positions)
     plan = Plan(2, (rows,), (), (), (2,), 1.0)
     runner = ProgramRunner(
-        "warm", ["donor.0.k", "rows.0"], (), _never, torch.device("meta"), Engine(Options())
+        "warm", [Donor(Key(0)), Rows(0)], (), _never, torch.device("meta"), Engine(Options())
     )
     first, second = runner.bind(plan, None, tables)
     assert first is donor

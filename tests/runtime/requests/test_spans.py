@@ -15,7 +15,7 @@ from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.decoder.computation import computation_of
 from vlcache_fx.ir import InputKind
 from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.media_spans import Run, runs_of
+from vlcache_fx.runtime.requests.media_spans import MediaItems, Run, merged_grid, runs_of
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
@@ -76,7 +76,8 @@ class Identifying:
     def runs(
         self, items: list[list[int]] | None = None, **changes: Tensor
     ) -> tuple[int, int, list[Run]] | None:
-        return self.identifier.runs(self.with_changes(changes), items or ())
+        encoded = [MediaItems(tuple(lengths)) for lengths in items or ()]
+        return self.identifier.runs(self.with_changes(changes), encoded)
 
     def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
         """``(sample, start, length)`` of each run."""
@@ -183,15 +184,50 @@ def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObjec
     for number, place in enumerate(places.tolist()):
         joins = want and want[-1][-1] == place - 1 and place % 5 != 0 and not (lengths and number in cuts)
         want[-1].append(place) if joins else want.append([place])
-    runs = runs_of(places, features, 5, lengths)
+    runs = runs_of(places, features, 5, MediaItems(tuple(lengths)))
     assert [[run.sample * 5 + run.start + i for i in range(run.length)] for run in runs] == want
     assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
 
 
 @pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
 def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
-    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, lengths)
+    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
     assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
+
+
+def test_runs_of_grids() -> None:
+    """A run has the grid of its item where it is the whole item."""
+    items = MediaItems((4, 6, 2), ((1, 2, 2), (1, 2, 3), None))
+    positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13])  # a gap inside the second item
+    found = runs_of(positions, noise(0, 12, HIDDEN), 20, items)
+    assert [(run.start, run.length, run.grid) for run in found] == [
+        (0, 4, (1, 2, 2)), (4, 3, None), (8, 3, None), (12, 2, None)
+    ]  # fmt: skip
+    (alone,) = runs_of(torch.arange(6), noise(0, 6, HIDDEN), 20, MediaItems((6,), ((1, 2, 3),)))
+    assert alone.grid == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("patches", "length", "grid"),
+    [
+        ((1, 4, 6), 6, (1, 2, 3)),
+        ((1, 4, 6), 24, (1, 4, 6)),
+        ((2, 4, 6), 12, (2, 2, 3)),
+        ((1, 6, 9), 6, (1, 2, 3)),
+        ((1, 4, 6), 12, None),  # not a square of patches
+        ((1, 3, 6), 4, None),
+        ((4, 6), 6, None),
+        ((1, 4, 6), 0, None),
+        ((1, 4, 6), 100, None),
+    ],
+)
+def test_merged_grid(patches: tuple[int, ...], length: int, grid: tuple[int, int, int] | None) -> None:
+    assert merged_grid(patches, length) == grid
+
+
+def test_media_items_of_patches() -> None:
+    assert MediaItems.of_patches([6, 5], [[1, 4, 6], [1, 4, 6]]).grids == ((1, 2, 3), None)
+    assert MediaItems.of_patches([6, 5], [[1, 4, 6]]) == MediaItems((6, 5))
 
 
 # Positions --------------------------------------------------------------------------------------------------

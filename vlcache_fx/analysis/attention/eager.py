@@ -19,10 +19,10 @@ from vlcache_fx.analysis.attention.scores import (
     only_reader,
     scores_of,
 )
-from vlcache_fx.analysis.decoder.layers import LAYOUT, packet_of
-from vlcache_fx.analysis.tokens.axis import equal, shape_of
-from vlcache_fx.analysis.tokens.layout_rules import NO_BOUND
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.dataflow import data_inputs
+from vlcache_fx.ir.nodes import CASTS, COPIES, LAYOUT, NO_BOUND, packet_of, slice_bounds
+from vlcache_fx.ir.sizes import equal
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ def _back_to_softmax(values: Product) -> tuple[Node, int | None]:
 def _drops_column(node: Node) -> int | None:
     source = node.args[0]
     assert isinstance(source, Node)
-    dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])[:4]
+    dim, start, end, step = slice_bounds(node)
     width, left = shape_of(source)[-1], shape_of(node)[-1]
     if dim not in (-1, len(shape_of(source)) - 1) or step != 1 or not equal(left + 1, width):
         return None
@@ -162,7 +162,7 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
 
 def _per_head(column: Node, heads: Any) -> Operand | None:
     """[heads], where ``column`` is that, the same for every sample and row."""
-    while packet_of(column) in (aten.clone, aten._to_copy, aten.to, aten.contiguous):
+    while packet_of(column) in COPIES | CASTS:
         column = column.args[0]  # type: ignore[assignment]
     if packet_of(column) is aten.expand and isinstance(column.args[0], Node):
         column = column.args[0]

@@ -10,8 +10,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from vlcache_fx.analysis.attention.scores import OtherFormError, Scores, Term, number_of, scores_of
-from vlcache_fx.analysis.decoder.layers import packet_of
-from vlcache_fx.analysis.tokens.axis import equal, shape_of
+from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.ir.nodes import attribute, packet_of
+from vlcache_fx.ir.sizes import equal
 
 aten = torch.ops.aten
 
@@ -108,9 +109,7 @@ def flex_attention(node: Node) -> FlexAttention:
 
 
 def _module(value: Any) -> GraphModule:
-    found: Any = value.graph.owning_module
-    for part in str(value.target).split("."):
-        found = getattr(found, part)
+    found = attribute(value.graph.owning_module, value)
     assert isinstance(found, GraphModule)
     return found
 

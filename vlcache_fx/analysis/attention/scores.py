@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import packet_of
-from vlcache_fx.analysis.tokens.axis import equal
+from vlcache_fx.ir.nodes import CASTS, COPIES, attribute, packet_of
+from vlcache_fx.ir.sizes import equal
 
 aten = torch.ops.aten
 
@@ -119,12 +119,11 @@ def number_of(value: Any) -> float | None:
     if value.target in (aten.full.default, aten.scalar_tensor.default):
         held = value.meta.get("val")
         return number_of(value.args[-1]) if isinstance(held, torch.Tensor) and held.dim() == 0 else None
-    if packet_of(value) in (aten._to_copy, aten.clone, aten.lift_fresh_copy, aten.detach):
+    if packet_of(value) in COPIES | CASTS:
         return number_of(value.args[0])
     if value.op == "get_attr":
-        constant: Any = value.graph.owning_module
-        for part in str(value.target).split("."):
-            constant = getattr(constant, part, None)
+        owner = value.graph.owning_module
+        constant = None if owner is None else attribute(owner, value)
         if type(constant) is torch.Tensor and constant.dim() == 0:
             return float(constant)
     return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import Site, find_sites
-from vlcache_fx.analysis.tokens.axis import expressions, shape_of
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir import Captured, InputKind
-from vlcache_fx.ir.dataflow import NodeSet, ancestors, carries_data, descendants
+from vlcache_fx.ir.dataflow import NodeSet, ancestors, carries_data, descendants, reachable
+from vlcache_fx.ir.sizes import expressions
 
 
 def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
@@ -30,7 +29,8 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     foreign += [
         node for node in captured.inputs_of(InputKind.SIZE) if expressions([node.meta["val"]])[0] not in sizes
     ]
-    others, own = _reached(foreign), descendants(attended)
+    others = reachable(foreign, lambda node: node.users)  # by a size, too
+    own = descendants(attended)
     return tuple(
         node for node in own if node.op == "call_function" and carries_data(node) and node not in others
     )
@@ -41,15 +41,3 @@ def _attended_inputs(site: Site, data: list[Node]) -> NodeSet:
     asking, asked = ancestors([site.query]), ancestors([site.key, site.value])
     keys = {node: None for node in data if node in asked}
     return keys if any(node in asking and node not in keys for node in data) else {}
-
-
-def _reached(starts: Iterable[Node]) -> NodeSet:
-    """``starts`` and everything that depends on them, be it by a size."""
-    seen: NodeSet = dict.fromkeys(starts)
-    stack = list(seen)
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen[user] = None
-                stack.append(user)
-    return seen

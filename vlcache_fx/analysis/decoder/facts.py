@@ -1,7 +1,7 @@
 """All facts about one traced VLM graph, or a typed refusal."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
@@ -9,25 +9,29 @@ from vlcache_fx.analysis.attention.noncanonical import other_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
-from vlcache_fx.analysis.decoder.layers import LAYOUT, LayerParts, packet_of, position_taint, split_layer
+from vlcache_fx.analysis.decoder.layers import LayerParts, position_taint, split_layer
 from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import row_step
 from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.ir.copies import NodeMap, on_nodes
 from vlcache_fx.ir.dataflow import ancestors, carries_data, descendants, positions
+from vlcache_fx.ir.nodes import LAYOUT, packet_of
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.sizes import is_one
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
 class Frontier:
     """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
 
-    slot: str
+    slot: StoredSlot
     layer: int
     node: Node
     dim: int
@@ -81,9 +85,9 @@ class DecoderFacts:
     def frontiers(self) -> tuple[Frontier, ...]:
         """Where keys and values are stored and spliced, layer by layer."""
         return tuple(
-            Frontier(f"{index}.{letter}", index, node, self.steps[node].dim)
+            Frontier(slot(index), index, node, self.steps[node].dim)
             for index, layer in enumerate(self.layers)
-            for letter, node in (("k", layer.key_frontier), ("v", layer.value_frontier))
+            for slot, node in ((Key, layer.key_frontier), (Value, layer.value_frontier))
             if node is not None
         )
 
@@ -92,6 +96,18 @@ class DecoderFacts:
         """What keys and values of this call are joined with; empty without a cache that may hold some."""
         known = [path for paths in self.caches for path in paths if path is not None]
         return frozenset(node for path in known for node in path.past)
+
+    def on(self, nodes: NodeMap) -> "DecoderFacts":
+        """The same facts of a copy of the graph, whose nodes are ``nodes[n]`` for each node ``n``."""
+        return on_nodes(self, nodes)
+
+    def without_encoder(self, nodes: NodeMap) -> "DecoderFacts":
+        """The same facts of the graph in which results of the encoder are inputs.
+
+        ``nodes`` has no node of the encoder but these results.
+        """
+        taint = {node: None for node in self.taint if node in nodes}
+        return replace(self, encoder=(), taint=taint).on(nodes)
 
 
 def analyze(captured: Captured) -> DecoderFacts:

@@ -5,7 +5,7 @@ cut what they joined. Everything there runs on all tokens, so rewriting needs no
 call's tokens lie among the keys decides what a mask says about them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch.fx import Node
 from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import row_step
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
 from vlcache_fx.errors import UnsupportedGraphError
-from vlcache_fx.ir.dataflow import NodeSet, ancestors, data_inputs, in_graph_order
+from vlcache_fx.ir.dataflow import NodeSet, ancestors, data_inputs, in_graph_order, reachable
+from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.ir.scatters import scattered_rows
 
 aten = torch.ops.aten
@@ -144,13 +144,9 @@ def sources_of_rows(operand: Node) -> NodeSet:
 
     Where rows are written into a buffer, neither their places nor what the buffer held belongs to it.
     """
-    seen: NodeSet = {operand: None}
-    stack = [operand]
-    while stack:
-        node = stack.pop()
+
+    def sources(node: Node) -> Iterable[Node]:
         rows = scattered_rows(node)
-        for parent in data_inputs(node) if rows is None else (rows[0],):
-            if parent not in seen:
-                seen[parent] = None
-                stack.append(parent)
-    return seen
+        return data_inputs(node) if rows is None else (rows[0],)
+
+    return reachable([operand], sources)

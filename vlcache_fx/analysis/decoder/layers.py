@@ -18,7 +18,6 @@ from torch.fx import Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import row_step
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import (
     NodeSet,
@@ -27,28 +26,10 @@ from vlcache_fx.ir.dataflow import (
     data_inputs,
     descendants,
 )
+from vlcache_fx.ir.nodes import LAYOUT, is_full_slice, packet_of
 from vlcache_fx.ir.refusal import refuse
 
 aten = torch.ops.aten
-
-LAYOUT = frozenset(
-    {
-        aten.view,
-        aten.reshape,
-        aten._unsafe_view,
-        aten.transpose,
-        aten.permute,
-        aten.unsqueeze,
-        aten.squeeze,
-        aten.expand,
-        aten.clone,
-        aten.contiguous,
-        aten.detach,
-        aten.alias,
-        aten.slice,
-    }
-)
-"""Ops that move or repeat values without computing any."""
 
 INDEX_GENERATORS = frozenset({aten.arange})
 
@@ -73,11 +54,6 @@ class LayerParts:
     kv_part: NodeSet
     full_part: NodeSet
     q_part: NodeSet
-
-
-def packet_of(node: Node) -> object:
-    """The overload packet of the node's target (``aten.view`` for ``aten.view.default``)."""
-    return getattr(node.target, "overloadpacket", node.target)
 
 
 def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Graph) -> NodeSet:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlcache_fx.analysis.decoder.facts import DecoderFacts
-from vlcache_fx.analysis.decoder.layers import packet_of
 from vlcache_fx.analysis.tokens.axis import shape_of
-from vlcache_fx.ir.subgraph import attribute, needed_for
+from vlcache_fx.ir.nodes import attribute, packet_of
+from vlcache_fx.ir.subgraph import needed_for
 
 aten = torch.ops.aten
 
@@ -41,7 +41,8 @@ def mask_rule(mask: Node, facts: DecoderFacts) -> str:
 def _parameters(node: Node, lengths: set[int]) -> list[str]:
     """Numbers in an operator on values that are no mere steps, flags or infinities."""
     if node.op == "get_attr":
-        value = attribute(node.graph.owning_module, str(node.target))
+        assert node.graph.owning_module is not None
+        value = attribute(node.graph.owning_module, node)
         values: Sequence[Any] = [value.item()] if isinstance(value, Tensor) and value.numel() == 1 else []
     elif torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in BANDS:
         values = node.args[1:]

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import packet_of
 from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import row_step
-from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_users
-from vlcache_fx.plan.selection import Bound, InputPlaces, InputSize, RowSelection, SizeSum
+from vlcache_fx.ir.nodes import CASTS, COPIES, is_full_slice, packet_of
+from vlcache_fx.plan.selection import Bound, InputPositions, InputSize, RowSelection, SizeSum
 
 aten = torch.ops.aten
-
-COPIES = frozenset({aten._to_copy, aten.to, aten.clone, aten.alias, aten.contiguous, aten.lift_fresh_copy})
-"""Of the same values, on another device or in another dtype."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +121,12 @@ def _places(node: Node, source: Node, axes: Axes) -> RowSelection | None:
         return None
     if not _is_list_of_places(index):  # flags are another selection
         return None
-    while index.op == "call_function" and packet_of(index) in COPIES and isinstance(index.args[0], Node):
+    while packet_of(index) in COPIES | CASTS and isinstance(index.args[0], Node):
         index = index.args[0]
     if index.op != "placeholder" or not _is_list_of_places(index):
         return None
     number = node.graph.find_nodes(op="placeholder").index(index)
-    return RowSelection((InputPlaces(number, from_end=packet_of(node) is aten.index),))
+    return RowSelection((InputPositions(number, from_end=packet_of(node) is aten.index),))
 
 
 def _is_list_of_places(node: Node) -> bool:

@@ -10,12 +10,13 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, is_one, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import row_step
 from vlcache_fx.analysis.tokens.mixing import as_mixing
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_inputs
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.sizes import is_one
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
-"""The token axis of a tensor, and sizes as expressions."""
+"""The token axis of a tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
-import sympy
 import torch
 from torch.fx import Node
+
+from vlcache_fx.ir.sizes import equal, is_one
 
 
 @dataclass(frozen=True)
@@ -101,46 +102,3 @@ def shape_of(node: Node) -> torch.Size:
 def rank_of(node: Node) -> int:
     """Number of dimensions."""
     return len(shape_of(node))
-
-
-def is_one(size: Any) -> bool:
-    """True where the size is the number 1 (a symbol is a length, never 1)."""
-    return isinstance(size, int) and size == 1
-
-
-def product(sizes: Sequence[Any]) -> Any:
-    """Of all sizes; 1 for none."""
-    result: Any = 1
-    for size in sizes:
-        result = result * size
-    return result
-
-
-def equal(left: Any, right: Any) -> bool:
-    """Equality as known from the expressions alone: no guard is added for it."""
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    return bool(_expression(left) - _expression(right) == 0)
-
-
-def quotient(size: Any, divisor: Any) -> Any:
-    """``size / divisor`` where it is an integer whatever the symbols in it are; else None."""
-    if isinstance(size, int) and isinstance(divisor, int):
-        return None if divisor == 0 or size % divisor else size // divisor
-    if equal(divisor, 0):
-        return None
-    ratio = sympy.cancel(_expression(size) / _expression(divisor))
-    if ratio.is_Integer:
-        return int(ratio)
-    return ratio if ratio.is_integer and sympy.denom(ratio) == 1 else None
-
-
-def expressions(sizes: Sequence[Any]) -> list[Any]:
-    """Sizes as numbers and plain expressions, with which one can calculate without adding a guard."""
-    return [size if isinstance(size, int) else _expression(size) for size in sizes]
-
-
-def _expression(size: Any) -> Any:
-    if isinstance(size, int):
-        return sympy.Integer(size)
-    return size if isinstance(size, sympy.Basic) else size.node.expr

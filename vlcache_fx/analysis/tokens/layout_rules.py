@@ -9,24 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import (
-    Axes,
-    Entries,
-    RowStep,
-    TokenAxis,
-    equal,
-    expressions,
-    is_one,
-    product,
-    quotient,
-    rank_of,
-    shape_of,
-)
+from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, rank_of, shape_of
 from vlcache_fx.errors import Reason, UnsupportedGraphError
+from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.sizes import equal, expressions, is_one, product, quotient
 
 aten = torch.ops.aten
-NO_BOUND = 2**63 - 1
 
 Rule: TypeAlias = Callable[[Node, Axes], RowStep]
 
@@ -172,12 +161,6 @@ def _slice(node: Node, axes: Axes) -> RowStep:
     if dim == axis.place and not is_full_slice(node):
         raise lost(node, "it takes a part of the tokens")
     return RowStep(axis)
-
-
-def is_full_slice(node: Node) -> bool:
-    """True for ``slice(x, dim, 0, end, 1)`` that keeps everything."""
-    start, end, step = (list(node.args[2:]) + [None] * 3)[:3]
-    return bool(start in (None, 0) and (end is None or end == NO_BOUND) and step in (None, 1))
 
 
 def _other_dim(node: Node, axes: Axes) -> RowStep:

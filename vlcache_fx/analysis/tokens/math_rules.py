@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, is_one, rank_of, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, rank_of, shape_of
 from vlcache_fx.analysis.tokens.layout_rules import Rule, dimension, lost, single, with_place
+from vlcache_fx.ir.sizes import is_one
 
 aten = torch.ops.aten
 

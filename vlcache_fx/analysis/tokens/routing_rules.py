@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, equal, rank_of
+from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, rank_of
 from vlcache_fx.analysis.tokens.layout_rules import Rule, lost, same, single, with_place
 from vlcache_fx.analysis.tokens.math_rules import pointwise
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.sizes import equal
 
 aten = torch.ops.aten
 

@@ -20,6 +20,7 @@ from vlcache_fx.runtime.requests.masks import MaskLook
 from vlcache_fx.runtime.requests.media_spans import Run
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.requests.spans import donor_key
+from vlcache_fx.spec.slots import StoredSlot
 from vlcache_fx.store.entry import Entry
 
 LEAST_PREFIX_SHARE = 0.5
@@ -63,7 +64,11 @@ class DonorLookup:
             Sample(
                 index,
                 own,
-                tuple(Span(index, run.start, run.length, "", False) for run in own if run.length >= least),
+                tuple(
+                    Span(index, run.start, run.length, "", False, grid=run.grid)
+                    for run in own
+                    if run.length >= least
+                ),
             )
             for index, own in enumerate(by_sample)
         )
@@ -92,7 +97,7 @@ class DonorLookup:
             request: with spans.
             look: what masks let its tokens see.
         """
-        salt, device = self._engine.options.salt, self._form.device.type
+        salt, device = self._engine.options.key_salt, self._form.device.type
         common = [request.weights, self._form.layout, numerics(device)]
         digests = self._form.computation
         identities = {True: content_digest([*common, digests.unified])}
@@ -243,7 +248,7 @@ class DonorLookup:
         repeated = [self._engine.missed.add(key) for key in missed]
         return any(repeated)
 
-    def admit(self, request: Request, recorded: Mapping[str, Tensor], plans: Sequence[Plan]) -> None:
+    def admit(self, request: Request, recorded: Mapping[StoredSlot, Tensor], plans: Sequence[Plan]) -> None:
         """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
         if not request.is_whole:
             return

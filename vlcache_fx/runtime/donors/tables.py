@@ -11,11 +11,9 @@ from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
-
-RESIDUAL = "residual"
-"""The slot of what leaves the last layer; all others are ``<layer>.k`` and ``<layer>.v``."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class RowForm:
 
 
 def tables(
-    entries: Sequence[Entry], forms: Mapping[str, RowForm], device: torch.device
-) -> dict[str, Tensor | Arriving]:
+    entries: Sequence[Entry], forms: Mapping[StoredSlot, RowForm], device: torch.device
+) -> dict[StoredSlot, Tensor | Arriving]:
     """Donor tables per slot: the rows of all entries, one behind the other.
 
     A single donor is handed over as it lies in the store; several are joined. Donors of a host tier are
@@ -67,13 +65,13 @@ def tables(
     layers compute.
     """
 
-    def table(slot: str, dim: int) -> Tensor:
-        parts = [entry.tensors[slot].to(device, non_blocking=True) for entry in entries]
+    def table(slot: StoredSlot, dim: int) -> Tensor:
+        parts = [entry.tensors[str(slot)].to(device, non_blocking=True) for entry in entries]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
         return {slot: table(slot, form.dim) for slot, form in forms.items()}
-    made: dict[str, Tensor | Arriving] = {}
+    made: dict[StoredSlot, Tensor | Arriving] = {}
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     for slot, form in forms.items():
         with torch.cuda.stream(side):
@@ -89,10 +87,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def fits(entry: Entry | None, forms: Mapping[str, RowForm], length: int) -> bool:
+def fits(entry: Entry | None, forms: Mapping[StoredSlot, RowForm], length: int) -> bool:
     """True where the entry has every slot that a program reads, with ``length`` rows of its form each."""
     return entry is not None and all(
-        slot in entry.tensors and form.fits(entry.tensors[slot], length) for slot, form in forms.items()
+        str(slot) in entry.tensors and form.fits(entry.tensors[str(slot)], length)
+        for slot, form in forms.items()
     )
 
 
@@ -106,8 +105,8 @@ def length_of(entry: Entry) -> int:
 def admit(
     store: Store,
     piece: Piece,
-    recorded: Mapping[str, Tensor],
-    forms: Mapping[str, RowForm],
+    recorded: Mapping[StoredSlot, Tensor],
+    forms: Mapping[StoredSlot, RowForm],
     plan: Plan,
     sample: int = 0,
     max_contexts: int = 1,
@@ -119,19 +118,19 @@ def admit(
     places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
     rows = {}
     for slot, form in forms.items():
-        level = plan.num_layers if slot == RESIDUAL else int(slot.partition(".")[0])
+        level = slot.layer if isinstance(slot, Key | Value) else plan.num_layers
         active = plan.rows[level]
         if id(active) not in places:
             places[id(active)] = int(torch.searchsorted(active, piece.start))
         own = form.of_sample(recorded[slot], sample)
-        rows[slot] = own.narrow(form.dim, places[id(active)], piece.length)
+        rows[str(slot)] = own.narrow(form.dim, places[id(active)], piece.length)
     if piece.span is not None:
         return refine.admit_item(store, piece.key, rows, piece.length, piece.before, max_contexts)
     return store.put(piece.key, refine.exact_donor(rows, piece.length, piece.before))
 
 
 def known_prefix(
-    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], forms: Mapping[str, RowForm]
+    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], forms: Mapping[StoredSlot, RowForm]
 ) -> tuple[int, list[Entry]]:
     """How many leading tokens have exact donors, and these.
 

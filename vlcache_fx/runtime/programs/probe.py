@@ -1,6 +1,6 @@
 """Runs the warm program for a look at the first layers, for policies that choose by what they see there."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeGuard
 
@@ -10,13 +10,14 @@ from torch import Tensor
 from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.build import RowChooser
-from vlcache_fx.plan.cut import cut_behind
-from vlcache_fx.plan.types import Plan, Span
-from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
-from vlcache_fx.policies.profile import Profile
+from vlcache_fx.plan.cut import cut_after
+from vlcache_fx.plan.types import Plan, Span, SpanContext
+from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy
 from vlcache_fx.runtime.donors.tables import RowForm, length_of
+from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.request import Request, Sample, together
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
@@ -24,28 +25,26 @@ class ProbeRows:
     """The rows of the probe run, which no budget limits."""
 
     policy: ProbingPolicy
-    forms: Mapping[str, RowForm]
+    forms: Mapping[StoredSlot, RowForm]
     ignores_budget: ClassVar[bool] = True
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``RowChooser``.
 
         Raises:
             PolicyError: the model has fewer layers, or rows are left out.
             PlanError: no layer up to the policy's stores keys and values.
         """
-        if not 0 <= self.policy.probe_layer < num_layers:
+        if not 0 <= self.policy.probe_layer < span.num_layers:
             raise PolicyError(
                 f"policy {self.policy.name!r} probes layer {self.policy.probe_layer}; "
-                f"the model has layers 0 to {num_layers - 1}"
+                f"the model has layers 0 to {span.num_layers - 1}"
             )
-        rows = self.policy.select(span_length, num_layers, profile, budget)
+        rows = self.policy.select(span)
         layer = stored_layer(self.policy, self.forms)
-        if layer < len(rows) and len(rows[layer]) != span_length:
+        if layer < len(rows) and len(rows[layer]) != span.length:
             raise PolicyError(
-                f"policy {self.policy.name!r}: select must ask for all {span_length} rows of a span up to "
+                f"policy {self.policy.name!r}: select must ask for all {span.length} rows of a span up to "
                 f"layer {self.policy.probe_layer}, not for {len(rows[layer])}"
             )
         return rows
@@ -63,24 +62,22 @@ class ChosenRows:
         self.ignores_budget = policy.ignores_budget
         self._policy, self._left = policy, iter(deviations)
 
-    def select(
-        self, span_length: int, num_layers: int, profile: Profile | None, budget: float
-    ) -> Sequence[Tensor]:
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
         """See ``RowChooser``."""
         deviation = next(self._left)
-        assert len(deviation.key) == span_length
-        return self._policy.choose(deviation, num_layers, profile, budget)
+        assert len(deviation.key) == span.length
+        return self._policy.choose(ProbedSpan(**vars(span), deviation=deviation))
 
 
-def first_chooser(policy: Policy, forms: Mapping[str, RowForm]) -> RowChooser:
+def first_chooser(policy: Policy, forms: Mapping[StoredSlot, RowForm]) -> RowChooser:
     """What the first plans of a call ask: the policy, or for the rows of its probe."""
     return ProbeRows(policy, forms) if isinstance(policy, ProbingPolicy) else policy
 
 
-def stored_layer(policy: ProbingPolicy, forms: Mapping[str, RowForm]) -> int:
+def stored_layer(policy: ProbingPolicy, forms: Mapping[StoredSlot, RowForm]) -> int:
     """The last layer up to the policy's that has keys and values of its own, which donors hold."""
     for layer in range(policy.probe_layer, -1, -1):
-        if f"{layer}.k" in forms and f"{layer}.v" in forms:
+        if Key(layer) in forms and Value(layer) in forms:
             return layer
     raise PlanError(f"no layer up to {policy.probe_layer} has keys and values of its own to compare")
 
@@ -95,8 +92,8 @@ def measure(
     program: ProgramRunner,
     request: Request,
     plans: Sequence[Plan],
-    tables: Callable[[], Mapping[str, Tensor | Arriving]],
-    forms: Mapping[str, RowForm],
+    tables: Tables,
+    forms: Mapping[StoredSlot, RowForm],
     output_rows: Tensor | None,
 ) -> list[Deviation] | None:
     """The deviations of all reused spans behind known prefixes, sample by sample.
@@ -116,14 +113,14 @@ def measure(
         None where the program failed.
     """
     layer = stored_layer(policy, forms)
-    plans = [cut_behind(plan, layer, output_rows) for plan in plans]
+    plans = [cut_after(plan, layer, output_rows) for plan in plans]
     results = program.run(request.args, program.bind(together(plans), output_rows, tables))
     if results is None:
         return None
     recorded = dict(zip(program.recorded, results[len(results) - len(program.recorded) :], strict=True))
 
     def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
-        for slot in (f"{layer}.k", f"{layer}.v"):
+        for slot in (Key(layer), Value(layer)):
             form, table = forms[slot], tables()[slot]
             stored = table.get() if isinstance(table, Arriving) else table
             fresh = form.of_sample(recorded[slot], sample.index).narrow(form.dim, place, length)

@@ -1,6 +1,6 @@
 """One program of a decoder graph, lowered when first used."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,11 @@ from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import Arriving, CudaGraphs, Lowered
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.rewrite.hoist_lookups import DONOR
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.programs.bind import Tables, bind
+from vlcache_fx.spec.slots import InputSlot, StoredSlot
 
 
 class ProgramRunner:
@@ -21,8 +22,8 @@ class ProgramRunner:
 
     Args:
         name: ``cold`` or ``warm``; appears in logs.
-        slots: names of the inputs that passes added, in order, behind the graph's own.
-        recorded: names of the results that passes appended.
+        slots: the inputs that passes added, in order, after the graph's own.
+        recorded: the results that passes appended, in order.
         lower: makes it callable; raises LoweringError where it cannot.
         device: where the program's inputs live.
         engine: takes a refusal.
@@ -32,8 +33,8 @@ class ProgramRunner:
     def __init__(
         self,
         name: str,
-        slots: Sequence[str],
-        recorded: Sequence[str],
+        slots: Sequence[InputSlot],
+        recorded: Sequence[StoredSlot],
         lower: Callable[[], Lowered],
         device: torch.device,
         engine: Engine,
@@ -47,7 +48,12 @@ class ProgramRunner:
 
     @classmethod
     def of(cls, name: str, program: Program, device: torch.device, engine: Engine) -> "ProgramRunner":
-        """Of a rewritten graph, lowered as the engine's options say."""
+        """Of a rewritten graph, lowered as the engine's options say.
+
+        Raises:
+            LoweringError: passes are missing that lowerings need.
+        """
+        program.check_complete()
 
         def lower() -> Lowered:
             lowered = engine.lower(program.graph_module, name=name)
@@ -76,42 +82,19 @@ class ProgramRunner:
         self,
         plan: Plan | StackedPlan,
         positions: Tensor | None,
-        tables: Callable[[], Mapping[str, Tensor | Arriving]],
+        tables: Tables,
     ) -> list[Tensor | Arriving]:
-        """The values of the inputs that passes added, in their order.
+        """The values of the inputs that passes added, on the program's device: see ``bind.bind``."""
+        on_device: dict[int, tuple[Tensor, Tensor]] = {}  # with the source, so that no other takes its id
 
-        Args:
-            plan: rows of this request, of all its samples.
-            positions: absolute positions that results need, or None for all.
-            tables: makes the donor tables, per slot. Called last: copies to a device queue up, and the first
-                layer would wait for its rows until the donors of all layers are there.
-        """
-        on_device: dict[int, Tensor] = {}
-
-        def moved(tensor: Tensor) -> Tensor:
+        def send(tensor: Tensor) -> Tensor:
             if self._device.type == "cpu":
                 return tensor
-            if id(tensor) not in on_device:
-                on_device[id(tensor)] = tensor.to(self._device, non_blocking=True)
-            return on_device[id(tensor)]
+            if id(tensor) not in on_device:  # levels share tensors
+                on_device[id(tensor)] = tensor, tensor.to(self._device, non_blocking=True)
+            return on_device[id(tensor)][1]
 
-        per_level = {"rows": plan.rows, "keep": plan.keep, "source": plan.source}
-
-        def of_plan(slot: str) -> Tensor:
-            kind, _, rest = slot.partition(".")
-            if kind == "place":
-                made_at, read_at = map(int, rest.split("."))
-                return moved(torch.searchsorted(plan.rows[made_at], plan.rows[read_at]))
-            if kind == "results":
-                assert positions is not None
-                last = plan.rows[-1]
-                wanted = positions.expand(*last.shape[:-1], -1).contiguous()
-                return moved(torch.searchsorted(last, wanted))
-            return moved(per_level[kind][int(rest)])
-
-        sent = {slot: of_plan(slot) for slot in self.slots if not slot.startswith(DONOR)}
-        made = tables()
-        return [sent[slot] if slot in sent else made[slot.removeprefix(DONOR)] for slot in self.slots]
+        return bind(self.slots, plan, positions, tables, send)
 
     def run(self, args: Sequence[Any], bound: Sequence[Tensor | Arriving]) -> Sequence[Any] | None:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.

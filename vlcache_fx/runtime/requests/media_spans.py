@@ -1,5 +1,6 @@
 """Runs of tokens that an encoder's features fill, and the rows that fill them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, zip_longest
@@ -8,6 +9,54 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.keys.digest_cache import NOTHING, Rows, rows_digests
+from vlcache_fx.plan.types import Grid
+
+
+@dataclass(frozen=True)
+class MediaItems:
+    """Media items of one modality that were encoded for a call, in order.
+
+    Attributes:
+        lengths: rows of features of each item.
+        grids: of each item, None where it is not known; empty where none is.
+    """
+
+    lengths: tuple[int, ...] = ()
+    grids: tuple[Grid | None, ...] = ()
+
+    @classmethod
+    def of_patches(cls, lengths: Sequence[int], patches: Sequence[Sequence[int]]) -> "MediaItems":
+        """Items whose encoder merges squares of patches into a row.
+
+        Args:
+            lengths: rows of features of each item.
+            patches: per item, patches in time, height and width; empty where they are not known.
+        """
+        if len(patches) != len(lengths):
+            return cls(tuple(lengths))
+        grids = [merged_grid(grid, length) for grid, length in zip(patches, lengths, strict=True)]
+        return cls(tuple(lengths), tuple(grids))
+
+    @property
+    def grid_of_rows(self) -> dict[tuple[int, int], Grid]:
+        """Grids by the rows ``(start, end)`` of all items' features."""
+        bounds = pairwise(accumulate(self.lengths, initial=0))
+        return {rows: grid for rows, grid in zip(bounds, self.grids, strict=False) if grid is not None}
+
+
+NO_ITEMS = MediaItems()
+
+
+def merged_grid(patches: Sequence[int], length: int) -> Grid | None:
+    """The grid of ``length`` tokens, each of a square of patches; None where no square fits."""
+    if len(patches) != 3 or length < 1:
+        return None
+    time, height, width = patches
+    side = math.isqrt(time * height * width // length)
+    if not side or height % side or width % side:
+        return None
+    grid = (time, height // side, width // side)
+    return grid if math.prod(grid) == length else None
 
 
 @dataclass(frozen=True)
@@ -19,6 +68,7 @@ class Run:
         start, length: the tokens, from the beginning of the sample.
         content: feature rows of these tokens: those merged, and any added in later layers.
         known: digests of ``content``; None, or missing, for what has not been read.
+        grid: of the media item, where it is known and the run is the whole item.
     """
 
     sample: int
@@ -26,6 +76,7 @@ class Run:
     length: int
     content: tuple[Tensor, ...]
     known: tuple[str | None, ...] = ()
+    grid: Grid | None = None
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -56,19 +107,20 @@ def runs_of(
     places: Tensor,
     features: Tensor,
     num_tokens: int,
-    lengths: Sequence[int] = (),
+    items: MediaItems = NO_ITEMS,
     known: Mapping[Rows, str] = NOTHING,
 ) -> list[Run]:
     """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
 
-    An item lies in one sample, so none goes on in the next; where ``lengths`` of items are known, none goes
-    on behind one of them. Digests of rows may be ``known``.
+    An item lies in one sample, so no run continues in the next sample; where ``items`` are known, none
+    continues after the end of an item. Digests of rows may be ``known``.
     """
     if not len(places):
         return []
     ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
-    cuts = [cut for cut in accumulate(lengths) if 0 < cut < len(places)]
+    cuts = [cut for cut in accumulate(items.lengths) if 0 < cut < len(places)]
     ends[torch.tensor(cuts, dtype=torch.int64) - 1] = True
+    grids = items.grid_of_rows
     firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
     return [
         Run(
@@ -76,6 +128,7 @@ def runs_of(
             after - first,
             (features[first:after],),
             (known.get((first, after)),),
+            grids.get((first, after)),
         )
         for first, after in pairwise(firsts)
     ]

@@ -12,7 +12,15 @@ from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import known_rows
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
-from vlcache_fx.runtime.requests.media_spans import Run, flagged_places, runs_of, token_flags, with_additions
+from vlcache_fx.runtime.requests.media_spans import (
+    NO_ITEMS,
+    MediaItems,
+    Run,
+    flagged_places,
+    runs_of,
+    token_flags,
+    with_additions,
+)
 from vlcache_fx.runtime.requests.on_cpu import evaluated_on_cpu
 
 
@@ -56,14 +64,14 @@ class Identifier:
         )
 
     def runs(
-        self, args: Sequence[Any], items: Sequence[Sequence[int]] = ()
+        self, args: Sequence[Any], items: Sequence[MediaItems] = ()
     ) -> tuple[int, int, list[Run]] | None:
         """``(samples, tokens of each, runs in order)``; None where placeholders and features do not agree.
 
         Args:
             args: the graph's inputs.
-            items: where it is known, the rows of features of each item, per modality. Items that follow each
-                other without text between them, such as frames, are runs of their own then.
+            items: per modality, where they are known. Items that follow each other without text between them,
+                such as frames, are runs of their own then.
         """
         if self.embeddings is not None:
             embeds = args[self.embeddings]
@@ -83,8 +91,8 @@ class Identifier:
                 return None
             known = known_rows(args[index]) if args[index].dim() == features.dim() else {}
             if place < self.num_merges:
-                lengths = next((one for one in items if sum(one) == len(places)), ())
-                found.extend(runs_of(places, features, tokens, lengths, known))
+                encoded = next((one for one in items if sum(one.lengths) == len(places)), NO_ITEMS)
+                found.extend(runs_of(places, features, tokens, encoded, known))
             else:
                 extended = with_additions(found, places, features, tokens, known)
                 if extended is None:

@@ -1,4 +1,4 @@
-"""The console script."""
+"""``vlcache bench``, as people call it."""
 
 import json
 from pathlib import Path
@@ -7,47 +7,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import vlcache_fx
 from vlcache_fx.cli import app
-from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import known_policies
 
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def test_version() -> None:
-    assert run("version").strip() == vlcache_fx.__version__
-
-
-def test_policies_lists_them_with_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    output = run("policies")
-    for name, entry in known_policies().items():
-        assert name in output
-        assert entry.value in output
-    assert "All rows in all layers" in output
-
-
-def test_an_error_is_a_message_not_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail() -> None:
-        raise PolicyError("two policies are named 'x'")
-
-    monkeypatch.setattr("vlcache_fx.policies.known_policies", fail)
-    result = CliRunner().invoke(app, ["policies"])
-    assert result.exit_code == 1
-    assert "error: two policies are named 'x'" in result.output
-
-
-def test_help_names_the_commands() -> None:
-    output = run("--help")
-    assert "version" in output
-    assert "policies" in output
-    assert "bench" in output
-
+from .helpers import run
 
 QUICK = ("bench", "--preset", "tiny", "--lowering", "eager", "--no-compile-time", "--rounds", "1")
 
@@ -63,7 +25,7 @@ def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_rates")
-def test_bench_prints_tables_and_writes_a_record_and_a_picture(tmp_path: Path) -> None:
+def test_bench_tables_record_and_picture(tmp_path: Path) -> None:
     output = run(
         *QUICK,
         *("--vision-tokens", "24", "--dtype", "float32", "--device", "cpu", "--store-entries", "10"),
@@ -107,16 +69,14 @@ def test_bench_prints_tables_and_writes_a_record_and_a_picture(tmp_path: Path) -
         (("--images", "0"), "images=0 is not valid"),
     ],
 )
-def test_bench_refuses_what_it_cannot_measure(
-    tmp_path: Path, arguments: tuple[str, ...], message: str
-) -> None:
+def test_bench_bad_arguments(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     result = CliRunner().invoke(app, [*QUICK, "--output-dir", str(tmp_path), *arguments])
     assert result.exit_code == 1
     assert "error: " in result.output
     assert message in result.output
 
 
-def test_bench_names_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(app, [*QUICK])
     assert result.exit_code == 1

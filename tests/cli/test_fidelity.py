@@ -1,0 +1,19 @@
+"""``vlcache fidelity``: what it refuses. ``tests/fidelity/test_reference.py`` runs it."""
+
+import pytest
+
+from .helpers import failure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no model 'nowhere': give one of reference, photo, or a folder"),
+        (["reference", "--policy", "best"], "unknown policy 'best'"),
+        (["reference", "--budget", "2"], "must be a share in [0, 1], not 2.0"),
+        (["reference", "--family", "two"], "unknown family 'two'"),
+        (["reference", "--profile", "no.json"], "cannot read the profile 'no.json'"),
+    ],
+)
+def test_fidelity_bad_arguments(arguments: list[str], message: str) -> None:
+    assert message in failure("fidelity", *arguments)

@@ -1,0 +1,97 @@
+"""Slots have one writer and one parser."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlcache_fx.errors import SlotError
+from vlcache_fx.spec.slots import (
+    Donor,
+    InputSlot,
+    Keep,
+    Key,
+    Positions,
+    Residual,
+    Results,
+    Rows,
+    Slot,
+    Source,
+    StoredSlot,
+    Value,
+)
+
+levels = st.integers(0, 10**6)
+stored = st.one_of(st.builds(Key, levels), st.builds(Value, levels), st.builds(Residual))
+inputs = st.one_of(
+    st.builds(Rows, levels),
+    st.builds(Keep, levels),
+    st.builds(Positions, levels, levels),
+    st.builds(Source, levels),
+    st.builds(Results),
+    st.builds(Donor, stored),
+)
+
+
+@given(st.one_of(inputs, stored))
+def test_parse_reads_what_str_writes(slot: Slot) -> None:
+    assert Slot.parse(str(slot)) == slot
+
+
+@given(inputs, stored)
+def test_parse_of_a_kind(added: InputSlot, rows: StoredSlot) -> None:
+    assert InputSlot.parse(str(added)) == added
+    assert StoredSlot.parse(str(rows)) == rows
+    with pytest.raises(SlotError, match="not StoredSlot"):
+        StoredSlot.parse(str(added))
+    with pytest.raises(SlotError, match="not InputSlot"):
+        InputSlot.parse(str(rows))
+
+
+@given(st.text())
+def test_parse_of_any_text(text: str) -> None:
+    try:
+        slot = Slot.parse(text)
+    except SlotError as error:
+        assert repr(text) in str(error)  # noqa: PT017 (either is right)
+    else:
+        assert str(slot) == text
+
+
+@pytest.mark.parametrize(
+    ("slot", "name"),
+    [
+        (Rows(3), "rows.3"),
+        (Keep(3), "keep.3"),
+        (Positions(1, 3), "place.1.3"),
+        (Source(2), "source.2"),
+        (Results(), "results"),
+        (Donor(Key(0)), "donor.0.k"),
+        (Donor(Residual()), "donor.residual"),
+        (Key(12), "12.k"),
+        (Value(12), "12.v"),
+        (Residual(), "residual"),
+    ],
+)
+def test_str_is_what_stores_and_manifests_hold(slot: Slot, name: str) -> None:
+    assert str(slot) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "row.3", "rows", "rows.", "rows.x", "rows.03", "rows. 3", "rows.+3", "rows.-3", "rows.1_0",
+     "keep.1.2", "place.1", "results.1", "donor", "donor.rows.1", "donor.donor.0.k", "k", "3.K", "3.k.",
+     "Residual"],
+)  # fmt: skip
+def test_parse_of_no_slot(name: str) -> None:
+    with pytest.raises(SlotError, match="slot"):
+        Slot.parse(name)
+
+
+def test_row_level() -> None:
+    assert [slot.row_level for slot in (Rows(3), Keep(3), Positions(1, 3))] == [3, 4, 3]
+
+
+def test_kinds_are_not_equal() -> None:
+    assert len({Rows(3), Keep(3), Source(3), Key(3), Value(3), Results(), Residual()}) == 7

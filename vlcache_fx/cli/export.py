@@ -1,0 +1,105 @@
+"""``vlcache export``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import vlcache_fx
+from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    from vlcache_fx.deploy.describe import ExportReport
+    from vlcache_fx.deploy.engines import EngineOptions
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    directory: Annotated[Path, typer.Argument(help="where to write; must not exist, or be empty")],
+    data: Annotated[
+        Path | None, typer.Option(help="prompts as for fidelity; the first reuse of them is the example")
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="onnx, tensorrt")] = "onnx",
+    opset: Annotated[int, typer.Option(help="18 to 23; from 23 on attention is one node")] = 22,
+    dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
+    policy: Annotated[str, typer.Option(help="decides which layers share their rows")] = "layer_aware",
+    budget: Annotated[float, typer.Option(help="share recomputed")] = 0.02,
+    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPUs of engines that tensorrt_rtx builds, such as sm86")
+    ] = None,
+    package: Annotated[str | None, typer.Option(help="tensorrt, tensorrt_rtx [default: installed]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="longest prompt of engines [default: 8192]")] = None,
+) -> None:
+    """Write encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""
+    with readable_errors():
+        if dtype not in DTYPES:
+            raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
+        loaded, inputs = _example(model, data, dtype)
+        engine = None
+        if output_format == "tensorrt":
+            engine = _engine_options(compute_capability or (), package, tokens)
+        report = vlcache_fx.export(
+            loaded,
+            inputs,
+            directory,
+            format=output_format,
+            opset=opset,
+            engine=engine,
+            policy=policy,
+            budget=budget,
+            profile=profile,
+        )
+        _show(report)
+
+
+def _example(model: str, data: Path | None, dtype: str) -> tuple[Any, dict[str, Any]]:
+    """The model, and the inputs of its first prompt."""
+    import torch
+
+    from vlcache_fx.fidelity.models import load_cases, load_model
+
+    example = load_cases(model, data, (), 1, split="test", seed=0)[0].asked
+    loaded, processor = load_model(model)
+    loaded = loaded.to(getattr(torch, dtype))
+    inputs = dict(processor(text=[example.text], images=list(example.images), return_tensors="pt"))
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            inputs[name] = value.to(getattr(torch, dtype))
+    return loaded, inputs
+
+
+def _engine_options(
+    compute_capabilities: Sequence[str], package: str | None, tokens: int | None
+) -> EngineOptions:
+    from vlcache_fx.deploy.engines import EngineOptions
+
+    settings: dict[str, Any] = {"package": package}
+    if compute_capabilities:
+        settings["compute_capabilities"] = tuple(compute_capabilities)
+    if tokens is not None:
+        settings["sizes"] = {"tokens": (2, max(2, tokens // 2), tokens)}
+    return EngineOptions(**settings)
+
+
+def _show(report: ExportReport) -> None:
+    table = Table("file", "size, kB", "build, s", title=report.directory)
+    seconds = {f"{name}.engine": values["build_seconds"] for name, values in report.engines.items()}
+    for name, size in report.files.items():
+        table.add_row(name, f"{size / 1e3:,.0f}", f"{seconds[name]:.1f}" if name in seconds else "")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{len(report.lookups)} lookups in {len(report.restricted)} layers; "
+        f"the warm graph has {len(report.hoisted)} inputs for them and for the plan"
+    )
+    for part in report.refused:
+        console.print(f"not exported: {part['graph']}: {part['reason']}")

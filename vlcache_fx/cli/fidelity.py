@@ -1,0 +1,84 @@
+"""``vlcache fidelity``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
+from vlcache_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    from vlcache_fx.fidelity.run import Score
+
+POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
+
+
+def fidelity(
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    data: Annotated[Path | None, DATA] = None,
+    family: Annotated[list[str] | None, typer.Option(help="of the model's questions [default: all]")] = None,
+    count: Annotated[int, typer.Option(help="questions per family")] = 100,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="see vlcache policies [default: all that take a budget]")
+    ] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="share recomputed [default: 0 0.01 0.02 0.05 0.1 0.2 1]")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
+    batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
+    positions: Annotated[int, POSITIONS] = 1,
+    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
+    output_dir: Annotated[Path, typer.Option(help="for fidelity.json, .md and .png")] = Path(
+        "fidelity-output"
+    ),
+) -> None:
+    """Accuracy, agreement and divergence of policies and budgets, against the unmodified model."""
+    with readable_errors():
+        # here: torch takes a second to import
+        from vlcache_fx.fidelity.models import load_cases, load_subject
+        from vlcache_fx.fidelity.run import BUDGETS, run, settings
+        from vlcache_fx.policies import Profile, get_policy
+
+        budgets = budget or BUDGETS
+        bad = [share for share in budgets if not 0 <= share <= 1]
+        if bad:
+            raise OptionError(f"a budget must be a share in [0, 1], not {bad[0]}")
+        compared = settings(
+            [get_policy(name) for name in policy or POLICIES],
+            sorted(set(budgets)),
+            None if profile is None else Profile.load(profile),
+        )
+        cases = load_cases(model, data, tuple(family or ()), count, split="test", seed=seed)
+        subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+        with progress(wide_console(), "asking", len(cases)) as advance:
+            scores = run(subject, cases, compared, batch=batch, after_batch=advance)
+        _write(scores, model, seed, budgets, output_dir)
+
+
+def _write(scores: list[Score], model: str, seed: int, budgets: Sequence[float], output_dir: Path) -> None:
+    """Print tables; write ``fidelity.json``, ``.md`` and ``.png``."""
+    from vlcache_fx.bench.machine import describe_machine
+    from vlcache_fx.bench.table import machine_line
+    from vlcache_fx.fidelity import table
+    from vlcache_fx.fidelity.plot import plot_scores
+
+    console = wide_console()
+    console.print(table.overall_table(scores, model))
+    shown = 0.02 if 0.02 in budgets else min(budgets, key=lambda budget: abs(budget - 0.02))
+    console.print(table.family_table(scores, shown, model))
+    machine = machine_line(describe_machine())
+    console.print(machine, highlight=False)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record = {"model": model, "machine": machine, "seed": seed, "scores": [asdict(score) for score in scores]}
+    (output_dir / "fidelity.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (output_dir / "fidelity.md").write_text(table.markdown(scores), encoding="utf-8")
+    plot_scores(scores, model, machine, output_dir / "fidelity.png")
+    console.print(f"wrote fidelity.json, .md and .png to {output_dir}")

@@ -1,0 +1,20 @@
+"""``vlcache policies``."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from vlcache_fx.cli.errors import readable_errors
+
+
+def policies() -> None:
+    """List the policies that are installed."""
+    from vlcache_fx.policies import get_policy, known_policies  # here: torch takes a second to import
+
+    table = Table("policy", "implementation", "what it recomputes")
+    with readable_errors():
+        for name, entry in known_policies().items():
+            summary = (type(get_policy(name)).__doc__ or "").strip().partition("\n\n")[0]
+            table.add_row(name, entry.value, " ".join(summary.split()))
+    Console().print(table)

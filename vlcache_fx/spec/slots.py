@@ -1,0 +1,191 @@
+"""Slots: the names of a program's additional inputs, and of the rows that a donor stores.
+
+A decoder of L layers has levels 0 to L: level l < L is the input of layer l, level L is what leaves the last
+layer. N tokens, n(l) active rows at level l, s results that take single tokens, D donor rows of all reused
+spans. Index tensors are int64; in a program of several samples they begin with a batch dimension.
+
+==================  ==============  ==================  ===================================================
+slot                name            shape               carries
+==================  ==============  ==================  ===================================================
+``Rows(l)``         ``rows.3``      [n(l)]              active token positions of level l, sorted
+``Keep(l)``         ``keep.3``      [n(l + 1)]          indices of level l + 1's rows within level l's
+``Positions(a, b)`` ``place.1.3``   [n(b)]              indices of level b's rows within level a's
+``Source(l)``       ``source.3``    [N]                 per token donor row v >= 0, or computed row -(v + 1)
+``Results()``       ``results``     [s]                 indices of the results' tokens within level L's rows
+``Donor(stored)``   ``donor.3.k``   as stored, D rows   the donor table of a stored slot
+``Key(l)``          ``3.k``         as in the graph     keys of layer l, before positions enter
+``Value(l)``        ``3.v``         as in the graph     values of layer l
+``Residual()``      ``residual``    [1, rows, hidden]   what leaves the last layer
+==================  ==============  ==================  ===================================================
+
+The first six are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
+others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``carry_rows`` ``Positions``, ``splice_rows``
+``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs`` declares their sizes,
+and ``runtime.programs.bind`` makes their values from a plan and donor tables.
+
+The last three are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
+program's results; a donor in the store has a tensor under the name of each. Names are written to stores and
+manifests, so they never change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+from vlcache_fx.errors import SlotError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Base class. ``str(slot)`` is the name; ``parse`` reads it."""
+
+    kind: ClassVar[str]
+
+    def __str__(self) -> str:
+        """The name: the kind, then the fields, joined by dots."""
+        return ".".join([self.kind, *(str(getattr(self, field.name)) for field in fields(self))])
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The slot of a name; called on a subclass, one of that kind.
+
+        Raises:
+            SlotError: ``name`` is no slot, or one of another kind.
+        """
+        try:
+            slot = _read(name)
+        except ValueError as error:
+            raise SlotError(f"{name!r} is not the name of a slot") from error
+        if str(slot) != name:  # such as "rows.03"
+            raise SlotError(f"{name!r} is not the name of a slot; {str(slot)!r} is")
+        if not isinstance(slot, cls):
+            raise SlotError(f"slot {name!r} is {type(slot).__name__}, not {cls.__name__}")
+        return slot
+
+
+class InputSlot(Slot):
+    """An input that passes add to a program."""
+
+
+class StoredSlot(Slot):
+    """Rows that a program records and a donor stores."""
+
+
+@dataclass(frozen=True)
+class Rows(InputSlot):
+    """Active token positions of a level."""
+
+    level: int
+    kind: ClassVar[str] = "rows"
+
+    @property
+    def row_level(self) -> int:
+        """The level whose rows the entries are for."""
+        return self.level
+
+
+@dataclass(frozen=True)
+class Keep(InputSlot):
+    """Indices of the next level's rows within those of ``level``."""
+
+    level: int
+    kind: ClassVar[str] = "keep"
+
+    @property
+    def row_level(self) -> int:
+        """The level whose rows the entries are for."""
+        return self.level + 1
+
+
+@dataclass(frozen=True)
+class Positions(InputSlot):
+    """Indices of the rows of level ``read_at`` within those of an earlier level ``made_at``."""
+
+    made_at: int
+    read_at: int
+    kind: ClassVar[str] = "place"
+
+    @property
+    def row_level(self) -> int:
+        """The level whose rows the entries are for."""
+        return self.read_at
+
+
+@dataclass(frozen=True)
+class Source(InputSlot):
+    """Where each token's row at ``level`` comes from: see ``plan.Plan.source``."""
+
+    level: int
+    kind: ClassVar[str] = "source"
+
+
+@dataclass(frozen=True)
+class Results(InputSlot):
+    """Indices of the results' tokens within the rows of the last level."""
+
+    kind: ClassVar[str] = "results"
+
+
+@dataclass(frozen=True)
+class Donor(InputSlot):
+    """The donor table of a stored slot."""
+
+    stored: StoredSlot
+    kind: ClassVar[str] = "donor"
+
+
+@dataclass(frozen=True)
+class _LayerRows(StoredSlot):
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}"
+
+
+class Key(_LayerRows):
+    """Keys of a layer, before positions enter."""
+
+    kind: ClassVar[str] = "k"
+
+
+class Value(_LayerRows):
+    """Values of a layer."""
+
+    kind: ClassVar[str] = "v"
+
+
+class Residual(StoredSlot):
+    """What leaves the last layer; stored where results need all rows."""
+
+    kind: ClassVar[str] = "residual"
+
+
+def _read(name: str) -> Slot:
+    """The slot that ``name`` means, leading zeros allowed; ValueError for anything else."""
+    match name.split("."):
+        case ["rows", level]:
+            return Rows(_number(level))
+        case ["keep", level]:
+            return Keep(_number(level))
+        case ["place", made_at, read_at]:
+            return Positions(_number(made_at), _number(read_at))
+        case ["source", level]:
+            return Source(_number(level))
+        case ["results"]:
+            return Results()
+        case ["residual"]:
+            return Residual()
+        case ["donor", *stored]:
+            return Donor(StoredSlot.parse(".".join(stored)))
+        case [layer, "k"]:
+            return Key(_number(layer))
+        case [layer, "v"]:
+            return Value(_number(layer))
+    raise ValueError(name)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():  # int() takes signs, spaces and underscores
+        raise ValueError(text)
+    return int(text)
