@@ -30,18 +30,18 @@ SYSTEMS = {
 }
 
 
-def pieces(ttft: dict[str, Any], *, warm: bool) -> list[tuple[str, int, str]]:
+def pieces(point: dict[str, Any], *, warm: bool) -> list[tuple[str, int, str]]:
     """Kind, tokens and colour of each part of a prompt, in order.
 
     The default policy recomputes the earliest tokens of a reused span.
     """
-    length = ttft["vision_tokens"]
-    start = ttft["starts"][1 if warm else 0]
-    after = ttft["num_tokens"] - start - length
+    length = point["vision_tokens"]
+    start = point["starts"][1 if warm else 0]
+    after = point["num_tokens"] - start - length
     if not warm:
         return [("text", start, TEXT), ("computed", length, COMPUTED), ("text", after, TEXT)]
-    report = ttft["warm_report"]
-    recomputed = report["rows_per_layer"][0] - (ttft["num_tokens"] - length)
+    report = point["warm"]["warm"]["report"]
+    recomputed = report["rows_per_layer"][0] - (point["num_tokens"] - length)
     return [
         ("text", start, TEXT),
         ("recomputed", recomputed, COMPUTED),
@@ -87,19 +87,20 @@ def draw_times(axes: Axes, seconds: dict[str, list[float]]) -> None:
 
 def draw(record: dict[str, Any], output: Path) -> None:
     """Write the picture of ``record`` to ``output``."""
-    ttft, machine = record["ttft"], record["machine"]
+    bench = record["bench"]
+    point, size, machine = bench["points"][0]["point"], bench["size"], bench["machine"]
     plt.rcParams.update({"font.size": 10, "svg.hashsalt": "vlcache_fx", "font.family": "DejaVu Sans"})
     figure, axes = plt.subplots(
         3, 1, figsize=(9.2, 4.6), height_ratios=[0.55, 0.55, 2.2], layout="constrained", facecolor="white"
     )
-    draw_strip(axes[0], "First request: the photo is new", pieces(ttft, warm=False))
-    draw_strip(axes[1], "Next request: another prompt, same photo", pieces(ttft, warm=True))
-    draw_times(axes[2], {name: ttft["seconds"][name] for name in SYSTEMS})
+    draw_strip(axes[0], "First request: the photo is new", pieces(point, warm=False))
+    draw_strip(axes[1], "Next request: another prompt, same photo", pieces(point, warm=True))
+    draw_times(axes[2], {name: point["seconds"][name] for name in SYSTEMS})
     named = {"text": TEXT, "photo, computed": COMPUTED, "photo, reused": REUSED}
     handles = [Patch(color=colour, label=name) for name, colour in named.items()]
     axes[2].legend(handles=handles, loc="lower right", frameon=False)
     axes[2].set_xlabel(
-        f"{ttft['parameters'] / 1e6:.0f} M parameters, {ttft['shape']['layers']} layers, {ttft['dtype']}; "
+        f"{size['parameters'] / 1e6:.0f} M parameters, {size['layers']} layers, {bench['dtype']}; "
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}",
         loc="right",
         fontsize=8.5,

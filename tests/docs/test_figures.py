@@ -51,25 +51,29 @@ def test_write_sections_fills_the_places_that_it_knows(tmp_path: Path) -> None:
 
 def record() -> dict[str, Any]:
     """As ``make demo`` writes it, as far as the picture needs it."""
+    report = {"rows_per_layer": [12, 2]}
+    point = {
+        "num_tokens": 110,
+        "vision_tokens": 100,
+        "starts": [4, 6],
+        "seconds": {"plain": [3.0, 2.0], "cold": [2.0], "warm": [0.1], "floor": [0.2]},
+        "warm": {"warm": {"report": report}},
+    }
     return {
-        "machine": {"processor": "Some CPU", "cores": 2, "torch": "2"},
-        "ttft": {
-            "num_tokens": 110,
-            "vision_tokens": 100,
-            "starts": [4, 6],
-            "parameters": 1_000_000,
+        "bench": {
+            "machine": {"processor": "Some CPU", "cores": 2, "torch": "2"},
+            "size": {"parameters": 1_000_000, "layers": 8},
             "dtype": "bfloat16",
-            "shape": {"layers": 8},
-            "seconds": {"plain": [3.0, 2.0], "cold": [2.0], "warm": [0.1], "floor": [0.2]},
-            "warm_report": {"rows_per_layer": [12, 2]},
-        },
+            "points": [{"point": point}],
+        }
     }
 
 
 def test_pieces_split_a_warm_prompt() -> None:
-    pieces = load("request").pieces(record()["ttft"], warm=True)
+    point = record()["bench"]["points"][0]["point"]
+    pieces = load("request").pieces(point, warm=True)
     assert [count for _, count, _ in pieces] == [6, 2, 98, 4]
-    cold = load("request").pieces(record()["ttft"], warm=False)
+    cold = load("request").pieces(point, warm=False)
     assert [count for _, count, _ in cold] == [4, 100, 6]
 
 
