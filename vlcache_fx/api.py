@@ -11,12 +11,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.regions import uncompiled_refusal
 from vlcache_fx.compiler.turns import Turns
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
-from vlcache_fx.explain import Arguments
+from vlcache_fx.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     hook_encoders,
@@ -26,7 +27,6 @@ from vlcache_fx.integrations.transformers import (
 )
 from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
 
@@ -68,6 +68,9 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         args, kwargs = encoders_first.prepared(args, kwargs)
         return args, joined_items(kwargs)
 
+    def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
+        return explain(plain, inputs, prepared, engine.options.dynamic)
+
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if records_gradients((*args, *kwargs.values()), inner):
@@ -90,7 +93,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
     hook_encoders(inner, engine)
     hook_placeholder_check(inner)
-    engine.explains(forward, prepared)
+    engine.explains(forward, explanation)
     object.__setattr__(inner, "forward", forward)
     for one in {id(one): one for one in (inner, getattr(inner, "base_model", inner))}.values():
         refuse_copies(one)

@@ -21,6 +21,9 @@ from vlcache_fx.capture import capture_dynamo
 from vlcache_fx.capture.decode_steps import attends
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
 from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiler.builders.runners import decoder_runner, encoder_runner, step_runner
+from vlcache_fx.compiler.builders.spans import merge_marks
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.regions import raise_recompile_limit, watch
 from vlcache_fx.compiler.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 from vlcache_fx.compiling import compiling, raise_limit_of_function
@@ -29,15 +32,10 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.classify import GraphKind, classify
-from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_results
 from vlcache_fx.passes.standard import CLEANUP, step_program
 from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
-from vlcache_fx.runtime.decode import StepRunner
-from vlcache_fx.runtime.encode import EncoderRunner
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
-from vlcache_fx.runtime.merge import MergeMarks
-from vlcache_fx.runtime.prefill import DecoderRunner
 from vlcache_fx.runtime.report import Report, one_line
 
 _log = logging.getLogger(__name__)
@@ -182,7 +180,7 @@ def _rewrite(captured: Captured, engine: Engine, unmodified: Unmodified) -> Comp
 
 def _mark_spans(captured: Captured, unmodified: Unmodified) -> Compiled:
     """A graph that merges and attends to nothing."""
-    marks, merge = MergeMarks.of(captured), unmodified.prepare()
+    marks, merge = merge_marks(captured), unmodified.prepare()
     assert marks is not None
     return lambda *args: marks.mark(args, merge(*args))
 
@@ -192,13 +190,13 @@ def _reuse_spans(
 ) -> Compiled:
     """A decoder, and the encoder of its spans where that is in the same graph."""
     if split is None:
-        decoder = DecoderRunner.of(captured, engine, unmodified)
+        decoder = decoder_runner(captured, engine, unmodified)
         return lambda *args: decoder(args)
     original = len(captured.kinds)
-    decoder = DecoderRunner.of(split.decoder, engine, lambda *args: unmodified(*args[:original]))
+    decoder = decoder_runner(split.decoder, engine, lambda *args: unmodified(*args[:original]))
     if not split.computes:
         return lambda *args: decoder([*args, *split.encoder(*args)])
-    encoder = _kept(split, engine)
+    encoder = encoder_runner(split, engine)
 
     def run(*args: Any) -> Sequence[Any]:
         features, hit = encoder(args)
@@ -210,28 +208,18 @@ def _reuse_spans(
 def _keep_results(captured: Captured, engine: Engine) -> Compiled:
     """A graph that is an encoder; text in the same graph stays out of its keys."""
     split = split_results(captured)
-    encoder = _kept(split, engine)
+    encoder = encoder_runner(split, engine)
     if not split.other_places:
         return lambda *args: split.joined(encoder(args)[0], ())
-    others = _lowered(split.others, engine)
-    return lambda *args: split.joined(encoder(args)[0], others(*args))
+    others = engine.lower(split.others, name="encoder")
+    return lambda *args: split.joined(encoder(args)[0], others(args))
 
 
 def _keep_attended(split: SplitEncoder, engine: Engine) -> Compiled:
     """A decoder that looks at an item through cross-attention: what is made of the item alone is kept."""
-    encoder = _kept(split, engine)
+    encoder = encoder_runner(split, engine)
     decoder = engine.lower(split.decoder.graph_module, name="cross-attending decoder")
     return CrossAttendingRunner(encoder, decoder, engine)
-
-
-def _kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
-    run = _lowered(split.encoder, engine)
-    return EncoderRunner(run, split.inputs, split.weights, split.computations, engine)
-
-
-def _lowered(encoder: fx.GraphModule, engine: Engine) -> Compiled:
-    run = engine.lower(encoder, name="encoder")
-    return lambda *args: run(args)
 
 
 def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: Engine) -> Compiled:
@@ -240,12 +228,12 @@ def _without_reuse(captured: Captured | None, unmodified: Unmodified, engine: En
         return unmodified.prepare()
     try:
         program = step_program(captured)
-        lowered = engine.lower(program.graph_module, name="decoding step")
+        step = step_runner(captured, program, engine, unmodified)
     except (UnsupportedGraphError, PassError, LoweringError) as failure:
         _log.debug("a decoding step is compiled as a whole: %s", failure)
         return unmodified.prepare()
     unmodified.release()
-    return _guarded(StepRunner(captured, program, lowered, unmodified), captured, unmodified)
+    return _guarded(step, captured, unmodified)
 
 
 def _guarded(compiled: Compiled, captured: Captured, unmodified: Compiled) -> Compiled:

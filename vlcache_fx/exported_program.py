@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 from vlcache_fx.backend import compile_captured
 from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_arguments
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.report import Report, one_line
 

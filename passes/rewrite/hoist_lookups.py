@@ -3,9 +3,7 @@
 from typing import ClassVar
 
 from vlcache_fx.passes.base import Pass, Program
-
-DONOR = "donor."
-"""What the names of donors' inputs begin with; the slot follows."""
+from vlcache_fx.spec.program import DONOR
 
 
 class HoistLookups(Pass):

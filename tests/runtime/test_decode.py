@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.builders.runners import step_spec
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.passes import Program
 from vlcache_fx.runtime.decode import StepRunner
@@ -32,7 +33,7 @@ def runner(*writes: Write) -> StepRunner:
     graph.output((None,) * 4)
     captured = Captured(torch.fx.GraphModule({}, graph), KINDS, writes=writes)
     made = Program(captured.graph_module, writes=writes, in_place=[0] if writes else [])
-    return StepRunner(captured, made, lowered, unmodified)
+    return StepRunner(step_spec(captured, made), lowered, unmodified)
 
 
 def inputs() -> list[Tensor]:

@@ -16,8 +16,8 @@ import torch
 from torch._dynamo import eval_frame
 
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 
 TORCH_RECOMPILE_LIMIT = 8
 """Dynamo's own; another value was set by the user, and stays."""

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
 from vlcache_fx.integrations.items import (
     Fields,
@@ -24,10 +25,9 @@ from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import bounds_of, rows_digests
-from vlcache_fx.lowering.numerics import device_type_of, numerics
+from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encode import packed, unpacked
-from vlcache_fx.runtime.engine import Engine
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from vlcache_fx.compiling import compiling
-from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, arrived
 
 __all__ = ["EagerLowering"]
 

@@ -17,7 +17,7 @@ from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
 from torch.fx.passes.operator_support import OperatorSupportBase
 
 from vlcache_fx.errors import LoweringError, OptionError
-from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, arrived
 
 __all__ = ["DryRun", "TensorRtLowering", "dry_run"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_fx.errors import NotReused
-from vlcache_fx.lowering import Lowered
 from vlcache_fx.runtime.encode import EncoderRunner
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.runtime.programs.lowered import Lowered
 from vlcache_fx.runtime.report import Report
 
 
@@ -21,7 +21,7 @@ class CrossAttendingRunner:
         engine: takes the reports.
     """
 
-    def __init__(self, encoder: EncoderRunner, decoder: Lowered, engine: Engine) -> None:
+    def __init__(self, encoder: EncoderRunner, decoder: Lowered, engine: ServingEngine) -> None:
         self._encoder, self._decoder, self._engine = encoder, decoder, engine
 
     def __call__(self, *args: Any) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""The engine: what the graphs of one compiled model share."""
+"""The engine: what the graphs of one model share while they serve."""
 
 import itertools
 import logging
@@ -8,13 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import fx
+from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import (
-    NoCompilerError,
     OptionError,
     PlanError,
     PolicyError,
@@ -23,24 +19,6 @@ from vlcache_fx.errors import (
     StoreError,
     UnreadableWeightsError,
     UnsupportedGraphError,
-)
-from vlcache_fx.explain import Arguments, GraphExplanation, explain
-from vlcache_fx.lowering import (
-    CompileCache,
-    Decompositions,
-    EagerLowering,
-    InductorLowering,
-    Lowered,
-    Lowering,
-    TensorRtLowering,
-)
-from vlcache_fx.ops import (
-    decompose_attend,
-    decompose_attention,
-    decompose_linear,
-    scatter_rows_reference,
-    splice_rows_reference,
-    take_rows_reference,
 )
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
@@ -52,14 +30,19 @@ from vlcache_fx.runtime.report import Report, ReportView, one_line
 from vlcache_fx.runtime.settings import Choice, Choices
 from vlcache_fx.store import open_store
 
+if TYPE_CHECKING:
+    from vlcache_fx.explain import GraphExplanation
+
 log = logging.getLogger("vlcache_fx")
 
-PREPARED = "_vlcache_prepared"
-"""The attribute of a compiled ``forward`` that prepares arguments."""
+EXPLANATION = "_vlcache_explanation"
+"""The attribute of a compiled ``forward`` that explains its graphs."""
 
 
-class Engine:
-    """Store, policy, lowering, reports and counts of one compiled model. Safe to share between threads.
+class ServingEngine:
+    """Store, policy, reports and counts of one model. Safe to share between threads.
+
+    Sessions of exported graphs have this one; what is compiled in this process has an ``Engine``.
 
     Args:
         options: checked options.
@@ -81,22 +64,6 @@ class Engine:
         self.options = options or Options()
         self.choices = Choices(_choice(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
-        self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
-        self.lowering: Lowering
-        if self.options.lowering == "eager":
-            self.lowering = EagerLowering()
-        elif self.options.lowering == "tensorrt":
-            self.lowering = TensorRtLowering()
-        else:
-            decompositions: Decompositions = {
-                torch.ops.vlcache.splice_rows.default: splice_rows_reference,
-                torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
-                torch.ops.vlcache.take_rows.default: take_rows_reference,
-                torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
-                torch.ops.aten.linear.default: decompose_linear,
-                torch.ops.vlcache.attend.default: decompose_attend,
-            }
-            self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
@@ -130,15 +97,15 @@ class Engine:
     def explains(
         self,
         forward: Callable[..., Any],
-        prepared: Callable[[tuple[Any, ...], dict[str, Any]], Arguments],
+        explanation: Callable[[dict[str, Any]], "tuple[GraphExplanation, ...]"],
     ) -> None:
         """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
 
         Args:
-            forward: owns ``prepared``, which knows the model.
-            prepared: what becomes of the arguments of a call before they are traced.
+            forward: owns ``explanation``, which knows the model.
+            explanation: of its graphs, for the keyword arguments of a call.
         """
-        setattr(forward, PREPARED, prepared)
+        setattr(forward, EXPLANATION, explanation)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
@@ -146,7 +113,6 @@ class Engine:
         with self._lock:
             counts = dict(self._counts)
         store = self.store.stats()
-        compiled = self.compile_cache.stats
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
             "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
@@ -154,28 +120,27 @@ class Engine:
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
             "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
-            "compilations": len(compiled.compilations),
-            "compile_seconds": round(compiled.seconds, 3),
+            "compilations": 0,
+            "compile_seconds": 0.0,
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
             "shadow": self.guards.stats(),
         }
 
-    def explain(self, **inputs: Any) -> tuple[GraphExplanation, ...]:
+    def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
         """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
 
         Raises:
             OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
                 the model is gone.
         """
-        explained = self.explained
-        if explained is None:
+        forward = None if self._explained is None else self._explained()
+        if forward is None:
             raise OptionError(
                 "this engine knows no model to explain; compile the model with vlcache_fx.compile"
             )
-        forward = None if self._explained is None else self._explained()
-        assert forward is not None
         try:
-            return explain(explained, inputs, getattr(forward, PREPARED), self.options.dynamic)
+            found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
+            return found
         finally:  # no word of it in the report of the next call
             self.take_encoder_note()
             self.take_items()
@@ -249,32 +214,6 @@ class Engine:
     def note_graph_call(self) -> None:
         """A compiled graph is called."""
         self._call.graphs = self.graph_calls + 1
-
-    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
-        """A program as a callable; with eager kernels where torch's compiler lacks something.
-
-        Raises:
-            LoweringError: see ``Lowering.lower``.
-            UnsupportedGraphError: NO_COMPILER, in strict mode.
-        """
-        try:
-            return self.lowering.lower(program, name=name)
-        except NoCompilerError as error:
-            self.go_on_without_compiler(error)
-            return self.lowering.lower(program, name=name)
-
-    def go_on_without_compiler(self, error: NoCompilerError) -> None:
-        """Eager kernels from now on: reuse goes on. Said once in the log, raised in strict mode."""
-        refusal = UnsupportedGraphError(Reason.NO_COMPILER, str(error))
-        if self.options.strict:
-            raise refusal from error
-        with self._lock:
-            is_new = self.lowering.name != EagerLowering.name
-            if is_new:
-                self.lowering = EagerLowering()
-                self.refusals.append(refusal)
-        if is_new:
-            log.warning("runs with eager kernels: %s", error)
 
     def set_options(self, options: Options) -> None:
         """Other options from now on; store and lowering stay what they are."""

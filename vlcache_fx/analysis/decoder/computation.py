@@ -34,6 +34,7 @@ from vlcache_fx.ir.dataflow import carries_data
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.subgraph import attribute
 from vlcache_fx.keys.digest import content_digest
+from vlcache_fx.spec.decoder import Digests
 
 aten = torch.ops.aten
 
@@ -86,20 +87,6 @@ class Leaf:
         value = self.node.meta.get("val")
         dtype = str(value.dtype) if isinstance(value, Tensor) else "number"
         return dtype, self.token_dim is not None, self.is_index, self.is_beside
-
-
-@dataclass(frozen=True)
-class Digests:
-    """A computation as keys hold it.
-
-    Attributes:
-        separate: leaves are told apart by their numbers.
-        unified: the same where leaves of one kind have one value, however often the graph makes it: queries
-            and keys may have positions of their own, which are the same unless keys of earlier calls join.
-    """
-
-    separate: str
-    unified: str
 
 
 @dataclass(frozen=True)
