@@ -24,7 +24,8 @@ from vlcache_fx.ops import (
     take_rows_reference,
 )
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import ServingEngine, log
+from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.runtime.state import log
 
 
 class Engine(ServingEngine):

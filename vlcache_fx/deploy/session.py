@@ -17,6 +17,7 @@ from vlcache_fx.errors import ExportError, OptionError, Reason, UnsupportedGraph
 from vlcache_fx.options import Options
 from vlcache_fx.plan import build_plan
 from vlcache_fx.policies.none import NoRows
+from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.prefill import DecoderRunner
@@ -94,14 +95,14 @@ class Session:
         Raises:
             ExportError: an input is missing, unknown or of another form than the graphs take.
         """
-        features, hit = self._features(inputs)
+        features, context = self._features(inputs)
         args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
         named = dict(zip(self.manifest.inputs, map(with_a_row, args), strict=True))
         for program in (self.manifest.cold, self.manifest.warm):
             # Before anything is looked up: a program that fails later is not tried again.
             self._runner.check(program.graph, named)
         with torch.no_grad():
-            results = self._decoder(args, encoder_hit=hit)
+            results = self._decoder(args, context)
         names = self.manifest.cold.results
         return {
             name: result
@@ -174,8 +175,8 @@ class Session:
             raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
         return self.manifest.decode
 
-    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool | None]:
-        """Features of all items, and whether every encoder was skipped; None where none was needed."""
+    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], CallContext]:
+        """Features of all items, and what the decoder's call is told of them."""
         found: dict[str, list[Tensor]] = {}
         hits: list[bool] = []
         for item in encoder_inputs(self.manifest, inputs):
@@ -183,11 +184,12 @@ class Session:
             hits.append(hit)
             for name, value in zip(item.spec.features, results, strict=True):
                 found.setdefault(name, []).append(value)
+        context = CallContext(all(hits) if hits else None)
         for modality in {spec.modality for spec in self.manifest.encoders if spec.modality}:
             rows = next((parts for name, parts in found.items() if name.startswith(f"{modality}.")), [])
-            self.vlcache.note_items(modality, [part.shape[-2] for part in rows])
+            context = context.with_items(modality, [part.shape[-2] for part in rows])
         features = {name: torch.cat(parts, -2) for name, parts in found.items()}
-        return features, all(hits) if hits else None
+        return features, context
 
     def _outputs(self, graph: str, outputs: Sequence[str]) -> Any:
         """From the decoder's inputs to the outputs of one of the small graphs."""

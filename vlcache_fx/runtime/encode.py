@@ -9,7 +9,7 @@ from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import known_rows, remember, rows_digests
 from vlcache_fx.keys.numerics import device_type_of, numerics
-from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store.entry import Entry, Json
 
@@ -23,7 +23,7 @@ class EncoderRunner:
         engine: what it shares with the model's other graphs.
     """
 
-    def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingEngine) -> None:
+    def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingState) -> None:
         self._run, self._spec, self._engine = run, spec, engine
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:

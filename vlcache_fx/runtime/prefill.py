@@ -17,10 +17,10 @@ from vlcache_fx.errors import (
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.index import DonorLookup
-from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
@@ -32,6 +32,7 @@ from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.request import Request, together
 from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
 
 CANNOT_WRITE = "an input that is written to shares memory with another, or is not contiguous"
@@ -61,7 +62,7 @@ class DecoderRunner:
         cold: ProgramRunner,
         warm: ProgramRunner,
         device: torch.device,
-        engine: ServingEngine,
+        engine: ServingState,
         unmodified: Callable[..., Sequence[Any]],
         logits: int | None = None,
     ) -> None:
@@ -75,17 +76,24 @@ class DecoderRunner:
         self._unmodified, self._logits = unmodified, logits
         self._donors = DonorLookup(spec, Leaves(spec.leaves, prologue.input_values), device, engine)
 
-    def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
-        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
-        noted, items = self.engine.take_encoder_note(), self.engine.take_items()
-        clock = Clock()
+    def __call__(
+        self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
+    ) -> Sequence[Any]:
+        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse.
+
+        Args:
+            args: the graph's inputs.
+            context: of the call; by default what encoders noted in this thread.
+            encoder_hit: of an encoder in the same graph, if any.
+        """
+        context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
             known = on_host(args, self._spec.host_inputs)
-            identified = self._identifier.runs(known, items)
+            identified = self._identifier.runs(known, context.lengths)
             if identified is None:
                 return self._bypass(args, MISMATCH, NotReused.MISMATCH)
             num_samples, num_tokens, runs = identified
-            hit = noted if encoder_hit is None else encoder_hit
+            hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
                 request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
             except UnreadableWeightsError as error:

@@ -14,13 +14,13 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
-from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.requests.blocks import Piece, PrefixReader
 from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.masks import MaskLook
 from vlcache_fx.runtime.requests.media_spans import Run
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.requests.spans import donor_key
+from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
 from vlcache_fx.store.entry import Entry
 
@@ -38,9 +38,7 @@ class DonorLookup:
         engine: has the store.
     """
 
-    def __init__(
-        self, spec: DecoderSpec, leaves: Leaves, device: torch.device, engine: ServingEngine
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, leaves: Leaves, device: torch.device, engine: ServingState) -> None:
         self._spec, self._leaves, self._device, self._engine = spec, leaves, device, engine
         self._prefixes = PrefixReader(spec.spans.embeddings)
 

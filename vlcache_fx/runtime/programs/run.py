@@ -10,8 +10,8 @@ from torch import Tensor
 from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
-from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
+from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import DONOR, ProgramSpec
 
 
@@ -32,7 +32,7 @@ class ProgramRunner:
         spec: ProgramSpec,
         lower: Callable[[], Lowered],
         device: torch.device,
-        engine: ServingEngine,
+        engine: ServingState,
     ) -> None:
         self.name, self.spec = name, spec
         self._lower, self._device, self._engine = lower, device, engine
