@@ -11,6 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.compiler.regions import uncompiled_refusal
 from vlcache_fx.compiler.turns import Turns
@@ -27,7 +28,6 @@ from vlcache_fx.integrations.transformers import (
 from vlcache_fx.integrations.whole_models import model_within, refuse_copies
 from vlcache_fx.options import Options
 from vlcache_fx.passes.configured import configured
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.prefill import Prefill
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.helpers import own_compiler_state

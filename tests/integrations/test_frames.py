@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.frames import FrameCache, frame_grids, regrouped
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.prompts import noise
 
 PER_FRAME = 4

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import OptionError
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.processor import CachedImageProcessor
 from vlcache_fx.keys import digest_cache as known
 from vlcache_fx.keys.digest_cache import is_known
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor, ReferenceProcessor
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.transformers import joined_items, restore_items
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 
 from ..runtime.helpers import Pair, hits, own_compiler_state, settings_of, with_api, with_backend

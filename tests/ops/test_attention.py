@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.ops import attention as module
 from vlcache_fx.ops.attention import FastAttention, attention, decompose_attention, row_mask
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 
 from .helpers import kernel_calls, needs_kernel
 

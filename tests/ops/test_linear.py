@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.ops import linear as module
 from vlcache_fx.ops.linear import FEW_ROWS, MOST_ROWS, decompose_linear, linear
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 
 from .helpers import kernel_calls, needs_kernel
 

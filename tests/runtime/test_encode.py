@@ -15,7 +15,8 @@ from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.keys.digest_cache import is_known, known_rows
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.encode import EncoderRunner, packed, unpacked
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store import Entry, MemoryStore
 from vlcache_fx.testing.prompts import noise
 
@@ -31,9 +32,9 @@ COMPUTATIONS = {
 class Encoding:
     """A runner of some computations, and how often it ran."""
 
-    def __init__(self, engine: Engine, *names: str) -> None:
+    def __init__(self, engine: ServingEngine, *names: str) -> None:
         self.calls, self.names = 0, names
-        self.runner = EncoderRunner(self.run, [0], [2], names, engine)
+        self.runner = EncoderRunner(self.run, EncoderSpec((0,), (2,), tuple(names)), engine)
 
     def run(self, pixels: Tensor, other: Tensor, weight: Tensor) -> Sequence[Any]:
         self.calls += 1
@@ -51,14 +52,14 @@ class Encoding:
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine(Options(lowering="eager", store=MemoryStore(1 << 20)))
+def engine() -> ServingEngine:
+    return ServingEngine(Options(lowering="eager", store=MemoryStore(1 << 20)))
 
 
 PIXELS, OTHER, WEIGHT = noise(0, 4, 3), noise(1, 2), torch.tensor(2.0)
 
 
-def test_the_same_bytes_are_not_encoded_again(engine: Engine) -> None:
+def test_the_same_bytes_are_not_encoded_again(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double", "sum", "rows")
     assert not encoding.check(PIXELS, OTHER, WEIGHT)
     assert encoding.check(PIXELS.clone(), OTHER + 1, WEIGHT)  # of what it does not depend on
@@ -70,7 +71,7 @@ def test_the_same_bytes_are_not_encoded_again(engine: Engine) -> None:
     assert engine.stats()["encoder"] == {"hits": 1, "misses": 5}
 
 
-def test_what_is_given_out_is_known(engine: Engine) -> None:
+def test_what_is_given_out_is_known(engine: ServingEngine) -> None:
     """So that the decoder's part need not read features that the encoder's part had read."""
     encoding = Encoding(engine, "double", "sum")
     want = content_digest([PIXELS * WEIGHT])
@@ -90,7 +91,7 @@ def test_a_tier_that_moves_entries_tells_nothing() -> None:
     assert [is_known(tensor) for tensor in unpacked(moved) or ()] == [False]
 
 
-def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> None:
+def test_graphs_share_the_results_that_they_compute_alike(engine: ServingEngine) -> None:
     assert not Encoding(engine, "double", "sum").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum", "double").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum").check(PIXELS, OTHER, WEIGHT)
@@ -100,7 +101,7 @@ def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> Non
     assert len(engine.store) == 3
 
 
-def test_results_may_be_written_to(engine: Engine) -> None:
+def test_results_may_be_written_to(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double")
     for hit in (False, True, True):
         results, found = encoding.runner([PIXELS, OTHER, WEIGHT])
@@ -109,8 +110,8 @@ def test_results_may_be_written_to(engine: Engine) -> None:
         results[0].zero_()
 
 
-def test_what_cannot_be_stored_is_computed_each_time(engine: Engine) -> None:
-    small = Engine(replace(engine.options, store=MemoryStore(8)))
+def test_what_cannot_be_stored_is_computed_each_time(engine: ServingEngine) -> None:
+    small = ServingEngine(replace(engine.options, store=MemoryStore(8)))
     encoding = Encoding(small, "double")
     assert [encoding.check(PIXELS, OTHER, WEIGHT) for _ in range(3)] == [False] * 3
     COMPUTATIONS["object"] = lambda pixels, weight: print
@@ -122,7 +123,9 @@ def test_what_cannot_be_stored_is_computed_each_time(engine: Engine) -> None:
     assert engine.stats()["store_failures"] == 2
 
 
-def test_a_store_that_fails_costs_only_the_reuse(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_costs_only_the_reuse(
+    engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> Any:
         raise StoreError("gone")
 
@@ -158,7 +161,9 @@ def test_packed_and_unpacked() -> None:
     ],
     ids=["no tensor", "other shape", "other dtype", "a donor", "no device", "no list"],
 )
-def test_a_damaged_entry_is_a_miss(change: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_entry_is_a_miss(
+    change: Any, engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damaged = change(packed([PIXELS]))
     assert unpacked(damaged) is None
     encoding = Encoding(engine, "double")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.deploy.manifest import Manifest
-from vlcache_fx.deploy.specs import EncoderSpec
+from vlcache_fx.deploy.specs import EncoderGraph
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
 from vlcache_fx.integrations.stages import items_of
@@ -19,7 +19,7 @@ from vlcache_fx.integrations.stages import items_of
 class EncoderCall:
     """One call of an encoder: the graph's inputs in order."""
 
-    spec: EncoderSpec
+    spec: EncoderGraph
     values: tuple[Tensor, ...]
 
 
@@ -51,7 +51,7 @@ def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[En
     _check_modalities(manifest, inputs)
 
 
-def _encoder_for(specs: list[EncoderSpec], fixed: Mapping[str, Tensor], modality: str) -> EncoderSpec:
+def _encoder_for(specs: list[EncoderGraph], fixed: Mapping[str, Tensor], modality: str) -> EncoderGraph:
     given = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
     for spec in specs:
         if spec.fixed == given:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
 from vlcache_fx.integrations.items import (
     Fields,
@@ -24,10 +25,10 @@ from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import bounds_of, rows_digests
-from vlcache_fx.lowering.numerics import device_type_of, numerics
+from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.encode import packed, unpacked
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.requests.media_spans import MediaItems
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
@@ -74,7 +75,9 @@ class EncoderCache:
         output = self._encoded(args, kwargs)
         features = getattr(output, "pooler_output", None)
         if isinstance(features, list | tuple) and all(isinstance(one, Tensor) for one in features):
-            self._engine.note_items(self._modality, [one.shape[0] for one in features], patches)
+            self._engine.pending.note_items(
+                self._modality, MediaItems.of_patches([one.shape[0] for one in features], patches)
+            )
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -102,7 +105,7 @@ class EncoderCache:
                 found[index] = (type(output).__name__, part)
                 self._put(keys[index], type(output), part)
         result = self._result(found)
-        self._engine.note_encoder(hit=not missing and result is not None)
+        self._note(hit=not missing and result is not None)
         return self.encode(*args, **kwargs) if result is None else result
 
     def _one(self, call: dict[str, Any]) -> Any:
@@ -112,7 +115,7 @@ class EncoderCache:
             return self.encode(**call)
         stored = self._get(keys[0])
         result = None if stored is None else self._result([stored])
-        self._engine.note_encoder(hit=result is not None)
+        self._note(hit=result is not None)
         return self._kept_whole(keys[0], self._run(call)) if result is None else result
 
     def _kept_whole(self, key: str, output: Any) -> Any:
@@ -122,6 +125,11 @@ class EncoderCache:
         items = split_items(fields, 1) or [{name: (WHOLE, value) for name, value in fields.items()}]
         self._put(key, type(output), items[0])
         return self._result([(type(output).__name__, items[0])]) or output
+
+    def _note(self, *, hit: bool) -> None:
+        """The encoder was skipped, or runs: the report of the decoder's next call will say so."""
+        self._engine.count("encoder_hits" if hit else "encoder_misses")
+        self._engine.pending.note_encoder(hit=hit)
 
     def _run(self, call: dict[str, Any]) -> Any:
         with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():

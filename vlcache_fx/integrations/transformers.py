@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
 from vlcache_fx.integrations.frames import FrameCache
 from vlcache_fx.integrations.items import with_one_tensor
-from vlcache_fx.runtime.engine import Engine
 
 OUTPUTS = "mm_encoder_outputs"
 """The argument of ``forward`` that takes what encoders gave: modality -> output."""

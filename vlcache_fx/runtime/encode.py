@@ -8,8 +8,9 @@ from torch import Tensor
 from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import known_rows, remember, rows_digests
-from vlcache_fx.lowering.numerics import device_type_of, numerics
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.keys.numerics import device_type_of, numerics
+from vlcache_fx.runtime.state import ServingState
+from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store.entry import Entry, Json
 
 
@@ -18,23 +19,12 @@ class EncoderRunner:
 
     Args:
         run: from the graph's inputs to its results.
-        inputs: indices of the inputs whose content the results depend on.
-        weights: indices of the weights that they depend on.
-        computations: per result, a digest of how it is computed from these. Graphs of one model can give
-            different results, or the same ones in another order; each is kept under its own.
+        spec: what the results depend on.
         engine: what it shares with the model's other graphs.
     """
 
-    def __init__(
-        self,
-        run: Callable[..., Sequence[Any]],
-        inputs: Sequence[int],
-        weights: Sequence[int],
-        computations: Sequence[str],
-        engine: Engine,
-    ) -> None:
-        self._run, self._engine, self._computations = run, engine, tuple(computations)
-        self._inputs, self._weights = tuple(inputs), tuple(weights)
+    def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingState) -> None:
+        self._run, self._spec, self._engine = run, spec, engine
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """``(results, hit)`` for the graph's inputs."""
@@ -55,11 +45,11 @@ class EncoderRunner:
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[str]:
-        weights = self._engine.fingerprints.of([args[index] for index in self._weights])
-        content: list[Part] = [args[index] for index in self._inputs]
+        weights = self._engine.fingerprints.of([args[index] for index in self._spec.weights])
+        content: list[Part] = [args[index] for index in self._spec.inputs]
         state = numerics(device_type_of(args))
         inputs = content_digest(["encoder", self._engine.options.key_salt, weights, state, tuple(content)])
-        return [content_digest([inputs, computation]) for computation in self._computations]
+        return [content_digest([inputs, computation]) for computation in self._spec.computations]
 
     def _get(self, keys: Sequence[str]) -> list[Any] | None:
         """All results, or None where one is missing."""
