@@ -10,9 +10,9 @@ import itertools
 import logging
 from pathlib import Path
 
-from torch._dynamo.utils import lazy_format_graph_code
-from torch._logging import trace_structured
+from torch._logging import trace_structured  # type: ignore[attr-defined]
 from torch.fx import GraphModule
+from torch.fx._utils import lazy_format_graph_code
 
 from vlcache_fx.errors import OptionError
 
