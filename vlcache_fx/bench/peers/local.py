@@ -83,7 +83,7 @@ class CompiledPeer(LocalPeer):
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
         plain = self.model.forward
-        compiled = torch.compile(plain, dynamic=True)
+        compiled: Any = torch.compile(plain, dynamic=True)
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
