@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,13 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.keys.digest_cache import is_known, known_rows
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.encode import EncoderRunner, packed, unpacked
+from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.store.codec import pack
 from vlcache_fx.testing.prompts import noise
 
+from ..store.test_codec import DAMAGES
 from .helpers import settings_of
 
 COMPUTATIONS = {
@@ -82,14 +84,6 @@ def test_what_is_given_out_is_known(engine: Engine) -> None:
         assert not is_known(double)
 
 
-def test_a_tier_that_moves_entries_tells_nothing() -> None:
-    """Bytes on a device have digests of their own."""
-    entry = packed([PIXELS.clone()])
-    moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
-    assert unpacked(moved) is not None
-    assert [is_known(tensor) for tensor in unpacked(moved) or ()] == [False]
-
-
 def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> None:
     assert not Encoding(engine, "double", "sum").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum", "double").check(PIXELS, OTHER, WEIGHT)
@@ -136,31 +130,10 @@ def test_a_store_that_fails_costs_only_the_reuse(engine: Engine, monkeypatch: py
     assert encoding.check(PIXELS, OTHER, WEIGHT)
 
 
-def test_packed_and_unpacked() -> None:
-    values = [PIXELS, 3, "text", None, PIXELS.to(torch.bfloat16), True]
-    back = unpacked(packed(values))
-    assert back is not None
-    assert [v for v in back if not isinstance(v, Tensor)] == [3, "text", None, True]
-    assert torch.equal(back[0], PIXELS)
-    assert back[4].dtype is torch.bfloat16
-    assert back[0].data_ptr() != PIXELS.data_ptr()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda entry: replace(entry, tensors={}),
-        lambda entry: replace(entry, tensors={"0": PIXELS[:2]}),
-        lambda entry: replace(entry, tensors={"0": PIXELS.double()}),
-        lambda entry: replace(entry, info={"kind": "donor", "length": 3}),
-        lambda entry: replace(entry, info=entry.info | {"devices": {}}),
-        lambda entry: replace(entry, info=entry.info | {"results": "all"}),
-    ],
-    ids=["no tensor", "other shape", "other dtype", "a donor", "no device", "no list"],
-)
-def test_a_damaged_entry_is_a_miss(change: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = change(packed([PIXELS]))
-    assert unpacked(damaged) is None
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_a_miss(
+    damage: Callable[[Entry], Entry], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoding = Encoding(engine, "double")
-    monkeypatch.setattr(engine.store, "get", lambda key: damaged)
+    monkeypatch.setattr(engine.store, "get", lambda key: damage(pack([PIXELS])))
     assert not encoding.check(PIXELS, OTHER, WEIGHT)

@@ -26,8 +26,8 @@ from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import bounds_of, rows_digests
 from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
-from vlcache_fx.runtime.encode import packed, unpacked
 from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.store.codec import pack, unpack
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
@@ -176,7 +176,7 @@ class EncoderCache:
         entry = None
         with self._engine.tolerating_store_errors():
             entry = self._engine.store.get(key)
-        stored = None if entry is None else unpacked(entry)
+        stored = None if entry is None else unpack(entry)
         if stored is None or not isinstance(stored[0], str) or self._class(stored[0]) is None:
             return None
         return stored[0], unflatten(stored[1], stored[2:])
@@ -187,7 +187,7 @@ class EncoderCache:
         except TypeError:  # it holds something else, too
             return
         with self._engine.tolerating_store_errors():
-            self._engine.store.put(key, packed([output_class.__name__, text, *tensors]))
+            self._engine.store.put(key, pack([output_class.__name__, text, *tensors]))
 
     def _class(self, name: str) -> type | None:
         """The output class of that name, as seen here or as the model's module knows it."""
