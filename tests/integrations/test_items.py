@@ -10,12 +10,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlcache_fx.integrations.items import (
-    as_lists,
     features_of,
-    flatten,
     join_items,
     split_items,
-    unflatten,
     with_one_tensor,
 )
 from vlcache_fx.testing.prompts import noise
@@ -98,23 +95,6 @@ def test_features_are_what_a_decoder_may_read() -> None:
     assert features_of(plain) == {"last_hidden_state": inner}
     assert features_of(BaseModelOutputWithPooling()) is None
     assert features_of((ROWS,)) is None
-
-
-def test_flattened_and_back() -> None:
-    value = {"a": ("list", [ROWS]), "b": ("layers", ([ROWS + 1, ROWS + 2], []))}
-    text, tensors = flatten(value)
-    assert "\n" not in text
-    assert len(tensors) == 3
-    copies = [tensor.clone() for tensor in tensors]
-    back = unflatten(text, copies)
-    assert back == {"a": ["list", [copies[0]]], "b": ["layers", [[copies[1], copies[2]], []]]}
-    assert as_lists(value["b"]) == ["layers", [[tensors[1], tensors[2]], []]]
-
-
-@pytest.mark.parametrize("value", [3, None, [ROWS, 1.0], {"a": print}])
-def test_other_values_are_not_flattened(value: Any) -> None:
-    with pytest.raises(TypeError, match="neither a tensor"):
-        flatten(value)
 
 
 def test_features_of_all_items_as_one_tensor() -> None:

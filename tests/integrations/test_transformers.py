@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.transformers import joined_items, restore_items
@@ -194,6 +195,14 @@ CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
 """Of each encoder. Not in its attributes: what it is made of is part of keys."""
 
 
+NESTED: dict[str, Any] = {
+    "sequences": (torch.ones(2), [torch.zeros(1)], []),
+    "mapping": ([torch.ones(2)], {"a": (torch.ones(1),)}),
+}
+NO_TENSORS: dict[str, Any] = {"int": (3, torch.ones(1)), "none": [None], "function": {"a": print}}
+OTHER_FIELDS = NESTED | NO_TENSORS
+
+
 class Encoder(nn.Module):
     """Features per image as a tuple, as the library's models return them."""
 
@@ -221,6 +230,8 @@ class Encoder(nn.Module):
                 features = torch.cat(features).flatten()
             case "plain":
                 return features
+            case str(other) if other in OTHER_FIELDS:
+                features = OTHER_FIELDS[other]
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=features)
 
 
@@ -303,6 +314,26 @@ def test_results_that_do_not_tell_items_apart_are_kept_as_a_whole(
     assert encoder.calls == [2]
     assert torch.equal(cache(pixel_values=images(2, 1), form="mixed").pooler_output, images(4, 2).flatten())
     assert encoder.calls == [2, 2]
+
+
+@pytest.mark.parametrize("form", NESTED)
+@torch.no_grad()
+def test_encoder_cache_restores_nested_fields(form: str, cache: EncoderCache, encoder: Encoder) -> None:
+    want, expected_structure = pytree.tree_flatten(NESTED[form])
+    for _ in range(2):
+        got, structure = pytree.tree_flatten(cache(pixel_values=images(1), form=form).pooler_output)
+        assert structure == expected_structure
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert encoder.calls == [1]
+
+
+@pytest.mark.parametrize("form", NO_TENSORS)
+@torch.no_grad()
+def test_encoder_cache_skips_fields_of_other_types(form: str, cache: EncoderCache, encoder: Encoder) -> None:
+    for _ in range(2):
+        assert cache(pixel_values=images(1), form=form).pooler_output is NO_TENSORS[form]
+    assert encoder.calls == [1, 1]
+    assert len(cache._engine.store) == 0
 
 
 @torch.no_grad()

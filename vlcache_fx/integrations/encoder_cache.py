@@ -9,17 +9,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
-from vlcache_fx.integrations.items import (
-    Fields,
-    as_lists,
-    features_of,
-    flatten,
-    join_items,
-    split_items,
-    unflatten,
-)
+from vlcache_fx.integrations.items import Fields, features_of, join_items, split_items
 from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.keys.digest import Part, content_digest
@@ -179,15 +172,16 @@ class EncoderCache:
         stored = None if entry is None else unpack(entry)
         if stored is None or not isinstance(stored[0], str) or self._class(stored[0]) is None:
             return None
-        return stored[0], unflatten(stored[1], stored[2:])
+        return stored[0], pytree.tree_unflatten(stored[2:], pytree.treespec_loads(stored[1]))
 
     def _put(self, key: str, output_class: type, item: Fields) -> None:
-        try:
-            text, tensors = flatten(item)
-        except TypeError:  # it holds something else, too
+        leaves, structure = pytree.tree_flatten(item)
+        if not all(isinstance(leaf, Tensor | str) for leaf in leaves):
             return
-        with self._engine.tolerating_store_errors():
-            self._engine.store.put(key, pack([output_class.__name__, text, *tensors]))
+        # NotImplementedError: a container type that pytree cannot serialize.
+        with contextlib.suppress(NotImplementedError), self._engine.tolerating_store_errors():
+            results = [output_class.__name__, pytree.treespec_dumps(structure), *leaves]
+            self._engine.store.put(key, pack(results))
 
     def _class(self, name: str) -> type | None:
         """The output class of that name, as seen here or as the model's module knows it."""
@@ -207,8 +201,7 @@ class EncoderCache:
             return None
         parts = [item for _, item in items]
         if any(form == WHOLE for form, _ in parts[0].values()):
-            # As lists, which is what comes out of the store: a compiled model is specialised to that as well.
-            return output_class(**{name: as_lists(value) for name, (_, value) in parts[0].items()})
+            return output_class(**{name: value for name, (_, value) in parts[0].items()})
         fields = join_items(parts)
         return None if fields is None else output_class(**fields)
 

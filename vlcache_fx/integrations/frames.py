@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.items import features_of
@@ -96,15 +97,8 @@ def _equal(whole: Any, framed: Any, counts: Sequence[int]) -> bool:
     )
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    match value:
-        case Tensor():
-            return [value]
-        case dict():
-            return [tensor for part in value.values() for tensor in _tensors(part)]
-        case list() | tuple():
-            return [tensor for part in value for tensor in _tensors(part)]
-    return []
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -7,7 +7,6 @@ item (features that enter several decoder layers).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -112,44 +111,3 @@ def _are_rows(value: Any) -> bool:
         and all(isinstance(one, Tensor) and one.dim() == 2 for one in value)
         and len({one.shape[1] for one in value}) == 1
     )
-
-
-def flatten(value: Any) -> tuple[str, list[Tensor]]:
-    """Nested lists and mappings as JSON, in which numbers stand for the tensors of the list."""
-    tensors: list[Tensor] = []
-
-    def shown(part: Any) -> Any:
-        match part:
-            case Tensor():
-                tensors.append(part)
-                return len(tensors) - 1
-            case Mapping():
-                return {name: shown(one) for name, one in part.items()}
-            case list() | tuple():
-                return [shown(one) for one in part]
-            case str():
-                return part
-        raise TypeError(f"{type(part).__name__} is neither a tensor nor made of tensors")
-
-    return json.dumps(shown(value)), tensors
-
-
-def unflatten(text: str, tensors: Sequence[Tensor]) -> Any:
-    """What ``flatten`` took; sequences come back as lists."""
-
-    def made(part: Any) -> Any:
-        match part:
-            case int():
-                return tensors[part]
-            case dict():
-                return {name: made(one) for name, one in part.items()}
-            case list():
-                return [made(one) for one in part]
-        return part
-
-    return made(json.loads(text))
-
-
-def as_lists(value: Any) -> Any:
-    """``value`` with every sequence in it as a list."""
-    return [as_lists(part) for part in value] if isinstance(value, list | tuple) else value

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.items import Fields, features_of, with_one_tensor
 from vlcache_fx.integrations.transformers import OUTPUTS, EncodersFirst
-from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill, leaves_of
+from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill
 
 Tensors = dict[str, Tensor]
 
@@ -101,14 +102,11 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
     _check_prompt(example)
     with torch.no_grad():
         _, given = first((), dict(example))
-        encoded: Tensors = {}
         outputs = given.pop(OUTPUTS, None) or {}
         joined = {modality: with_one_tensor(output) for modality, output in outputs.items()}
         if not joined:
             raise ExportError("example_inputs hold no image or video: nothing in them could be reused")
         fields = {modality: features_of(output) or {} for modality, output in joined.items()}
-        for modality, named in fields.items():
-            encoded |= dict(leaves_of(named, modality))
         text = {
             name: value
             for name, value in given.items()
@@ -116,14 +114,14 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
             and name not in UNREAD
             and not any(name in pair for pair in PIXELS.values())
         }
-        rebuild = {name: (type(joined[name]), named) for name, named in fields.items()}
-        prefill = Prefill(model, tuple(text), rebuild)
-        inputs = text | encoded
+        kinds = {modality: type(output) for modality, output in joined.items()}
+        prefill = Prefill(model, tuple(text), kinds, pytree.tree_structure(fields))
+        inputs = text | _named_leaves(fields)
         results = prefill(*inputs.values())
     num_layers = (len(results) - 1) // 2
     caches = tuple(f"present.{i}.{what}" for i in range(num_layers) for what in ("key", "value"))
     return GenerationStages(
-        encoders=tuple(one for name in joined for one in _encoders(model, name, example, fields[name])),
+        encoders=tuple(one for name in joined for one in _encoders(model, name, example, fields)),
         prefill=Stage(
             prefill,
             inputs,
@@ -132,6 +130,14 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
         ),
         decode=_decode(model, text, results[1:]),
     )
+
+
+def _named_leaves(fields: dict[str, Fields]) -> Tensors:
+    """Return the tensors of all fields by their path, such as ``image.deepstack_features.1``."""
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
+        for path, leaf in pytree.tree_leaves_with_path(fields)
+    }
 
 
 def prompt_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -179,12 +185,12 @@ def _decode(model: nn.Module, text: Tensors, caches: Sequence[Tensor]) -> Stage:
 
 
 def _encoders(
-    model: nn.Module, modality: str, example: Mapping[str, Any], fields: dict[str, Any]
+    model: nn.Module, modality: str, example: Mapping[str, Any], fields: dict[str, Fields]
 ) -> list[ItemEncoder]:
     pixels, grids = PIXELS[modality]
     base: Any = getattr(model, "base_model", model)
     encode = getattr(base, f"get_{modality}_features")
-    outputs = tuple(name for name, _ in leaves_of(fields, modality))
+    outputs = tuple(_named_leaves({modality: fields[modality]}))
     others = [name for name in inspect.signature(encode).parameters if name not in (pixels, "kwargs")]
     told = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
     kinds = {
