@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.frames import FrameCache, frame_grids, regrouped
+from vlcache_fx.integrations.frames import FrameCache, frame_grids, group_frames
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.prompts import noise
@@ -126,7 +126,7 @@ def test_frames_are_joined_video_by_video(layers: bool) -> None:
     output = BaseModelOutputWithDeepstackFeatures(
         pooler_output=frames, deepstack_features=[frames, frames[::-1]] if layers else None
     )
-    got = regrouped(output, [2, 1, 2])
+    got = group_frames(output, [2, 1, 2])
 
     def equal(joined: Any, parts: tuple[Tensor, ...]) -> None:
         want = (torch.cat(parts[:2]), parts[2], torch.cat(parts[3:]))

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlcache_fx.integrations.items import (
-    features_of,
+    concat_items,
+    feature_fields,
     join_items,
     split_items,
-    with_one_tensor,
 )
 from vlcache_fx.testing.prompts import noise
 
@@ -90,11 +90,11 @@ def test_items_of_other_forms_do_not_fit_together() -> None:
 def test_features_are_what_a_decoder_may_read() -> None:
     inner = noise(0, 1, 2, 4)
     output = BaseModelOutputWithPooling(last_hidden_state=inner, pooler_output=ROWS, hidden_states=(inner,))
-    assert features_of(output) == {"pooler_output": ROWS}
+    assert feature_fields(output) == {"pooler_output": ROWS}
     plain = BaseModelOutputWithPooling(last_hidden_state=inner, hidden_states=(inner,), attentions=(inner,))
-    assert features_of(plain) == {"last_hidden_state": inner}
-    assert features_of(BaseModelOutputWithPooling()) is None
-    assert features_of((ROWS,)) is None
+    assert feature_fields(plain) == {"last_hidden_state": inner}
+    assert feature_fields(BaseModelOutputWithPooling()) is None
+    assert feature_fields((ROWS,)) is None
 
 
 def test_features_of_all_items_as_one_tensor() -> None:
@@ -103,7 +103,7 @@ def test_features_of_all_items_as_one_tensor() -> None:
     output = BaseModelOutputWithDeepstackFeatures(
         pooler_output=per_item(2, 3, 1), last_hidden_state=ROWS, deepstack_features=FORMS["layers"]
     )
-    joined = with_one_tensor(output)
+    joined = concat_items(output)
     assert type(joined) is type(output)
     assert same(joined.pooler_output, [torch.cat(per_item(2, 3, 1))])
     assert same(joined.deepstack_features, [[torch.cat(part)] for part in FORMS["layers"]])
@@ -118,4 +118,4 @@ def test_features_of_all_items_as_one_tensor() -> None:
 )
 def test_other_features_are_left_as_they_are(features: Any) -> None:
     output = BaseModelOutputWithPooling(pooler_output=features)
-    assert with_one_tensor(output) is output
+    assert concat_items(output) is output

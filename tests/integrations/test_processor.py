@@ -13,7 +13,7 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.processor import CachedImageProcessor
 from vlcache_fx.keys import digest_cache as known
-from vlcache_fx.keys.digest_cache import is_known
+from vlcache_fx.keys.digest_cache import is_tracked
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor, ReferenceProcessor
@@ -82,7 +82,7 @@ def test_written_pixels_are_not_given_out_again(processor: CachedImageProcessor)
     pixels = processor(picture())["pixel_values"]
     want = pixels.clone()
     pixels[0, 0] += 1
-    assert not is_known(pixels)
+    assert not is_tracked(pixels)
     assert torch.equal(processor(picture())["pixel_values"], want)
     assert Counting.calls == 2
 

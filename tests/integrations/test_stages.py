@@ -19,8 +19,8 @@ from vlcache_fx.integrations.stages import (
     GenerationStages,
     Stage,
     generation_stages,
-    items_of,
     prompt_positions,
+    split_pixels,
 )
 from vlcache_fx.integrations.transformers import EncodersFirst
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
@@ -106,7 +106,7 @@ def test_encoders_give_the_features_of_one_item(either: Staged) -> None:
     with torch.no_grad():
         whole = EncodersFirst(either.model)((), dict(either.example))[1]["mm_encoder_outputs"]["image"]
     told = {name: either.example[name] for name in either.stages.encoders[0].fixed}
-    items = items_of(either.example["pixel_values"], told, "image_grid_thw")
+    items = split_pixels(either.example["pixel_values"], told, "image_grid_thw")
     assert len(items) == len(whole.pooler_output) > 1
     for (pixels, fixed), expected in zip(items, whole.pooler_output, strict=True):
         kind = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
@@ -234,7 +234,7 @@ def test_another_kind_of_cache_is_refused() -> None:
 def test_items_are_told_apart_by_grids() -> None:
     pixels = torch.arange(24.0).reshape(12, 2)
     told = {"image_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]), "kind": torch.tensor([7, 8])}
-    (first, of_first), (second, of_second) = items_of(pixels, told, "image_grid_thw")
+    (first, of_first), (second, of_second) = split_pixels(pixels, told, "image_grid_thw")
     assert torch.equal(first, pixels[:8])
     assert torch.equal(second, pixels[8:])
     assert of_first["image_grid_thw"].tolist() == [[2, 2, 2]]
@@ -243,7 +243,7 @@ def test_items_are_told_apart_by_grids() -> None:
 
 def test_without_grids_each_row_is_an_item() -> None:
     pixels = torch.arange(6.0).reshape(3, 2)
-    found = items_of(pixels, {}, "image_grid_thw")
+    found = split_pixels(pixels, {}, "image_grid_thw")
     assert [part.tolist() for part, _ in found] == [[row] for row in pixels.tolist()]
     assert [told for _, told in found] == [{}, {}, {}]
 
@@ -251,7 +251,7 @@ def test_without_grids_each_row_is_an_item() -> None:
 def test_grids_that_do_not_fit_the_pixels_are_refused() -> None:
     told = {"image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
     with pytest.raises(ExportError, match="image_grid_thw asks for 8 rows of pixels, 12 are given"):
-        items_of(torch.ones(12, 2), told, "image_grid_thw")
+        split_pixels(torch.ones(12, 2), told, "image_grid_thw")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

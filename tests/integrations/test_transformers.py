@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.transformers import joined_items, restore_items
+from vlcache_fx.integrations.transformers import concat_encoder_outputs, restore_items
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
@@ -178,10 +178,10 @@ def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None
         ours, theirs = pair.model(**inputs), pair.reference(**inputs)
         assert torch.equal(ours.logits, theirs.logits)
         assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
-        (joined,) = joined_items(inputs)["mm_encoder_outputs"]["image"].pooler_output
+        (joined,) = concat_encoder_outputs(inputs)["mm_encoder_outputs"]["image"].pooler_output
         assert torch.equal(joined, torch.cat(tuple(features)))
         assert len(inputs["mm_encoder_outputs"]["image"].pooler_output) == 2
-    assert joined_items(call) is call
+    assert concat_encoder_outputs(call) is call
     result = BaseModelOutputWithPast(past_key_values=None)
     result.image_hidden_states = (joined,)  # as models do that hand the list through
     restore_items(result, inputs)

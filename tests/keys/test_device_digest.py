@@ -10,10 +10,10 @@ from vlcache_fx.keys.device_digest import (
     BLOCK_WORDS,
     CHUNK_BLOCKS,
     KEYS,
+    as_words,
     block_hashes,
     device_hashes,
     process_keys,
-    words_of,
 )
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_hashes_are_of_values_whatever_the_layout() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool])
 def test_bytes_of_every_dtype_are_words(dtype: torch.dtype) -> None:
     tensor = torch.arange(8).to(dtype)
-    found = words_of(tensor)
+    found = as_words(tensor)
     assert found is not None
     assert found.data_ptr() == tensor.data_ptr()
     assert found.numel() * 4 == tensor.numel() * tensor.element_size()
@@ -91,7 +91,7 @@ def test_bytes_of_every_dtype_are_words(dtype: torch.dtype) -> None:
     ids=["half a word", "begins inside a word", "complex"],
 )
 def test_what_is_no_words_is_left_to_the_host(tensor: torch.Tensor) -> None:
-    assert words_of(tensor) is None
+    assert as_words(tensor) is None
     assert device_hashes(tensor) is None
 
 

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from vlcache_fx.ops import linear as module
-from vlcache_fx.ops.linear import FEW_ROWS, MOST_ROWS, decompose_linear, linear
+from vlcache_fx.ops.linear import FEW_ROWS, MAX_ROWS, decompose_linear, linear
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import Engine
 
@@ -44,7 +44,7 @@ def close(got: Tensor, want: Tensor, width: int) -> None:
 
 @needs_kernel
 @given(
-    lead=st.sampled_from([(), (1,), (2, 1)]), rows=st.integers(1, MOST_ROWS + 2), width=st.integers(1, 200),
+    lead=st.sampled_from([(), (1,), (2, 1)]), rows=st.integers(1, MAX_ROWS + 2), width=st.integers(1, 200),
     outputs=st.integers(1, 100), with_bias=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 @example(lead=(), rows=1, width=64, outputs=32, with_bias=False, seed=0)
@@ -95,7 +95,7 @@ def test_no_rows_and_no_values(sizes: tuple[int, ...]) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("sizes", [(2, 16), (1, MOST_ROWS + 1, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 16), (1, MAX_ROWS + 1, 16)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) -> None:
     torch.library.opcheck(
@@ -109,8 +109,8 @@ def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) ->
 def test_rows_that_pytorch_multiplies_faster_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = kernel_calls(module, monkeypatch)
     for amx, rows, width, calls in (
-        (False, MOST_ROWS, 16, 1),
-        (False, MOST_ROWS + 1, 16, 0),
+        (False, MAX_ROWS, 16, 1),
+        (False, MAX_ROWS + 1, 16, 0),
         (False, FEW_ROWS + 1, 15, 0),
         (False, FEW_ROWS, 15, 1),
         (True, FEW_ROWS + 1, 16, 0),

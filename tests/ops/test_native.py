@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._inductor.codecache import CppCodeCache
 
-from vlcache_fx.ops.native import integers, native_kernel
+from vlcache_fx.ops.native import int64_array, native_kernel
 
 TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
@@ -59,6 +59,6 @@ def test_a_failing_compiler_is_told_and_survived(
 
 
 def test_integers_are_an_array_of_64_bits() -> None:
-    array = integers(3, -(2**40))
+    array = int64_array(3, -(2**40))
     assert list(array) == [3, -(2**40)]
     assert ctypes.sizeof(array) == 16

@@ -279,8 +279,8 @@ def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
 
 def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
     """The places that nothing attends to, the plan that knows of them, and the one that does not."""
-    unseen = ids(*sorted(place for place in places if place < request["num_tokens"]))
-    return unseen, build_plan(**request, unseen=unseen), build_plan(**request)
+    padding = ids(*sorted(place for place in places if place < request["num_tokens"]))
+    return padding, build_plan(**request, padding=padding), build_plan(**request)
 
 
 @given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
@@ -294,12 +294,12 @@ def test_policies_without_budget_compute_what_nothing_attends_to(
 @given(requests().filter(lambda request: not request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
 def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
     tokens = request["num_tokens"]
-    unseen, plan, usual = hiding(request, places)
+    padding, plan, usual = hiding(request, places)
     outputs = request["output_rows"]
     needed = set() if outputs is None else set(outputs.tolist())
     for s in request["spans"]:  # rows of missed ones are recorded
         needed |= set(range(s.start, s.end))
-    left_out = set(unseen.tolist()) - needed
+    left_out = set(padding.tolist()) - needed
     added = any("at least two" in note for note in plan.explanations)
     for rows, source, all_rows in zip(plan.rows[:-1], plan.source, usual.rows, strict=False):
         if not added:
@@ -316,16 +316,16 @@ def test_all_of_a_missed_span_is_computed() -> None:
         num_layers=1,
         policy=NoRows(),
         budget=0.0,
-        unseen=ids(0, 2, 4, 5),
+        padding=ids(0, 2, 4, 5),
     )
     assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
 
 
 def test_padding_is_computed_where_outputs_need_it() -> None:
     common: dict[str, Any] = {"num_tokens": 8, "spans": [span(3, 3)], "num_layers": 2, "policy": NoRows()}
-    plan = build_plan(budget=0.0, unseen=ids(0, 1), **common)
+    plan = build_plan(budget=0.0, padding=ids(0, 1), **common)
     assert [rows.tolist() for rows in plan.rows] == [[2, 6, 7]] * 3
-    plan = build_plan(budget=0.0, unseen=ids(0, 1), output_rows=ids(1, 7), **common)
+    plan = build_plan(budget=0.0, padding=ids(0, 1), output_rows=ids(1, 7), **common)
     assert [rows.tolist() for rows in plan.rows] == [[1, 2, 6, 7], [1, 2, 6, 7], [1, 7]]
-    full = build_plan(budget=0.0, unseen=ids(0, 1), **common | {"policy": Full()})
+    full = build_plan(budget=0.0, padding=ids(0, 1), **common | {"policy": Full()})
     assert [rows.tolist() for rows in full.rows] == [list(range(8))] * 3

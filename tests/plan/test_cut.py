@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlcache_fx.plan import Span, build_plan
-from vlcache_fx.plan.cut import cut_behind
+from vlcache_fx.plan.cut import cut_after
 from vlcache_fx.policies.full import Full
 
 
@@ -19,7 +19,7 @@ def test_up_to_the_layer_nothing_changes(layer: int, outputs: torch.Tensor | Non
         budget=0.0,
         output_rows=outputs,
     )
-    cut = cut_behind(plan, layer, outputs)
+    cut = cut_after(plan, layer, outputs)
     assert cut.rows[: layer + 1] == plan.rows[: layer + 1]
     assert cut.source[: layer + 1] == plan.source[: layer + 1]
     few = [10, 11] if outputs is None or len(outputs) == 1 else list(range(4, 12))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlcache_fx.plan.selection import InputPlaces, InputSize, RowSelection, SizeSum
+from vlcache_fx.plan.selection import InputPositions, InputSize, RowSelection, SizeSum
 
 bound = st.none() | st.integers(-12, 12)
 
@@ -47,13 +47,18 @@ def test_bounds_that_inputs_say() -> None:
 
 def test_places_that_an_input_holds() -> None:
     places = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
-    found = RowSelection((InputPlaces(1),)).positions(8, (None, places))
+    found = RowSelection((InputPositions(1),)).positions(8, (None, places))
     assert (found.dtype, found.tolist()) == (torch.int64, [7, 3, 3, 0])
-    assert RowSelection((InputPlaces(0, from_end=False),)).positions(8, (places,)).tolist() == [-1, 3, 3, 0]
+    assert RowSelection((InputPositions(0, from_end=False),)).positions(8, (places,)).tolist() == [
+        -1,
+        3,
+        3,
+        0,
+    ]
 
 
 def test_inputs_may_be_renumbered() -> None:
     bounds = (SizeSum(1, (InputSize(-1, 4, 1), InputSize(1, 5))), 7, None)
     moved = RowSelection(bounds).moved({4: 0, 5: 2})
     assert moved.bounds == (SizeSum(1, (InputSize(-1, 0, 1), InputSize(1, 2))), 7, None)
-    assert RowSelection((InputPlaces(5),)).moved({5: 2}) == RowSelection((InputPlaces(2),))
+    assert RowSelection((InputPositions(5),)).moved({5: 2}) == RowSelection((InputPositions(2),))

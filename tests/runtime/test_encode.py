@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import content_digest
-from vlcache_fx.keys.digest_cache import is_known, known_rows
+from vlcache_fx.keys.digest_cache import cached_digests, is_tracked
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import Engine
@@ -78,10 +78,10 @@ def test_what_is_given_out_is_known(engine: Engine) -> None:
     want = content_digest([PIXELS * WEIGHT])
     for _ in range(3):
         double, total = encoding.runner([PIXELS, OTHER, WEIGHT])[0]
-        assert known_rows(double) == {(0, 4): want}
-        assert not is_known(total)  # it has no rows
+        assert cached_digests(double) == {(0, 4): want}
+        assert not is_tracked(total)  # it has no rows
         double += 1  # of a caller's own: others are given what was stored
-        assert not is_known(double)
+        assert not is_tracked(double)
 
 
 def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> None:

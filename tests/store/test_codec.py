@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.keys.digest_cache import is_known
+from vlcache_fx.keys.digest_cache import is_tracked
 from vlcache_fx.store import Entry
 from vlcache_fx.store.codec import pack, unpack
 from vlcache_fx.testing.prompts import noise
@@ -30,7 +30,7 @@ def test_unpack_drops_digests_of_moved_entries() -> None:
     entry = pack([PIXELS.clone()])
     moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
     assert unpack(moved) is not None
-    assert [is_known(tensor) for tensor in unpack(moved) or ()] == [False]
+    assert [is_tracked(tensor) for tensor in unpack(moved) or ()] == [False]
 
 
 def test_unpack_returns_copies_of_packed_values() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from vlcache_fx.deploy.specs import LEAVES, MASKS, SPANS, TORCH_DTYPES, EngineSpec, GraphSpec, TensorSpec
 from vlcache_fx.errors import ExportError
-from vlcache_fx.plan.selection import InputPlaces, SizeSum
+from vlcache_fx.plan.selection import InputPositions, SizeSum
 
 if TYPE_CHECKING:
     from vlcache_fx.deploy.manifest import Manifest
@@ -199,7 +199,7 @@ def _check_decoder(manifest: Manifest) -> None:
 def _inputs_of_tail(bounds: Iterable[object]) -> Iterable[int]:
     for bound in bounds:
         match bound:
-            case InputPlaces():
+            case InputPositions():
                 yield bound.input
             case SizeSum():
                 yield from (size.input for size in bound.sizes)

@@ -8,7 +8,7 @@ import torch
 
 from vlcache_fx.analysis.decoder.computation import Digests
 from vlcache_fx.errors import ExportError
-from vlcache_fx.plan.selection import InputPlaces, SizeSum
+from vlcache_fx.plan.selection import InputPositions, SizeSum
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class DecoderSpec:
     num_layers: int
     layer_groups: tuple[int, ...]
     num_outputs: int
-    tail: tuple[int | SizeSum | InputPlaces | None, ...] | None
+    tail: tuple[int | SizeSum | InputPositions | None, ...] | None
     rows: dict[str, RowSpec]
     layout: str
     computation: Digests

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
-from vlcache_fx.integrations.items import Fields, features_of, join_items, split_items
+from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
 from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import bounds_of, rows_digests
+from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.lowering.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.engine import Engine
@@ -49,7 +49,7 @@ class EncoderCache:
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module, least_bytes=SMALL_BYTES + 1)
+        self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
         self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
@@ -82,7 +82,7 @@ class EncoderCache:
         missing = [index for index, entry in enumerate(found) if entry is None]
         if missing:
             output = self._run(call | _joined([items[index] for index in missing]))
-            fields = features_of(output)
+            fields = feature_fields(output)
             parts = None if fields is None else split_items(fields, len(missing))
             if parts is None:
                 self._split = False
@@ -106,7 +106,7 @@ class EncoderCache:
         return self._kept_whole(keys[0], self._run(call)) if result is None else result
 
     def _kept_whole(self, key: str, output: Any) -> Any:
-        fields = features_of(output)
+        fields = feature_fields(output)
         if fields is None:
             return output
         items = split_items(fields, 1) or [{name: (WHOLE, value) for name, value in fields.items()}]
@@ -157,7 +157,7 @@ class EncoderCache:
         numbers = numerics(device_type_of(call.values()))
         start = ["features", self._engine.options.salt, weights, state, numbers, self._pixels_name]
         try:
-            contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
+            contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
             return [
                 content_digest([*start, content, *_named(item, but=self._pixels_name), tuple(settings)])
                 for content, item in zip(contents, items, strict=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.items import features_of
+from vlcache_fx.integrations.items import feature_fields
 from vlcache_fx.keys.digest_cache import join_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -44,7 +44,9 @@ class FrameCache:
         framed = {**call, self._cache.grids_name: frame_grids(grids)}
         if self._are_alone is None:
             self._are_alone = _equal(self._cache.encode(**call), self._cache.encode(**framed), counts)
-        return regrouped(self._cache(**framed), counts) if self._are_alone else self._cache(*args, **kwargs)
+        return (
+            group_frames(self._cache(**framed), counts) if self._are_alone else self._cache(*args, **kwargs)
+        )
 
 
 def _has_frames(grids: Any) -> bool:
@@ -62,7 +64,7 @@ def frame_grids(grids: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(repeated[:, :1]), repeated[:, 1:]], dim=1)
 
 
-def regrouped(output: Any, counts: Sequence[int]) -> Any:
+def group_frames(output: Any, counts: Sequence[int]) -> Any:
     """An output with features per frame as one with features per video.
 
     Args:
@@ -87,7 +89,7 @@ def _joined(value: Any, counts: Sequence[int]) -> Any:
 
 def _equal(whole: Any, framed: Any, counts: Sequence[int]) -> bool:
     """True where the features are the same but for rounding."""
-    first, second = features_of(whole), features_of(framed)
+    first, second = feature_fields(whole), feature_fields(framed)
     if first is None or second is None or first.keys() != second.keys():
         return False
     regrouped_fields = {name: _joined(value, counts) for name, value in second.items()}

@@ -25,7 +25,7 @@ INNER = frozenset({"last_hidden_state", "hidden_states", "attentions"})
 LIST, LAYERS, ROWS = "list", "layers", "rows"
 
 
-def features_of(output: Any) -> Fields | None:
+def feature_fields(output: Any) -> Fields | None:
     """The fields that a decoder may read; None for something that is no output of the library."""
     if not isinstance(output, Mapping):
         return None
@@ -86,12 +86,12 @@ def _form(value: Any, count: int) -> str | None:
     return LAYERS if per_layer and all(isinstance(one, Tensor) for part in value for one in part) else None
 
 
-def with_one_tensor(output: Any) -> Any:
+def concat_items(output: Any) -> Any:
     """``output`` with the features of all items as one tensor each, whatever number of items they come from.
 
     Models concatenate them first thing; inside a graph, every number of items would be compiled anew.
     """
-    fields = features_of(output)
+    fields = feature_fields(output)
     if fields is None:
         return output
     changed: dict[str, Any] = {}

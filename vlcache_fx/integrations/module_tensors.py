@@ -30,12 +30,12 @@ class ModuleTensors:
 
     Args:
         module: of which they are.
-        least_bytes: of tensors in plain attributes, those that are smaller are left out: a model leaves
+        min_bytes: of tensors in plain attributes, those that are smaller are left out: a model leaves
             results there for later, and ``ModuleState`` knows which of them are read.
     """
 
-    def __init__(self, module: nn.Module, *, least_bytes: int = 0) -> None:
-        self._module, self._least_bytes = module, least_bytes
+    def __init__(self, module: nn.Module, *, min_bytes: int = 0) -> None:
+        self._module, self._min_bytes = module, min_bytes
         self._modules: list[nn.Module] = []
         self._children: list[nn.Module | None] = []
         self._names: list[list[str]] = []
@@ -81,7 +81,7 @@ class ModuleTensors:
     ) -> None:
         """Appends the tensors within an attribute. Settings are many, so each object is looked at once."""
         if isinstance(value, Tensor):
-            if value.nbytes >= self._least_bytes:
+            if value.nbytes >= self._min_bytes:
                 found.append(value)
             return
         if depth > _DEEPEST or id(value) in seen or _holds_none(value):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import is_known, remember
+from vlcache_fx.keys.digest_cache import is_tracked, track
 
 __all__ = ["CachedImageProcessor"]
 
@@ -75,7 +75,7 @@ class CachedImageProcessor:
     def _get(self, key: str) -> Any:
         with self._lock:
             result = self._kept.get(key)
-            if result is None or not all(is_known(tensor) for tensor in result.values()):
+            if result is None or not all(is_tracked(tensor) for tensor in result.values()):
                 return None
             self._kept.move_to_end(key)
             return result
@@ -86,7 +86,7 @@ class CachedImageProcessor:
         if _num_bytes(result) > self._capacity_bytes:
             return
         for tensor in result.values():
-            remember(tensor)
+            track(tensor)
         with self._lock:
             if key in self._kept:
                 self._used_bytes -= _num_bytes(self._kept.pop(key))

@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.items import Fields, features_of, with_one_tensor
+from vlcache_fx.integrations.items import Fields, concat_items, feature_fields
 from vlcache_fx.integrations.transformers import OUTPUTS, EncodersFirst
 from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill
 
 Tensors = dict[str, Tensor]
 
-UNREAD = frozenset({"attention_mask", "mm_token_type_ids"})
+IGNORED_ARGUMENTS = frozenset({"attention_mask", "mm_token_type_ids"})
 """Arguments that say nothing in a prompt without padding whose positions are given."""
 
 
@@ -97,21 +97,21 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
             values.
     """
     first = EncodersFirst(model)
-    if not first.serves:
+    if not first.is_supported:
         return None
     _check_prompt(example)
     with torch.no_grad():
         _, given = first((), dict(example))
         outputs = given.pop(OUTPUTS, None) or {}
-        joined = {modality: with_one_tensor(output) for modality, output in outputs.items()}
+        joined = {modality: concat_items(output) for modality, output in outputs.items()}
         if not joined:
             raise ExportError("example_inputs hold no image or video: nothing in them could be reused")
-        fields = {modality: features_of(output) or {} for modality, output in joined.items()}
+        fields = {modality: feature_fields(output) or {} for modality, output in joined.items()}
         text = {
             name: value
             for name, value in given.items()
             if isinstance(value, Tensor)
-            and name not in UNREAD
+            and name not in IGNORED_ARGUMENTS
             and not any(name in pair for pair in PIXELS.values())
         }
         kinds = {modality: type(output) for modality, output in joined.items()}
@@ -195,7 +195,7 @@ def _encoders(
     told = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
     kinds = {
         tuple((name, tuple(value.flatten().tolist())) for name, value in fixed.items()): (part, fixed)
-        for part, fixed in items_of(example[pixels], told, grids)
+        for part, fixed in split_pixels(example[pixels], told, grids)
     }
     return [
         ItemEncoder(
@@ -207,7 +207,7 @@ def _encoders(
     ]
 
 
-def items_of(pixels: Tensor, told: Tensors, grids: str) -> list[tuple[Tensor, Tensors]]:
+def split_pixels(pixels: Tensor, told: Tensors, grids: str) -> list[tuple[Tensor, Tensors]]:
     """The pixels of each item, and what else is told of it.
 
     Args:

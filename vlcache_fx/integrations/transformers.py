@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
 from vlcache_fx.integrations.frames import FrameCache
-from vlcache_fx.integrations.items import with_one_tensor
+from vlcache_fx.integrations.items import concat_items
 from vlcache_fx.runtime.engine import Engine
 
 OUTPUTS = "mm_encoder_outputs"
@@ -95,19 +95,19 @@ class EncodersFirst:
         parameters = list(inspect.signature(model.forward).parameters)
         self._names = parameters
         offered = all(callable(getattr(model, name, None)) for name in (PREPARE_ENCODERS, PREPARE_POSITIONS))
-        self.serves = OUTPUTS in parameters and offered
+        self.is_supported = OUTPUTS in parameters and offered
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of ``forward`` with encoders' outputs in place of pixels."""
-        return (args, kwargs) if torch.is_grad_enabled() else self.prepared(args, kwargs)
+        return (args, kwargs) if torch.is_grad_enabled() else self.prepare(args, kwargs)
 
-    def prepared(
+    def prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same in grad mode, too: for calls of which is known that no gradients are recorded."""
-        if not self.serves:
+        if not self.is_supported:
             return args, kwargs
         given = dict(zip(self._names, args, strict=False)) | kwargs
         has_pixels = any(isinstance(given.get(pixels), Tensor) for pixels, _ in PIXELS.values())
@@ -141,7 +141,7 @@ PREPARE_POSITIONS = "_prepare_position_ids_for_generation"
 """Methods of the library's models: keyword arguments in, encoders' outputs or positions out."""
 
 
-def joined_items(kwargs: dict[str, Any]) -> dict[str, Any]:
+def concat_encoder_outputs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """``kwargs`` with the features of each modality as one tensor, whatever number of items they come from.
 
     A list with a tensor per item is the first thing that models concatenate; inside the graph, every number
@@ -150,11 +150,11 @@ def joined_items(kwargs: dict[str, Any]) -> dict[str, Any]:
     outputs = kwargs.get(OUTPUTS)
     if not isinstance(outputs, dict):
         return kwargs
-    return {**kwargs, OUTPUTS: {name: with_one_tensor(output) for name, output in outputs.items()}}
+    return {**kwargs, OUTPUTS: {name: concat_items(output) for name, output in outputs.items()}}
 
 
 def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
-    """Give ``result`` the features that it hands through as they were before ``joined_items(kwargs)``."""
+    """Undo ``concat_encoder_outputs(kwargs)`` in the features that ``result`` returns unchanged."""
     outputs = kwargs.get(OUTPUTS)
     for modality, output in outputs.items() if isinstance(outputs, dict) else ():
         name, features = f"{modality}_hidden_states", getattr(output, "pooler_output", None)

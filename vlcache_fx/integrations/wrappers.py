@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.items import concat_items, feature_fields
 from vlcache_fx.integrations.transformers import OUTPUTS
 
 
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         output = self._encode(**{self._pixels: pixels}, **self._fixed)
-        return tuple(pytree.tree_leaves(features_of(with_one_tensor(output)) or {}))
+        return tuple(pytree.tree_leaves(feature_fields(concat_items(output)) or {}))
 
 
 def _flat(result: Any) -> tuple[Tensor, ...]:

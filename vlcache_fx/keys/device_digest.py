@@ -53,7 +53,7 @@ def _hashed(blocks: Tensor, keys: Tensor) -> Tensor:
     return torch.stack([(wide * key).sum(1) for key in keys], 1)
 
 
-def words_of(tensor: Tensor) -> Tensor | None:
+def as_words(tensor: Tensor) -> Tensor | None:
     """The bytes of a contiguous tensor as 32-bit words, sharing its memory; None where they are none."""
     size = tensor.element_size()
     if tensor.is_complex() or (tensor.numel() * size) % 4 or (tensor.storage_offset() * size) % 4:
@@ -79,5 +79,5 @@ def device_hashes(tensor: Tensor) -> Tensor | None:
 
     None where its bytes cannot be read as words on its device.
     """
-    words = words_of(plain(tensor))
+    words = as_words(plain(tensor))
     return None if words is None else block_hashes(words, process_keys(words.device)).cpu()

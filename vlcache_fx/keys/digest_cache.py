@@ -20,20 +20,20 @@ from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.keys.watch import TensorWatch
 
-__all__ = ["Rows", "bounds_of", "is_known", "join_rows", "known_rows", "remember", "rows_digests"]
+__all__ = ["RowRange", "cached_digests", "digest_rows", "is_tracked", "join_rows", "row_ranges", "track"]
 
-ATTRIBUTE = "_vlcache_known"
+ATTRIBUTE = "_vlcache_digests"
 
-Rows: TypeAlias = tuple[int, int]
+RowRange: TypeAlias = tuple[int, int]
 """The first row along a tensor's first dimension, and one past the last."""
 
-NOTHING: Mapping[Rows, str] = MappingProxyType({})
+NO_DIGESTS: Mapping[RowRange, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class _Known:
     watch: TensorWatch
-    digests: dict[Rows, str]
+    digests: dict[RowRange, str]
 
     def __reduce__(self) -> Any:
         # It is about one tensor of one process. Copies and saved tensors get this in its place, because
@@ -41,8 +41,8 @@ class _Known:
         return set, ()
 
 
-def remember(tensor: Tensor, digests: Mapping[Rows, str] = NOTHING) -> None:
-    """From now on ``rows_digests`` of this very tensor reads rows once, as long as nobody writes to it.
+def track(tensor: Tensor, digests: Mapping[RowRange, str] = NO_DIGESTS) -> None:
+    """From now on ``digest_rows`` of this very tensor reads rows once, as long as nobody writes to it.
 
     A write that no version counter shows and that leaves the 256 values that are compared as they were is not
     noticed (see ``TensorWatch``).
@@ -51,14 +51,14 @@ def remember(tensor: Tensor, digests: Mapping[Rows, str] = NOTHING) -> None:
         setattr(tensor, ATTRIBUTE, _Known(TensorWatch([tensor]), dict(digests)))
 
 
-def known_rows(tensor: Tensor) -> Mapping[Rows, str]:
+def cached_digests(tensor: Tensor) -> Mapping[RowRange, str]:
     """The digests that are known of rows of this very tensor; none where it was written to."""
     known = _known(tensor)
-    return NOTHING if known is None else known.digests
+    return NO_DIGESTS if known is None else known.digests
 
 
-def is_known(tensor: Tensor) -> bool:
-    """Whether this very tensor is one to ``remember``, and is what it was then."""
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether this very tensor is one to ``track``, and is what it was then."""
     return _known(tensor) is not None
 
 
@@ -67,7 +67,7 @@ def _known(tensor: Tensor) -> _Known | None:
     return known if isinstance(known, _Known) and known.watch.unchanged([tensor]) else None
 
 
-def rows_digests(tensor: Tensor, bounds: Sequence[Rows], *, threaded: bool = False) -> list[str]:
+def digest_rows(tensor: Tensor, bounds: Sequence[RowRange], *, threaded: bool = False) -> list[str]:
     """A digest of each of these ranges of rows: dtype, shape and values.
 
     Args:
@@ -86,7 +86,7 @@ def rows_digests(tensor: Tensor, bounds: Sequence[Rows], *, threaded: bool = Fal
     return [digests[rows] for rows in bounds]
 
 
-def bounds_of(lengths: Sequence[int]) -> list[Rows]:
+def row_ranges(lengths: Sequence[int]) -> list[RowRange]:
     """The ranges of rows that lie one behind the other."""
     return list(pairwise(accumulate(lengths, initial=0)))
 
@@ -95,9 +95,9 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     """The parts one behind the other, along the first dimension, and what is known of their rows."""
     joined = torch.cat(tuple(parts))
     digests = [
-        {(first + start, first + end): digest for (start, end), digest in known_rows(part).items()}
-        for part, (first, _) in zip(parts, bounds_of([part.shape[0] for part in parts]), strict=True)
+        {(first + start, first + end): digest for (start, end), digest in cached_digests(part).items()}
+        for part, (first, _) in zip(parts, row_ranges([part.shape[0] for part in parts]), strict=True)
     ]
     if all(digests):
-        remember(joined, {rows: digest for found in digests for rows, digest in found.items()})
+        track(joined, {rows: digest for found in digests for rows, digest in found.items()})
     return joined

@@ -141,7 +141,7 @@ def _state(value: Any, found: list[Tensor], depth: int) -> Part:
             return [
                 (_state(key, found, inner), _state(part, found, inner))
                 for key, part in value.items()
-                if key != "_vlcache_known"
+                if key != "_vlcache_digests"
             ]
         case list() | tuple():
             return [_name(type(value)), *(_state(part, found, inner) for part in value)]

@@ -88,7 +88,7 @@ def _sample_views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """Views of the tensors' samples, grouped by what ``cat`` takes together."""
     groups: dict[tuple[object, ...], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        flat = integers(tensor)
+        flat = integer_view(tensor)
         if flat is None or flat.numel() == 0:
             continue
         view = flat
@@ -100,7 +100,7 @@ def _sample_views(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return [views[i : i + _GROUP] for views in groups.values() for i in range(0, len(views), _GROUP)]
 
 
-def integers(tensor: Tensor) -> Tensor | None:
+def integer_view(tensor: Tensor) -> Tensor | None:
     """A flat integer view on the tensor's own memory, None where it has none.
 
     Integers, because NaN would differ from itself.

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.inner_tensors import leaves_of
-from vlcache_fx.keys.watch import TensorWatch, integers
+from vlcache_fx.keys.watch import TensorWatch, integer_view
 
 # Elements per step of a checksum on a device: bounds its scratch memory to a few hundred MiB.
 _CHUNK = 1 << 23
@@ -84,7 +84,7 @@ def device_checksum(tensor: Tensor) -> int:
     notices any accidental change with overwhelming odds; it does not withstand someone who crafts weights to
     collide.
     """
-    flat = integers(tensor.contiguous())
+    flat = integer_view(tensor.contiguous())
     if flat is None:
         raise StoreError("cannot make a checksum of a tensor that has no memory of its own")
     total = torch.zeros((), dtype=torch.int64, device=flat.device)

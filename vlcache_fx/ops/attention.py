@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlcache_fx.ops.native import define_operator, integers, native_kernel
+from vlcache_fx.ops.native import define_operator, int64_array, native_kernel
 
 __all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
 
@@ -71,8 +71,8 @@ def attention(
         mask: bool, broadcastable to [batch, heads, rows, tokens]: True where a row reads a token; or None.
         is_causal: row i reads tokens 0 to i alone.
         scale: of the scores.
-        places: int64, broadcastable to [batch, 1, rows, 1]: a row reads tokens 0 to its place alone; or None.
-            Not together with ``is_causal``.
+        places: int64, broadcastable to [batch, 1, rows, 1]: last token position that each row reads; or
+            None. Excludes ``is_causal``.
 
     Returns:
         [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads nothing.
@@ -99,8 +99,8 @@ def attention(
         places = places.expand(batch, 1, rows, 1).contiguous()
     kernel(
         *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
-        integers(batch, heads, key_heads, rows, tokens, dim),
-        integers(*strides),
+        int64_array(batch, heads, key_heads, rows, tokens, dim),
+        int64_array(*strides),
         int(is_causal),
         None if places is None else places.data_ptr(),
         scale,

@@ -17,7 +17,7 @@ namespace {
 using bf16 = at::BFloat16;
 
 constexpr int64_t FEW = 6;
-constexpr int64_t MOST_ROWS = 80;
+constexpr int64_t MAX_ROWS = 80;
 constexpr int64_t LINES = 32;  // weight rows of one task
 
 #ifdef __AVX512BF16__
@@ -63,7 +63,7 @@ constexpr Multiply MULTIPLY[FEW] = {multiply<1>, multiply<2>, multiply<3>, multi
 
 constexpr int64_t LANES = 16;       // rows whose sums one register holds
 constexpr int64_t CACHE_LINE = 32;  // values
-constexpr int64_t BLOCK = 2048;     // of the width: MOST_ROWS pieces of this length stay in the second-level cache
+constexpr int64_t BLOCK = 2048;     // of the width: MAX_ROWS pieces of this length stay in the second-level cache
 
 // Rows [count, width] -> pairs along the width, which is even: [width / 2][lanes][2]; missing rows become zero.
 void pack_rows(const bf16* rows, int64_t count, int64_t width, int64_t lanes, bf16* packed) {
@@ -165,7 +165,7 @@ void multiply_packed(const bf16* packed, int64_t count, const bf16* weight, cons
 }
 
 using MultiplyPacked = decltype(&multiply_packed<1, 1>);
-constexpr MultiplyPacked MULTIPLY_PACKED[MOST_ROWS / LANES] = {
+constexpr MultiplyPacked MULTIPLY_PACKED[MAX_ROWS / LANES] = {
     multiply_packed<1, 8>, multiply_packed<2, 8>, multiply_packed<3, 8>,
     multiply_packed<4, 4>, multiply_packed<5, 4>};
 
@@ -183,7 +183,7 @@ extern "C" int vlcache_linear_serves() {
 }
 
 // rows [count, width], weight [outputs, width], bias (or null) [outputs] -> out [count, outputs], all dense;
-// count is 1 to MOST_ROWS, and width even where it is more than FEW.
+// count is 1 to MAX_ROWS, and width even where it is more than FEW.
 extern "C" void vlcache_linear(const bf16* rows, const bf16* weight, const bf16* bias, bf16* out, int64_t count,
                                int64_t width, int64_t outputs) {
 #ifdef __AVX512BF16__

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from vlcache_fx.ops.native import define_operator, native_kernel
 
-__all__ = ["FEW_ROWS", "MOST_ROWS", "decompose_linear", "linear"]
+__all__ = ["FEW_ROWS", "MAX_ROWS", "decompose_linear", "linear"]
 
-FEW_ROWS, MOST_ROWS = 6, 80
-"""``FEW`` and ``MOST_ROWS`` of ``linear.cpp``. For more rows, PyTorch's products are as quick."""
+FEW_ROWS, MAX_ROWS = 6, 80
+"""``FEW`` and ``MAX_ROWS`` of ``linear.cpp``. For more rows, PyTorch's products are as quick."""
 
 _TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
@@ -56,7 +56,7 @@ def _is_quicker(count: int, width: int) -> bool:
     """Whether the kernel serves this number of rows; from some rows on, PyTorch's has AMX, where there is."""
     if count <= FEW_ROWS:
         return count > 0
-    return count <= MOST_ROWS and width % 2 == 0 and not torch.cpu._is_amx_tile_supported()
+    return count <= MAX_ROWS and width % 2 == 0 and not torch.cpu._is_amx_tile_supported()
 
 
 def _fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
@@ -74,7 +74,7 @@ def decompose_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -
         and weight.dim() == 2
         and weight.is_contiguous()
         and not any(one.requires_grad for one in operands)
-        and not statically_known_true(rows.numel() > MOST_ROWS * rows.shape[-1])
+        and not statically_known_true(rows.numel() > MAX_ROWS * rows.shape[-1])
         and _kernel() is not None
     )
     return torch.ops.vlcache.linear(rows, weight, bias) if serves else NotImplemented

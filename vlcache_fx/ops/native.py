@@ -11,7 +11,7 @@ import torch
 
 from vlcache_fx.compiling import compiling, what_is_missing
 
-__all__ = ["define_operator", "integers", "native_kernel"]
+__all__ = ["define_operator", "int64_array", "native_kernel"]
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,6 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
     return kernel
 
 
-def integers(*values: int) -> Any:
+def int64_array(*values: int) -> Any:
     """An array of int64, as kernels take it."""
     return (ctypes.c_int64 * len(values))(*values)

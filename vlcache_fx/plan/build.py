@@ -36,7 +36,7 @@ def build_plan(
     output_rows: Tensor | None = None,
     strict: bool = False,
     prefix: int = 0,
-    unseen: Tensor | None = None,
+    padding: Tensor | None = None,
     first_donor: int = 0,
     groups: Sequence[int] = (),
 ) -> Plan:
@@ -57,7 +57,7 @@ def build_plan(
         strict: raise instead of repairing a policy's choice.
         prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
             lie inside it or behind it.
-        unseen: positions that no token attends to (padding). Outside of spans they are not computed, unless
+        padding: positions that no token attends to (padding). Outside of spans they are not computed, unless
             outputs need them or the policy ignores budgets, and hold whatever the first row of the donor
             table holds.
         first_donor: the sample's first row in the donor table.
@@ -94,8 +94,8 @@ def build_plan(
 
     computed = torch.ones(num_tokens, dtype=torch.bool)
     donors = torch.zeros(num_tokens, dtype=torch.int64)
-    if unseen is not None and not policy.ignores_budget:
-        computed[unseen] = False
+    if padding is not None and not policy.ignores_budget:
+        computed[padding] = False
         for span in spans:
             computed[span.start : span.end] = True  # what is recorded of a missed span is whole
     computed[:prefix] = False
@@ -116,7 +116,7 @@ def build_plan(
     return Plan(
         num_tokens=num_tokens,
         rows=tuple(rows),
-        keep=places_of_next(rows),
+        keep=kept_indices(rows),
         source=tuple(source),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
@@ -226,7 +226,7 @@ def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
     return last[at - 1 : at + 1] if at > 0 else last[:2]
 
 
-def places_of_next(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def kept_indices(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Per level, the places of the next level's rows; equal neighbours share their tensor."""
     keep: list[Tensor] = []
     identity: dict[int, Tensor] = {}  # one per set of rows, by the id of its tensor

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vlcache_fx.plan.build import places_of_next
+from vlcache_fx.plan.build import kept_indices
 from vlcache_fx.plan.types import Plan
 
 
-def cut_behind(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
+def cut_after(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
     """The same rows for keys and values up to ``layer``, and as few as programs run on behind it.
 
     What is computed behind ``layer`` then means nothing, the outputs included. Donors must be there, at least
@@ -30,7 +30,7 @@ def cut_behind(plan: Plan, layer: int, output_rows: Tensor | None) -> Plan:
     return replace(
         plan,
         rows=rows,
-        keep=places_of_next(rows),
+        keep=kept_indices(rows),
         source=(*plan.source[: layer + 1], *(source,) * behind),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
     )

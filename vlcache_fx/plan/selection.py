@@ -42,7 +42,7 @@ class SizeSum:
 
 
 @dataclass(frozen=True)
-class InputPlaces:
+class InputPositions:
     """The places that an input of the call holds, int [n].
 
     Attributes:
@@ -70,14 +70,14 @@ class RowSelection:
         bounds: ``(index,)``, ``(places,)``, or ``(start, end, step)`` with None where nothing is said.
     """
 
-    bounds: tuple[Bound | InputPlaces, ...]
+    bounds: tuple[Bound | InputPositions, ...]
 
     def moved(self, inputs: Mapping[int, int]) -> RowSelection:
         """The same, where the input at each index is at another one."""
 
-        def moved(bound: Bound | InputPlaces) -> Bound | InputPlaces:
+        def moved(bound: Bound | InputPositions) -> Bound | InputPositions:
             match bound:
-                case InputPlaces():
+                case InputPositions():
                     return replace(bound, input=inputs[bound.input])
                 case SizeSum():
                     sizes = tuple(replace(size, input=inputs[size.input]) for size in bound.sizes)
@@ -97,7 +97,7 @@ class RowSelection:
             IndexError: for a single token that is not there.
         """
         first = self.bounds[0]
-        if isinstance(first, InputPlaces):
+        if isinstance(first, InputPositions):
             return first.of(num_tokens, args)
         bounds = [bound.of(args) if isinstance(bound, SizeSum) else bound for bound in self.bounds]
         everything = torch.arange(num_tokens)

@@ -262,7 +262,7 @@ class DecoderRunner:
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
-                            unseen=sample.unseen if request.donors else None,
+                            padding=sample.unseen if request.donors else None,
                             first_donor=first_donor,
                             groups=self._form.groups,
                         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlcache_fx.keys.digest_cache import known_rows, remember, rows_digests
+from vlcache_fx.keys.digest_cache import cached_digests, digest_rows, track
 from vlcache_fx.store.entry import Entry, Json
 
 
@@ -21,9 +21,9 @@ def pack(results: Sequence[Any]) -> Entry:
     entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
     for name, tensor in tensors.items():
         if tensor.dim() > 0:
-            remember(tensor)
-            rows_digests(tensor, [(0, tensor.shape[0])])
-            remember(entry.tensors[name], known_rows(tensor))
+            track(tensor)
+            digest_rows(tensor, [(0, tensor.shape[0])])
+            track(entry.tensors[name], cached_digests(tensor))
     return entry
 
 
@@ -45,8 +45,8 @@ def unpack(entry: Entry) -> list[Any] | None:
         if tensor is None or _metadata(tensor) != value or not isinstance(device, str):
             return None
         copied = tensor.to(device, copy=True)  # a host tier may have moved the tensor
-        if copied.device == tensor.device and known_rows(tensor):
-            remember(copied, known_rows(tensor))
+        if copied.device == tensor.device and cached_digests(tensor):
+            track(copied, cached_digests(tensor))
         results.append(copied)
     return results
 

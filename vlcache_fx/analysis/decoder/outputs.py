@@ -15,7 +15,7 @@ from vlcache_fx.analysis.tokens.follow import row_step
 from vlcache_fx.analysis.tokens.layout_rules import is_full_slice
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_users
-from vlcache_fx.plan.selection import Bound, InputPlaces, InputSize, RowSelection, SizeSum
+from vlcache_fx.plan.selection import Bound, InputPositions, InputSize, RowSelection, SizeSum
 
 aten = torch.ops.aten
 
@@ -130,7 +130,7 @@ def _places(node: Node, source: Node, axes: Axes) -> RowSelection | None:
     if index.op != "placeholder" or not _is_list_of_places(index):
         return None
     number = node.graph.find_nodes(op="placeholder").index(index)
-    return RowSelection((InputPlaces(number, from_end=packet_of(node) is aten.index),))
+    return RowSelection((InputPositions(number, from_end=packet_of(node) is aten.index),))
 
 
 def _is_list_of_places(node: Node) -> bool:

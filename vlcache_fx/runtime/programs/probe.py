@@ -10,7 +10,7 @@ from torch import Tensor
 from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.build import RowChooser
-from vlcache_fx.plan.cut import cut_behind
+from vlcache_fx.plan.cut import cut_after
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.policies.base import Deviation, Policy, ProbingPolicy
 from vlcache_fx.policies.profile import Profile
@@ -116,7 +116,7 @@ def measure(
         None where the program failed.
     """
     layer = stored_layer(policy, forms)
-    plans = [cut_behind(plan, layer, output_rows) for plan in plans]
+    plans = [cut_after(plan, layer, output_rows) for plan in plans]
     results = program.run(request.args, program.bind(together(plans), output_rows, tables))
     if results is None:
         return None

@@ -10,7 +10,7 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.decoder.merge import Addition, Merge
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import known_rows
+from vlcache_fx.keys.digest_cache import cached_digests
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.runtime.requests.media_spans import Run, flagged_places, runs_of, token_flags, with_additions
 from vlcache_fx.runtime.requests.on_cpu import evaluated_on_cpu
@@ -81,7 +81,7 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
-            known = known_rows(args[index]) if args[index].dim() == features.dim() else {}
+            known = cached_digests(args[index]) if args[index].dim() == features.dim() else {}
             if place < self.num_merges:
                 lengths = next((one for one in items if sum(one) == len(places)), ())
                 found.extend(runs_of(places, features, tokens, lengths, known))

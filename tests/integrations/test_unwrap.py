@@ -14,7 +14,7 @@ from torch import nn
 
 import vlcache_fx
 from vlcache_fx.errors import CopyError, OptionError
-from vlcache_fx.integrations.whole_models import model_within
+from vlcache_fx.integrations.unwrap import unwrap_model
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 
@@ -52,10 +52,10 @@ class Adapted(HandsOn):
 def test_wrappers_are_looked_through() -> None:
     model = Model()
     for wrapped in (model, HandsOn(model), HandsOn(HandsOn(model)), Adapted(HandsOn(model))):
-        assert model_within(wrapped) is model
+        assert unwrap_model(wrapped) is model
     layers = HandsOn(nn.Linear(2, 2))
-    assert model_within(layers) is layers
-    assert model_within(nn.Sequential(model)) is not model
+    assert unwrap_model(layers) is layers
+    assert unwrap_model(nn.Sequential(model)) is not model
 
 
 def in_place() -> nn.Module:

@@ -15,7 +15,7 @@ _MODEL_METHODS = ("generate", "get_image_features", "get_video_features")
 """What a model of the transformers library offers, and layers do not."""
 
 
-def model_within(model: Any) -> nn.Module:
+def unwrap_model(model: Any) -> nn.Module:
     """The model that does the work: ``model`` itself, or what it wraps.
 
     Adapters of PEFT and ``DistributedDataParallel`` hold a model and call it with what they are given. The
