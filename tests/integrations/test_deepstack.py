@@ -36,7 +36,7 @@ def one_behind_the_other(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([p[name] for p in prompts], int(name in by_token)) for name in prompts[0]}
 
 
-def test_a_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> None:
+def test_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> None:
     pair, family = qwen
     pair.engine.clear()
     off, report = pair.run(**image_prompt(family, 5, 6, image=0))
@@ -50,7 +50,7 @@ def test_a_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> 
     assert pair.engine.refusals == []
 
 
-def test_each_item_has_its_own_features_in_every_layer(qwen: tuple[Pair, FamilyModel]) -> None:
+def test_features_of_several_items_in_every_layer(qwen: tuple[Pair, FamilyModel]) -> None:
     """The encoder returns them layer by layer, for all items together."""
     pair, family = qwen
     pair.engine.clear()
@@ -67,7 +67,7 @@ def test_each_item_has_its_own_features_in_every_layer(qwen: tuple[Pair, FamilyM
         assert hits(report) == found
 
 
-def test_stored_rows_are_used(qwen: tuple[Pair, FamilyModel]) -> None:
+def test_stored_rows_are_reused(qwen: tuple[Pair, FamilyModel]) -> None:
     """A guard against tests that pass because nothing is reused: another place, other keys and values."""
     pair, family = qwen
     pair.engine.clear()
@@ -128,7 +128,7 @@ IDS, PIXELS = torch.tensor([[1, 2]]), torch.ones(3)
 
 
 @torch.no_grad()
-def test_encoders_run_first_and_positions_are_the_models_own() -> None:
+def test_encoders_first_computes_features_and_positions() -> None:
     args, kwargs = EncodersFirst(Preparing())((IDS, PIXELS), {"past_key_values": None})
     assert args == ()
     assert set(kwargs) == {"input_ids", "position_ids", "mm_encoder_outputs"}
@@ -137,7 +137,7 @@ def test_encoders_run_first_and_positions_are_the_models_own() -> None:
 
 
 @torch.no_grad()
-def test_given_positions_and_counts_are_left() -> None:
+def test_encoders_first_keeps_given_positions() -> None:
     call = {"input_ids": IDS, "pixel_values": PIXELS, "position_ids": IDS}
     assert EncodersFirst(Preparing())((), call)[1]["position_ids"] is IDS
     kwargs = EncodersFirst(Counting())((IDS,), {"pixel_values": PIXELS})[1]
@@ -156,7 +156,7 @@ def test_given_positions_and_counts_are_left() -> None:
     ids=lambda change: next(iter(change)),
 )
 @torch.no_grad()
-def test_other_calls_are_left_as_they_are(change: dict[str, Any]) -> None:
+def test_encoders_first_skips_other_calls(change: dict[str, Any]) -> None:
     call = {"input_ids": IDS, "pixel_values": PIXELS} | change
     args, kwargs = EncodersFirst(Preparing())((), call)
     assert args == ()
@@ -164,12 +164,12 @@ def test_other_calls_are_left_as_they_are(change: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_an_empty_cache_is_no_past() -> None:
+def test_encoders_first_with_an_empty_cache() -> None:
     call = {"pixel_values": PIXELS, "past_key_values": SimpleNamespace(get_seq_length=lambda: 0)}
     assert "mm_encoder_outputs" in EncodersFirst(Preparing())((IDS,), call)[1]
 
 
-def test_gradients_and_models_that_take_no_outputs() -> None:
+def test_encoders_first_skips_gradients_and_other_models() -> None:
     given = ((IDS,), {"pixel_values": PIXELS})
     assert EncodersFirst(Preparing())(*given) == given
     with torch.no_grad():

@@ -74,7 +74,7 @@ def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
     return calls
 
 
-def test_a_window_finds_all_frames_but_the_new_ones() -> None:
+def test_frame_cache_encodes_only_new_frames() -> None:
     encoder = Encoder()
     cache = cached(encoder)
     # Tried out with the first video, both ways; then each frame is kept.
@@ -86,7 +86,7 @@ def test_a_window_finds_all_frames_but_the_new_ones() -> None:
     assert check(cache, encoder, video(6)) == [1]
 
 
-def test_frames_that_see_each_other_are_kept_as_a_whole() -> None:
+def test_frame_cache_of_frames_that_attend_to_each_other() -> None:
     encoder = Encoder(alone=False)
     cache = cached(encoder)
     assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
@@ -95,7 +95,7 @@ def test_frames_that_see_each_other_are_kept_as_a_whole() -> None:
     assert check(cache, encoder, video(1, 2, 3), video(0, 1)) == [2]
 
 
-def test_an_output_without_fields_is_handed_through() -> None:
+def test_frame_cache_returns_other_outputs_unchanged() -> None:
     encoder = Encoder()
     cache = cached(encoder)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_an_output_without_fields_is_handed_through() -> None:
             assert torch.equal(got[0], video(0, 1) @ encoder.weight)
 
 
-def test_gradients_go_past_it() -> None:
+def test_frame_cache_skips_gradients() -> None:
     encoder = Encoder()
     cache = cached(encoder)
     for _ in range(2):
@@ -113,13 +113,13 @@ def test_gradients_go_past_it() -> None:
     assert encoder.calls == [2, 2]
 
 
-def test_grids_of_frames() -> None:
+def test_frame_grids() -> None:
     grids = torch.tensor([[2, 4, 6], [1, 2, 2], [3, 2, 8]])
     assert frame_grids(grids).tolist() == [[1, 4, 6]] * 2 + [[1, 2, 2]] + [[1, 2, 8]] * 3
 
 
 @pytest.mark.parametrize("layers", [False, True])
-def test_frames_are_joined_video_by_video(layers: bool) -> None:
+def test_group_frames_per_video(layers: bool) -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     frames = tuple(noise(seed, seed + 1, 4) for seed in range(5))

@@ -37,7 +37,7 @@ def same(got: Any, want: Any) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_apart_and_together(form: str) -> None:
+def test_split_and_join_items(form: str) -> None:
     fields = {"pooler_output": FORMS[form], "deepstack_features": FORMS["layers"]}
     items = split_items(fields, 3)
     assert items is not None
@@ -67,12 +67,12 @@ def test_apart_and_together(form: str) -> None:
         "other rows", "number", "other count", "empty", "ragged layers", "layer of rows", "no tensors", "int"
     ],
 )  # fmt: skip
-def test_what_does_not_tell_items_apart(value: Any) -> None:
+def test_split_items_of_undivided_fields(value: Any) -> None:
     assert split_items({"pooler_output": value}, 3) is None
     assert split_items({"pooler_output": per_item(2, 3, 1), "more": value}, 3) is None
 
 
-def test_items_of_other_forms_do_not_fit_together() -> None:
+def test_join_items_of_different_forms() -> None:
     apart = [split_items({"pooler_output": FORMS[form]}, 3) for form in FORMS]
     firsts = [items[0] for items in apart if items is not None]
     assert len(firsts) == 3
@@ -87,7 +87,7 @@ def test_items_of_other_forms_do_not_fit_together() -> None:
     assert join_items([firsts[2], other[0]]) is None
 
 
-def test_features_are_what_a_decoder_may_read() -> None:
+def test_feature_fields() -> None:
     inner = noise(0, 1, 2, 4)
     output = BaseModelOutputWithPooling(last_hidden_state=inner, pooler_output=ROWS, hidden_states=(inner,))
     assert feature_fields(output) == {"pooler_output": ROWS}
@@ -97,7 +97,7 @@ def test_features_are_what_a_decoder_may_read() -> None:
     assert feature_fields((ROWS,)) is None
 
 
-def test_features_of_all_items_as_one_tensor() -> None:
+def test_concat_items() -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     output = BaseModelOutputWithDeepstackFeatures(
@@ -116,6 +116,6 @@ def test_features_of_all_items_as_one_tensor() -> None:
     [ROWS, per_item(2), (noise(0, 2, 4), noise(0, 2, 5)), (ROWS, ROWS)],
     ids=["one tensor", "one item", "other widths", "no rows"],
 )
-def test_other_features_are_left_as_they_are(features: Any) -> None:
+def test_concat_items_keeps_other_features(features: Any) -> None:
     output = BaseModelOutputWithPooling(pooler_output=features)
     assert concat_items(output) is output

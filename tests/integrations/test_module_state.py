@@ -88,7 +88,7 @@ CHANGES: dict[str, Callable[[Owner], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_noticed(change: str) -> None:
+def test_digest_detects_changes(change: str) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -100,7 +100,7 @@ def test_changes_are_noticed(change: str) -> None:
     assert after not in (before, None)
 
 
-def test_changes_differ_from_each_other() -> None:
+def test_digest_distinguishes_changes() -> None:
     digests = []
     for change in CHANGES.values():
         owner = Owner()
@@ -110,7 +110,7 @@ def test_changes_differ_from_each_other() -> None:
 
 
 @pytest.mark.parametrize("name", ["FACTOR", "scaled", "TABLE"])
-def test_global_names_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_includes_globals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -123,7 +123,7 @@ def test_global_names_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert known.digest() == before
 
 
-def test_methods_of_classes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_includes_class_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -131,11 +131,11 @@ def test_methods_of_classes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.digest() != before
 
 
-def test_equal_modules_have_equal_digests() -> None:
+def test_digest_of_equal_modules() -> None:
     assert state(Owner()).digest() == state(Owner()).digest() is not None
 
 
-def test_what_the_encoder_does_not_read_does_not_count() -> None:
+def test_digest_excludes_unread_attributes() -> None:
     """Models leave results in attributes, and decoders have hooks, too."""
     owner = Owner()
     known = state(owner)
@@ -146,7 +146,7 @@ def test_what_the_encoder_does_not_read_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("value", [open, torch.ones(SMALL_BYTES)], ids=["a file", "a large tensor"])
-def test_what_cannot_be_written_is_not_known(value: Any) -> None:
+def test_digest_of_unknown_state(value: Any) -> None:
     owner = Owner()
     if value is open:
         with open(__file__) as file:

@@ -40,7 +40,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_is_seen(change: Callable[[Any], Any]) -> None:
+def test_module_tensors_after_a_change(change: Callable[[Any], Any]) -> None:
     model = Model()
     tensors = ModuleTensors(model)
     for step in (lambda _: None, change, lambda _: None):
@@ -63,7 +63,7 @@ def hidden() -> Model:
     return model
 
 
-def test_tensors_that_are_no_parameters_count_too() -> None:
+def test_module_tensors_in_plain_attributes() -> None:
     model: Any = hidden()
     tensors = ModuleTensors(model)
     plain = len([*model.parameters(), *model.buffers()])
@@ -84,7 +84,7 @@ class Kept:
         self.weights_map = weights
 
 
-def test_weights_that_lie_elsewhere_between_calls() -> None:
+def test_module_tensors_of_accelerate_hooks() -> None:
     layer: Any = nn.Linear(2, 3)
     kept = {name: value.detach() for name, value in layer.named_parameters()}
     layer._hf_hook = Kept(kept)
@@ -95,7 +95,7 @@ def test_weights_that_lie_elsewhere_between_calls() -> None:
     assert tensors()[0] is kept["weight"]
 
 
-def test_packed_weights() -> None:
+def test_module_tensors_of_packed_weights() -> None:
     class Holder(nn.Module):
         def __init__(self, scale: float) -> None:
             super().__init__()

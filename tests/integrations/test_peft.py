@@ -69,7 +69,7 @@ def reused(_compiler: None) -> Pair:
     return Pair(["q_proj", "v_proj"])
 
 
-def test_the_model_inside_is_compiled(reused: Pair) -> None:
+def test_compile_unwraps_the_peft_model(reused: Pair) -> None:
     assert [reused.run(seed) for seed in range(2)] == ["cold", "warm"]
     assert reused.model.vlcache is reused.model.get_base_model().vlcache
     inputs = qwen_inputs(3, 4, [(8, 8, 0)], 7)
@@ -80,7 +80,7 @@ def test_the_model_inside_is_compiled(reused: Pair) -> None:
     assert reused.model.vlcache.last_report["mode"] == "warm"
 
 
-def test_disabled_for_a_while(reused: Pair) -> None:
+def test_peft_adapters_disabled_temporarily(reused: Pair) -> None:
     reused.run(0)
     with reused.model.disable_adapter(), reused.reference.disable_adapter():
         modes = [reused.run(seed) for seed in range(8, 10)]
@@ -89,7 +89,7 @@ def test_disabled_for_a_while(reused: Pair) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_adapters_that_change_between_calls(change: Callable[[Any], Any]) -> None:
+def test_peft_adapters_changed_between_calls(change: Callable[[Any], Any]) -> None:
     pair = Pair(["q_proj", "v_proj"])
     pair.run(0)
     for model in (pair.model, pair.reference):
@@ -101,7 +101,7 @@ VISION = r".*visual.*\.(qkv|proj)"
 
 
 @pytest.mark.parametrize("change", ["disabled", "scaled"])
-def test_adapters_of_the_encoder(change: str) -> None:
+def test_peft_adapters_of_the_encoder(change: str) -> None:
     pair = Pair(VISION)
     pair.run(0)
     if change == "scaled":

@@ -64,7 +64,7 @@ def qwen(_compiler: None) -> tuple[Pair, Counter]:
     return pair, Counter(pair.model.model.visual)
 
 
-def test_a_known_image_is_not_encoded(qwen: tuple[Pair, Counter]) -> None:
+def test_known_image_is_not_encoded_again(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     for place, (images, patches, hit) in enumerate(
@@ -82,7 +82,7 @@ def test_a_known_image_is_not_encoded(qwen: tuple[Pair, Counter]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_grids_tell_equal_patches_apart(qwen: tuple[Pair, Counter]) -> None:
+def test_grids_are_part_of_the_key(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     for place, grid in enumerate([(12, 8), (8, 12), (12, 8), (8, 12)]):
@@ -91,7 +91,7 @@ def test_grids_tell_equal_patches_apart(qwen: tuple[Pair, Counter]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_changed_encoder_weights_are_seen(qwen: tuple[Pair, Counter]) -> None:
+def test_changed_encoder_weights_are_detected(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     inputs = qwen_inputs(4, 5, [TALL])
@@ -106,7 +106,7 @@ def test_changed_encoder_weights_are_seen(qwen: tuple[Pair, Counter]) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_text_alone_needs_no_encoder(qwen: tuple[Pair, Counter]) -> None:
+def test_text_without_images_skips_the_encoder(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     ours, theirs = greedy(pair, qwen_inputs(9, 5, []))
     assert encoded.taken() == []
@@ -116,7 +116,7 @@ def test_text_alone_needs_no_encoder(qwen: tuple[Pair, Counter]) -> None:
 # LLaVA ------------------------------------------------------------------------------------------------------
 
 
-def test_llava_encodes_new_images_alone() -> None:
+def test_llava_encodes_only_new_images() -> None:
     pair = with_api(warmed_up(), policy="full")
     encoded = Counter(pair.model.model.vision_tower)
     for place, (images, sizes, hit) in enumerate(
@@ -137,7 +137,7 @@ def warmed_up() -> nn.Module:
     return model
 
 
-def test_the_encoder_in_the_graph_is_skipped_on_a_hit() -> None:
+def test_encoder_in_decoder_graph_is_skipped_on_a_hit() -> None:
     """torch.compile alone, with pixels in the decoder's graph."""
     pair = with_backend(warmed_up(), policy="full")
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
@@ -149,7 +149,7 @@ def test_the_encoder_in_the_graph_is_skipped_on_a_hit() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
+def test_encoder_in_its_own_graph_is_cached() -> None:
     """torch.compile alone and Dynamo's default configuration."""
     pair = with_backend(tiny_llava(2), policy="full")
     for place, images in enumerate([[0], [0], [1], [0]]):
@@ -159,14 +159,14 @@ def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-def test_an_encoder_that_shares_its_graph_with_the_text_is_kept_behind_another_prompt() -> None:
+def test_encoder_in_decoder_graph_is_cached_across_prompts() -> None:
     pair = with_backend(warmed_up(), policy="full")
     for place in range(3):
         assert pair.run(**llava_inputs(4 + place, 5, [0], text_seed=place))[0] == 0.0
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 1}
 
 
-def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None:
+def test_features_are_concatenated_and_restored() -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
     pair = with_api(tiny_llava(2), policy="full")
@@ -246,7 +246,7 @@ def cache(encoder: Encoder) -> EncoderCache:
 
 
 @torch.no_grad()
-def test_a_hit_may_be_written_to(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_returns_writable_features(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = pixels * 2
     for _ in range(4):
@@ -258,7 +258,7 @@ def test_a_hit_may_be_written_to(cache: EncoderCache, encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def test_order_is_kept(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_keeps_item_order(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
     cache(pixel_values=pixels[1:2])
     cache(pixel_values=pixels[3:])
@@ -268,7 +268,7 @@ def test_order_is_kept(cache: EncoderCache, encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def test_arguments_by_place_or_by_name_are_one(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_positional_and_keyword_arguments(cache: EncoderCache, encoder: Encoder) -> None:
     pixels, grids = torch.ones(8, 5), torch.tensor([[1, 2, 4]])
     cache(pixels, grids)
     cache(pixel_values=pixels, image_grid_thw=grids)
@@ -285,9 +285,7 @@ def images(*values: float) -> Tensor:
 
 @pytest.mark.parametrize("form", ["rows", "layers"])
 @torch.no_grad()
-def test_other_forms_of_results_are_kept_item_by_item(
-    form: str, cache: EncoderCache, encoder: Encoder
-) -> None:
+def test_encoder_cache_of_rows_and_layers(form: str, cache: EncoderCache, encoder: Encoder) -> None:
     cache(pixel_values=images(1), form=form)
     mixed = cache(pixel_values=images(2, 1, 3), form=form)
     again = cache(pixel_values=images(3, 2), form=form)
@@ -304,9 +302,7 @@ def test_other_forms_of_results_are_kept_item_by_item(
 
 
 @torch.no_grad()
-def test_results_that_do_not_tell_items_apart_are_kept_as_a_whole(
-    cache: EncoderCache, encoder: Encoder
-) -> None:
+def test_encoder_cache_of_undivided_results(cache: EncoderCache, encoder: Encoder) -> None:
     for _ in range(3):
         assert torch.equal(
             cache(pixel_values=images(1, 2), form="mixed").pooler_output, images(2, 4).flatten()
@@ -337,7 +333,7 @@ def test_encoder_cache_skips_fields_of_other_types(form: str, cache: EncoderCach
 
 
 @torch.no_grad()
-def test_what_has_no_key_or_no_fields_is_encoded_as_it_is(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_skips_calls_without_key_or_fields(cache: EncoderCache, encoder: Encoder) -> None:
     for _ in range(2):
         assert isinstance(cache(pixel_values=images(1, 2), form="plain"), tuple)
         cache(pixel_values=images(1, 2), callback=print)
@@ -345,7 +341,7 @@ def test_what_has_no_key_or_no_fields_is_encoded_as_it_is(cache: EncoderCache, e
     assert len(cache._engine.store) == 0
 
 
-def test_gradients_go_past_the_cache(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_skips_gradients(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.ones(1, 3, 2, 2)
     for _ in range(2):
         cache(pixel_values=pixels).pooler_output[0].sum().backward()
@@ -354,7 +350,7 @@ def test_gradients_go_past_the_cache(cache: EncoderCache, encoder: Encoder) -> N
 
 
 @torch.no_grad()
-def test_salts_and_weights_are_in_the_key(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_key_includes_salt_and_weights(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.ones(1, 3, 2, 2)
     cache(pixel_values=pixels)
     with settings_of(cache._engine, salt="another"):

@@ -49,7 +49,7 @@ class Adapted(HandsOn):
         return self.module(x, **kwargs)
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_unwrap_model_of_wrappers() -> None:
     model = Model()
     for wrapped in (model, HandsOn(model), HandsOn(HandsOn(model)), Adapted(HandsOn(model))):
         assert unwrap_model(wrapped) is model
@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize(("make", "says"), BAD.values(), ids=BAD)
-def test_what_is_no_model_is_said(make: Callable[[], Any], says: str) -> None:
+def test_unwrap_model_rejects_other_objects(make: Callable[[], Any], says: str) -> None:
     value = make()
     with pytest.raises(OptionError, match=says) as raised:
         vlcache_fx.compile(value)
@@ -102,7 +102,7 @@ def test_what_is_no_model_is_said(make: Callable[[], Any], says: str) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, copy.copy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())]
 )
-def test_copies_of_a_compiled_model_are_refused(copied: Callable[[Any], Any]) -> None:
+def test_refuse_copies(copied: Callable[[Any], Any]) -> None:
     model = vlcache_fx.compile(tiny_vlm(num_layers=1), lowering="eager")
     for one in (model, HandsOn(model)):
         with pytest.raises(CopyError, match=r"is compiled .* before vlcache_fx.compile"):

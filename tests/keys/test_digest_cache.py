@@ -35,7 +35,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return parts
 
 
-def test_rows_of_a_remembered_tensor_are_read_once(read: list[Tensor]) -> None:
+def test_digest_rows_reads_tracked_tensors_once(read: list[Tensor]) -> None:
     tensor = noise(0, 6, 4)
     track(tensor)
     want = [content_digest([tensor[:2]]), content_digest([tensor[2:]])]
@@ -47,7 +47,7 @@ def test_rows_of_a_remembered_tensor_are_read_once(read: list[Tensor]) -> None:
     assert cached_digests(tensor).keys() == {(0, 2), (2, 6), (0, 6)}
 
 
-def test_others_are_read_each_time(read: list[Tensor]) -> None:
+def test_digest_rows_reads_other_tensors_every_time(read: list[Tensor]) -> None:
     tensor = noise(0, 6, 4)
     remembered = tensor.clone()
     track(remembered)
@@ -68,7 +68,7 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_is_written_to_is_forgotten(write: Callable[[Tensor], Any]) -> None:
+def test_track_ends_with_a_write(write: Callable[[Tensor], Any]) -> None:
     tensor = noise(0, 6, 4)
     track(tensor, {(0, 6): "told"})
     assert digest_rows(tensor, [(0, 6)]) == ["told"]
@@ -78,7 +78,7 @@ def test_what_is_written_to_is_forgotten(write: Callable[[Tensor], Any]) -> None
     assert digest_rows(tensor, [(0, 6)]) == [content_digest([tensor])]
 
 
-def test_copies_and_saved_tensors_know_nothing(tmp_path: Path) -> None:
+def test_track_does_not_extend_to_copies(tmp_path: Path) -> None:
     tensor = noise(0, 6, 4)
     track(tensor, {(0, 6): "told"})
     torch.save(tensor, tmp_path / "tensor.pt")
@@ -90,7 +90,7 @@ def test_copies_and_saved_tensors_know_nothing(tmp_path: Path) -> None:
     assert cached_digests(tensor) == {(0, 6): "told"}
 
 
-def test_remembering_keeps_nothing_alive() -> None:
+def test_track_keeps_no_tensor_alive() -> None:
     tensor = noise(0, 600, 4)
     track(tensor)
     digest_rows(tensor, [(0, 600)])
@@ -104,7 +104,7 @@ def test_remembering_keeps_nothing_alive() -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
-def test_joined_rows_are_known_where_all_parts_are(lengths: list[int], data: st.DataObject) -> None:
+def test_join_rows_keeps_digests_of_tracked_tensors(lengths: list[int], data: st.DataObject) -> None:
     parts = [noise(index, length, 3) for index, length in enumerate(lengths)]
     known = [data.draw(st.booleans()) for _ in parts]
     for part, is_told in zip(parts, known, strict=True):
@@ -118,6 +118,6 @@ def test_joined_rows_are_known_where_all_parts_are(lengths: list[int], data: st.
     assert digest_rows(joined, row_ranges(lengths)) == digests
 
 
-def test_tensors_without_bytes_have_no_digest() -> None:
+def test_digest_rows_rejects_tensors_without_bytes() -> None:
     with pytest.raises(StoreError):
         digest_rows(torch.empty(4, 2, device="meta"), [(0, 4)])

@@ -28,23 +28,23 @@ def built(monkeypatch: pytest.MonkeyPatch, serves: bool) -> object:
     return native_kernel.__wrapped__("linear", TYPES)
 
 
-def test_a_kernel_that_serves_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernel_sets_argument_types(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = built(monkeypatch, True)
     assert kernel is not None
     assert getattr(kernel, "argtypes", None) == TYPES
 
 
-def test_one_that_does_not_serve_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernel_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built(monkeypatch, False) is None
 
 
-def test_other_processors_build_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernel_on_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(CppCodeCache, "load", lambda *_, **__: pytest.fail("something was built"))
     assert native_kernel.__wrapped__("linear", TYPES) is None
 
 
-def test_a_failing_compiler_is_told_and_survived(
+def test_native_kernel_logs_compiler_errors(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -58,7 +58,7 @@ def test_a_failing_compiler_is_told_and_survived(
     assert "a long story" not in caplog.text
 
 
-def test_integers_are_an_array_of_64_bits() -> None:
+def test_int64_array() -> None:
     array = int64_array(3, -(2**40))
     assert list(array) == [3, -(2**40)]
     assert ctypes.sizeof(array) == 16

@@ -61,7 +61,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(requests())
-def test_rows_are_sorted_nested_and_enough(request: dict[str, Any]) -> None:
+def test_rows_are_sorted_and_nested(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     layers, tokens = request["num_layers"], request["num_tokens"]
     assert (len(plan.rows), len(plan.source), len(plan.keep)) == (layers + 1, layers + 1, layers)
@@ -76,7 +76,7 @@ def test_rows_are_sorted_nested_and_enough(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_source_puts_the_full_tensor_together(request: dict[str, Any]) -> None:
+def test_source_covers_every_token(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     hits = [s for s in request["spans"] if s.hit]
     hit_tokens = [token for s in hits for token in range(s.start, s.end)]
@@ -96,7 +96,7 @@ def test_source_puts_the_full_tensor_together(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_what_must_be_computed_is(request: dict[str, Any]) -> None:
+def test_required_rows_are_computed(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     outputs = request["output_rows"]
     reused = {token for s in request["spans"] if s.hit for token in range(s.start, s.end)}
@@ -112,7 +112,7 @@ def test_what_must_be_computed_is(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_fraction_is_the_computed_share_of_the_hit_spans(request: dict[str, Any]) -> None:
+def test_token_layer_fraction_of_hit_spans(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     hits = [s for s in request["spans"] if s.hit]
     total = sum(s.length for s in hits) * request["num_layers"]
@@ -124,7 +124,7 @@ def test_fraction_is_the_computed_share_of_the_hit_spans(request: dict[str, Any]
 
 
 @given(requests())
-def test_strict_refuses_exactly_what_would_be_repaired(request: dict[str, Any]) -> None:
+def test_strict_rejects_every_repair(request: dict[str, Any]) -> None:
     repairs = [note for note in build_plan(**request).explanations if note.startswith("span")]
     if repairs:
         with pytest.raises(PlanError, match="strict mode"):
@@ -139,7 +139,7 @@ def one_span(rows: Sequence[Tensor], budget: float = 1.0, **more: Any) -> Plan:
     )
 
 
-def test_equal_layers_share_their_tensors() -> None:
+def test_equal_layers_share_tensors() -> None:
     plan = one_span([ids(0, 1), ids(0, 1), ids(0), ids(0)])
     assert plan.rows[0] is plan.rows[1]
     assert plan.source[0] is plan.source[1]
@@ -149,7 +149,7 @@ def test_equal_layers_share_their_tensors() -> None:
     assert plan.explanations == ()
 
 
-def test_a_row_that_was_skipped_does_not_come_back() -> None:
+def test_repair_drops_rows_skipped_in_an_earlier_layer() -> None:
     plan = one_span([ids(0, 1), ids(0), ids(0, 1), ids(0, 1)])
     assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] + [[0, 1, 2, 10, 11]] * 4
     assert plan.explanations == (
@@ -158,13 +158,13 @@ def test_a_row_that_was_skipped_does_not_come_back() -> None:
     )
 
 
-def test_rows_outside_the_span_are_dropped() -> None:
+def test_repair_drops_rows_outside_the_span() -> None:
     plan = one_span([ids(-1, 0, 8)])
     assert plan.rows[0].tolist() == [0, 1, 2, 10, 11]
     assert plan.explanations == ("span [2, 10): dropped rows outside the span (layer 0)",)
 
 
-def test_over_the_budget_the_latest_rows_go_from_all_layers() -> None:
+def test_repair_drops_the_latest_rows_over_budget() -> None:
     plan = one_span([torch.arange(8)] * 4, budget=0.3)  # floor(0.3 * 8 * 4) = 9 token-layers: two rows
     assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] * 5
     assert plan.token_layer_fraction == 2 / 8
@@ -174,19 +174,19 @@ def test_over_the_budget_the_latest_rows_go_from_all_layers() -> None:
     )
 
 
-def test_no_budget_no_rows_and_a_small_one_buys_a_row() -> None:
+def test_budget_zero_and_smaller_than_a_row() -> None:
     assert one_span([ids(0, 1)] * 3, budget=0.0).token_layer_fraction == 0.0
     assert one_span([ids(0, 1)] * 3, budget=0.001).token_layer_fraction == 1 / 8
 
 
-def test_full_ignores_the_budget() -> None:
+def test_full_policy_ignores_the_budget() -> None:
     plan = build_plan(num_tokens=9, spans=[span(0, 8)], num_layers=3, policy=Full(), budget=0.01)
     assert plan.token_layer_fraction == 1.0
     assert plan.explanations == ()
     assert all(rows is plan.rows[0] for rows in plan.rows)
 
 
-def test_a_single_output_gets_the_neighbour_that_is_active() -> None:
+def test_single_output_row_gets_an_active_neighbour() -> None:
     spans = [span(1, 6)]
     common: dict[str, Any] = {"num_tokens": 9, "spans": spans, "num_layers": 2, "budget": 0.2}
     last = build_plan(policy=Uniform(), output_rows=ids(8), **common)
@@ -198,7 +198,7 @@ def test_a_single_output_gets_the_neighbour_that_is_active() -> None:
     assert first.rows[-1].tolist() == [0, 1]
 
 
-def test_two_rows_are_found_when_nothing_asks_for_any() -> None:
+def test_at_least_two_rows() -> None:
     common: dict[str, Any] = {"spans": [span(0, 5)], "num_layers": 2, "policy": NoRows(), "budget": 0.0}
     plan = build_plan(num_tokens=5, **common)
     assert [rows.tolist() for rows in plan.rows] == [[3, 4]] * 3
@@ -207,7 +207,7 @@ def test_two_rows_are_found_when_nothing_asks_for_any() -> None:
     assert build_plan(num_tokens=5, output_rows=ids(4), **common).rows[-1].tolist() == [3, 4]
 
 
-def test_one_token() -> None:
+def test_prompt_of_one_token() -> None:
     plan = build_plan(num_tokens=1, spans=[span(0, 1)], num_layers=2, policy=NoRows(), budget=0.0)
     assert [rows.tolist() for rows in plan.rows] == [[0]] * 3
 
@@ -235,7 +235,7 @@ def test_one_token() -> None:
         ({"policy": Given([ids(0).unsqueeze(0)] * 2)}, "one-dimensional"),
     ],
 )
-def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> None:
+def test_build_plan_rejects_invalid_requests(change: dict[str, Any], message: str) -> None:
     request: dict[str, Any] = {
         "num_tokens": 12,
         "spans": [span(0, 4)],
@@ -251,7 +251,7 @@ def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> No
 
 
 @given(requests(), st.integers(0, 50))
-def test_a_donor_table_may_begin_with_rows_of_other_samples(request: dict[str, Any], first: int) -> None:
+def test_first_donor_shifts_the_source(request: dict[str, Any], first: int) -> None:
     """All else stays; places in the table move by as many rows."""
     alone, behind = build_plan(**request), build_plan(**request, first_donor=first)
     for name in ("rows", "keep"):
@@ -264,7 +264,7 @@ def test_a_donor_table_may_begin_with_rows_of_other_samples(request: dict[str, A
         assert torch.equal(torch.where(hits & (a >= 0), a + first, a), b)
 
 
-def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
+def test_prefix_precedes_span_donors() -> None:
     plan = build_plan(
         num_tokens=9,
         spans=[span(1, 2), span(5, 2)],
@@ -284,15 +284,13 @@ def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Pla
 
 
 @given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_policies_without_budget_compute_what_nothing_attends_to(
-    request: dict[str, Any], places: set[int]
-) -> None:
+def test_padding_is_computed_without_a_budget(request: dict[str, Any], places: set[int]) -> None:
     _, plan, usual = hiding(request, places)
     assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
 
 
 @given(requests().filter(lambda request: not request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
+def test_padding_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
     tokens = request["num_tokens"]
     padding, plan, usual = hiding(request, places)
     outputs = request["output_rows"]
@@ -309,7 +307,7 @@ def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places
         assert len(rows) >= min(2, tokens)
 
 
-def test_all_of_a_missed_span_is_computed() -> None:
+def test_padding_in_a_missed_span_is_computed() -> None:
     plan = build_plan(
         num_tokens=8,
         spans=[span(1, 2), span(4, 3, hit=False)],
@@ -321,7 +319,7 @@ def test_all_of_a_missed_span_is_computed() -> None:
     assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
 
 
-def test_padding_is_computed_where_outputs_need_it() -> None:
+def test_padding_is_computed_for_outputs() -> None:
     common: dict[str, Any] = {"num_tokens": 8, "spans": [span(3, 3)], "num_layers": 2, "policy": NoRows()}
     plan = build_plan(budget=0.0, padding=ids(0, 1), **common)
     assert [rows.tolist() for rows in plan.rows] == [[2, 6, 7]] * 3
