@@ -1,4 +1,4 @@
-"""Block hashes are the same function on every device; what needs a GPU is in ``test_keys``."""
+"""Block hashes on the CPU; the function is the same on every device. ``test_digest`` has the GPU test."""
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_as_words_shares_memory(dtype: torch.dtype) -> None:
         torch.zeros(9, dtype=torch.bfloat16)[1:],
         torch.zeros(4, dtype=torch.complex64),
     ],
-    ids=["half a word", "begins inside a word", "complex"],
+    ids=["half a word", "unaligned offset", "complex"],
 )
 def test_as_words_unaligned(tensor: torch.Tensor) -> None:
     assert as_words(tensor) is None

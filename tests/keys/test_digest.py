@@ -1,4 +1,4 @@
-"""Digests: different parts, different digests; equal parts, equal digests."""
+"""Content digests: equal for equal parts, different for different parts."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ parts = st.recursive(
 
 
 def typed(part: Any) -> Any:
-    """A form in which == tells apart what a digest must tell apart."""
+    """Return a form for which ``==`` distinguishes what digests distinguish."""
     if isinstance(part, list | tuple):
         return (type(part), [typed(item) for item in part])
     if isinstance(part, float):
@@ -111,7 +111,7 @@ def test_content_digest_with_threads() -> None:
 
 
 def test_content_digest_format_is_stable() -> None:
-    # Digests are stored and shared: a change of format must be a decision.
+    # Digests are stored and shared, so the format must not change by accident.
     parts = ["vlcache", b"x", 1, 2.5, None, True, (3, ["y"]), torch.arange(3)]
     assert content_digest(parts) == "d30e4b5d7d37e407fab4c7f941c5a307d28152bfbef2b27725bf0374c0d7878c"
 

@@ -1,4 +1,4 @@
-"""Digests travel with tensors, and are forgotten when these are written to."""
+"""Digests are cached on tensors and dropped by writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vlcache_fx.testing.prompts import noise
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What digests were made of."""
+    """Record the parts of every digest."""
     parts: list[Any] = []
 
     def digest(given: list[Any], *, threaded: bool = False) -> str:
@@ -49,9 +49,9 @@ def test_digest_rows_reads_tracked_tensors_once(read: list[Tensor]) -> None:
 
 def test_digest_rows_reads_other_tensors_every_time(read: list[Tensor]) -> None:
     tensor = noise(0, 6, 4)
-    remembered = tensor.clone()
-    track(remembered)
-    for other in (tensor, remembered.clone(), remembered[:], remembered.detach()):
+    tracked = tensor.clone()
+    track(tracked)
+    for other in (tensor, tracked.clone(), tracked[:], tracked.detach()):
         read.clear()
         assert not is_tracked(other)
         assert digest_rows(other, [(0, 6)]) == digest_rows(other, [(0, 6)])
@@ -70,8 +70,8 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 def test_track_ends_with_a_write(write: Callable[[Tensor], Any]) -> None:
     tensor = noise(0, 6, 4)
-    track(tensor, {(0, 6): "told"})
-    assert digest_rows(tensor, [(0, 6)]) == ["told"]
+    track(tensor, {(0, 6): "cached"})
+    assert digest_rows(tensor, [(0, 6)]) == ["cached"]
     write(tensor)
     assert not is_tracked(tensor)
     assert cached_digests(tensor) == {}
@@ -80,14 +80,14 @@ def test_track_ends_with_a_write(write: Callable[[Tensor], Any]) -> None:
 
 def test_track_does_not_extend_to_copies(tmp_path: Path) -> None:
     tensor = noise(0, 6, 4)
-    track(tensor, {(0, 6): "told"})
+    track(tensor, {(0, 6): "cached"})
     torch.save(tensor, tmp_path / "tensor.pt")
     for other in (copy.deepcopy(tensor), copy.copy(tensor), torch.load(tmp_path / "tensor.pt")):
         assert torch.equal(other, tensor)
         assert not is_tracked(other)
         track(other)
         assert is_tracked(other)
-    assert cached_digests(tensor) == {(0, 6): "told"}
+    assert cached_digests(tensor) == {(0, 6): "cached"}
 
 
 def test_track_keeps_no_tensor_alive() -> None:
@@ -107,8 +107,8 @@ def test_track_keeps_no_tensor_alive() -> None:
 def test_join_rows_keeps_digests_of_tracked_tensors(lengths: list[int], data: st.DataObject) -> None:
     parts = [noise(index, length, 3) for index, length in enumerate(lengths)]
     known = [data.draw(st.booleans()) for _ in parts]
-    for part, is_told in zip(parts, known, strict=True):
-        if is_told:
+    for part, has_digest in zip(parts, known, strict=True):
+        if has_digest:
             track(part, {(0, len(part)): content_digest([part])})
     joined = join_rows(parts)
     assert torch.equal(joined, torch.cat(parts))

@@ -1,4 +1,4 @@
-"""Fingerprints of weights that are no plain tensors: complete, quick to notice changes, or refused."""
+"""Fingerprints of composite weights: complete, quick to detect changes, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..store.scaled import Scaled
 
 
 class Packed(nn.Parameter):
-    """Bytes of its own, and a state that says what they mean."""
+    """Packed bytes, and a state that describes their meaning."""
 
     state: Any
 
@@ -95,7 +95,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a scale through data": lambda w: w.scale.data.mul_(2),
     "a value": lambda w: w.values_[3, 4].add_(1),
     "another scale": lambda w: setattr(w, "scale", w.scale * 2),
-    "the number beside": lambda w: setattr(w, "zero", 3),
+    "the zero point": lambda w: setattr(w, "zero", 3),
 }
 
 
@@ -119,7 +119,7 @@ def test_watch_detects_changes_of_attributes() -> None:
 
 
 class Opaque(Tensor):
-    """Does not say what it is made of."""
+    """A wrapper subclass without ``__tensor_flatten__``."""
 
     @staticmethod
     def __new__(cls) -> Opaque:

@@ -1,4 +1,4 @@
-"""The fingerprint follows every change of the weights."""
+"""Weight fingerprints detect every change."""
 
 from collections.abc import Callable
 
@@ -140,7 +140,7 @@ def test_device_checksum_depends_on_values_and_order(
     changed = values.clone()
     changed[2, 3] += 1
     assert device_checksum(changed) != first
-    monkeypatch.setattr(weights, "_CHUNK", 7)  # the values, not how they are read
+    monkeypatch.setattr(weights, "_CHUNK", 7)  # the checksum must not depend on it
     assert device_checksum(values) == first
 
 

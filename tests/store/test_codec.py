@@ -26,7 +26,7 @@ DAMAGES: dict[str, Callable[[Entry], Entry]] = {
 
 
 def test_unpack_drops_digests_of_moved_entries() -> None:
-    """Bytes on a device have digests of their own."""
+    """Device tensors are hashed differently from host tensors."""
     entry = pack([PIXELS.clone()])
     moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
     assert unpack(moved) is not None

@@ -1,4 +1,4 @@
-"""Entries own exactly what they say they hold."""
+"""Entries own exactly the tensors that they contain."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The host tier: what a machine without a GPU can show of it, and what takes one."""
+"""The host tier, with and without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory store: bounded, least recently used first, safe in threads."""
+"""The memory store: bounded, least recently used first, thread-safe."""
 
 import threading
 from typing import Any
@@ -32,7 +32,7 @@ def test_put_evicts_the_least_recently_used() -> None:
     for key in "abc":
         store.put(key, entry(3))
     store.get("a")
-    assert "b" in store  # a look, which does not make it recent
+    assert "b" in store  # does not make it recent
     store.put("d", entry(3))
     assert [key for key in "abcd" if key in store] == ["a", "c", "d"]
     assert store.stats().evictions == 1
@@ -114,7 +114,7 @@ def test_store_is_thread_safe() -> None:
 
 
 class Model(RuleBasedStateMachine):
-    """Against a list of (key, size, mark), the most recent last."""
+    """The store against a list of (key, size, mark), the most recent last."""
 
     keys = st.sampled_from("abcde")
 

@@ -1,4 +1,4 @@
-"""Stores by URL."""
+"""Opening stores by URL."""
 
 from typing import Any
 
