@@ -1,4 +1,4 @@
-"""Row counts per layer: against brute force, and better than equal counts where layers differ."""
+"""Row counts per layer, against brute force and against equal counts."""
 
 import itertools
 from collections.abc import Iterator, Sequence

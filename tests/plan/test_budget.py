@@ -1,4 +1,4 @@
-"""What a budget allows."""
+"""Row and token-layer allowances of a budget."""
 
 import pytest
 from hypothesis import given

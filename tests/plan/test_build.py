@@ -1,4 +1,4 @@
-"""Plans equal their definition, whatever the spans, the policy and the outputs."""
+"""Plans against their definition, for any spans, policy and outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from vlcache_fx.policies.uniform import Uniform
 
 @dataclass(frozen=True)
 class Given:
-    """A policy that chooses what a test tells it, the same for every span."""
+    """A policy that returns the test's rows for every span."""
 
     rows: Sequence[Tensor]
     ignores_budget: bool = False
@@ -38,7 +38,7 @@ def span(start: int, length: int, hit: bool = True, sample: int = 0) -> Span:
 
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """A request: any layout of spans, any rows (sorted or not, nested or not, in the span or not)."""
+    """Any layout of spans and any rows: sorted or not, nested or not, inside the span or not."""
     position, spans = 0, []
     for _ in range(draw(st.integers(0, 3))):
         position += draw(st.integers(0, 4))
@@ -193,7 +193,7 @@ def test_single_output_row_gets_an_active_neighbour() -> None:
     assert last.rows[-1].tolist() == [7, 8]
     inside = build_plan(policy=Uniform(), output_rows=ids(5), **common)
     assert inside.rows[-1].tolist() == [1, 5]
-    assert inside.token_layer_fraction == 2 / 6  # the policy's row and the one that the output needs
+    assert inside.token_layer_fraction == 2 / 6  # the policy's row and the row that the output needs
     first = build_plan(policy=Uniform(), output_rows=ids(0), **common)
     assert first.rows[-1].tolist() == [0, 1]
 
@@ -252,15 +252,15 @@ def test_build_plan_rejects_invalid_requests(change: dict[str, Any], message: st
 
 @given(requests(), st.integers(0, 50))
 def test_first_donor_shifts_the_source(request: dict[str, Any], first: int) -> None:
-    """All else stays; places in the table move by as many rows."""
-    alone, behind = build_plan(**request), build_plan(**request, first_donor=first)
+    """Only the donor rows in ``source`` shift."""
+    alone, shifted = build_plan(**request), build_plan(**request, first_donor=first)
     for name in ("rows", "keep"):
-        for a, b in zip(getattr(alone, name), getattr(behind, name), strict=True):
+        for a, b in zip(getattr(alone, name), getattr(shifted, name), strict=True):
             assert torch.equal(a, b)
     hits = torch.zeros(request["num_tokens"], dtype=torch.bool)
     for one in request["spans"]:
         hits[one.start : one.end] |= one.hit
-    for a, b in zip(alone.source, behind.source, strict=True):
+    for a, b in zip(alone.source, shifted.source, strict=True):
         assert torch.equal(torch.where(hits & (a >= 0), a + first, a), b)
 
 
@@ -277,33 +277,33 @@ def test_prefix_precedes_span_donors() -> None:
     assert plan.source[0].tolist() == [10, 11, 12, 13, -1, 14, 15, -2, -3]
 
 
-def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
-    """The places that nothing attends to, the plan that knows of them, and the one that does not."""
-    padding = ids(*sorted(place for place in places if place < request["num_tokens"]))
+def with_padding(request: dict[str, Any], positions: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
+    """Return padding positions, the plan with them, and the plan without them."""
+    padding = ids(*sorted(position for position in positions if position < request["num_tokens"]))
     return padding, build_plan(**request, padding=padding), build_plan(**request)
 
 
 @given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_padding_is_computed_without_a_budget(request: dict[str, Any], places: set[int]) -> None:
-    _, plan, usual = hiding(request, places)
+def test_padding_is_computed_without_a_budget(request: dict[str, Any], positions: set[int]) -> None:
+    _, plan, usual = with_padding(request, positions)
     assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
 
 
 @given(requests().filter(lambda request: not request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_padding_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
+def test_padding_is_not_computed(request: dict[str, Any], positions: set[int]) -> None:
     tokens = request["num_tokens"]
-    padding, plan, usual = hiding(request, places)
+    padding, plan, usual = with_padding(request, positions)
     outputs = request["output_rows"]
     needed = set() if outputs is None else set(outputs.tolist())
-    for s in request["spans"]:  # rows of missed ones are recorded
+    for s in request["spans"]:  # donors of missed spans are recorded
         needed |= set(range(s.start, s.end))
     left_out = set(padding.tolist()) - needed
     added = any("at least two" in note for note in plan.explanations)
     for rows, source, all_rows in zip(plan.rows[:-1], plan.source, usual.rows, strict=False):
         if not added:
             assert set(rows.tolist()) == set(all_rows.tolist()) - left_out
-        # Unless it is one of two rows that there must be, it is given what the table begins with.
-        assert all(source[place] == 0 for place in left_out - set(rows.tolist()))
+        # Padding reads the first donor row, unless it is one of the two required rows.
+        assert all(source[position] == 0 for position in left_out - set(rows.tolist()))
         assert len(rows) >= min(2, tokens)
 
 

@@ -1,4 +1,4 @@
-"""A plan that ends early is the same up to there, and executable behind it."""
+"""A cut plan is unchanged up to the cut and executable after it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Layers that share their rows: what they share, and that it still is a plan."""
+"""Groups of layers that share their rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SPAN = Span(0, 3, 12, "key", True)
 
 @dataclass(frozen=True)
 class Given:
-    """A policy that chooses what a test tells it."""
+    """A policy that returns the test's rows."""
 
     rows: Sequence[Tensor]
     ignores_budget: bool = False

@@ -1,4 +1,4 @@
-"""Rows that results are made of, as plain data."""
+"""Token positions that outputs depend on."""
 
 import pytest
 import torch
@@ -44,10 +44,10 @@ def test_row_selection_bounds_from_inputs() -> None:
 
 
 def test_row_selection_positions_from_input() -> None:
-    places = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
-    found = RowSelection((InputPositions(1),)).positions(8, (None, places))
+    positions = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
+    found = RowSelection((InputPositions(1),)).positions(8, (None, positions))
     assert (found.dtype, found.tolist()) == (torch.int64, [7, 3, 3, 0])
-    assert RowSelection((InputPositions(0, from_end=False),)).positions(8, (places,)).tolist() == [
+    assert RowSelection((InputPositions(0, from_end=False),)).positions(8, (positions,)).tolist() == [
         -1,
         3,
         3,

@@ -1,4 +1,4 @@
-"""Plans of several samples side by side are still those plans."""
+"""Stacked plans contain the plan of each sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hit(sample: int, start: int, length: int) -> Span:
 
 @st.composite
 def plans(draw: st.DrawFn) -> list[Plan]:
-    """Of one to four samples of one length: with or without a span, with their own rows per layer."""
+    """One to four samples of equal length, with or without a span, each with its own rows per layer."""
     tokens, layers, first = draw(st.integers(4, 12)), draw(st.integers(1, 4)), 0
     last_only = draw(st.booleans())
     made = []
