@@ -1,4 +1,4 @@
-"""``vlcache.attend``: against the definition in float64, and against what models write."""
+"""``vlcache.attend`` against its definition in float64 and against models' code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exact(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """By the definition, in float64; the sum of a row's weights is 1 less what its sink takes."""
+    """Return attention by definition, in float64; a row's weights and its sink's weight add up to 1."""
     group = query.shape[1] // key.shape[1]
     key, value = (one.double().repeat_interleave(group, 1) for one in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * 0.2
@@ -73,7 +73,7 @@ def test_attend_equals_definition(
     got = attend(query, key, value, masks.get(kind), sinks, kind == "causal", 0.2, softcap, groups > 1)
     want = exact(query, key, value, causal if kind == "causal" else masks.get(kind), sinks, softcap)
     assert got.dtype == dtype
-    # In bfloat16 the scores themselves are rounded, as in models that write attention out.
+    # Scores are rounded to bfloat16, as in models with explicit attention code.
     tolerance = 1e-5 if dtype == torch.float32 else 8e-2
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
@@ -89,7 +89,7 @@ def test_attend_of_masked_row_is_zero() -> None:
 
 
 def test_attend_with_sink() -> None:
-    """With equal scores, a sink of the logarithm of the number of keys takes half."""
+    """With equal scores, a sink of log(number of keys) gets half of the weight."""
     _, key, value = operands(1, 1, 1, 8)
     query, sinks = torch.zeros(1, 1, 1, 16), torch.full((1,), 8.0).log()
     result = attend(query, key, value, None, sinks, False, 1.0, None, False)
@@ -97,7 +97,7 @@ def test_attend_with_sink() -> None:
 
 
 def test_attend_with_values_of_another_dtype() -> None:
-    """Scores in float32 and values in bfloat16: what models write that guard their scores."""
+    """Scores in float32 and values in bfloat16, as in models that upcast their scores."""
     query, key, value = operands(2, 1, 4, 6)
     result = attend(query, key, value.bfloat16(), None, None, True, 0.2, None, True)
     assert result.dtype == torch.bfloat16

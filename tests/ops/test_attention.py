@@ -1,4 +1,4 @@
-"""The attention kernel for bfloat16 on a CPU, against attention in float64."""
+"""The bfloat16 CPU attention kernel against attention in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .helpers import kernel_calls, needs_kernel
 def operands(
     batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as models make them: token-major, heads moved forward by a transposition."""
+    """Return query, key and value with models' strides: token-major, transposed to [batch, heads, ...]."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(count: int, heads: int) -> Tensor:
@@ -37,7 +37,7 @@ def operands(
 def exact(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """By the definition, in float64; zero where a row reads nothing."""
+    """Return attention by definition, in float64; zero for a row that reads no token."""
     group = query.shape[1] // key.shape[1]
     key, value = (one.double().repeat_interleave(group, 1) for one in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * scale
@@ -76,7 +76,7 @@ def test_attention_equals_definition(
     causal = kind == "causal"
     got = attention(query, key, value, mask, causal, 0.2)
     want = exact(query, key, value, mask, causal, 0.2)
-    # What rounding weights, sums and results to bfloat16 costs.
+    # The error of rounding weights, sums and results to bfloat16.
     torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
 
 
@@ -92,7 +92,9 @@ def test_attention_with_places(
     query, key, value = operands(batch, group, 2, rows, tokens, 32, seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = (batch, 1, rows, 1) if of_samples else (rows, 1)
-    places = torch.randint(-1, tokens + 3, sizes, generator=generator)  # also before and behind all tokens
+    places = torch.randint(
+        -1, tokens + 3, sizes, generator=generator
+    )  # also before the first and after the last token
     mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
     allowed = row_mask(places, tokens)
     assert torch.equal(allowed, torch.arange(tokens) <= places)

@@ -1,4 +1,4 @@
-"""The kernel of linear layers for few rows of bfloat16 on a CPU, against products in float64."""
+"""The bfloat16 CPU kernel for linear layers with few rows, against products in float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exact(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, width: int) -> None:
-    """What rounding to bfloat16 costs, and sums of ``width`` products in float32."""
+    """Allow for rounding to bfloat16 and for float32 sums of ``width`` products."""
     assert got.shape == want.shape
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-18 * (width + 8))
 

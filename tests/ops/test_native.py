@@ -1,4 +1,4 @@
-"""Kernels in C++ are built where the processor has what they need, and missed nowhere else."""
+"""C++ kernels are built on supported processors and optional elsewhere."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
 
 class Library:
-    """What a build gives."""
+    """A loaded library."""
 
-    def __init__(self, serves: bool) -> None:
-        self.vlcache_linear_serves = lambda: int(serves)
+    def __init__(self, is_supported: bool) -> None:
+        self.vlcache_linear_is_supported = lambda: int(is_supported)
         self.vlcache_linear = lambda *_: None
 
 
-def built(monkeypatch: pytest.MonkeyPatch, serves: bool) -> object:
+def load(monkeypatch: pytest.MonkeyPatch, is_supported: bool) -> object:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.setattr(CppCodeCache, "load", lambda *_, **__: Library(serves))
+    monkeypatch.setattr(CppCodeCache, "load", lambda *_, **__: Library(is_supported))
     return native_kernel.__wrapped__("linear", TYPES)
 
 
 def test_native_kernel_sets_argument_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = built(monkeypatch, True)
+    kernel = load(monkeypatch, True)
     assert kernel is not None
     assert getattr(kernel, "argtypes", None) == TYPES
 
 
 def test_native_kernel_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert built(monkeypatch, False) is None
+    assert load(monkeypatch, False) is None
 
 
 def test_native_kernel_on_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_native_kernel_logs_compiler_errors(
     monkeypatch.setattr(CppCodeCache, "load", fail)
     with caplog.at_level(logging.WARNING, "vlcache_fx"):
         assert native_kernel.__wrapped__("linear", TYPES) is None
-    assert "the kernel of linear cannot be built, PyTorch's is used: no compiler" in caplog.text
+    assert "vlcache: cannot build the linear kernel, using PyTorch's: no compiler" in caplog.text
     assert "a long story" not in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""The operators: schema, fake and reference agree."""
+"""Schema, fake and reference of each operator agree."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_splice_rows_dtype() -> None:
     assert vlcache.splice_rows(half, half, torch.zeros(5, dtype=torch.int64), 1).dtype is torch.bfloat16
 
 
-# Several samples, each with rows of its own ----------------------------------------------------------------
+# Several samples, each with its own rows -------------------------------------------------------------------
 
 
 @st.composite
 def layouts(draw: st.DrawFn, samples: int) -> tuple[int, int, list[int]]:
-    """Token dimension, sample dimension (both may count from the end), and the sizes of the others."""
+    """Token dimension, batch dimension (either may be negative), and the other sizes."""
     rank = draw(st.integers(2, 4))
     dim, batch_dim = draw(st.permutations(range(rank)))[:2]
     sizes = [draw(st.integers(1, 3)) for _ in range(rank)]
@@ -76,7 +76,7 @@ def layouts(draw: st.DrawFn, samples: int) -> tuple[int, int, list[int]]:
 
 
 def numbered(sizes: list[int], start: float = 0.0) -> Tensor:
-    """Every value another one."""
+    """Return a tensor of distinct values."""
     return start + torch.arange(float(torch.Size(sizes).numel())).reshape(sizes)
 
 
@@ -89,11 +89,11 @@ def with_size(sizes: list[int], dim: int, size: int) -> list[int]:
 @given(samples=st.integers(1, 3), tokens=st.integers(1, 4), rows=st.integers(1, 5), data=st.data())
 def test_take_rows_of_several_samples(samples: int, tokens: int, rows: int, data: st.DataObject) -> None:
     dim, batch_dim, sizes = data.draw(layouts(samples))
-    shared = data.draw(st.booleans())  # one for all samples, as tables of cosines are
+    shared = data.draw(st.booleans())  # shared by all samples, like cosine tables
     x = numbered(with_size(with_size(sizes, dim, tokens), batch_dim, 1 if shared else samples))
     places = st.lists(st.integers(0, tokens - 1), min_size=rows, max_size=rows)
     index = torch.tensor(data.draw(st.lists(places, min_size=samples, max_size=samples)))
-    # One sample after the other, without the dimension over samples.
+    # Sample by sample, without the batch dimension.
     parts = [
         x.narrow(batch_dim, 0 if shared else sample, 1).index_select(dim, own)
         for sample, own in enumerate(index)
@@ -166,7 +166,7 @@ def test_lookup_returns_a_copy_of_the_bound_table() -> None:
     with bind_donors({"0.k": table}):
         got = vlcache.lookup(like, "0.k", 1)
         assert torch.equal(got, table)
-        got.zero_()  # what is stored cannot be written to
+        got.zero_()  # writes do not reach the bound table
         assert torch.equal(vlcache.lookup(like, "0.k", 1), table)
         with pytest.raises(StoreError, match=r"slot '0.v'; bound: \['0.k'\]"):
             vlcache.lookup(like, "0.v", 1)
