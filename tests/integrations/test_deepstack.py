@@ -1,4 +1,4 @@
-"""Features that enter several decoder layers (Qwen3-VL), and encoders that run before ``forward``."""
+"""Deepstack features (Qwen3-VL), and encoders that run before ``forward``."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _compiler() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def qwen(_compiler: None) -> tuple[Pair, FamilyModel]:
     pair = with_api(build_family("qwen3_vl").model, policy="full", min_span_tokens=4)
-    return pair, FamilyModel("qwen3_vl", pair.reference)  # making prompts runs the encoder
+    return pair, FamilyModel("qwen3_vl", pair.reference)  # creating prompts runs the encoder
 
 
-def one_behind_the_other(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+def concatenated(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     by_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     return {name: torch.cat([p[name] for p in prompts], int(name in by_token)) for name in prompts[0]}
 
@@ -51,24 +51,24 @@ def test_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> No
 
 
 def test_features_of_several_items_in_every_layer(qwen: tuple[Pair, FamilyModel]) -> None:
-    """The encoder returns them layer by layer, for all items together."""
+    """The encoder returns the features per layer, for all items concatenated."""
     pair, family = qwen
     pair.engine.clear()
     first, second = (image_prompt(family, 5, 3, image=seed, text=seed) for seed in (0, 1))
     assert pair.run(**first)[0] == 0.0
     for prompts, known, found in (
         ((second, first), False, [False, True]),
-        ((first, second), True, [False, False]),  # an item that missed twice is recorded
+        ((first, second), True, [False, False]),  # a repeated missed item is recorded
         ((second, first), True, [True, True]),
     ):
-        off, report = pair.run(**one_behind_the_other(*prompts))
+        off, report = pair.run(**concatenated(*prompts))
         assert off <= TOLERANCE
         assert report["encoder_hit"] is known
         assert hits(report) == found
 
 
 def test_stored_rows_are_reused(qwen: tuple[Pair, FamilyModel]) -> None:
-    """A guard against tests that pass because nothing is reused: another place, other keys and values."""
+    """Guards against tests that pass without reuse: at another position, keys and values differ."""
     pair, family = qwen
     pair.engine.clear()
     pair.run(**image_prompt(family, 5, 6, image=0))
@@ -85,7 +85,7 @@ def test_stored_rows_are_reused(qwen: tuple[Pair, FamilyModel]) -> None:
 
 
 class Preparing(nn.Module):
-    """What the library's models offer to ``generate()``."""
+    """The library's interface between models and ``generate()``."""
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class Preparing(nn.Module):
 
 
 class Mixin:
-    """Of a library: positions are a count of tokens."""
+    """A mixin of the library, with positions that count tokens."""
 
     def _prepare_position_ids_for_generation(self, input_ids: Tensor, known: dict[str, Any]) -> Tensor:
         raise AssertionError("the model counts by itself")
@@ -119,7 +119,7 @@ class Counting(Mixin, nn.Module):
     )
 
 
-class Deaf(Preparing):
+class WithoutOutputs(Preparing):
     def forward(self, input_ids: Any, pixel_values: Any) -> None:  # type: ignore[override]
         raise AssertionError("only its arguments are asked for")
 
@@ -173,4 +173,4 @@ def test_encoders_first_skips_gradients_and_other_models() -> None:
     given = ((IDS,), {"pixel_values": PIXELS})
     assert EncodersFirst(Preparing())(*given) == given
     with torch.no_grad():
-        assert EncodersFirst(Deaf())(*given) == given
+        assert EncodersFirst(WithoutOutputs())(*given) == given

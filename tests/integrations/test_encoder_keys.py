@@ -1,4 +1,4 @@
-"""Encoders that run eagerly: a setting that changes between calls never serves features of the one before."""
+"""Eager encoders: features of an earlier setting are never reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos frame by frame, where an encoder looks at each frame alone."""
+"""Videos frame by frame, for encoders with independent frames."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.prompts import noise
 
 PER_FRAME = 4
-"""Patches: of a grid of two by two."""
+"""Patches per frame: a grid of 2x2."""
 
 
 CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+"""Calls of each encoder. Not an attribute, because attributes are part of the keys."""
 
 
 class Encoder(nn.Module):
-    """Features per video; whether frames see each other is said by ``alone``."""
+    """Features per video; ``alone``: frames do not attend to each other."""
 
     def __init__(self, alone: bool = True) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def call(*videos: Tensor) -> dict[str, Tensor]:
 
 
 def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
-    """The features must be the encoder's own; how many frames each of its calls took."""
+    """Check the features against the encoder; return the number of frames of each of its calls."""
     encoder.calls.clear()
     with torch.no_grad():
         got = cache(**call(*videos))
@@ -77,7 +77,7 @@ def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
 def test_frame_cache_encodes_only_new_frames() -> None:
     encoder = Encoder()
     cache = cached(encoder)
-    # Tried out with the first video, both ways; then each frame is kept.
+    # The first video is encoded both ways; then each frame is cached.
     assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
     assert check(cache, encoder, video(1, 2, 3)) == [1]
     assert check(cache, encoder, video(3, 2)) == []

@@ -1,4 +1,4 @@
-"""Encoder outputs are taken apart and put together without a loss."""
+"""Splitting and joining encoder outputs."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_join_items_of_different_forms() -> None:
             assert (join_items([first, second]) is None) == (first is not second)
     deeper = split_items({"pooler_output": [*FORMS["layers"], per_item(1, 1, 1)]}, 3)
     assert deeper is not None
-    assert join_items([firsts[1], deeper[0]]) is None  # another number of depths
+    assert join_items([firsts[1], deeper[0]]) is None  # another number of layers
     other = split_items({"last_hidden_state": ROWS}, 3)
     assert other is not None
     assert join_items([firsts[2], other[0]]) is None
@@ -108,7 +108,7 @@ def test_concat_items() -> None:
     assert same(joined.pooler_output, [torch.cat(per_item(2, 3, 1))])
     assert same(joined.deepstack_features, [[torch.cat(part)] for part in FORMS["layers"]])
     assert joined.last_hidden_state is ROWS
-    assert same(output.pooler_output, per_item(2, 3, 1))  # left as it was
+    assert same(output.pooler_output, per_item(2, 3, 1))  # unchanged
 
 
 @pytest.mark.parametrize(

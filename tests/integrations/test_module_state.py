@@ -1,4 +1,4 @@
-"""What an eager module computes, beside its weights: every change of it is another digest."""
+"""The digest of a module's state changes with everything that affects its computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
+from vlcache_fx.integrations.module_state import ModuleState
+from vlcache_fx.integrations.object_graph import SMALL_BYTES
 
 FACTOR = 2
 TABLE = {"scale": 1.0}
@@ -37,7 +38,7 @@ class Config:
 
 
 class Owner(nn.Module):
-    """Has an encoder, and something that it does not call."""
+    """Has an encoder, and a submodule that the encoder does not call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ def test_digest_of_equal_modules() -> None:
 
 
 def test_digest_excludes_unread_attributes() -> None:
-    """Models leave results in attributes, and decoders have hooks, too."""
+    """Models store results in attributes, and decoders have hooks."""
     owner = Owner()
     known = state(owner)
     before = known.digest()

@@ -1,4 +1,4 @@
-"""The tensors of a module are those it has now."""
+"""The listed tensors are a module's current tensors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_module_tensors_in_plain_attributes() -> None:
 
 
 class Kept:
-    """As accelerate's hooks hold the weights that it moves in for a call."""
+    """An accelerate hook with offloaded weights."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self.weights_map = weights
@@ -91,7 +91,7 @@ def test_module_tensors_of_accelerate_hooks() -> None:
     layer.to("meta")
     tensors = ModuleTensors(layer)
     assert [id(one) for one in tensors()] == [id(kept["weight"]), id(kept["bias"])]
-    layer.weight = nn.Parameter(kept["weight"].clone())  # as within a call
+    layer.weight = nn.Parameter(kept["weight"].clone())  # as during a call
     assert tensors()[0] is kept["weight"]
 
 
@@ -108,6 +108,6 @@ def test_module_tensors_of_packed_weights() -> None:
         return WeightsFingerprint(tensors()).current(tensors())
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch asks for another library
+        warnings.simplefilter("ignore", UserWarning)  # torch recommends another library
         prints = [fingerprint(Holder(scale)) for scale in (0.1, 0.1, 0.2)]
     assert prints[0] == prints[1] != prints[2]

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: the model inside is compiled, and whatever is done to adapters between calls is seen."""
+"""PEFT adapters: the inner model is compiled, and changes of adapters between calls are detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from ..runtime.helpers import distance, own_compiler_state
 
 peft = pytest.importorskip("peft", reason="needs peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # from peft and its imports
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +25,7 @@ def _compiler() -> Iterator[None]:
 
 
 def adapted(targets: Any) -> Any:
-    """With two adapters that do something."""
+    """Return a model with two adapters whose weights are not zero."""
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(1)
     model = peft.get_peft_model(tiny_qwen2_5_vl(1), config)

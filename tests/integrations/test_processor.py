@@ -1,4 +1,4 @@
-"""The image processor's cache: what is not processed again, and what must be."""
+"""The image processor's cache: hits, misses and eviction."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_processor_processes_an_image_once(processor: CachedImageProcessor) -> N
     assert {name: value.tolist() for name, value in again.items()} == {
         n: v.tolist() for n, v in plain.items()
     }
-    first["more"] = 1  # results are the caller's own, but for the tensors
+    first["more"] = 1  # results are copies that share the tensors
     assert "more" not in processor(picture(), return_tensors="pt")
 
 
@@ -110,7 +110,7 @@ def test_processor_evicts_the_least_recently_used() -> None:
     assert Counting.calls == 1 + 3
     processor(picture(1))
     assert Counting.calls == 1 + 4
-    processor(picture(0, side=64))  # larger than everything
+    processor(picture(0, side=64))  # larger than the capacity
     processor(picture(1))
     assert Counting.calls == 1 + 5
     for capacity in (0, "1 GB"):
@@ -152,7 +152,7 @@ def test_cached_pixels_are_hashed_once(
     for grids in (inputs["image_grid_thw"], inputs["image_grid_thw"], torch.tensor([[1, 2, 8], [1, 4, 4]])):
         cache(inputs["pixel_values"], grids)
         keys |= set(cache._engine.store._entries)
-    assert read.count(True) == 2  # two pictures, in the first call alone
+    assert read.count(True) == 2  # two images, only in the first call
     assert len(keys) == 3
     inputs["pixel_values"][-1] += 1
     cache(inputs["pixel_values"], inputs["image_grid_thw"])

@@ -1,4 +1,4 @@
-"""Models of the transformers library as plain functions, against the models."""
+"""Generation stages against the models of the transformers library."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CACHES = tuple(f"present.{layer}.{what}" for layer in range(LAYERS) for what in 
 
 @dataclass(frozen=True)
 class Staged:
-    """A model, its example and the stages of it."""
+    """A model, its example and its stages."""
 
     model: Any
     example: dict[str, Tensor]
@@ -105,8 +105,8 @@ def test_decode_stage_is_stateless(llava: Staged) -> None:
 def test_encoder_stage_equals_model(either: Staged) -> None:
     with torch.no_grad():
         whole = EncodersFirst(either.model)((), dict(either.example))[1]["mm_encoder_outputs"]["image"]
-    told = {name: either.example[name] for name in either.stages.encoders[0].fixed}
-    items = split_pixels(either.example["pixel_values"], told, "image_grid_thw")
+    metadata = {name: either.example[name] for name in either.stages.encoders[0].fixed}
+    items = split_pixels(either.example["pixel_values"], metadata, "image_grid_thw")
     assert len(items) == len(whole.pooler_output) > 1
     for (pixels, fixed), expected in zip(items, whole.pooler_output, strict=True):
         kind = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
@@ -227,14 +227,14 @@ def test_generation_stages_rejects_other_caches() -> None:
         return result
 
     model.forward = forward
-    with pytest.raises(ExportError, match="holds something else than keys and values per layer"):
+    with pytest.raises(ExportError, match="does not consist of keys and values per layer"):
         generation_stages(model, llava_inputs(5, 4, [0]))
 
 
 def test_split_pixels_by_grids() -> None:
     pixels = torch.arange(24.0).reshape(12, 2)
-    told = {"image_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]), "kind": torch.tensor([7, 8])}
-    (first, of_first), (second, of_second) = split_pixels(pixels, told, "image_grid_thw")
+    metadata = {"image_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]), "kind": torch.tensor([7, 8])}
+    (first, of_first), (second, of_second) = split_pixels(pixels, metadata, "image_grid_thw")
     assert torch.equal(first, pixels[:8])
     assert torch.equal(second, pixels[8:])
     assert of_first["image_grid_thw"].tolist() == [[2, 2, 2]]
@@ -245,13 +245,13 @@ def test_split_pixels_without_grids() -> None:
     pixels = torch.arange(6.0).reshape(3, 2)
     found = split_pixels(pixels, {}, "image_grid_thw")
     assert [part.tolist() for part, _ in found] == [[row] for row in pixels.tolist()]
-    assert [told for _, told in found] == [{}, {}, {}]
+    assert [metadata for _, metadata in found] == [{}, {}, {}]
 
 
 def test_split_pixels_rejects_wrong_grids() -> None:
-    told = {"image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
+    metadata = {"image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
     with pytest.raises(ExportError, match="image_grid_thw asks for 8 rows of pixels, 12 are given"):
-        split_pixels(torch.ones(12, 2), told, "image_grid_thw")
+        split_pixels(torch.ones(12, 2), metadata, "image_grid_thw")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -1,4 +1,4 @@
-"""The encoder cache: what is not encoded again, and what the cached features may be used for."""
+"""The encoder cache and the hooks of transformers models."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def _compiler() -> Iterator[None]:
 
 
 SIZES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
-"""Of each counter. Not in its attributes: what a hook holds is part of keys."""
+"""Calls of each counter. Not an attribute, because a hook's attributes are part of the keys."""
 
 
 class Counter:
-    """Counts the calls of a module, and the images (or patches) of each."""
+    """Records the number of images (or patches) of each call of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -77,7 +77,7 @@ def test_known_image_is_not_encoded_again(qwen: tuple[Pair, Counter]) -> None:
         ]
     ):
         ours, theirs = greedy(pair, qwen_inputs(4 + place, 5, images, text_seed=place))
-        assert encoded.taken() == patches  # the new image alone
+        assert encoded.taken() == patches  # only the new image
         assert pair.report["encoder_hit"] is hit
         assert torch.equal(ours, theirs)
 
@@ -129,8 +129,8 @@ def test_llava_encodes_only_new_images() -> None:
 
 
 def warmed_up() -> nn.Module:
-    """Run once before it is compiled: the library's first call takes a lock, which cuts the graph, and
-    installs hooks in the encoder, which then is another one."""
+    """Return a model that ran once: the library's first call takes a lock, which breaks the graph, and
+    installs hooks, which change the encoder's key."""
     model = tiny_llava(2)
     with torch.no_grad():
         model(**llava_inputs(2, 2, [9]))
@@ -138,7 +138,7 @@ def warmed_up() -> nn.Module:
 
 
 def test_encoder_in_decoder_graph_is_skipped_on_a_hit() -> None:
-    """torch.compile alone, with pixels in the decoder's graph."""
+    """Plain torch.compile, with pixels in the decoder's graph."""
     pair = with_backend(warmed_up(), policy="full")
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         for place, hit in enumerate([False, True, True]):
@@ -150,7 +150,7 @@ def test_encoder_in_decoder_graph_is_skipped_on_a_hit() -> None:
 
 
 def test_encoder_in_its_own_graph_is_cached() -> None:
-    """torch.compile alone and Dynamo's default configuration."""
+    """Plain torch.compile with Dynamo's default configuration."""
     pair = with_backend(tiny_llava(2), policy="full")
     for place, images in enumerate([[0], [0], [1], [0]]):
         off, report = pair.run(**llava_inputs(4 + place, 5, images, text_seed=place))
@@ -183,7 +183,7 @@ def test_features_are_concatenated_and_restored() -> None:
         assert len(inputs["mm_encoder_outputs"]["image"].pooler_output) == 2
     assert concat_encoder_outputs(call) is call
     result = BaseModelOutputWithPast(past_key_values=None)
-    result.image_hidden_states = (joined,)  # as models do that hand the list through
+    result.image_hidden_states = (joined,)  # as in models that return the list unchanged
     restore_items(result, inputs)
     assert result.image_hidden_states is inputs["mm_encoder_outputs"]["image"].pooler_output
 
@@ -192,7 +192,7 @@ def test_features_are_concatenated_and_restored() -> None:
 
 
 CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+"""Calls of each encoder. Not an attribute, because attributes are part of the keys."""
 
 
 NESTED: dict[str, Any] = {
@@ -204,7 +204,7 @@ OTHER_FIELDS = NESTED | NO_TENSORS
 
 
 class Encoder(nn.Module):
-    """Features per image as a tuple, as the library's models return them."""
+    """Returns features per image as a tuple, like the library's models."""
 
     def __init__(self) -> None:
         super().__init__()

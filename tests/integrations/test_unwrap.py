@@ -1,4 +1,4 @@
-"""What can be compiled, what is looked through, and what a compiled model says to copies."""
+"""Wrappers, models that cannot be compiled, and copies of compiled models."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-class HandsOn(nn.Module):
-    """As DistributedDataParallel and adapters do."""
+class Wrapper(nn.Module):
+    """A wrapper like DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class HandsOn(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class Adapted(HandsOn):
+class Adapted(Wrapper):
     def get_base_model(self) -> nn.Module:
-        return self.module.module if isinstance(self.module, HandsOn) else self.module
+        return self.module.module if isinstance(self.module, Wrapper) else self.module
 
     def forward(self, x: Any = None, **kwargs: Any) -> Any:
         return self.module(x, **kwargs)
@@ -51,9 +51,9 @@ class Adapted(HandsOn):
 
 def test_unwrap_model_of_wrappers() -> None:
     model = Model()
-    for wrapped in (model, HandsOn(model), HandsOn(HandsOn(model)), Adapted(HandsOn(model))):
+    for wrapped in (model, Wrapper(model), Wrapper(Wrapper(model)), Adapted(Wrapper(model))):
         assert unwrap_model(wrapped) is model
-    layers = HandsOn(nn.Linear(2, 2))
+    layers = Wrapper(nn.Linear(2, 2))
     assert unwrap_model(layers) is layers
     assert unwrap_model(nn.Sequential(model)) is not model
 
@@ -85,16 +85,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(Model()), "compiled by torch.compile already"),
     "compiled in place": (in_place, "compiled by model.compile"),
     "with a compiled forward": (forward_alone, "compiled by torch.compile already"),
-    "compiled in a wrapper": (lambda: HandsOn(torch.compile(Model())), "compiled"),
+    "compiled in a wrapper": (lambda: Wrapper(torch.compile(Model())), "compiled"),
     "compiled by us": (lambda: vlcache_fx.compile(Model()), "compiled already"),
-    "compiled by us in a wrapper": (lambda: HandsOn(vlcache_fx.compile(Model())), "compiled already"),
+    "compiled by us in a wrapper": (lambda: Wrapper(vlcache_fx.compile(Model())), "compiled already"),
 }
 
 
-@pytest.mark.parametrize(("make", "says"), BAD.values(), ids=BAD)
-def test_unwrap_model_rejects_other_objects(make: Callable[[], Any], says: str) -> None:
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_unwrap_model_rejects_other_objects(make: Callable[[], Any], message: str) -> None:
     value = make()
-    with pytest.raises(OptionError, match=says) as raised:
+    with pytest.raises(OptionError, match=message) as raised:
         vlcache_fx.compile(value)
     assert "\n" not in str(raised.value)
 
@@ -104,11 +104,11 @@ def test_unwrap_model_rejects_other_objects(make: Callable[[], Any], says: str) 
 )
 def test_refuse_copies(copied: Callable[[Any], Any]) -> None:
     model = vlcache_fx.compile(tiny_vlm(num_layers=1), lowering="eager")
-    for one in (model, HandsOn(model)):
+    for module in (model, Wrapper(model)):
         with pytest.raises(CopyError, match=r"is compiled .* before vlcache_fx.compile"):
-            copied(one)
+            copied(module)
         if copied is copy.copy:
-            break  # of a wrapper alone: the model is not copied
+            break  # a shallow copy of a wrapper does not copy the model
     plain = tiny_vlm(num_layers=1)
     plain.load_state_dict(model.state_dict())
     copied(plain)

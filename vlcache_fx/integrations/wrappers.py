@@ -1,4 +1,4 @@
-"""Models of the transformers library as modules whose arguments and results are tensors alone."""
+"""Models of the transformers library as modules with only tensors as arguments and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from vlcache_fx.integrations.transformers import OUTPUTS
 
 
 class Prefill(nn.Module):
-    """Token ids and features -> logits of the last token, then keys and values of each layer."""
+    """Token ids and features -> logits of the last token, then keys and values per layer.
+
+    Args:
+        model: the model.
+        text: names of the first inputs.
+        kinds: per modality, the class of the encoder output.
+        structure: pytree structure of the encoder outputs' fields, whose leaves are the remaining inputs.
+    """
 
     def __init__(
         self, model: nn.Module, text: Sequence[str], kinds: Mapping[str, type], structure: TreeSpec
@@ -31,7 +38,7 @@ class Prefill(nn.Module):
 
 
 class Decode(nn.Module):
-    """One token, its position and the cache so far -> logits, then keys and values with it."""
+    """One token, its position and the cache -> logits, then the cache including the token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -53,7 +60,7 @@ class Decode(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels of one item -> features; grids are constants of the graph."""
+    """Pixels of one item -> features; grids (``fixed``) are constants of the graph."""
 
     def __init__(
         self, encode: Callable[..., Any], owner: nn.Module, pixels: str, fixed: dict[str, Tensor]
@@ -69,5 +76,5 @@ class Encoder(nn.Module):
 def _flat(result: Any) -> tuple[Tensor, ...]:
     layers = result.past_key_values.layers
     if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
-        raise ExportError("this model's cache holds something else than keys and values per layer")
+        raise ExportError("this model's cache does not consist of keys and values per layer")
     return (result.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
