@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,16 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import content_digest
-from vlcache_fx.keys.digest_cache import is_known, known_rows
+from vlcache_fx.keys.digest_cache import cached_digests, is_tracked
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.encode import EncoderRunner, packed, unpacked
+from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.store.codec import pack
 from vlcache_fx.testing.prompts import noise
 
+from ..store.test_codec import DAMAGES
 from .helpers import settings_of
 
 COMPUTATIONS = {
@@ -77,18 +79,10 @@ def test_what_is_given_out_is_known(engine: ServingEngine) -> None:
     want = content_digest([PIXELS * WEIGHT])
     for _ in range(3):
         double, total = encoding.runner([PIXELS, OTHER, WEIGHT])[0]
-        assert known_rows(double) == {(0, 4): want}
-        assert not is_known(total)  # it has no rows
+        assert cached_digests(double) == {(0, 4): want}
+        assert not is_tracked(total)  # it has no rows
         double += 1  # of a caller's own: others are given what was stored
-        assert not is_known(double)
-
-
-def test_a_tier_that_moves_entries_tells_nothing() -> None:
-    """Bytes on a device have digests of their own."""
-    entry = packed([PIXELS.clone()])
-    moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
-    assert unpacked(moved) is not None
-    assert [is_known(tensor) for tensor in unpacked(moved) or ()] == [False]
+        assert not is_tracked(double)
 
 
 def test_graphs_share_the_results_that_they_compute_alike(engine: ServingEngine) -> None:
@@ -139,33 +133,10 @@ def test_a_store_that_fails_costs_only_the_reuse(
     assert encoding.check(PIXELS, OTHER, WEIGHT)
 
 
-def test_packed_and_unpacked() -> None:
-    values = [PIXELS, 3, "text", None, PIXELS.to(torch.bfloat16), True]
-    back = unpacked(packed(values))
-    assert back is not None
-    assert [v for v in back if not isinstance(v, Tensor)] == [3, "text", None, True]
-    assert torch.equal(back[0], PIXELS)
-    assert back[4].dtype is torch.bfloat16
-    assert back[0].data_ptr() != PIXELS.data_ptr()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda entry: replace(entry, tensors={}),
-        lambda entry: replace(entry, tensors={"0": PIXELS[:2]}),
-        lambda entry: replace(entry, tensors={"0": PIXELS.double()}),
-        lambda entry: replace(entry, info={"kind": "donor", "length": 3}),
-        lambda entry: replace(entry, info=entry.info | {"devices": {}}),
-        lambda entry: replace(entry, info=entry.info | {"results": "all"}),
-    ],
-    ids=["no tensor", "other shape", "other dtype", "a donor", "no device", "no list"],
-)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_entry_is_a_miss(
-    change: Any, engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Entry], Entry], engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    damaged = change(packed([PIXELS]))
-    assert unpacked(damaged) is None
     encoding = Encoding(engine, "double")
-    monkeypatch.setattr(engine.store, "get", lambda key: damaged)
+    monkeypatch.setattr(engine.store, "get", lambda key: damage(pack([PIXELS])))
     assert not encoding.check(PIXELS, OTHER, WEIGHT)

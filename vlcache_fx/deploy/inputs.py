@@ -12,7 +12,7 @@ from vlcache_fx.deploy.manifest import Manifest
 from vlcache_fx.deploy.specs import TensorSpec, torch_dtype
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.stages import UNREAD
+from vlcache_fx.integrations.stages import IGNORED_ARGUMENTS
 
 POSITIONS = "position_ids"
 
@@ -93,7 +93,7 @@ def _check_names(manifest: Manifest, given: Mapping[str, Any]) -> None:
     of_items = {name for pair in PIXELS.values() for name in pair}
     of_encoders = {name for one in manifest.encoders for name in manifest.graphs[one.graph].inputs}
     told = {name for one in manifest.encoders for name in one.fixed}
-    known = {*manifest.inputs, *of_items, *of_encoders, *told, *UNREAD}
+    known = {*manifest.inputs, *of_items, *of_encoders, *told, *IGNORED_ARGUMENTS}
     unknown = [name for name in given if name not in known]
     if unknown:
         valid = ", ".join(dict.fromkeys((*manifest.inputs, *sorted(of_encoders))))

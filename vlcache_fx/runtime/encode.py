@@ -3,15 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import known_rows, remember, rows_digests
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
-from vlcache_fx.store.entry import Entry, Json
+from vlcache_fx.store.codec import pack, unpack
 
 
 class EncoderRunner:
@@ -41,7 +38,7 @@ class EncoderRunner:
         self._engine.count("encoder_misses")
         with self._engine.tolerating_store_errors():
             for key, result in zip(keys, results, strict=True):
-                self._engine.store.put(key, packed([result]))
+                self._engine.store.put(key, pack([result]))
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[str]:
@@ -57,54 +54,9 @@ class EncoderRunner:
         with self._engine.tolerating_store_errors():
             for key in keys:
                 entry = self._engine.store.get(key)
-                result = None if entry is None else unpacked(entry)
+                result = None if entry is None else unpack(entry)
                 if result is None:
                     return None
                 found += result
             return found
         return None
-
-
-def packed(results: Sequence[Any]) -> Entry:
-    """An entry for tensors and plain values; digests of the tensors are remembered with them.
-
-    Raises:
-        StoreError: a value is neither.
-    """
-    tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
-    info = [_form(value) if isinstance(value, Tensor) else value for value in results]
-    devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
-    entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
-    for name, tensor in tensors.items():
-        if tensor.dim() > 0:
-            remember(tensor)
-            rows_digests(tensor, [(0, tensor.shape[0])])
-            remember(entry.tensors[name], known_rows(tensor))
-    return entry
-
-
-def unpacked(entry: Entry) -> list[Any] | None:
-    """What was packed, as copies where it was (a caller may write to them; it is little beside an encoder).
-
-    None for an entry that is damaged or of another kind.
-    """
-    info, devices = entry.info.get("results"), entry.info.get("devices")
-    if not isinstance(info, list) or not isinstance(devices, dict):
-        return None
-    results: list[Any] = []
-    for index, value in enumerate(info):
-        if not isinstance(value, dict):
-            results.append(value)
-            continue
-        tensor, device = entry.tensors.get(str(index)), devices.get(str(index))
-        if tensor is None or _form(tensor) != value or not isinstance(device, str):
-            return None
-        copied = tensor.to(device, copy=True)  # a host tier may have moved it
-        if copied.device == tensor.device and known_rows(tensor):
-            remember(copied, known_rows(tensor))
-        results.append(copied)
-    return results
-
-
-def _form(tensor: Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype), "shape": list(tensor.shape)}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import known_rows
+from vlcache_fx.keys.digest_cache import cached_digests
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.runtime.requests.media_spans import (
     NO_ITEMS,
@@ -57,7 +57,7 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
-            known = known_rows(args[index]) if args[index].dim() == features.dim() else {}
+            known = cached_digests(args[index]) if args[index].dim() == features.dim() else {}
             if place < spec.num_merges:
                 encoded = next((one for one in items if sum(one.lengths) == len(places)), NO_ITEMS)
                 found.extend(runs_of(places, features, tokens, encoded, known))
