@@ -5,7 +5,6 @@ Properties say what holds of a program's graph:
 ===================  ===============================================================================
 ``facts``            analysis is finished (no pass ensures it)
 ``attention_fused``  attention that was written out is a call
-``no_flex``          flex attention is an attention call
 ``lookups``          the donor table of each stored tensor is in the graph
 ``spliced``          stored and computed rows are joined
 ``hoisted``          donor tables are inputs

@@ -83,7 +83,8 @@ class Pipeline:
         early = sorted(step.excludes & program.held)
         if early:
             culprits = [one.name for one in self.passes if one.name in before and one.ensures & step.excludes]
-            raise PassError(step.name, before, f"must run before {', '.join(culprits)} ({', '.join(early)})")
+            others = ", ".join(culprits) or "another pipeline"
+            raise PassError(step.name, before, f"must run before {others} ({', '.join(early)})")
 
     def inserting(self, step: Pass, *, before: str | None = None, after: str | None = None) -> "Pipeline":
         """A pipeline with ``step`` next to the named pass (at the end where none is named).

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vlcache_fx
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import OptionError, PlanError, Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

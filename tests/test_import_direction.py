@@ -1,6 +1,8 @@
 """Who may import whom. Read from the source, so that imports inside functions count too."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +13,14 @@ ROOT = Path(__file__).parents[1]
 # A part imports from itself and from the lines above it, never from its own line or from below.
 ORDER = [
     ["errors", "version", "compiling"],
-    ["plan", "keys", "ops", "options", "spec"],
-    ["ir", "store"],
+    ["plan", "keys", "ops", "options"],
+    ["spec", "store", "policies"],
+    ["runtime"],
+    ["ir"],
     ["capture"],
     ["analysis"],
-    ["policies", "passes"],
+    ["passes"],
     ["lowering"],
-    ["runtime"],
     ["compiler"],
     ["backend"],
     ["integrations"],
@@ -29,8 +32,10 @@ ORDER = [
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
-# These are used without graphs, and stay usable where torch.fx changes.
-NO_GRAPHS = ["plan", "keys", "spec", "store", "policies"]
+# What serves: used without graphs, and usable where torch.fx changes. These import one another alone.
+NO_GRAPHS = ["plan", "keys", "spec", "store", "policies", "runtime"]
+SERVES = {*NO_GRAPHS, "errors", "options", "version"}
+GRAPHS = ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
 
 
 def sources() -> list[Path]:
@@ -79,12 +84,33 @@ def test_imports_point_upwards(path: Path) -> None:
 
 @pytest.mark.parametrize("part", NO_GRAPHS)
 def test_no_graph_code_where_none_belongs(part: str) -> None:
+    """Neither torch's, directly, nor ours (ir, capture, analysis, passes, lowering, ...), in any way."""
     for path in sources():
         if part_of(path) == part:
             for line, name in imported(path):
-                assert not name.startswith(
-                    ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
-                ), f"{path}:{line}: {part} may not import {name}"
+                package, _, rest = name.partition(".")
+                is_graphs = f"{name}.".startswith(tuple(f"{one}." for one in GRAPHS))
+                is_ours = package == "vlcache_fx" and rest.partition(".")[0] not in SERVES
+                is_refused = is_graphs or is_ours
+                assert not is_refused, f"{path}:{line}: {part} may not import {name}"
+
+
+SERVE = """
+import importlib, pkgutil, sys
+import vlcache_fx.runtime, vlcache_fx.spec
+for package in (vlcache_fx.runtime, vlcache_fx.spec):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+print(*{name.split(".")[1] for name in sys.modules if name.startswith("vlcache_fx.")})
+"""
+
+
+def test_serving_loads_no_graph_code() -> None:
+    """The same as seen by the interpreter: imports of all that serves load nothing of the compile side."""
+    loaded = subprocess.run([sys.executable, "-c", SERVE], check=True, capture_output=True, text=True).stdout
+    packages = set(loaded.split())
+    assert packages >= {"runtime", "spec"}
+    assert packages <= SERVES
 
 
 def test_the_reader_sees_imports_wherever_they_are(tmp_path: Path) -> None:

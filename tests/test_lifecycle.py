@@ -14,8 +14,8 @@ import torch
 
 import vlcache_fx
 from vlcache_fx.backend import engine_for
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import OptionError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs

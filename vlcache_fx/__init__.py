@@ -13,6 +13,7 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
+    from vlcache_fx.compiler.engine import Engine
     from vlcache_fx.compiler.exported_program import compile_exported
     from vlcache_fx.deploy.engines import EngineOptions
     from vlcache_fx.deploy.export import export
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     )
     from vlcache_fx.fidelity.gate import check as gate
     from vlcache_fx.options import InsertedPass, Options
-    from vlcache_fx.runtime.engine import Engine
 
 __all__ = [
     "CopyError",
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Engine": "vlcache_fx.runtime.engine",
+    "Engine": "vlcache_fx.compiler.engine",
     "EngineOptions": "vlcache_fx.deploy.engines",
     "EngineSession": "vlcache_fx.deploy.sessions",
     "OnnxSession": "vlcache_fx.deploy.sessions",

@@ -11,6 +11,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explain import Arguments, GraphExplanation, explain
 from vlcache_fx.compiler.regions import uncompiled_refusal
 from vlcache_fx.compiler.turns import Turns
@@ -19,15 +20,14 @@ from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
+    concat_encoder_outputs,
     hook_encoders,
     hook_placeholder_check,
-    joined_items,
     restore_items,
 )
-from vlcache_fx.integrations.whole_models import model_within, refuse_copies
+from vlcache_fx.integrations.unwrap import refuse_copies, unwrap_model
 from vlcache_fx.options import Options
 from vlcache_fx.passes.configured import configured
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
 
@@ -56,7 +56,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
             already.
     """
     parsed = Options.parse(options)
-    inner = model_within(model)
+    inner = unwrap_model(model)
     if isinstance(vars(inner).get("vlcache"), Engine):
         raise OptionError(f"this {type(inner).__name__} is compiled already; its engine is model.vlcache")
     pipelines, engine = configured(parsed), Engine(parsed)
@@ -66,8 +66,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     compiled = torch.compile(plain, backend=_Backend(engine, turns), dynamic=parsed.dynamic)
 
     def prepared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        args, kwargs = encoders_first.prepared(args, kwargs)
-        return args, joined_items(kwargs)
+        args, kwargs = encoders_first.prepare(args, kwargs)
+        return args, concat_encoder_outputs(kwargs)
 
     def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
         return explain(plain, inputs, prepared, engine.options.dynamic, pipelines)
@@ -78,8 +78,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
             engine.bypass(gradient_refusal())
             return plain(*args, **kwargs)
         before = engine.graph_calls
-        args, kwargs = encoders_first.prepared(args, kwargs)
-        joined = joined_items(kwargs)
+        args, kwargs = encoders_first.prepare(args, kwargs)
+        joined = concat_encoder_outputs(kwargs)
         with dynamo_settings(DYNAMO_CONFIG):
             try:
                 result = turns.run(lambda: compiled(*args, **joined))

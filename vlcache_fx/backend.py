@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import fx
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.regions import raise_limits, watch
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.options import Options
 from vlcache_fx.passes.configured import configured
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 
 

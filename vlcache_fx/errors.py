@@ -75,7 +75,7 @@ class Reason(StrEnum):
 
     text: str
 
-    def __new__(cls, value: str, text: str) -> Self:
+    def __new__(cls, value: str, text: str = "") -> Self:
         """A member with its text."""
         reason = str.__new__(cls, value)
         reason._value_, reason.text = value, text

@@ -32,7 +32,6 @@ class CanonicaliseFlex(Pass):
     """
 
     name: ClassVar[str] = "canonicalise_flex"
-    ensures: ClassVar[frozenset[str]] = frozenset({"no_flex"})
 
     def run(self, program: Program) -> bool:
         """Replace every call.

@@ -24,7 +24,7 @@ class FoldRepeatedHeads(Pass):
     """
 
     name: ClassVar[str] = "fold_repeated_heads"
-    requires: ClassVar[frozenset[str]] = frozenset({"no_flex", "attention_fused"})
+    requires: ClassVar[frozenset[str]] = frozenset({"attention_fused"})
 
     def run(self, program: Program) -> bool:
         """Fold where keys and values are repeated equally often."""

@@ -8,9 +8,9 @@ from vlcache_fx.bench.dead_rows import everything, main, measure_dead_rows
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.workload import RequestShape
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.options import Options
 from vlcache_fx.passes.standard import cold_program
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.capture import capture_dynamo
-from vlcache_fx.capture.mutations import Write, deliver, overlapping
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.runtime.mutations import apply_input_mutations
 from vlcache_fx.testing.graphs import captured_graph, traced_graphs
 
 BUFFER, ROWS, PLACES = torch.arange(64.0).view(1, 2, 8, 4), -torch.ones(1, 2, 3, 4), torch.tensor([5, 0, 2])
@@ -114,7 +114,7 @@ def capture(function: Callable[..., Any], dynamic: bool = False) -> tuple[Captur
 def run(captured: Captured, args: list[Any]) -> Any:
     with torch.no_grad():
         outputs = captured.graph_module(*args)
-    return deliver(captured.writes, args, outputs, captured.num_results)
+    return apply_input_mutations(captured.writes, args, outputs, captured.num_results)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -202,14 +202,3 @@ def test_a_result_that_shares_memory_with_what_is_written_is_refused(function: C
         capture(function)
     assert refusal.value.reason is Reason.MUTATED_INPUTS
     assert refusal.value.node is not None
-
-
-def test_inputs_that_share_memory_are_seen() -> None:
-    writes, memory = [Write(0, 0)], torch.zeros(10, 4)
-    assert not overlapping(writes, [memory[:5], memory[5:], torch.zeros(3), 7], [0, 1, 2, 3])
-    assert overlapping(writes, [memory[:5], memory[4:], torch.zeros(3)], [0, 1, 2])
-    assert overlapping(writes, [memory[4:], torch.zeros(3), memory], [0, 1, 2])
-    assert overlapping(writes, [memory[:, 2], memory[:, 3]], [0, 1])  # interleaved: near enough
-    # Two that are only read may.
-    assert not overlapping(writes, [torch.zeros(3), memory, memory[3:]], [0, 1, 2])
-    assert not overlapping(writes, [memory[:2], memory, memory[3:]], [0, 2])  # nor is a weight looked at

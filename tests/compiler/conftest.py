@@ -2,8 +2,8 @@
 
 import pytest
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import MemoryStore
 
 

@@ -14,7 +14,7 @@ from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.testing.graphs import traced_graphs
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
-from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.test_cross_attention import Attending as CrossAttending
 from ..runtime.test_cross_attention import call as cross_call
@@ -86,24 +86,22 @@ class SteppingOnFolded(Stepping):
         return super().forward(x, torch.func.vmap(torch.func.grad(lambda row: (row**2).sum()))(past))
 
 
-class Dropping(TinyVlm):
+class Dropping(nn.Module):
     """A decoder whose attention drops weights at random: refused once its programs are made."""
 
-    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
-        embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
-        x = embeds.masked_scatter(image[..., None].expand_as(embeds), self.encoder(pixel_values))
-        for layer in self.decoder.layers:
+    def __init__(self) -> None:
+        super().__init__()
+        self.vlm = tiny_vlm()
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
+        embeds, image = self.vlm.embed(input_ids), input_ids == IMAGE_TOKEN
+        x = embeds.masked_scatter(image[..., None].expand_as(embeds), self.vlm.encoder(pixel_values))
+        for layer in self.vlm.decoder.layers:
             query, key, value = layer.attention.project(x)
             y = F.scaled_dot_product_attention(query, key, value, None, 0.5, True, enable_gqa=True)
             x = x + layer.attention.out(y.transpose(1, 2).reshape(x.shape))
-        logits: Tensor = self.decoder.head(x)
+        logits: Tensor = self.vlm.decoder.head(x)
         return logits
-
-
-def dropping() -> Any:
-    model: Any = tiny_vlm()
-    model.__class__ = Dropping
-    return model
 
 
 MERGE = {
@@ -125,7 +123,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], list[str]]] = {
     "piece": (Adding, {"x": torch.ones(2)}, ["unmodified"]),
     "text": (tiny_vlm, tiny_vlm_inputs(9, 3, []), ["unmodified"]),
     "positions in the stream": (lambda: tiny_vlm(learned_positions=True), PROMPT, ["unmodified"]),
-    "random attention": (dropping, PROMPT, ["unmodified"]),
+    "random attention": (Dropping, PROMPT, ["unmodified"]),
     "encoder that writes": (LookingAndWriting, PIXELS | {"count": torch.zeros(1)}, ["unmodified"]),
     "random encoder": (LookingAtRandom, PIXELS, ["unmodified"]),
 }

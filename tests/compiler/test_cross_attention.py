@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vlcache_fx.compiler.cross_attention import CrossAttention
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 from ..runtime.helpers import own_compiler_state

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from vlcache_fx.compiler.decode_step import DecodeStep
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.kinds import classify, without_reuse
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
 from vlcache_fx.runtime.decode_step import DecodeStepRunner
-from vlcache_fx.runtime.engine import Engine
 
 from ..runtime.helpers import own_compiler_state
 from .graphs import STEP, Stepping, traced_call

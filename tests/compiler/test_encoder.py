@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from vlcache_fx.compiler.encoder import Encoder
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 from ..runtime.helpers import own_compiler_state

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.merge import Merge
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.prefill import Prefill
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.helpers import own_compiler_state
-from .graphs import PROMPT, dropping, traced, traced_call
+from .graphs import PROMPT, Dropping, traced, traced_call
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_compile_reuses_spans(eager: Engine) -> None:
 
 
 def test_compile_and_explain_refuse_alike(eager: Engine) -> None:
-    found = Prefill.match(traced(dropping(), PROMPT))
+    found = Prefill.match(traced(Dropping(), PROMPT))
     texts = []
     for step in (lambda: found.compile(eager), found.explain):
         with pytest.raises(UnsupportedGraphError) as refused:

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.refused import Refused
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 
 from ..runtime.helpers import own_compiler_state
 from .graphs import CASES, traced_call

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from vlcache_fx.analysis.decoder.computation import Digests
 from vlcache_fx.deploy.manifest import FORMAT, Manifest
 from vlcache_fx.deploy.session import Session
 from vlcache_fx.deploy.sessions import OnnxSession
-from vlcache_fx.deploy.specs import DecoderSpec, EncoderSpec, GraphSpec, ProgramSpec, TensorSpec
+from vlcache_fx.deploy.specs import EncoderGraph, GraphSpec, ProgramGraph, PrologueGraphs, TensorSpec
 from vlcache_fx.integrations.transformers import EncodersFirst
+from vlcache_fx.plan.selection import RowSelection
+from vlcache_fx.spec.decoder import DecoderSpec, Digests, MaskSpec, SpanSpec
+from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs
 
 ATOL, RTOL = 2e-5, 1e-4
@@ -148,27 +150,28 @@ def tiny_shapes() -> dict[str, Any]:
 
 def bare_manifest(**changes: Any) -> Manifest:
     """A small valid manifest of no model, with whatever a test is about."""
-    program = ProgramSpec("prefill_cold", ("input_ids",), (), ("logits",), ())
+    program = ProgramGraph("prefill_cold", ("input_ids",), ("logits",), ProgramSpec((), ()))
     graph = GraphSpec(
         "prefill_cold.onnx",
         {"input_ids": TensorSpec("int64", (1, "tokens"))},
         {"logits": TensorSpec("float", (1, 1, 7))},
     )
     decoder = DecoderSpec(
-        inputs=("input_ids",), num_layers=1, layer_groups=(1,), num_outputs=1, tail=(-1,), rows={}, layout="",
-        model_fingerprint="", features=(), num_merges=0, computation=Digests("", ""),
-        width=None, embeddings=None, leaves=(), mask_sites=(), mask_inputs=(), site_of_layer=(),
-        every_layer_has_a_mask=False, spans=(), masks=(), leaf_outputs=(),
+        num_layers=1, layer_groups=(1,), num_outputs=1, num_results=1, writes=(), data=(0,), host_inputs=(),
+        tail=RowSelection((-1,)), tail_varies=False, has_past=False, rows={}, layout="",
+        computation=Digests("", ""), weights=(), other_weights=(), model_fingerprint="",
+        spans=SpanSpec((), 0), leaves=(), masks=MaskSpec((), (), every_layer_has_one=False),
     )  # fmt: skip
     plain = Manifest(
         format=FORMAT, library_version="0", model="None", dtype="float32", opset=22, policy="layer_aware",
         budget=0.02, profile_fingerprint=None, graphs={"prefill_cold": graph}, cold=program, warm=program,
-        encoders=(), decoder=decoder, decode=None, engines={}, wiring=(),
+        encoders=(), inputs=("input_ids",), prologue=PrologueGraphs((), (), ()), decoder=decoder,
+        decode=None, engines={}, wiring=(),
         report={"lookups": [], "restricted": [], "hoisted": [], "refused": []}, files={},
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
 
-def encoder(graph: str, modality: str, **fixed: tuple[int, ...]) -> EncoderSpec:
+def encoder(graph: str, modality: str, **fixed: tuple[int, ...]) -> EncoderGraph:
     """An encoder that gives one tensor of features."""
-    return EncoderSpec(graph, modality, fixed, (f"{modality or 'all'}.features",))
+    return EncoderGraph(graph, modality, fixed, (f"{modality or 'all'}.features",))

@@ -53,7 +53,7 @@ def test_what_was_hoisted_are_the_inputs_that_the_warm_graph_has_beside_the_requ
     any_export: Exported,
 ) -> None:
     manifest, hoisted = any_export.manifest, any_export.report["hoisted"]
-    added = set(manifest.graphs["prefill_warm"].inputs) - set(manifest.decoder.inputs)
+    added = set(manifest.graphs["prefill_warm"].inputs) - set(manifest.inputs)
     assert len(hoisted) == len(set(hoisted))
     assert set(hoisted) == added
     assert {"rows.0", "rows.tail", "source.0"} <= added

@@ -356,7 +356,7 @@ def test_an_encoder_that_cannot_be_traced_is_left_out_with_its_reason(half: Expo
 
 def test_where_the_encoder_was_left_out_features_are_given(half: Exported) -> None:
     session = half.session(policy="full")
-    (name,) = (name for name in session.manifest.decoder.inputs if name != "input_ids")
+    (name,) = (name for name in session.manifest.inputs if name != "input_ids")
     for text, mode in ((0, "cold"), (1, "warm")):
         inputs = half.inputs([0], text)
         with torch.no_grad():

@@ -69,15 +69,15 @@ def test_what_is_called_by_name_is_there() -> None:
     whole = bare_manifest(files=files)
     check_references(whole)
     elsewhere = dataclasses.replace(whole.cold, graph="nowhere")
-    masked = dataclasses.replace(whole.decoder, spans=("a",))
-    hidden = dataclasses.replace(whole.decoder, masks=("a",))
+    masked = dataclasses.replace(whole.prologue, spans=("a",))
+    hidden = dataclasses.replace(whole.prologue, masks=("a",))
     for field, changes in {
         "cold.graph": {"cold": elsewhere},
         "warm.graph": {"warm": elsewhere},
         "decode": {"decode": "nowhere"},
         "encoders.0.graph": {"encoders": (encoder("nowhere", "image"),)},
-        "decoder.spans": {"decoder": masked},
-        "decoder.masks": {"decoder": hidden},
+        "prologue.spans": {"prologue": masked},
+        "prologue.masks": {"prologue": hidden},
         "graphs.prefill_cold.file": {"files": {}},
     }.items():
         with pytest.raises(ExportError, match=f"the manifest's {field} is "):

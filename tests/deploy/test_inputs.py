@@ -13,6 +13,7 @@ from vlcache_fx.deploy.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.deploy.manifest import Manifest
 from vlcache_fx.deploy.specs import GraphSpec, TensorSpec
 from vlcache_fx.errors import ExportError
+from vlcache_fx.spec.decoder import SpanSpec
 
 from .helpers import bare_manifest, encoder
 
@@ -23,6 +24,7 @@ IDS = torch.arange(6).reshape(1, 6)
 def manifest(*inputs: str, dtype: str = "float16") -> Manifest:
     """Of prefill graphs that take token ids, positions in three rows and features; ``inputs`` in order."""
     plain = bare_manifest()
+    features = tuple(index for index, name in enumerate(inputs) if name == "image.features")
     forms = {
         "input_ids": TensorSpec("int64", (1, "tokens")),
         "position_ids": TensorSpec("int64", (3, 1, "tokens")),
@@ -36,11 +38,8 @@ def manifest(*inputs: str, dtype: str = "float16") -> Manifest:
             "encoder": GraphSpec("", {"pixel_values": TensorSpec(dtype, (1, 4))}, {}),
         },
         encoders=(encoder("encoder", "image"),),
-        decoder=dataclasses.replace(
-            plain.decoder,
-            inputs=inputs,
-            features=tuple(place for place, name in enumerate(inputs) if name == "image.features"),
-        ),
+        inputs=inputs,
+        decoder=dataclasses.replace(plain.decoder, spans=SpanSpec(features, len(features))),
     )
 
 

@@ -7,12 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from vlcache_fx.deploy.decoder import describe_export
 from vlcache_fx.deploy.sample_calls import ExampleCall, example_calls, features_of
 from vlcache_fx.deploy.trace import ExportInput, capture_for_export
 from vlcache_fx.errors import ExportError
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.runtime.form import DecoderForm
 from vlcache_fx.testing.tiny_vlm import TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 from .helpers import tiny_shapes
@@ -38,8 +38,8 @@ def programs(found: ExportInput) -> tuple[Program, Program]:
 def calls(
     found: ExportInput, programs: tuple[Program, Program], groups: tuple[int, ...] = (2,)
 ) -> tuple[ExampleCall, ExampleCall]:
-    form = DecoderForm.of(found.decoder, found.facts, programs[0].recorded, groups)
-    return example_calls(found, form, *programs)
+    decoder = describe_export(found, programs[0].recorded, groups)
+    return example_calls(found, decoder, *programs)
 
 
 @pytest.mark.parametrize("groups", [(2,), (1, 1)])

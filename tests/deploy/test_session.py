@@ -181,7 +181,7 @@ def test_what_is_reused_within_a_budget_is_what_the_torch_path_reuses(
         same = given
         if any_export.kind != "tiny":  # its graph takes features
             same = {**given, **features_of(any_export, session, [0])}
-            same = {name: same[name] for name in session.manifest.decoder.inputs}
+            same = {name: same[name] for name in session.manifest.inputs}
         expected, plan = torch_path(same)
         assert_close(session.prefill(**given), expected)
         report = report_of(session)

@@ -1,4 +1,4 @@
-"""Features that enter several decoder layers (Qwen3-VL), and encoders that run before ``forward``."""
+"""Deepstack features (Qwen3-VL), and encoders that run before ``forward``."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def _compiler() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def qwen(_compiler: None) -> tuple[Pair, FamilyModel]:
     pair = with_api(build_family("qwen3_vl").model, policy="full", min_span_tokens=4)
-    return pair, FamilyModel("qwen3_vl", pair.reference)  # making prompts runs the encoder
+    return pair, FamilyModel("qwen3_vl", pair.reference)  # creating prompts runs the encoder
 
 
-def one_behind_the_other(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
+def concatenated(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     by_token = ("input_ids", "attention_mask", "mm_token_type_ids")
     return {name: torch.cat([p[name] for p in prompts], int(name in by_token)) for name in prompts[0]}
 
 
-def test_a_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> None:
+def test_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> None:
     pair, family = qwen
     pair.engine.clear()
     off, report = pair.run(**image_prompt(family, 5, 6, image=0))
@@ -50,25 +50,25 @@ def test_a_moved_image_is_recomputed_exactly(qwen: tuple[Pair, FamilyModel]) -> 
     assert pair.engine.refusals == []
 
 
-def test_each_item_has_its_own_features_in_every_layer(qwen: tuple[Pair, FamilyModel]) -> None:
-    """The encoder returns them layer by layer, for all items together."""
+def test_features_of_several_items_in_every_layer(qwen: tuple[Pair, FamilyModel]) -> None:
+    """The encoder returns the features per layer, for all items concatenated."""
     pair, family = qwen
     pair.engine.clear()
     first, second = (image_prompt(family, 5, 3, image=seed, text=seed) for seed in (0, 1))
     assert pair.run(**first)[0] == 0.0
     for prompts, known, found in (
         ((second, first), False, [False, True]),
-        ((first, second), True, [False, False]),  # an item that missed twice is recorded
+        ((first, second), True, [False, False]),  # a repeated missed item is recorded
         ((second, first), True, [True, True]),
     ):
-        off, report = pair.run(**one_behind_the_other(*prompts))
+        off, report = pair.run(**concatenated(*prompts))
         assert off <= TOLERANCE
         assert report["encoder_hit"] is known
         assert hits(report) == found
 
 
-def test_stored_rows_are_used(qwen: tuple[Pair, FamilyModel]) -> None:
-    """A guard against tests that pass because nothing is reused: another place, other keys and values."""
+def test_stored_rows_are_reused(qwen: tuple[Pair, FamilyModel]) -> None:
+    """Guards against tests that pass without reuse: at another position, keys and values differ."""
     pair, family = qwen
     pair.engine.clear()
     pair.run(**image_prompt(family, 5, 6, image=0))
@@ -85,7 +85,7 @@ def test_stored_rows_are_used(qwen: tuple[Pair, FamilyModel]) -> None:
 
 
 class Preparing(nn.Module):
-    """What the library's models offer to ``generate()``."""
+    """The library's interface between models and ``generate()``."""
 
     def forward(
         self,
@@ -106,7 +106,7 @@ class Preparing(nn.Module):
 
 
 class Mixin:
-    """Of a library: positions are a count of tokens."""
+    """A mixin of the library, with positions that count tokens."""
 
     def _prepare_position_ids_for_generation(self, input_ids: Tensor, known: dict[str, Any]) -> Tensor:
         raise AssertionError("the model counts by itself")
@@ -119,7 +119,7 @@ class Counting(Mixin, nn.Module):
     )
 
 
-class Deaf(Preparing):
+class WithoutOutputs(Preparing):
     def forward(self, input_ids: Any, pixel_values: Any) -> None:  # type: ignore[override]
         raise AssertionError("only its arguments are asked for")
 
@@ -128,7 +128,7 @@ IDS, PIXELS = torch.tensor([[1, 2]]), torch.ones(3)
 
 
 @torch.no_grad()
-def test_encoders_run_first_and_positions_are_the_models_own() -> None:
+def test_encoders_first_computes_features_and_positions() -> None:
     args, kwargs = EncodersFirst(Preparing())((IDS, PIXELS), {"past_key_values": None})
     assert args == ()
     assert set(kwargs) == {"input_ids", "position_ids", "mm_encoder_outputs"}
@@ -137,7 +137,7 @@ def test_encoders_run_first_and_positions_are_the_models_own() -> None:
 
 
 @torch.no_grad()
-def test_given_positions_and_counts_are_left() -> None:
+def test_encoders_first_keeps_given_positions() -> None:
     call = {"input_ids": IDS, "pixel_values": PIXELS, "position_ids": IDS}
     assert EncodersFirst(Preparing())((), call)[1]["position_ids"] is IDS
     kwargs = EncodersFirst(Counting())((IDS,), {"pixel_values": PIXELS})[1]
@@ -156,7 +156,7 @@ def test_given_positions_and_counts_are_left() -> None:
     ids=lambda change: next(iter(change)),
 )
 @torch.no_grad()
-def test_other_calls_are_left_as_they_are(change: dict[str, Any]) -> None:
+def test_encoders_first_skips_other_calls(change: dict[str, Any]) -> None:
     call = {"input_ids": IDS, "pixel_values": PIXELS} | change
     args, kwargs = EncodersFirst(Preparing())((), call)
     assert args == ()
@@ -164,13 +164,13 @@ def test_other_calls_are_left_as_they_are(change: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def test_an_empty_cache_is_no_past() -> None:
+def test_encoders_first_with_an_empty_cache() -> None:
     call = {"pixel_values": PIXELS, "past_key_values": SimpleNamespace(get_seq_length=lambda: 0)}
     assert "mm_encoder_outputs" in EncodersFirst(Preparing())((IDS,), call)[1]
 
 
-def test_gradients_and_models_that_take_no_outputs() -> None:
+def test_encoders_first_skips_gradients_and_other_models() -> None:
     given = ((IDS,), {"pixel_values": PIXELS})
     assert EncodersFirst(Preparing())(*given) == given
     with torch.no_grad():
-        assert EncodersFirst(Deaf())(*given) == given
+        assert EncodersFirst(WithoutOutputs())(*given) == given

@@ -1,4 +1,4 @@
-"""Encoders that run eagerly: a setting that changes between calls never serves features of the one before."""
+"""Eager encoders: features of an earlier setting are never reused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check(pair: Pair, inputs: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     "change", [hook(2), hook(3), epsilon, attention], ids=["2", "3", "epsilon", "attention"]
 )
-def test_changes_of_an_encoder_are_other_features(change: Callable[[Any], Any]) -> None:
+def test_encoder_key_includes_the_encoder(change: Callable[[Any], Any]) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     assert [check(pair, qwen_inputs(4, 5, [GRID])) for _ in range(2)] == [False, True]
     change(pair.model)
@@ -84,7 +84,7 @@ def test_changes_of_an_encoder_are_other_features(change: Callable[[Any], Any]) 
     assert [check(pair, qwen_inputs(4, 5, [GRID])) for _ in range(2)] == [False, True]
 
 
-def test_another_layer_of_the_encoder_is_other_features() -> None:
+def test_encoder_key_includes_the_feature_layer() -> None:
     model = tiny_llava(2)
     with torch.no_grad():  # installs hooks
         model(**llava_inputs(2, 2, [9]))
@@ -96,7 +96,7 @@ def test_another_layer_of_the_encoder_is_other_features() -> None:
 
 
 @pytest.mark.parametrize("state", [autocast, precision])
-def test_global_state_is_part_of_the_key(state: Callable[[], Any]) -> None:
+def test_encoder_key_includes_global_state(state: Callable[[], Any]) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     inputs = qwen_inputs(4, 5, [GRID])
     assert [check(pair, inputs) for _ in range(2)] == [False, True]
@@ -105,7 +105,7 @@ def test_global_state_is_part_of_the_key(state: Callable[[], Any]) -> None:
     assert check(pair, inputs) is True
 
 
-def test_in_training_nothing_is_kept() -> None:
+def test_encoder_cache_skips_training() -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     inputs = qwen_inputs(4, 5, [GRID])
     for one in (pair.model, pair.reference):

@@ -1,4 +1,4 @@
-"""Videos frame by frame, where an encoder looks at each frame alone."""
+"""Videos frame by frame, for encoders with independent frames."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.frames import FrameCache, frame_grids, regrouped
+from vlcache_fx.integrations.frames import FrameCache, frame_grids, group_frames
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.prompts import noise
 
 PER_FRAME = 4
-"""Patches: of a grid of two by two."""
+"""Patches per frame: a grid of 2x2."""
 
 
 CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+"""Calls of each encoder. Not an attribute, because attributes are part of the keys."""
 
 
 class Encoder(nn.Module):
-    """Features per video; whether frames see each other is said by ``alone``."""
+    """Features per video; ``alone``: frames do not attend to each other."""
 
     def __init__(self, alone: bool = True) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def call(*videos: Tensor) -> dict[str, Tensor]:
 
 
 def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
-    """The features must be the encoder's own; how many frames each of its calls took."""
+    """Check the features against the encoder; return the number of frames of each of its calls."""
     encoder.calls.clear()
     with torch.no_grad():
         got = cache(**call(*videos))
@@ -74,10 +74,10 @@ def check(cache: FrameCache, encoder: Encoder, *videos: Tensor) -> list[int]:
     return calls
 
 
-def test_a_window_finds_all_frames_but_the_new_ones() -> None:
+def test_frame_cache_encodes_only_new_frames() -> None:
     encoder = Encoder()
     cache = cached(encoder)
-    # Tried out with the first video, both ways; then each frame is kept.
+    # The first video is encoded both ways; then each frame is cached.
     assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
     assert check(cache, encoder, video(1, 2, 3)) == [1]
     assert check(cache, encoder, video(3, 2)) == []
@@ -86,7 +86,7 @@ def test_a_window_finds_all_frames_but_the_new_ones() -> None:
     assert check(cache, encoder, video(6)) == [1]
 
 
-def test_frames_that_see_each_other_are_kept_as_a_whole() -> None:
+def test_frame_cache_of_frames_that_attend_to_each_other() -> None:
     encoder = Encoder(alone=False)
     cache = cached(encoder)
     assert check(cache, encoder, video(0, 1, 2)) == [3, 3, 3]
@@ -95,7 +95,7 @@ def test_frames_that_see_each_other_are_kept_as_a_whole() -> None:
     assert check(cache, encoder, video(1, 2, 3), video(0, 1)) == [2]
 
 
-def test_an_output_without_fields_is_handed_through() -> None:
+def test_frame_cache_returns_other_outputs_unchanged() -> None:
     encoder = Encoder()
     cache = cached(encoder)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_an_output_without_fields_is_handed_through() -> None:
             assert torch.equal(got[0], video(0, 1) @ encoder.weight)
 
 
-def test_gradients_go_past_it() -> None:
+def test_frame_cache_skips_gradients() -> None:
     encoder = Encoder()
     cache = cached(encoder)
     for _ in range(2):
@@ -113,20 +113,20 @@ def test_gradients_go_past_it() -> None:
     assert encoder.calls == [2, 2]
 
 
-def test_grids_of_frames() -> None:
+def test_frame_grids() -> None:
     grids = torch.tensor([[2, 4, 6], [1, 2, 2], [3, 2, 8]])
     assert frame_grids(grids).tolist() == [[1, 4, 6]] * 2 + [[1, 2, 2]] + [[1, 2, 8]] * 3
 
 
 @pytest.mark.parametrize("layers", [False, True])
-def test_frames_are_joined_video_by_video(layers: bool) -> None:
+def test_group_frames_per_video(layers: bool) -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     frames = tuple(noise(seed, seed + 1, 4) for seed in range(5))
     output = BaseModelOutputWithDeepstackFeatures(
         pooler_output=frames, deepstack_features=[frames, frames[::-1]] if layers else None
     )
-    got = regrouped(output, [2, 1, 2])
+    got = group_frames(output, [2, 1, 2])
 
     def equal(joined: Any, parts: tuple[Tensor, ...]) -> None:
         want = (torch.cat(parts[:2]), parts[2], torch.cat(parts[3:]))

@@ -1,4 +1,4 @@
-"""Encoder outputs are taken apart and put together without a loss."""
+"""Splitting and joining encoder outputs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlcache_fx.integrations.items import (
-    as_lists,
-    features_of,
-    flatten,
+    concat_items,
+    feature_fields,
     join_items,
     split_items,
-    unflatten,
-    with_one_tensor,
 )
 from vlcache_fx.testing.prompts import noise
 
@@ -40,7 +37,7 @@ def same(got: Any, want: Any) -> bool:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_apart_and_together(form: str) -> None:
+def test_split_and_join_items(form: str) -> None:
     fields = {"pooler_output": FORMS[form], "deepstack_features": FORMS["layers"]}
     items = split_items(fields, 3)
     assert items is not None
@@ -70,12 +67,12 @@ def test_apart_and_together(form: str) -> None:
         "other rows", "number", "other count", "empty", "ragged layers", "layer of rows", "no tensors", "int"
     ],
 )  # fmt: skip
-def test_what_does_not_tell_items_apart(value: Any) -> None:
+def test_split_items_of_undivided_fields(value: Any) -> None:
     assert split_items({"pooler_output": value}, 3) is None
     assert split_items({"pooler_output": per_item(2, 3, 1), "more": value}, 3) is None
 
 
-def test_items_of_other_forms_do_not_fit_together() -> None:
+def test_join_items_of_different_forms() -> None:
     apart = [split_items({"pooler_output": FORMS[form]}, 3) for form in FORMS]
     firsts = [items[0] for items in apart if items is not None]
     assert len(firsts) == 3
@@ -84,51 +81,34 @@ def test_items_of_other_forms_do_not_fit_together() -> None:
             assert (join_items([first, second]) is None) == (first is not second)
     deeper = split_items({"pooler_output": [*FORMS["layers"], per_item(1, 1, 1)]}, 3)
     assert deeper is not None
-    assert join_items([firsts[1], deeper[0]]) is None  # another number of depths
+    assert join_items([firsts[1], deeper[0]]) is None  # another number of layers
     other = split_items({"last_hidden_state": ROWS}, 3)
     assert other is not None
     assert join_items([firsts[2], other[0]]) is None
 
 
-def test_features_are_what_a_decoder_may_read() -> None:
+def test_feature_fields() -> None:
     inner = noise(0, 1, 2, 4)
     output = BaseModelOutputWithPooling(last_hidden_state=inner, pooler_output=ROWS, hidden_states=(inner,))
-    assert features_of(output) == {"pooler_output": ROWS}
+    assert feature_fields(output) == {"pooler_output": ROWS}
     plain = BaseModelOutputWithPooling(last_hidden_state=inner, hidden_states=(inner,), attentions=(inner,))
-    assert features_of(plain) == {"last_hidden_state": inner}
-    assert features_of(BaseModelOutputWithPooling()) is None
-    assert features_of((ROWS,)) is None
+    assert feature_fields(plain) == {"last_hidden_state": inner}
+    assert feature_fields(BaseModelOutputWithPooling()) is None
+    assert feature_fields((ROWS,)) is None
 
 
-def test_flattened_and_back() -> None:
-    value = {"a": ("list", [ROWS]), "b": ("layers", ([ROWS + 1, ROWS + 2], []))}
-    text, tensors = flatten(value)
-    assert "\n" not in text
-    assert len(tensors) == 3
-    copies = [tensor.clone() for tensor in tensors]
-    back = unflatten(text, copies)
-    assert back == {"a": ["list", [copies[0]]], "b": ["layers", [[copies[1], copies[2]], []]]}
-    assert as_lists(value["b"]) == ["layers", [[tensors[1], tensors[2]], []]]
-
-
-@pytest.mark.parametrize("value", [3, None, [ROWS, 1.0], {"a": print}])
-def test_other_values_are_not_flattened(value: Any) -> None:
-    with pytest.raises(TypeError, match="neither a tensor"):
-        flatten(value)
-
-
-def test_features_of_all_items_as_one_tensor() -> None:
+def test_concat_items() -> None:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     output = BaseModelOutputWithDeepstackFeatures(
         pooler_output=per_item(2, 3, 1), last_hidden_state=ROWS, deepstack_features=FORMS["layers"]
     )
-    joined = with_one_tensor(output)
+    joined = concat_items(output)
     assert type(joined) is type(output)
     assert same(joined.pooler_output, [torch.cat(per_item(2, 3, 1))])
     assert same(joined.deepstack_features, [[torch.cat(part)] for part in FORMS["layers"]])
     assert joined.last_hidden_state is ROWS
-    assert same(output.pooler_output, per_item(2, 3, 1))  # left as it was
+    assert same(output.pooler_output, per_item(2, 3, 1))  # unchanged
 
 
 @pytest.mark.parametrize(
@@ -136,6 +116,6 @@ def test_features_of_all_items_as_one_tensor() -> None:
     [ROWS, per_item(2), (noise(0, 2, 4), noise(0, 2, 5)), (ROWS, ROWS)],
     ids=["one tensor", "one item", "other widths", "no rows"],
 )
-def test_other_features_are_left_as_they_are(features: Any) -> None:
+def test_concat_items_keeps_other_features(features: Any) -> None:
     output = BaseModelOutputWithPooling(pooler_output=features)
-    assert with_one_tensor(output) is output
+    assert concat_items(output) is output

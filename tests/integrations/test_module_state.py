@@ -1,4 +1,4 @@
-"""What an eager module computes, beside its weights: every change of it is another digest."""
+"""The digest of a module's state changes with everything that affects its computation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
+from vlcache_fx.integrations.module_state import ModuleState
+from vlcache_fx.integrations.object_graph import SMALL_BYTES
 
 FACTOR = 2
 TABLE = {"scale": 1.0}
@@ -37,7 +38,7 @@ class Config:
 
 
 class Owner(nn.Module):
-    """Has an encoder, and something that it does not call."""
+    """Has an encoder, and a submodule that the encoder does not call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ CHANGES: dict[str, Callable[[Owner], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_are_noticed(change: str) -> None:
+def test_digest_detects_changes(change: str) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -100,7 +101,7 @@ def test_changes_are_noticed(change: str) -> None:
     assert after not in (before, None)
 
 
-def test_changes_differ_from_each_other() -> None:
+def test_digest_distinguishes_changes() -> None:
     digests = []
     for change in CHANGES.values():
         owner = Owner()
@@ -110,7 +111,7 @@ def test_changes_differ_from_each_other() -> None:
 
 
 @pytest.mark.parametrize("name", ["FACTOR", "scaled", "TABLE"])
-def test_global_names_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_includes_globals(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -123,7 +124,7 @@ def test_global_names_are_read(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert known.digest() == before
 
 
-def test_methods_of_classes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digest_includes_class_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -131,12 +132,12 @@ def test_methods_of_classes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known.digest() != before
 
 
-def test_equal_modules_have_equal_digests() -> None:
+def test_digest_of_equal_modules() -> None:
     assert state(Owner()).digest() == state(Owner()).digest() is not None
 
 
-def test_what_the_encoder_does_not_read_does_not_count() -> None:
-    """Models leave results in attributes, and decoders have hooks, too."""
+def test_digest_excludes_unread_attributes() -> None:
+    """Models store results in attributes, and decoders have hooks."""
     owner = Owner()
     known = state(owner)
     before = known.digest()
@@ -146,7 +147,7 @@ def test_what_the_encoder_does_not_read_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("value", [open, torch.ones(SMALL_BYTES)], ids=["a file", "a large tensor"])
-def test_what_cannot_be_written_is_not_known(value: Any) -> None:
+def test_digest_of_unknown_state(value: Any) -> None:
     owner = Owner()
     if value is open:
         with open(__file__) as file:

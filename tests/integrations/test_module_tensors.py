@@ -1,4 +1,4 @@
-"""The tensors of a module are those it has now."""
+"""The listed tensors are a module's current tensors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_every_change_is_seen(change: Callable[[Any], Any]) -> None:
+def test_module_tensors_after_a_change(change: Callable[[Any], Any]) -> None:
     model = Model()
     tensors = ModuleTensors(model)
     for step in (lambda _: None, change, lambda _: None):
@@ -63,7 +63,7 @@ def hidden() -> Model:
     return model
 
 
-def test_tensors_that_are_no_parameters_count_too() -> None:
+def test_module_tensors_in_plain_attributes() -> None:
     model: Any = hidden()
     tensors = ModuleTensors(model)
     plain = len([*model.parameters(), *model.buffers()])
@@ -78,24 +78,24 @@ def test_tensors_that_are_no_parameters_count_too() -> None:
 
 
 class Kept:
-    """As accelerate's hooks hold the weights that it moves in for a call."""
+    """An accelerate hook with offloaded weights."""
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self.weights_map = weights
 
 
-def test_weights_that_lie_elsewhere_between_calls() -> None:
+def test_module_tensors_of_accelerate_hooks() -> None:
     layer: Any = nn.Linear(2, 3)
     kept = {name: value.detach() for name, value in layer.named_parameters()}
     layer._hf_hook = Kept(kept)
     layer.to("meta")
     tensors = ModuleTensors(layer)
     assert [id(one) for one in tensors()] == [id(kept["weight"]), id(kept["bias"])]
-    layer.weight = nn.Parameter(kept["weight"].clone())  # as within a call
+    layer.weight = nn.Parameter(kept["weight"].clone())  # as during a call
     assert tensors()[0] is kept["weight"]
 
 
-def test_packed_weights() -> None:
+def test_module_tensors_of_packed_weights() -> None:
     class Holder(nn.Module):
         def __init__(self, scale: float) -> None:
             super().__init__()
@@ -108,6 +108,6 @@ def test_packed_weights() -> None:
         return WeightsFingerprint(tensors()).current(tensors())
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch asks for another library
+        warnings.simplefilter("ignore", UserWarning)  # torch recommends another library
         prints = [fingerprint(Holder(scale)) for scale in (0.1, 0.1, 0.2)]
     assert prints[0] == prints[1] != prints[2]

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: the model inside is compiled, and whatever is done to adapters between calls is seen."""
+"""PEFT adapters: the inner model is compiled, and changes of adapters between calls are detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from ..runtime.helpers import distance, own_compiler_state
 
 peft = pytest.importorskip("peft", reason="needs peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of peft and what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # from peft and its imports
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,7 +25,7 @@ def _compiler() -> Iterator[None]:
 
 
 def adapted(targets: Any) -> Any:
-    """With two adapters that do something."""
+    """Return a model with two adapters whose weights are not zero."""
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     torch.manual_seed(1)
     model = peft.get_peft_model(tiny_qwen2_5_vl(1), config)
@@ -69,7 +69,7 @@ def reused(_compiler: None) -> Pair:
     return Pair(["q_proj", "v_proj"])
 
 
-def test_the_model_inside_is_compiled(reused: Pair) -> None:
+def test_compile_unwraps_the_peft_model(reused: Pair) -> None:
     assert [reused.run(seed) for seed in range(2)] == ["cold", "warm"]
     assert reused.model.vlcache is reused.model.get_base_model().vlcache
     inputs = qwen_inputs(3, 4, [(8, 8, 0)], 7)
@@ -80,7 +80,7 @@ def test_the_model_inside_is_compiled(reused: Pair) -> None:
     assert reused.model.vlcache.last_report["mode"] == "warm"
 
 
-def test_disabled_for_a_while(reused: Pair) -> None:
+def test_peft_adapters_disabled_temporarily(reused: Pair) -> None:
     reused.run(0)
     with reused.model.disable_adapter(), reused.reference.disable_adapter():
         modes = [reused.run(seed) for seed in range(8, 10)]
@@ -89,7 +89,7 @@ def test_disabled_for_a_while(reused: Pair) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_adapters_that_change_between_calls(change: Callable[[Any], Any]) -> None:
+def test_peft_adapters_changed_between_calls(change: Callable[[Any], Any]) -> None:
     pair = Pair(["q_proj", "v_proj"])
     pair.run(0)
     for model in (pair.model, pair.reference):
@@ -101,7 +101,7 @@ VISION = r".*visual.*\.(qkv|proj)"
 
 
 @pytest.mark.parametrize("change", ["disabled", "scaled"])
-def test_adapters_of_the_encoder(change: str) -> None:
+def test_peft_adapters_of_the_encoder(change: str) -> None:
     pair = Pair(VISION)
     pair.run(0)
     if change == "scaled":

@@ -1,4 +1,4 @@
-"""The image processor's cache: what is not processed again, and what must be."""
+"""The image processor's cache: hits, misses and eviction."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import OptionError
 from vlcache_fx.integrations.encoder_cache import EncoderCache
 from vlcache_fx.integrations.processor import CachedImageProcessor
 from vlcache_fx.keys import digest_cache as known
-from vlcache_fx.keys.digest_cache import is_known
+from vlcache_fx.keys.digest_cache import is_tracked
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor, ReferenceProcessor
 
 
@@ -39,7 +39,7 @@ def picture(seed: int = 0, side: int = 16) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8))
 
 
-def test_a_picture_is_processed_once(processor: CachedImageProcessor) -> None:
+def test_processor_processes_an_image_once(processor: CachedImageProcessor) -> None:
     first = processor(picture(), return_tensors="pt")
     again = processor(picture(), return_tensors="pt")
     assert Counting.calls == 1
@@ -48,7 +48,7 @@ def test_a_picture_is_processed_once(processor: CachedImageProcessor) -> None:
     assert {name: value.tolist() for name, value in again.items()} == {
         n: v.tolist() for n, v in plain.items()
     }
-    first["more"] = 1  # results are the caller's own, but for the tensors
+    first["more"] = 1  # results are copies that share the tensors
     assert "more" not in processor(picture(), return_tensors="pt")
 
 
@@ -60,7 +60,7 @@ def test_a_picture_is_processed_once(processor: CachedImageProcessor) -> None:
     ],
     ids=["another", "two", "nested", "grey", "shape", "palette"],
 )  # fmt: skip
-def test_other_pictures_are_told_apart(processor: CachedImageProcessor, images: Any) -> None:
+def test_processor_distinguishes_images(processor: CachedImageProcessor, images: Any) -> None:
     processor(picture())
     got = processor(images)
     assert Counting.calls == 2
@@ -69,7 +69,7 @@ def test_other_pictures_are_told_apart(processor: CachedImageProcessor, images: 
     assert Counting.calls == 2
 
 
-def test_settings_and_arguments_count(processor: CachedImageProcessor) -> None:
+def test_processor_key_includes_settings_and_arguments(processor: CachedImageProcessor) -> None:
     processor(picture())
     processor(picture(), do_resize=False)
     processor._image_processor.merge_size = 1
@@ -78,30 +78,30 @@ def test_settings_and_arguments_count(processor: CachedImageProcessor) -> None:
     assert processor.merge_size == 1
 
 
-def test_written_pixels_are_not_given_out_again(processor: CachedImageProcessor) -> None:
+def test_processor_drops_written_pixels(processor: CachedImageProcessor) -> None:
     pixels = processor(picture())["pixel_values"]
     want = pixels.clone()
     pixels[0, 0] += 1
-    assert not is_known(pixels)
+    assert not is_tracked(pixels)
     assert torch.equal(processor(picture())["pixel_values"], want)
     assert Counting.calls == 2
 
 
 @pytest.mark.parametrize("arguments", [{"images": ["photo.png"]}, {"images": None}])
-def test_what_is_only_named_is_passed_on(processor: CachedImageProcessor, arguments: Any) -> None:
+def test_processor_skips_images_given_by_name(processor: CachedImageProcessor, arguments: Any) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="no picture"):
             processor(**arguments)
     assert Counting.calls == 2
 
 
-def test_results_without_tensors_are_not_kept(processor: CachedImageProcessor) -> None:
+def test_processor_skips_results_without_tensors(processor: CachedImageProcessor) -> None:
     for _ in range(2):
         assert isinstance(processor(picture(), return_tensors=None)["pixel_values"], np.ndarray)
     assert Counting.calls == 2
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_processor_evicts_the_least_recently_used() -> None:
     Counting.calls = 0
     one = sum(value.nbytes for value in Counting()(picture()).values())
     processor = CachedImageProcessor(Counting(), capacity_bytes=2 * one)
@@ -110,7 +110,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert Counting.calls == 1 + 3
     processor(picture(1))
     assert Counting.calls == 1 + 4
-    processor(picture(0, side=64))  # larger than everything
+    processor(picture(0, side=64))  # larger than the capacity
     processor(picture(1))
     assert Counting.calls == 1 + 5
     for capacity in (0, "1 GB"):
@@ -118,7 +118,7 @@ def test_the_least_recently_used_goes_first() -> None:
             CachedImageProcessor(Counting(), capacity_bytes=capacity)
 
 
-def test_it_serves_in_a_processor(processor: CachedImageProcessor) -> None:
+def test_processor_within_a_whole_processor(processor: CachedImageProcessor) -> None:
     whole = ReferenceProcessor()
     whole.image_processor = processor  # type: ignore[assignment]
     with pytest.raises(ValueError, match="names 0 pictures"):
@@ -135,7 +135,7 @@ class Encoder:
 
 
 @torch.no_grad()
-def test_kept_pixels_are_read_once_and_other_grids_stay_apart(
+def test_cached_pixels_are_hashed_once(
     processor: CachedImageProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
@@ -152,7 +152,7 @@ def test_kept_pixels_are_read_once_and_other_grids_stay_apart(
     for grids in (inputs["image_grid_thw"], inputs["image_grid_thw"], torch.tensor([[1, 2, 8], [1, 4, 4]])):
         cache(inputs["pixel_values"], grids)
         keys |= set(cache._engine.store._entries)
-    assert read.count(True) == 2  # two pictures, in the first call alone
+    assert read.count(True) == 2  # two images, only in the first call
     assert len(keys) == 3
     inputs["pixel_values"][-1] += 1
     cache(inputs["pixel_values"], inputs["image_grid_thw"])

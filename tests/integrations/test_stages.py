@@ -1,4 +1,4 @@
-"""Models of the transformers library as plain functions, against the models."""
+"""Generation stages against the models of the transformers library."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vlcache_fx.integrations.stages import (
     GenerationStages,
     Stage,
     generation_stages,
-    items_of,
     prompt_positions,
+    split_pixels,
 )
 from vlcache_fx.integrations.transformers import EncodersFirst
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
@@ -33,7 +33,7 @@ CACHES = tuple(f"present.{layer}.{what}" for layer in range(LAYERS) for what in 
 
 @dataclass(frozen=True)
 class Staged:
-    """A model, its example and the stages of it."""
+    """A model, its example and its stages."""
 
     model: Any
     example: dict[str, Tensor]
@@ -76,13 +76,13 @@ def assert_is_result(found: dict[str, Tensor], result: Any) -> None:
         torch.testing.assert_close(found[f"present.{index}.value"], layer.values)
 
 
-def test_the_prefill_is_what_the_model_computes(either: Staged) -> None:
+def test_prefill_stage_equals_model(either: Staged) -> None:
     with torch.no_grad():
         expected = either.model(**either.example, use_cache=True, logits_to_keep=1)
     assert_is_result(run(either.stages.prefill), expected)
 
 
-def test_the_decoding_step_is_what_the_model_computes(either: Staged) -> None:
+def test_decode_stage_equals_model(either: Staged) -> None:
     with torch.no_grad():
         before = either.model(**either.example, use_cache=True)
         inputs = either.stages.decode.inputs
@@ -97,16 +97,16 @@ def test_the_decoding_step_is_what_the_model_computes(either: Staged) -> None:
     assert found["present.0.key"].shape[2] == either.example["input_ids"].shape[1] + 1
 
 
-def test_a_decoding_step_keeps_nothing_of_the_one_before(llava: Staged) -> None:
+def test_decode_stage_is_stateless(llava: Staged) -> None:
     first, second = run(llava.stages.decode), run(llava.stages.decode)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_encoders_give_the_features_of_one_item(either: Staged) -> None:
+def test_encoder_stage_equals_model(either: Staged) -> None:
     with torch.no_grad():
         whole = EncodersFirst(either.model)((), dict(either.example))[1]["mm_encoder_outputs"]["image"]
-    told = {name: either.example[name] for name in either.stages.encoders[0].fixed}
-    items = items_of(either.example["pixel_values"], told, "image_grid_thw")
+    metadata = {name: either.example[name] for name in either.stages.encoders[0].fixed}
+    items = split_pixels(either.example["pixel_values"], metadata, "image_grid_thw")
     assert len(items) == len(whole.pooler_output) > 1
     for (pixels, fixed), expected in zip(items, whole.pooler_output, strict=True):
         kind = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
@@ -116,13 +116,13 @@ def test_encoders_give_the_features_of_one_item(either: Staged) -> None:
         torch.testing.assert_close(run(stage, pixel_values=pixels)[name], expected)
 
 
-def test_one_encoder_serves_all_images_of_a_model_without_grids(llava: Staged) -> None:
+def test_encoder_stage_without_grids(llava: Staged) -> None:
     (encoder,) = llava.stages.encoders
     assert (encoder.modality, encoder.fixed) == ("image", {})
     assert encoder.stage.inputs["pixel_values"].shape[0] == 1
 
 
-def test_there_is_one_encoder_for_each_grid(qwen: Staged) -> None:
+def test_encoder_stage_per_grid(qwen: Staged) -> None:
     grids = [encoder.fixed["image_grid_thw"] for encoder in qwen.stages.encoders]
     assert grids == [(1, 8, 8), (1, 4, 8)]
     for encoder, rows in zip(qwen.stages.encoders, (64, 32), strict=True):
@@ -131,7 +131,7 @@ def test_there_is_one_encoder_for_each_grid(qwen: Staged) -> None:
         assert encoder.stage.inputs["pixel_values"].shape[0] == rows
 
 
-def test_videos_have_encoders_of_their_own() -> None:
+def test_encoder_stage_of_videos() -> None:
     example = qwen_inputs(5, 4, [(8, 8, 0)])
     example["input_ids"] = example["input_ids"].masked_fill(example["input_ids"] == IMAGE_TOKEN, VIDEO_TOKEN)
     example["mm_token_type_ids"] = example["mm_token_type_ids"] * 2
@@ -149,7 +149,7 @@ def test_videos_have_encoders_of_their_own() -> None:
     assert_is_result(run(found.stages.prefill), expected)
 
 
-def test_sizes_over_tokens_and_features_vary(either: Staged) -> None:
+def test_prefill_stage_dynamic_dims(either: Staged) -> None:
     prefill, decode = either.stages.prefill, either.stages.decode
     assert prefill.dynamic["input_ids"] == {1: "tokens"}
     features = [name for name in prefill.inputs if name.startswith("image.")]
@@ -162,7 +162,7 @@ def test_sizes_over_tokens_and_features_vary(either: Staged) -> None:
     assert not {"attention_mask", "mm_token_type_ids", "pixel_values"} & prefill.inputs.keys()
 
 
-def test_positions_are_an_input_where_they_are_more_than_a_count(llava: Staged, qwen: Staged) -> None:
+def test_prefill_stage_positions_input(llava: Staged, qwen: Staged) -> None:
     assert "position_ids" not in llava.stages.prefill.inputs
     assert llava.stages.decode.inputs["position_ids"].tolist() == [[llava.example["input_ids"].shape[1]]]
     positions = qwen.stages.prefill.inputs["position_ids"]
@@ -170,7 +170,7 @@ def test_positions_are_an_input_where_they_are_more_than_a_count(llava: Staged, 
     assert torch.equal(qwen.stages.decode.inputs["position_ids"], positions[..., -1:] + 1)
 
 
-def test_shapes_are_given_as_exporters_take_them() -> None:
+def test_stage_shapes() -> None:
     class Plain(nn.Module):
         def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
             return a, b
@@ -191,7 +191,7 @@ def test_shapes_are_given_as_exporters_take_them() -> None:
     [(tiny_vlm(), tiny_vlm_inputs(5, 4, [(20, 0)])), (nn.Linear(2, 2), {"input": torch.ones(1, 2)})],
     ids=["tiny", "linear"],
 )
-def test_another_model_has_no_stages(model: nn.Module, example: dict[str, Tensor]) -> None:
+def test_generation_stages_of_other_models(model: nn.Module, example: dict[str, Tensor]) -> None:
     assert generation_stages(model, example) is None
 
 
@@ -209,14 +209,14 @@ def test_another_model_has_no_stages(model: nn.Module, example: dict[str, Tensor
     ],
     ids=["two prompts", "no batch", "no tokens", "padding", "no image"],
 )
-def test_an_example_that_does_not_do_is_refused(
+def test_generation_stages_rejects_invalid_examples(
     llava: Staged, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     with pytest.raises(ExportError, match=message):
         generation_stages(llava.model, change(llava_inputs(5, 4, [0])))
 
 
-def test_another_kind_of_cache_is_refused() -> None:
+def test_generation_stages_rejects_other_caches() -> None:
     model: Any = tiny_llava(1)
     plain = model.forward
 
@@ -227,38 +227,36 @@ def test_another_kind_of_cache_is_refused() -> None:
         return result
 
     model.forward = forward
-    with pytest.raises(ExportError, match="holds something else than keys and values per layer"):
+    with pytest.raises(ExportError, match="does not consist of keys and values per layer"):
         generation_stages(model, llava_inputs(5, 4, [0]))
 
 
-def test_items_are_told_apart_by_grids() -> None:
+def test_split_pixels_by_grids() -> None:
     pixels = torch.arange(24.0).reshape(12, 2)
-    told = {"image_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]), "kind": torch.tensor([7, 8])}
-    (first, of_first), (second, of_second) = items_of(pixels, told, "image_grid_thw")
+    metadata = {"image_grid_thw": torch.tensor([[2, 2, 2], [1, 2, 2]]), "kind": torch.tensor([7, 8])}
+    (first, of_first), (second, of_second) = split_pixels(pixels, metadata, "image_grid_thw")
     assert torch.equal(first, pixels[:8])
     assert torch.equal(second, pixels[8:])
     assert of_first["image_grid_thw"].tolist() == [[2, 2, 2]]
     assert [of["kind"].tolist() for of in (of_first, of_second)] == [[7], [8]]
 
 
-def test_without_grids_each_row_is_an_item() -> None:
+def test_split_pixels_without_grids() -> None:
     pixels = torch.arange(6.0).reshape(3, 2)
-    found = items_of(pixels, {}, "image_grid_thw")
+    found = split_pixels(pixels, {}, "image_grid_thw")
     assert [part.tolist() for part, _ in found] == [[row] for row in pixels.tolist()]
-    assert [told for _, told in found] == [{}, {}, {}]
+    assert [metadata for _, metadata in found] == [{}, {}, {}]
 
 
-def test_grids_that_do_not_fit_the_pixels_are_refused() -> None:
-    told = {"image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
+def test_split_pixels_rejects_wrong_grids() -> None:
+    metadata = {"image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 2]])}
     with pytest.raises(ExportError, match="image_grid_thw asks for 8 rows of pixels, 12 are given"):
-        items_of(torch.ones(12, 2), told, "image_grid_thw")
+        split_pixels(torch.ones(12, 2), metadata, "image_grid_thw")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("images", [[(8, 8, 0), (4, 8, 1)], [(4, 8, 1)], []])
-def test_positions_of_a_prompt_are_those_of_the_model(
-    qwen: Staged, images: list[tuple[int, int, int]], device: str
-) -> None:
+def test_prompt_positions_equal_model(qwen: Staged, images: list[tuple[int, int, int]], device: str) -> None:
     inputs = qwen_inputs(6, 3, images)
     found = prompt_positions(tiny_qwen2_5_vl(1).to(device), inputs)
     assert found is not None
@@ -271,10 +269,10 @@ def test_positions_of_a_prompt_are_those_of_the_model(
         torch.testing.assert_close(with_positions, qwen.model(**inputs).logits)
 
 
-def test_a_model_that_counts_has_no_positions_of_its_own(llava: Staged) -> None:
+def test_prompt_positions_of_a_counting_model(llava: Staged) -> None:
     assert prompt_positions(llava.model, llava.example) is None
 
 
-def test_positions_that_are_given_are_not_made_again(qwen: Staged) -> None:
+def test_prompt_positions_with_given_positions(qwen: Staged) -> None:
     inputs = {**qwen.example, "position_ids": torch.zeros(4, 1, 1)}
     assert prompt_positions(qwen.model, inputs) is None

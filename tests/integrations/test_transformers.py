@@ -1,4 +1,4 @@
-"""The encoder cache: what is not encoded again, and what the cached features may be used for."""
+"""The encoder cache and the hooks of transformers models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.transformers import joined_items, restore_items
+from vlcache_fx.integrations.transformers import concat_encoder_outputs, restore_items
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 
 from ..runtime.helpers import Pair, hits, own_compiler_state, settings_of, with_api, with_backend
@@ -29,11 +30,11 @@ def _compiler() -> Iterator[None]:
 
 
 SIZES: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
-"""Of each counter. Not in its attributes: what a hook holds is part of keys."""
+"""Calls of each counter. Not an attribute, because a hook's attributes are part of the keys."""
 
 
 class Counter:
-    """Counts the calls of a module, and the images (or patches) of each."""
+    """Records the number of images (or patches) of each call of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -63,7 +64,7 @@ def qwen(_compiler: None) -> tuple[Pair, Counter]:
     return pair, Counter(pair.model.model.visual)
 
 
-def test_a_known_image_is_not_encoded(qwen: tuple[Pair, Counter]) -> None:
+def test_known_image_is_not_encoded_again(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     for place, (images, patches, hit) in enumerate(
@@ -76,12 +77,12 @@ def test_a_known_image_is_not_encoded(qwen: tuple[Pair, Counter]) -> None:
         ]
     ):
         ours, theirs = greedy(pair, qwen_inputs(4 + place, 5, images, text_seed=place))
-        assert encoded.taken() == patches  # the new image alone
+        assert encoded.taken() == patches  # only the new image
         assert pair.report["encoder_hit"] is hit
         assert torch.equal(ours, theirs)
 
 
-def test_grids_tell_equal_patches_apart(qwen: tuple[Pair, Counter]) -> None:
+def test_grids_are_part_of_the_key(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     for place, grid in enumerate([(12, 8), (8, 12), (12, 8), (8, 12)]):
@@ -90,7 +91,7 @@ def test_grids_tell_equal_patches_apart(qwen: tuple[Pair, Counter]) -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_changed_encoder_weights_are_seen(qwen: tuple[Pair, Counter]) -> None:
+def test_changed_encoder_weights_are_detected(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     pair.engine.clear()
     inputs = qwen_inputs(4, 5, [TALL])
@@ -105,7 +106,7 @@ def test_changed_encoder_weights_are_seen(qwen: tuple[Pair, Counter]) -> None:
     assert torch.equal(ours, theirs)
 
 
-def test_text_alone_needs_no_encoder(qwen: tuple[Pair, Counter]) -> None:
+def test_text_without_images_skips_the_encoder(qwen: tuple[Pair, Counter]) -> None:
     pair, encoded = qwen
     ours, theirs = greedy(pair, qwen_inputs(9, 5, []))
     assert encoded.taken() == []
@@ -115,7 +116,7 @@ def test_text_alone_needs_no_encoder(qwen: tuple[Pair, Counter]) -> None:
 # LLaVA ------------------------------------------------------------------------------------------------------
 
 
-def test_llava_encodes_new_images_alone() -> None:
+def test_llava_encodes_only_new_images() -> None:
     pair = with_api(warmed_up(), policy="full")
     encoded = Counter(pair.model.model.vision_tower)
     for place, (images, sizes, hit) in enumerate(
@@ -128,16 +129,16 @@ def test_llava_encodes_new_images_alone() -> None:
 
 
 def warmed_up() -> nn.Module:
-    """Run once before it is compiled: the library's first call takes a lock, which cuts the graph, and
-    installs hooks in the encoder, which then is another one."""
+    """Return a model that ran once: the library's first call takes a lock, which breaks the graph, and
+    installs hooks, which change the encoder's key."""
     model = tiny_llava(2)
     with torch.no_grad():
         model(**llava_inputs(2, 2, [9]))
     return model
 
 
-def test_the_encoder_in_the_graph_is_skipped_on_a_hit() -> None:
-    """torch.compile alone, with pixels in the decoder's graph."""
+def test_encoder_in_decoder_graph_is_skipped_on_a_hit() -> None:
+    """Plain torch.compile, with pixels in the decoder's graph."""
     pair = with_backend(warmed_up(), policy="full")
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         for place, hit in enumerate([False, True, True]):
@@ -148,8 +149,8 @@ def test_the_encoder_in_the_graph_is_skipped_on_a_hit() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
-    """torch.compile alone and Dynamo's default configuration."""
+def test_encoder_in_its_own_graph_is_cached() -> None:
+    """Plain torch.compile with Dynamo's default configuration."""
     pair = with_backend(tiny_llava(2), policy="full")
     for place, images in enumerate([[0], [0], [1], [0]]):
         off, report = pair.run(**llava_inputs(4 + place, 5, images, text_seed=place))
@@ -158,14 +159,14 @@ def test_the_encoder_in_a_graph_of_its_own_is_kept() -> None:
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 2}
 
 
-def test_an_encoder_that_shares_its_graph_with_the_text_is_kept_behind_another_prompt() -> None:
+def test_encoder_in_decoder_graph_is_cached_across_prompts() -> None:
     pair = with_backend(warmed_up(), policy="full")
     for place in range(3):
         assert pair.run(**llava_inputs(4 + place, 5, [0], text_seed=place))[0] == 0.0
     assert pair.engine.stats()["encoder"] == {"hits": 2, "misses": 1}
 
 
-def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None:
+def test_features_are_concatenated_and_restored() -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
     pair = with_api(tiny_llava(2), policy="full")
@@ -177,12 +178,12 @@ def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None
         ours, theirs = pair.model(**inputs), pair.reference(**inputs)
         assert torch.equal(ours.logits, theirs.logits)
         assert torch.equal(ours.image_hidden_states, theirs.image_hidden_states)
-        (joined,) = joined_items(inputs)["mm_encoder_outputs"]["image"].pooler_output
+        (joined,) = concat_encoder_outputs(inputs)["mm_encoder_outputs"]["image"].pooler_output
         assert torch.equal(joined, torch.cat(tuple(features)))
         assert len(inputs["mm_encoder_outputs"]["image"].pooler_output) == 2
-    assert joined_items(call) is call
+    assert concat_encoder_outputs(call) is call
     result = BaseModelOutputWithPast(past_key_values=None)
-    result.image_hidden_states = (joined,)  # as models do that hand the list through
+    result.image_hidden_states = (joined,)  # as in models that return the list unchanged
     restore_items(result, inputs)
     assert result.image_hidden_states is inputs["mm_encoder_outputs"]["image"].pooler_output
 
@@ -191,11 +192,19 @@ def test_features_of_several_items_enter_as_one_and_leave_as_they_were() -> None
 
 
 CALLS: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
-"""Of each encoder. Not in its attributes: what it is made of is part of keys."""
+"""Calls of each encoder. Not an attribute, because attributes are part of the keys."""
+
+
+NESTED: dict[str, Any] = {
+    "sequences": (torch.ones(2), [torch.zeros(1)], []),
+    "mapping": ([torch.ones(2)], {"a": (torch.ones(1),)}),
+}
+NO_TENSORS: dict[str, Any] = {"int": (3, torch.ones(1)), "none": [None], "function": {"a": print}}
+OTHER_FIELDS = NESTED | NO_TENSORS
 
 
 class Encoder(nn.Module):
-    """Features per image as a tuple, as the library's models return them."""
+    """Returns features per image as a tuple, like the library's models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -221,6 +230,8 @@ class Encoder(nn.Module):
                 features = torch.cat(features).flatten()
             case "plain":
                 return features
+            case str(other) if other in OTHER_FIELDS:
+                features = OTHER_FIELDS[other]
         return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=features)
 
 
@@ -235,7 +246,7 @@ def cache(encoder: Encoder) -> EncoderCache:
 
 
 @torch.no_grad()
-def test_a_hit_may_be_written_to(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_returns_writable_features(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     expected = pixels * 2
     for _ in range(4):
@@ -247,7 +258,7 @@ def test_a_hit_may_be_written_to(cache: EncoderCache, encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def test_order_is_kept(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_keeps_item_order(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
     cache(pixel_values=pixels[1:2])
     cache(pixel_values=pixels[3:])
@@ -257,7 +268,7 @@ def test_order_is_kept(cache: EncoderCache, encoder: Encoder) -> None:
 
 
 @torch.no_grad()
-def test_arguments_by_place_or_by_name_are_one(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_positional_and_keyword_arguments(cache: EncoderCache, encoder: Encoder) -> None:
     pixels, grids = torch.ones(8, 5), torch.tensor([[1, 2, 4]])
     cache(pixels, grids)
     cache(pixel_values=pixels, image_grid_thw=grids)
@@ -274,9 +285,7 @@ def images(*values: float) -> Tensor:
 
 @pytest.mark.parametrize("form", ["rows", "layers"])
 @torch.no_grad()
-def test_other_forms_of_results_are_kept_item_by_item(
-    form: str, cache: EncoderCache, encoder: Encoder
-) -> None:
+def test_encoder_cache_of_rows_and_layers(form: str, cache: EncoderCache, encoder: Encoder) -> None:
     cache(pixel_values=images(1), form=form)
     mixed = cache(pixel_values=images(2, 1, 3), form=form)
     again = cache(pixel_values=images(3, 2), form=form)
@@ -293,9 +302,7 @@ def test_other_forms_of_results_are_kept_item_by_item(
 
 
 @torch.no_grad()
-def test_results_that_do_not_tell_items_apart_are_kept_as_a_whole(
-    cache: EncoderCache, encoder: Encoder
-) -> None:
+def test_encoder_cache_of_undivided_results(cache: EncoderCache, encoder: Encoder) -> None:
     for _ in range(3):
         assert torch.equal(
             cache(pixel_values=images(1, 2), form="mixed").pooler_output, images(2, 4).flatten()
@@ -305,8 +312,28 @@ def test_results_that_do_not_tell_items_apart_are_kept_as_a_whole(
     assert encoder.calls == [2, 2]
 
 
+@pytest.mark.parametrize("form", NESTED)
 @torch.no_grad()
-def test_what_has_no_key_or_no_fields_is_encoded_as_it_is(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_restores_nested_fields(form: str, cache: EncoderCache, encoder: Encoder) -> None:
+    want, expected_structure = pytree.tree_flatten(NESTED[form])
+    for _ in range(2):
+        got, structure = pytree.tree_flatten(cache(pixel_values=images(1), form=form).pooler_output)
+        assert structure == expected_structure
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+    assert encoder.calls == [1]
+
+
+@pytest.mark.parametrize("form", NO_TENSORS)
+@torch.no_grad()
+def test_encoder_cache_skips_fields_of_other_types(form: str, cache: EncoderCache, encoder: Encoder) -> None:
+    for _ in range(2):
+        assert cache(pixel_values=images(1), form=form).pooler_output is NO_TENSORS[form]
+    assert encoder.calls == [1, 1]
+    assert len(cache._engine.store) == 0
+
+
+@torch.no_grad()
+def test_encoder_cache_skips_calls_without_key_or_fields(cache: EncoderCache, encoder: Encoder) -> None:
     for _ in range(2):
         assert isinstance(cache(pixel_values=images(1, 2), form="plain"), tuple)
         cache(pixel_values=images(1, 2), callback=print)
@@ -314,7 +341,7 @@ def test_what_has_no_key_or_no_fields_is_encoded_as_it_is(cache: EncoderCache, e
     assert len(cache._engine.store) == 0
 
 
-def test_gradients_go_past_the_cache(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_skips_gradients(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.ones(1, 3, 2, 2)
     for _ in range(2):
         cache(pixel_values=pixels).pooler_output[0].sum().backward()
@@ -323,7 +350,7 @@ def test_gradients_go_past_the_cache(cache: EncoderCache, encoder: Encoder) -> N
 
 
 @torch.no_grad()
-def test_salts_and_weights_are_in_the_key(cache: EncoderCache, encoder: Encoder) -> None:
+def test_encoder_cache_key_includes_salt_and_weights(cache: EncoderCache, encoder: Encoder) -> None:
     pixels = torch.ones(1, 3, 2, 2)
     cache(pixel_values=pixels)
     with settings_of(cache._engine, salt="another"):

@@ -1,4 +1,4 @@
-"""Block hashes are the same function on every device; what needs a GPU is in ``test_keys``."""
+"""Block hashes on the CPU; the function is the same on every device. ``test_digest`` has the GPU test."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from vlcache_fx.keys.device_digest import (
     BLOCK_WORDS,
     CHUNK_BLOCKS,
     KEYS,
+    as_words,
     block_hashes,
     device_hashes,
     process_keys,
-    words_of,
 )
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def words(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_hashes_are_sums_of_products_modulo_two_to_the_64(count: int) -> None:
+def test_block_hashes_equal_definition(count: int) -> None:
     values, keys = words(count), process_keys(CPU)
     found = block_hashes(values, keys)
     assert found.shape == (max(1, -(-count // BLOCK_WORDS)), KEYS)
@@ -38,7 +38,7 @@ def test_hashes_are_sums_of_products_modulo_two_to_the_64(count: int) -> None:
 
 
 @given(st.integers(0, 2 * BLOCK_WORDS + 4), st.integers(0, 31), st.integers(0, 2**16))
-def test_every_bit_counts(place: int, bit: int, seed: int) -> None:
+def test_block_hashes_depend_on_every_bit(place: int, bit: int, seed: int) -> None:
     values = words(2 * BLOCK_WORDS + 5, seed)
     other = values.clone()
     other[place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
@@ -47,7 +47,7 @@ def test_every_bit_counts(place: int, bit: int, seed: int) -> None:
     assert differs == [block == place // BLOCK_WORDS for block in range(3)]
 
 
-def test_the_order_of_words_and_of_blocks_counts() -> None:
+def test_block_hashes_depend_on_order() -> None:
     values = words(2 * BLOCK_WORDS)
     swapped = values.view(2, -1).flip(0).flatten()
     keys = process_keys(CPU)
@@ -56,7 +56,7 @@ def test_the_order_of_words_and_of_blocks_counts() -> None:
     assert not torch.equal(block_hashes(values, keys), block_hashes(turned, keys))
 
 
-def test_many_blocks_are_hashed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_hashes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values, keys = words(5 * BLOCK_WORDS + 3), process_keys(CPU)
     assert CHUNK_BLOCKS > 6
     at_once = block_hashes(values, keys)
@@ -64,7 +64,7 @@ def test_many_blocks_are_hashed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(block_hashes(values, keys), at_once)
 
 
-def test_hashes_are_of_values_whatever_the_layout() -> None:
+def test_device_hashes_ignore_layout() -> None:
     tensor = torch.randn(40, 300)
     assert torch.equal(device_hashes(tensor), device_hashes(tensor.t().contiguous().t()))
     assert torch.equal(device_hashes(tensor), device_hashes(torch.cat([tensor, tensor])[40:]))
@@ -73,9 +73,9 @@ def test_hashes_are_of_values_whatever_the_layout() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool])
-def test_bytes_of_every_dtype_are_words(dtype: torch.dtype) -> None:
+def test_as_words_shares_memory(dtype: torch.dtype) -> None:
     tensor = torch.arange(8).to(dtype)
-    found = words_of(tensor)
+    found = as_words(tensor)
     assert found is not None
     assert found.data_ptr() == tensor.data_ptr()
     assert found.numel() * 4 == tensor.numel() * tensor.element_size()
@@ -88,14 +88,14 @@ def test_bytes_of_every_dtype_are_words(dtype: torch.dtype) -> None:
         torch.zeros(9, dtype=torch.bfloat16)[1:],
         torch.zeros(4, dtype=torch.complex64),
     ],
-    ids=["half a word", "begins inside a word", "complex"],
+    ids=["half a word", "unaligned offset", "complex"],
 )
-def test_what_is_no_words_is_left_to_the_host(tensor: torch.Tensor) -> None:
-    assert words_of(tensor) is None
+def test_as_words_unaligned(tensor: torch.Tensor) -> None:
+    assert as_words(tensor) is None
     assert device_hashes(tensor) is None
 
 
-def test_keys_are_drawn_once_and_fill_64_bits() -> None:
+def test_process_keys_are_random_and_cached() -> None:
     keys = process_keys(CPU)
     assert keys is process_keys(CPU)
     assert keys.shape == (KEYS, BLOCK_WORDS)

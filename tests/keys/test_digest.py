@@ -1,4 +1,4 @@
-"""Digests: different parts, different digests; equal parts, equal digests."""
+"""Content digests: equal for equal parts, different for different parts."""
 
 import math
 from typing import Any
@@ -31,7 +31,7 @@ parts = st.recursive(
 
 
 def typed(part: Any) -> Any:
-    """A form in which == tells apart what a digest must tell apart."""
+    """Return a form for which ``==`` distinguishes what digests distinguish."""
     if isinstance(part, list | tuple):
         return (type(part), [typed(item) for item in part])
     if isinstance(part, float):
@@ -40,7 +40,7 @@ def typed(part: Any) -> Any:
 
 
 @given(st.lists(parts, max_size=4), st.lists(parts, max_size=4))
-def test_digests_are_equal_when_the_parts_are(left: list[Any], right: list[Any]) -> None:
+def test_content_digest_equal_only_for_equal_parts(left: list[Any], right: list[Any]) -> None:
     assert (content_digest(left) == content_digest(right)) == (typed(left) == typed(right))
     assert content_digest(left) == content_digest(list(left))
 
@@ -73,12 +73,12 @@ def test_digests_are_equal_when_the_parts_are(left: list[Any], right: list[Any])
         ([torch.zeros(2, dtype=torch.float16)], [torch.zeros(2, dtype=torch.bfloat16)]),
     ],
 )
-def test_look_alikes(left: list[Any], right: list[Any]) -> None:
+def test_content_digest_of_similar_parts(left: list[Any], right: list[Any]) -> None:
     assert content_digest(left) != content_digest(right)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_tensors_of_every_type_count_by_value(dtype: torch.dtype) -> None:
+def test_content_digest_of_tensor_values(dtype: torch.dtype) -> None:
     values = torch.arange(24).reshape(4, 6).remainder(3).to(dtype)
     same = content_digest([values])
     assert content_digest([values.clone()]) == same
@@ -90,7 +90,7 @@ def test_tensors_of_every_type_count_by_value(dtype: torch.dtype) -> None:
     assert content_digest([changed]) != same
 
 
-def test_views_and_lazy_forms_count_by_value() -> None:
+def test_content_digest_of_views() -> None:
     base = torch.arange(12.0)
     assert content_digest([base[3:7]]) == content_digest([base[3:7].clone()])
     assert content_digest([base[::2]]) == content_digest([base[::2].clone()])
@@ -101,7 +101,7 @@ def test_views_and_lazy_forms_count_by_value() -> None:
     assert content_digest([number.conj().imag]) == content_digest([torch.tensor([-2.0])])
 
 
-def test_large_tensors_hash_the_same_with_threads() -> None:
+def test_content_digest_with_threads() -> None:
     large = torch.arange(1 << 19)
     for parts in ([large], [(1, large)], [bytes(large.numpy())], ["small"]):
         assert content_digest(parts, threaded=True) == content_digest(parts)
@@ -110,19 +110,19 @@ def test_large_tensors_hash_the_same_with_threads() -> None:
     assert content_digest([changed], threaded=True) != content_digest([large], threaded=True)
 
 
-def test_the_format_does_not_drift() -> None:
-    # Digests are stored and shared: a change of format must be a decision.
+def test_content_digest_format_is_stable() -> None:
+    # Digests are stored and shared, so the format must not change by accident.
     parts = ["vlcache", b"x", 1, 2.5, None, True, (3, ["y"]), torch.arange(3)]
     assert content_digest(parts) == "d30e4b5d7d37e407fab4c7f941c5a307d28152bfbef2b27725bf0374c0d7878c"
 
 
 @pytest.mark.parametrize("part", [object(), {1, 2}, {"a": 1}, [object()], torch.eye(2).to_sparse(), 1j])
-def test_what_has_no_key(part: Any) -> None:
+def test_content_digest_rejects_other_types(part: Any) -> None:
     with pytest.raises(StoreError):
         content_digest([part])
 
 
-def test_a_tensor_without_values_has_no_key() -> None:
+def test_content_digest_rejects_tensors_without_bytes() -> None:
     with pytest.raises(StoreError, match="bytes of a tensor"):
         content_digest([torch.zeros(2, device="meta")])
     with FakeTensorMode():
@@ -132,7 +132,7 @@ def test_a_tensor_without_values_has_no_key() -> None:
 
 
 @pytest.mark.gpu
-def test_large_tensors_on_a_gpu_count_by_their_values() -> None:
+def test_content_digest_on_gpu() -> None:
     tensor = torch.randn(512, 512, dtype=torch.bfloat16).cuda()
     other = tensor.clone()
     assert content_digest([tensor]) == content_digest([other])

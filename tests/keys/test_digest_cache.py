@@ -1,4 +1,4 @@
-"""Digests travel with tensors, and are forgotten when these are written to."""
+"""Digests are cached on tensors and dropped by writes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys import digest_cache as module
 from vlcache_fx.keys.digest import content_digest
-from vlcache_fx.keys.digest_cache import bounds_of, is_known, join_rows, known_rows, remember, rows_digests
+from vlcache_fx.keys.digest_cache import cached_digests, digest_rows, is_tracked, join_rows, row_ranges, track
 from vlcache_fx.testing.prompts import noise
 
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What digests were made of."""
+    """Record the parts of every digest."""
     parts: list[Any] = []
 
     def digest(given: list[Any], *, threaded: bool = False) -> str:
@@ -35,26 +35,26 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return parts
 
 
-def test_rows_of_a_remembered_tensor_are_read_once(read: list[Tensor]) -> None:
+def test_digest_rows_reads_tracked_tensors_once(read: list[Tensor]) -> None:
     tensor = noise(0, 6, 4)
-    remember(tensor)
+    track(tensor)
     want = [content_digest([tensor[:2]]), content_digest([tensor[2:]])]
     for _ in range(2):
-        assert rows_digests(tensor, [(0, 2), (2, 6)]) == want
+        assert digest_rows(tensor, [(0, 2), (2, 6)]) == want
     assert [len(part) for part in read] == [2, 4]
-    assert rows_digests(tensor, [(2, 6), (0, 6)]) == [want[1], content_digest([tensor])]
+    assert digest_rows(tensor, [(2, 6), (0, 6)]) == [want[1], content_digest([tensor])]
     assert [len(part) for part in read] == [2, 4, 6]
-    assert known_rows(tensor).keys() == {(0, 2), (2, 6), (0, 6)}
+    assert cached_digests(tensor).keys() == {(0, 2), (2, 6), (0, 6)}
 
 
-def test_others_are_read_each_time(read: list[Tensor]) -> None:
+def test_digest_rows_reads_other_tensors_every_time(read: list[Tensor]) -> None:
     tensor = noise(0, 6, 4)
-    remembered = tensor.clone()
-    remember(remembered)
-    for other in (tensor, remembered.clone(), remembered[:], remembered.detach()):
+    tracked = tensor.clone()
+    track(tracked)
+    for other in (tensor, tracked.clone(), tracked[:], tracked.detach()):
         read.clear()
-        assert not is_known(other)
-        assert rows_digests(other, [(0, 6)]) == rows_digests(other, [(0, 6)])
+        assert not is_tracked(other)
+        assert digest_rows(other, [(0, 6)]) == digest_rows(other, [(0, 6)])
         assert len(read) == 2
 
 
@@ -68,32 +68,32 @@ WRITES: dict[str, Callable[[Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-def test_what_is_written_to_is_forgotten(write: Callable[[Tensor], Any]) -> None:
+def test_track_ends_with_a_write(write: Callable[[Tensor], Any]) -> None:
     tensor = noise(0, 6, 4)
-    remember(tensor, {(0, 6): "told"})
-    assert rows_digests(tensor, [(0, 6)]) == ["told"]
+    track(tensor, {(0, 6): "cached"})
+    assert digest_rows(tensor, [(0, 6)]) == ["cached"]
     write(tensor)
-    assert not is_known(tensor)
-    assert known_rows(tensor) == {}
-    assert rows_digests(tensor, [(0, 6)]) == [content_digest([tensor])]
+    assert not is_tracked(tensor)
+    assert cached_digests(tensor) == {}
+    assert digest_rows(tensor, [(0, 6)]) == [content_digest([tensor])]
 
 
-def test_copies_and_saved_tensors_know_nothing(tmp_path: Path) -> None:
+def test_track_does_not_extend_to_copies(tmp_path: Path) -> None:
     tensor = noise(0, 6, 4)
-    remember(tensor, {(0, 6): "told"})
+    track(tensor, {(0, 6): "cached"})
     torch.save(tensor, tmp_path / "tensor.pt")
     for other in (copy.deepcopy(tensor), copy.copy(tensor), torch.load(tmp_path / "tensor.pt")):
         assert torch.equal(other, tensor)
-        assert not is_known(other)
-        remember(other)
-        assert is_known(other)
-    assert known_rows(tensor) == {(0, 6): "told"}
+        assert not is_tracked(other)
+        track(other)
+        assert is_tracked(other)
+    assert cached_digests(tensor) == {(0, 6): "cached"}
 
 
-def test_remembering_keeps_nothing_alive() -> None:
+def test_track_keeps_no_tensor_alive() -> None:
     tensor = noise(0, 600, 4)
-    remember(tensor)
-    rows_digests(tensor, [(0, 600)])
+    track(tensor)
+    digest_rows(tensor, [(0, 600)])
     gone = weakref.ref(tensor)
     gc.disable()
     try:
@@ -104,20 +104,20 @@ def test_remembering_keeps_nothing_alive() -> None:
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
-def test_joined_rows_are_known_where_all_parts_are(lengths: list[int], data: st.DataObject) -> None:
+def test_join_rows_keeps_digests_of_tracked_tensors(lengths: list[int], data: st.DataObject) -> None:
     parts = [noise(index, length, 3) for index, length in enumerate(lengths)]
     known = [data.draw(st.booleans()) for _ in parts]
-    for part, is_told in zip(parts, known, strict=True):
-        if is_told:
-            remember(part, {(0, len(part)): content_digest([part])})
+    for part, has_digest in zip(parts, known, strict=True):
+        if has_digest:
+            track(part, {(0, len(part)): content_digest([part])})
     joined = join_rows(parts)
     assert torch.equal(joined, torch.cat(parts))
     digests = [content_digest([part]) for part in parts]
-    want = dict(zip(bounds_of(lengths), digests, strict=True)) if all(known) else {}
-    assert known_rows(joined) == want
-    assert rows_digests(joined, bounds_of(lengths)) == digests
+    want = dict(zip(row_ranges(lengths), digests, strict=True)) if all(known) else {}
+    assert cached_digests(joined) == want
+    assert digest_rows(joined, row_ranges(lengths)) == digests
 
 
-def test_tensors_without_bytes_have_no_digest() -> None:
+def test_digest_rows_rejects_tensors_without_bytes() -> None:
     with pytest.raises(StoreError):
-        rows_digests(torch.empty(4, 2, device="meta"), [(0, 4)])
+        digest_rows(torch.empty(4, 2, device="meta"), [(0, 4)])

@@ -1,4 +1,4 @@
-"""Fingerprints of weights that are no plain tensors: complete, quick to notice changes, or refused."""
+"""Fingerprints of composite weights: complete, quick to detect changes, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..store.scaled import Scaled
 
 
 class Packed(nn.Parameter):
-    """Bytes of its own, and a state that says what they mean."""
+    """Packed bytes, and a state that describes their meaning."""
 
     state: Any
 
@@ -76,13 +76,13 @@ def fingerprint(tensor: Tensor) -> str:
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_equal_ones_share_a_fingerprint_and_others_do_not(make: Callable[[], list[Tensor]]) -> None:
+def test_fingerprint_of_composite_tensors(make: Callable[[], list[Tensor]]) -> None:
     first, second = [fingerprint(one) for one in make()], [fingerprint(one) for one in make()]
     assert first == second
     assert len(set(first)) == len(first)
 
 
-def test_bytes_alone_are_not_the_weight() -> None:
+def test_fingerprint_includes_the_structure() -> None:
     weight = scaled()
     assert fingerprint(weight) not in (fingerprint(weight.plain()), fingerprint(weight.values_))
     assert WeightsFingerprint([weight.values_, weight.scale]).current(
@@ -95,12 +95,12 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a scale through data": lambda w: w.scale.data.mul_(2),
     "a value": lambda w: w.values_[3, 4].add_(1),
     "another scale": lambda w: setattr(w, "scale", w.scale * 2),
-    "the number beside": lambda w: setattr(w, "zero", 3),
+    "the zero point": lambda w: setattr(w, "zero", 3),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_changes_inside_are_noticed(change: Callable[[Any], Any]) -> None:
+def test_watch_detects_changes_of_inner_tensors(change: Callable[[Any], Any]) -> None:
     weight = scaled()
     follow, watch = WeightsFingerprint([weight]), TensorWatch([weight])
     before = follow.current([weight])
@@ -111,7 +111,7 @@ def test_changes_inside_are_noticed(change: Callable[[Any], Any]) -> None:
     assert follow.current([weight]) == fingerprint(weight)
 
 
-def test_a_state_that_changes_is_noticed() -> None:
+def test_watch_detects_changes_of_attributes() -> None:
     weight = packed()
     watch = TensorWatch([weight])
     weight.state.scales[1] = 5.0  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def test_a_state_that_changes_is_noticed() -> None:
 
 
 class Opaque(Tensor):
-    """Does not say what it is made of."""
+    """A wrapper subclass without ``__tensor_flatten__``."""
 
     @staticmethod
     def __new__(cls) -> Opaque:
@@ -140,7 +140,7 @@ def meta() -> Tensor:
 
 
 @pytest.mark.parametrize("make", [meta, lambda: nn.Parameter(meta()), Opaque, fake])
-def test_what_cannot_be_read_is_refused_in_a_line(make: Callable[[], Tensor]) -> None:
+def test_leaves_of_rejects_unreadable_tensors(make: Callable[[], Tensor]) -> None:
     with pytest.raises(UnreadableWeightsError) as raised:
         leaves_of([torch.ones(1), make()])
     assert "\n" not in str(raised.value)
@@ -148,7 +148,7 @@ def test_what_cannot_be_read_is_refused_in_a_line(make: Callable[[], Tensor]) ->
         WeightsFingerprint([make()])
 
 
-def test_what_a_transform_wraps_is_refused() -> None:
+def test_leaves_of_rejects_functorch_wrappers() -> None:
     seen = []
 
     def look(tensor: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_what_a_transform_wraps_is_refused() -> None:
     assert seen
 
 
-def test_no_memory_of_dead_tensors_is_kept() -> None:
+def test_watch_keeps_no_memory_of_dead_tensors() -> None:
     tensors = [torch.ones(1000), torch.ones(10)]
     watch, follow = TensorWatch(tensors), WeightsFingerprint(tensors)
     before = follow.current(tensors)

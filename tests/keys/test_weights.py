@@ -1,4 +1,4 @@
-"""The fingerprint follows every change of the weights."""
+"""Weight fingerprints detect every change."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def fingerprint(tensors: list[Tensor]) -> str:
     return WeightsFingerprint(tensors).current(tensors)
 
 
-def test_the_same_values_elsewhere_have_the_same_fingerprint() -> None:
+def test_fingerprint_of_equal_values() -> None:
     assert fingerprint(make()) == fingerprint(make())
     assert fingerprint([nn.Parameter(tensor) for tensor in make()]) == fingerprint(make())
     transposed = make()
@@ -28,7 +28,7 @@ def test_the_same_values_elsewhere_have_the_same_fingerprint() -> None:
     assert fingerprint(transposed) == fingerprint(make())
 
 
-def test_order_type_and_shape_matter() -> None:
+def test_fingerprint_depends_on_order_dtype_and_shape() -> None:
     tensors = make()
     prints = {
         fingerprint(tensors),
@@ -58,7 +58,7 @@ CHANGES: dict[str, Callable[[list[Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_changes_are_noticed(change: Callable[[list[Tensor]], object]) -> None:
+def test_fingerprint_detects_changes(change: Callable[[list[Tensor]], object]) -> None:
     tensors = make()
     before = WeightsFingerprint(tensors)
     first = before.current(tensors)
@@ -68,7 +68,7 @@ def test_changes_are_noticed(change: Callable[[list[Tensor]], object]) -> None:
     assert changed == fingerprint([tensor.detach().clone() for tensor in tensors])
 
 
-def test_changing_back_brings_the_fingerprint_back() -> None:
+def test_fingerprint_after_a_reverted_change() -> None:
     tensors = make()
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)
@@ -79,7 +79,7 @@ def test_changing_back_brings_the_fingerprint_back() -> None:
     assert follow.current(tensors) == first
 
 
-def test_nan_is_equal_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.full((3,), float("nan"))]
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)
@@ -87,7 +87,7 @@ def test_nan_is_equal_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert follow.current(tensors) == first
 
 
-def test_all_bytes_are_read_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_reads_all_bytes_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = make()
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)
@@ -97,7 +97,7 @@ def test_all_bytes_are_read_only_after_a_change(monkeypatch: pytest.MonkeyPatch)
     assert follow.current(tensors) == "read again"
 
 
-def test_invalidate_helps_where_samples_do_not_look() -> None:
+def test_invalidate_after_a_write_between_samples() -> None:
     tensors = [torch.zeros(1000, 1000)]
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)
@@ -106,7 +106,7 @@ def test_invalidate_helps_where_samples_do_not_look() -> None:
     assert follow.current(tensors) != first
 
 
-def test_inference_tensors_are_followed_too() -> None:
+def test_fingerprint_of_inference_tensors() -> None:
     with torch.inference_mode():
         tensors = [torch.zeros(4)]
         follow = WeightsFingerprint(tensors)
@@ -117,7 +117,7 @@ def test_inference_tensors_are_followed_too() -> None:
 
 
 @pytest.mark.parametrize("step", [37, 4096])
-def test_more_tensors_than_are_compared_in_one_go(step: int) -> None:
+def test_fingerprint_of_several_groups(step: int) -> None:
     tensors = [torch.full((step,), float(i)) for i in range(300)]
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)
@@ -129,7 +129,9 @@ def test_more_tensors_than_are_compared_in_one_go(step: int) -> None:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.complex64, torch.complex128]
 )
-def test_checksums_follow_values_and_their_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_checksum_depends_on_values_and_order(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = torch.arange(40).reshape(5, 8).to(dtype)
     first = device_checksum(values)
     assert device_checksum(values.t().contiguous().t()) == first
@@ -138,11 +140,11 @@ def test_checksums_follow_values_and_their_order(dtype: torch.dtype, monkeypatch
     changed = values.clone()
     changed[2, 3] += 1
     assert device_checksum(changed) != first
-    monkeypatch.setattr(weights, "_CHUNK", 7)  # the values, not how they are read
+    monkeypatch.setattr(weights, "_CHUNK", 7)  # the checksum must not depend on it
     assert device_checksum(values) == first
 
 
-def test_checksums_have_no_simple_collisions() -> None:
+def test_device_checksum_has_no_simple_collisions() -> None:
     zeros = torch.zeros(64)
     sums = {device_checksum(zeros)}
     for i in range(64):
@@ -153,7 +155,7 @@ def test_checksums_have_no_simple_collisions() -> None:
 
 
 @pytest.mark.gpu
-def test_weights_on_a_gpu() -> None:
+def test_fingerprint_on_gpu() -> None:
     tensors = [tensor.cuda() for tensor in make()]
     follow = WeightsFingerprint(tensors)
     first = follow.current(tensors)

@@ -1,4 +1,4 @@
-"""Our kernels in C++: where they run, and what they were called with."""
+"""Helpers for tests of the C++ kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ needs_kernel = pytest.mark.skipif(
 
 
 def kernel_calls(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments of every call of the kernel of ``module`` from now on."""
+    """Record the arguments of every later call of ``module``'s kernel."""
     kernel, seen = module._kernel(), []
     assert kernel is not None
     monkeypatch.setattr(module, "_kernel", lambda: lambda *args: (seen.append(args), kernel(*args)))

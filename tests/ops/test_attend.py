@@ -1,4 +1,4 @@
-"""``vlcache.attend``: against the definition in float64, and against what models write."""
+"""``vlcache.attend`` against its definition in float64 and against models' code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def exact(
     sinks: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """By the definition, in float64; the sum of a row's weights is 1 less what its sink takes."""
+    """Return attention by definition, in float64; a row's weights and its sink's weight add up to 1."""
     group = query.shape[1] // key.shape[1]
     key, value = (one.double().repeat_interleave(group, 1) for one in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * 0.2
@@ -56,7 +56,7 @@ def exact(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 9),
 )  # fmt: skip
 @settings(max_examples=80)
-def test_it_is_attention(
+def test_attend_equals_definition(
     groups: int, key_heads: int, rows: int, tokens: int, softcap: float | None, has_sinks: bool, kind: str,
     dtype: torch.dtype, seed: int,
 ) -> None:  # fmt: skip
@@ -73,12 +73,12 @@ def test_it_is_attention(
     got = attend(query, key, value, masks.get(kind), sinks, kind == "causal", 0.2, softcap, groups > 1)
     want = exact(query, key, value, causal if kind == "causal" else masks.get(kind), sinks, softcap)
     assert got.dtype == dtype
-    # In bfloat16 the scores themselves are rounded, as in models that write attention out.
+    # Scores are rounded to bfloat16, as in models with explicit attention code.
     tolerance = 1e-5 if dtype == torch.float32 else 8e-2
     torch.testing.assert_close(got.double(), want, atol=tolerance, rtol=tolerance)
 
 
-def test_a_row_that_reads_nothing_is_zero_and_a_sink_alone_too() -> None:
+def test_attend_of_masked_row_is_zero() -> None:
     query, key, value = operands(2, 2, 3, 5)
     mask = torch.ones(3, 5, dtype=torch.bool)
     mask[1] = False
@@ -88,16 +88,16 @@ def test_a_row_that_reads_nothing_is_zero_and_a_sink_alone_too() -> None:
         assert result[:, :, [0, 2]].all()
 
 
-def test_a_sink_takes_its_share() -> None:
-    """With equal scores, a sink of the logarithm of the number of keys takes half."""
+def test_attend_with_sink() -> None:
+    """With equal scores, a sink of log(number of keys) gets half of the weight."""
     _, key, value = operands(1, 1, 1, 8)
     query, sinks = torch.zeros(1, 1, 1, 16), torch.full((1,), 8.0).log()
     result = attend(query, key, value, None, sinks, False, 1.0, None, False)
     torch.testing.assert_close(result, value.mean(2, keepdim=True) / 2)
 
 
-def test_values_of_another_dtype() -> None:
-    """Scores in float32 and values in bfloat16: what models write that guard their scores."""
+def test_attend_with_values_of_another_dtype() -> None:
+    """Scores in float32 and values in bfloat16, as in models that upcast their scores."""
     query, key, value = operands(2, 1, 4, 6)
     result = attend(query, key, value.bfloat16(), None, None, True, 0.2, None, True)
     assert result.dtype == torch.bfloat16
@@ -106,7 +106,7 @@ def test_values_of_another_dtype() -> None:
 
 
 @pytest.mark.parametrize("has_all", [False, True])
-def test_it_passes_torchs_own_checks(has_all: bool) -> None:
+def test_attend_opcheck(has_all: bool) -> None:
     mask, sinks, cap = (torch.ones(4, 6, dtype=torch.bool), torch.zeros(4), 3.0) if has_all else (None,) * 3
     arguments = (*operands(4, 2, 4, 6), mask, sinks, not has_all, 0.2, cap, True)
     torch.library.opcheck(attend.default, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -125,7 +125,7 @@ def decomposed(*arguments: Any) -> tuple[list[str], Tensor]:
     return [str(node.target) for node in module.graph.nodes], module(*tensors)
 
 
-def test_decomposition_is_the_reference_in_aten() -> None:
+def test_decompose_attend_to_aten() -> None:
     arguments = (*operands(4, 2, 4, 6), None, torch.zeros(4), True, 0.2, 3.0, True)
     targets, result = decomposed(*arguments)
     assert not [target for target in targets if "vlcache" in target]
@@ -133,7 +133,7 @@ def test_decomposition_is_the_reference_in_aten() -> None:
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU with AVX-512 BF16")
-def test_plain_attention_in_bfloat16_takes_the_kernel() -> None:
+def test_decompose_attend_to_bfloat16_kernel() -> None:
     arguments = (*operands(4, 2, 4, 6, dtype=torch.bfloat16), None, None, True, 0.2, None, True)
     targets, result = decomposed(*arguments)
     assert "vlcache.attention.default" in targets

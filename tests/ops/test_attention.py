@@ -1,4 +1,4 @@
-"""The attention kernel for bfloat16 on a CPU, against attention in float64."""
+"""The bfloat16 CPU attention kernel against attention in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.ops import attention as module
 from vlcache_fx.ops.attention import FastAttention, attention, decompose_attention, row_mask
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 
 from .helpers import kernel_calls, needs_kernel
 
@@ -24,7 +24,7 @@ from .helpers import kernel_calls, needs_kernel
 def operands(
     batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value as models make them: token-major, heads moved forward by a transposition."""
+    """Return query, key and value with models' strides: token-major, transposed to [batch, heads, ...]."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(count: int, heads: int) -> Tensor:
@@ -37,7 +37,7 @@ def operands(
 def exact(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
-    """By the definition, in float64; zero where a row reads nothing."""
+    """Return attention by definition, in float64; zero for a row that reads no token."""
     group = query.shape[1] // key.shape[1]
     key, value = (one.double().repeat_interleave(group, 1) for one in (key, value))
     scores = query.double() @ key.transpose(-1, -2) * scale
@@ -61,7 +61,7 @@ def exact(
 @example(batch=1, group=3, key_heads=1, rows=5, tokens=259, dim=128, kind="causal", seed=3)
 @example(batch=1, group=1, key_heads=2, rows=16, tokens=1, dim=16, kind="none", seed=4)
 @settings(max_examples=60)
-def test_kernel_is_attention(
+def test_attention_equals_definition(
     batch: int, group: int, key_heads: int, rows: int, tokens: int, dim: int, kind: str, seed: int
 ) -> None:
     query, key, value = operands(batch, group, key_heads, rows, tokens, dim, seed)
@@ -76,7 +76,7 @@ def test_kernel_is_attention(
     causal = kind == "causal"
     got = attention(query, key, value, mask, causal, 0.2)
     want = exact(query, key, value, mask, causal, 0.2)
-    # What rounding weights, sums and results to bfloat16 costs.
+    # The error of rounding weights, sums and results to bfloat16.
     torch.testing.assert_close(got.double(), want, atol=2e-2, rtol=2e-2)
 
 
@@ -86,13 +86,15 @@ def test_kernel_is_attention(
     rows=st.integers(1, 150), tokens=st.integers(1, 600), seed=st.integers(0, 9),
 )  # fmt: skip
 @settings(max_examples=40)
-def test_rows_read_up_to_their_places(
+def test_attention_with_places(
     batch: int, of_samples: bool, masked: bool, group: int, rows: int, tokens: int, seed: int
 ) -> None:
     query, key, value = operands(batch, group, 2, rows, tokens, 32, seed)
     generator = torch.Generator().manual_seed(seed)
     sizes = (batch, 1, rows, 1) if of_samples else (rows, 1)
-    places = torch.randint(-1, tokens + 3, sizes, generator=generator)  # also before and behind all tokens
+    places = torch.randint(
+        -1, tokens + 3, sizes, generator=generator
+    )  # also before the first and after the last token
     mask = torch.rand(tokens, generator=generator) < 0.7 if masked else None
     allowed = row_mask(places, tokens)
     assert torch.equal(allowed, torch.arange(tokens) <= places)
@@ -103,7 +105,7 @@ def test_rows_read_up_to_their_places(
 
 @needs_kernel
 @pytest.mark.parametrize("rows", [2, 100])
-def test_keys_behind_the_last_are_not_read(rows: int) -> None:
+def test_attention_reads_no_keys_past_the_end(rows: int) -> None:
     query, key, value = operands(1, 4, 2, rows, 259, 48)
     longer = [torch.cat([one, torch.full_like(one[:, :, :9], float("nan"))], 2) for one in (key, value)]
     got = attention(query, *(one[:, :, :259] for one in longer), None, False, 0.2)
@@ -112,7 +114,7 @@ def test_keys_behind_the_last_are_not_read(rows: int) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("rows", [2, 100])
-def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
+def test_attention_is_as_accurate_as_pytorch(rows: int) -> None:
     query, key, value = operands(1, 4, 2, rows, 3000, 64)
     allowed = torch.arange(3000 - rows, 3000)[:, None] >= torch.arange(3000)
     want = exact(query, key, value, allowed, False, 0.125)
@@ -122,7 +124,7 @@ def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
 
 
 @needs_kernel
-def test_rows_that_read_nothing_are_zero_and_large_scores_do_not_overflow() -> None:
+def test_attention_of_masked_rows_and_large_scores() -> None:
     query, key, value = operands(1, 1, 2, 5, 300, 16)
     mask = torch.zeros(5, 300, dtype=torch.bool)
     mask[1, 299] = True
@@ -132,7 +134,7 @@ def test_rows_that_read_nothing_are_zero_and_large_scores_do_not_overflow() -> N
 
 
 @needs_kernel
-def test_operands_of_any_layout_give_the_same() -> None:
+def test_attention_of_any_layout() -> None:
     query, key, value = operands(2, 2, 2, 9, 40, 32)
     mask = torch.rand(9, 40, generator=torch.Generator().manual_seed(0)) < 0.5
     want = attention(query, key, value, mask, False, 0.25)
@@ -144,7 +146,7 @@ def test_operands_of_any_layout_give_the_same() -> None:
 
 @needs_kernel
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_passes_torchs_own_checks(masked: bool) -> None:
+def test_attention_opcheck(masked: bool) -> None:
     query, key, value = operands(1, 2, 2, 4, 6, 16)
     mask = torch.ones(4, 6, dtype=torch.bool) if masked else None
     places = torch.arange(4)[:, None] if masked else None
@@ -155,7 +157,7 @@ def test_it_passes_torchs_own_checks(masked: bool) -> None:
     )
 
 
-def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_kernel", lambda: None)
     query, key, value = operands(1, 2, 2, 4, 6, 16)
     result = attention(query, key, value, None, True, 0.25)
@@ -172,7 +174,7 @@ def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyP
 
 
 @needs_kernel
-def test_onednn_can_be_switched_off_after_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_with_onednn_disabled_after_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value = operands(1, 2, 2, 4, 6, 16)
     want = attention(query, key, value, None, True, 0.25)
     monkeypatch.setattr(module, "_mkldnn_enabled", lambda: False)
@@ -201,14 +203,14 @@ def test_onednn_can_be_switched_off_after_compilation(monkeypatch: pytest.Monkey
         "short places", "places of tokens", "places of heads",
     ],
 )  # fmt: skip
-def test_other_attention_is_left_to_pytorch(change: Any, kwargs: dict[str, Any]) -> None:
+def test_decompose_attention_rejects_other_calls(change: Any, kwargs: dict[str, Any]) -> None:
     query, key, value = operands(1, 1, 2, 4, 6, 16)
     assert decompose_attention(query, key, value) is not NotImplemented
     assert decompose_attention(*change(query, key, value), **kwargs) is NotImplemented
 
 
 @needs_kernel
-def test_mode_replaces_what_serves_and_nothing_else() -> None:
+def test_fast_attention_mode() -> None:
     query, key, value = operands(1, 1, 2, 8, 8, 16)
     with FastAttention():
         fast = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -227,9 +229,7 @@ class Attending(torch.nn.Module):
 
 @needs_kernel
 @pytest.mark.parametrize(("lowering", "calls"), [("inductor", 2), ("eager", 0)])
-def test_lowered_programs_use_it_where_kernels_may_change(
-    lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_in_lowered_programs(lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = kernel_calls(module, monkeypatch)
     run = None
     for rows in (5, 9):

@@ -1,4 +1,4 @@
-"""The kernel of linear layers for few rows of bfloat16 on a CPU, against products in float64."""
+"""The bfloat16 CPU kernel for linear layers with few rows, against products in float64."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.ops import linear as module
-from vlcache_fx.ops.linear import FEW_ROWS, MOST_ROWS, decompose_linear, linear
+from vlcache_fx.ops.linear import FEW_ROWS, MAX_ROWS, decompose_linear, linear
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.engine import Engine
 
 from .helpers import kernel_calls, needs_kernel
 
@@ -37,14 +37,14 @@ def exact(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def close(got: Tensor, want: Tensor, width: int) -> None:
-    """What rounding to bfloat16 costs, and sums of ``width`` products in float32."""
+    """Allow for rounding to bfloat16 and for float32 sums of ``width`` products."""
     assert got.shape == want.shape
     torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-18 * (width + 8))
 
 
 @needs_kernel
 @given(
-    lead=st.sampled_from([(), (1,), (2, 1)]), rows=st.integers(1, MOST_ROWS + 2), width=st.integers(1, 200),
+    lead=st.sampled_from([(), (1,), (2, 1)]), rows=st.integers(1, MAX_ROWS + 2), width=st.integers(1, 200),
     outputs=st.integers(1, 100), with_bias=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
 @example(lead=(), rows=1, width=64, outputs=32, with_bias=False, seed=0)
@@ -54,7 +54,7 @@ def close(got: Tensor, want: Tensor, width: int) -> None:
 @example(lead=(), rows=17, width=2, outputs=1, with_bias=True, seed=3)
 @example(lead=(2,), rows=40, width=2050, outputs=100, with_bias=False, seed=4)
 @settings(max_examples=100)
-def test_kernel_is_a_linear_layer(
+def test_linear_equals_definition(
     lead: tuple[int, ...], rows: int, width: int, outputs: int, with_bias: bool, seed: int
 ) -> None:
     given_ = operands(*lead, rows, width, outputs=outputs, seed=seed, with_bias=with_bias)
@@ -63,7 +63,7 @@ def test_kernel_is_a_linear_layer(
 
 @needs_kernel
 @pytest.mark.parametrize("rows", [2, 20, 70])
-def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
+def test_linear_is_as_accurate_as_pytorch(rows: int) -> None:
     given_ = operands(rows, 4096, outputs=500)
     want = exact(*given_)
     assert (linear(*given_) - want).abs().max() <= 1.1 * (F.linear(*given_) - want).abs().max()
@@ -71,7 +71,7 @@ def test_it_is_as_exact_as_pytorchs(rows: int) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize(("count", "width"), [(1, 33), (9, 34)])
-def test_values_behind_the_end_are_not_read(count: int, width: int) -> None:
+def test_linear_reads_no_values_past_the_end(count: int, width: int) -> None:
     rows, weight, _ = operands(count, width, outputs=3)
     padded = torch.full((3 * width + 40,), float("nan"), dtype=torch.bfloat16)
     padded[: 3 * width] = weight.flatten()
@@ -79,7 +79,7 @@ def test_values_behind_the_end_are_not_read(count: int, width: int) -> None:
 
 
 @needs_kernel
-def test_operands_of_any_layout_give_the_same() -> None:
+def test_linear_of_any_layout() -> None:
     rows, weight, bias = operands(2, 3, 40, outputs=24)
     assert bias is not None
     want = linear(rows, weight, bias)
@@ -89,15 +89,15 @@ def test_operands_of_any_layout_give_the_same() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (2, 0, 8), (3, 0)], ids=str)
-def test_no_rows_and_no_values(sizes: tuple[int, ...]) -> None:
+def test_linear_of_empty_tensors(sizes: tuple[int, ...]) -> None:
     given_ = operands(*sizes, outputs=4)
     assert torch.equal(linear(*given_), F.linear(*given_))
 
 
 @needs_kernel
-@pytest.mark.parametrize("sizes", [(2, 16), (1, MOST_ROWS + 1, 16)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 16), (1, MAX_ROWS + 1, 16)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) -> None:
+def test_linear_opcheck(sizes: tuple[int, ...], with_bias: bool) -> None:
     torch.library.opcheck(
         torch.ops.vlcache.linear.default,
         operands(*sizes, outputs=5, with_bias=with_bias),
@@ -106,11 +106,11 @@ def test_it_passes_torchs_own_checks(sizes: tuple[int, ...], with_bias: bool) ->
 
 
 @needs_kernel
-def test_rows_that_pytorch_multiplies_faster_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_uses_kernel_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = kernel_calls(module, monkeypatch)
     for amx, rows, width, calls in (
-        (False, MOST_ROWS, 16, 1),
-        (False, MOST_ROWS + 1, 16, 0),
+        (False, MAX_ROWS, 16, 1),
+        (False, MAX_ROWS + 1, 16, 0),
         (False, FEW_ROWS + 1, 15, 0),
         (False, FEW_ROWS, 15, 1),
         (True, FEW_ROWS + 1, 16, 0),
@@ -123,7 +123,7 @@ def test_rows_that_pytorch_multiplies_faster_are_left_to_it(monkeypatch: pytest.
         assert len(seen) == calls
 
 
-def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linear_without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_kernel", lambda: None)
     given_ = operands(2, 16, outputs=5)
     assert torch.equal(linear(*given_), F.linear(*given_))
@@ -142,14 +142,14 @@ def test_without_a_kernel_the_operator_runs_pytorchs(monkeypatch: pytest.MonkeyP
     ],
     ids=["float32", "turned weights", "gradient", "a vector", "many rows"],
 )
-def test_other_layers_are_left_to_pytorch(change: Any) -> None:
+def test_decompose_linear_rejects_other_layers(change: Any) -> None:
     given_ = operands(2, 16, outputs=5)
     assert decompose_linear(*given_) is not NotImplemented
     assert decompose_linear(*change(*given_)) is NotImplemented
 
 
 @needs_kernel
-def test_numbers_of_rows_that_are_not_known_yet_are_told_apart_when_it_runs() -> None:
+def test_decompose_linear_with_symbolic_rows() -> None:
     rows, weight, bias = operands(90, 16, outputs=5)
     traced = make_fx(decompose_linear, tracing_mode="symbolic")(rows, weight, bias)
     assert torch.ops.vlcache.linear.default in {node.target for node in traced.graph.nodes}
@@ -165,9 +165,7 @@ class Layer(torch.nn.Module):
 
 @needs_kernel
 @pytest.mark.parametrize(("lowering", "calls"), [("inductor", 2), ("eager", 0)])
-def test_lowered_programs_use_it_where_kernels_may_change(
-    lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_linear_in_lowered_programs(lowering: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = kernel_calls(module, monkeypatch)
     run = None
     for rows in (90, 20, 1):

@@ -1,4 +1,4 @@
-"""The operators: schema, fake and reference agree."""
+"""Schema, fake and reference of each operator agree."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ vlcache = torch.ops.vlcache
     donor_rows=st.integers(1, 5), rows=st.integers(1, 5), dim=st.integers(-3, 2), data=st.data(),
 )  # fmt: skip
 @settings(max_examples=25)
-def test_splice_takes_each_token_from_where_its_source_says(
-    donor_rows: int, rows: int, dim: int, data: st.DataObject
-) -> None:
+def test_splice_rows_equals_definition(donor_rows: int, rows: int, dim: int, data: st.DataObject) -> None:
     source = data.draw(st.lists(st.integers(-rows, donor_rows - 1), min_size=1, max_size=8))
 
     def table(count: int, start: float) -> torch.Tensor:
@@ -46,14 +44,14 @@ def test_splice_takes_each_token_from_where_its_source_says(
 
 
 @pytest.mark.parametrize("dim", [1, -2])
-def test_splice_passes_torchs_own_checks(dim: int) -> None:
+def test_splice_rows_opcheck(dim: int) -> None:
     donor, fresh = torch.randn(1, 3, 4), torch.randn(1, 2, 4)
     source = torch.tensor([0, -1, 2, -2, 1])
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(vlcache.splice_rows.default, (donor, fresh, source, dim), test_utils=checks)
 
 
-def test_splice_has_the_dtype_of_what_is_computed() -> None:
+def test_splice_rows_dtype() -> None:
     half = torch.ones(1, 2, 4, dtype=torch.bfloat16)
     with FakeTensorMode() as mode:
         fake = vlcache.splice_rows(
@@ -63,12 +61,12 @@ def test_splice_has_the_dtype_of_what_is_computed() -> None:
     assert vlcache.splice_rows(half, half, torch.zeros(5, dtype=torch.int64), 1).dtype is torch.bfloat16
 
 
-# Several samples, each with rows of its own ----------------------------------------------------------------
+# Several samples, each with its own rows -------------------------------------------------------------------
 
 
 @st.composite
 def layouts(draw: st.DrawFn, samples: int) -> tuple[int, int, list[int]]:
-    """Token dimension, sample dimension (both may count from the end), and the sizes of the others."""
+    """Token dimension, batch dimension (either may be negative), and the other sizes."""
     rank = draw(st.integers(2, 4))
     dim, batch_dim = draw(st.permutations(range(rank)))[:2]
     sizes = [draw(st.integers(1, 3)) for _ in range(rank)]
@@ -78,7 +76,7 @@ def layouts(draw: st.DrawFn, samples: int) -> tuple[int, int, list[int]]:
 
 
 def numbered(sizes: list[int], start: float = 0.0) -> Tensor:
-    """Every value another one."""
+    """Return a tensor of distinct values."""
     return start + torch.arange(float(torch.Size(sizes).numel())).reshape(sizes)
 
 
@@ -89,13 +87,13 @@ def with_size(sizes: list[int], dim: int, size: int) -> list[int]:
 
 
 @given(samples=st.integers(1, 3), tokens=st.integers(1, 4), rows=st.integers(1, 5), data=st.data())
-def test_each_sample_gets_its_own_rows(samples: int, tokens: int, rows: int, data: st.DataObject) -> None:
+def test_take_rows_of_several_samples(samples: int, tokens: int, rows: int, data: st.DataObject) -> None:
     dim, batch_dim, sizes = data.draw(layouts(samples))
-    shared = data.draw(st.booleans())  # one for all samples, as tables of cosines are
+    shared = data.draw(st.booleans())  # shared by all samples, like cosine tables
     x = numbered(with_size(with_size(sizes, dim, tokens), batch_dim, 1 if shared else samples))
     places = st.lists(st.integers(0, tokens - 1), min_size=rows, max_size=rows)
     index = torch.tensor(data.draw(st.lists(places, min_size=samples, max_size=samples)))
-    # One sample after the other, without the dimension over samples.
+    # Sample by sample, without the batch dimension.
     parts = [
         x.narrow(batch_dim, 0 if shared else sample, 1).index_select(dim, own)
         for sample, own in enumerate(index)
@@ -112,7 +110,7 @@ def test_each_sample_gets_its_own_rows(samples: int, tokens: int, rows: int, dat
     samples=st.integers(1, 3), donor_rows=st.integers(1, 4), rows=st.integers(1, 4),
     tokens=st.integers(1, 5), data=st.data(),
 )  # fmt: skip
-def test_each_sample_is_spliced_by_its_own_source(
+def test_splice_rows_of_several_samples(
     samples: int, donor_rows: int, rows: int, tokens: int, data: st.DataObject
 ) -> None:
     dim, batch_dim, sizes = data.draw(layouts(samples))
@@ -132,9 +130,7 @@ def test_each_sample_is_spliced_by_its_own_source(
 
 
 @given(samples=st.integers(1, 3), tokens=st.integers(1, 6), deep=st.booleans(), data=st.data())
-def test_features_stand_where_the_mask_says(
-    samples: int, tokens: int, deep: bool, data: st.DataObject
-) -> None:
+def test_scatter_rows_equals_definition(samples: int, tokens: int, deep: bool, data: st.DataObject) -> None:
     flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
     mask = torch.tensor(data.draw(st.lists(flags, min_size=samples, max_size=samples).filter(np.any)))
     features = numbered([int(mask.sum()), 2], 1.0)
@@ -160,23 +156,23 @@ ROWS = torch.tensor([[2, 0], [1, 1]])
     ],
     ids=lambda value: getattr(value, "_qualified_op_name", ""),
 )
-def test_they_pass_torchs_own_checks(operator: Any, args: tuple[Any, ...]) -> None:
+def test_row_operators_opcheck(operator: Any, args: tuple[Any, ...]) -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(operator.default, args, test_utils=checks)
 
 
-def test_lookup_reads_what_is_bound() -> None:
+def test_lookup_returns_a_copy_of_the_bound_table() -> None:
     like, table = torch.zeros(1, 9, 4), torch.randn(1, 3, 4)
     with bind_donors({"0.k": table}):
         got = vlcache.lookup(like, "0.k", 1)
         assert torch.equal(got, table)
-        got.zero_()  # what is stored cannot be written to
+        got.zero_()  # writes do not reach the bound table
         assert torch.equal(vlcache.lookup(like, "0.k", 1), table)
         with pytest.raises(StoreError, match=r"slot '0.v'; bound: \['0.k'\]"):
             vlcache.lookup(like, "0.v", 1)
 
 
-def test_bindings_nest_and_end() -> None:
+def test_bind_donors_nests() -> None:
     like = torch.zeros(1, 1)
     with bind_donors({"a": torch.ones(1, 1)}):
         with bind_donors({"a": torch.full((1, 1), 2.0)}):
@@ -186,7 +182,7 @@ def test_bindings_nest_and_end() -> None:
         vlcache.lookup(like, "a", 0)
 
 
-def test_a_fake_lookup_has_a_size_of_its_own() -> None:
+def test_lookup_fake_has_a_new_symbol() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         like = mode.from_tensor(torch.zeros(1, 9, 4))
         fake = vlcache.lookup(like, "0.k", 1)

@@ -15,7 +15,7 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.ir.copies import copy_captured
 from vlcache_fx.lowering import Arriving
 from vlcache_fx.passes import Pass, Pipeline, Program
-from vlcache_fx.passes.rewrite import TrimTail
+from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, SpliceRows, TrimTail
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
@@ -32,6 +32,8 @@ OTHER = tiny_vlm_inputs(1, 4, [(5, 1)], text_seed=1)
 BOTH = {name: torch.cat([PROMPT[name], OTHER[name]]) for name in PROMPT}
 """Two samples of ten tokens; the second one's image is at 1 to 5."""
 STARTS = (START, 1)
+LOOKUPS = (InsertLookups(), SpliceRows(), HoistLookups())
+"""How a warm program begins."""
 Donors = Mapping[StoredSlot, Tensor]
 """Donor tables."""
 
@@ -141,9 +143,53 @@ def run(
         return tuple(program.graph_module(*args, *bound))
 
 
+@dataclass(frozen=True)
+class PassCase:
+    """A pass under test, in programs on which the passes before it have run.
+
+    Attributes:
+        step: the pass.
+        earlier: passes before it.
+        later: passes after it where programs are run.
+    """
+
+    step: Pass
+    earlier: tuple[Pass, ...] = ()
+    later: tuple[Pass, ...] = ()
+
+    def before(self, captured: Captured, *, warm: bool = True) -> Program:
+        """The program on which the pass runs."""
+        return prepared(captured, *self.earlier, warm=warm)
+
+    def program(self, captured: Captured, *, warm: bool = True) -> Program:
+        """The program on which the pass and those after it have run."""
+        return prepared(captured, *self.earlier, self.step, *self.later, warm=warm)
+
+    def shown(self, captured: Captured, *, warm: bool = True) -> str:
+        """The graph before the pass, and what it changes as a diff: for golden files."""
+        return before_and_after(self.step, self.before(captured, warm=warm))
+
+    def change(self, captured: Captured) -> str:
+        """What the pass changes as a diff."""
+        return what_changes(self.step, self.before(captured))
+
+    def check_all_rows(
+        self, captured: Captured, graph: TracedGraph, want: Tensor, *, warm: bool = True
+    ) -> None:
+        """With all rows computed, the program gives the unmodified model's result, whatever is stored."""
+        program = self.program(captured, warm=warm)
+        plan = everything_of_both(program) if program.is_batched else everything(captured)
+        donors = nothing_stored(program) if warm else None
+        got = run(program, graph.calls[0], plan, donors)[0]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+    def leaves_alone(self, captured: Captured, *, warm: bool = True) -> bool:
+        """True where the pass says that it changed nothing, and did not."""
+        return unchanged(self.step, self.before(captured, warm=warm))
+
+
 def results_without_and_with(
-    rewrite: Pass,
-    earlier: Sequence[Pass],
+    case: PassCase,
     captured: Captured,
     args: Sequence[Any],
     offsets: tuple[int, ...],
@@ -151,8 +197,8 @@ def results_without_and_with(
 ) -> list[Tensor]:
     """What a program gives for a few rows of the image, the others being zeros: as it was, and rewritten."""
     results = []
-    for more in ((), (rewrite,)):
-        program = prepared(captured, *earlier, *more, TrimTail())
+    for more in ((), (case.step,)):
+        program = prepared(captured, *case.earlier, *more, TrimTail())
         plan = plan_for(program, num_tokens, [Span(0, START, LENGTH, "key", True)], Rows((offsets,)))
         donors = {slot: torch.zeros_like(rows) for slot, rows in nothing_stored(program).items()}
         results.append(run(program, args, plan, donors)[0])

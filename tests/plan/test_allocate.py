@@ -1,4 +1,4 @@
-"""Row counts per layer: against brute force, and better than equal counts where layers differ."""
+"""Row counts per layer, against brute force and against equal counts."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ def every_choice(layers: int, rows: int, allowance: int) -> Iterator[tuple[int, 
 
 
 @given(values, slopes, st.integers(0, 16))
-def test_it_is_optimal_up_to_the_last_purchase(
+def test_allocate_is_optimal_up_to_the_last_purchase(
     sensitivities: list[float], falling: list[float], allowance: int
 ) -> None:
     span = len(falling)
@@ -38,7 +38,7 @@ def test_it_is_optimal_up_to_the_last_purchase(
         assert counts == [span] * len(counts)
 
 
-def test_it_beats_equal_counts_where_layers_differ() -> None:
+def test_allocate_beats_equal_counts() -> None:
     gain = Gain.of_length(400)
     sensitivities = [5.0, 4.0, 3.0, 1.0, 0.2, 0.1]
     counts = allocate(sensitivities, gain, 48, 400)
@@ -47,7 +47,9 @@ def test_it_beats_equal_counts_where_layers_differ() -> None:
 
 
 @given(values, st.integers(1, 300), st.floats(0, 1))
-def test_it_is_never_worse_than_equal_counts(sensitivities: list[float], span: int, budget: float) -> None:
+def test_allocate_is_never_worse_than_equal_counts(
+    sensitivities: list[float], span: int, budget: float
+) -> None:
     layers = len(sensitivities)
     allowance = int(budget * span * layers)
     gain = Gain.of_length(span)
@@ -58,7 +60,7 @@ def test_it_is_never_worse_than_equal_counts(sensitivities: list[float], span: i
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=12))
-def test_pools_are_the_closest_falling_sequence(sensitivities: list[float]) -> None:
+def test_pools_are_the_isotonic_regression(sensitivities: list[float]) -> None:
     fitted = [mean for mean, size in pools(sensitivities) for _ in range(size)]
     assert len(fitted) == len(sensitivities)
     assert all(a >= b for a, b in pairwise(fitted))
@@ -71,14 +73,14 @@ def test_pools_are_the_closest_falling_sequence(sensitivities: list[float]) -> N
     assert abs(sum(residual)) <= tolerance
 
 
-def test_a_gain_of_a_curve() -> None:
+def test_gain_of_curve() -> None:
     gain = Gain.of_curve([(0.0, 1.0), (0.1, 0.5), (1.0, 0.0)], 100)
     assert [gain(rows) for rows in (0, 5, 10, 100)] == pytest.approx([0, 0.25, 0.5, 1.0])
     assert Gain.of_curve([(0.0, 1.0), (1.0, 1.0)], 100).ends == ()
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
-def test_the_hull_is_convex_and_below(errors: list[float]) -> None:
+def test_convex_hull_is_convex_and_below_the_curve(errors: list[float]) -> None:
     shares = [index / (len(errors) - 1) for index in range(len(errors))]
     curve = list(zip(shares, errors, strict=True))
     hull = convex_hull(curve)

@@ -1,4 +1,4 @@
-"""What a budget allows."""
+"""Row and token-layer allowances of a budget."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ lengths = st.integers(1, 5000)
 
 
 @given(shares, lengths)
-def test_rows_keep_the_share_but_for_the_first_row(budget: float, length: int) -> None:
+def test_row_allowance_respects_the_budget(budget: float, length: int) -> None:
     rows = row_allowance(budget, length)
     assert 0 <= rows <= length
     assert (rows == 0) == (budget == 0)
@@ -20,7 +20,7 @@ def test_rows_keep_the_share_but_for_the_first_row(budget: float, length: int) -
 
 
 @given(shares, lengths, st.integers(1, 40))
-def test_token_layers_keep_the_share_but_for_the_first_row(budget: float, length: int, layers: int) -> None:
+def test_token_layer_allowance_respects_the_budget(budget: float, length: int, layers: int) -> None:
     allowed = token_layer_allowance(budget, length, layers)
     assert row_allowance(budget, length) * layers <= allowed <= length * layers
     assert allowed <= max(budget * length * layers + 1e-6, layers if budget else 0)
@@ -29,9 +29,9 @@ def test_token_layers_keep_the_share_but_for_the_first_row(budget: float, length
 @pytest.mark.parametrize(
     ("budget", "length", "rows"), [(0.29, 100, 29), (0.1, 30, 3), (0.02, 16, 1), (1, 7, 7)]
 )
-def test_no_row_is_lost_to_rounding(budget: float, length: int, rows: int) -> None:
+def test_row_allowance_rounding(budget: float, length: int, rows: int) -> None:
     assert row_allowance(budget, length) == rows
 
 
-def test_nothing_for_an_empty_span() -> None:
+def test_allowances_of_an_empty_span() -> None:
     assert row_allowance(0.5, 0) == 0

@@ -1,4 +1,4 @@
-"""Plans equal their definition, whatever the spans, the policy and the outputs."""
+"""Plans against their definition, for any spans, policy and outputs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from vlcache_fx.policies.uniform import Uniform
 
 @dataclass(frozen=True)
 class Given:
-    """A policy that chooses what a test tells it, the same for every span."""
+    """A policy that returns the test's rows for every span."""
 
     rows: Sequence[Tensor]
     ignores_budget: bool = False
@@ -39,7 +39,7 @@ def span(start: int, length: int, hit: bool = True, sample: int = 0) -> Span:
 
 @st.composite
 def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """A request: any layout of spans, any rows (sorted or not, nested or not, in the span or not)."""
+    """Any layout of spans and any rows: sorted or not, nested or not, inside the span or not."""
     position, spans = 0, []
     for _ in range(draw(st.integers(0, 3))):
         position += draw(st.integers(0, 4))
@@ -62,7 +62,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(requests())
-def test_rows_are_sorted_nested_and_enough(request: dict[str, Any]) -> None:
+def test_rows_are_sorted_and_nested(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     layers, tokens = request["num_layers"], request["num_tokens"]
     assert (len(plan.rows), len(plan.source), len(plan.keep)) == (layers + 1, layers + 1, layers)
@@ -77,7 +77,7 @@ def test_rows_are_sorted_nested_and_enough(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_source_puts_the_full_tensor_together(request: dict[str, Any]) -> None:
+def test_source_covers_every_token(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     hits = [s for s in request["spans"] if s.hit]
     hit_tokens = [token for s in hits for token in range(s.start, s.end)]
@@ -97,7 +97,7 @@ def test_source_puts_the_full_tensor_together(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_what_must_be_computed_is(request: dict[str, Any]) -> None:
+def test_required_rows_are_computed(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     outputs = request["output_rows"]
     reused = {token for s in request["spans"] if s.hit for token in range(s.start, s.end)}
@@ -113,7 +113,7 @@ def test_what_must_be_computed_is(request: dict[str, Any]) -> None:
 
 
 @given(requests())
-def test_fraction_is_the_computed_share_of_the_hit_spans(request: dict[str, Any]) -> None:
+def test_token_layer_fraction_of_hit_spans(request: dict[str, Any]) -> None:
     plan = build_plan(**request)
     hits = [s for s in request["spans"] if s.hit]
     total = sum(s.length for s in hits) * request["num_layers"]
@@ -125,7 +125,7 @@ def test_fraction_is_the_computed_share_of_the_hit_spans(request: dict[str, Any]
 
 
 @given(requests())
-def test_strict_refuses_exactly_what_would_be_repaired(request: dict[str, Any]) -> None:
+def test_strict_rejects_every_repair(request: dict[str, Any]) -> None:
     repairs = [note for note in build_plan(**request).explanations if note.startswith("span")]
     if repairs:
         with pytest.raises(PlanError, match="strict mode"):
@@ -140,7 +140,7 @@ def one_span(rows: Sequence[Tensor], budget: float = 1.0, **more: Any) -> Plan:
     )
 
 
-def test_equal_layers_share_their_tensors() -> None:
+def test_equal_layers_share_tensors() -> None:
     plan = one_span([ids(0, 1), ids(0, 1), ids(0), ids(0)])
     assert plan.rows[0] is plan.rows[1]
     assert plan.source[0] is plan.source[1]
@@ -150,7 +150,7 @@ def test_equal_layers_share_their_tensors() -> None:
     assert plan.explanations == ()
 
 
-def test_a_row_that_was_skipped_does_not_come_back() -> None:
+def test_repair_drops_rows_skipped_in_an_earlier_layer() -> None:
     plan = one_span([ids(0, 1), ids(0), ids(0, 1), ids(0, 1)])
     assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] + [[0, 1, 2, 10, 11]] * 4
     assert plan.explanations == (
@@ -159,13 +159,13 @@ def test_a_row_that_was_skipped_does_not_come_back() -> None:
     )
 
 
-def test_rows_outside_the_span_are_dropped() -> None:
+def test_repair_drops_rows_outside_the_span() -> None:
     plan = one_span([ids(-1, 0, 8)])
     assert plan.rows[0].tolist() == [0, 1, 2, 10, 11]
     assert plan.explanations == ("span [2, 10): dropped rows outside the span (layer 0)",)
 
 
-def test_over_the_budget_the_latest_rows_go_from_all_layers() -> None:
+def test_repair_drops_the_latest_rows_over_budget() -> None:
     plan = one_span([torch.arange(8)] * 4, budget=0.3)  # floor(0.3 * 8 * 4) = 9 token-layers: two rows
     assert [rows.tolist() for rows in plan.rows] == [[0, 1, 2, 3, 10, 11]] * 5
     assert plan.token_layer_fraction == 2 / 8
@@ -175,31 +175,31 @@ def test_over_the_budget_the_latest_rows_go_from_all_layers() -> None:
     )
 
 
-def test_no_budget_no_rows_and_a_small_one_buys_a_row() -> None:
+def test_budget_zero_and_smaller_than_a_row() -> None:
     assert one_span([ids(0, 1)] * 3, budget=0.0).token_layer_fraction == 0.0
     assert one_span([ids(0, 1)] * 3, budget=0.001).token_layer_fraction == 1 / 8
 
 
-def test_full_ignores_the_budget() -> None:
+def test_full_policy_ignores_the_budget() -> None:
     plan = build_plan(num_tokens=9, spans=[span(0, 8)], num_layers=3, policy=Full(), budget=0.01)
     assert plan.token_layer_fraction == 1.0
     assert plan.explanations == ()
     assert all(rows is plan.rows[0] for rows in plan.rows)
 
 
-def test_a_single_output_gets_the_neighbour_that_is_active() -> None:
+def test_single_output_row_gets_an_active_neighbour() -> None:
     spans = [span(1, 6)]
     common: dict[str, Any] = {"num_tokens": 9, "spans": spans, "num_layers": 2, "budget": 0.2}
     last = build_plan(policy=Uniform(), output_rows=ids(8), **common)
     assert last.rows[-1].tolist() == [7, 8]
     inside = build_plan(policy=Uniform(), output_rows=ids(5), **common)
     assert inside.rows[-1].tolist() == [1, 5]
-    assert inside.token_layer_fraction == 2 / 6  # the policy's row and the one that the output needs
+    assert inside.token_layer_fraction == 2 / 6  # the policy's row and the row that the output needs
     first = build_plan(policy=Uniform(), output_rows=ids(0), **common)
     assert first.rows[-1].tolist() == [0, 1]
 
 
-def test_two_rows_are_found_when_nothing_asks_for_any() -> None:
+def test_at_least_two_rows() -> None:
     common: dict[str, Any] = {"spans": [span(0, 5)], "num_layers": 2, "policy": NoRows(), "budget": 0.0}
     plan = build_plan(num_tokens=5, **common)
     assert [rows.tolist() for rows in plan.rows] == [[3, 4]] * 3
@@ -208,7 +208,7 @@ def test_two_rows_are_found_when_nothing_asks_for_any() -> None:
     assert build_plan(num_tokens=5, output_rows=ids(4), **common).rows[-1].tolist() == [3, 4]
 
 
-def test_one_token() -> None:
+def test_prompt_of_one_token() -> None:
     plan = build_plan(num_tokens=1, spans=[span(0, 1)], num_layers=2, policy=NoRows(), budget=0.0)
     assert [rows.tolist() for rows in plan.rows] == [[0]] * 3
 
@@ -236,7 +236,7 @@ def test_one_token() -> None:
         ({"policy": Given([ids(0).unsqueeze(0)] * 2)}, "one-dimensional"),
     ],
 )
-def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> None:
+def test_build_plan_rejects_invalid_requests(change: dict[str, Any], message: str) -> None:
     request: dict[str, Any] = {
         "num_tokens": 12,
         "spans": [span(0, 4)],
@@ -252,20 +252,20 @@ def test_what_no_plan_can_be_made_of(change: dict[str, Any], message: str) -> No
 
 
 @given(requests(), st.integers(0, 50))
-def test_a_donor_table_may_begin_with_rows_of_other_samples(request: dict[str, Any], first: int) -> None:
-    """All else stays; places in the table move by as many rows."""
-    alone, behind = build_plan(**request), build_plan(**request, first_donor=first)
+def test_first_donor_shifts_the_source(request: dict[str, Any], first: int) -> None:
+    """Only the donor rows in ``source`` shift."""
+    alone, shifted = build_plan(**request), build_plan(**request, first_donor=first)
     for name in ("rows", "keep"):
-        for a, b in zip(getattr(alone, name), getattr(behind, name), strict=True):
+        for a, b in zip(getattr(alone, name), getattr(shifted, name), strict=True):
             assert torch.equal(a, b)
     hits = torch.zeros(request["num_tokens"], dtype=torch.bool)
     for one in request["spans"]:
         hits[one.start : one.end] |= one.hit
-    for a, b in zip(alone.source, behind.source, strict=True):
+    for a, b in zip(alone.source, shifted.source, strict=True):
         assert torch.equal(torch.where(hits & (a >= 0), a + first, a), b)
 
 
-def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
+def test_prefix_precedes_span_donors() -> None:
     plan = build_plan(
         num_tokens=9,
         spans=[span(1, 2), span(5, 2)],
@@ -278,39 +278,37 @@ def test_a_prefix_comes_first_in_the_part_of_its_sample() -> None:
     assert plan.source[0].tolist() == [10, 11, 12, 13, -1, 14, 15, -2, -3]
 
 
-def hiding(request: dict[str, Any], places: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
-    """The places that nothing attends to, the plan that knows of them, and the one that does not."""
-    unseen = ids(*sorted(place for place in places if place < request["num_tokens"]))
-    return unseen, build_plan(**request, padding=unseen), build_plan(**request)
+def with_padding(request: dict[str, Any], positions: set[int]) -> tuple[torch.Tensor, Plan, Plan]:
+    """Return padding positions, the plan with them, and the plan without them."""
+    padding = ids(*sorted(position for position in positions if position < request["num_tokens"]))
+    return padding, build_plan(**request, padding=padding), build_plan(**request)
 
 
 @given(requests().filter(lambda request: request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_policies_without_budget_compute_what_nothing_attends_to(
-    request: dict[str, Any], places: set[int]
-) -> None:
-    _, plan, usual = hiding(request, places)
+def test_padding_is_computed_without_a_budget(request: dict[str, Any], positions: set[int]) -> None:
+    _, plan, usual = with_padding(request, positions)
     assert all(torch.equal(a, b) for a, b in zip(plan.rows, usual.rows, strict=True))
 
 
 @given(requests().filter(lambda request: not request["policy"].ignores_budget), st.sets(st.integers(0, 50)))
-def test_what_nothing_attends_to_is_not_computed(request: dict[str, Any], places: set[int]) -> None:
+def test_padding_is_not_computed(request: dict[str, Any], positions: set[int]) -> None:
     tokens = request["num_tokens"]
-    unseen, plan, usual = hiding(request, places)
+    padding, plan, usual = with_padding(request, positions)
     outputs = request["output_rows"]
     needed = set() if outputs is None else set(outputs.tolist())
-    for s in request["spans"]:  # rows of missed ones are recorded
+    for s in request["spans"]:  # donors of missed spans are recorded
         needed |= set(range(s.start, s.end))
-    left_out = set(unseen.tolist()) - needed
+    left_out = set(padding.tolist()) - needed
     added = any("at least two" in note for note in plan.explanations)
     for rows, source, all_rows in zip(plan.rows[:-1], plan.source, usual.rows, strict=False):
         if not added:
             assert set(rows.tolist()) == set(all_rows.tolist()) - left_out
-        # Unless it is one of two rows that there must be, it is given what the table begins with.
-        assert all(source[place] == 0 for place in left_out - set(rows.tolist()))
+        # Padding reads the first donor row, unless it is one of the two required rows.
+        assert all(source[position] == 0 for position in left_out - set(rows.tolist()))
         assert len(rows) >= min(2, tokens)
 
 
-def test_all_of_a_missed_span_is_computed() -> None:
+def test_padding_in_a_missed_span_is_computed() -> None:
     plan = build_plan(
         num_tokens=8,
         spans=[span(1, 2), span(4, 3, hit=False)],
@@ -322,7 +320,7 @@ def test_all_of_a_missed_span_is_computed() -> None:
     assert plan.rows[0].tolist() == [3, 4, 5, 6, 7]
 
 
-def test_padding_is_computed_where_outputs_need_it() -> None:
+def test_padding_is_computed_for_outputs() -> None:
     common: dict[str, Any] = {"num_tokens": 8, "spans": [span(3, 3)], "num_layers": 2, "policy": NoRows()}
     plan = build_plan(budget=0.0, padding=ids(0, 1), **common)
     assert [rows.tolist() for rows in plan.rows] == [[2, 6, 7]] * 3

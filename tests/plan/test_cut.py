@@ -1,4 +1,4 @@
-"""A plan that ends early is the same up to there, and executable behind it."""
+"""A cut plan is unchanged up to the cut and executable after it."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vlcache_fx.policies.full import Full
 
 @pytest.mark.parametrize("outputs", [None, torch.tensor([11]), torch.arange(4, 12)])
 @pytest.mark.parametrize("layer", [0, 2, 4])
-def test_up_to_the_layer_nothing_changes(layer: int, outputs: torch.Tensor | None) -> None:
+def test_cut_after_keeps_earlier_layers(layer: int, outputs: torch.Tensor | None) -> None:
     plan = build_plan(
         num_tokens=12,
         spans=[Span(0, 2, 6, "key", True)],

@@ -1,4 +1,4 @@
-"""Layers that share their rows: what they share, and that it still is a plan."""
+"""Groups of layers that share their rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SPAN = Span(0, 3, 12, "key", True)
 
 @dataclass(frozen=True)
 class Given:
-    """A policy that chooses what a test tells it."""
+    """A policy that returns the test's rows."""
 
     rows: Sequence[Tensor]
     ignores_budget: bool = False
@@ -42,7 +42,7 @@ budgets = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 
 
 @given(choices(), budgets)
-def test_grouped_rows_are_nested_in_budget_and_equal_inside_groups(
+def test_grouped_rows_are_nested_and_equal_within_groups(
     choice: tuple[list[Tensor], tuple[int, ...]], budget: float
 ) -> None:
     chosen, groups = choice
@@ -63,9 +63,7 @@ def test_grouped_rows_are_nested_in_budget_and_equal_inside_groups(
 
 
 @given(choices(), budgets)
-def test_a_plan_with_groups_has_one_set_of_rows_per_group(
-    choice: tuple[list[Tensor], tuple[int, ...]], budget: float
-) -> None:
+def test_build_plan_with_groups(choice: tuple[list[Tensor], tuple[int, ...]], budget: float) -> None:
     chosen, groups = choice
     plan = build_plan(
         num_tokens=20, spans=[SPAN], num_layers=len(chosen), policy=Given(chosen), budget=budget,
@@ -82,7 +80,7 @@ def test_a_plan_with_groups_has_one_set_of_rows_per_group(
 
 
 @given(choices(), budgets)
-def test_groups_of_one_layer_change_nothing(
+def test_build_plan_with_groups_of_one_layer(
     choice: tuple[list[Tensor], tuple[int, ...]], budget: float
 ) -> None:
     chosen, _ = choice
@@ -97,7 +95,7 @@ def test_groups_of_one_layer_change_nothing(
 
 
 @pytest.mark.parametrize("groups", [(1,), (2, 2), (3, 0), (4, -1), (1, 1, 1, 1)])
-def test_groups_that_do_not_add_up_are_refused(groups: tuple[int, ...]) -> None:
+def test_grouped_rows_rejects_wrong_groups(groups: tuple[int, ...]) -> None:
     rows = [torch.arange(2)] * 3
     with pytest.raises(PlanError, match="do not make up the 3 layers of the model"):
         grouped_rows(rows, SPAN, groups)
@@ -105,7 +103,7 @@ def test_groups_that_do_not_add_up_are_refused(groups: tuple[int, ...]) -> None:
         build_plan(num_tokens=20, spans=[SPAN], num_layers=3, policy=Given(rows), budget=1.0, groups=groups)
 
 
-def test_what_was_dropped_is_explained_and_no_reason_to_stop_in_strict_mode() -> None:
+def test_grouped_rows_explains_dropped_rows() -> None:
     rows = [torch.arange(4), torch.arange(3), torch.arange(1)]
     plan = build_plan(
         num_tokens=20, spans=[SPAN], num_layers=3, policy=Given(rows), budget=1.0, strict=True, groups=(2, 1)

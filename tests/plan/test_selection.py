@@ -1,4 +1,4 @@
-"""Rows that results are made of, as plain data."""
+"""Token positions that outputs depend on."""
 
 import pytest
 import torch
@@ -11,33 +11,31 @@ bound = st.none() | st.integers(-12, 12)
 
 
 @given(st.integers(1, 10), bound, bound, st.integers(1, 4) | st.none())
-def test_a_slice_selects_what_brackets_do(
-    num_tokens: int, start: int | None, end: int | None, step: int | None
-) -> None:
+def test_row_selection_slice(num_tokens: int, start: int | None, end: int | None, step: int | None) -> None:
     positions = RowSelection((start, end, step)).positions(num_tokens)
     assert positions.dtype == torch.int64
     assert positions.tolist() == list(range(num_tokens))[start:end:step]
 
 
 @given(st.integers(1, 10), st.data())
-def test_an_index_selects_one_token(num_tokens: int, data: st.DataObject) -> None:
+def test_row_selection_index(num_tokens: int, data: st.DataObject) -> None:
     index = data.draw(st.integers(-num_tokens, num_tokens - 1))
     positions = RowSelection((index,)).positions(num_tokens)
     assert positions.dtype == torch.int64
     assert positions.tolist() == [range(num_tokens)[index]]
 
 
-def test_a_token_that_is_not_there_is_an_error() -> None:
+def test_row_selection_index_out_of_range() -> None:
     with pytest.raises(IndexError):
         RowSelection((5,)).positions(5)
 
 
-def test_selections_of_equal_bounds_are_equal() -> None:
+def test_row_selection_equality() -> None:
     assert RowSelection((-1, None, None)) == RowSelection((-1, None, None))
     assert RowSelection((-1, None, None)) != RowSelection((-1,))
 
 
-def test_bounds_that_inputs_say() -> None:
+def test_row_selection_bounds_from_inputs() -> None:
     last = RowSelection((SizeSum(0, (InputSize(-1, 1),)), None, None))
     assert last.positions(8, (torch.zeros(3, 8), 2)).tolist() == [6, 7]
     between = RowSelection((SizeSum(-4, (InputSize(1, 0, 1),)), SizeSum(1, (InputSize(2, 1),)), None))
@@ -45,11 +43,11 @@ def test_bounds_that_inputs_say() -> None:
     assert RowSelection((SizeSum(-1, (InputSize(-1, 1),)),)).positions(8, (None, 2)).tolist() == [5]
 
 
-def test_places_that_an_input_holds() -> None:
-    places = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
-    found = RowSelection((InputPositions(1),)).positions(8, (None, places))
+def test_row_selection_positions_from_input() -> None:
+    positions = torch.tensor([-1, 3, 3, 0], dtype=torch.int32)
+    found = RowSelection((InputPositions(1),)).positions(8, (None, positions))
     assert (found.dtype, found.tolist()) == (torch.int64, [7, 3, 3, 0])
-    assert RowSelection((InputPositions(0, from_end=False),)).positions(8, (places,)).tolist() == [
+    assert RowSelection((InputPositions(0, from_end=False),)).positions(8, (positions,)).tolist() == [
         -1,
         3,
         3,
@@ -57,7 +55,7 @@ def test_places_that_an_input_holds() -> None:
     ]
 
 
-def test_inputs_may_be_renumbered() -> None:
+def test_row_selection_moved() -> None:
     bounds = (SizeSum(1, (InputSize(-1, 4, 1), InputSize(1, 5))), 7, None)
     moved = RowSelection(bounds).moved({4: 0, 5: 2})
     assert moved.bounds == (SizeSum(1, (InputSize(-1, 0, 1), InputSize(1, 2))), 7, None)

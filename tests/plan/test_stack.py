@@ -1,4 +1,4 @@
-"""Plans of several samples side by side are still those plans."""
+"""Stacked plans contain the plan of each sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hit(sample: int, start: int, length: int) -> Span:
 
 @st.composite
 def plans(draw: st.DrawFn) -> list[Plan]:
-    """Of one to four samples of one length: with or without a span, with their own rows per layer."""
+    """One to four samples of equal length, with or without a span, each with its own rows per layer."""
     tokens, layers, first = draw(st.integers(4, 12)), draw(st.integers(1, 4)), 0
     last_only = draw(st.booleans())
     made = []
@@ -47,7 +47,7 @@ def plans(draw: st.DrawFn) -> list[Plan]:
 
 
 @given(plans())
-def test_each_sample_has_the_rows_of_its_plan(own: list[Plan]) -> None:
+def test_stack_plans_keeps_rows_of_each_plan(own: list[Plan]) -> None:
     stacked = stack_plans(own)
     assert stacked.plans == tuple(own)
     assert len(stacked.rows) == len(stacked.source) == len(own[0].rows)
@@ -61,7 +61,7 @@ def test_each_sample_has_the_rows_of_its_plan(own: list[Plan]) -> None:
 
 
 @given(plans())
-def test_a_level_keeps_the_rows_of_the_next(own: list[Plan]) -> None:
+def test_stack_plans_keep_indices(own: list[Plan]) -> None:
     stacked = stack_plans(own)
     assert len(stacked.keep) == len(own[0].keep)
     for (before, after), keep in zip(pairwise(stacked.rows), stacked.keep, strict=True):
@@ -70,7 +70,7 @@ def test_a_level_keeps_the_rows_of_the_next(own: list[Plan]) -> None:
 
 @given(plans())
 @settings(max_examples=25)
-def test_each_token_is_found_where_its_source_says(own: list[Plan]) -> None:
+def test_stack_plans_source(own: list[Plan]) -> None:
     stacked = stack_plans(own)
     for rows, source, *alone in zip(
         stacked.rows, stacked.source, *(plan.source for plan in own), strict=True
@@ -87,7 +87,7 @@ def plan_of(policy: Any, first: int = 0, start: int = 2) -> Plan:
     )
 
 
-def test_layers_with_equal_rows_share_their_tensors() -> None:
+def test_stack_plans_shares_tensors_of_equal_layers() -> None:
     stacked = stack_plans([plan_of(Uniform()), plan_of(NoRows(), first=6)])
     assert all(rows is stacked.rows[0] for rows in stacked.rows)
     assert all(source is stacked.source[0] for source in stacked.source)
@@ -98,7 +98,7 @@ def test_layers_with_equal_rows_share_their_tensors() -> None:
     assert mixed.rows[1] is mixed.rows[2]
 
 
-def test_a_shorter_set_of_rows_is_filled_up() -> None:
+def test_stack_plans_repeats_the_last_row() -> None:
     stacked = stack_plans([plan_of(Uniform()), plan_of(NoRows(), first=6, start=4)])
     assert stacked.rows[0].tolist() == [[0, 1, 2, 3, 8, 9], [0, 1, 2, 3, 3, 3]]
     assert stacked.keep[0].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 3, 3]]
@@ -108,7 +108,7 @@ def test_a_shorter_set_of_rows_is_filled_up() -> None:
     ]
 
 
-def test_one_plan_stays_as_it_is() -> None:
+def test_stack_plans_of_one_plan() -> None:
     alone = plan_of(Uniform())
     stacked = stack_plans([alone])
     for name in ("rows", "keep", "source"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import vlcache_fx
 from vlcache_fx.backend import engine_for
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.compiler.engine import Engine
 
 _serial = itertools.count()
 

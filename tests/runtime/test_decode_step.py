@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.builders.runners import decode_step_spec
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.passes import Program
 from vlcache_fx.runtime.decode_step import DecodeStepRunner
@@ -32,7 +33,7 @@ def runner(*writes: Write) -> DecodeStepRunner:
     graph.output((None,) * 4)
     captured = Captured(torch.fx.GraphModule({}, graph), KINDS, writes=writes)
     made = Program(captured.graph_module, writes=writes, in_place=[0] if writes else [])
-    return DecodeStepRunner(captured, made, lowered, unmodified)
+    return DecodeStepRunner(decode_step_spec(captured, made), lowered, unmodified)
 
 
 def inputs() -> list[Tensor]:

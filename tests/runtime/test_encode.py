@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import content_digest
-from vlcache_fx.keys.digest_cache import is_known, known_rows
+from vlcache_fx.keys.digest_cache import cached_digests, is_tracked
 from vlcache_fx.options import Options
-from vlcache_fx.runtime.encode import EncoderRunner, packed, unpacked
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.encode import EncoderRunner
+from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.store.codec import pack
 from vlcache_fx.testing.prompts import noise
 
+from ..store.test_codec import DAMAGES
 from .helpers import settings_of
 
 COMPUTATIONS = {
@@ -31,9 +34,9 @@ COMPUTATIONS = {
 class Encoding:
     """A runner of some computations, and how often it ran."""
 
-    def __init__(self, engine: Engine, *names: str) -> None:
+    def __init__(self, engine: ServingEngine, *names: str) -> None:
         self.calls, self.names = 0, names
-        self.runner = EncoderRunner(self.run, [0], [2], names, engine)
+        self.runner = EncoderRunner(self.run, EncoderSpec((0,), (2,), tuple(names)), engine)
 
     def run(self, pixels: Tensor, other: Tensor, weight: Tensor) -> Sequence[Any]:
         self.calls += 1
@@ -51,14 +54,14 @@ class Encoding:
 
 
 @pytest.fixture
-def engine() -> Engine:
-    return Engine(Options(lowering="eager", store=MemoryStore(1 << 20)))
+def engine() -> ServingEngine:
+    return ServingEngine(Options(lowering="eager", store=MemoryStore(1 << 20)))
 
 
 PIXELS, OTHER, WEIGHT = noise(0, 4, 3), noise(1, 2), torch.tensor(2.0)
 
 
-def test_the_same_bytes_are_not_encoded_again(engine: Engine) -> None:
+def test_the_same_bytes_are_not_encoded_again(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double", "sum", "rows")
     assert not encoding.check(PIXELS, OTHER, WEIGHT)
     assert encoding.check(PIXELS.clone(), OTHER + 1, WEIGHT)  # of what it does not depend on
@@ -70,27 +73,19 @@ def test_the_same_bytes_are_not_encoded_again(engine: Engine) -> None:
     assert engine.stats()["encoder"] == {"hits": 1, "misses": 5}
 
 
-def test_what_is_given_out_is_known(engine: Engine) -> None:
+def test_what_is_given_out_is_known(engine: ServingEngine) -> None:
     """So that the decoder's part need not read features that the encoder's part had read."""
     encoding = Encoding(engine, "double", "sum")
     want = content_digest([PIXELS * WEIGHT])
     for _ in range(3):
         double, total = encoding.runner([PIXELS, OTHER, WEIGHT])[0]
-        assert known_rows(double) == {(0, 4): want}
-        assert not is_known(total)  # it has no rows
+        assert cached_digests(double) == {(0, 4): want}
+        assert not is_tracked(total)  # it has no rows
         double += 1  # of a caller's own: others are given what was stored
-        assert not is_known(double)
+        assert not is_tracked(double)
 
 
-def test_a_tier_that_moves_entries_tells_nothing() -> None:
-    """Bytes on a device have digests of their own."""
-    entry = packed([PIXELS.clone()])
-    moved = Entry({name: tensor.clone() for name, tensor in entry.tensors.items()}, entry.info)
-    assert unpacked(moved) is not None
-    assert [is_known(tensor) for tensor in unpacked(moved) or ()] == [False]
-
-
-def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> None:
+def test_graphs_share_the_results_that_they_compute_alike(engine: ServingEngine) -> None:
     assert not Encoding(engine, "double", "sum").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum", "double").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum").check(PIXELS, OTHER, WEIGHT)
@@ -100,7 +95,7 @@ def test_graphs_share_the_results_that_they_compute_alike(engine: Engine) -> Non
     assert len(engine.store) == 3
 
 
-def test_results_may_be_written_to(engine: Engine) -> None:
+def test_results_may_be_written_to(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double")
     for hit in (False, True, True):
         results, found = encoding.runner([PIXELS, OTHER, WEIGHT])
@@ -109,8 +104,8 @@ def test_results_may_be_written_to(engine: Engine) -> None:
         results[0].zero_()
 
 
-def test_what_cannot_be_stored_is_computed_each_time(engine: Engine) -> None:
-    small = Engine(replace(engine.options, store=MemoryStore(8)))
+def test_what_cannot_be_stored_is_computed_each_time(engine: ServingEngine) -> None:
+    small = ServingEngine(replace(engine.options, store=MemoryStore(8)))
     encoding = Encoding(small, "double")
     assert [encoding.check(PIXELS, OTHER, WEIGHT) for _ in range(3)] == [False] * 3
     COMPUTATIONS["object"] = lambda pixels, weight: print
@@ -122,7 +117,9 @@ def test_what_cannot_be_stored_is_computed_each_time(engine: Engine) -> None:
     assert engine.stats()["store_failures"] == 2
 
 
-def test_a_store_that_fails_costs_only_the_reuse(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_fails_costs_only_the_reuse(
+    engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any) -> Any:
         raise StoreError("gone")
 
@@ -136,31 +133,10 @@ def test_a_store_that_fails_costs_only_the_reuse(engine: Engine, monkeypatch: py
     assert encoding.check(PIXELS, OTHER, WEIGHT)
 
 
-def test_packed_and_unpacked() -> None:
-    values = [PIXELS, 3, "text", None, PIXELS.to(torch.bfloat16), True]
-    back = unpacked(packed(values))
-    assert back is not None
-    assert [v for v in back if not isinstance(v, Tensor)] == [3, "text", None, True]
-    assert torch.equal(back[0], PIXELS)
-    assert back[4].dtype is torch.bfloat16
-    assert back[0].data_ptr() != PIXELS.data_ptr()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda entry: replace(entry, tensors={}),
-        lambda entry: replace(entry, tensors={"0": PIXELS[:2]}),
-        lambda entry: replace(entry, tensors={"0": PIXELS.double()}),
-        lambda entry: replace(entry, info={"kind": "donor", "length": 3}),
-        lambda entry: replace(entry, info=entry.info | {"devices": {}}),
-        lambda entry: replace(entry, info=entry.info | {"results": "all"}),
-    ],
-    ids=["no tensor", "other shape", "other dtype", "a donor", "no device", "no list"],
-)
-def test_a_damaged_entry_is_a_miss(change: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    damaged = change(packed([PIXELS]))
-    assert unpacked(damaged) is None
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_entry_is_a_miss(
+    damage: Callable[[Entry], Entry], engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoding = Encoding(engine, "double")
-    monkeypatch.setattr(engine.store, "get", lambda key: damaged)
+    monkeypatch.setattr(engine.store, "get", lambda key: damage(pack([PIXELS])))
     assert not encoding.check(PIXELS, OTHER, WEIGHT)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.builders.spans import merge_marks
 from vlcache_fx.runtime.merge import MergeMarks
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.testing.graphs import captured_graph
@@ -86,7 +87,7 @@ class Merge(torch.nn.Module):
 
 def marks_of(model: torch.nn.Module, call: dict[str, Tensor]) -> tuple[MergeMarks | None, tuple[Any, ...]]:
     captured, graph = captured_graph(model, call)
-    return MergeMarks.of(captured), graph.calls[0]
+    return merge_marks(captured), graph.calls[0]
 
 
 def merge_call(batch: int = 1) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import Reason
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.report import Report, SpanReport, one_line, why_cold
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs

@@ -1,4 +1,4 @@
-"""A quantised tensor as quantisers write them: a class of its own that is made of others."""
+"""A quantised tensor as quantisation libraries define it: a wrapper subclass of two inner tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 
 class Scaled(Tensor):
-    """int8 values, a scale per row, and a number beside them; operators see what they make up."""
+    """int8 values, a scale per row and a zero point; operators see the dequantised values."""
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor, zero: int = 0) -> Scaled:
@@ -52,13 +52,13 @@ class Scaled(Tensor):
 
 
 class DispatchAlone(Scaled):
-    """Operators are all that it takes part in, as distributed tensors do."""
+    """Takes part in operators only, like distributed tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def quantise(module: torch.nn.Module, kind: type[Scaled] = Scaled) -> torch.nn.Module:
-    """Every linear layer's weight becomes a ``Scaled``."""
+    """Replace every linear layer's weight by a ``Scaled``."""
     for one in module.modules():
         if isinstance(one, torch.nn.Linear):
             made = kind.of(one.weight.detach())

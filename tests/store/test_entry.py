@@ -1,4 +1,4 @@
-"""Entries own exactly what they say they hold."""
+"""Entries own exactly the tensors that they contain."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.store import Entry
 
 
-def test_a_view_does_not_keep_its_base() -> None:
+def test_entry_copies_views() -> None:
     base = torch.arange(1000.0)
     for copy in (True, False):
         entry = Entry({"x": base[10:20], "y": base[:20].reshape(4, 5).t()}, {}, copy=copy)
@@ -18,20 +18,20 @@ def test_a_view_does_not_keep_its_base() -> None:
         assert entry.tensors["y"].is_contiguous()
 
 
-def test_writing_to_the_original_does_not_change_the_entry() -> None:
+def test_entry_is_independent_of_the_original() -> None:
     tensor = torch.zeros(3)
     entry = Entry({"x": tensor}, {})
     tensor.fill_(1)
     assert entry.tensors["x"].tolist() == [0, 0, 0]
 
 
-def test_a_tensor_given_away_is_not_copied() -> None:
+def test_entry_without_copy_shares_memory() -> None:
     tensor = torch.zeros(3)
     assert Entry({"x": tensor}, {}, copy=False).tensors["x"].data_ptr() == tensor.data_ptr()
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_no_gradients_and_no_inference_tensors(copy: bool) -> None:
+def test_entry_tensors_are_plain(copy: bool) -> None:
     with torch.inference_mode():
         made = torch.ones(2)
         entry = Entry({"made": made, "learned": torch.nn.Parameter(torch.ones(2))}, {}, copy=copy)
@@ -41,14 +41,14 @@ def test_no_gradients_and_no_inference_tensors(copy: bool) -> None:
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_lazy_conjugates_are_resolved(copy: bool) -> None:
+def test_entry_resolves_conjugates(copy: bool) -> None:
     tensor = torch.tensor([1 + 2j]).conj()
     entry = Entry({"x": tensor}, {}, copy=copy)
     assert entry.tensors["x"].tolist() == [1 - 2j]
     assert not entry.tensors["x"].is_conj()
 
 
-def test_both_mappings_are_read_only_and_nothing_is_shared() -> None:
+def test_entry_mappings_are_read_only() -> None:
     info: dict[str, Any] = {"spans": [1, 2]}
     tensors = {"x": torch.zeros(1)}
     entry = Entry(tensors, info)
@@ -63,12 +63,12 @@ def test_both_mappings_are_read_only_and_nothing_is_shared() -> None:
 
 
 @pytest.mark.parametrize("info", [{"x": object()}, {"x": float("nan")}, {"x": {1, 2}}, {"x": b"bytes"}])
-def test_info_is_json(info: dict[str, Any]) -> None:
+def test_entry_info_must_be_json(info: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match="JSON"):
         Entry({}, info)
 
 
 @pytest.mark.parametrize("value", [[1.0], None, torch.eye(3).to_sparse()])
-def test_tensors_are_dense_tensors(value: Any) -> None:
+def test_entry_tensors_must_be_dense(value: Any) -> None:
     with pytest.raises(StoreError, match="'x' must be a dense tensor"):
         Entry({"x": value}, {})

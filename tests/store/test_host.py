@@ -1,4 +1,4 @@
-"""The host tier: what a machine without a GPU can show of it, and what takes one."""
+"""The host tier, with and without a GPU."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from vlcache_fx.store import Entry, HostStore, open_store
 
 
-def test_it_is_a_tier_of_its_own() -> None:
+def test_host_store_by_url() -> None:
     store = open_store("host://", 1000)
     assert isinstance(store, HostStore)
     assert store.tier == "host"
     assert store.stats().capacity_bytes == 1000
 
 
-def test_entries_that_are_on_the_host_stay_as_they_are() -> None:
+def test_put_keeps_host_entries_unchanged() -> None:
     store = HostStore(1 << 20)
     entry = Entry({"rows": torch.arange(6.0)}, {"kind": "donor"})
     assert store.put("key", entry)
@@ -23,14 +23,14 @@ def test_entries_that_are_on_the_host_stay_as_they_are() -> None:
     assert store.get("other") is None
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_put_rejects_large_entries() -> None:
     store = HostStore(8)
     assert not store.put("key", Entry({"rows": torch.arange(6.0)}, {}))
     assert store.stats().rejections == 1
 
 
 @pytest.mark.gpu
-def test_entries_of_a_device_move_to_pinned_memory() -> None:
+def test_put_moves_device_entries_to_pinned_memory() -> None:
     store = HostStore(1 << 20)
     rows = torch.randn(64, 32, device="cuda")
     store.put("key", Entry({"rows": rows}, {"kind": "donor"}))

@@ -1,4 +1,4 @@
-"""The memory store: bounded, least recently used first, safe in threads."""
+"""The memory store: bounded, least recently used first, thread-safe."""
 
 import threading
 from typing import Any
@@ -16,7 +16,7 @@ def entry(nbytes: int, mark: int = 0) -> Entry:
     return Entry({"x": torch.full((nbytes,), mark, dtype=torch.uint8)}, {"mark": mark})
 
 
-def test_a_miss_then_a_hit() -> None:
+def test_get_counts_misses_and_hits() -> None:
     store = MemoryStore(10)
     assert store.get("a") is None
     assert store.put("a", entry(4, 7))
@@ -27,19 +27,19 @@ def test_a_miss_then_a_hit() -> None:
     assert (stats.hits, stats.misses, stats.admissions, stats.entries, stats.used_bytes) == (1, 1, 1, 1, 4)
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_put_evicts_the_least_recently_used() -> None:
     store = MemoryStore(10)
     for key in "abc":
         store.put(key, entry(3))
     store.get("a")
-    assert "b" in store  # a look, which does not make it recent
+    assert "b" in store  # does not make it recent
     store.put("d", entry(3))
     assert [key for key in "abcd" if key in store] == ["a", "c", "d"]
     assert store.stats().evictions == 1
     assert store.stats().hits == 1
 
 
-def test_what_is_larger_than_the_store_is_refused_and_evicts_nothing() -> None:
+def test_put_rejects_entries_larger_than_the_store() -> None:
     store = MemoryStore(10)
     store.put("a", entry(10))
     assert not store.put("b", entry(11))
@@ -49,7 +49,7 @@ def test_what_is_larger_than_the_store_is_refused_and_evicts_nothing() -> None:
     assert store.stats().evictions == 0
 
 
-def test_replacing_does_not_count_twice() -> None:
+def test_put_replaces_an_entry() -> None:
     store = MemoryStore(10)
     store.put("a", entry(8, 1))
     store.put("a", entry(9, 2))
@@ -59,14 +59,14 @@ def test_replacing_does_not_count_twice() -> None:
     assert (store.stats().used_bytes, store.stats().evictions) == (9, 0)
 
 
-def test_clear_keeps_the_counts() -> None:
+def test_clear_keeps_counts() -> None:
     store = MemoryStore(10)
     store.put("a", entry(3))
     store.clear()
     assert (len(store), store.stats().used_bytes, store.stats().admissions) == (0, 0, 1)
 
 
-def test_a_closed_store_says_so() -> None:
+def test_closed_store_raises() -> None:
     store = MemoryStore(10)
     store.put("a", entry(3))
     store.close()
@@ -85,12 +85,12 @@ def test_a_closed_store_says_so() -> None:
 
 
 @pytest.mark.parametrize("capacity", [0, -1])
-def test_a_capacity_is_positive(capacity: int) -> None:
+def test_capacity_must_be_positive(capacity: int) -> None:
     with pytest.raises(StoreError, match="positive"):
         MemoryStore(capacity)
 
 
-def test_threads() -> None:
+def test_store_is_thread_safe() -> None:
     store = MemoryStore(64)
     wrong: list[str] = []
 
@@ -114,7 +114,7 @@ def test_threads() -> None:
 
 
 class Model(RuleBasedStateMachine):
-    """Against a list of (key, size, mark), the most recent last."""
+    """The store against a list of (key, size, mark), the most recent last."""
 
     keys = st.sampled_from("abcde")
 

@@ -1,4 +1,4 @@
-"""Stores by URL."""
+"""Opening stores by URL."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.store import MemoryStore, open_store
 
 
-def test_memory() -> None:
+def test_open_store_memory() -> None:
     store = open_store("memory://", 123)
     assert isinstance(store, MemoryStore)
     assert store.stats().capacity_bytes == 123
 
 
-def test_a_store_is_returned_as_it_is() -> None:
+def test_open_store_returns_a_store_unchanged() -> None:
     store = MemoryStore(7)
     assert open_store(store, 123) is store
 
 
 @pytest.mark.parametrize("url", ["file:///tmp/donors", "mooncake://host:1"])
-def test_planned_schemes_say_what_there_is(url: str) -> None:
+def test_open_store_planned_schemes(url: str) -> None:
     with pytest.raises(
         OptionError, match="not available in this version, which has 'memory://' or 'host://'"
     ):
@@ -28,6 +28,6 @@ def test_planned_schemes_say_what_there_is(url: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["memory", "memory://x", "memory:", "", "s3://bucket", "/tmp", None, 3])
-def test_what_is_no_url(url: Any) -> None:
+def test_open_store_invalid_urls(url: Any) -> None:
     with pytest.raises(OptionError, match="not valid"):
         open_store(url, 1)

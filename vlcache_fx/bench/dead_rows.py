@@ -17,6 +17,8 @@ from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.rounds import Summary, System, interleave, paired_ratio, time_once
 from vlcache_fx.bench.workload import RequestShape, make_workload
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.builders.programs import program_runner
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.ir import Captured
 from vlcache_fx.ir.copies import copy_captured
@@ -27,8 +29,6 @@ from vlcache_fx.passes.rewrite import RecordDonors
 from vlcache_fx.passes.standard import cold_program
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.policies import get_policy
-from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.testing.graphs import captured_graph
 
 
@@ -82,7 +82,7 @@ def _runner(
         output_rows=positions,
     )  # fmt: skip
     device = facts.stream.boundaries[0].meta["val"].device
-    runner = ProgramRunner.of("cold", program, device, engine)
+    runner = program_runner("cold", program, device, engine)
     runner.ready()
     bound = runner.bind(plan, positions, dict)
     return lambda: runner.run(args, bound)

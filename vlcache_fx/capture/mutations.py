@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx import Node
 
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -67,32 +67,6 @@ def _take_out(results: list[Any], value: Node) -> tuple[int, ...]:
     return places
 
 
-def deliver(
-    writes: Sequence[Write], args: Sequence[Any], outputs: Sequence[Any], count: int
-) -> Sequence[Any]:
-    """Repeat the writes on the caller's tensors; the traced code's results.
-
-    Args:
-        writes: of the graph.
-        args: what it was called with.
-        outputs: what it gave.
-        count: number of the traced code's results, the first of ``outputs``.
-    """
-    results = list(outputs[:count])
-    with torch.no_grad():
-        for write in writes:
-            target, value = args[write.input], outputs[write.value]
-            if value is None:
-                pass  # written already
-            elif write.dim is None or write.places is None:
-                target.copy_(value)
-            else:
-                target[(*[slice(None)] * write.dim, outputs[write.places])] = value
-            for place in write.results:
-                results[place] = target
-    return results
-
-
 def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int | None, list[Node]]:
     """``(dimension, [rows, places])`` where ``value`` is ``target`` but for some rows, else ``(None, [it])``.
 
@@ -119,46 +93,3 @@ def _base(node: Node) -> Node:
             break
         node = node.args[0]
     return node
-
-
-def can_write(
-    writes: Sequence[Write], in_place: Sequence[int], args: Sequence[Any], data: Sequence[int]
-) -> bool:
-    """True where a program may serve a call: inputs that it writes to, if any, are as it takes them to be.
-
-    Args:
-        writes: of the graph.
-        in_place: indices of inputs that the program writes to by itself: these must be contiguous.
-        args: the inputs of the call.
-        data: indices of those that belong to the request: none that is written to may overlap another.
-    """
-    if not writes:
-        return True
-    return all(args[index].is_contiguous() for index in in_place) and not overlapping(writes, args, data)
-
-
-def overlapping(writes: Sequence[Write], args: Sequence[Any], data: Sequence[int]) -> bool:
-    """True where an input that is written to shares memory with another of ``data``: the graph knows of none.
-
-    Args:
-        writes: of the graph.
-        args: its inputs.
-        data: indices of those that belong to the request.
-    """
-    written = {write.input for write in writes}
-    ranges = sorted(
-        (*_memory(args[index]), index in written) for index in data if isinstance(args[index], Tensor)
-    )
-    end, last_written = 0, False
-    for first, after, is_written in ranges:
-        if first < end and (is_written or last_written):
-            return True
-        if after > end:
-            end, last_written = after, is_written
-    return False
-
-
-def _memory(value: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    first = value.data_ptr()
-    return first, first + (last + 1) * value.element_size() if value.numel() else first

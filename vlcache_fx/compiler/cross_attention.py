@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from vlcache_fx.analysis.decoder.cross_attention import find_cross_attended
-from vlcache_fx.compiler.encoder import kept
+from vlcache_fx.compiler.builders.runners import encoder_runner
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
-from vlcache_fx.runtime.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CrossAttention:
 
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
-        encoder = kept(self.split, engine)
+        encoder = encoder_runner(self.split, engine)
         decoder = engine.lower(self.split.decoder.graph_module, name=self.name)
         return self.graph.rewritten(CrossAttendingRunner(encoder, decoder, engine))
 

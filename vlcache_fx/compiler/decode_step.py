@@ -11,13 +11,13 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlcache_fx.compiler.builders.runners import decode_step_runner
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import LoweringError, PassError, UnsupportedGraphError
 from vlcache_fx.passes.standard import decode_step_program
-from vlcache_fx.runtime.decode_step import DecodeStepRunner
-from vlcache_fx.runtime.engine import Engine
 
 _log = logging.getLogger(__name__)
 
@@ -44,11 +44,11 @@ class DecodeStep:
             captured = self.graph.captured
             program = decode_step_program(captured, self.graph.pipelines.decode)
             program.check_complete()
-            lowered = engine.lower(program.graph_module, name=self.name)
+            runner = decode_step_runner(captured, program, engine, unmodified)
         except (UnsupportedGraphError, PassError, LoweringError) as failure:
             _log.debug("a decoding step is compiled as a whole: %s", failure)
             return unmodified.prepare(engine)
-        return self.graph.rewritten(DecodeStepRunner(captured, program, lowered, unmodified))
+        return self.graph.rewritten(runner)
 
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""

@@ -8,20 +8,17 @@ attention before them (text in the same graph) are computed in every call. Reuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
-
-from torch import fx
+from typing import ClassVar, Self
 
 from vlcache_fx.analysis.encoder import is_encoder
+from vlcache_fx.compiler.builders.runners import encoder_runner
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults, split_results
-from vlcache_fx.runtime.encode import EncoderRunner
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.passes.partition.split_encoder import SplitResults, split_results
 
 
 @dataclass(frozen=True)
@@ -48,32 +45,12 @@ class Encoder:
 
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
-        split, encoder = self.split, kept(self.split, engine)
+        split, encoder = self.split, encoder_runner(self.split, engine)
         if not split.other_places:
             return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], ()))
-        others = lower_encoder(split.others, engine)
-        return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], others(*args)))
+        others = engine.lower(split.others, name="encoder")
+        return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], others(args)))
 
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
         return GraphExplanation(self.name, nodes=(len(self.graph.captured.graph_module.graph.nodes),))
-
-
-def kept(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
-    """The encoder of ``split``, whose results ``engine`` keeps.
-
-    Raises:
-        LoweringError: it does not compile.
-    """
-    run = lower_encoder(split.encoder, engine)
-    return EncoderRunner(run, split.inputs, split.weights, split.computations, engine)
-
-
-def lower_encoder(encoder: fx.GraphModule, engine: Engine) -> Callable[..., Sequence[Any]]:
-    """``encoder`` as a callable of the graph's inputs.
-
-    Raises:
-        LoweringError: it does not compile.
-    """
-    run = engine.lower(encoder, name="encoder")
-    return lambda *args: run(args)

@@ -9,11 +9,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_arguments
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.options import Options
 from vlcache_fx.passes.configured import configured
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 from vlcache_fx.runtime.report import Report, one_line
 

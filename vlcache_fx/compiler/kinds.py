@@ -12,6 +12,7 @@ from typing import Protocol, Self, TypeVar
 from vlcache_fx.compiler.cross_attention import CrossAttention
 from vlcache_fx.compiler.decode_step import DecodeStep
 from vlcache_fx.compiler.encoder import Encoder
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.merge import Merge
 from vlcache_fx.compiler.prefill import Prefill
@@ -20,7 +21,6 @@ from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError, PassError, Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 
 Result = TypeVar("Result")
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from vlcache_fx.compiler.builders.spans import merge_marks
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.merge import MergeMarks
 
 
@@ -34,7 +35,7 @@ class Merge:
     @classmethod
     def match(cls, graph: Traced) -> Self | None:
         """See ``Kind``."""
-        marks = MergeMarks.of(graph.captured)
+        marks = merge_marks(graph.captured)
         return None if marks is None else cls(graph, marks)
 
     def compile(self, engine: Engine) -> Compiled:

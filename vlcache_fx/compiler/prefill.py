@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlcache_fx.analysis import DecoderFacts, analyze
-from vlcache_fx.compiler.encoder import kept
+from vlcache_fx.compiler.builders.decoder import describe_decoder
+from vlcache_fx.compiler.builders.runners import decoder_runner, encoder_runner
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
@@ -26,10 +28,6 @@ from vlcache_fx.passes import Program
 from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.prefill import DecoderRunner
-from vlcache_fx.runtime.requests.masks import MaskCheck
 from vlcache_fx.spec.slots import Key, Value
 
 
@@ -69,7 +67,7 @@ class Prefill:
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
         split, unmodified, original = self.split, self.graph.unmodified, len(self.graph.captured.kinds)
-        decoder = DecoderRunner.of(
+        decoder = decoder_runner(
             self.decoder,
             engine,
             lambda *args: unmodified(*args[:original]),
@@ -82,7 +80,7 @@ class Prefill:
             return self.graph.rewritten(lambda *args: decoder(args))
         if not split.computes:
             return self.graph.rewritten(lambda *args: decoder([*args, *split.encoder(*args)]))
-        encoder = kept(split, engine)
+        encoder = encoder_runner(split, engine)
 
         def run(*args: Any) -> Sequence[Any]:
             features, hit = encoder(args)
@@ -112,9 +110,8 @@ class Prefill:
 
 
 def _programs(decoder: Captured, facts: DecoderFacts, pipelines: Pipelines) -> tuple[Program, Program]:
-    """The cold and the warm program; raises what ``DecoderRunner.of`` raises, in the same order."""
-    MaskCheck.of(decoder, facts)
+    """The cold and the warm program; raises what ``decoder_runner`` raises, in the same order."""
     cold = cold_program(decoder, pipelines.cold, facts)
     warm = warm_program(decoder, pipelines.warm, facts)
-    DecoderForm.of(decoder, facts, cold.recorded)
+    describe_decoder(decoder, facts, cold.recorded)
     return cold, warm

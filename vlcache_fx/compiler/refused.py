@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vlcache_fx.analysis import analyze
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.report import Report, one_line
 
 SILENT = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})

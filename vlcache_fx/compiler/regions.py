@@ -16,9 +16,9 @@ import torch
 from torch._dynamo import eval_frame
 
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import raise_limit_of_function
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.runtime.engine import Engine
 
 TORCH_RECOMPILE_LIMIT = 8
 """Dynamo's default. Another value was set by the user, and stays."""

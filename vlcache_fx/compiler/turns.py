@@ -19,7 +19,7 @@ import torch
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo.exc import BackendCompilerFailed
 
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.compiler.engine import Engine
 
 __all__ = ["Turns"]
 

@@ -7,10 +7,10 @@ from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from vlcache_fx.capture.wrapped import Unwrapped
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.runtime.engine import Engine
 
 Compiled = Callable[..., Sequence[Any]]
 """Takes the inputs of a graph and returns its results."""

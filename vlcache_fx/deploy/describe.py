@@ -9,7 +9,7 @@ from typing import Any
 
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.deploy.manifest import Manifest
-from vlcache_fx.deploy.specs import ProgramSpec
+from vlcache_fx.deploy.specs import ProgramGraph
 from vlcache_fx.ir.refusal import source_line, without_folders
 from vlcache_fx.passes import Program
 from vlcache_fx.spec.slots import Donor
@@ -64,7 +64,7 @@ class ExportReport:
 
 
 def describe(
-    facts: DecoderFacts, warm: Program, spec: ProgramSpec, refused: list[dict[str, str]]
+    facts: DecoderFacts, warm: Program, spec: ProgramGraph, refused: list[dict[str, str]]
 ) -> dict[str, Any]:
     """The part of a manifest that says what became of the graph."""
     places = Counter(node.meta.get("segment") for node in warm.graph.nodes)
@@ -79,7 +79,7 @@ def describe(
                 "in_warm_graph": places[f"layer.{index}"],
             }
         )
-    data = len(spec.inputs) - len(spec.slots)
+    data = len(spec.inputs) - len(spec.program.slots)
     return {
         "lookups": [
             {

@@ -18,13 +18,14 @@ from typing import Any
 from torch import nn
 
 from vlcache_fx.compiling import compiling
+from vlcache_fx.deploy.decoder import describe_export
 from vlcache_fx.deploy.describe import ExportReport, describe, wiring
 from vlcache_fx.deploy.engines import EngineOptions, build_engines, find_package
-from vlcache_fx.deploy.facts import decoder_spec, layer_groups, made_leaves
+from vlcache_fx.deploy.layer_groups import layer_groups
 from vlcache_fx.deploy.manifest import FORMAT, Manifest, missing
 from vlcache_fx.deploy.onnx import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, SharedWeights
 from vlcache_fx.deploy.sample_calls import example_calls
-from vlcache_fx.deploy.specs import COLD, DECODE, LEAVES, MASKS, SPANS, WARM, WEIGHTS, GraphSpec
+from vlcache_fx.deploy.specs import COLD, DECODE, WARM, WEIGHTS, GraphSpec
 from vlcache_fx.deploy.trace import capture_for_export
 from vlcache_fx.deploy.writer import GraphWriter
 from vlcache_fx.errors import ExportError, OptionError, PolicyError
@@ -34,9 +35,6 @@ from vlcache_fx.passes.configured import configured
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
-from vlcache_fx.runtime.donors.recent_keys import Fingerprints
-from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.requests.masks import masks_of
 from vlcache_fx.version import VERSION
 
 FORMATS = ("onnx", "tensorrt")
@@ -150,12 +148,12 @@ def _write(
     pipelines = configured(options)
     cold = cold_program(found.decoder, pipelines.cold, found.facts)
     warm = warm_program(found.decoder, pipelines.warm, found.facts)
-    form = DecoderForm.of(found.decoder, found.facts, cold.recorded, groups)
-    fingerprint = Fingerprints().of([found.weights[index][1] for index in form.weights])
-    misfit = None if profile is None else profile.misfits(fingerprint, form.dtype)
+    decoder = describe_export(found, cold.recorded, groups)
+    spec = decoder.spec
+    misfit = None if profile is None else profile.misfits(str(spec.model_fingerprint), spec.dtype)
     if misfit is not None:
         raise PolicyError(misfit)
-    cold_call, warm_call = example_calls(found, form, cold, warm)
+    cold_call, warm_call = example_calls(found, decoder, cold, warm)
     refused: list[dict[str, str]] = []
     graphs: dict[str, GraphSpec] = {}
     with SharedWeights(folder / WEIGHTS) as weights:
@@ -164,10 +162,7 @@ def _write(
             COLD: writer.program(COLD, cold, cold_call),
             WARM: writer.program(WARM, warm, warm_call),
         }
-        merged = [merge.mask for merge in found.facts.merges] + [one.mask for one in found.facts.additions]
-        spans = writer.masks(SPANS, merged)
-        masks = writer.masks(MASKS, masks_of(found.facts))
-        leaves = writer.masks(LEAVES, made_leaves(found))
+        prologue = writer.prologue(decoder)
         encoders = writer.encoders(refused)
         decode = writer.stage(DECODE, found.stages.decode, refused) if found.stages else None
     if found.stages is None:
@@ -178,7 +173,7 @@ def _write(
         format=FORMAT,
         library_version=VERSION,
         model=type(model).__name__,
-        dtype=form.dtype,
+        dtype=spec.dtype,
         opset=opset,
         policy=policy.name,
         budget=options.budget,
@@ -187,7 +182,9 @@ def _write(
         cold=programs[COLD],
         warm=programs[WARM],
         encoders=tuple(encoders),
-        decoder=decoder_spec(found, form, fingerprint, spans, masks, leaves),
+        inputs=tuple(name for name in found.inputs if name),
+        prologue=prologue,
+        decoder=spec,
         decode=DECODE if decode else None,
         engines={},
         wiring=wiring(bool(found.stages)),

@@ -12,18 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlcache_fx.deploy.specs import (
-    LEAVES,
+    INPUT_VALUES,
     MASKS,
     SPANS,
     TORCH_DTYPES,
     EngineSpec,
     GraphSpec,
-    ProgramSpec,
     TensorSpec,
 )
-from vlcache_fx.errors import ExportError, SlotError
+from vlcache_fx.errors import ExportError
 from vlcache_fx.plan.selection import InputPositions, SizeSum
-from vlcache_fx.spec.slots import InputSlot, Slot, StoredSlot
 
 if TYPE_CHECKING:
     from vlcache_fx.deploy.manifest import Manifest
@@ -51,8 +49,6 @@ def check_manifest(manifest: Manifest, directory: Path) -> None:
         _check_name(f"engines.{name}.file", engine.file, directory)
         _check_engine(f"engines.{name}", engine)
     _check_decoder(manifest)
-    _check_program("cold", manifest.cold)
-    _check_program("warm", manifest.warm)
 
 
 def check_references(manifest: Manifest) -> None:
@@ -60,9 +56,10 @@ def check_references(manifest: Manifest) -> None:
     graphs = {"cold.graph": manifest.cold.graph, "warm.graph": manifest.warm.graph}
     graphs |= {f"encoders.{i}.graph": encoder.graph for i, encoder in enumerate(manifest.encoders)}
     graphs |= {"decode": manifest.decode} if manifest.decode is not None else {}
-    graphs |= {"decoder.spans": SPANS} if manifest.decoder.spans else {}
-    graphs |= {"decoder.masks": MASKS} if manifest.decoder.masks else {}
-    graphs |= {"decoder.leaf_outputs": LEAVES} if manifest.decoder.leaf_outputs else {}
+    prologue = manifest.prologue
+    graphs |= {"prologue.spans": SPANS} if prologue.spans else {}
+    graphs |= {"prologue.masks": MASKS} if prologue.masks else {}
+    graphs |= {"prologue.input_values": INPUT_VALUES} if prologue.input_values else {}
     graphs |= {f"engines.{name}": name for name in manifest.engines}
     for field, name in graphs.items():
         _check(name in manifest.graphs, field, name, f"a graph; there are {', '.join(manifest.graphs)}")
@@ -168,20 +165,6 @@ def _check_engine(field: str, engine: EngineSpec) -> None:
         _check(dtype in TORCH_DTYPES, f"{field}.dtypes.{name}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
 
-def _check_program(field: str, program: ProgramSpec) -> None:
-    for slot in program.slots:
-        _check_slot(f"{field}.slots", slot, InputSlot)
-    for slot in program.recorded:
-        _check_slot(f"{field}.recorded", slot, StoredSlot)
-
-
-def _check_slot(field: str, name: str, kind: type[Slot]) -> None:
-    try:
-        kind.parse(name)
-    except SlotError as error:
-        raise ExportError(f"the manifest's {field} holds {name!r:.200}: {error}") from error
-
-
 def _check_decoder(manifest: Manifest) -> None:
     spec = manifest.decoder
     layers, groups = spec.num_layers, spec.layer_groups
@@ -189,31 +172,21 @@ def _check_decoder(manifest: Manifest) -> None:
     adds_up = not groups or (sum(groups) == layers and min(groups) >= 1)
     _check(adds_up, "decoder.layer_groups", groups, f"groups of the {layers} layers")
     _check(0 <= spec.num_outputs <= MOST_LAYERS * 8, "decoder.num_outputs", spec.num_outputs, "a number")
-    _check(
-        0 <= spec.num_merges <= len(spec.features),
-        "decoder.num_merges",
-        spec.num_merges,
-        "that of its merges",
-    )
-    _check(spec.width is None or 1 <= spec.width <= MOST, "decoder.width", spec.width, "a width")
-    indices = {name: tuple(getattr(spec, name)) for name in ("features", "mask_inputs")}
+    same = spec.num_results == spec.num_outputs
+    _check(same, "decoder.num_results", spec.num_results, f"that of its {spec.num_outputs} outputs")
+    for name in ("writes", "host_inputs", "weights", "other_weights"):
+        _check(not getattr(spec, name), f"decoder.{name}", getattr(spec, name), "empty: graphs are functions")
+    _check(not spec.has_past, "decoder.has_past", spec.has_past, "that of a prefill with an empty cache")
+    _check_prologue(manifest)
+    indices = {"data": spec.data, "spans.features": spec.spans.features, "masks.inputs": spec.masks.inputs}
     indices["leaves"] = tuple(leaf.input for leaf in spec.leaves if leaf.input is not None)
-    made = sum(leaf.input is None for leaf in spec.leaves)
-    _check(made == len(spec.leaf_outputs), "decoder.leaf_outputs", spec.leaf_outputs, f"{made} names")
-    kinds = len(spec.mask_sites)
-    _check(
-        all(site is None or 0 <= site < kinds for site in spec.site_of_layer),
-        "decoder.site_of_layer",
-        spec.site_of_layer,
-        f"made of indices of the {kinds} mask_sites",
-    )
-    indices["embeddings"] = () if spec.embeddings is None else (spec.embeddings,)
-    indices["tail"] = tuple(_inputs_of_tail(spec.tail or ()))
+    indices["spans.embeddings"] = () if spec.spans.embeddings is None else (spec.spans.embeddings,)
+    indices["tail"] = tuple(_inputs_of_tail(() if spec.tail is None else spec.tail.bounds))
+    count = len(manifest.inputs)
     for name, given in indices.items():
-        inside = all(0 <= index < len(spec.inputs) for index in given)
-        _check(inside, f"decoder.{name}", given, f"made of indices of the {len(spec.inputs)} inputs")
+        inside = all(0 <= index < count for index in given)
+        _check(inside, f"decoder.{name}", given, f"made of indices of the {count} inputs")
     for slot, row in spec.rows.items():
-        _check_slot("decoder.rows", slot, StoredSlot)
         field = f"decoder.rows.{slot}"
         _check(0 <= row.dim < len(row.sizes), f"{field}.dim", row.dim, f"a dimension of {row.sizes}")
         _check(
@@ -221,6 +194,26 @@ def _check_decoder(manifest: Manifest) -> None:
         )
         is_dtype = isinstance(getattr(torch, row.dtype, None), torch.dtype)
         _check(is_dtype, f"{field}.dtype", row.dtype, "a dtype of torch")
+
+
+def _check_prologue(manifest: Manifest) -> None:
+    """What the small graphs give is what the decoder's description says."""
+    spans, masks, prologue = manifest.decoder.spans, manifest.decoder.masks, manifest.prologue
+    merges, width = spans.num_merges, spans.width
+    _check(0 <= merges <= len(spans.features), "decoder.spans.num_merges", merges, "that of its merges")
+    _check(width is None or 1 <= width <= MOST, "decoder.spans.width", width, "a width")
+    made = sum(leaf.input is None for leaf in manifest.decoder.leaves)
+    outputs = prologue.input_values
+    _check(made == len(outputs), "prologue.input_values", outputs, f"{made} names")
+    kinds = len(masks.sites)
+    _check(
+        all(site is None or 0 <= site < kinds for site in masks.site_of_layer),
+        "decoder.masks.site_of_layer",
+        masks.site_of_layer,
+        f"made of indices of the {kinds} sites",
+    )
+    moves = [move for site in masks.sites for move in site.key_moves]
+    _check(not moves, "decoder.masks.sites", moves, "that of a prefill with an empty cache")
 
 
 def _inputs_of_tail(bounds: Iterable[object]) -> Iterable[int]:

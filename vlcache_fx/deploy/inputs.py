@@ -12,7 +12,7 @@ from vlcache_fx.deploy.manifest import Manifest
 from vlcache_fx.deploy.specs import TensorSpec, torch_dtype
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.stages import UNREAD
+from vlcache_fx.integrations.stages import IGNORED_ARGUMENTS
 
 POSITIONS = "position_ids"
 
@@ -20,7 +20,7 @@ POSITIONS = "position_ids"
 def decoder_inputs(
     manifest: Manifest, given: Mapping[str, Any], features: Mapping[str, Tensor], device: torch.device
 ) -> list[Tensor]:
-    """What the prefill graphs are given, in the order of ``manifest.decoder.inputs``.
+    """What the prefill graphs are given, in the order of ``manifest.inputs``.
 
     Args:
         manifest: of the export.
@@ -33,14 +33,14 @@ def decoder_inputs(
     """
     _check_names(manifest, given)
     specs = _specs(manifest)
-    optional = {manifest.decoder.inputs[index] for index in manifest.decoder.features}
+    optional = {manifest.inputs[index] for index in manifest.decoder.spans.features}
     values = {**given, **features}
     ids = values.get("input_ids")
     if not optional & values.keys() and POSITIONS in specs and isinstance(ids, Tensor):
         values.setdefault(POSITIONS, _counted(specs[POSITIONS], ids.shape[-1]))
     found = []
     sizes: dict[str, tuple[int, str]] = {}
-    for name in manifest.decoder.inputs:
+    for name in manifest.inputs:
         value, spec = values.get(name), specs.get(name)
         if value is None and spec is not None and name in optional:  # a prompt may hold no item
             form = [0 if isinstance(size, str) else size for size in spec.shape]
@@ -76,7 +76,7 @@ def num_tokens(manifest: Manifest, inputs: list[Tensor]) -> int:
         ExportError: no input says it.
     """
     specs = _specs(manifest)
-    for name, value in zip(manifest.decoder.inputs, inputs, strict=True):
+    for name, value in zip(manifest.inputs, inputs, strict=True):
         shape = specs[name].shape if name in specs else ()
         if "tokens" in shape:
             return int(value.shape[shape.index("tokens")])
@@ -93,10 +93,10 @@ def _check_names(manifest: Manifest, given: Mapping[str, Any]) -> None:
     of_items = {name for pair in PIXELS.values() for name in pair}
     of_encoders = {name for one in manifest.encoders for name in manifest.graphs[one.graph].inputs}
     told = {name for one in manifest.encoders for name in one.fixed}
-    known = {*manifest.decoder.inputs, *of_items, *of_encoders, *told, *UNREAD}
+    known = {*manifest.inputs, *of_items, *of_encoders, *told, *IGNORED_ARGUMENTS}
     unknown = [name for name in given if name not in known]
     if unknown:
-        valid = ", ".join(dict.fromkeys((*manifest.decoder.inputs, *sorted(of_encoders))))
+        valid = ", ".join(dict.fromkeys((*manifest.inputs, *sorted(of_encoders))))
         raise ExportError(f"input {unknown[0]!r} is unknown; these graphs take: {valid}")
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and not bool(mask.all()):

@@ -9,17 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.deploy.manifest import Manifest
-from vlcache_fx.deploy.specs import EncoderSpec
+from vlcache_fx.deploy.specs import EncoderGraph
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.stages import items_of
+from vlcache_fx.integrations.stages import split_pixels
 
 
 @dataclass(frozen=True)
 class EncoderCall:
     """One call of an encoder: the graph's inputs in order."""
 
-    spec: EncoderSpec
+    spec: EncoderGraph
     values: tuple[Tensor, ...]
 
 
@@ -46,12 +46,12 @@ def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[En
         if missing:
             raise ExportError(f"input {missing[0]!r} is missing: the encoder is told it of every item")
         told = {name: inputs[name] for name in specs[0].fixed}
-        for part, fixed in items_of(values, told, grids):
+        for part, fixed in split_pixels(values, told, grids):
             yield EncoderCall(_encoder_for(specs, fixed, modality), (part,))
     _check_modalities(manifest, inputs)
 
 
-def _encoder_for(specs: list[EncoderSpec], fixed: Mapping[str, Tensor], modality: str) -> EncoderSpec:
+def _encoder_for(specs: list[EncoderGraph], fixed: Mapping[str, Tensor], modality: str) -> EncoderGraph:
     given = {name: tuple(value.flatten().tolist()) for name, value in fixed.items()}
     for spec in specs:
         if spec.fixed == given:

@@ -9,11 +9,19 @@ from typing import Any, Literal
 import blake3
 
 from vlcache_fx.deploy.folder_checks import check_manifest
-from vlcache_fx.deploy.specs import DecoderSpec, EncoderSpec, EngineSpec, FileSpec, GraphSpec, ProgramSpec
+from vlcache_fx.deploy.specs import (
+    EncoderGraph,
+    EngineSpec,
+    FileSpec,
+    GraphSpec,
+    ProgramGraph,
+    PrologueGraphs,
+)
 from vlcache_fx.errors import ExportError
+from vlcache_fx.spec.decoder import DecoderSpec
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class Manifest:
         graphs: by name.
         cold, warm: the two prefill programs.
         encoders: tried in order.
+        inputs: of the prefill graphs, by name, in the order of the decoder's indices.
+        prologue: the graphs that run before the decoder.
         decoder: facts for the runtime.
         decode: name of the graph of one decoding step; None where there is none.
         engines: by name of the graph.
@@ -49,9 +59,11 @@ class Manifest:
     budget: float
     profile_fingerprint: str | None
     graphs: dict[str, GraphSpec]
-    cold: ProgramSpec
-    warm: ProgramSpec
-    encoders: tuple[EncoderSpec, ...]
+    cold: ProgramGraph
+    warm: ProgramGraph
+    encoders: tuple[EncoderGraph, ...]
+    inputs: tuple[str, ...]
+    prologue: PrologueGraphs
     decoder: DecoderSpec
     decode: str | None
     engines: dict[str, EngineSpec]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.builders.decoder import Decoder
+from vlcache_fx.compiler.builders.programs import program_spec
 from vlcache_fx.deploy.trace import ExportInput
 from vlcache_fx.errors import ExportError
 from vlcache_fx.lowering import Arriving, EagerLowering
@@ -17,9 +19,9 @@ from vlcache_fx.passes.partition.split_encoder import SplitEncoder
 from vlcache_fx.plan import Span, build_plan
 from vlcache_fx.policies.none import NoRows
 from vlcache_fx.policies.uniform import Uniform
-from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.form import DecoderForm
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.runtime.requests.spans import Identifier
 from vlcache_fx.spec.slots import StoredSlot
 
 EXAMPLE_BUDGET = 0.5
@@ -34,46 +36,47 @@ class ExampleCall:
 
 
 def example_calls(
-    found: ExportInput, form: DecoderForm, cold: Program, warm: Program
+    found: ExportInput, decoder: Decoder, cold: Program, warm: Program
 ) -> tuple[ExampleCall, ExampleCall]:
     """Run both programs eagerly on the example.
 
     Raises:
         ExportError: the example's placeholders and features do not agree, or hold no span.
     """
-    args = _arguments(found)
-    engine = Engine()
-    runs = form.identifier.runs(args)
+    args, spec = _arguments(found), decoder.spec
+    engine = ServingEngine()
+    named = [value for value, name in zip(args, found.inputs, strict=True) if name is not None]
+    runs = Identifier(spec.spans, lambda *_: decoder.prologue().spans(*args)).runs(named)
     if runs is None:
         raise ExportError("example_inputs: placeholders and encoder features do not agree in number")
     _, num_tokens, spans = runs
     if not spans:
         raise ExportError("example_inputs hold no image, and no span is marked in them")
-    positions = form.positions(num_tokens, args)
+    positions = spec.positions(num_tokens, named)
 
     def call(
         name: str, program: Program, plan: Any, tables: dict[StoredSlot, Tensor | Arriving]
     ) -> ExampleCall:
         lowered = EagerLowering().lower(program.graph_module, name=name)
-        runner = ProgramRunner(
-            name, tuple(program.slots), program.recorded, lambda: lowered, form.device, engine
-        )
+        runner = ProgramRunner(name, program_spec(program), lambda: lowered, decoder.device, engine)
         inputs = (*args, *runner.bind(plan, positions, lambda: tables))
         return ExampleCall(inputs, tuple(lowered(inputs)))
 
     common: dict[str, Any] = {
         "num_tokens": num_tokens,
-        "num_layers": form.num_layers,
+        "num_layers": spec.num_layers,
         "output_rows": positions,
     }
     first = call("cold", cold, build_plan(**common, spans=(), policy=NoRows(), budget=0.0), {})
-    recorded = dict(zip(cold.recorded, first.results[form.num_outputs :], strict=True))
+    recorded = dict(zip(cold.recorded, first.results[spec.num_outputs :], strict=True))
     marked = [Span(0, run.start, run.length, "example", True) for run in spans]
     tables: dict[StoredSlot, Tensor | Arriving] = {
         slot: torch.cat([recorded[slot].narrow(row.dim, one.start, one.length) for one in marked], row.dim)
-        for slot, row in form.rows.items()
+        for slot, row in spec.rows.items()
     }
-    plan = build_plan(**common, spans=marked, policy=Uniform(), budget=EXAMPLE_BUDGET, groups=form.groups)
+    plan = build_plan(
+        **common, spans=marked, policy=Uniform(), budget=EXAMPLE_BUDGET, groups=spec.layer_groups
+    )
     return first, call("warm", warm, plan, tables)
 
 

@@ -8,22 +8,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vlcache_fx.deploy.facts import decoder_form, mask_check
 from vlcache_fx.deploy.folder_checks import check_references
 from vlcache_fx.deploy.inputs import decoder_inputs, num_tokens, with_a_row
 from vlcache_fx.deploy.items import encoder_inputs
 from vlcache_fx.deploy.manifest import Manifest
-from vlcache_fx.deploy.specs import LEAVES, MASKS, SPANS, WEIGHTS, ProgramSpec
+from vlcache_fx.deploy.specs import INPUT_VALUES, MASKS, SPANS, WEIGHTS, ProgramGraph
 from vlcache_fx.errors import ExportError, OptionError, Reason, UnsupportedGraphError
-from vlcache_fx.lowering.base import Lowered, arrived
 from vlcache_fx.options import Options
 from vlcache_fx.plan import build_plan
 from vlcache_fx.policies.none import NoRows
+from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.encode import EncoderRunner
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.prefill import DecoderRunner
+from vlcache_fx.runtime.programs.lowered import Lowered, arrived
 from vlcache_fx.runtime.programs.run import ProgramRunner
-from vlcache_fx.spec.slots import InputSlot, StoredSlot
+from vlcache_fx.runtime.requests.media_spans import MediaItems
+from vlcache_fx.runtime.requests.prologue import Prologue
+from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.spec.program import EncoderSpec
 
 OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
 """Options of the torch path that say nothing about exported graphs."""
@@ -58,20 +61,21 @@ class Session:
     def __init__(self, manifest: Manifest, runner: GraphRunner, options: Mapping[str, Any]) -> None:
         check_references(manifest)
         self.manifest, self._runner = manifest, runner
-        self.vlcache = engine = Engine(_options(manifest, options))
-        decoder = manifest.decoder
-        self._form = decoder_form(
-            manifest,
-            self._outputs(SPANS, decoder.spans),
-            self._outputs(LEAVES, decoder.leaf_outputs),
-            runner.device,
+        self.vlcache = engine = ServingEngine(_options(manifest, options))
+        outputs = manifest.prologue
+        prologue = Prologue(
+            spans=self._outputs(SPANS, outputs.spans),
+            masks=self._outputs(MASKS, outputs.masks),
+            input_values=self._outputs(INPUT_VALUES, outputs.input_values),
         )
+        self._identifier = Identifier(manifest.decoder.spans, prologue.spans)
         self._cold = self._program("cold", manifest.cold, engine)
         self._decoder = DecoderRunner(
-            self._form,
-            mask_check(manifest, self._outputs(MASKS, decoder.masks)),
+            manifest.decoder,
+            prologue,
             self._cold,
             self._program("warm", manifest.warm, engine),
+            runner.device,
             engine,
             self._without_reuse,
             self._logits_to_shadow(),
@@ -92,14 +96,14 @@ class Session:
         Raises:
             ExportError: an input is missing, unknown or of another form than the graphs take.
         """
-        features, hit = self._features(inputs)
+        features, context = self._features(inputs)
         args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
-        named = dict(zip(self.manifest.decoder.inputs, map(with_a_row, args), strict=True))
+        named = dict(zip(self.manifest.inputs, map(with_a_row, args), strict=True))
         for program in (self.manifest.cold, self.manifest.warm):
             # Before anything is looked up: a program that fails later is not tried again.
             self._runner.check(program.graph, named)
         with torch.no_grad():
-            results = self._decoder(args, encoder_hit=hit)
+            results = self._decoder(args, context)
         names = self.manifest.cold.results
         return {
             name: result
@@ -172,8 +176,8 @@ class Session:
             raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
         return self.manifest.decode
 
-    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], bool | None]:
-        """Features of all items, and whether every encoder was skipped; None where none was needed."""
+    def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], CallContext]:
+        """Features of all items, and what the decoder's call is told of them."""
         found: dict[str, list[Tensor]] = {}
         hits: list[bool] = []
         for item in encoder_inputs(self.manifest, inputs):
@@ -181,11 +185,12 @@ class Session:
             hits.append(hit)
             for name, value in zip(item.spec.features, results, strict=True):
                 found.setdefault(name, []).append(value)
+        context = CallContext(all(hits) if hits else None)
         for modality in {spec.modality for spec in self.manifest.encoders if spec.modality}:
             rows = next((parts for name, parts in found.items() if name.startswith(f"{modality}.")), [])
-            self.vlcache.note_items(modality, [part.shape[-2] for part in rows])
+            context = context.with_items(modality, MediaItems(tuple(part.shape[-2] for part in rows)))
         features = {name: torch.cat(parts, -2) for name, parts in found.items()}
-        return features, all(hits) if hits else None
+        return features, context
 
     def _outputs(self, graph: str, outputs: Sequence[str]) -> Any:
         """From the decoder's inputs to the outputs of one of the small graphs."""
@@ -193,24 +198,22 @@ class Session:
         def run(*args: Any) -> list[Tensor]:
             if not outputs:
                 return []
-            named = dict(zip(self.manifest.decoder.inputs, args, strict=True))
+            named = dict(zip(self.manifest.inputs, args, strict=True))
             inputs = {name: named[name] for name in self.manifest.graphs[graph].inputs}
             results = self._runner.run(graph, inputs)
             return [results[name] for name in outputs]
 
         return run
 
-    def _program(self, name: str, spec: ProgramSpec, engine: Engine) -> ProgramRunner:
+    def _program(self, name: str, graph: ProgramGraph, engine: ServingEngine) -> ProgramRunner:
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
-            given = zip(spec.inputs, args, strict=True)
+            given = zip(graph.inputs, args, strict=True)
             inputs = {key: with_a_row(arrived(value)) for key, value in given if key}
-            results = self._runner.run(spec.graph, inputs)
-            return tuple(None if key is None else results[key] for key in spec.results)
+            results = self._runner.run(graph.graph, inputs)
+            return tuple(None if key is None else results[key] for key in graph.results)
 
         lowered: Lowered = run
-        slots = [InputSlot.parse(slot) for slot in spec.slots]
-        recorded = [StoredSlot.parse(slot) for slot in spec.recorded]
-        return ProgramRunner(name, slots, recorded, lambda: lowered, self._runner.device, engine)
+        return ProgramRunner(name, graph.program, lambda: lowered, self._runner.device, engine)
 
     def _encoder(self, graph: str, features: Sequence[str]) -> EncoderRunner:
         names = list(self.manifest.graphs[graph].inputs)
@@ -222,17 +225,17 @@ class Session:
         files = self.manifest.files
         digests = [spec.blake3 for name, spec in files.items() if name.startswith(f"{graph}.")]
         digests += [files[WEIGHTS].blake3]
-        return EncoderRunner(
-            run, range(len(names)), (), [f"{digests}:{name}" for name in features], self.vlcache
-        )
+        computations = tuple(f"{digests}:{name}" for name in features)
+        return EncoderRunner(run, EncoderSpec(tuple(range(len(names))), (), computations), self.vlcache)
 
     def _without_reuse(self, *args: Any) -> Sequence[Any]:
-        if self._form.identifier.runs(args) is None:
+        spec = self.manifest.decoder
+        if self._identifier.runs(args) is None:
             raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
-        positions = self._form.positions(tokens, args)
+        positions = spec.positions(tokens, args)
         plan = build_plan(
-            num_tokens=tokens, spans=(), num_layers=self._form.num_layers, policy=NoRows(), budget=0.0,
+            num_tokens=tokens, spans=(), num_layers=spec.num_layers, policy=NoRows(), budget=0.0,
             output_rows=positions,
         )  # fmt: skip
         self._cold.ready()
@@ -240,7 +243,7 @@ class Session:
         if results is None:
             reasons = "; ".join(str(refusal) for refusal in self.vlcache.refusals)
             raise ExportError(f"the cold graph failed: {reasons}")
-        return results[: self._form.num_outputs]
+        return results[: spec.num_outputs]
 
 
 def _options(manifest: Manifest, given: Mapping[str, Any]) -> Options:

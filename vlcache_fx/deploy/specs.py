@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vlcache_fx.analysis.decoder.computation import Digests
 from vlcache_fx.errors import ExportError
-from vlcache_fx.plan.selection import InputPositions, SizeSum
+from vlcache_fx.spec.program import ProgramSpec
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class TensorSpec:
 
 
 COLD, WARM, DECODE = "prefill_cold", "prefill_warm", "decode"
-SPANS, MASKS, LEAVES = "spans", "masks", "leaves"
+SPANS, MASKS, INPUT_VALUES = "spans", "masks", "leaves"
 """Names of graphs."""
 
 WEIGHTS = "weights.bin"
@@ -58,28 +57,26 @@ class GraphSpec:
 
 
 @dataclass(frozen=True)
-class ProgramSpec:
+class ProgramGraph:
     """How a program's graph is called.
 
     Attributes:
         graph: name of its graph.
-        inputs: name of each input of the runtime's call, request data first, then ``slots``; None where the
-            graph does not need it.
-        slots: what passes added, in order.
+        inputs: name of each input of the runtime's call, request data first, then the program's slots; None
+            where the graph does not need it.
         results: output of each result, those recorded included; None for what the traced code returned as a
             constant.
-        recorded: names of the donor slots that the last results are for, in order.
+        program: the runtime's description of it.
     """
 
     graph: str
     inputs: tuple[str | None, ...]
-    slots: tuple[str, ...]
     results: tuple[str | None, ...]
-    recorded: tuple[str, ...]
+    program: ProgramSpec
 
 
 @dataclass(frozen=True)
-class EncoderSpec:
+class EncoderGraph:
     """An encoder.
 
     Attributes:
@@ -97,73 +94,16 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True)
-class RowSpec:
-    """The form of one slot's donor rows: see ``RowForm``."""
-
-    dim: int
-    dtype: str
-    sizes: tuple[int | None, ...]
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """One kind of attention whose mask is looked at in every call: see ``MaskSite``."""
-
-    node: str
-    source_line: str | None
-    has_mask: bool
-    rule: str
-
-
-@dataclass(frozen=True)
-class LeafSpec:
-    """One value that keys hold: see ``LeafForm``.
+class PrologueGraphs:
+    """The graphs that run before a decoder: outputs of each, in order; empty where there is no such graph.
 
     Attributes:
-        input: index of the input that it is; None for the next output of the graph ``leaves``.
+        spans, masks, input_values: see ``Prologue``.
     """
 
-    input: int | None
-    token_dim: int | None
-    is_index: bool
-    is_beside: bool
-    group: int
-
-
-@dataclass(frozen=True)
-class DecoderSpec:
-    """What the runtime knows of the decoder: see ``DecoderForm``. Indices are those of ``inputs``.
-
-    Attributes:
-        embeddings: the input whose rows may be marked as spans, where nothing is merged.
-        leaves: other values that keys hold.
-        site_of_layer: per layer, the index of its kind of attention among ``mask_sites``, if any.
-        leaf_outputs: outputs of the graph ``leaves``, in order.
-        spans: outputs of the graph ``spans``: the masks of merges and additions, in order.
-        masks: outputs of the graph ``masks``: the masks of ``mask_sites`` that have one, in order.
-    """
-
-    inputs: tuple[str, ...]
-    num_layers: int
-    layer_groups: tuple[int, ...]
-    num_outputs: int
-    tail: tuple[int | SizeSum | InputPositions | None, ...] | None
-    rows: dict[str, RowSpec]
-    layout: str
-    computation: Digests
-    model_fingerprint: str
-    features: tuple[int, ...]
-    num_merges: int
-    width: int | None
-    embeddings: int | None
-    leaves: tuple[LeafSpec, ...]
-    mask_sites: tuple[MaskSpec, ...]
-    mask_inputs: tuple[int, ...]
-    site_of_layer: tuple[int | None, ...]
-    every_layer_has_a_mask: bool
     spans: tuple[str, ...]
     masks: tuple[str, ...]
-    leaf_outputs: tuple[str, ...]
+    input_values: tuple[str, ...]
 
 
 @dataclass(frozen=True)

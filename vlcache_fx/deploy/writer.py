@@ -7,11 +7,21 @@ from pathlib import Path
 
 from torch import Tensor, fx
 
+from vlcache_fx.compiler.builders.decoder import Decoder
+from vlcache_fx.compiler.builders.programs import program_spec
 from vlcache_fx.deploy.flatten import FlatGraph, flatten, group_of, slot_name
 from vlcache_fx.deploy.onnx import SharedWeights, to_onnx
 from vlcache_fx.deploy.operators import plain_operators
 from vlcache_fx.deploy.sample_calls import ExampleCall, features_of
-from vlcache_fx.deploy.specs import EncoderSpec, GraphSpec, ProgramSpec
+from vlcache_fx.deploy.specs import (
+    INPUT_VALUES,
+    MASKS,
+    SPANS,
+    EncoderGraph,
+    GraphSpec,
+    ProgramGraph,
+    PrologueGraphs,
+)
 from vlcache_fx.deploy.trace import ExportInput, is_open, unrolled
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.stages import Stage
@@ -44,7 +54,7 @@ class GraphWriter:
         self._found, self._groups, self._opset = found, groups, opset
         self._folder, self._weights, self._graphs = folder, weights, graphs
 
-    def program(self, name: str, program: Program, call: ExampleCall) -> ProgramSpec:
+    def program(self, name: str, program: Program, call: ExampleCall) -> ProgramGraph:
         """One of the two prefill programs."""
         found = self._found
         slots = [slot_name(slot, self._groups) for slot in program.slots]
@@ -60,8 +70,7 @@ class GraphWriter:
         self._save(name, flat, examples, dynamic)
         data = [key for key in found.inputs if key is not None]
         kept = [key if key in flat.inputs else None for key in (*data, *slots)]
-        added, recorded = tuple(map(str, program.slots)), tuple(map(str, program.recorded))
-        return ProgramSpec(name, tuple(kept), added, flat.results, recorded)
+        return ProgramGraph(name, tuple(kept), flat.results, program_spec(program))
 
     def _open(self, slot: InputSlot | None, node: fx.Node) -> dict[int, str]:
         """Names of the sizes that vary, of an input that passes added."""
@@ -77,8 +86,17 @@ class GraphWriter:
         shape = node.meta["val"].shape
         return {dim: size for dim, length in enumerate(shape) if is_open(length)}
 
-    def masks(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
-        """A graph that gives masks; the names of its outputs, per node."""
+    def prologue(self, decoder: Decoder) -> PrologueGraphs:
+        """The graphs that run before the decoder."""
+        nodes = decoder.prologue_nodes()
+        return PrologueGraphs(
+            spans=self._values(SPANS, nodes.spans),
+            masks=self._values(MASKS, nodes.masks),
+            input_values=self._values(INPUT_VALUES, nodes.input_values),
+        )
+
+    def _values(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+        """A graph that gives values; the names of its outputs, per node."""
         found = self._found
         if not nodes:
             return ()
@@ -88,7 +106,7 @@ class GraphWriter:
         self._save(name, flat, examples, {key: found.dynamic[key] for key in flat.inputs})
         return tuple(str(result) for result in flat.results)
 
-    def encoders(self, refused: list[dict[str, str]]) -> list[EncoderSpec]:
+    def encoders(self, refused: list[dict[str, str]]) -> list[EncoderGraph]:
         """The encoders, as far as torch can export them."""
         found = self._found
         if found.split is not None and found.stages is None:
@@ -97,12 +115,12 @@ class GraphWriter:
             flat = self._flat(found.split.encoder, list(found.inputs[:count]), names)
             examples = {key: found.values[key] for key in flat.inputs}
             self._save("encoder", flat, examples, {key: found.dynamic[key] for key in flat.inputs})
-            return [EncoderSpec("encoder", "", {}, tuple(names))]
+            return [EncoderGraph("encoder", "", {}, tuple(names))]
         made = []
         for number, item in enumerate(found.stages.encoders if found.stages else ()):
             name = "encoder" if number == 0 else f"encoder.{number}"
             if self.stage(name, item.stage, refused):
-                made.append(EncoderSpec(name, item.modality, item.fixed, item.stage.outputs))
+                made.append(EncoderGraph(name, item.modality, item.fixed, item.stage.outputs))
         return made
 
     def stage(self, name: str, stage: Stage, refused: list[dict[str, str]]) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.guards.shadow import kl_per_row
 
 BUDGETS = (0.02, 0.05, 0.1, 0.2)
@@ -67,7 +67,7 @@ def check(
     min_agreement: float = 0.99,
     max_kl: float | None = None,
     budgets: Sequence[float] = BUDGETS,
-    engine: Engine | None = None,
+    engine: ServingEngine | None = None,
 ) -> GateReport:
     """Find the smallest budget that is good enough for ``model``, and set it; else, turn reuse off.
 
@@ -97,7 +97,7 @@ def check(
             nothing can be said.
     """
     engine = getattr(model, "vlcache", None) if engine is None else engine
-    if not isinstance(engine, Engine):
+    if not isinstance(engine, ServingEngine):
         raise OptionError(f"this {type(model).__name__} has no engine: compile it with vlcache_fx.compile")
     calls = [dict(prompt) for prompt in prompts]
     _check_bounds(min_agreement, max_kl, budgets)
@@ -142,7 +142,7 @@ class _Replayed:
 
 
 def _replay(
-    model: Callable[..., Any], calls: Sequence[Mapping[str, Any]], engine: Engine, budget: float
+    model: Callable[..., Any], calls: Sequence[Mapping[str, Any]], engine: ServingEngine, budget: float
 ) -> _Replayed:
     engine.clear()
     found, seen = _Replayed([], [], [], {}), Counter[str]()

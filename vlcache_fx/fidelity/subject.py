@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.prompts import Case, Prompt
-from vlcache_fx.runtime.engine import Engine
 
 
 @dataclass(frozen=True, eq=False)

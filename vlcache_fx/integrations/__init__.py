@@ -1,1 +1,1 @@
-"""Adapters to the libraries that models come from."""
+"""Adapters to model libraries: transformers and its processors, PEFT, accelerate."""

@@ -1,4 +1,4 @@
-"""The encoder of a model of the transformers library, item by item through the store."""
+"""A cache of encoder outputs, item by item, for models of the transformers library."""
 
 from __future__ import annotations
 
@@ -9,72 +9,68 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
-from vlcache_fx.integrations.items import (
-    Fields,
-    as_lists,
-    features_of,
-    flatten,
-    join_items,
-    split_items,
-    unflatten,
-)
-from vlcache_fx.integrations.module_state import SMALL_BYTES, ModuleState
+from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
+from vlcache_fx.integrations.module_state import ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
+from vlcache_fx.integrations.object_graph import SMALL_BYTES
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import bounds_of, rows_digests
-from vlcache_fx.lowering.numerics import device_type_of, numerics
+from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
+from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
-from vlcache_fx.runtime.encode import packed, unpacked
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.requests.media_spans import MediaItems
+from vlcache_fx.store.codec import pack, unpack
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-"""Per modality, the keyword of the pixels and of the grids that say how many rows of them each item has."""
+"""Per modality, the keywords of the pixels and the grids; a grid's product is its item's rows of pixels."""
 
 Item: TypeAlias = dict[str, Tensor]
-"""The tensors that an encoder is given for one item."""
+"""The tensor arguments of an encoder for one item."""
 
-WHOLE = "whole"
-"""How a field is held that does not tell items apart."""
+UNSPLIT = "unsplit"
+"""Form of a field that cannot be split into items (see ``vlcache_fx.integrations.items``)."""
 
 
 class EncoderCache:
-    """Runs an encoder for the items whose output is not in the store.
+    """Runs an encoder for the items without a cached output.
 
-    Items are told apart by their grids, or by the first dimension of the pixels; each is kept under its own
-    content, so a request with a known and a new image encodes the new one alone. Where arguments or results
-    do not tell items apart, the call is kept as a whole. Of a result, the features are kept, not what the
-    encoder's blocks return beside them.
+    Calls are split into items by their grids, or along the first dimension of the pixels. Each item is cached
+    under its content, so a request with a known and a new image encodes only the new image. If arguments or
+    results cannot be split, the call is cached as one item. Only the fields of ``feature_fields`` are cached.
 
     Args:
-        encode: the encoder, with the pixels as its first parameter and the grids, if any, as its second.
-        module: the model; all its weights, and all else that it is made of, are part of the keys.
+        encode: the encoder, with the pixels as first parameter and the grids, if any, as second.
+        module: the model; its weights and state are part of the keys.
         modality: ``image`` or ``video``.
-        engine: has the store.
+        engine: owns the store, options and counters.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module, least_bytes=SMALL_BYTES + 1)
+        self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
         self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
-        self._split = True  # until a result turns up that does not tell items apart
+        self._split = True  # until a result cannot be split into items
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's arguments by name."""
+        """Return a call's arguments by name."""
         return dict(zip((self._pixels_name, self.grids_name), args, strict=False)) | dict(kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Same arguments and result as the encoder's own method."""
+        """Take the arguments and return the result of the encoder's own method."""
         grids = self.arguments(args, kwargs).get(self.grids_name)
         # Before the encoder runs: reading a tensor on a GPU would wait for it.
         patches = grids.tolist() if isinstance(grids, Tensor) and grids.dim() == 2 else ()
         output = self._encoded(args, kwargs)
         features = getattr(output, "pooler_output", None)
-        if isinstance(features, list | tuple) and all(isinstance(one, Tensor) for one in features):
-            self._engine.note_items(self._modality, [one.shape[0] for one in features], patches)
+        if isinstance(features, list | tuple) and all(isinstance(item, Tensor) for item in features):
+            self._engine.pending.note_items(
+                self._modality, MediaItems.of_patches([item.shape[0] for item in features], patches)
+            )
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -84,44 +80,49 @@ class EncoderCache:
             return self.encode(*args, **kwargs)
         items = self._items(call) if self._split else None
         if items is None or len(items) < 2:
-            return self._one(call)
+            return self._undivided(call)
         keys = self._keys(items, call)
         if keys is None:
             return self.encode(*args, **kwargs)
-        found = [self._get(key) for key in keys]
-        missing = [index for index, entry in enumerate(found) if entry is None]
+        outputs = [self._get(key) for key in keys]
+        missing = [index for index, stored in enumerate(outputs) if stored is None]
         if missing:
             output = self._run(call | _joined([items[index] for index in missing]))
-            fields = features_of(output)
+            fields = feature_fields(output)
             parts = None if fields is None else split_items(fields, len(missing))
             if parts is None:
                 self._split = False
-                whole = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
-                return self._one(call) if whole is None else self._kept_whole(whole[0], output)
+                key = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
+                return self._undivided(call) if key is None else self._store_undivided(key[0], output)
             for index, part in zip(missing, parts, strict=True):
-                found[index] = (type(output).__name__, part)
+                outputs[index] = (type(output).__name__, part)
                 self._put(keys[index], type(output), part)
-        result = self._result(found)
-        self._engine.note_encoder(hit=not missing and result is not None)
+        result = self._result(outputs)
+        self._note(hit=not missing and result is not None)
         return self.encode(*args, **kwargs) if result is None else result
 
-    def _one(self, call: dict[str, Any]) -> Any:
-        """A call that is one item, or is kept as a whole."""
+    def _undivided(self, call: dict[str, Any]) -> Any:
+        """Encode or look up a call as one item."""
         keys = self._keys([_tensors(call)], call)
         if keys is None:
             return self.encode(**call)
         stored = self._get(keys[0])
         result = None if stored is None else self._result([stored])
-        self._engine.note_encoder(hit=result is not None)
-        return self._kept_whole(keys[0], self._run(call)) if result is None else result
+        self._note(hit=result is not None)
+        return self._store_undivided(keys[0], self._run(call)) if result is None else result
 
-    def _kept_whole(self, key: str, output: Any) -> Any:
-        fields = features_of(output)
+    def _store_undivided(self, key: str, output: Any) -> Any:
+        fields = feature_fields(output)
         if fields is None:
             return output
-        items = split_items(fields, 1) or [{name: (WHOLE, value) for name, value in fields.items()}]
+        items = split_items(fields, 1) or [{name: (UNSPLIT, value) for name, value in fields.items()}]
         self._put(key, type(output), items[0])
         return self._result([(type(output).__name__, items[0])]) or output
+
+    def _note(self, *, hit: bool) -> None:
+        """The encoder was skipped, or runs: the report of the decoder's next call will say so."""
+        self._engine.count("encoder_hits" if hit else "encoder_misses")
+        self._engine.pending.note_encoder(hit=hit)
 
     def _run(self, call: dict[str, Any]) -> Any:
         with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
@@ -130,7 +131,7 @@ class EncoderCache:
         return output
 
     def _items(self, call: dict[str, Any]) -> list[Item] | None:
-        """The tensors of each item; None where the arguments do not tell items apart."""
+        """Return the tensors of each item, or None if the arguments cannot be split."""
         pixels, grids = call[self._pixels_name], call.get(self.grids_name)
         others = _tensors(call)
         del others[self._pixels_name]
@@ -151,11 +152,11 @@ class EncoderCache:
         ]
 
     def _keys(self, items: list[Item], call: dict[str, Any]) -> list[str] | None:
-        """One key per item; None where an argument, or a weight, cannot be part of a key."""
-        # Which weights an encoder reads is not visible here; all of the model's are a safe superset. Listed
+        """Return a key per item, or None if an argument or a weight cannot be part of a key."""
+        # The weights that an encoder reads are unknown here; the model's are a safe superset. They are listed
         # in every call, because adapters add parameters and loading can replace them.
         state = self._state.digest()
-        if state is None or self._module.training:  # in training, encoders may drop values at random
+        if state is None or self._module.training:  # encoders may apply dropout in training
             return None
         try:
             weights = self._engine.fingerprints.of(self._tensors())
@@ -164,12 +165,12 @@ class EncoderCache:
             return None
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
-        numbers = numerics(device_type_of(call.values()))
-        start = ["features", self._engine.options.key_salt, weights, state, numbers, self._pixels_name]
+        arithmetic = numerics(device_type_of(call.values()))
+        common = ["features", self._engine.options.key_salt, weights, state, arithmetic, self._pixels_name]
         try:
-            contents = rows_digests(call[self._pixels_name], bounds_of(lengths), threaded=True)
+            contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
             return [
-                content_digest([*start, content, *_named(item, but=self._pixels_name), tuple(settings)])
+                content_digest([*common, content, *_named(item, but=self._pixels_name), tuple(settings)])
                 for content, item in zip(contents, items, strict=True)
             ]
         except StoreError:
@@ -179,39 +180,40 @@ class EncoderCache:
         entry = None
         with self._engine.tolerating_store_errors():
             entry = self._engine.store.get(key)
-        stored = None if entry is None else unpacked(entry)
+        stored = None if entry is None else unpack(entry)
         if stored is None or not isinstance(stored[0], str) or self._class(stored[0]) is None:
             return None
-        return stored[0], unflatten(stored[1], stored[2:])
+        return stored[0], pytree.tree_unflatten(stored[2:], pytree.treespec_loads(stored[1]))
 
     def _put(self, key: str, output_class: type, item: Fields) -> None:
-        try:
-            text, tensors = flatten(item)
-        except TypeError:  # it holds something else, too
+        leaves, structure = pytree.tree_flatten(item)
+        if not all(isinstance(leaf, Tensor | str) for leaf in leaves):
             return
-        with self._engine.tolerating_store_errors():
-            self._engine.store.put(key, packed([output_class.__name__, text, *tensors]))
+        # NotImplementedError: a container type that pytree cannot serialize.
+        with contextlib.suppress(NotImplementedError), self._engine.tolerating_store_errors():
+            results = [output_class.__name__, pytree.treespec_dumps(structure), *leaves]
+            self._engine.store.put(key, pack(results))
 
     def _class(self, name: str) -> type | None:
-        """The output class of that name, as seen here or as the model's module knows it."""
+        """Return the output class of that name, from an earlier call or from the model's module."""
         modules = (type(self._module).__module__, "transformers.modeling_outputs")
-        known = [getattr(sys.modules.get(module), name, None) for module in modules]
-        found = next((one for one in (self._classes.get(name), *known) if one is not None), None)
-        return found if isinstance(found, type) and issubclass(found, dict) else None
+        imported = [getattr(sys.modules.get(module), name, None) for module in modules]
+        candidates = (kind for kind in (self._classes.get(name), *imported) if kind is not None)
+        kind = next(candidates, None)
+        return kind if isinstance(kind, type) and issubclass(kind, dict) else None
 
     def _result(self, items: list[Any]) -> Any:
-        """An output of the class that the model returns, for hits and misses alike.
+        """Return an output of the model's own class, to which a compiled model is specialised.
 
-        A compiled model is specialised to the class. None where the items do not fit together.
+        Returns None if the items cannot be joined.
         """
         names = {name for name, _ in items}
         output_class = self._class(names.pop()) if len(names) == 1 else None
         if output_class is None:
             return None
         parts = [item for _, item in items]
-        if any(form == WHOLE for form, _ in parts[0].values()):
-            # As lists, which is what comes out of the store: a compiled model is specialised to that as well.
-            return output_class(**{name: as_lists(value) for name, (_, value) in parts[0].items()})
+        if any(form == UNSPLIT for form, _ in parts[0].values()):
+            return output_class(**{name: value for name, (_, value) in parts[0].items()})
         fields = join_items(parts)
         return None if fields is None else output_class(**fields)
 

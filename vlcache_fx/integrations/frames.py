@@ -1,6 +1,6 @@
-"""Videos frame by frame: where an encoder looks at each frame alone, a frame is an item of its own.
+"""Videos frame by frame: if frames do not attend to each other in the encoder, each is cached separately.
 
-So a sliding window over a stream finds all frames but the new ones, in whatever window they come.
+A sliding window over a stream then encodes only the new frames.
 """
 
 from __future__ import annotations
@@ -10,40 +10,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.integrations.encoder_cache import EncoderCache
-from vlcache_fx.integrations.items import features_of
+from vlcache_fx.integrations.items import feature_fields
 from vlcache_fx.keys.digest_cache import join_rows
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Relative to the largest value: other shapes of the same products are rounded otherwise."""
+"""Relative to the largest value: matrix products of other shapes round differently."""
 
 
 class FrameCache:
-    """An ``EncoderCache`` that is given the frames of videos one by one, with a grid for each.
+    """Passes videos to an ``EncoderCache`` frame by frame, with a grid per frame.
 
-    A frame is what the grid counts in time: a frame, or a patch of several. Whether an encoder looks at each
-    alone is tried out once, with the first video of several frames: it is encoded both ways.
+    A frame is one step of the grid's time dimension, which may be a temporal patch of several frames. The
+    first video with several frames is encoded both ways, to test whether frames are independent.
 
     Args:
-        cache: of the encoder; its grids are ``[videos, 3]``, in time, height and width.
+        cache: cache of the encoder; its grids are ``[videos, 3]``: time, height and width.
     """
 
     def __init__(self, cache: EncoderCache) -> None:
         self._cache = cache
-        self._are_alone: bool | None = None
+        self._are_independent: bool | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Same arguments and result as the encoder's own method."""
+        """Take the arguments and return the result of the encoder's own method."""
         call = self._cache.arguments(args, kwargs)
         grids = call.get(self._cache.grids_name)
         if grids is None or len(args) > 2 or torch.is_grad_enabled() or not _has_frames(grids):
             return self._cache(*args, **kwargs)
         counts = [int(count) for count in grids[:, 0].tolist()]
         framed = {**call, self._cache.grids_name: frame_grids(grids)}
-        if self._are_alone is None:
-            self._are_alone = _equal(self._cache.encode(**call), self._cache.encode(**framed), counts)
-        return regrouped(self._cache(**framed), counts) if self._are_alone else self._cache(*args, **kwargs)
+        if self._are_independent is None:
+            whole, by_frame = self._cache.encode(**call), self._cache.encode(**framed)
+            self._are_independent = _are_close(whole, by_frame, counts)
+        if not self._are_independent:
+            return self._cache(*args, **kwargs)
+        return group_frames(self._cache(**framed), counts)
 
 
 def _has_frames(grids: Any) -> bool:
@@ -56,17 +60,17 @@ def _has_frames(grids: Any) -> bool:
 
 
 def frame_grids(grids: Tensor) -> Tensor:
-    """The grids of all frames, [frames, 3]: one in time each."""
+    """Return the grids of all frames, [frames, 3], with time 1."""
     repeated = grids.repeat_interleave(grids[:, 0], dim=0)
     return torch.cat([torch.ones_like(repeated[:, :1]), repeated[:, 1:]], dim=1)
 
 
-def regrouped(output: Any, counts: Sequence[int]) -> Any:
-    """An output with features per frame as one with features per video.
+def group_frames(output: Any, counts: Sequence[int]) -> Any:
+    """Return an encoder output with features per frame as an output with features per video.
 
     Args:
-        output: of the encoder.
-        counts: frames of each video.
+        output: encoder output.
+        counts: number of frames of each video.
     """
     fields = dict(output.items())
     changed = {name: _joined(value, counts) for name, value in fields.items()}
@@ -84,29 +88,21 @@ def _joined(value: Any, counts: Sequence[int]) -> Any:
     return [_joined(part, counts) for part in value]
 
 
-def _equal(whole: Any, framed: Any, counts: Sequence[int]) -> bool:
-    """True where the features are the same but for rounding."""
-    first, second = features_of(whole), features_of(framed)
+def _are_close(whole: Any, framed: Any, counts: Sequence[int]) -> bool:
+    """Return whether the features are equal up to rounding."""
+    first, second = feature_fields(whole), feature_fields(framed)
     if first is None or second is None or first.keys() != second.keys():
         return False
     regrouped_fields = {name: _joined(value, counts) for name, value in second.items()}
-    pairs = list(zip(_tensors(first), _tensors(regrouped_fields), strict=False))
-    return len(_tensors(first)) == len(_tensors(regrouped_fields)) > 0 and all(
-        one.shape == other.shape and _close(one, other) for one, other in pairs
-    )
+    wanted, got = _tensors(first), _tensors(regrouped_fields)
+    return len(wanted) == len(got) > 0 and all(map(_close_tensors, wanted, got))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    match value:
-        case Tensor():
-            return [value]
-        case dict():
-            return [tensor for part in value.values() for tensor in _tensors(part)]
-        case list() | tuple():
-            return [tensor for part in value for tensor in _tensors(part)]
-    return []
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    scale = float(one.abs().max()) if one.numel() else 0.0
-    return bool((one - other).abs().max() <= TOLERANCE.get(one.dtype, 1e-4) * scale) if one.numel() else True
+def _close_tensors(want: Tensor, got: Tensor) -> bool:
+    if want.shape != got.shape or not want.numel():
+        return want.shape == got.shape
+    return bool((want - got).abs().max() <= TOLERANCE.get(want.dtype, 1e-4) * want.abs().max().item())

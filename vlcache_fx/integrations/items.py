@@ -1,13 +1,15 @@
-"""Encoder outputs item by item: taken apart, put together, and written as one line of text and tensors.
+"""Encoder outputs split into media items, and joined.
 
-An output is an object of the transformers library whose fields hold features. What models do with several
-items differs: a tensor per item, one tensor with an item per row, or per depth of the encoder a tensor per
-item (features that enter several decoder layers).
+An output is a ``ModelOutput`` of the transformers library whose fields contain features. Models represent
+several items in one of three forms:
+
+    list    (a, b)              a tensor per item
+    layers  [(a, b), (c, d)]    per encoder depth, a tensor per item (deepstack)
+    rows    [items, ...]        one tensor with an item per row
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -17,22 +19,22 @@ from torch import Tensor
 from vlcache_fx.keys.digest_cache import join_rows
 
 Fields: TypeAlias = dict[str, Any]
-"""Fields of an output: tensors, and lists of them."""
+"""Fields of an output: tensors, and nested lists of tensors."""
 
 POOLED = "pooler_output"
-INNER = frozenset({"last_hidden_state", "hidden_states", "attentions"})
-"""What encoders return beside their result, and what decoders read only where there is no pooled output."""
+INTERMEDIATE_FIELDS = frozenset({"last_hidden_state", "hidden_states", "attentions"})
+"""Fields that decoders do not read if there is a pooled output."""
 
 LIST, LAYERS, ROWS = "list", "layers", "rows"
 
 
-def features_of(output: Any) -> Fields | None:
-    """The fields that a decoder may read; None for something that is no output of the library."""
+def feature_fields(output: Any) -> Fields | None:
+    """Return the fields that a decoder may read, or None for an object without such fields."""
     if not isinstance(output, Mapping):
         return None
     fields = {name: value for name, value in output.items() if value is not None}
     if POOLED in fields:
-        fields = {name: value for name, value in fields.items() if name not in INNER}
+        fields = {name: value for name, value in fields.items() if name not in INTERMEDIATE_FIELDS}
     else:
         fields.pop("hidden_states", None)
         fields.pop("attentions", None)
@@ -40,7 +42,7 @@ def features_of(output: Any) -> Fields | None:
 
 
 def split_items(fields: Fields, count: int) -> list[Fields] | None:
-    """One mapping per item, each field with how it was held; None where a field does not tell items apart."""
+    """Return ``{name: (form, parts)}`` per item, or None if a field cannot be split into ``count`` items."""
     items: list[Fields] = [{} for _ in range(count)]
     for name, value in fields.items():
         form = _form(value, count)
@@ -59,20 +61,20 @@ def split_items(fields: Fields, count: int) -> list[Fields] | None:
 
 
 def join_items(items: Sequence[Fields]) -> Fields | None:
-    """The fields of an output that holds all items; None where they do not fit together."""
+    """Undo ``split_items``; return None if the items have different fields or forms."""
     forms = [{name: (form, len(parts)) for name, (form, parts) in item.items()} for item in items]
     if any(form != forms[0] for form in forms):
         return None
     fields: Fields = {}
     for name, (form, parts) in items[0].items():
-        together = [item[name][1] for item in items]
+        per_item = [item[name][1] for item in items]
         match form:
             case "list":
-                fields[name] = tuple(parts[0] for parts in together)
+                fields[name] = tuple(parts[0] for parts in per_item)
             case "layers":
-                fields[name] = [tuple(parts[depth] for parts in together) for depth in range(len(parts))]
+                fields[name] = [tuple(parts[depth] for parts in per_item) for depth in range(len(parts))]
             case _:
-                fields[name] = torch.cat([parts[0] for parts in together])
+                fields[name] = torch.cat([parts[0] for parts in per_item])
     return fields
 
 
@@ -84,72 +86,32 @@ def _form(value: Any, count: int) -> str | None:
     if all(isinstance(part, Tensor) for part in value):
         return LIST if len(value) == count else None
     per_layer = all(isinstance(part, list | tuple) and len(part) == count for part in value)
-    return LAYERS if per_layer and all(isinstance(one, Tensor) for part in value for one in part) else None
+    are_tensors = per_layer and all(isinstance(tensor, Tensor) for part in value for tensor in part)
+    return LAYERS if are_tensors else None
 
 
-def with_one_tensor(output: Any) -> Any:
-    """``output`` with the features of all items as one tensor each, whatever number of items they come from.
+def concat_items(output: Any) -> Any:
+    """Return ``output`` with the features of all items concatenated to one tensor per field and depth.
 
-    Models concatenate them first thing; inside a graph, every number of items would be compiled anew.
+    Models start by concatenating them; within the graph, each number of items would be compiled separately.
     """
-    fields = features_of(output)
+    fields = feature_fields(output)
     if fields is None:
         return output
     changed: dict[str, Any] = {}
     for name, value in fields.items():
-        if _are_rows(value):
+        if _are_items(value):
             changed[name] = (join_rows(value),)
-        elif isinstance(value, list | tuple) and value and all(_are_rows(part) for part in value):
+        elif isinstance(value, list | tuple) and value and all(_are_items(part) for part in value):
             changed[name] = [(join_rows(part),) for part in value]
     return type(output)(**{**dict(output.items()), **changed}) if changed else output
 
 
-def _are_rows(value: Any) -> bool:
-    """True for two or more items' features, [rows, width] each."""
+def _are_items(value: Any) -> bool:
+    """Return whether ``value`` contains the features of two or more items, [rows, width] each."""
     return (
         isinstance(value, list | tuple)
         and len(value) > 1
-        and all(isinstance(one, Tensor) and one.dim() == 2 for one in value)
-        and len({one.shape[1] for one in value}) == 1
+        and all(isinstance(tensor, Tensor) and tensor.dim() == 2 for tensor in value)
+        and len({tensor.shape[1] for tensor in value}) == 1
     )
-
-
-def flatten(value: Any) -> tuple[str, list[Tensor]]:
-    """Nested lists and mappings as JSON, in which numbers stand for the tensors of the list."""
-    tensors: list[Tensor] = []
-
-    def shown(part: Any) -> Any:
-        match part:
-            case Tensor():
-                tensors.append(part)
-                return len(tensors) - 1
-            case Mapping():
-                return {name: shown(one) for name, one in part.items()}
-            case list() | tuple():
-                return [shown(one) for one in part]
-            case str():
-                return part
-        raise TypeError(f"{type(part).__name__} is neither a tensor nor made of tensors")
-
-    return json.dumps(shown(value)), tensors
-
-
-def unflatten(text: str, tensors: Sequence[Tensor]) -> Any:
-    """What ``flatten`` took; sequences come back as lists."""
-
-    def made(part: Any) -> Any:
-        match part:
-            case int():
-                return tensors[part]
-            case dict():
-                return {name: made(one) for name, one in part.items()}
-            case list():
-                return [made(one) for one in part]
-        return part
-
-    return made(json.loads(text))
-
-
-def as_lists(value: Any) -> Any:
-    """``value`` with every sequence in it as a list."""
-    return [as_lists(part) for part in value] if isinstance(value, list | tuple) else value

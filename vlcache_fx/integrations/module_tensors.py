@@ -1,4 +1,4 @@
-"""A model's parameters and buffers, and whatever else holds its weights, listed in every request."""
+"""All weights of a model, in parameters, buffers and other places, listed in every request."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor, nn
 from vlcache_fx.errors import UnreadableWeightsError
 
 _OWN = frozenset(vars(nn.Module())) | {"_hf_hook"}
-"""Attributes of every module, and accelerate's hook: of it, the weights that it keeps are listed, no more."""
+"""Attributes of every module, and accelerate's hook, whose offloaded weights are listed separately."""
 
 _ATOMS = frozenset({type(None), bool, int, float, str, bytes, type, torch.dtype, torch.device})
-_DEEPEST = 4
+_MAX_DEPTH = 4
 
 
 class ModuleTensors:
-    """Lists all tensors that a module computes with, each once.
+    """Lists all tensors that a module computes with, without duplicates.
 
-    These are what ``[*module.parameters(), *module.buffers()]`` holds, and
+    These are ``[*module.parameters(), *module.buffers()]``, and
 
-    - tensors that are plain attributes of a module, or lie in one: states of quantisers, packed weights;
-    - for a module whose weights accelerate keeps elsewhere between calls, those that it keeps.
+    - tensors in plain attributes of modules: states of quantisers, packed weights;
+    - weights that accelerate offloads between calls.
 
-    Whatever was replaced, added or removed since is seen: only the walk over submodules is saved, as long as
-    all of them have the children and the attributes that they had.
+    The list is current: replaced, added and removed tensors are seen. Only the walk over submodules is
+    cached, until a submodule gets other children or attributes.
 
     Args:
-        module: of which they are.
-        least_bytes: of tensors in plain attributes, those that are smaller are left out: a model leaves
-            results there for later, and ``ModuleState`` knows which of them are read.
+        module: the module.
+        min_bytes: smaller tensors in plain attributes are left out: models store results there, and
+            ``ModuleState`` finds the ones that are read.
     """
 
-    def __init__(self, module: nn.Module, *, least_bytes: int = 0) -> None:
-        self._module, self._least_bytes = module, least_bytes
+    def __init__(self, module: nn.Module, *, min_bytes: int = 0) -> None:
+        self._module, self._min_bytes = module, min_bytes
         self._modules: list[nn.Module] = []
         self._children: list[nn.Module | None] = []
         self._names: list[list[str]] = []
@@ -43,10 +43,10 @@ class ModuleTensors:
         self._packed: dict[int, tuple[Any, list[Tensor]]] = {}
 
     def __call__(self) -> list[Tensor]:
-        """The tensors now.
+        """Return the current tensors.
 
         Raises:
-            UnreadableWeightsError: weights are packed so that their bytes cannot be had.
+            UnreadableWeightsError: packed weights cannot be unpacked.
         """
         if not self._modules or self._children != _children(self._modules):
             self._modules = list(self._module.modules())
@@ -57,8 +57,8 @@ class ModuleTensors:
             self._names = names
             self._others = [
                 (vars(module), name)
-                for module, own in zip(self._modules, names, strict=True)
-                for name in own
+                for module, attributes in zip(self._modules, names, strict=True)
+                for name in attributes
                 if name not in _OWN
             ]
         found = [tensor for module in self._modules for tensor in _registered(module)]
@@ -79,26 +79,26 @@ class ModuleTensors:
         packed: dict[int, tuple[Any, list[Tensor]]],
         depth: int,
     ) -> None:
-        """Appends the tensors within an attribute. Settings are many, so each object is looked at once."""
+        """Append the tensors within an attribute to ``found``; visit each object once."""
         if isinstance(value, Tensor):
-            if value.nbytes >= self._least_bytes:
+            if value.nbytes >= self._min_bytes:
                 found.append(value)
             return
-        if depth > _DEEPEST or id(value) in seen or _holds_none(value):
+        if depth > _MAX_DEPTH or id(value) in seen or _has_no_tensors(value):
             return
         seen.add(id(value))
         if isinstance(value, torch.ScriptObject):
-            # What it unpacks to is made anew each time, and it is never written to: once is enough.
-            known = packed.get(id(value))
-            self._packed[id(value)] = known = (value, _unpacked(value)) if known is None else known
-            found += known[1]
+            # Unpacking creates new tensors each time; packed weights are never written to, so unpack once.
+            cached = packed.get(id(value))
+            self._packed[id(value)] = cached = (value, _unpack(value)) if cached is None else cached
+            found += cached[1]
             return
         for part in _parts(value):
             self._walk(part, found, seen, packed, depth + 1)
 
 
-def _holds_none(value: Any) -> bool:
-    """True for values without tensors of their own: submodules, functions, configurations."""
+def _has_no_tensors(value: Any) -> bool:
+    """Return whether a value has no tensors of its own: submodules, functions, configurations."""
     kind = type(value)
     return (
         kind in _ATOMS or isinstance(value, nn.Module) or callable(value) or hasattr(kind, "to_json_string")
@@ -115,35 +115,35 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _registered(module: nn.Module) -> list[Tensor]:
     hook = vars(module).get("_hf_hook")
-    kept = [] if hook is None else _kept_by(hook)
+    maps = [] if hook is None else _weights_maps(hook)
     return [
-        _kept(kept, name, tensor) if kept else tensor
+        _offloaded(maps, name, tensor) if maps else tensor
         for tensors in (module._parameters, module._buffers)
         for name, tensor in tensors.items()
         if tensor is not None
     ]
 
 
-def _kept_by(hook: Any) -> list[Any]:
-    """The maps, name to tensor, from which an accelerate hook brings a module's weights in for a call."""
-    hooks = [hook, *getattr(hook, "hooks", ())]  # one hook, or several in a row
-    return [one.weights_map for one in hooks if getattr(one, "weights_map", None) is not None]
+def _weights_maps(hook: Any) -> list[Any]:
+    """Return the maps (name -> tensor) from which an accelerate hook loads a module's weights for a call."""
+    hooks = [hook, *getattr(hook, "hooks", ())]  # a hook, or a sequence of hooks
+    return [each.weights_map for each in hooks if getattr(each, "weights_map", None) is not None]
 
 
-def _kept(maps: list[Any], name: str, tensor: Tensor) -> Tensor:
-    # Before what the module has: within a call, that is another tensor each time.
-    for kept in maps:
-        full = getattr(kept, "prefix", "") + name
-        dataset = getattr(kept, "dataset", kept)
-        # Of a loader from disk, what it holds in memory; the rest it reads anew each time.
-        held = getattr(dataset, "state_dict", dataset)
-        found = held.get(full) if isinstance(held, dict) else None
-        if isinstance(found, Tensor):
-            return found
+def _offloaded(maps: list[Any], name: str, tensor: Tensor) -> Tensor:
+    # Preferred to the module's tensor, which is a new one in every call.
+    for weights_map in maps:
+        full_name = getattr(weights_map, "prefix", "") + name
+        dataset = getattr(weights_map, "dataset", weights_map)
+        # A loader from disk keeps some tensors in memory and reads the others in every call.
+        tensors = getattr(dataset, "state_dict", dataset)
+        offloaded = tensors.get(full_name) if isinstance(tensors, dict) else None
+        if isinstance(offloaded, Tensor):
+            return offloaded
     return tensor
 
 
-def _unpacked(value: Any) -> list[Tensor]:
+def _unpack(value: Any) -> list[Tensor]:
     try:
         state = value.__getstate__()
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -156,7 +156,7 @@ def _tensors_in(state: Any) -> list[Tensor]:
     if isinstance(state, Tensor):
         return [state]
     if isinstance(state, torch.ScriptObject):
-        return _unpacked(state)
+        return _unpack(state)
     parts = _parts(state) if isinstance(state, Mapping | list | tuple) else ()
     return [tensor for part in parts for tensor in _tensors_in(part)]
 

@@ -1,7 +1,7 @@
-"""Pictures that come again are not processed again.
+"""A cache of processed images.
 
-Resizing a photo, normalising it and cutting it into patches takes longer than a warm prefill. Like the
-encoder's output, the result depends on nothing but the picture and the processor's settings.
+Resizing, normalising and patching a photo takes longer than a warm prefill. Like the encoder's output, the
+result depends only on the image and the processor's settings.
 """
 
 import copy
@@ -16,27 +16,27 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import is_known, remember
+from vlcache_fx.keys.digest_cache import is_tracked, track
 
 __all__ = ["CachedImageProcessor"]
 
 
 class CachedImageProcessor:
-    """An image processor of the transformers library that keeps its results under the pictures' bytes.
+    """An image processor of the transformers library that caches results by the images' bytes.
 
     >>> processor.image_processor = CachedImageProcessor(processor.image_processor)
 
-    The same tensors are given out again, not copies; when a caller has written to them, pictures are
-    processed anew. A write that no version counter shows and that leaves the 256 values that are compared as
-    they were (through NumPy, say) is not noticed: do not write to these tensors in that way. Pictures given
-    as paths or URLs, and results that hold anything but tensors, are not kept.
+    Hits return the same tensors, not copies; after a write to them, the image is processed again. A write
+    that changes neither the version counter nor the 256 sampled values, such as a small one through NumPy,
+    is missed: do not write to these tensors that way. Images given as paths or URLs, and results with values
+    other than tensors, are not cached.
 
     Args:
-        image_processor: what makes model inputs of pictures; everything but calls goes to it.
-        capacity_bytes: bound of the tensors kept; the least recently used go first.
+        image_processor: the image processor; attributes are forwarded to it.
+        capacity_bytes: bound of the cached tensors; the least recently used results are evicted first.
 
     Raises:
-        OptionError: the capacity is not positive.
+        OptionError: the capacity is not a positive integer.
     """
 
     def __init__(self, image_processor: Any, *, capacity_bytes: int = 1 << 30) -> None:
@@ -45,17 +45,17 @@ class CachedImageProcessor:
                 f"capacity_bytes={capacity_bytes!r} is not valid: it must be a positive integer"
             )
         self._image_processor, self._capacity_bytes = image_processor, capacity_bytes
-        self._kept: OrderedDict[str, Any] = OrderedDict()
+        self._results: OrderedDict[str, Any] = OrderedDict()
         self._used_bytes = 0
         self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # before __init__, as when it is copied: nothing to ask yet
+        if name.startswith("_"):  # before __init__, as in copies: there is no processor yet
             raise AttributeError(name)
         return getattr(self._image_processor, name)
 
     def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Same arguments and result as the image processor's own call."""
+        """Take the arguments and return the result of the image processor's own call."""
         key = self._key(images, args, kwargs)
         result = None if key is None else self._get(key)
         if result is None:
@@ -74,10 +74,10 @@ class CachedImageProcessor:
 
     def _get(self, key: str) -> Any:
         with self._lock:
-            result = self._kept.get(key)
-            if result is None or not all(is_known(tensor) for tensor in result.values()):
+            result = self._results.get(key)
+            if result is None or not all(is_tracked(tensor) for tensor in result.values()):
                 return None
-            self._kept.move_to_end(key)
+            self._results.move_to_end(key)
             return result
 
     def _put(self, key: str, result: Any) -> None:
@@ -86,14 +86,14 @@ class CachedImageProcessor:
         if _num_bytes(result) > self._capacity_bytes:
             return
         for tensor in result.values():
-            remember(tensor)
+            track(tensor)
         with self._lock:
-            if key in self._kept:
-                self._used_bytes -= _num_bytes(self._kept.pop(key))
-            self._kept[key] = copy.copy(result)
+            if key in self._results:
+                self._used_bytes -= _num_bytes(self._results.pop(key))
+            self._results[key] = copy.copy(result)
             self._used_bytes += _num_bytes(result)
             while self._used_bytes > self._capacity_bytes:
-                self._used_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+                self._used_bytes -= _num_bytes(self._results.popitem(last=False)[1])
 
 
 def _num_bytes(result: Any) -> int:
@@ -101,10 +101,10 @@ def _num_bytes(result: Any) -> int:
 
 
 def _content(images: Any) -> Part:
-    """What a picture, or a list of them, is made of.
+    """Return an image, or a list of images, as part of a key.
 
     Raises:
-        StoreError: it is none, or one of which only a name is given.
+        StoreError: a value is not an image, or is only the name of an image.
     """
     match images:
         case Tensor():
@@ -112,11 +112,11 @@ def _content(images: Any) -> Part:
         case np.ndarray() if images.dtype != object:
             return (str(images.dtype), tuple(images.shape), images.tobytes())
         case str() | bytes() | None:
-            raise StoreError(f"a picture given as {type(images).__name__} is not looked into")
-    if hasattr(images, "tobytes") and hasattr(images, "mode"):  # of Pillow
+            raise StoreError(f"an image given as {type(images).__name__} is not read")
+    if hasattr(images, "tobytes") and hasattr(images, "mode"):  # a Pillow image
         palette = images.getpalette() if images.mode == "P" else None
         transparency = str(getattr(images, "info", {}).get("transparency"))
         return (images.mode, tuple(images.size), images.tobytes(), palette, transparency)
     if isinstance(images, Iterable):
         return [_content(image) for image in images]
-    raise StoreError(f"{type(images).__name__} is not a picture")
+    raise StoreError(f"{type(images).__name__} is not an image")

@@ -1,4 +1,4 @@
-"""A model of the transformers library as three plain functions of tensors, ready for ``torch.export``.
+"""A model of the transformers library as three functions of tensors, ready for ``torch.export``.
 
 Nothing here imports transformers, except for the cache class that the model itself uses.
 """
@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.encoder_cache import PIXELS
-from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.items import Fields, concat_items, feature_fields
 from vlcache_fx.integrations.transformers import OUTPUTS, EncodersFirst
-from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill, leaves_of
+from vlcache_fx.integrations.wrappers import Decode, Encoder, Prefill
 
 Tensors = dict[str, Tensor]
 
-UNREAD = frozenset({"attention_mask", "mm_token_type_ids"})
-"""Arguments that say nothing in a prompt without padding whose positions are given."""
+IGNORED_ARGUMENTS = frozenset({"attention_mask", "mm_token_type_ids"})
+"""Arguments without effect on a prompt with given positions and no padding."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Stage:
 
     Attributes:
         module: takes ``inputs`` in order and returns a tuple of tensors named ``outputs``.
-        inputs: example values.
-        outputs: names.
-        dynamic: per input, the dimensions that vary, by name.
+        inputs: example inputs by name.
+        outputs: names of the outputs.
+        dynamic: per input, dim -> name of the dynamic size.
     """
 
     module: nn.Module
@@ -42,9 +43,9 @@ class Stage:
     dynamic: Mapping[str, Mapping[int, str]]
 
     def shapes(self, size: Callable[[str], Any]) -> Any:
-        """``dynamic`` as exporters take it; ``size`` makes theirs of a name.
+        """Return ``dynamic`` as ``dynamic_shapes`` for exporters; ``size`` maps names to their dimensions.
 
-        A trailing ``*args`` of ``forward`` takes all that is left as one.
+        A trailing ``*args`` of ``forward`` is one tuple in it.
         """
         shapes = [{dim: size(n) for dim, n in self.dynamic[name].items()} for name in self.inputs]
         parameters = list(inspect.signature(self.module.forward).parameters.values())
@@ -56,11 +57,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class ItemEncoder:
-    """The encoder of one item at a time.
+    """An encoder for single items.
 
     Attributes:
         modality: ``image`` or ``video``.
-        fixed: what else the encoder is told of the item, such as its grid of patches: constants of the graph.
+        fixed: other tensors about the item, such as its grid of patches, as constants of the graph.
         stage: pixels of one item -> its features.
     """
 
@@ -71,12 +72,12 @@ class ItemEncoder:
 
 @dataclass(frozen=True)
 class GenerationStages:
-    """What a prompt goes through.
+    """The stages of generation.
 
     Attributes:
-        encoders: one for each kind of item in the example.
+        encoders: an encoder per modality and grid in the example.
         prefill: token ids, features and positions -> logits of the last token, keys and values.
-        decode: one token and the cache so far -> logits, keys and values.
+        decode: one token and the cache -> logits, keys and values.
     """
 
     encoders: tuple[ItemEncoder, ...]
@@ -85,45 +86,41 @@ class GenerationStages:
 
 
 def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> GenerationStages | None:
-    """The stages of a model of the transformers library; None for another model.
+    """Return the stages of a model of the transformers library; None for any other model.
 
     Args:
-        model: of one prompt without padding.
-        example: its keyword arguments for a prompt with at least one image.
+        model: the model.
+        example: keyword arguments for one prompt without padding, with at least one image or video.
 
     Raises:
-        ExportError: several prompts, padding, or a model whose cache holds something else than keys and
-            values.
+        ExportError: several prompts, padding, no image, or a cache other than keys and values per layer.
     """
     first = EncodersFirst(model)
-    if not first.serves:
+    if not first.is_supported:
         return None
     _check_prompt(example)
     with torch.no_grad():
         _, given = first((), dict(example))
-        encoded: Tensors = {}
         outputs = given.pop(OUTPUTS, None) or {}
-        joined = {modality: with_one_tensor(output) for modality, output in outputs.items()}
+        joined = {modality: concat_items(output) for modality, output in outputs.items()}
         if not joined:
             raise ExportError("example_inputs hold no image or video: nothing in them could be reused")
-        fields = {modality: features_of(output) or {} for modality, output in joined.items()}
-        for modality, named in fields.items():
-            encoded |= dict(leaves_of(named, modality))
+        fields = {modality: feature_fields(output) or {} for modality, output in joined.items()}
         text = {
             name: value
             for name, value in given.items()
             if isinstance(value, Tensor)
-            and name not in UNREAD
+            and name not in IGNORED_ARGUMENTS
             and not any(name in pair for pair in PIXELS.values())
         }
-        rebuild = {name: (type(joined[name]), named) for name, named in fields.items()}
-        prefill = Prefill(model, tuple(text), rebuild)
-        inputs = text | encoded
+        kinds = {modality: type(output) for modality, output in joined.items()}
+        prefill = Prefill(model, tuple(text), kinds, pytree.tree_structure(fields))
+        inputs = text | _named_leaves(fields)
         results = prefill(*inputs.values())
     num_layers = (len(results) - 1) // 2
     caches = tuple(f"present.{i}.{what}" for i in range(num_layers) for what in ("key", "value"))
     return GenerationStages(
-        encoders=tuple(one for name in joined for one in _encoders(model, name, example, fields[name])),
+        encoders=tuple(encoder for name in joined for encoder in _encoders(model, name, example, fields)),
         prefill=Stage(
             prefill,
             inputs,
@@ -134,14 +131,23 @@ def generation_stages(model: nn.Module, example: Mapping[str, Any]) -> Generatio
     )
 
 
-def prompt_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    """The positions that a model gives a prompt, as exported graphs take them; None where it only counts.
+def _named_leaves(fields: dict[str, Fields]) -> Tensors:
+    """Return the tensors of all fields by their path, such as ``image.deepstack_features.1``."""
+    return {
+        ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
+        for path, leaf in pytree.tree_leaves_with_path(fields)
+    }
 
-    Grids and types of tokens decide them, weights do not: a model on the device ``meta`` will do.
+
+def prompt_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Return the model's multimodal positions of a prompt, an input of exported graphs.
+
+    Returns None if positions only count tokens. Weights are not read, so the model may be on the
+    ``meta`` device.
 
     Args:
-        model: of the transformers library.
-        inputs: what the processor gave.
+        model: a model of the transformers library.
+        inputs: outputs of the processor.
     """
     text = {
         name: value for name, value in inputs.items() if name not in (pair[0] for pair in PIXELS.values())
@@ -159,7 +165,7 @@ def _check_prompt(example: Mapping[str, Any]) -> None:
 
 
 def _token_dims(name: str, value: Tensor, num_tokens: int) -> dict[int, str]:
-    """Which dimensions vary: those over tokens, and the rows of features."""
+    """Return the dynamic dimensions of an input, dim -> name: tokens, or the rows of features."""
     prefix = name.partition(".")[0]
     if prefix in PIXELS and "." in name:
         return {value.dim() - 2: f"{prefix}_tokens"}
@@ -179,17 +185,17 @@ def _decode(model: nn.Module, text: Tensors, caches: Sequence[Tensor]) -> Stage:
 
 
 def _encoders(
-    model: nn.Module, modality: str, example: Mapping[str, Any], fields: dict[str, Any]
+    model: nn.Module, modality: str, example: Mapping[str, Any], fields: dict[str, Fields]
 ) -> list[ItemEncoder]:
     pixels, grids = PIXELS[modality]
     base: Any = getattr(model, "base_model", model)
     encode = getattr(base, f"get_{modality}_features")
-    outputs = tuple(name for name, _ in leaves_of(fields, modality))
+    outputs = tuple(_named_leaves({modality: fields[modality]}))
     others = [name for name in inspect.signature(encode).parameters if name not in (pixels, "kwargs")]
-    told = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
+    metadata = {name: example[name] for name in others if isinstance(example.get(name), Tensor)}
     kinds = {
         tuple((name, tuple(value.flatten().tolist())) for name, value in fixed.items()): (part, fixed)
-        for part, fixed in items_of(example[pixels], told, grids)
+        for part, fixed in split_pixels(example[pixels], metadata, grids)
     }
     return [
         ItemEncoder(
@@ -201,22 +207,22 @@ def _encoders(
     ]
 
 
-def items_of(pixels: Tensor, told: Tensors, grids: str) -> list[tuple[Tensor, Tensors]]:
-    """The pixels of each item, and what else is told of it.
+def split_pixels(pixels: Tensor, metadata: Tensors, grids: str) -> list[tuple[Tensor, Tensors]]:
+    """Return the pixels and the metadata of each item.
 
     Args:
-        pixels: of all items; the first dimension runs over items, or over patches where there are grids.
-        told: other tensors about the items, with one row for each.
-        grids: name of the one that says how many patches each item has.
+        pixels: pixels of all items, [patches, ..] with grids, else [items, ..].
+        metadata: other tensors about the items, [items, ..].
+        grids: name of the metadata with the number of patches per item, as a product along the last dim.
 
     Raises:
-        ExportError: grids and pixels do not agree.
+        ExportError: the grids do not fit the pixels.
     """
-    counts = told[grids].prod(-1).tolist() if grids in told else [1] * pixels.shape[0]
+    counts = metadata[grids].prod(-1).tolist() if grids in metadata else [1] * pixels.shape[0]
     if sum(counts) != pixels.shape[0]:
         raise ExportError(f"{grids} asks for {sum(counts)} rows of pixels, {pixels.shape[0]} are given")
     parts = torch.split_with_sizes(pixels, counts)
     return [
-        (part, {name: value[index : index + 1] for name, value in told.items()})
+        (part, {name: value[index : index + 1] for name, value in metadata.items()})
         for index, part in enumerate(parts)
     ]

@@ -1,4 +1,4 @@
-"""Models of the transformers library as modules whose arguments and results are tensors alone."""
+"""Models of the transformers library as modules with only tensors as arguments and results."""
 
 from __future__ import annotations
 
@@ -6,49 +6,39 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 from vlcache_fx.errors import ExportError
-from vlcache_fx.integrations.items import features_of, with_one_tensor
+from vlcache_fx.integrations.items import concat_items, feature_fields
 from vlcache_fx.integrations.transformers import OUTPUTS
 
 
-def leaves_of(value: Any, name: str) -> list[tuple[str, Tensor]]:
-    """Tensors of nested lists and mappings, with names that say where each was."""
-    if isinstance(value, Tensor):
-        return [(name, value)]
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-    return [leaf for key, part in pairs for leaf in leaves_of(part, f"{name}.{key}")]
-
-
-def _refilled(value: Any, tensors: list[Tensor]) -> Any:
-    """``value`` with other tensors in its places."""
-    if isinstance(value, Tensor):
-        return tensors.pop(0)
-    if isinstance(value, Mapping):
-        return {key: _refilled(part, tensors) for key, part in value.items()}
-    return tuple(_refilled(part, tensors) for part in value)
-
-
 class Prefill(nn.Module):
-    """Token ids and features -> logits of the last token, then keys and values of each layer."""
+    """Token ids and features -> logits of the last token, then keys and values per layer.
+
+    Args:
+        model: the model.
+        text: names of the first inputs.
+        kinds: per modality, the class of the encoder output.
+        structure: pytree structure of the encoder outputs' fields, whose leaves are the remaining inputs.
+    """
 
     def __init__(
-        self, model: nn.Module, text: Sequence[str], fields: Mapping[str, tuple[type, dict[str, Any]]]
+        self, model: nn.Module, text: Sequence[str], kinds: Mapping[str, type], structure: TreeSpec
     ) -> None:
         super().__init__()
-        self.model, self._text, self._fields = model, tuple(text), fields
+        self.model, self._text, self._kinds, self._structure = model, tuple(text), kinds, structure
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given: dict[str, Any] = dict(zip(self._text, inputs, strict=False))
-        rest = list(inputs[len(self._text) :])
-        given[OUTPUTS] = {
-            name: kind(**_refilled(named, rest)) for name, (kind, named) in self._fields.items()
-        }
+        fields = pytree.tree_unflatten(inputs[len(self._text) :], self._structure)
+        given[OUTPUTS] = {name: kind(**fields[name]) for name, kind in self._kinds.items()}
         return _flat(self.model(**given, use_cache=True, logits_to_keep=1))
 
 
 class Decode(nn.Module):
-    """One token, its position and the cache so far -> logits, then keys and values with it."""
+    """One token, its position and the cache -> logits, then the cache including the token."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -70,7 +60,7 @@ class Decode(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels of one item -> features; grids are constants of the graph."""
+    """Pixels of one item -> features; grids (``fixed``) are constants of the graph."""
 
     def __init__(
         self, encode: Callable[..., Any], owner: nn.Module, pixels: str, fixed: dict[str, Tensor]
@@ -80,12 +70,11 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         output = self._encode(**{self._pixels: pixels}, **self._fixed)
-        named = features_of(with_one_tensor(output)) or {}
-        return tuple(tensor for _, tensor in leaves_of(named, ""))
+        return tuple(pytree.tree_leaves(feature_fields(concat_items(output)) or {}))
 
 
 def _flat(result: Any) -> tuple[Tensor, ...]:
     layers = result.past_key_values.layers
     if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in layers):
-        raise ExportError("this model's cache holds something else than keys and values per layer")
+        raise ExportError("this model's cache does not consist of keys and values per layer")
     return (result.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))

@@ -2,6 +2,7 @@
 
 No knowledge of models, layers or caches. Everything that handles graphs imports it."""
 
-from vlcache_fx.ir.captured import Captured, InputKind, Write
+from vlcache_fx.ir.captured import Captured, InputKind
+from vlcache_fx.spec.mutations import Write
 
 __all__ = ["Captured", "InputKind", "Write"]

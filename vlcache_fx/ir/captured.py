@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from vlcache_fx.spec.mutations import Write, num_results
+
 
 class InputKind(StrEnum):
     """What a graph input is: decided from where the value came from, never from its name."""
@@ -15,28 +17,6 @@ class InputKind(StrEnum):
     # in every request
     DATA = "data"  # a tensor of this request
     SIZE = "size"  # an int or SymInt
-
-
-@dataclass(frozen=True)
-class Write:
-    """What the traced code writes to one of its inputs.
-
-    The graph is functional and returns what is written; who runs it repeats the write on the caller's tensor.
-
-    Attributes:
-        input: index of the input.
-        value: index, among the graph's outputs, of what is written. A program that writes it by itself
-            returns None there.
-        dim: the dimension along which rows are written; None where ``value`` replaces all of the input.
-        places: index, among the outputs, of the places of these rows along ``dim`` (int64 [rows]).
-        results: indices of the results that are the input itself; the graph returns None there.
-    """
-
-    input: int
-    value: int
-    dim: int | None = None
-    places: int | None = None
-    results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,8 +63,7 @@ class Captured:
     @property
     def num_results(self) -> int:
         """Number of entries that the traced code returns."""
-        places = [write.places for write in self.writes if write.places is not None]
-        return min([*places, *(write.value for write in self.writes)], default=self.num_outputs)
+        return num_results(self.writes, self.num_outputs)
 
     def holds_for(self, args: tuple[Any, ...] | list[Any]) -> bool:
         """True where the folded-in numbers are still those of this call."""

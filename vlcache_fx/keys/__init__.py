@@ -1,7 +1,8 @@
-"""The identity of bytes: digests of tensors, weights and values.
+"""Identity of bytes: digests of tensors, weights and plain values.
 
-Takes tensors and plain values, gives digests that are equal only where the bytes are. Imports no graphs and
-no store."""
+Takes tensors and plain values; returns digests, equal only for equal bytes. Imports neither graphs nor the
+store.
+"""
 
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.keys.weights import WeightsFingerprint

@@ -1,8 +1,7 @@
-"""Complete keys: a digest that two different lists of parts never share.
+"""Complete keys: different lists of parts never share a digest.
 
-Every part is written as a type tag, its length and its bytes, so the stream can be read back unambiguously:
-an image of 30x150 and one of 150x30 with the same bytes differ, and so do ("ab", "c") and ("a", "bc"). The
-hash is BLAKE3.
+Each part contributes a type tag, its length and its bytes, so the hashed stream is unambiguous: a 30x150 and
+a 150x30 image with the same bytes differ, and so do ("ab", "c") and ("a", "bc"). The hash is BLAKE3.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from vlcache_fx.keys.tensor_bytes import flat, plain, reading_bytes
 
 Part: TypeAlias = bool | int | float | str | bytes | Tensor | tuple["Part", ...] | list["Part"] | None
 
-# From here on, a tensor on a device is hashed there: below, launching takes longer than copying.
+# Smaller tensors are copied to the host: launching kernels takes longer than copying.
 _DEVICE_BYTES = 1 << 18
 
-# Below this, waking other threads takes longer than hashing.
+# Smaller tensors are hashed by one thread: waking others takes longer than hashing.
 _THREADED_BYTES = 1 << 20
 
 
@@ -33,18 +32,18 @@ class _Hasher(Protocol):
 
 
 def content_digest(parts: Sequence[Part], *, threaded: bool = False) -> str:
-    """BLAKE3 of typed, length-prefixed parts, as 64 hexadecimal digits.
+    """Return the BLAKE3 hash of typed, length-prefixed parts, as 64 hexadecimal digits.
 
     Args:
-        parts: strings, bytes, numbers, booleans, None, tensors, and tuples or lists of them. A tensor counts
-            with its dtype, shape and values, not with its strides. A tuple and a list are different; so are
-            1, 1.0 and True, and 0.0 and -0.0. Large tensors on a device count by hashes made there
-            (``device_digest``): such a digest is good in this process alone.
-        threaded: read large tensors, outside of tuples and lists, with a thread per core. Slower where
-            OpenMP's threads have just worked, as within a request: they spin for a while.
+        parts: strings, bytes, numbers, booleans, None, tensors, and tuples or lists of them. Tensors
+            contribute dtype, shape and values, not strides. A tuple differs from a list, 1 from 1.0 and True,
+            0.0 from -0.0. Large device tensors contribute hashes computed on the device (``device_digest``);
+            such a digest is valid within this process.
+        threaded: hash with a thread per core if a top-level part is a large CPU tensor. Slower right after
+            OpenMP work, as within a request, because OpenMP's threads keep spinning for a while.
 
     Raises:
-        StoreError: for a part of another type, or a tensor without plain bytes.
+        StoreError: a part has another type, or is a tensor without plain bytes.
     """
     is_large = any(
         isinstance(part, Tensor)
@@ -72,7 +71,7 @@ def _write_part(hasher: _Hasher, part: Part) -> None:
     match part:
         case None:
             _write(hasher, b"n", b"")
-        case bool():  # before int: True is one
+        case bool():  # before int: True is an int
             _write(hasher, b"?", b"\x01" if part else b"\x00")
         case int():
             _write(hasher, b"i", part.to_bytes(part.bit_length() // 8 + 1, "little", signed=True))
@@ -89,21 +88,21 @@ def _write_part(hasher: _Hasher, part: Part) -> None:
         case list():
             _write_parts(hasher, b"l", part)
         case _:
-            raise StoreError(f"cannot make a key of a {type(part).__name__}")
+            raise StoreError(f"a {type(part).__name__} cannot be part of a key")
 
 
 def _write_tensor(hasher: _Hasher, tensor: Tensor) -> None:
     hasher.update(b"T")
     _write(hasher, b"s", str(tensor.dtype).encode())
     _write_parts(hasher, b"t", tuple(int(size) for size in tensor.shape))
-    hashes = _hashed_on_device(tensor)
+    hashes = _hash_on_device(tensor)
     if hashes is not None:
         _write(hasher, b"d", tensor_bytes(hashes))
     else:
         _write(hasher, b"b", tensor_bytes(tensor))
 
 
-def _hashed_on_device(tensor: Tensor) -> Tensor | None:
+def _hash_on_device(tensor: Tensor) -> Tensor | None:
     if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _DEVICE_BYTES:
         return None
     with reading_bytes():
@@ -111,10 +110,10 @@ def _hashed_on_device(tensor: Tensor) -> Tensor | None:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values in row-major order, as bytes; no copy for a contiguous tensor on the CPU.
+    """Return the tensor's values in row-major order as bytes; no copy for a contiguous CPU tensor.
 
     Raises:
-        StoreError: for a tensor that has no plain bytes (sparse, fake, meta).
+        StoreError: the tensor has no plain bytes (sparse, fake, meta).
     """
     with reading_bytes():
         return flat(plain(tensor).cpu()).view(torch.uint8).numpy().data

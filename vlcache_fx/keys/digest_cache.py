@@ -1,7 +1,7 @@
-"""Tensors whose bytes need not be read again: digests of their rows travel with them.
+"""Digests cached on tensors, per range of rows.
 
-Processed photos and encoders' outputs are given out again and again, and reading one takes milliseconds. What
-is known of a tensor is forgotten when it is written to.
+Image processors and the encoder cache return the same pixels and features in many requests; hashing them
+takes milliseconds. A tensor's cached digests are dropped when the tensor is written to.
 """
 
 from __future__ import annotations
@@ -20,84 +20,90 @@ from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.keys.watch import TensorWatch
 
-__all__ = ["Rows", "bounds_of", "is_known", "join_rows", "known_rows", "remember", "rows_digests"]
+__all__ = ["RowRange", "cached_digests", "digest_rows", "is_tracked", "join_rows", "row_ranges", "track"]
 
-ATTRIBUTE = "_vlcache_known"
+ATTRIBUTE = "_vlcache_digests"
 
-Rows: TypeAlias = tuple[int, int]
-"""The first row along a tensor's first dimension, and one past the last."""
+RowRange: TypeAlias = tuple[int, int]
+"""``(start, end)`` along a tensor's first dimension; ``end`` is exclusive."""
 
-NOTHING: Mapping[Rows, str] = MappingProxyType({})
+NO_DIGESTS: Mapping[RowRange, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Cache:
     watch: TensorWatch
-    digests: dict[Rows, str]
+    digests: dict[RowRange, str]
 
     def __reduce__(self) -> Any:
-        # It is about one tensor of one process. Copies and saved tensors get this in its place, because
-        # ``torch.load`` refuses tensors that bring other classes along.
+        # Digests belong to one tensor of one process. Copied and saved tensors carry an empty set instead,
+        # because ``torch.load`` refuses tensors with attributes of other classes.
         return set, ()
 
 
-def remember(tensor: Tensor, digests: Mapping[Rows, str] = NOTHING) -> None:
-    """From now on ``rows_digests`` of this very tensor reads rows once, as long as nobody writes to it.
+def track(tensor: Tensor, digests: Mapping[RowRange, str] = NO_DIGESTS) -> None:
+    """Cache digests on this tensor object until it is written to.
 
-    A write that no version counter shows and that leaves the 256 values that are compared as they were is not
-    noticed (see ``TensorWatch``).
+    A write that changes neither the version counter nor the 256 sampled values is missed (see
+    ``TensorWatch``).
+
+    Args:
+        tensor: of one dimension or more. Ignored if its bytes cannot be read.
+        digests: digests of its rows that are known already.
     """
-    with contextlib.suppress(UnreadableWeightsError):  # then there are no bytes to know of either
-        setattr(tensor, ATTRIBUTE, _Known(TensorWatch([tensor]), dict(digests)))
+    with contextlib.suppress(UnreadableWeightsError):
+        setattr(tensor, ATTRIBUTE, _Cache(TensorWatch([tensor]), dict(digests)))
 
 
-def known_rows(tensor: Tensor) -> Mapping[Rows, str]:
-    """The digests that are known of rows of this very tensor; none where it was written to."""
-    known = _known(tensor)
-    return NOTHING if known is None else known.digests
+def cached_digests(tensor: Tensor) -> Mapping[RowRange, str]:
+    """Return the digests cached on this tensor object; empty after a write."""
+    cache = _cache(tensor)
+    return NO_DIGESTS if cache is None else cache.digests
 
 
-def is_known(tensor: Tensor) -> bool:
-    """Whether this very tensor is one to ``remember``, and is what it was then."""
-    return _known(tensor) is not None
+def is_tracked(tensor: Tensor) -> bool:
+    """Return whether this tensor object was passed to ``track`` and has not been written to since."""
+    return _cache(tensor) is not None
 
 
-def _known(tensor: Tensor) -> _Known | None:
-    known = getattr(tensor, ATTRIBUTE, None)
-    return known if isinstance(known, _Known) and known.watch.unchanged([tensor]) else None
+def _cache(tensor: Tensor) -> _Cache | None:
+    cache = getattr(tensor, ATTRIBUTE, None)
+    return cache if isinstance(cache, _Cache) and cache.watch.unchanged([tensor]) else None
 
 
-def rows_digests(tensor: Tensor, bounds: Sequence[Rows], *, threaded: bool = False) -> list[str]:
-    """A digest of each of these ranges of rows: dtype, shape and values.
+def digest_rows(tensor: Tensor, ranges: Sequence[RowRange], *, threaded: bool = False) -> list[str]:
+    """Return the ``content_digest`` of each range of rows: dtype, shape and values.
 
     Args:
         tensor: of one dimension or more.
-        bounds: of the ranges.
+        ranges: ranges of rows; may overlap.
         threaded: see ``content_digest``.
 
     Raises:
         StoreError: the tensor has no plain bytes.
     """
-    known = _known(tensor)
-    digests = {} if known is None else known.digests
-    for rows in bounds:
+    cache = _cache(tensor)
+    digests = {} if cache is None else cache.digests
+    for rows in ranges:
         if rows not in digests:
             digests[rows] = content_digest([tensor[slice(*rows)]], threaded=threaded)
-    return [digests[rows] for rows in bounds]
+    return [digests[rows] for rows in ranges]
 
 
-def bounds_of(lengths: Sequence[int]) -> list[Rows]:
-    """The ranges of rows that lie one behind the other."""
+def row_ranges(lengths: Sequence[int]) -> list[RowRange]:
+    """Return consecutive ranges of these lengths: [2, 3] gives [(0, 2), (2, 5)]."""
     return list(pairwise(accumulate(lengths, initial=0)))
 
 
-def join_rows(parts: Sequence[Tensor]) -> Tensor:
-    """The parts one behind the other, along the first dimension, and what is known of their rows."""
-    joined = torch.cat(tuple(parts))
+def join_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first dimension and keep the cached digests, if every tensor has some."""
+    joined = torch.cat(tuple(tensors))
     digests = [
-        {(first + start, first + end): digest for (start, end), digest in known_rows(part).items()}
-        for part, (first, _) in zip(parts, bounds_of([part.shape[0] for part in parts]), strict=True)
+        {(first + start, first + end): digest for (start, end), digest in cached_digests(tensor).items()}
+        for tensor, (first, _) in zip(
+            tensors, row_ranges([tensor.shape[0] for tensor in tensors]), strict=True
+        )
     ]
     if all(digests):
-        remember(joined, {rows: digest for found in digests for rows, digest in found.items()})
+        track(joined, {rows: digest for shifted in digests for rows, digest in shifted.items()})
     return joined

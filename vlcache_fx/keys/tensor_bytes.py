@@ -1,4 +1,4 @@
-"""Tensors as they are read for keys: plain values, in one row, and what it is called when they cannot be."""
+"""Raw bytes of a tensor, for hashing. Raises ``StoreError`` for tensors without plain storage."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vlcache_fx.errors import StoreError
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor's values in row-major order, none of them lazy; the tensor's own memory where it is so."""
+    """Return the values in row-major order, with conjugation and negation resolved; copies only if needed."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as one dimension of stride 1, sharing its memory."""
-    # Not reshape(-1): a tensor of one value is contiguous whatever its stride, and would keep it.
+    """Return a one-dimensional view of stride 1 of a contiguous tensor."""
+    # Not reshape(-1): a tensor of one value is contiguous with any stride, and would keep it.
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @contextmanager
 def reading_bytes() -> Iterator[None]:
-    """Within it, a tensor that has no plain bytes (sparse, fake, meta) is a ``StoreError``."""
+    """Raise ``StoreError`` where the body reads a tensor without plain bytes (sparse, fake, meta)."""
     try:
         yield
     except (RuntimeError, TypeError, NotImplementedError) as error:

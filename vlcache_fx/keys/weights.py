@@ -1,8 +1,8 @@
-"""A fingerprint of a model's weights that follows changes, cheaply enough to be asked for in every request.
+"""Fingerprint of a model's weights, cheap enough to be checked in every request.
 
-The full digest is computed once, and again when a ``TensorWatch`` sees a change. A write through ``.data``
-that changes only values outside its samples, such as one row of an embedding, stays unseen: reading all
-weights in every request would cost more than reuse saves. Whoever does that calls ``invalidate``.
+The full digest is computed once, and again when a ``TensorWatch`` detects a change. A write through ``.data``
+to values outside the samples, such as one row of an embedding, is missed: reading all weights in every
+request would cost more than reuse saves. Call ``invalidate`` after such a write.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.inner_tensors import leaves_of
-from vlcache_fx.keys.watch import TensorWatch, integers
+from vlcache_fx.keys.watch import TensorWatch, integer_view
 
-# Elements per step of a checksum on a device: bounds its scratch memory to a few hundred MiB.
+# Elements per step of a device checksum; bounds its scratch memory to a few hundred MiB.
 _CHUNK = 1 << 23
 
 
 class WeightsFingerprint:
     """Fingerprint of an ordered list of tensors.
 
-    Equal bytes, dtypes and shapes in the same order give the same fingerprint, in other tensors and other
-    processes too. On a device other than the CPU, a checksum computed there stands for the bytes (copying all
-    weights to the host would take seconds), so the same weights have one fingerprint on the CPU and another
-    one on a GPU.
+    It depends on bytes, dtypes, shapes and order alone, so it is equal across processes. Tensors on a GPU
+    contribute a checksum computed there, because copying all weights to the host would take seconds; the same
+    weights therefore have different fingerprints on the CPU and on a GPU.
 
-    Of a tensor that is made of others (quantised, sharded, sparse), these count, and how they make up the
-    whole: equal integers with other scales are other weights.
+    Composite tensors (quantised, sharded, sparse) contribute their inner tensors and structure: equal
+    integers with different scales are different weights.
 
     Args:
         tensors: parameters and buffers.
 
     Raises:
-        UnreadableWeightsError: one of the tensors has no bytes that could be read.
+        UnreadableWeightsError: a tensor has no readable bytes.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -45,29 +44,31 @@ class WeightsFingerprint:
         self._read(tensors)
 
     def current(self, tensors: Sequence[Tensor]) -> str:
-        """The fingerprint of ``tensors`` now: the saved one when nothing changed, else a new one.
+        """Return the fingerprint of ``tensors``, recomputed if a change was detected.
 
         Returns:
             64 hexadecimal digits.
 
         Raises:
-            UnreadableWeightsError: one of the tensors has no bytes that could be read.
+            UnreadableWeightsError: a tensor has no readable bytes.
         """
         if self._watch is None or not self._watch.unchanged(tensors):
             self._read(tensors)
         return self._digest
 
     def invalidate(self) -> None:
-        """Makes the next ``current`` read all bytes again."""
+        """Make the next ``current`` read all bytes again."""
         self._watch = None
 
     def _read(self, tensors: Sequence[Tensor]) -> None:
-        # The watch first: a write that comes in between makes the next call look again.
+        # The watch first, so that the next call detects a write during the digest.
         self._watch = None
         watch, leaves = TensorWatch(tensors), leaves_of(tensors)
         parts = [_part(tensor) for tensor in leaves.tensors]
-        # Of plain tensors, the digest is that of their bytes alone: it is written in profiles and manifests.
-        self._digest = content_digest([*parts, leaves.form] if leaves.form else parts, threaded=True)
+        # Plain tensors contribute no structure: profiles and manifests contain the digest of their bytes.
+        self._digest = content_digest(
+            [*parts, leaves.structure] if leaves.structure else parts, threaded=True
+        )
         self._watch = watch
 
 
@@ -78,15 +79,17 @@ def _part(tensor: Tensor) -> Part:
 
 
 def device_checksum(tensor: Tensor) -> int:
-    """A 64-bit checksum of a tensor's values in order, computed where the tensor is, in linear time.
+    """Return a 64-bit checksum of a tensor's values in order, computed on its device in linear time.
 
-    Every element is mixed with its index to 64 bits (the finaliser of SplitMix64), and all are added up. It
-    notices any accidental change with overwhelming odds; it does not withstand someone who crafts weights to
-    collide.
+    The sum of all elements, each mixed with its index to 64 bits (the finaliser of SplitMix64). It detects
+    accidental changes with overwhelming probability, but not weights crafted to collide.
+
+    Raises:
+        StoreError: the tensor has no memory of its own.
     """
-    flat = integers(tensor.contiguous())
+    flat = integer_view(tensor.contiguous())
     if flat is None:
-        raise StoreError("cannot make a checksum of a tensor that has no memory of its own")
+        raise StoreError("cannot compute a checksum of a tensor without memory of its own")
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), _CHUNK):
         values = flat[start : start + _CHUNK].to(torch.int64)
@@ -102,4 +105,4 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # the logical shift that signed integers lack
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift, which signed integers lack

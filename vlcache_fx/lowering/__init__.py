@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, Lowering
+from vlcache_fx.lowering.base import Decompositions, Lowering
 from vlcache_fx.lowering.cache import CompileCache, CompileStats
 from vlcache_fx.lowering.cuda_graphs import CudaGraphs
 from vlcache_fx.lowering.eager import EagerLowering
 from vlcache_fx.lowering.inductor import InductorLowering
 from vlcache_fx.lowering.tensorrt import TensorRtLowering
+from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
 
 __all__ = [
     "Arriving",

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.fx import GraphModule
 
-__all__ = ["Arriving", "Decompositions", "Lowered", "Lowering"]
+from vlcache_fx.runtime.programs.lowered import Lowered
 
+__all__ = ["Decompositions", "Lowering"]
 
-@dataclass(frozen=True)
-class Arriving:
-    """A tensor argument on its way to the device; programs wait for it where they first read it.
-
-    Attributes:
-        tensor: valid once ``wait`` was called; in the layout that the program declares.
-        wait: makes the current stream wait; need not block the host.
-    """
-
-    tensor: torch.Tensor
-    wait: Callable[[], None]
-
-    def get(self) -> torch.Tensor:
-        """The tensor, usable by work that is queued from now on."""
-        self.wait()
-        return self.tensor
-
-
-def arrived(value: Any) -> Any:
-    """``value``, waited for where it is arriving."""
-    return value.get() if isinstance(value, Arriving) else value
-
-
-# Takes the program's placeholder values in order (tensors, arriving ones, ints) and returns its flat outputs.
-# A call runs without autograd, changes no argument but those that the graph itself writes to, and keeps none
-# of them alive after it returns.
-Lowered: TypeAlias = Callable[[Sequence[Any]], tuple[Any, ...]]
 
 # Operators of ours that a compiler should see through: overload -> a function of the same signature in ATen.
 Decompositions: TypeAlias = Mapping[torch._ops.OpOverload, Callable[..., Any]]

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlcache_fx.lowering.base import Arriving, Lowered
+from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
 
 __all__ = ["CudaGraphs", "record_cuda_graph"]
 

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from vlcache_fx.compiling import compiling
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, arrived
 
 __all__ = ["EagerLowering"]
 

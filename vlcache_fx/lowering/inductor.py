@@ -13,13 +13,14 @@ from torch.fx import GraphModule, Node
 from vlcache_fx.compiling import compiling, what_is_missing
 from vlcache_fx.errors import LoweringError, NoCompilerError
 from vlcache_fx.ir.nodes import attribute
-from vlcache_fx.lowering.base import Arriving, Decompositions, Lowered, arrived
+from vlcache_fx.keys.numerics import numerics
+from vlcache_fx.lowering.base import Decompositions
 from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
-from vlcache_fx.lowering.numerics import numerics
 from vlcache_fx.lowering.outline import Segment, outline
 from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
+from vlcache_fx.runtime.programs.lowered import Arriving, Lowered, arrived
 
 __all__ = ["InductorLowering"]
 

@@ -18,7 +18,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from vlcache_fx.errors import LoweringError, OptionError
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.lowering.base import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, arrived
 
 __all__ = ["DryRun", "TensorRtLowering", "dry_run"]
 

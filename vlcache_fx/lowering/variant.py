@@ -20,7 +20,8 @@ from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
 from vlcache_fx.lowering.expressions import compile_expressions
 from vlcache_fx.lowering.fingerprint import Structure
-from vlcache_fx.lowering.row_places import SDPA, read_places
+from vlcache_fx.passes import Pipeline, Program
+from vlcache_fx.passes.rewrite.use_row_positions import SDPA, UseRowPositions
 
 __all__ = ["CONFIG_PATCHES", "Runner", "Variant", "compile_variant"]
 
@@ -33,6 +34,10 @@ CONFIG_PATCHES: Mapping[str, Any] = {
     # process. Kernels are tuned in the first call instead.
     "triton.autotune_at_compile_time": False,
 }
+
+
+FOR_CPUS = Pipeline((UseRowPositions(),), name="segment")
+"""Runs on each segment where attention is decomposed."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +124,8 @@ def _module(
         graph.placeholder(str(symbol))
     graph.output(graph.graph_copy(structure.module.graph, {}))
     module = GraphModule(structure.module, graph, class_name="Segment")
-    reads_places = SDPA in decompositions and read_places(graph)
-    if reads_places or any(node.target in decompositions for node in graph.nodes):
+    rewritten = SDPA in decompositions and any(one.changed for one in FOR_CPUS.run(Program(module)))
+    if rewritten or any(node.target in decompositions for node in graph.nodes):
         module.recompile()
         with shapes.mode:
             module = make_fx(module, decomposition_table=dict(decompositions), pre_dispatch=True)(*inputs)

@@ -1,6 +1,6 @@
-"""The operators that passes insert: ``torch.ops.vlcache.*``.
+"""Operators that passes insert into graphs: ``torch.ops.vlcache.*``.
 
-Each has a schema, a fake implementation and a reference implementation. Importing this module defines them.
+Each has a schema, a fake and a reference implementation. Importing this module defines them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ _donors: ContextVar[Mapping[str, Tensor] | None] = ContextVar("vlcache_donors", 
 
 @contextmanager
 def bind_donors(donors: Mapping[Any, Tensor]) -> Iterator[None]:
-    """Run graphs that still hold ``lookup`` nodes against these donor tables (slot, or its name -> table)."""
+    """Provide donor tables (slot, or its name -> table) to ``lookup`` nodes that run within the body."""
     token = _donors.set({str(slot): table for slot, table in donors.items()})
     try:
         yield
@@ -50,9 +50,13 @@ def bind_donors(donors: Mapping[Any, Tensor]) -> Iterator[None]:
 
 @torch.library.custom_op("vlcache::lookup", mutates_args=())
 def lookup(like: Tensor, slot: str, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
-    """The donor table of ``slot``: rows of all hit spans along ``dim``, else shaped and typed as ``like``.
+    """Return the donor table of ``slot``: rows of all hit spans along ``dim``, else the shape of ``like``.
 
-    Lowerings hoist this node to an input; run as it is, it reads what ``bind_donors`` set.
+    Lowerings replace this node by an input. When executed, it returns a copy of the table from
+    ``bind_donors``.
+
+    Raises:
+        StoreError: no table is bound for ``slot``.
     """
     donors = _donors.get()
     if donors is None or slot not in donors:
@@ -68,13 +72,13 @@ def _(like: Tensor, slot: str, dim: int) -> Tensor:  # noqa: ARG001 (the schema)
 
 
 def take_rows_reference(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
-    """Rows of each sample: ``out[.., b, .., i, ..] = x[.., b, .., index[b, i], ..]``.
+    """Gather rows per sample: ``out[.., b, .., i, ..] = x[.., b, .., index[b, i], ..]``.
 
     Args:
         x: [.., batch or 1, .., tokens, ..].
         index: int64 [batch, rows].
-        dim: the dimension over tokens.
-        batch_dim: the dimension over samples.
+        dim: token dimension.
+        batch_dim: batch dimension.
 
     Returns:
         [.., batch, .., rows, ..].
@@ -82,11 +86,11 @@ def take_rows_reference(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> T
     sizes = list(x.shape)
     sizes[batch_dim] = index.shape[0]
     x = x.expand(sizes)
-    form = [1] * x.dim()
-    form[batch_dim], form[dim] = index.shape
+    shape = [1] * x.dim()
+    shape[batch_dim], shape[dim] = index.shape
     sizes[dim] = index.shape[1]
     order = index if batch_dim < dim else index.t()
-    return x.gather(dim, order.reshape(form).expand(sizes))
+    return x.gather(dim, order.reshape(shape).expand(sizes))
 
 
 @torch.library.custom_op("vlcache::take_rows", mutates_args=())
@@ -105,14 +109,14 @@ def _(x: Tensor, index: Tensor, dim: int, batch_dim: int) -> Tensor:
 def splice_rows_reference(
     donor: Tensor, fresh: Tensor, source: Tensor, dim: int, batch_dim: int | None = None
 ) -> Tensor:
-    """``out[i] = donor[source[i]] if source[i] >= 0 else fresh[-source[i] - 1]`` along ``dim``.
+    """Merge rows: ``out[i] = donor[source[i]] if source[i] >= 0 else fresh[-source[i] - 1]`` along ``dim``.
 
     Args:
-        donor: donor table, [..., donor rows, ...]; one for all samples, with 1 in place of the batch.
-        fresh: recomputed rows, [..., rows, ...]; same sizes elsewhere.
+        donor: donor table, [..., donor rows, ...]; size 1 in ``batch_dim``, because all samples share it.
+        fresh: recomputed rows, [..., rows, ...]; other sizes as in ``donor``.
         source: int64 [tokens], or [batch, tokens] with a ``batch_dim``.
-        dim: the row dimension.
-        batch_dim: the dimension over samples, where each has its own source.
+        dim: row dimension.
+        batch_dim: batch dimension, if each sample has its own source.
 
     Returns:
         [..., tokens, ...] of the dtype of ``fresh``.
@@ -122,7 +126,7 @@ def splice_rows_reference(
         computed = take_rows_reference(fresh, (-1 - source).clamp(min=0), dim, batch_dim)
         shape = [1] * fresh.dim()
         shape[batch_dim], shape[dim] = source.shape
-        order = source if batch_dim < dim else source.t().contiguous()  # results take over its strides
+        order = source if batch_dim < dim else source.t().contiguous()  # the result inherits its strides
         return torch.where((order >= 0).reshape(shape), stored, computed)
     shape = [1] * fresh.dim()
     shape[dim] = -1
@@ -153,18 +157,18 @@ def _(
 
 
 def scatter_rows_reference(features: Tensor, mask: Tensor) -> Tensor:
-    """Row k of ``features`` at the k-th true place of ``mask``, zeros elsewhere.
+    """Put row k of ``features`` at the k-th True of ``mask``, zeros elsewhere.
 
     Args:
-        features: [rows, hidden] (or with more dimensions in front); as many rows as ``mask`` has true places.
+        features: [.., rows, hidden]; as many rows as ``mask`` has True elements.
         mask: bool [batch, tokens].
 
     Returns:
         [batch, tokens, hidden].
     """
     rows = features.reshape(-1, features.shape[-1])
-    place = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
-    return torch.where(mask.contiguous().unsqueeze(-1), rows[place], 0)
+    index = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+    return torch.where(mask.contiguous().unsqueeze(-1), rows[index], 0)
 
 
 @torch.library.custom_op("vlcache::scatter_rows", mutates_args=())

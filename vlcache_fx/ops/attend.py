@@ -1,7 +1,7 @@
-"""``torch.ops.vlcache.attend``: the attention that ``aten.scaled_dot_product_attention`` cannot express.
+"""``torch.ops.vlcache.attend``: attention that ``aten.scaled_dot_product_attention`` cannot express.
 
-Scores may be capped (``softcap * tanh(scores / softcap)``), and every head may have a *sink*: a logit that
-takes part in the softmax and that no value belongs to.
+Scores may be capped (``softcap * tanh(scores / softcap)``), and each head may have a *sink*: a logit in the
+softmax without a value.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def attend_reference(
     softcap: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """The same operations in the same order as models write them: product, scale, cap, mask, sinks, softmax.
+    """Compute attention in the order of models' own code: product, scale, cap, mask, sinks, softmax.
 
-    Scores have the dtype of ``query``, the softmax is in float32 (or float64), probabilities have the dtype
-    of ``value``. Key heads are not repeated: the queries of a group are more rows of one product.
+    Scores have the dtype of ``query``, the softmax is in float32 (or float64), and probabilities have the
+    dtype of ``value``. Key heads are not repeated: the query heads of a group share one matrix product.
 
     Args:
         query: [batch, heads, rows, dim].
@@ -38,14 +38,14 @@ def attend_reference(
         value: [batch, key heads, tokens, value dim].
         mask: broadcastable to [batch, heads, rows, tokens]: bool, True where a row reads a token, or
             floating, added to the scores; or None.
-        sinks: [heads], in the unit of masked scores; or None.
-        is_causal: row i reads tokens 0 to i alone; not together with ``mask``.
-        scale: of the scores, before they are capped.
+        sinks: [heads], on the scale of masked scores; or None.
+        is_causal: row i reads tokens 0 to i; excludes ``mask``.
+        scale: factor of the scores before the cap.
         softcap: bound of the scores' magnitude, or None.
-        enable_gqa: there are fewer key heads than heads.
+        enable_gqa: True if there are fewer key heads than heads.
 
     Returns:
-        [batch, heads, rows, value dim], contiguous; zeros for a row that reads nothing and has no sink.
+        [batch, heads, rows, value dim], contiguous; zeros for a row that reads no token and has no sink.
     """
     batch, heads, rows, dim = query.shape
     key_heads, tokens = key.shape[1:3]
@@ -92,7 +92,7 @@ def decompose_attend(
     softcap: float | None,
     enable_gqa: bool,
 ) -> Tensor:
-    """``vlcache.attend`` in ATen, or in ``vlcache.attention`` where that serves."""
+    """Express ``vlcache.attend`` in ``vlcache.attention`` if supported, otherwise in ATen."""
     if sinks is None and softcap is None:
         result = decompose_attention(
             query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa

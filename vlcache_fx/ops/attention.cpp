@@ -1,8 +1,8 @@
-// Attention of bfloat16 rows over keys and values, blocked, with an online softmax in float32.
+// Blocked bfloat16 attention with an online softmax in float32.
 //
-// The algorithm is FlashAttention (arXiv 2205.14135). Query heads that share a key head make one block, so that
-// keys are read once per group (arXiv 2305.13245). Products go through the BRGEMM of oneDNN, which needs its
-// second operand in VNNI order: pairs of values along the reduced dimension, side by side.
+// The algorithm is FlashAttention (arXiv 2205.14135). Query heads that share a key head form one block, so keys are
+// read once per group (arXiv 2305.13245). Products use oneDNN's BRGEMM, which needs its second operand in VNNI order:
+// adjacent pairs of values along the reduced dimension.
 
 #include <torch/csrc/inductor/cpp_prefix.h>
 
@@ -22,16 +22,16 @@ using bf16 = at::BFloat16;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t BLOCK_KEYS = 256;
-constexpr int64_t BLOCK_ROWS = 128;  // query rows times heads of a group
+constexpr int64_t BLOCK_ROWS = 128;  // query rows times heads per group
 constexpr float MINUS_INFINITY = -std::numeric_limits<float>::infinity();
 
 struct Strides {
   int64_t batch, head, row;
 };
 
-// Keys [n, dim] -> pairs along dim: [dim / 2][BLOCK_KEYS][2]; what is missing at the end becomes zero.
+// Keys [n, dim] -> pairs along dim: [dim / 2][BLOCK_KEYS][2], padded with zeros.
 void pack_keys(const bf16* keys, int64_t stride, int64_t n, int64_t dim, bf16* packed) {
-  constexpr int64_t TILE = 16;  // reads stay in the first-level cache, writes fill whole lines of it
+  constexpr int64_t TILE = 16;  // reads stay in the L1 cache, writes fill complete cache lines
   auto* pairs = reinterpret_cast<uint32_t*>(packed);
   int64_t j = 0;
   for (; j + TILE <= n; j += TILE) {
@@ -49,7 +49,7 @@ void pack_keys(const bf16* keys, int64_t stride, int64_t n, int64_t dim, bf16* p
   }
 }
 
-// Values [n, dim] -> pairs along n: [BLOCK_KEYS / 2][dim][2]; what is missing at the end becomes zero.
+// Values [n, dim] -> pairs along n: [BLOCK_KEYS / 2][dim][2], padded with zeros.
 void pack_values(const bf16* values, int64_t stride, int64_t n, int64_t dim, bf16* packed) {
   for (int64_t j = 0; j < BLOCK_KEYS; j += 2) {
     const auto* even = reinterpret_cast<const uint16_t*>(values + j * stride);
@@ -62,8 +62,8 @@ void pack_values(const bf16* values, int64_t stride, int64_t n, int64_t dim, bf1
   }
 }
 
-// One row of scores [BLOCK_KEYS] -> weights relative to the highest score so far. Returns what the sums of
-// earlier blocks must be multiplied with.
+// One row of scores [BLOCK_KEYS] -> weights relative to the highest score so far. Returns the factor for the sums
+// of earlier blocks.
 float soften(float* scores, int64_t n, const bool* mask, float scale, float& highest, float& total, bf16* weights) {
   if (mask != nullptr && std::memchr(mask, 0, n) != nullptr) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(mask);
@@ -98,13 +98,13 @@ float soften(float* scores, int64_t n, const bool* mask, float scale, float& hig
   return shrink;
 }
 
-// Packing keys and values takes longer than the products of few lines (a row of a head each) with them. Those read
-// keys and values as they lie.
+// For few lines (a line is one row of one head), packing keys and values takes longer than the products, so these
+// kernels read keys and values unpacked.
 #ifdef __AVX512BF16__
 
 constexpr int64_t FEW = 16;
 
-// Lines [lines, dim] -> pairs along dim: [dim / 2][FEW][2]; missing lines become zero.
+// Lines [lines, dim] -> pairs along dim: [dim / 2][FEW][2], padded with zeros.
 void pack_lines(const bf16* from, int64_t lines, int64_t dim, bf16* packed) {
   for (int64_t d = 0; d < dim / 2; ++d) {
     for (int64_t line = 0; line < FEW; ++line) {
@@ -114,7 +114,7 @@ void pack_lines(const bf16* from, int64_t lines, int64_t dim, bf16* packed) {
   }
 }
 
-// scores[line][j] = lines . keys[j], for n keys; KEYS of them at a time hide how long a sum takes.
+// scores[line][j] = lines . keys[j], for n keys; KEYS of them at a time hide the latency of a sum.
 template <int KEYS>
 void score_keys(const bf16* packed, int64_t lines, const bf16* keys, int64_t stride, int64_t dim, float* scores) {
   __m512 sums[KEYS];
@@ -160,7 +160,7 @@ void add_values(const bf16* weights, const bf16* values, int64_t stride, int64_t
       high[line] = _mm512_dpbf16_ps(high[line], b, both);
     }
   }
-  // Unpacking works within 128 bits: four dimensions are in ``low``, the next four in ``high``, and so on.
+  // Unpacking works per 128 bits: ``low`` and ``high`` alternate every four dimensions.
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   for (int line = 0; line < LINES; ++line) {
@@ -203,8 +203,8 @@ std::unique_ptr<T[]> uninitialised(int64_t count) {
 
 }  // namespace
 
-// Whether this processor and oneDNN's settings have what the kernel needs.
-extern "C" int vlcache_attention_serves() {
+// Returns whether the processor and oneDNN's settings support the kernel.
+extern "C" int vlcache_attention_is_supported() {
   bf16 a[4] = {}, b[32] = {};
   float c[32] = {};
   try {
@@ -217,9 +217,9 @@ extern "C" int vlcache_attention_serves() {
 }
 
 // query [batch, heads, rows, dim], key and value [batch, key heads, tokens, dim], mask (or null) [batch, heads,
-// rows, tokens], each with strides of its own (in values) and dim and tokens dense; out [batch, rows, heads, dim],
-// dense. Causal: row i reads tokens 0..i; with places [batch, rows], dense, tokens
-// 0..places[i]. A row that reads nothing becomes zero.
+// rows, tokens], each with its own strides in values, dense along dim and tokens; out [batch, rows, heads, dim],
+// dense. If causal, row i reads tokens 0..i; with places [batch, rows], dense, tokens 0..places[i]. A row that reads
+// no token becomes zero.
 extern "C" void vlcache_attention(
     const bf16* query, const bf16* key, const bf16* value, const bool* mask, bf16* out, const int64_t* sizes,
     const int64_t* strides, int64_t causal, const int64_t* places, float scale) {
@@ -256,7 +256,7 @@ extern "C" void vlcache_attention(
     const auto highest = uninitialised<float>(most), total = uninitialised<float>(most);
     const auto weights = uninitialised<bf16>(most * BLOCK_KEYS), gathered = uninitialised<bf16>(most * dim);
     const auto packed = uninitialised<bf16>(is_few ? FEW * dim : 0);
-    const auto ends = uninitialised<int64_t>(rows_per_block);  // per row, one past the last token that it may read
+    const auto ends = uninitialised<int64_t>(rows_per_block);  // per row, the end of the tokens that it reads
 #pragma omp for collapse(2) schedule(dynamic, 1)
     for (int64_t bh = 0; bh < batch * key_heads; ++bh) {
       for (int64_t t = 0; t < row_blocks; ++t) {

@@ -1,8 +1,7 @@
-"""``torch.ops.vlcache.attention``: attention of bfloat16 rows on a CPU.
+"""``torch.ops.vlcache.attention``: bfloat16 attention on the CPU.
 
-PyTorch's own kernel for CPUs multiplies bfloat16 matrices as float32 where the processor has AVX-512 BF16
-without AMX. This one uses oneDNN for both products, at the same accuracy: scores, softmax and sums are in
-float32.
+On processors with AVX-512 BF16 but without AMX, PyTorch's CPU kernel multiplies bfloat16 matrices as float32.
+This kernel uses oneDNN for both products, at the same accuracy: scores, softmax and sums are in float32.
 """
 
 import ctypes
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from vlcache_fx.ops.native import define_operator, integers, native_kernel
+from vlcache_fx.ops.native import define_operator, int64_array, native_kernel
 
 __all__ = ["FastAttention", "attention", "decompose_attention", "row_mask"]
 
 LANES = 16
-"""Values of float32 in a vector register; the head dimension must be a multiple."""
+"""float32 values per vector register; the head dimension must be a multiple."""
 
 _TYPES = (*[ctypes.c_void_p] * 7, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float)
 
@@ -33,13 +32,13 @@ def _mkldnn_enabled() -> bool:
 
 @torch.library.custom_op("vlcache::row_mask", mutates_args=())
 def row_mask(places: Tensor, tokens: int) -> Tensor:
-    """``arange(tokens) <= places``: which tokens come up to each row's place.
+    """Return ``arange(tokens) <= places``: the tokens that each row reads.
 
-    An operator, because on CPUs Inductor's code for this comparison takes ten times as long as PyTorch's.
+    An operator, because Inductor's CPU code for this comparison is ten times slower than PyTorch's.
 
     Args:
-        places: numbers, [.., rows, 1].
-        tokens: how many there are.
+        places: last token position that each row reads, integers or floats [.., rows, 1].
+        tokens: number of tokens.
 
     Returns:
         bool [.., rows, tokens].
@@ -62,23 +61,23 @@ def attention(
     scale: float,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Scaled-dot-product attention with grouped key heads.
+    """Compute scaled-dot-product attention with grouped key heads.
 
     Args:
         query: bfloat16 [batch, heads, rows, dim], on the CPU.
         key: bfloat16 [batch, key heads, tokens, dim]; heads are a multiple of key heads.
-        value: like ``key``.
+        value: shape and dtype of ``key``.
         mask: bool, broadcastable to [batch, heads, rows, tokens]: True where a row reads a token; or None.
-        is_causal: row i reads tokens 0 to i alone.
-        scale: of the scores.
-        places: int64, broadcastable to [batch, 1, rows, 1]: a row reads tokens 0 to its place alone; or None.
-            Not together with ``is_causal``.
+        is_causal: row i reads tokens 0 to i.
+        scale: factor of the scores.
+        places: int64, broadcastable to [batch, 1, rows, 1]: last token position that each row reads; or
+            None. Excludes ``is_causal``.
 
     Returns:
-        [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads nothing.
+        [batch, heads, rows, dim], dense as [batch, rows, heads, dim]; zeros for a row that reads no token.
     """
     kernel = _kernel() if _mkldnn_enabled() else None
-    if kernel is None:  # switched off since this was compiled
+    if kernel is None:  # oneDNN was disabled after compilation
         if places is not None:
             allowed = row_mask(places, key.shape[2])
             mask = allowed if mask is None else mask & allowed
@@ -98,9 +97,9 @@ def attention(
     if places is not None:
         places = places.expand(batch, 1, rows, 1).contiguous()
     kernel(
-        *(None if one is None else one.data_ptr() for one in (query, key, value, mask, out)),
-        integers(batch, heads, key_heads, rows, tokens, dim),
-        integers(*strides),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (query, key, value, mask, out)),
+        int64_array(batch, heads, key_heads, rows, tokens, dim),
+        int64_array(*strides),
         int(is_causal),
         None if places is None else places.data_ptr(),
         scale,
@@ -136,31 +135,31 @@ def decompose_attention(
     enable_gqa: bool = False,
     places: Tensor | None = None,
 ) -> Any:
-    """``aten.scaled_dot_product_attention`` as ``vlcache.attention``, or NotImplemented.
+    """Return ``vlcache.attention`` for ``aten.scaled_dot_product_attention``, or NotImplemented.
 
-    With ``places``, rows read tokens up to these alone.
+    See ``attention`` for ``places``.
     """
     operands = (query, key, value)
-    serves = (
-        all(one.device.type == "cpu" and one.dtype == torch.bfloat16 and one.dim() == 4 for one in operands)
+    is_supported = (
+        all(x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.dim() == 4 for x in operands)
         and (attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.dim() <= 4))
         and dropout_p == 0.0
         and (places is None or _is_one_per_row(places))
         and (enable_gqa or query.shape[1] == key.shape[1])
         and query.shape[-1] == value.shape[-1]
         and query.shape[-1] % LANES == 0
-        and not any(one.requires_grad for one in operands)
+        and not any(x.requires_grad for x in operands)
         and _mkldnn_enabled()
         and _kernel() is not None
     )
-    if not serves:
+    if not is_supported:
         return NotImplemented
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.vlcache.attention(query, key, value, attn_mask, is_causal, scale, places)
 
 
 class FastAttention(TorchFunctionMode):
-    """Within it, ``scaled_dot_product_attention`` is ``vlcache.attention`` where that serves."""
+    """Replaces ``scaled_dot_product_attention`` by ``vlcache.attention`` where supported."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -175,7 +174,7 @@ class FastAttention(TorchFunctionMode):
 
 
 def _is_one_per_row(places: Tensor) -> bool:
-    """True for [rows, 1] and [batch, 1, rows, 1], as the kernel takes them."""
+    """Return whether the shape is [rows, 1] or [batch, 1, rows, 1], which the kernel supports."""
     if places.dtype != torch.int64 or places.dim() not in (2, 4):
         return False
     return all(isinstance(size, int) and size == 1 for size in (places.shape[1], places.shape[-1]))

@@ -1,8 +1,8 @@
-// Few rows of bfloat16 times a weight matrix, which is read as it lies.
+// Few bfloat16 rows times an unpacked weight matrix.
 //
-// For up to FEW rows such a product takes as long as reading its weights, once and in order; PyTorch's reads tiles of
-// them, at about half the rate. For more rows PyTorch's packs the weights in every call, which takes about as long as
-// multiplying them with thirty rows. Here the rows are packed, which are few, and the product is made transposed.
+// With up to FEW rows, the product takes as long as reading the weights once in order; PyTorch reads them in tiles, at
+// about half the bandwidth. With more rows, PyTorch packs the weights in every call, which takes about as long as
+// multiplying them with thirty rows. This kernel packs the few rows instead and computes the transposed product.
 
 #include <torch/csrc/inductor/cpp_prefix.h>
 
@@ -17,12 +17,12 @@ namespace {
 using bf16 = at::BFloat16;
 
 constexpr int64_t FEW = 6;
-constexpr int64_t MOST_ROWS = 80;
-constexpr int64_t LINES = 32;  // weight rows of one task
+constexpr int64_t MAX_ROWS = 80;
+constexpr int64_t LINES = 32;  // weight rows per task
 
 #ifdef __AVX512BF16__
 
-constexpr int64_t PAIR = 64;  // values that two registers hold; two chains of sums hide how long one takes
+constexpr int64_t PAIR = 64;  // values in two registers; two chains of sums hide the latency of one
 
 __m512bh load(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
 
@@ -61,11 +61,11 @@ void multiply(const bf16* rows, const bf16* weight, const bf16* bias, bf16* out,
 using Multiply = decltype(&multiply<1>);
 constexpr Multiply MULTIPLY[FEW] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>, multiply<5>, multiply<6>};
 
-constexpr int64_t LANES = 16;       // rows whose sums one register holds
+constexpr int64_t LANES = 16;       // rows per register of sums
 constexpr int64_t CACHE_LINE = 32;  // values
-constexpr int64_t BLOCK = 2048;     // of the width: MOST_ROWS pieces of this length stay in the second-level cache
+constexpr int64_t BLOCK = 2048;     // part of the width: MAX_ROWS rows of this length stay in the L2 cache
 
-// Rows [count, width] -> pairs along the width, which is even: [width / 2][lanes][2]; missing rows become zero.
+// Rows [count, width] -> pairs along the even width: [width / 2][lanes][2], padded with zero rows.
 void pack_rows(const bf16* rows, int64_t count, int64_t width, int64_t lanes, bf16* packed) {
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < width; i += 2) {
@@ -75,8 +75,8 @@ void pack_rows(const bf16* rows, int64_t count, int64_t width, int64_t lanes, bf
   }
 }
 
-// sums[j][r] += weight[j] . rows[r], for WEIGHTS weight rows and VECTORS * LANES packed rows, over ``length`` values, an
-// even number. The next WEIGHTS weight rows are fetched meanwhile.
+// sums[j][r] += weight[j] . rows[r], for WEIGHTS weight rows and VECTORS * LANES packed rows, over an even number of
+// values, ``length``. Prefetches the next WEIGHTS weight rows.
 template <int VECTORS, int WEIGHTS>
 void add_block(const bf16* packed, const bf16* weight, int64_t width, int64_t length, float* sums) {
   __m512 found[WEIGHTS][VECTORS];
@@ -103,7 +103,7 @@ void add_block(const bf16* packed, const bf16* weight, int64_t width, int64_t le
   }
 }
 
-// Sixteen registers become the columns of what they were the rows of.
+// Transposes the 16 x 16 matrix in sixteen registers.
 void transpose(__m512 (&rows)[LANES]) {
   __m512 pairs[LANES], fours[LANES];
   for (int i = 0; i < LANES; i += 2) {
@@ -147,7 +147,7 @@ void write(const float* sums, int64_t lanes, const bf16* bias, bf16* out, int64_
   }
 }
 
-// As ``multiply``, for VECTORS * LANES packed rows of which ``count`` are wanted, and at most LINES weight rows.
+// Like ``multiply``, for the first ``count`` of VECTORS * LANES packed rows and at most LINES weight rows.
 template <int VECTORS, int WEIGHTS>
 void multiply_packed(const bf16* packed, int64_t count, const bf16* weight, const bf16* bias, bf16* out, int64_t first,
                      int64_t last, int64_t width, int64_t outputs) {
@@ -165,7 +165,7 @@ void multiply_packed(const bf16* packed, int64_t count, const bf16* weight, cons
 }
 
 using MultiplyPacked = decltype(&multiply_packed<1, 1>);
-constexpr MultiplyPacked MULTIPLY_PACKED[MOST_ROWS / LANES] = {
+constexpr MultiplyPacked MULTIPLY_PACKED[MAX_ROWS / LANES] = {
     multiply_packed<1, 8>, multiply_packed<2, 8>, multiply_packed<3, 8>,
     multiply_packed<4, 4>, multiply_packed<5, 4>};
 
@@ -173,8 +173,8 @@ constexpr MultiplyPacked MULTIPLY_PACKED[MOST_ROWS / LANES] = {
 
 }  // namespace
 
-// Whether this was compiled for a processor that multiplies bfloat16.
-extern "C" int vlcache_linear_serves() {
+// Returns whether the compiler targets a processor with AVX-512 BF16.
+extern "C" int vlcache_linear_is_supported() {
 #ifdef __AVX512BF16__
   return 1;
 #else
@@ -183,7 +183,7 @@ extern "C" int vlcache_linear_serves() {
 }
 
 // rows [count, width], weight [outputs, width], bias (or null) [outputs] -> out [count, outputs], all dense;
-// count is 1 to MOST_ROWS, and width even where it is more than FEW.
+// count is 1 to MAX_ROWS; above FEW, width must be even.
 extern "C" void vlcache_linear(const bf16* rows, const bf16* weight, const bf16* bias, bf16* out, int64_t count,
                                int64_t width, int64_t outputs) {
 #ifdef __AVX512BF16__

@@ -1,8 +1,8 @@
-"""``torch.ops.vlcache.linear``: a linear layer of bfloat16 on a CPU that is quick for few rows.
+"""``torch.ops.vlcache.linear``: a bfloat16 linear layer on the CPU, fast for few rows.
 
-For one or two rows, as where a prompt comes again or an answer is decoded, a layer takes as long as reading
-its weights. PyTorch's products read them at about half of what the machine can. For some dozens, as where a
-question follows a known prompt, PyTorch's takes about as long to pack the weights as to multiply them.
+With one or two rows, as in decoding or a repeated prompt, a layer takes as long as reading its weights;
+PyTorch reads them at about half the memory bandwidth. With some dozens, as for a question after a known
+prompt, PyTorch takes about as long to pack the weights as to multiply them.
 """
 
 import ctypes
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from vlcache_fx.ops.native import define_operator, native_kernel
 
-__all__ = ["FEW_ROWS", "MOST_ROWS", "decompose_linear", "linear"]
+__all__ = ["FEW_ROWS", "MAX_ROWS", "decompose_linear", "linear"]
 
-FEW_ROWS, MOST_ROWS = 6, 80
-"""``FEW`` and ``MOST_ROWS`` of ``linear.cpp``. For more rows, PyTorch's products are as quick."""
+FEW_ROWS, MAX_ROWS = 6, 80
+"""``FEW`` and ``MAX_ROWS`` of ``linear.cpp``. With more rows, PyTorch is as fast."""
 
 _TYPES = (*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3)
 
@@ -29,8 +29,7 @@ def _kernel() -> Callable[..., None] | None:
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear``.
-
+    """Compute ``torch.nn.functional.linear``.
     Args:
         rows: bfloat16 [.., width], on the CPU.
         weight: bfloat16 [outputs, width].
@@ -41,22 +40,22 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     width, outputs = rows.shape[-1], weight.shape[0]
     count = rows.numel() // max(width, 1)
-    kernel = _kernel() if _is_quicker(count, width) else None
+    kernel = _kernel() if _is_faster(count, width) else None
     if kernel is None:
         return F.linear(rows, weight, bias).contiguous()
     rows, weight = rows.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = rows.new_empty((*rows.shape[:-1], outputs))
-    pointers = (None if one is None else one.data_ptr() for one in (rows, weight, bias, out))
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (rows, weight, bias, out))
     kernel(*pointers, count, width, outputs)
     return out
 
 
-def _is_quicker(count: int, width: int) -> bool:
-    """Whether the kernel serves this number of rows; from some rows on, PyTorch's has AMX, where there is."""
+def _is_faster(count: int, width: int) -> bool:
+    """Return whether the kernel is faster than PyTorch, which uses AMX for more than a few rows."""
     if count <= FEW_ROWS:
         return count > 0
-    return count <= MOST_ROWS and width % 2 == 0 and not torch.cpu._is_amx_tile_supported()
+    return count <= MAX_ROWS and width % 2 == 0 and not torch.cpu._is_amx_tile_supported()
 
 
 def _fake(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001 (the schema)
@@ -67,14 +66,14 @@ define_operator(linear, _fake)
 
 
 def decompose_linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """``aten.linear`` as ``vlcache.linear``, or NotImplemented."""
-    operands = [one for one in (rows, weight, bias) if one is not None]
-    serves = (
-        all(one.device.type == "cpu" and one.dtype == torch.bfloat16 for one in operands)
+    """Return ``vlcache.linear`` for ``aten.linear``, or NotImplemented."""
+    operands = [tensor for tensor in (rows, weight, bias) if tensor is not None]
+    is_supported = (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 for tensor in operands)
         and weight.dim() == 2
         and weight.is_contiguous()
-        and not any(one.requires_grad for one in operands)
-        and not statically_known_true(rows.numel() > MOST_ROWS * rows.shape[-1])
+        and not any(tensor.requires_grad for tensor in operands)
+        and not statically_known_true(rows.numel() > MAX_ROWS * rows.shape[-1])
         and _kernel() is not None
     )
-    return torch.ops.vlcache.linear(rows, weight, bias) if serves else NotImplemented
+    return torch.ops.vlcache.linear(rows, weight, bias) if is_supported else NotImplemented

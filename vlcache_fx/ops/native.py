@@ -1,4 +1,4 @@
-"""Kernels in C++, compiled where they are first needed, and the operators that call them."""
+"""C++ kernels, compiled on first use, and the operators that call them."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ import torch
 
 from vlcache_fx.compiling import compiling, what_is_missing
 
-__all__ = ["define_operator", "integers", "native_kernel"]
+__all__ = ["define_operator", "int64_array", "native_kernel"]
 
 _log = logging.getLogger(__name__)
 
@@ -19,14 +19,14 @@ _library = torch.library.Library("vlcache", "FRAGMENT")  # type: ignore[no-untyp
 
 
 def define_operator(implementation: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
-    """Define ``torch.ops.vlcache.<name of the implementation>``, without gradients.
+    """Define ``torch.ops.vlcache.<implementation.__name__>``, without gradients.
 
-    ``torch.library.custom_op`` does that too, but its wrappers take 7 microseconds in every call, and a
-    decoding step calls an operator for each linear layer.
+    ``torch.library.custom_op`` adds 7 microseconds per call, and a decoding step calls an operator for every
+    linear layer.
 
     Args:
-        implementation: with types that a schema can be inferred from; writes to none of its arguments.
-        fake: gives the form of the result.
+        implementation: function with type annotations for the schema; mutates none of its arguments.
+        fake: fake implementation.
     """
     name = implementation.__name__
     schema = torch.library.infer_schema(implementation, mutates_args=())
@@ -37,14 +37,14 @@ def define_operator(implementation: Callable[..., torch.Tensor], fake: Callable[
 
 @functools.cache
 def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., None] | None:
-    """``vlcache_<name>`` of ``<name>.cpp``, from torch's cache on disk where it was built before.
+    """Return ``vlcache_<name>`` of ``<name>.cpp``, built once and kept in torch's cache on disk.
 
     Args:
-        name: of the file, and in that of the functions.
-        argument_types: of the kernel, in ctypes.
+        name: name of the file and the function.
+        argument_types: ctypes of the kernel's arguments.
 
     Returns:
-        the kernel; None where it cannot be built, or ``vlcache_<name>_serves`` says no to this processor.
+        the kernel; None if it cannot be built, or if ``vlcache_<name>_is_supported`` returns 0.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return None
@@ -54,14 +54,14 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
 
         with compiling():
             library = CppCodeCache.load(source, device_type="cpu")
-    except Exception as error:  # noqa: BLE001 (whatever a compiler raises)
-        # Without a compiler nothing else can be compiled either, and that is said elsewhere.
+    except Exception as error:  # noqa: BLE001 (compilers raise any type)
+        # The lowering reports a missing compiler, because it needs one too.
         level = logging.WARNING if what_is_missing(error) is None else logging.DEBUG
         text = str(error).partition("\n")[0]
-        _log.log(level, "the kernel of %s cannot be built, PyTorch's is used: %s", name, text)
+        _log.log(level, "vlcache: cannot build the %s kernel, using PyTorch's: %s", name, text)
         _log.debug("%s", error)
         return None
-    if not getattr(library, f"vlcache_{name}_serves")():
+    if not getattr(library, f"vlcache_{name}_is_supported")():
         return None
     function = getattr(library, f"vlcache_{name}")
     function.argtypes = argument_types
@@ -70,6 +70,6 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
     return kernel
 
 
-def integers(*values: int) -> Any:
-    """An array of int64, as kernels take it."""
+def int64_array(*values: int) -> Any:
+    """Return a C array of int64."""
     return (ctypes.c_int64 * len(values))(*values)

@@ -1,4 +1,4 @@
-"""The plan of one request: which rows (token positions) every layer computes, and which are reused."""
+"""The plan of one request: rows (token positions) that each layer computes, and rows that it reuses."""
 
 from vlcache_fx.plan.budget import row_allowance, token_layer_allowance
 from vlcache_fx.plan.build import RowChooser, build_plan

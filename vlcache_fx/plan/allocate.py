@@ -1,16 +1,16 @@
-"""How many of a span's earliest rows every layer recomputes, when layers differ in what that is worth.
+"""Allocation of a row budget to layers of different sensitivity.
 
-With sensitivities s_l (what recomputing in layer l is worth, of L layers) and a concave gain W(n) (what the
-earliest n rows are worth in a layer), the counts n_l solve
+Each layer recomputes a span's earliest rows. With sensitivities s_l (the value of recomputing in layer l, of
+L layers) and a concave gain W(n) (the value of the earliest n rows in a layer), the row counts n_l solve
 
     maximise    s_0 W(n_0) + s_1 W(n_1) + ... + s_{L-1} W(n_{L-1})
     subject to  n_0 >= n_1 >= ... >= n_{L-1} >= 0,   n_0 + n_1 + ... + n_{L-1} <= allowance.
 
-The order is forced: a row that was skipped in a layer has no hidden state in the next. Where a later layer is
-more sensitive than an earlier layer, the constraint binds and both have equal counts; which layers those are
-does not depend on W, and pooling adjacent violators finds them (isotonic regression of s). Between the pools
-the constraint is slack, and rows are bought by falling gain per token-layer, which is optimal for concave W
-up to the last purchase.
+Counts must not increase, because a row skipped in one layer has no hidden state in the next. Where a later
+layer is more sensitive than an earlier one, the constraint binds and both have equal counts. These pools of
+layers do not depend on W; pooling adjacent violators finds them (isotonic regression of s). Between pools the
+constraint is slack, and rows are bought in order of decreasing gain per token-layer, which is optimal for
+concave W up to the last purchase.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Curve = Sequence[tuple[float, float]]
-"""Share of a span's rows, the earliest, that all layers recompute -> error left. Shares rise from 0 to 1."""
+"""Points (share of a span's earliest rows that all layers recompute, remaining error), shares from 0 to 1."""
 
-# Layers below this share of the most sensitive one count as insensitive: far below what can be measured, and
-# it keeps the arithmetic away from the smallest numbers.
+# Sensitivities below this share of the largest count as zero: far below what can be measured, and denormal
+# numbers are avoided.
 _NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A concave, piecewise linear gain: rows ``ends[p - 1]`` to ``ends[p]`` are worth ``slopes[p]`` each."""
+    """A concave, piecewise linear gain: rows ``ends[p - 1]`` to ``ends[p]`` add ``slopes[p]`` each."""
 
     ends: tuple[int, ...]
     slopes: tuple[float, ...]
 
     @classmethod
     def of_curve(cls, curve: Curve, span_length: int) -> Gain:
-        """The gain of a measured error curve: what its lower convex hull falls, for a span of this length.
+        """Return the decrease of a measured error curve's lower convex hull, for a span of this length.
 
-        Empty where the curve does not fall.
+        Segments without a decrease are left out; a curve that never falls has a gain of zero.
         """
         hull = convex_hull(curve)
         ends: list[int] = []
@@ -52,9 +52,9 @@ class Gain:
 
     @classmethod
     def of_length(cls, span_length: int) -> Gain:
-        """The gain to assume when none was measured: about the logarithm of the number of rows.
+        """Return the default gain without a measurement: about the logarithm of the number of rows.
 
-        Counts are then about proportional to sensitivities.
+        It makes counts about proportional to sensitivities.
         """
         ends, slopes = [1], [1.0]
         while ends[-1] < span_length:
@@ -63,7 +63,7 @@ class Gain:
         return cls(tuple(ends), tuple(slopes))
 
     def __call__(self, rows: int) -> float:
-        """W(rows)."""
+        """Return W(rows)."""
         total, start = 0.0, 0
         for end, slope in zip(self.ends, self.slopes, strict=True):
             total += slope * max(0, min(rows, end) - start)
@@ -72,10 +72,10 @@ class Gain:
 
 
 def allocate(sensitivities: Sequence[float], gain: Gain, allowance: int, span_length: int) -> list[int]:
-    """Non-increasing row counts, one per layer: at most ``span_length`` each, ``allowance`` together.
+    """Return non-increasing row counts per layer, each up to ``span_length``, in total up to ``allowance``.
 
-    The better, by the objective above, of the greedy solution and of equal counts; with all sensitivities
-    equal (or zero) equal counts.
+    Chooses the better of the greedy solution and equal counts, by the objective above. Equal sensitivities
+    give equal counts.
     """
     layers = len(sensitivities)
     equal = [min(span_length, allowance // layers)] * layers
@@ -89,13 +89,13 @@ def allocate(sensitivities: Sequence[float], gain: Gain, allowance: int, span_le
 
 
 def worth(sensitivities: Sequence[float], gain: Gain, counts: Sequence[int]) -> float:
-    """The objective's value of ``counts``."""
-    known = {count: gain(count) for count in set(counts)}
-    return sum(value * known[count] for value, count in zip(sensitivities, counts, strict=True))
+    """Return the objective for ``counts``."""
+    gains = {count: gain(count) for count in set(counts)}
+    return sum(value * gains[count] for value, count in zip(sensitivities, counts, strict=True))
 
 
 def pools(values: Sequence[float]) -> list[tuple[float, int]]:
-    """Neighbouring layers that must have equal counts, as (mean, layers), means strictly falling.
+    """Return pools of neighbouring layers with equal counts as (mean, number of layers); means strictly fall.
 
     Pool adjacent violators: the non-increasing sequence closest to ``values`` in squared error.
     """
@@ -121,7 +121,7 @@ def _greedy(pooled: Sequence[tuple[float, int]], gain: Gain, allowance: int, spa
     )
     for _, segment, pool in offers:
         above = counts[pool - 1] if pool else span_length
-        # Rows are bought in order: a segment is for sale once the segment before is bought in full.
+        # Rows are bought in order: a segment requires all rows of the segments before it.
         if counts[pool] == starts[segment]:
             size = pooled[pool][1]
             bought = max(0, min(gain.ends[segment], above, counts[pool] + allowance // size) - counts[pool])
@@ -131,7 +131,7 @@ def _greedy(pooled: Sequence[tuple[float, int]], gain: Gain, allowance: int, spa
 
 
 def convex_hull(curve: Curve) -> list[tuple[float, float]]:
-    """The lower convex hull of a curve: noise can make a measured error rise, or fall too fast too late."""
+    """Return the lower convex hull of a curve, which removes measurement noise that breaks concavity."""
     hull: list[tuple[float, float]] = []
     for x, y in curve:
         while len(hull) >= 2 and _turns_right(hull[-2], hull[-1], (x, y)):

@@ -1,4 +1,4 @@
-"""Rows and token-layers that a budget allows: the definition that policies and plans share."""
+"""Budgets in rows and token-layers: the definition that policies and plans share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _ROUNDING = 1e-9
 
 
 def row_allowance(budget: float, span_length: int) -> int:
-    """Rows of a span that may be computed in *every* layer under ``budget`` (a share in [0, 1]).
+    """Return the number of a span's rows that *every* layer may compute under ``budget`` (a share in [0, 1]).
 
-    Rounded down, so that the share is kept; but at least one row when the budget is not zero, because the
-    earliest row carries the most reuse error and a short span would otherwise get nothing.
+    Rounded down, but at least one row if the budget is not zero: the earliest row carries the most reuse
+    error, and a short span would otherwise get none.
     """
     if budget <= 0 or span_length <= 0:
         return 0
@@ -20,9 +20,9 @@ def row_allowance(budget: float, span_length: int) -> int:
 
 
 def token_layer_allowance(budget: float, span_length: int, num_layers: int) -> int:
-    """Token-layers of a span that may be computed under ``budget``: floor(budget * length * layers).
+    """Return the number of a span's token-layers allowed by ``budget``: floor(budget * length * layers).
 
-    At least one row through all layers when the budget is not zero (see ``row_allowance``).
+    At least one row in all layers if the budget is not zero (see ``row_allowance``).
     """
     whole = row_allowance(budget, span_length) * num_layers
     return max(whole, math.floor(budget * span_length * num_layers + _ROUNDING))

@@ -1,4 +1,4 @@
-"""Builds the checked plan of one request out of its spans and a policy."""
+"""Construction of the checked plan of one request from its spans and a policy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class RowChooser(Protocol):
-    """What a plan needs of a policy (see ``vlcache_fx.policies.base.Policy``)."""
+    """The part of ``vlcache_fx.policies.base.Policy`` that plans use."""
 
     @property
     def ignores_budget(self) -> bool:
-        """True when the plan must not cut the choice to the budget."""
+        """True if the plan must not cut the policy's rows to the budget."""
 
     def select(self, span: SpanContext, /) -> Sequence[Tensor]:
         """Per layer, row offsets relative to the start of a span."""
@@ -43,32 +43,31 @@ def build_plan(
     first_donor: int = 0,
     groups: Sequence[int] = (),
 ) -> Plan:
-    """The plan of one request.
+    """Return the plan of one request.
 
-    Text rows and the rows of missed spans are active in every layer; in hit spans the policy's rows are. Of a
-    prefix that is known exactly, no rows are. Rows that outputs need are active in every layer as well.
+    Active in every layer are the rows of text, of missed spans and of outputs. Hit spans contribute the
+    policy's rows; an exactly reused prefix contributes none.
 
     Args:
         num_tokens: N, at least 1.
         spans: sorted, disjoint, inside [0, N), all of one sample.
         num_layers: L, at least 1.
         policy: chooses the rows of each hit span.
-        profile: per-layer sensitivities, for the policy.
-        budget: share in [0, 1] of each hit span's token-layers; rows the policy chose beyond it are dropped,
-            the latest first (see ``vlcache_fx.plan.budget`` for the rounding).
+        profile: per-layer sensitivities, passed to the policy unchanged.
+        budget: share in [0, 1] of each hit span's token-layers. Rows beyond it are dropped, the latest first
+            (see ``vlcache_fx.plan.budget`` for the rounding).
         output_rows: positions that outputs need after the last layer; None for all rows of the last layer.
         strict: raise instead of repairing a policy's choice.
-        prefix: tokens 0 to ``prefix`` have donors that are exact: the first rows of the donor table. Spans
-            lie inside it or after it.
-        padding: positions that no token attends to. Outside of spans they are not computed, unless
-            outputs need them or the policy ignores budgets, and hold whatever the first row of the donor
-            table holds.
+        prefix: number of tokens at the start with exact donors, the first rows of the donor table. Spans lie
+            inside or after the prefix.
+        padding: positions that no token attends to. Outside of spans they are not computed, unless outputs
+            need them or the policy ignores budgets; their values are those of the first donor row.
         first_donor: the sample's first row in the donor table.
-        groups: number of layers in each group of neighbouring layers that compute the same rows: those that
-            the policy chose for the last of them. They add up to L; by default each layer has its own.
+        groups: sizes of groups of neighbouring layers that compute the same rows, those of the group's last
+            layer. The sizes add up to L; by default each layer is a group.
 
     Raises:
-        PlanError: for bad spans, sizes or output rows; in strict mode also for any repair.
+        PlanError: invalid spans, sizes or output rows; in strict mode also any repair.
     """
     if num_tokens < 1 or num_layers < 1:
         raise PlanError(
@@ -113,7 +112,7 @@ def build_plan(
     if padding is not None and not policy.ignores_budget:
         computed[padding] = False
         for span in spans:
-            computed[span.start : span.end] = True  # what is recorded of a missed span is whole
+            computed[span.start : span.end] = True  # donors are recorded for complete spans
     computed[:prefix] = False
     donors[:prefix] = torch.arange(first_donor, first_donor + prefix)
     offset = first_donor + prefix
@@ -132,7 +131,7 @@ def build_plan(
     return Plan(
         num_tokens=num_tokens,
         rows=tuple(rows),
-        keep=indices_of_next(rows),
+        keep=kept_indices(rows),
         source=tuple(source),
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
@@ -178,9 +177,9 @@ def _checked_outputs(output_rows: Tensor, num_tokens: int) -> Tensor:
 
 
 def _at_least_two(computed: Tensor, hits: Sequence[Span], last_rows: Sequence[Tensor]) -> list[str]:
-    """Marks rows in ``computed`` until the last layer, the smallest set, has two rows; says so.
+    """Add rows to ``computed`` until the last layer, the smallest set, has two; return an explanation.
 
-    Neighbours of an active row, or the last two tokens, which outputs are likely to need.
+    Adds the neighbour of an active row, or else the last two tokens, which outputs are likely to need.
     """
     active = computed.clone()
     for span, offsets in zip(hits, last_rows, strict=True):
@@ -204,7 +203,7 @@ def _layer_rows(
     hits: Sequence[Span],
     chosen: Sequence[Sequence[Tensor]],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows and source of layers 0 to L - 1."""
+    """Return rows and source of layers 0 to L - 1."""
     rows: list[Tensor] = []
     source: list[Tensor] = []
     before: tuple[int, ...] | None = None
@@ -225,13 +224,13 @@ def _layer_rows(
 
 
 def _computed_share(rows: Sequence[Tensor], spans: Sequence[Span]) -> float:
-    """The computed share of the spans' token-layers."""
+    """Return the computed share of the spans' token-layers."""
     bounds = torch.tensor([(span.start, span.end) for span in spans]).view(-1, 2)
     counts: dict[int, int] = {}  # equal neighbours are one object
     for tensor in rows:
         if id(tensor) not in counts:
-            ends = torch.searchsorted(tensor, bounds)
-            counts[id(tensor)] = int((ends[:, 1] - ends[:, 0]).sum())
+            indices = torch.searchsorted(tensor, bounds)
+            counts[id(tensor)] = int((indices[:, 1] - indices[:, 0]).sum())
     total = len(rows) * sum(span.length for span in spans)
     return sum(counts[id(tensor)] for tensor in rows) / total if total else 0.0
 
@@ -243,7 +242,7 @@ def _source(donors: Tensor, rows: Tensor) -> Tensor:
 
 
 def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
-    """The rows after the last layer: ``outputs``, and for a single one its active neighbour too."""
+    """Return the rows after the last layer: ``outputs``; a single row gets an active neighbour."""
     if len(outputs) == len(last):
         return last
     if len(outputs) >= 2 or len(last) < 2:
@@ -252,10 +251,10 @@ def _outputs_in(last: Tensor, outputs: Tensor) -> Tensor:
     return last[at - 1 : at + 1] if at > 0 else last[:2]
 
 
-def indices_of_next(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Per level, the indices of the next level's rows; equal neighbours share their tensor."""
+def kept_indices(rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return, per level, the indices of the next level's rows; equal neighbours share their tensor."""
     keep: list[Tensor] = []
-    identity: dict[int, Tensor] = {}  # one per set of rows, by the id of its tensor
+    identity: dict[int, Tensor] = {}  # by the id of the rows' tensor
     for before, after in pairwise(rows):
         if after is not before:
             keep.append(torch.searchsorted(before, after))

@@ -1,4 +1,4 @@
-"""Checks and repairs of the rows that a policy chose for one span."""
+"""Checks and repairs of a policy's rows for one span."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ _INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8
 def checked_rows(
     chosen: Sequence[Tensor], span: Span, num_layers: int, budget: float | None, strict: bool
 ) -> tuple[list[Tensor], list[str]]:
-    """Makes a policy's choice executable: in the span, sorted, nested and within the budget.
+    """Make a policy's choice executable: inside the span, sorted, nested and within the budget.
 
     Args:
         chosen: per layer, row offsets relative to the start of the span.
-        span: the span they are for.
+        span: the span.
         num_layers: number of layers, L.
-        budget: share of the span's token-layers, or None when the policy ignores budgets.
+        budget: share of the span's token-layers, or None if the policy ignores budgets.
         strict: raise instead of repairing.
 
     Returns:
         L sorted int64 offset tensors (equal neighbours are one object), and a sentence per repair.
 
     Raises:
-        PlanError: for a choice that is not one tensor of integer offsets per layer; in strict mode for any
-            repair.
+        PlanError: the choice is not one tensor of integer offsets per layer; in strict mode also any repair.
     """
     if len(chosen) != num_layers:
         raise PlanError(f"the policy chose rows for {len(chosen)} layers; the model has {num_layers}")
@@ -47,15 +46,18 @@ def checked_rows(
 
 
 def grouped_rows(rows: Sequence[Tensor], span: Span, groups: Sequence[int]) -> tuple[list[Tensor], list[str]]:
-    """The same rows for all layers of a group: those of its last, so that sets stay nested and in budget.
+    """Give all layers of a group the rows of its last layer, which keeps sets nested and in budget.
 
     Args:
         rows: per layer, checked offsets.
-        span: the span they are for.
+        span: the span.
         groups: number of layers of each group.
 
+    Returns:
+        the rows per layer, and a sentence per repair.
+
     Raises:
-        PlanError: for groups that do not add up to the number of layers.
+        PlanError: the groups do not add up to the number of layers.
     """
     if sum(groups) != len(rows) or any(count < 1 for count in groups):
         raise PlanError(f"groups of {list(groups)} layers do not make up the {len(rows)} layers of the model")
@@ -77,11 +79,11 @@ def _name(span: Span) -> str:
 def _tensor(rows: Tensor, layer: int) -> Tensor:
     if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in _INTEGER_TYPES:
         raise PlanError(f"layer {layer}: the policy's rows must be a one-dimensional tensor of integers")
-    return rows.detach().to(device="cpu", dtype=torch.int64)  # the same object where nothing changes
+    return rows.detach().to(device="cpu", dtype=torch.int64)
 
 
 def _share_equal(rows: list[Tensor]) -> list[Tensor]:
-    """The same tensors, but equal neighbours are one object: everything after works once per object."""
+    """Replace equal neighbours by one object, so that later steps run once per object."""
     shared = rows[:1]
     for tensor in rows[1:]:
         same = tensor is shared[-1] or torch.equal(tensor, shared[-1])
@@ -140,9 +142,9 @@ def _nested(rows: list[Tensor], span: Span, notes: list[str]) -> list[Tensor]:
 
 
 def _within(rows: list[Tensor], span: Span, allowance: int, notes: list[str]) -> list[Tensor]:
-    """Drops the latest rows, each from all layers, until the token-layers fit.
+    """Drop the latest rows from all layers until the token-layers fit.
 
-    Rows go whole: a row that stops early is worth little, and early rows carry the gain.
+    Rows are dropped completely, because a row that stops early is worth little and early rows carry the gain.
     """
     total = sum(len(tensor) for tensor in rows)
     if total <= allowance:

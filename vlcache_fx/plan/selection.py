@@ -1,4 +1,4 @@
-"""The tokens of a prompt that results need, as plain data."""
+"""Token positions that a graph's outputs depend on, as plain data."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class InputSize:
-    """An integer among the inputs of a call: an integer input, or the size of a tensor.
+    """An integer from the inputs of a call, times a factor: an integer input, or the size of a tensor.
 
     Attributes:
-        factor: what it is multiplied by.
+        factor: multiplier of the integer.
         input: index of the input.
-        dim: the dimension that it is the size of; None for an input that is a number itself.
+        dim: dimension of the tensor; None for an integer input.
     """
 
     factor: int
@@ -27,13 +27,13 @@ class InputSize:
 
 @dataclass(frozen=True)
 class SizeSum:
-    """A number that each call computes from its sizes: ``constant`` and all ``sizes``, added up."""
+    """The sum of ``constant`` and all ``sizes``, computed in each call."""
 
     constant: int
     sizes: tuple[InputSize, ...]
 
     def of(self, args: Sequence[Any]) -> int:
-        """Its value for the inputs of one call."""
+        """Return the value for the inputs of one call."""
         total = self.constant
         for size in self.sizes:
             value = args[size.input]
@@ -43,18 +43,18 @@ class SizeSum:
 
 @dataclass(frozen=True)
 class InputPositions:
-    """Token positions in an input of the call, int [n].
+    """Positions from an input of the call, int [n].
 
     Attributes:
         input: index of the input.
-        from_end: negative positions count from the end; otherwise they are out of range.
+        from_end: whether negative positions count from the end; otherwise they are invalid.
     """
 
     input: int
     from_end: bool = True
 
     def of(self, num_tokens: int, args: Sequence[Any]) -> Tensor:
-        """Absolute positions, int64 [n], on the CPU; not checked."""
+        """Return positions from the start, int64 [n], on the CPU; not checked."""
         positions = args[self.input].detach().to(device="cpu", dtype=torch.int64)
         return torch.where(positions < 0, positions + num_tokens, positions) if self.from_end else positions
 
@@ -64,16 +64,16 @@ Bound: TypeAlias = int | SizeSum | None
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Tokens, by Python's indexing: ``[index]``, ``[start:end:step]`` or ``[positions]``.
+    """Tokens selected as by Python's ``[index]``, ``[start:end:step]`` or ``[positions]``.
 
     Attributes:
-        bounds: ``(index,)``, ``(positions,)``, or ``(start, end, step)`` with None for defaults.
+        bounds: ``(index,)``, ``(positions,)``, or ``(start, end, step)`` with None for omitted bounds.
     """
 
     bounds: tuple[Bound | InputPositions, ...]
 
     def moved(self, inputs: Mapping[int, int]) -> RowSelection:
-        """The same for other indices of inputs: ``inputs`` maps old to new."""
+        """Return the selection with input indices replaced by ``inputs`` (old index -> new index)."""
 
         def moved(bound: Bound | InputPositions) -> Bound | InputPositions:
             match bound:
@@ -87,19 +87,18 @@ class RowSelection:
         return RowSelection(tuple(map(moved, self.bounds)))
 
     def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor:
-        """Absolute positions, int64 [n], on the CPU.
+        """Return absolute positions, int64 [n], on the CPU.
 
         Args:
-            num_tokens: of the prompt.
-            args: the inputs of the call, which may say the bounds.
+            num_tokens: number of tokens of the prompt.
+            args: inputs of the call, for bounds that depend on them.
 
         Raises:
-            IndexError: for a single token that is not there.
+            IndexError: a single index is out of range.
         """
         first = self.bounds[0]
         if isinstance(first, InputPositions):
             return first.of(num_tokens, args)
         bounds = [bound.of(args) if isinstance(bound, SizeSum) else bound for bound in self.bounds]
-        everything = torch.arange(num_tokens)
         index = slice(*bounds) if len(bounds) > 1 else bounds[0]
-        return everything[index].reshape(-1)  # type: ignore[index]
+        return torch.arange(num_tokens)[index].reshape(-1)  # type: ignore[index]

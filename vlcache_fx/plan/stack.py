@@ -1,4 +1,4 @@
-"""Plans of several samples, stacked: the same number of rows for each, by computing some rows twice."""
+"""Plans of several samples as one batched plan; shorter row sets are padded by computing a row twice."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class StackedPlan:
     """Plans of B samples of N tokens each.
 
     Attributes:
-        plans: one per sample.
-        rows: L + 1 tensors [B, n]: each sample's rows, the last row repeated where another sample has more. A
-            row that is computed twice has equal values, and is read once.
-        keep: L tensors [B, n] of indices; as in ``Plan``.
-        source: L + 1 tensors [B, N]; as in ``Plan``. Values v >= 0 are rows of a donor table for all samples.
+        plans: one plan per sample.
+        rows: L + 1 tensors [B, n]: each sample's rows, padded with its last row. Only
+            one of two equal rows is read.
+        keep: L tensors [B, n] of indices, as in ``Plan``.
+        source: L + 1 tensors [B, N], as in ``Plan``. All samples share one donor table.
     """
 
     plans: tuple[Plan, ...]
@@ -31,39 +31,39 @@ class StackedPlan:
 
     @property
     def rows_per_layer(self) -> tuple[int, ...]:
-        """Number of rows at each of the L + 1 indices, of every sample."""
+        """Number of rows per sample at each of the L + 1 indices."""
         return tuple(tensor.shape[1] for tensor in self.rows)
 
 
 def stack_plans(plans: Sequence[Plan]) -> StackedPlan:
-    """Stack plans of one model and one number of tokens.
+    """Stack plans of one model with equal numbers of tokens.
 
-    Neighbouring layers with the same rows share their tensors, as in ``Plan``.
+    Neighbouring layers with equal rows share their tensors, as in ``Plan``.
     """
     rows = _stacked([plan.rows for plan in plans])
     source = _stacked([plan.source for plan in plans])
     keep: list[Tensor] = []
-    made: dict[tuple[int, int], Tensor] = {}
+    built: dict[tuple[int, int], Tensor] = {}
     for before, after in pairwise(rows):
         pair = (id(before), id(after))
-        if pair not in made:
-            made[pair] = torch.searchsorted(before, after)
-        keep.append(made[pair])
+        if pair not in built:
+            built[pair] = torch.searchsorted(before, after)
+        keep.append(built[pair])
     return StackedPlan(tuple(plans), tuple(rows), tuple(keep), tuple(source))
 
 
 def _stacked(levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Per level, the samples' tensors, stacked; shorter tensors are filled up with their last entry."""
-    made: dict[tuple[int, ...], Tensor] = {}
+    """Stack the samples' tensors per level; pad shorter tensors with their last entry."""
+    built: dict[tuple[int, ...], Tensor] = {}
     stacked = []
     for tensors in zip(*levels, strict=True):
         key = tuple(id(tensor) for tensor in tensors)
-        if key not in made:
+        if key not in built:
             longest = max(len(tensor) for tensor in tensors)
-            made[key] = torch.stack([_filled(tensor, longest) for tensor in tensors])
-        stacked.append(made[key])
+            built[key] = torch.stack([_padded(tensor, longest) for tensor in tensors])
+        stacked.append(built[key])
     return stacked
 
 
-def _filled(tensor: Tensor, length: int) -> Tensor:
+def _padded(tensor: Tensor, length: int) -> Tensor:
     return tensor if len(tensor) == length else torch.cat([tensor, tensor[-1:].expand(length - len(tensor))])

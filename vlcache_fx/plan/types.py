@@ -1,4 +1,4 @@
-"""Spans and plans: plain data."""
+"""Spans and plans, as plain data."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Grid: TypeAlias = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Span:
-    """The token positions that one media item fills.
+    """The consecutive token positions of one media item.
 
     Attributes:
         sample: index of the sample in the batch.
         start: first token position.
         length: number of tokens, at least 1.
         key: key of the item's donor.
-        hit: True when a donor was found, so that its rows may be reused.
-        tier: store tier the donor came from, None when there is none.
-        contexts: number of contexts that the donor is the mean of, 0 when there is none.
-        miss: why its rows are not reused; None where they are, and where nothing was looked up.
-        grid: of the media item, where it is known.
+        hit: True if a donor was found, so that its rows may be reused.
+        tier: store tier of the donor; None without a donor.
+        contexts: number of contexts averaged in the donor; 0 without a donor.
+        miss: reason why rows are not reused; None if they are, or if nothing was looked up.
+        grid: grid of the media item, if known.
     """
 
     sample: int
@@ -45,7 +45,7 @@ class Span:
 
     @property
     def end(self) -> int:
-        """One past the last token position."""
+        """Position after the last token."""
         return self.start + self.length
 
 
@@ -91,27 +91,31 @@ class SpanContext:
 
 @dataclass(frozen=True)
 class Plan:
-    """Nested row sets R_0 ⊇ R_1 ⊇ ... of one request, and the gathers that put full tensors together.
+    """Nested row sets R_0 ⊇ R_1 ⊇ ... of one request, and the gathers that assemble full tensors.
 
-    With L layers and N tokens. Index l < L is the input of layer l (its K and V are computed for
-    ``rows[l]``); index L is the stream after the last layer. All tensors are int64, one-dimensional and on
-    the CPU. Where neighbouring layers have the same rows they share the same tensor objects, so that
-    ``rows[l] is rows[l + 1]`` means that nothing has to be gathered there.
+    With L layers and N tokens. Index l < L is the input of layer l, whose K and V are computed for
+    ``rows[l]``; index L is the residual stream after the last layer. All tensors are int64, one-dimensional
+    and on the CPU. Neighbouring layers with equal rows share their tensor objects: ``rows[l] is rows[l + 1]``
+    means that nothing is gathered between them.
+
+    Example, with tokens ``text, image, image`` and the first image token recomputed in layer l::
+
+        rows[l]   = [0, 1]          computed token positions
+        source[l] = [-1, -2, 1]     computed row 0, computed row 1, donor row 1
 
     Attributes:
         num_tokens: N.
-        rows: L + 1 sorted sets of token positions active at each layer; never fewer than two entries
-            when N >= 2 (compiled programs treat sizes 0 and 1 as special).
+        rows: L + 1 sorted sets of active token positions; at least two entries if N >= 2, because compiled
+            programs specialise on sizes 0 and 1.
         keep: L index tensors; ``rows[l][keep[l]]`` equals ``rows[l + 1]``.
-        source: L + 1 tensors of shape [N]. For token i, a value v >= 0 is row v of the donor table, the
-            concatenation of all hit spans' donor rows in order; v < 0 is computed row j = -(v + 1), where
-            ``rows[l][j] == i``. For l < L every token has one of them. At index L, tokens that are neither
-            computed nor in a hit span hold 0, which has no meaning there: no output needs them.
-            Three tokens, of which the second is reused and the others are computed: ``[-1, 0, -2]``.
+        source: L + 1 tensors of shape [N]. For token i, v >= 0 is row v of the donor table (the donor rows of
+            all hit spans, concatenated); v < 0 is computed row j = -(v + 1), with ``rows[l][j] == i``. At
+            index L, tokens that are neither computed nor in a hit span have a meaningless 0: no output needs
+            them.
         rows_per_layer: number of rows at each of the L + 1 indices.
-        token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), rows that
-            outputs need included; 0.0 without hit spans.
-        explanations: a sentence for every repair of the policy's choice.
+        token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), including
+            rows for outputs; 0.0 without hit spans.
+        explanations: one sentence per repair of the policy's choice.
     """
 
     num_tokens: int
@@ -124,5 +128,5 @@ class Plan:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers, L."""
         return len(self.keep)

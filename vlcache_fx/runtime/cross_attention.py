@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_fx.errors import Reason
-from vlcache_fx.lowering import Lowered
 from vlcache_fx.runtime.encode import EncoderRunner
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.programs.lowered import Lowered
 from vlcache_fx.runtime.report import Report
+from vlcache_fx.runtime.state import ServingState
 
 
 class CrossAttendingRunner:
@@ -21,7 +21,7 @@ class CrossAttendingRunner:
         engine: takes the reports.
     """
 
-    def __init__(self, encoder: EncoderRunner, decoder: Lowered, engine: Engine) -> None:
+    def __init__(self, encoder: EncoderRunner, decoder: Lowered, engine: ServingState) -> None:
         self._encoder, self._decoder, self._engine = encoder, decoder, engine
 
     def __call__(self, *args: Any) -> Sequence[Any]:

@@ -5,32 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlcache_fx.capture.mutations import can_write, deliver
-from vlcache_fx.ir import Captured, InputKind
-from vlcache_fx.lowering import Lowered
-from vlcache_fx.passes import Program
+from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
+from vlcache_fx.runtime.programs.lowered import Lowered
+from vlcache_fx.spec.mutations import DecodeStepSpec
 
 
 class DecodeStepRunner:
     """A compiled decoding step: call it with the graph's inputs, get the graph's outputs.
 
     Args:
-        captured: the graph.
-        program: made of it.
-        lowered: the program.
-        unmodified: serves calls whose inputs do not allow the program's mutations.
+        spec: of the step.
+        lowered: its program.
+        unmodified: serves calls whose inputs are not what the program was made for.
     """
 
     def __init__(
-        self, captured: Captured, program: Program, lowered: Lowered, unmodified: Callable[..., Sequence[Any]]
+        self, spec: DecodeStepSpec, lowered: Lowered, unmodified: Callable[..., Sequence[Any]]
     ) -> None:
-        self._lowered, self._unmodified = lowered, unmodified
-        self._writes, self._num_results = captured.writes, captured.num_results
-        self._data = captured.indices_of(InputKind.DATA)
-        self._in_place = tuple(program.in_place)
+        self._spec, self._lowered, self._unmodified = spec, lowered, unmodified
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         """Run one decoding step."""
-        if not can_write(self._writes, self._in_place, args, self._data):
+        spec = self._spec
+        if not inputs_allow_mutation(spec.writes, spec.in_place, args, spec.data):
             return self._unmodified(*args)
-        return deliver(self._writes, args, self._lowered(args), self._num_results)
+        return apply_input_mutations(spec.writes, args, self._lowered(args), spec.num_results)

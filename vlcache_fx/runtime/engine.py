@@ -1,118 +1,43 @@
-"""The engine: what the graphs of one compiled model share."""
+"""The engine as its users hold it: reports, statistics, explanations, settings."""
 
-import itertools
-import logging
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import fx
-
-from vlcache_fx.errors import (
-    NoCompilerError,
-    OptionError,
-    PlanError,
-    PolicyError,
-    Reason,
-    StoreClosedError,
-    StoreError,
-    UnreadableWeightsError,
-    UnsupportedGraphError,
-)
-from vlcache_fx.lowering import (
-    CompileCache,
-    Decompositions,
-    EagerLowering,
-    InductorLowering,
-    Lowered,
-    Lowering,
-    TensorRtLowering,
-)
-from vlcache_fx.ops import (
-    decompose_attend,
-    decompose_attention,
-    decompose_linear,
-    scatter_rows_reference,
-    splice_rows_reference,
-    take_rows_reference,
-)
+from vlcache_fx.errors import OptionError, StoreClosedError, StoreError
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
-from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
-from vlcache_fx.runtime.guards.guards import Guards
-from vlcache_fx.runtime.report import Report, ReportView, one_line
-from vlcache_fx.runtime.requests.media_spans import MediaItems
-from vlcache_fx.runtime.settings import Choice, Choices
-from vlcache_fx.store import open_store
+from vlcache_fx.runtime.report import ReportView
+from vlcache_fx.runtime.settings import Choice
+from vlcache_fx.runtime.state import ServingState
 
 if TYPE_CHECKING:
     from vlcache_fx.compiler.explanation import GraphExplanation
-
-log = logging.getLogger("vlcache_fx")
 
 EXPLANATION = "_vlcache_explanation"
 """The attribute of a compiled ``forward`` that explains its graphs."""
 
 
-class Engine:
-    """Store, policy, lowering, reports and counts of one compiled model. Safe to share between threads.
+class ServingEngine(ServingState):
+    """Store, policy, reports and counts of one model. Safe to share between threads.
+
+    Sessions of exported graphs have this one; what is compiled in this process has an ``Engine``.
 
     Args:
         options: checked options.
-
-    Attributes:
-        choices: policy, budget and profile of the next call.
-        guards: which models go without reuse.
-        fingerprints: of weights.
-        graphs: of one model, as compiled; by number. They live as long as the engine.
-        contents: what items held that were looked up lately, and with which weights.
-        missed: keys of items that were looked up in vain.
-        unstorable: keys of donors that the store refused, as too large: recording them again would not help.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
     """
 
     def __init__(self, options: Options | None = None) -> None:
-        self.options = options or Options()
-        self.choices = Choices(_choice(self.options))
-        self.store = open_store(self.options.store, self.options.capacity_bytes)
-        self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
-        self.lowering: Lowering
-        if self.options.lowering == "eager":
-            self.lowering = EagerLowering()
-        elif self.options.lowering == "tensorrt":
-            self.lowering = TensorRtLowering()
-        else:
-            decompositions: Decompositions = {
-                torch.ops.vlcache.splice_rows.default: splice_rows_reference,
-                torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
-                torch.ops.vlcache.take_rows.default: take_rows_reference,
-                torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
-                torch.ops.aten.linear.default: decompose_linear,
-                torch.ops.vlcache.attend.default: decompose_attend,
-            }
-            self.lowering = InductorLowering(self.compile_cache, decompositions=decompositions)
-        self.guards = Guards(self.options)
-        self.refusals: list[UnsupportedGraphError] = []
-        self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
-        self.graph_numbers = itertools.count()
+        super().__init__(options)
         self._explained: weakref.ref[Callable[..., Any]] | None = None
-        self._closed = self._said_closed = False
-        self._report: Report | None = None
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self.fingerprints = Fingerprints()
-        self.missed, self.unstorable = RecentKeys(), RecentKeys()
-        self.contents = RecentContents()
-        self._call = threading.local()
 
     @property
     def last_report(self) -> ReportView | None:
@@ -149,7 +74,6 @@ class Engine:
         with self._lock:
             counts = dict(self._counts)
         store = self.store.stats()
-        compiled = self.compile_cache.stats
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
             "encoder": {"hits": counts.get("encoder_hits", 0), "misses": counts.get("encoder_misses", 0)},
@@ -157,8 +81,8 @@ class Engine:
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
             "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
-            "compilations": len(compiled.compilations),
-            "compile_seconds": round(compiled.seconds, 3),
+            "compilations": 0,
+            "compile_seconds": 0.0,
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
             "shadow": self.guards.stats(),
         }
@@ -179,8 +103,7 @@ class Engine:
             found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
             return found
         finally:  # no word of it in the report of the next call
-            self.take_encoder_note()
-            self.take_items()
+            self.pending.take()
 
     @contextmanager
     def using(
@@ -240,167 +163,3 @@ class Engine:
         """Release the store; the compiled model goes on without reuse. Again: nothing happens."""
         self._closed = True
         self.store.close()
-
-    # The methods below are for the runtime, and for measurements.
-
-    @property
-    def graph_calls(self) -> int:
-        """Calls of compiled graphs that this thread has made."""
-        return int(getattr(self._call, "graphs", 0))
-
-    def note_graph_call(self) -> None:
-        """A compiled graph is called."""
-        self._call.graphs = self.graph_calls + 1
-
-    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
-        """A program as a callable; with eager kernels where torch's compiler lacks something.
-
-        Raises:
-            LoweringError: see ``Lowering.lower``.
-            UnsupportedGraphError: NO_COMPILER, in strict mode.
-        """
-        try:
-            return self.lowering.lower(program, name=name)
-        except NoCompilerError as error:
-            self.go_on_without_compiler(error)
-            return self.lowering.lower(program, name=name)
-
-    def go_on_without_compiler(self, error: NoCompilerError) -> None:
-        """Eager kernels from now on: reuse goes on. Said once in the log, raised in strict mode."""
-        refusal = UnsupportedGraphError(Reason.NO_COMPILER, str(error))
-        if self.options.strict:
-            raise refusal from error
-        with self._lock:
-            is_new = self.lowering.name != EagerLowering.name
-            if is_new:
-                self.lowering = EagerLowering()
-                self.refusals.append(refusal)
-        if is_new:
-            log.warning("runs with eager kernels: %s", error)
-
-    def set_options(self, options: Options) -> None:
-        """Other options from now on; store and lowering stay what they are."""
-        self.options, self.choices.default = options, _choice(options)
-
-    def report(self, report: Report, *, continues: bool = False) -> None:
-        """Keep the report of a call and count it.
-
-        Args:
-            report: of the call.
-            continues: a call without media that goes on with a cache; what the call before did stays the
-                last report, where that had media.
-        """
-        with self._lock:
-            if not (continues and self._report is not None and self._report.spans):
-                self._report = report
-            self._counts[report.mode] += 1
-
-    def count(self, what: str) -> None:
-        """Add one to a count."""
-        with self._lock:
-            self._counts[what] += 1
-
-    def ran_uncompiled(self, refusal: UnsupportedGraphError) -> None:
-        """A call in which no graph of this engine ran."""
-        self.count("uncompiled_calls")
-        self.bypass(refusal)
-
-    def bypass(self, refusal: UnsupportedGraphError) -> None:
-        """Report a call that runs unmodified; logged once for each reason, raised in strict mode."""
-        self.refuse_call(refusal)
-        self.report(Report("bypass", one_line(str(refusal)), reason_code=refusal.reason))
-
-    def note_encoder(self, *, hit: bool) -> None:
-        """An encoder outside the decoder's graph was skipped (or ran); the call's report will say so."""
-        self._call.encoder_hit = hit
-        self.count("encoder_hits" if hit else "encoder_misses")
-
-    def take_encoder_note(self) -> bool | None:
-        """What ``note_encoder`` said since the last prefill of this thread."""
-        hit: bool | None = getattr(self._call, "encoder_hit", None)
-        self._call.encoder_hit = None
-        return hit
-
-    def note_items(
-        self, modality: str, lengths: Sequence[int], patches: Sequence[Sequence[int]] = ()
-    ) -> None:
-        """Items that were encoded, for the next prefill; see ``MediaItems.of_patches``."""
-        items: dict[str, MediaItems] = getattr(self._call, "items", {})
-        self._call.items = {**items, modality: MediaItems.of_patches(lengths, patches)}
-
-    def take_items(self) -> list[MediaItems]:
-        """The items that ``note_items`` was given since the last prefill of this thread."""
-        items: dict[str, MediaItems] = getattr(self._call, "items", {})
-        self._call.items = {}
-        return list(items.values())
-
-    def refuse(self, refusal: UnsupportedGraphError) -> None:
-        """Log a refusal, each text once, or raise it in strict mode."""
-        if self.options.strict:
-            raise refusal
-        with self._lock:
-            known = any(str(other) == str(refusal) for other in self.refusals)
-            self.refusals.append(refusal)
-        if not known:
-            log.warning("runs unmodified: %s", refusal)
-
-    def refuse_call(self, refusal: UnsupportedGraphError) -> None:
-        """As ``refuse``, for a single call of a graph whose other calls may be served; logged once."""
-        if self.options.strict:
-            raise refusal
-        with self._lock:
-            kinds = {(other.reason, other.node) for other in self.refusals}
-            known = (refusal.reason, refusal.node) in kinds
-            if not known:
-                self.refusals.append(refusal)
-        if not known:
-            log.warning("runs unmodified: %s", refusal)
-
-    def refuse_weights(self, error: UnreadableWeightsError) -> str:
-        """Calls of a model whose weights cannot be read, one text for all of them; see ``refuse_call``."""
-        refusal = UnsupportedGraphError(Reason.WEIGHTS_UNREADABLE, str(error))
-        self.refuse_call(refusal)
-        return str(refusal)
-
-    def refuse_shadow(self, refusal: UnsupportedGraphError) -> None:
-        """Shadow runs of a graph that is served otherwise; logged once per engine, raised in strict mode."""
-        if self.options.strict:
-            raise refusal
-        with self._lock:
-            known = any(other.reason == refusal.reason for other in self.refusals)
-            self.refusals.append(refusal)
-        if not known:
-            log.warning("no shadow runs: %s", refusal)
-
-    @contextmanager
-    def tolerating_store_errors(self) -> Iterator[None]:
-        """A store that fails in the body costs reuse, never the request; raised in strict mode.
-
-        A closed store is no failure: somebody wanted it so.
-        """
-        try:
-            yield
-        except StoreError as error:
-            if self._closed or isinstance(error, StoreClosedError):
-                self._say_closed()
-                return
-            if self.options.strict:
-                raise
-            self.count("store_failures")
-            log.warning("store failed, computing instead: %s", error)
-
-    def _say_closed(self) -> None:
-        with self._lock:
-            said, self._said_closed = self._said_closed, True
-        if not said:
-            log.warning("the store is closed: calls go on without reuse")
-
-    def plan_failed(self, error: PlanError | PolicyError) -> None:
-        """A policy whose rows cannot be executed costs reuse, never the request."""
-        self.count("plan_failures")
-        log.warning("no plan, computing instead: %s", error)
-
-
-def _choice(options: Options) -> Choice:
-    profile = None if options.profile is None else Profile.load(options.profile)
-    return Choice(get_policy(options.policy), options.budget, profile)

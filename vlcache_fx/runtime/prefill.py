@@ -5,33 +5,34 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.capture.mutations import can_write, deliver
+import torch
+
 from vlcache_fx.errors import (
     PlanError,
     PolicyError,
     Reason,
     UnreadableWeightsError,
-    UnsupportedGraphError,
 )
-from vlcache_fx.ir import Captured
-from vlcache_fx.passes.configured import Pipelines
-from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.index import DonorLookup
-from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows, find_logits
+from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
+from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
+from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.masks import MaskCheck
+from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.request import Request, together
+from vlcache_fx.runtime.requests.spans import Identifier
+from vlcache_fx.runtime.state import ServingState
+from vlcache_fx.spec.decoder import DecoderSpec
 from vlcache_fx.spec.slots import StoredSlot
 
 
@@ -39,9 +40,10 @@ class DecoderRunner:
     """A decoder with reuse: call it with the graph's inputs, get the graph's outputs.
 
     Args:
-        form: facts of the graph.
-        masks: what its attention masks let tokens see.
+        spec: of the graph.
+        prologue: tells what a call holds.
         cold, warm: its programs; lowered when first used.
+        device: where the token embeddings are.
         engine: what it shares with the model's other graphs.
         unmodified: computes the graph's results without reuse; serves every call that reuse cannot.
         logits: index of the result that shadow runs compare; None without them.
@@ -49,75 +51,57 @@ class DecoderRunner:
 
     def __init__(
         self,
-        form: DecoderForm,
-        masks: MaskCheck,
+        spec: DecoderSpec,
+        prologue: Prologue,
         cold: ProgramRunner,
         warm: ProgramRunner,
-        engine: Engine,
+        device: torch.device,
+        engine: ServingState,
         unmodified: Callable[..., Sequence[Any]],
         logits: int | None = None,
     ) -> None:
         self.engine = engine
-        self._form, self._masks, self._cold, self._warm = form, masks, cold, warm
-        self._in_place = tuple({*cold.in_place, *warm.in_place})
-        self._unmodified, self._logits = unmodified, logits
-        self._donors = DonorLookup(form, engine)
-
-    @classmethod
-    def of(
-        cls,
-        captured: Captured,
-        engine: Engine,
-        unmodified: Callable[..., Sequence[Any]],
-        pipelines: Pipelines,
-        facts: DecoderFacts,
-    ) -> "DecoderRunner":
-        """Of a captured graph whose encoder features are inputs. Both programs are built at once.
-
-        ``facts`` are of the graph, where it was analysed before.
-
-        Raises:
-            UnsupportedGraphError: the graph cannot be rewritten.
-        """
-        masks = MaskCheck.of(captured, facts)
-        cold = cold_program(captured, pipelines.cold, facts)
-        warm = warm_program(captured, pipelines.warm, facts)
-        form = DecoderForm.of(captured, facts, cold.recorded)
-        return cls(
-            form,
-            masks,
-            ProgramRunner.of("cold", cold, form.device, engine),
-            ProgramRunner.of("warm", warm, form.device, engine),
-            engine,
-            unmodified,
-            _logits_to_shadow(captured, facts, engine),
+        self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
+        self._identifier, self._masks = (
+            Identifier(spec.spans, prologue.spans),
+            MaskCheck(spec.masks, prologue),
         )
+        self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
+        self._unmodified, self._logits = unmodified, logits
+        self._donors = DonorLookup(spec, Leaves(spec.leaves, prologue.input_values), device, engine)
 
-    def __call__(self, args: Sequence[Any], *, encoder_hit: bool | None = None) -> Sequence[Any]:
-        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse."""
-        noted, items = self.engine.take_encoder_note(), self.engine.take_items()
-        identifier, clock = self._form.identifier, Clock()
+    def __call__(
+        self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
+    ) -> Sequence[Any]:
+        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse.
+
+        Args:
+            args: the graph's inputs.
+            context: of the call; by default what encoders noted in this thread.
+            encoder_hit: of an encoder in the same graph, if any.
+        """
+        context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
-            known = on_host(args, self._form.tells)
-            identified = identifier.runs(known, items)
+            known = on_host(args, self._spec.host_inputs)
+            identified = self._identifier.runs(known, context.media_items)
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
             num_samples, num_tokens, runs = identified
-            hit = noted if encoder_hit is None else encoder_hit
+            hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
                 request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
                 return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
-        if not runs and identifier.embeddings is not None:
+        if not runs and self._spec.spans.embeddings is not None:
             return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
         if num_tokens < 2:
             return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
-        request = replace(request, positions=self._form.positions(num_tokens, known))
-        if request.positions is not None and len(request.positions) < 2 and self._form.tail_varies:
+        request = replace(request, positions=self._spec.positions(num_tokens, known))
+        if request.positions is not None and len(request.positions) < 2 and self._spec.tail_varies:
             # Programs take sizes below two as special.
             return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
-        if not can_write(self._form.writes, self._in_place, args, self._form.data):
+        if not inputs_allow_mutation(self._spec.writes, self._in_place, args, self._spec.data):
             return self._bypass(args, Reason.CANNOT_WRITE, num_tokens)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
@@ -158,18 +142,18 @@ class DecoderRunner:
                 request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the cold program failed"
             )
         if request.spans:
-            self._admit(request, self._cold.recorded, results, plans)
+            self._admit(request, self._cold.spec.recorded, results, plans)
             reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
             self.engine.report(request.report("cold", reason, plans, 1.0, code))
         else:
             report = request.report("bypass", Reason.NO_SPAN.text, plans, 1.0, Reason.NO_SPAN)
-            self.engine.report(report, continues=self._form.goes_on)
-        return deliver(self._form.writes, request.args, results, self._form.num_results)
+            self.engine.report(report, continues=self._spec.continues_prompts)
+        return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
 
     def _admit(
         self, request: Request, slots: Sequence[StoredSlot], results: Sequence[Any], plans: Sequence[Plan]
     ) -> None:
-        recorded = dict(zip(slots, results[self._form.num_outputs :], strict=True))
+        recorded = dict(zip(slots, results[self._spec.num_outputs :], strict=True))
         with request.clock.measure("admit"):
             self._donors.admit(request, recorded, plans)
 
@@ -180,11 +164,11 @@ class DecoderRunner:
         if not self._warm.ready():
             return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
         positions = request.positions
-        tables = functools.cache(lambda: donors.tables(request.donors, self._form.rows, self._form.device))
+        tables = functools.cache(lambda: donors.tables(request.donors, self._spec.rows, self._device))
         policy = self.engine.choices.now.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
-                found = measure(policy, self._warm, request, plans, tables, self._form.rows, positions)
+                found = measure(policy, self._warm, request, plans, tables, self._spec.rows, positions)
             if found is None:
                 return self._bypass(
                     request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the warm program failed"
@@ -202,14 +186,14 @@ class DecoderRunner:
             )
         shadow = self._shadow(request, results)
         if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
-            self._admit(request, self._warm.recorded, results, plans)
+            self._admit(request, self._warm.spec.recorded, results, plans)
         report = request.report("warm", None, plans, request.computed_share(plans))
         if shadow is not None:
             results, comparison = shadow
             report = replace(report, shadow_kl=comparison.kl)
             self.engine.guards.record(request.model_fingerprint, comparison)
         self.engine.report(report)
-        return deliver(self._form.writes, request.args, results, self._form.num_results)
+        return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
         """The exact results of a warm request that is due, and how far ``reused`` ones are from their logits.
@@ -233,7 +217,7 @@ class DecoderRunner:
             num_rows = exact[self._logits][..., 0].numel() // len(request.samples)
             rows, last = compared_rows(request, positions, num_rows)
             comparison = compare(exact[self._logits], reused[self._logits], rows, last)
-            self._admit(full, self._cold.recorded, exact, plans)
+            self._admit(full, self._cold.spec.recorded, exact, plans)
         return exact, comparison
 
     def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
@@ -243,21 +227,21 @@ class DecoderRunner:
         """
         strict = self.engine.options.strict
         choice = self.engine.choices.now
-        chooser = chooser or first_chooser(choice.policy, self._form.rows)
+        chooser = chooser or first_chooser(choice.policy, self._spec.rows)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
                 self._check_groups(choice.policy)
                 profile = self.engine.choices.profile_for(
-                    request.model_fingerprint, self._form.dtype, strict=strict
+                    request.model_fingerprint, self._spec.dtype, strict=strict
                 )
                 for sample in request.samples:
                     plans.append(
                         build_plan(
                             num_tokens=request.num_tokens,
                             spans=sample.spans,
-                            num_layers=self._form.num_layers,
+                            num_layers=self._spec.num_layers,
                             policy=chooser,
                             profile=profile,
                             budget=choice.budget,
@@ -266,7 +250,7 @@ class DecoderRunner:
                             prefix=sample.prefix,
                             padding=sample.unseen if request.donors else None,
                             first_donor=first_donor,
-                            groups=self._form.groups,
+                            groups=self._spec.layer_groups,
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
@@ -278,28 +262,17 @@ class DecoderRunner:
         return plans
 
     def _check_groups(self, policy: Policy) -> None:
-        if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._form.groups):
+        if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._spec.layer_groups):
             raise PlanError(
                 f"policy {policy.name!r} needs rows of its own in every layer; these programs share rows in "
-                f"groups of {list(self._form.groups)} layers: make them with this policy"
+                f"groups of {list(self._spec.layer_groups)} layers: make them with this policy"
             )
 
     def _bypass(
         self, args: Sequence[Any], code: Reason, num_tokens: int = 0, text: str | None = None
     ) -> Sequence[Any]:
         """Run without reuse, and report ``code``; ``text`` says more than the reason's own."""
-        continues = self._form.goes_on and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
+        continues = self._spec.continues_prompts and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
         report = Report("bypass", one_line(text or code.text), num_tokens, reason_code=code)
         self.engine.report(report, continues=continues)
         return self._unmodified(*args)
-
-
-def _logits_to_shadow(captured: Captured, facts: DecoderFacts, engine: Engine) -> int | None:
-    """The result that shadow runs compare; None without the option, or where there is none."""
-    if not engine.options.shadow:
-        return None
-    try:
-        return find_logits(captured, facts)
-    except UnsupportedGraphError as refusal:
-        engine.refuse_shadow(refusal)
-        return None

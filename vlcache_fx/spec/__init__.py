@@ -1,5 +1,5 @@
-"""Plain data that crosses from the compile half to the serve half.
+"""What compiling a graph leaves for serving it: frozen dataclasses of plain data that JSON can hold.
 
-Analysis and passes make it; the runtime and exported folders read it. It imports neither ``torch.fx`` nor
-anything of this package but ``errors``, and any other package may import it.
+Analysis and passes make them; the runtime and exported folders read them. No ``torch.fx``: any other package
+may import them, and they import only ``plan`` and ``errors``.
 """

@@ -31,7 +31,7 @@ manifests, so they never change.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from vlcache_fx.errors import SlotError
 
@@ -62,6 +62,21 @@ class Slot:
         if not isinstance(slot, cls):
             raise SlotError(f"slot {name!r} is {type(slot).__name__}, not {cls.__name__}")
         return slot
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Manifests hold slots by their names."""
+        from pydantic_core import core_schema  # here: only exports need it
+
+        def read(name: Any) -> Slot:
+            try:
+                return cls.parse(str(name))
+            except SlotError as error:
+                raise ValueError(str(error)) from error
+
+        return core_schema.no_info_plain_validator_function(
+            read, serialization=core_schema.to_string_ser_schema()
+        )
 
 
 class InputSlot(Slot):

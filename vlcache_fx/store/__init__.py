@@ -1,4 +1,4 @@
-"""Keeps donors between requests, under keys that others make. No graph code, no pickle."""
+"""Bounded storage of donors between requests, under complete keys. No graph code, no pickle."""
 
 from vlcache_fx.store.base import Store, StoreStats
 from vlcache_fx.store.entry import Entry

@@ -1,4 +1,4 @@
-"""What every store can do."""
+"""The interface of all stores."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from vlcache_fx.store.entry import Entry
 
 @dataclass(frozen=True)
 class StoreStats:
-    """Counts since the store was opened, and what it holds now.
+    """Counts since the store was opened, and its current size.
 
     Attributes:
-        entries: entries held.
-        used_bytes: bytes of tensor storage held; never more than ``capacity_bytes``.
+        entries: current number of entries.
+        used_bytes: current bytes of tensor storage; never more than ``capacity_bytes``.
         capacity_bytes: the bound.
         hits: ``get`` calls that found an entry.
-        misses: ``get`` calls that did not.
-        admissions: entries taken in, replacements included.
+        misses: ``get`` calls that found none.
+        admissions: entries stored by ``put``, replacements included.
         evictions: entries dropped to make room.
-        rejections: entries that ``put`` refused.
+        rejections: entries rejected by ``put``.
     """
 
     entries: int
@@ -35,49 +35,48 @@ class StoreStats:
 
 
 class Store(ABC):
-    """A bounded map from keys to entries, safe to use from several threads.
+    """Bounded, thread-safe map from keys to entries.
 
-    Keys are complete (``vlcache_fx.keys.digest``): a store never has to compare contents.
+    Keys are complete (``vlcache_fx.keys.digest``), so a store never compares contents.
 
     Attributes:
-        tier: name of the kind of memory, as reports show it.
+        tier: name of the kind of memory, used in reports.
     """
 
     tier: ClassVar[str]
 
     @abstractmethod
     def get(self, key: str) -> Entry | None:
-        """The entry under ``key``, or None. Counts a hit or a miss.
+        """Return the entry under ``key``, or None. Counts a hit or a miss.
 
         Raises:
-            StoreError: when the store cannot be read.
+            StoreError: the store cannot be read.
         """
 
     @abstractmethod
     def put(self, key: str, entry: Entry) -> bool:
-        """Takes the entry in, in place of one with the same key; False when it is refused as too large.
+        """Store the entry, replacing an entry with the same key. Return False if it is too large.
 
         Raises:
-            StoreError: when the store cannot be written.
+            StoreError: the store cannot be written.
         """
 
     @abstractmethod
     def __contains__(self, key: object) -> bool:
-        """Whether there is an entry; does not count, and does not make it more recent."""
+        """Return whether an entry exists. Neither counts nor changes the order of eviction."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of entries."""
+        """Return the number of entries."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Drops all entries; counts stay."""
+        """Drop all entries; keep the counts."""
 
     @abstractmethod
     def close(self) -> None:
-        """Releases everything; later calls raise ``StoreClosedError``, except a second ``close``
-        and ``stats``."""
+        """Release all memory. Later calls except ``close`` and ``stats`` raise ``StoreClosedError``."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """Counts and sizes now."""
+        """Return the current counts and sizes."""

@@ -1,4 +1,4 @@
-"""What a store holds under one key."""
+"""The value that a store keeps under one key."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """Named tensors and JSON data, both read-only mappings.
+    """Named tensors and JSON data, both as read-only mappings.
 
-    Tensors are detached, contiguous and alone in their storage, so that the entry holds exactly ``nbytes``
-    bytes and never keeps a larger activation alive. They are copied, so that a caller that writes to its own
-    tensors later cannot change what others are served; whoever gives its tensors away may pass
-    ``copy=False``, and only views and inference tensors are copied. Nobody may write to an entry's tensors.
+    Each tensor is detached, contiguous and alone in its storage, so an entry occupies exactly ``nbytes`` and
+    never keeps a larger activation alive. Tensors are copied, so later writes by the caller do not change the
+    entry. With ``copy=False``, only views and inference tensors are copied; the caller must not write to the
+    others. An entry's tensors are read-only.
 
     Raises:
-        StoreError: when a value is not a strided tensor, or ``info`` is not JSON data.
+        StoreError: a value is not a strided tensor, or ``info`` is not JSON data.
     """
 
     tensors: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class Entry:
 
     def __post_init__(self, copy: bool) -> None:
         try:
-            # A round trip: checks that it is JSON data, and shares nothing mutable with the caller.
+            # The round trip checks for JSON data and shares nothing mutable with the caller.
             info = json.loads(json.dumps(dict(self.info), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise StoreError(f"an entry's info must be JSON data: {error}") from error
@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor storage held."""
+        """Bytes of tensor storage."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
 
 
@@ -56,7 +56,7 @@ def _own(name: str, tensor: Tensor, copy: bool) -> Tensor:
     plain = not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
     if not copy and exact and plain and tensor.is_contiguous():
         return tensor.detach()
-    # Outside inference mode, because an inference tensor could not be used in a later ordinary call.
+    # Outside inference mode, because later calls with autograd cannot use inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         owned = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         return owned.copy_(tensor)

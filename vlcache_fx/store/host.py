@@ -1,4 +1,4 @@
-"""A store in host memory, for models that run on a device with less memory than their donors need."""
+"""A store in host memory, for donors that exceed the device's memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vlcache_fx.store.memory import MemoryStore
 
 
 class HostStore(MemoryStore):
-    """Like ``MemoryStore``, but entries move to pinned host memory.
+    """A ``MemoryStore`` that moves entries to pinned host memory.
 
-    Copies from a GPU run behind the work that is queued there; the first ``get`` of an entry waits until its
-    copy is complete. Without CUDA, entries stay as they are.
+    Copies are asynchronous, on the GPU's current stream; ``get`` waits until the entry's copy is complete.
+    CPU entries are stored unchanged.
 
     Args:
         capacity_bytes: bound on the bytes of tensor storage, positive.
@@ -25,7 +25,7 @@ class HostStore(MemoryStore):
 
     def put(self, key: str, entry: Entry) -> bool:
         """See ``Store.put``."""
-        if entry.nbytes <= self._capacity:  # else it is refused, and copying it would be in vain
+        if entry.nbytes <= self._capacity:  # larger entries are rejected below
             entry = _on_host(entry)
         return super().put(key, entry)
 
@@ -38,7 +38,7 @@ class HostStore(MemoryStore):
 
 
 class _Copied(Entry):
-    """An entry whose tensors are being copied until ``arrived``."""
+    """An entry whose tensors are complete after the event ``arrived``."""
 
     arrived: torch.cuda.Event
 

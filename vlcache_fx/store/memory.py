@@ -12,9 +12,10 @@ from vlcache_fx.store.entry import Entry
 
 
 class MemoryStore(Store):
-    """Least recently used entries go first when the bytes run out.
+    """Evicts the least recently used entries when ``capacity_bytes`` is exceeded.
 
-    Entries stay on the device they were made on: on a GPU this is the device tier, with no transfer on a hit.
+    Entries stay on the device where they were created: on a GPU this is the device tier, without a transfer
+    on a hit.
 
     Args:
         capacity_bytes: bound on the bytes of tensor storage, positive.
@@ -33,7 +34,7 @@ class MemoryStore(Store):
         self._closed = False
 
     def get(self, key: str) -> Entry | None:
-        """See ``Store.get``; the entry becomes the most recent one."""
+        """See ``Store.get``; the entry becomes the most recently used."""
         with self._lock:
             self._check_open()
             entry = self._entries.get(key)
@@ -87,7 +88,7 @@ class MemoryStore(Store):
             self._closed = True
 
     def stats(self) -> StoreStats:
-        """See ``Store.stats``; works on a closed store too."""
+        """See ``Store.stats``; works on a closed store."""
         with self._lock:
             return StoreStats(
                 entries=len(self._entries),

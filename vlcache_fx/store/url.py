@@ -1,4 +1,4 @@
-"""Opens the store that an option names."""
+"""Stores by URL, for the option ``store``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _PLANNED = ("file", "mooncake")
 
 
 def open_store(store_or_url: str | Store, capacity_bytes: int) -> Store:
-    """The store itself, or a new one for a URL.
+    """Return the given store, or open a new one by URL.
 
     Args:
-        store_or_url: a ``Store``; ``memory://``, which keeps entries on the device they were made on; or
-            ``host://``, which moves them to host memory.
-        capacity_bytes: bound of a new store, in bytes; a ``Store`` object keeps its own.
+        store_or_url: a ``Store``; ``memory://``, which keeps entries on the device where they were created;
+            or ``host://``, which moves them to host memory.
+        capacity_bytes: bound of a new store, in bytes; a given ``Store`` keeps its own.
 
     Raises:
-        OptionError: for a URL that this version cannot open, or something that is neither.
+        OptionError: the URL is not supported, or the value is neither a URL nor a ``Store``.
     """
     if isinstance(store_or_url, Store):
         return store_or_url

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 
 from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.compiler.builders.key_moves import key_moves
 from vlcache_fx.ir import Captured
-from vlcache_fx.runtime.requests.key_tokens import KeyTokens
+from vlcache_fx.ir.subgraph import extract
+from vlcache_fx.runtime.requests.key_tokens import key_tokens
 
 from ..graphs import capture
 
@@ -103,7 +106,9 @@ def test_tokens_are_followed_to_their_keys(
         call.get(tuple(map(int, value.shape)), value) if isinstance(value, Tensor) else int(value)
         for value in (node.meta["val"] for node in captured.placeholders)
     ]
-    assert KeyTokens(captured.graph_module, keys.moves)(args, 6).tolist() == tokens
+    needed: dict[Node, int] = {}
+    moves = key_moves(keys.moves, needed)
+    assert key_tokens(moves, 6, extract(captured.graph_module, list(needed))(*args)).tolist() == tokens
     # Keys and values come from before the join.
     assert facts.layers[0].key_frontier.meta["val"].shape[1] == 6
 

@@ -7,7 +7,7 @@ import torch
 from vlcache_fx.bench.peers.cases import Script
 from vlcache_fx.bench.peers.checkpoint import TINY, write_checkpoint
 from vlcache_fx.bench.peers.local import LocalPeer, VlcachePeer
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.runtime.report import Report, SpanReport
 
 VISION_TOKENS = 64

@@ -15,11 +15,8 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.rewrite import (
     CarryRows,
-    HoistLookups,
-    InsertLookups,
     KvOnlyRows,
     RestrictRows,
-    SpliceRows,
     TrimTail,
 )
 from vlcache_fx.passes.standard import cold_program, warm_program
@@ -31,12 +28,12 @@ from ...models import wired
 from ..programs import (
     BOTH,
     LENGTH,
+    LOOKUPS,
     PROMPT,
     START,
     TOKENS,
+    PassCase,
     Rows,
-    everything,
-    nothing_stored,
     own_donors,
     plan_for,
     plan_for_both,
@@ -44,10 +41,9 @@ from ..programs import (
     run,
     small,
     unchanged,
-    what_changes,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows(), KvOnlyRows())
+CASE = PassCase(CarryRows(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
 SHRINKING = Rows(((0, 1, 3), (1, 3), (3,)))
 """Other rows at every level: a gather by a wrong level's places takes other rows, or none."""
 
@@ -67,20 +63,17 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("carry_rows", what_changes(CarryRows(), prepared(captured_wired("side")[0], *EARLIER)))
+    golden("carry_rows", CASE.change(captured_wired("side")[0]))
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    program = prepared(captured_wired("side", 2)[0], *EARLIER)
-    golden("carry_rows_two_samples", what_changes(CarryRows(), program))
+    golden("carry_rows_two_samples", CASE.change(captured_wired("side", 2)[0]))
 
 
 @pytest.mark.parametrize("kind", ["side", "skip"])
 @pytest.mark.parametrize("last_only", [True, False])
 def test_all_rows_is_the_unmodified_model(kind: str, last_only: bool) -> None:
-    captured, graph, want = captured_wired(kind, last_only=last_only)
-    program = prepared(captured, *EARLIER, CarryRows(), TrimTail())
-    close(run(program, graph.calls[0], everything(captured), nothing_stored(program))[0], want)
+    CASE.check_all_rows(*captured_wired(kind, last_only=last_only))
 
 
 @pytest.mark.parametrize("kind", ["side", "skip", "shared", "shared values", "residual values"])
@@ -113,7 +106,7 @@ def gathers(program: Program) -> list[Any]:
 
 
 def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
-    program = prepared(captured_wired("side")[0], *EARLIER)
+    program = CASE.before(captured_wired("side")[0])
     before = set(gathers(program))
     assert CarryRows().run(program)
     carried = [node for node in gathers(program) if node not in before]
@@ -125,8 +118,8 @@ def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
 
 
 def test_where_nothing_is_carried_nothing_changes() -> None:
-    assert unchanged(CarryRows(), prepared(small()[0], *EARLIER))
-    assert unchanged(CarryRows(), prepared(captured_wired("shared")[0], *EARLIER))
+    assert CASE.leaves_alone(small()[0])
+    assert CASE.leaves_alone(captured_wired("shared")[0])
 
 
 def test_levels_with_all_rows_are_left_alone() -> None:

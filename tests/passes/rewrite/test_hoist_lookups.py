@@ -9,17 +9,18 @@ import torch
 from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, SpliceRows
 from vlcache_fx.spec.slots import Donor, Key, Value
 
-from ..programs import before_and_after, everything, nothing_stored, prepared, run, small, unchanged
+from ..programs import PassCase, everything, nothing_stored, prepared, run, small, unchanged
+
+CASE = PassCase(HoistLookups(), (InsertLookups(), SpliceRows()))
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    program = prepared(small(rope="none")[0], InsertLookups(), SpliceRows())
-    golden("hoist_lookups", before_and_after(HoistLookups(), program))
+    golden("hoist_lookups", CASE.shown(small(rope="none")[0]))
 
 
 def test_tables_are_arguments() -> None:
     captured, graph, want = small()
-    program = prepared(captured, InsertLookups(), SpliceRows(), HoistLookups())
+    program = CASE.program(captured)
     results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
     assert torch.equal(results[0], want)
     assert not [node for node in program.graph.nodes if node.target is torch.ops.vlcache.lookup.default]

@@ -8,30 +8,27 @@ import pytest
 import torch
 
 from vlcache_fx.passes.rewrite import (
-    HoistLookups,
-    InsertLookups,
     KvOnlyRows,
     RestrictRows,
-    SpliceRows,
     TrimTail,
 )
 
 from ..programs import (
-    before_and_after,
+    LOOKUPS,
+    PassCase,
     bind_plan,
     everything,
     nothing_stored,
     prepared,
-    run,
     small,
     unchanged,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows())
+CASE = PassCase(KvOnlyRows(), (*LOOKUPS, RestrictRows()), (TrimTail(),))
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("kv_only_rows", before_and_after(KvOnlyRows(), prepared(small()[0], *EARLIER)))
+    golden("kv_only_rows", CASE.shown(small()[0]))
 
 
 @pytest.mark.parametrize(
@@ -40,15 +37,12 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_all_rows_is_the_unmodified_model(options: dict[str, object]) -> None:
-    captured, graph, want = small(**options)
-    program = prepared(captured, *EARLIER, KvOnlyRows(), TrimTail())
-    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    CASE.check_all_rows(*small(**options))
 
 
 def test_the_attention_of_the_last_layer_has_the_rows_of_the_results() -> None:
     captured, graph, want = small()
-    program = prepared(captured, *EARLIER, KvOnlyRows(), TrimTail())
+    program = CASE.program(captured)
     seen: list[torch.Size] = []
 
     class Watch(torch.fx.Interpreter):

@@ -12,50 +12,41 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlcache_fx.passes.rewrite import (
-    HoistLookups,
-    InsertLookups,
     RestrictMasks,
     RestrictRows,
-    SpliceRows,
     TrimTail,
 )
 
 from ..programs import (
-    before_and_after,
-    everything,
-    nothing_stored,
-    prepared,
+    LOOKUPS,
+    PassCase,
     results_without_and_with,
-    run,
     small,
-    unchanged,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows())
+CASE = PassCase(RestrictMasks(), (*LOOKUPS, RestrictRows()))
 MASKED = {"explicit_mask": True, "rope": "none"}
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("restrict_masks", before_and_after(RestrictMasks(), prepared(small(**MASKED)[0], *EARLIER)))
+    golden("restrict_masks", CASE.shown(small(**MASKED)[0]))
 
 
 def test_all_rows_is_the_unmodified_model() -> None:
-    captured, graph, want = small(**MASKED)
-    program = prepared(captured, *EARLIER, TrimTail(), RestrictMasks())
-    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    case = PassCase(RestrictMasks(), (*CASE.earlier, TrimTail()))
+    case.check_all_rows(*small(**MASKED))
 
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
 def test_rows_see_what_they_saw(offsets: tuple[int, ...]) -> None:
     """Bit by bit what a gather of the whole mask gives."""
     captured, graph, _ = small(**MASKED)
-    results = results_without_and_with(RestrictMasks(), EARLIER, captured, graph.calls[0], offsets)
+    results = results_without_and_with(CASE, captured, graph.calls[0], offsets)
     assert torch.equal(*results)
 
 
 def test_without_masks_nothing_changes() -> None:
-    assert unchanged(RestrictMasks(), prepared(small(rope="none")[0], *EARLIER))
+    assert CASE.leaves_alone(small(rope="none")[0])
 
 
 def places(count: int) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,8 @@ import torch
 
 from vlcache_fx.lowering.values import program_values
 from vlcache_fx.passes.rewrite import (
-    HoistLookups,
-    InsertLookups,
     RestrictMerge,
     RestrictRows,
-    SpliceRows,
     TrimTail,
 )
 from vlcache_fx.passes.standard import warm_program
@@ -23,30 +20,26 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..programs import (
     LENGTH,
-    before_and_after,
-    everything,
-    nothing_stored,
-    prepared,
+    LOOKUPS,
+    PassCase,
     results_without_and_with,
-    run,
     small,
     unchanged,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows())
+CASE = PassCase(RestrictMerge(), (*LOOKUPS, RestrictRows()), (TrimTail(),))
 MERGE = torch.ops.aten.masked_scatter.default
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("restrict_merge", before_and_after(RestrictMerge(), prepared(small(rope="none")[0], *EARLIER)))
+    golden("restrict_merge", CASE.shown(small(rope="none")[0]))
 
 
 def test_all_rows_is_the_unmodified_model() -> None:
     captured, graph, want = small()
-    program = prepared(captured, *EARLIER, RestrictMerge(), TrimTail())
+    program = CASE.program(captured)
     assert not program.graph.find_nodes(op="call_function", target=MERGE)
-    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    CASE.check_all_rows(captured, graph, want)
 
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
@@ -55,12 +48,12 @@ def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
     call = tiny_vlm_inputs(3, 2, [(LENGTH, 0), (4, 1)])
     captured, graph = captured_graph(tiny_vlm(num_layers=1), call)
     tokens = call["input_ids"].shape[1]
-    results = results_without_and_with(RestrictMerge(), EARLIER, captured, graph.calls[0], offsets, tokens)
+    results = results_without_and_with(CASE, captured, graph.calls[0], offsets, tokens)
     assert torch.equal(*results)
 
 
 def test_a_merge_with_another_reader_stays() -> None:
-    program = prepared(small()[0], *EARLIER)
+    program = CASE.before(small()[0])
     (merge,) = program.graph.find_nodes(op="call_function", target=MERGE)
     program.add_outputs([(Residual(), merge)])
     assert unchanged(RestrictMerge(), program)

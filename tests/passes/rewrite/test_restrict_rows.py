@@ -7,18 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, RestrictRows, SpliceRows, TrimTail
+from vlcache_fx.passes.rewrite import RestrictRows, TrimTail
 from vlcache_fx.plan.types import Span
 
 from ..programs import (
     LENGTH,
+    LOOKUPS,
     START,
     TOKENS,
+    PassCase,
     Rows,
-    before_and_after,
     bind_plan,
-    everything,
-    everything_of_both,
     nothing_stored,
     own_donors,
     plan_for,
@@ -28,19 +27,17 @@ from ..programs import (
     small,
     two_samples,
     unchanged,
-    what_changes,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups())
+CASE = PassCase(RestrictRows(), LOOKUPS, (TrimTail(),))
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("restrict_rows", before_and_after(RestrictRows(), prepared(small()[0], *EARLIER)))
+    golden("restrict_rows", CASE.shown(small()[0]))
 
 
 def test_graph_with_a_mask_of_its_own(golden: Callable[[str, str], None]) -> None:
-    program = prepared(small(explicit_mask=True, rope="none")[0], *EARLIER)
-    golden("restrict_rows_explicit_mask", before_and_after(RestrictRows(), program))
+    golden("restrict_rows_explicit_mask", CASE.shown(small(explicit_mask=True, rope="none")[0]))
 
 
 @pytest.mark.parametrize(
@@ -49,16 +46,13 @@ def test_graph_with_a_mask_of_its_own(golden: Callable[[str, str], None]) -> Non
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_all_rows_is_the_unmodified_model(options: dict[str, object]) -> None:
-    captured, graph, want = small(**options)
-    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
-    results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    CASE.check_all_rows(*small(**options))
 
 
 def test_layers_run_on_their_rows_only() -> None:
     """What a layer's nodes give has as many tokens as the layer has rows."""
     captured, graph, _ = small(num_layers=2)
-    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
+    program = CASE.program(captured)
     plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], Rows(((0, 2), (0,))))
     seen: dict[str, torch.Size] = {}
 
@@ -85,9 +79,8 @@ def test_layers_run_on_their_rows_only() -> None:
 @pytest.mark.parametrize("explicit_mask", [False, True])
 def test_graph_of_two_samples(explicit_mask: bool, golden: Callable[[str, str], None]) -> None:
     """Tables without a place for samples get one; masks have their own rows in each."""
-    program = prepared(two_samples(explicit_mask=explicit_mask)[0], *EARLIER)
     name = "restrict_rows_two_samples" + "_explicit_mask" * explicit_mask
-    golden(name, what_changes(RestrictRows(), program))
+    golden(name, CASE.change(two_samples(explicit_mask=explicit_mask)[0]))
 
 
 BATCHED = [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"fused_qkv": True}]
@@ -97,9 +90,8 @@ BATCHED = [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"f
 @pytest.mark.parametrize("last_only", [True, False])
 def test_two_samples(options: dict[str, object], last_only: bool) -> None:
     captured, graph, want = two_samples(**options, last_only=last_only)
-    program = prepared(captured, *EARLIER, RestrictRows(), TrimTail())
-    got = run(program, graph.calls[0], everything_of_both(program), nothing_stored(program))[0]
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    CASE.check_all_rows(captured, graph, want)
+    program = CASE.program(captured)
     # With donors of their own, whatever rows each of them computes.
     layers = program.decoder.num_layers
     plan = plan_for_both(program, Rows(((0, 2),) * layers), Rows(((),) * layers))

@@ -18,8 +18,8 @@ from ..programs import (
     LENGTH,
     START,
     TOKENS,
+    PassCase,
     Rows,
-    before_and_after,
     everything,
     everything_of_both,
     nothing_stored,
@@ -30,19 +30,19 @@ from ..programs import (
     run,
     small,
     two_samples,
-    what_changes,
 )
+
+CASE = PassCase(SpliceRows(), (InsertLookups(),))
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    program = prepared(small()[0], InsertLookups())
-    golden("splice_rows", before_and_after(SpliceRows(), program))
+    golden("splice_rows", CASE.shown(small()[0]))
 
 
 @pytest.mark.parametrize("last_only", [True, False])
 def test_all_rows_computed_is_the_unmodified_model(last_only: bool) -> None:
     captured, graph, want = small(last_only=last_only)
-    program = prepared(captured, InsertLookups(), SpliceRows())
+    program = CASE.program(captured)
     with bind_donors(nothing_stored(program)):  # NaN, should any row of it be read
         assert torch.equal(run(program, graph.calls[0], everything(captured))[0], want)
 
@@ -50,7 +50,7 @@ def test_all_rows_computed_is_the_unmodified_model(last_only: bool) -> None:
 def test_stored_rows_are_read_for_the_others() -> None:
     """With its own keys and values as the donor, an image need not be computed."""
     captured, graph, want = small()
-    program = prepared(captured, InsertLookups(), SpliceRows())
+    program = CASE.program(captured)
     hit = Span(0, START, LENGTH, "key", True)
     plan = plan_for(program, TOKENS, [hit], Rows(((),)))
     cold = prepared(captured, RecordDonors(), warm=False)
@@ -68,21 +68,20 @@ def test_stored_rows_are_read_for_the_others() -> None:
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    program = prepared(two_samples()[0], InsertLookups())
-    golden("splice_rows_two_samples", what_changes(SpliceRows(), program))
+    golden("splice_rows_two_samples", CASE.change(two_samples()[0]))
 
 
 @pytest.mark.parametrize("last_only", [True, False])
 def test_all_rows_of_two_samples_are_the_unmodified_model(last_only: bool) -> None:
     captured, graph, want = two_samples(last_only=last_only)
-    program = prepared(captured, InsertLookups(), SpliceRows())
+    program = CASE.program(captured)
     with bind_donors(nothing_stored(program)):
         assert torch.equal(run(program, graph.calls[0], everything_of_both(program))[0], want)
 
 
 def test_each_sample_reads_its_own_part_of_the_table() -> None:
     captured, graph, want = two_samples()
-    program = prepared(captured, InsertLookups(), SpliceRows())
+    program = CASE.program(captured)
     plan = plan_for_both(program, Rows(((),)))
     source = plan.source[0]
     # As above: rows are not restricted yet.

@@ -10,20 +10,15 @@ import torch
 from vlcache_fx.errors import PassError
 from vlcache_fx.passes import Pipeline
 from vlcache_fx.passes.rewrite import (
-    HoistLookups,
-    InsertLookups,
     KvOnlyRows,
     RestrictRows,
-    SpliceRows,
     TrimTail,
 )
 
 from ..programs import (
+    LOOKUPS,
+    PassCase,
     Rows,
-    before_and_after,
-    everything,
-    everything_of_both,
-    nothing_stored,
     own_donors,
     plan_for_both,
     prepared,
@@ -31,44 +26,36 @@ from ..programs import (
     small,
     two_samples,
     unchanged,
-    what_changes,
 )
 
-EARLIER = (InsertLookups(), SpliceRows(), HoistLookups(), RestrictRows(), KvOnlyRows())
+CASE = PassCase(TrimTail(), (*LOOKUPS, RestrictRows(), KvOnlyRows()))
+COLD_CASE = PassCase(TrimTail(), (RestrictRows(), KvOnlyRows()))
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("trim_tail", before_and_after(TrimTail(), prepared(small(rope="none")[0], *EARLIER)))
+    golden("trim_tail", CASE.shown(small(rope="none")[0]))
 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_numbers(warm: bool) -> None:
-    captured, graph, want = small()
-    earlier = EARLIER if warm else (RestrictRows(), KvOnlyRows())
-    program = prepared(captured, *earlier, TrimTail(), warm=warm)
-    donors = nothing_stored(program) if warm else None
-    results = run(program, graph.calls[0], everything(captured), donors)
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    case = CASE if warm else COLD_CASE
+    case.check_all_rows(*small(), warm=warm)
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    golden("trim_tail_two_samples", what_changes(TrimTail(), prepared(two_samples()[0], *EARLIER)))
+    golden("trim_tail_two_samples", CASE.change(two_samples()[0]))
 
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_numbers_of_two_samples(warm: bool) -> None:
-    captured, graph, want = two_samples()
-    earlier = EARLIER if warm else (RestrictRows(), KvOnlyRows())
-    program = prepared(captured, *earlier, TrimTail(), warm=warm)
-    donors = nothing_stored(program) if warm else None
-    results = run(program, graph.calls[0], everything_of_both(program), donors)
-    torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
+    case = CASE if warm else COLD_CASE
+    case.check_all_rows(*two_samples(), warm=warm)
 
 
 @pytest.mark.parametrize("explicit_mask", [True, False])
 def test_samples_with_other_rows_have_their_own_results(explicit_mask: bool) -> None:
     captured, graph, want = two_samples(num_layers=2, explicit_mask=explicit_mask)
-    program = prepared(captured, *EARLIER, TrimTail())
+    program = CASE.program(captured)
     plan = plan_for_both(program, Rows(((0, 3), (3,))), Rows(((), ())))
     assert plan.rows_per_layer == (7, 6, 2)
     got = run(program, graph.calls[0], plan, own_donors(captured, graph.calls[0]))[0]

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlcache_fx.capture.mutations import deliver
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
 from vlcache_fx.ir.copies import copy_captured
@@ -18,6 +17,7 @@ from vlcache_fx.passes import Program
 from vlcache_fx.passes.rewrite import WriteInPlace
 from vlcache_fx.passes.rewrite.write_in_place import IN_PLACE
 from vlcache_fx.passes.standard import decode_step_program
+from vlcache_fx.runtime.mutations import apply_input_mutations
 from vlcache_fx.testing.graphs import captured_graph
 
 from ..programs import before_and_after, unchanged
@@ -87,7 +87,7 @@ def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor],
         write not in counts for write in captured.writes
     ]
     assert torch.equal(mine["keys"], theirs["keys"])  # before anything is delivered
-    (result,) = deliver(captured.writes, args, outputs, captured.num_results)
+    (result,) = apply_input_mutations(captured.writes, args, outputs, captured.num_results)
     assert torch.equal(result, want)
     for name in ("keys", "values", "count"):
         assert torch.equal(mine[name], theirs[name]), name

@@ -14,9 +14,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.backend import engine_for
+from vlcache_fx.compiler.builders.logits import find_logits
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.guards.shadow import compare, compared_rows, find_logits
+from vlcache_fx.runtime.guards.shadow import compare, compared_rows
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN

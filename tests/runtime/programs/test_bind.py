@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import PlanError
 from vlcache_fx.lowering import Lowered
 from vlcache_fx.options import Options
 from vlcache_fx.plan.stack import stack_plans
 from vlcache_fx.plan.types import Plan
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.runtime.programs.bind import bind, of_plan
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Key, Positions, Residual, Results, Rows, Source

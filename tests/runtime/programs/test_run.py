@@ -14,8 +14,9 @@ from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import EagerLowering, Lowered
 from vlcache_fx.options import Options
 from vlcache_fx.plan.types import Plan
-from vlcache_fx.runtime.engine import Engine
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.spec.slots import Donor, Key, Rows, StoredSlot
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -85,7 +86,11 @@ def test_donors_are_asked_for_when_the_plan_has_been_sent() -> None:
     donor, rows = torch.ones(3), torch.arange(2).as_subclass(Positions)
     plan = Plan(2, (rows,), (), (), (2,), 1.0)
     runner = ProgramRunner(
-        "warm", [Donor(Key(0)), Rows(0)], (), _never, torch.device("meta"), Engine(Options())
+        "warm",
+        ProgramSpec((Donor(Key(0)), Rows(0)), ()),
+        _never,
+        torch.device("meta"),
+        ServingEngine(Options()),
     )
     first, second = runner.bind(plan, None, tables)
     assert first is donor

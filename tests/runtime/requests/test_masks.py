@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlcache_fx.analysis import analyze
+from vlcache_fx.compiler.builders.masks import find_masks
 from vlcache_fx.errors import Reason
+from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests import masks as mask_check
 from vlcache_fx.runtime.requests.masks import MaskCheck, MaskLook, _looks_ahead
+from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
 from vlcache_fx.testing.tiny_attention import repeat_heads
@@ -89,7 +92,12 @@ class Looking:
         model = tiny_vlm(last_only=False)
         model.__class__ = Given
         captured, graph = captured_graph(model, CALL | more)
-        self.check = MaskCheck.of(captured, analyze(captured))
+        index = {node: number for number, node in enumerate(captured.placeholders)}
+        found = find_masks(analyze(captured), index)
+        masks, cache_values = (
+            extract(captured.graph_module, nodes) for nodes in (found.masks, found.cache_values)
+        )
+        self.check = MaskCheck(found.spec, Prologue(masks=masks, cache_values=cache_values))
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)

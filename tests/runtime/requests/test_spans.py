@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.decoder.computation import computation_of
+from vlcache_fx.compiler.builders.decoder import describe_decoder
+from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu
+from vlcache_fx.compiler.builders.spans import span_masks
 from vlcache_fx.ir import InputKind
+from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.media_spans import MediaItems, Run, merged_grid, runs_of
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
@@ -57,15 +60,21 @@ class Identifying:
         model.__class__ = Taking
         model.table = nn.Embedding(VOCABULARY, HIDDEN)
         captured, graph = captured_graph(model, call)
-        data = [index for index, kind in enumerate(captured.kinds) if kind is InputKind.DATA]
-        facts = analyze(captured)
-        self.identifier = Identifier.of(captured.graph_module, facts, data)
-        self.leaves = Leaves.of(captured, computation_of(captured, facts).leaves)
+        self.decoder = decoder = describe_decoder(captured, analyze(captured), ())
+        prologue = decoder.prologue()
+        self.identifier = Identifier(decoder.spec.spans, prologue.spans)
+        self.leaves = Leaves(decoder.spec.leaves, prologue.input_values)
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
             for name, value in call.items()
         }
+
+    def read_on_cpu(self) -> tuple[int, ...]:
+        """The inputs that the program ``spans`` reads on the CPU."""
+        captured = self.decoder.captured
+        part = extract(captured.graph_module, span_masks(self.decoder.facts))
+        return evaluated_on_cpu(part, captured.indices_of(InputKind.DATA))[1]
 
     def with_changes(self, changes: dict[str, Tensor]) -> list[Any]:
         args = list(self.args)
@@ -130,11 +139,11 @@ def test_runs_of_each_sample(two: Identifying) -> None:
 
 
 def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
-    assert two.identifier.on_host == (two.place["input_ids"],)
+    assert two.read_on_cpu() == (two.place["input_ids"],)
     flags = Identifying(
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=TWO == IMAGE_TOKEN
     )
-    assert set(flags.identifier.on_host) == {flags.place["input_ids"], flags.place["deep_mask"]}
+    assert set(flags.read_on_cpu()) == {flags.place["input_ids"], flags.place["deep_mask"]}
 
 
 def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
@@ -264,7 +273,7 @@ def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Ident
 
 def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
     check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
-    assert [form.is_index for form in check.leaves.forms if form.is_beside] == [False, True]
+    assert [form.is_index for form in check.decoder.spec.leaves if form.is_beside] == [False, True]
     assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
     same = torch.full((1, 8), 9)
     assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
@@ -296,7 +305,8 @@ def test_positions_of_each_sample() -> None:
     model.__class__ = Counted
     call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
     captured, graph = captured_graph(model, call | {"position_ids": positions})
-    leaves = Leaves.of(captured, computation_of(captured, analyze(captured)).leaves)
+    decoder = describe_decoder(captured, analyze(captured), ())
+    leaves = Leaves(decoder.spec.leaves, decoder.prologue().input_values)
     values = leaves.read(graph.calls[0])
     parts = [leaves.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
     assert [part[0].flatten().tolist() for part in parts] == [[0, 0, 1, 1], [0, 1, 2, 3]]

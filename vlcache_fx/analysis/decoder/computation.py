@@ -23,22 +23,9 @@ from vlcache_fx.analysis.decoder.facts import DecoderFacts
 from vlcache_fx.analysis.decoder.leaves import Leaf
 from vlcache_fx.ir import Captured
 from vlcache_fx.keys.digest import content_digest
+from vlcache_fx.spec.decoder import Digests
 
 __all__ = ["Computation", "Digests", "Leaf", "computation_of"]
-
-
-@dataclass(frozen=True)
-class Digests:
-    """A computation as keys hold it.
-
-    Attributes:
-        separate: leaves are told apart by their numbers.
-        unified: the same where leaves of one kind have one value, however often the graph makes it: queries
-            and keys may have positions of their own, which are the same unless keys of earlier calls join.
-    """
-
-    separate: str
-    unified: str
 
 
 @dataclass(frozen=True)

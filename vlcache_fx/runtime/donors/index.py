@@ -4,22 +4,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlcache_fx.errors import Reason, StoreClosedError
 from vlcache_fx.keys.digest import content_digest
-from vlcache_fx.lowering.numerics import numerics
+from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
-from vlcache_fx.runtime.engine import Engine
-from vlcache_fx.runtime.form import DecoderForm
-from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.runtime.requests.blocks import Piece, PrefixReader
+from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.masks import MaskLook
 from vlcache_fx.runtime.requests.media_spans import Run
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.requests.spans import donor_key
+from vlcache_fx.runtime.state import ServingState
+from vlcache_fx.spec.decoder import DecoderSpec
 from vlcache_fx.spec.slots import StoredSlot
 from vlcache_fx.store.entry import Entry
 
@@ -31,12 +33,15 @@ class DonorLookup:
     """Finds and stores donors.
 
     Args:
-        form: of the decoder graph.
+        spec: of the decoder graph.
+        leaves: reads the values that keys hold.
+        device: where the decoder runs.
         engine: has the store.
     """
 
-    def __init__(self, form: DecoderForm, engine: Engine) -> None:
-        self._form, self._engine = form, engine
+    def __init__(self, spec: DecoderSpec, leaves: Leaves, device: torch.device, engine: ServingState) -> None:
+        self._spec, self._leaves, self._device, self._engine = spec, leaves, device, engine
+        self._prefixes = PrefixReader(spec.spans.embeddings)
 
     def request(
         self,
@@ -74,8 +79,8 @@ class DonorLookup:
         )
         fingerprint = others = ""
         if any(sample.spans for sample in samples):  # with text alone there is nothing to look them over for
-            fingerprint = self._form.model_fingerprint or self._fingerprint(args, self._form.weights)
-            others = self._fingerprint(args, self._form.other_weights)
+            fingerprint = self._spec.model_fingerprint or self._fingerprint(args, self._spec.weights)
+            others = self._fingerprint(args, self._spec.other_weights)
         return Request(
             args,
             known,
@@ -97,12 +102,12 @@ class DonorLookup:
             request: with spans.
             look: what masks let its tokens see.
         """
-        salt, device = self._engine.options.key_salt, self._form.device.type
-        common = [request.weights, self._form.layout, numerics(device)]
-        digests = self._form.computation
+        salt, device = self._engine.options.key_salt, self._device.type
+        common = [request.weights, self._spec.layout, numerics(device)]
+        digests = self._spec.computation
         identities = {True: content_digest([*common, digests.unified])}
         identities[False] = content_digest([*common, digests.separate])
-        leaves = self._form.leaves
+        leaves = self._leaves
         values = leaves.read(request.known)
         samples = []
         for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
@@ -175,7 +180,7 @@ class DonorLookup:
         looked, found = [], {}
         for span in sample.spans:
             entry, failure = self._look(span.key)
-            if entry is not None and donors.fits(entry, self._form.rows, span.length):
+            if entry is not None and donors.fits(entry, self._spec.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
@@ -214,7 +219,7 @@ class DonorLookup:
                 return self._get(refine.exact_key(piece.key))
             return entry
 
-        length, entries = donors.known_prefix(self._pieces(request, sample), find, self._form.rows)
+        length, entries = donors.known_prefix(self._pieces(request, sample), find, self._spec.rows)
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
@@ -223,7 +228,7 @@ class DonorLookup:
         return request.is_causal and request.is_whole and len(request.samples) == 1
 
     def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
-        pieces = self._form.prefixes.pieces(
+        pieces = self._prefixes.pieces(
             request.args,
             sample.by_token,
             sample.runs,
@@ -260,7 +265,7 @@ class DonorLookup:
                     if piece.start >= sample.prefix and self._is_wanted(piece, request):
                         store, index = self._engine.store, sample.index
                         most = self._engine.options.donor_contexts
-                        stored = donors.admit(store, piece, recorded, self._form.rows, plan, index, most)
+                        stored = donors.admit(store, piece, recorded, self._spec.rows, plan, index, most)
                         if not stored and piece.span is not None:
                             self._engine.unstorable.add(piece.key)
 

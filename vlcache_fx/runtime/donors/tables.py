@@ -2,66 +2,42 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
+from vlcache_fx.runtime.programs.lowered import Arriving
 from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
 
 
-@dataclass(frozen=True)
-class RowForm:
-    """What a program reads from one slot.
+def rows_of_sample(spec: RowSpec, recorded: Tensor, sample: int) -> Tensor:
+    """The part of what a program recorded that belongs to one sample."""
+    return recorded if spec.batch_dim is None else recorded.narrow(spec.batch_dim, sample, 1)
 
-    Attributes:
-        dim: the dimension that runs over rows.
-        dtype: of its values.
-        sizes: of every dimension; None for rows, and where the graph leaves it open.
-        batch_dim: the dimension that runs over samples in a program of several; 1 in what is stored.
-    """
 
-    dim: int
-    dtype: torch.dtype
-    sizes: tuple[int | None, ...]
-    batch_dim: int | None = None
-
-    @classmethod
-    def of(cls, value: Tensor, dim: int, batch_dim: int | None = None) -> "RowForm":
-        """The form of rows of ``value``, a fake tensor of the graph."""
-        sizes: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
-        sizes[dim] = None
-        if batch_dim is not None:
-            sizes[batch_dim] = 1
-        return cls(dim, value.dtype, tuple(sizes), batch_dim)
-
-    def of_sample(self, recorded: Tensor, sample: int) -> Tensor:
-        """The part of what a program recorded that belongs to one sample."""
-        return recorded if self.batch_dim is None else recorded.narrow(self.batch_dim, sample, 1)
-
-    def fits(self, tensor: Tensor, length: int) -> bool:
-        """True for ``length`` rows of this form."""
-        return (
-            tensor.dtype == self.dtype
-            and tensor.dim() == len(self.sizes)
-            and tensor.shape[self.dim] == length
-            and all(want is None or size == want for size, want in zip(tensor.shape, self.sizes, strict=True))
-        )
+def _are_rows(spec: RowSpec, tensor: Tensor, length: int) -> bool:
+    """True for ``length`` rows as ``spec`` describes them."""
+    return (
+        tensor.dtype == getattr(torch, spec.dtype)
+        and tensor.dim() == len(spec.sizes)
+        and tensor.shape[spec.dim] == length
+        and all(want is None or size == want for size, want in zip(tensor.shape, spec.sizes, strict=True))
+    )
 
 
 def tables(
-    entries: Sequence[Entry], forms: Mapping[StoredSlot, RowForm], device: torch.device
+    entries: Sequence[Entry], specs: Mapping[StoredSlot, RowSpec], device: torch.device
 ) -> dict[StoredSlot, Tensor | Arriving]:
     """Donor tables per slot: the rows of all entries, one behind the other.
 
     A single donor is handed over as it lies in the store; several are joined. Donors of a host tier are
-    brought in on a stream of their own, in the order of ``forms``, which is that of the layers, while earlier
+    brought in on a stream of their own, in the order of ``specs``, which is that of the layers, while earlier
     layers compute.
     """
 
@@ -70,12 +46,12 @@ def tables(
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
-        return {slot: table(slot, form.dim) for slot, form in forms.items()}
+        return {slot: table(slot, spec.dim) for slot, spec in specs.items()}
     made: dict[StoredSlot, Tensor | Arriving] = {}
     current, side = torch.cuda.current_stream(device), _side_stream(device)
-    for slot, form in forms.items():
+    for slot, spec in specs.items():
         with torch.cuda.stream(side):
-            tensor, event = table(slot, form.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            tensor, event = table(slot, spec.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(side)
         tensor.record_stream(current)  # its memory was allocated for the side stream
         made[slot] = Arriving(tensor, functools.partial(current.wait_event, event))
@@ -87,11 +63,11 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def fits(entry: Entry | None, forms: Mapping[StoredSlot, RowForm], length: int) -> bool:
+def fits(entry: Entry | None, specs: Mapping[StoredSlot, RowSpec], length: int) -> bool:
     """True where the entry has every slot that a program reads, with ``length`` rows of its form each."""
     return entry is not None and all(
-        str(slot) in entry.tensors and form.fits(entry.tensors[str(slot)], length)
-        for slot, form in forms.items()
+        str(slot) in entry.tensors and _are_rows(spec, entry.tensors[str(slot)], length)
+        for slot, spec in specs.items()
     )
 
 
@@ -106,7 +82,7 @@ def admit(
     store: Store,
     piece: Piece,
     recorded: Mapping[StoredSlot, Tensor],
-    forms: Mapping[StoredSlot, RowForm],
+    specs: Mapping[StoredSlot, RowSpec],
     plan: Plan,
     sample: int = 0,
     max_contexts: int = 1,
@@ -117,34 +93,34 @@ def admit(
     """
     places: dict[int, int] = {}  # equal neighbours among a plan's rows are one object
     rows = {}
-    for slot, form in forms.items():
+    for slot, spec in specs.items():
         level = slot.layer if isinstance(slot, Key | Value) else plan.num_layers
         active = plan.rows[level]
         if id(active) not in places:
             places[id(active)] = int(torch.searchsorted(active, piece.start))
-        own = form.of_sample(recorded[slot], sample)
-        rows[str(slot)] = own.narrow(form.dim, places[id(active)], piece.length)
+        own = rows_of_sample(spec, recorded[slot], sample)
+        rows[str(slot)] = own.narrow(spec.dim, places[id(active)], piece.length)
     if piece.span is not None:
         return refine.admit_item(store, piece.key, rows, piece.length, piece.before, max_contexts)
     return store.put(piece.key, refine.exact_donor(rows, piece.length, piece.before))
 
 
 def known_prefix(
-    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], forms: Mapping[StoredSlot, RowForm]
+    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], specs: Mapping[StoredSlot, RowSpec]
 ) -> tuple[int, list[Entry]]:
     """How many leading tokens have exact donors, and these.
 
     Args:
         pieces: of the prompt, in order.
         find: the entry under a piece's key.
-        forms: what programs read.
+        specs: what programs read.
     """
     length, known = 0, []
     for piece in pieces:
         entry = find(piece)
         # The rows of a media item may have been computed behind something else: good to reuse, but not exact.
         # A refined donor has no `before` at all.
-        if entry is None or entry.info.get("before") != piece.before or not fits(entry, forms, piece.length):
+        if entry is None or entry.info.get("before") != piece.before or not fits(entry, specs, piece.length):
             break
         known.append(entry)
         length = piece.end

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.programs.lowered import Arriving
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source, StoredSlot
 
 Tables = Callable[[], Mapping[StoredSlot, Tensor | Arriving]]

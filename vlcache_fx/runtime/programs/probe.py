@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError, PolicyError
-from vlcache_fx.lowering import Arriving
 from vlcache_fx.plan.build import RowChooser
 from vlcache_fx.plan.cut import cut_after
 from vlcache_fx.plan.types import Plan, Span, SpanContext
 from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy
-from vlcache_fx.runtime.donors.tables import RowForm, length_of
+from vlcache_fx.runtime.donors.tables import length_of, rows_of_sample
 from vlcache_fx.runtime.programs.bind import Tables
+from vlcache_fx.runtime.programs.lowered import Arriving
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.request import Request, Sample, together
+from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
@@ -25,7 +26,7 @@ class ProbeRows:
     """The rows of the probe run, which no budget limits."""
 
     policy: ProbingPolicy
-    forms: Mapping[StoredSlot, RowForm]
+    specs: Mapping[StoredSlot, RowSpec]
     ignores_budget: ClassVar[bool] = True
 
     def select(self, span: SpanContext) -> Sequence[Tensor]:
@@ -41,7 +42,7 @@ class ProbeRows:
                 f"the model has layers 0 to {span.num_layers - 1}"
             )
         rows = self.policy.select(span)
-        layer = stored_layer(self.policy, self.forms)
+        layer = stored_layer(self.policy, self.specs)
         if layer < len(rows) and len(rows[layer]) != span.length:
             raise PolicyError(
                 f"policy {self.policy.name!r}: select must ask for all {span.length} rows of a span up to "
@@ -69,15 +70,15 @@ class ChosenRows:
         return self._policy.choose(ProbedSpan(**vars(span), deviation=deviation))
 
 
-def first_chooser(policy: Policy, forms: Mapping[StoredSlot, RowForm]) -> RowChooser:
+def first_chooser(policy: Policy, specs: Mapping[StoredSlot, RowSpec]) -> RowChooser:
     """What the first plans of a call ask: the policy, or for the rows of its probe."""
-    return ProbeRows(policy, forms) if isinstance(policy, ProbingPolicy) else policy
+    return ProbeRows(policy, specs) if isinstance(policy, ProbingPolicy) else policy
 
 
-def stored_layer(policy: ProbingPolicy, forms: Mapping[StoredSlot, RowForm]) -> int:
+def stored_layer(policy: ProbingPolicy, specs: Mapping[StoredSlot, RowSpec]) -> int:
     """The last layer up to the policy's that has keys and values of its own, which donors hold."""
     for layer in range(policy.probe_layer, -1, -1):
-        if Key(layer) in forms and Value(layer) in forms:
+        if Key(layer) in specs and Value(layer) in specs:
             return layer
     raise PlanError(f"no layer up to {policy.probe_layer} has keys and values of its own to compare")
 
@@ -93,7 +94,7 @@ def measure(
     request: Request,
     plans: Sequence[Plan],
     tables: Tables,
-    forms: Mapping[StoredSlot, RowForm],
+    specs: Mapping[StoredSlot, RowSpec],
     output_rows: Tensor | None,
 ) -> list[Deviation] | None:
     """The deviations of all reused spans behind known prefixes, sample by sample.
@@ -106,25 +107,27 @@ def measure(
         request: has donors.
         plans: a plan per sample, made with ``first_chooser``.
         tables: gives the donor tables that the program reads, the same in every call.
-        forms: of rows, per slot.
+        specs: of rows, per slot.
         output_rows: as the plans were built with.
 
     Returns:
         None where the program failed.
     """
-    layer = stored_layer(policy, forms)
+    layer = stored_layer(policy, specs)
     plans = [cut_after(plan, layer, output_rows) for plan in plans]
     results = program.run(request.args, program.bind(together(plans), output_rows, tables))
     if results is None:
         return None
-    recorded = dict(zip(program.recorded, results[len(results) - len(program.recorded) :], strict=True))
+    recorded = dict(
+        zip(program.spec.recorded, results[len(results) - len(program.spec.recorded) :], strict=True)
+    )
 
     def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
         for slot in (Key(layer), Value(layer)):
-            form, table = forms[slot], tables()[slot]
+            spec, table = specs[slot], tables()[slot]
             stored = table.get() if isinstance(table, Arriving) else table
-            fresh = form.of_sample(recorded[slot], sample.index).narrow(form.dim, place, length)
-            yield _squared_distance(fresh, stored.narrow(form.dim, donor, length), form.dim)
+            fresh = rows_of_sample(spec, recorded[slot], sample.index).narrow(spec.dim, place, length)
+            yield _squared_distance(fresh, stored.narrow(spec.dim, donor, length), spec.dim)
 
     found: list[Deviation] = []
     first_donor = 0

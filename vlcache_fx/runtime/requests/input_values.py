@@ -2,86 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.analysis.decoder.computation import Leaf
-from vlcache_fx.ir import Captured, InputKind
-from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.keys.digest import Part
-from vlcache_fx.runtime.requests.on_cpu import evaluated_on_cpu
+from vlcache_fx.runtime.requests.prologue import Values
+from vlcache_fx.spec.decoder import LeafSpec
 
 
-@dataclass(frozen=True)
-class LeafForm:
-    """How one such value is laid out, known when the graph is compiled: see ``analysis.computation.Leaf``.
-
-    Values of one ``group`` may be one value that the graph makes several times.
-    """
-
-    token_dim: int | None
-    batch_dim: int | None = None
-    is_index: bool = False
-    is_beside: bool = True
-    group: int = 0
-
-    def of_sample(self, value: Any, sample: int) -> Any:
-        """The part that belongs to one sample."""
-        return value if self.batch_dim is None else value.narrow(self.batch_dim, sample, 1)
-
-    def by_token(self, value: Any, num_tokens: int) -> Tensor | None:
-        """[tokens, ...], without dimensions of size 1, in which graphs of one model differ; None where it has
-        no dimension over tokens."""
-        if self.token_dim is None or not isinstance(value, Tensor):
-            return None
-        length = value.shape[self.token_dim]
-        rows = value.narrow(self.token_dim, length - num_tokens, num_tokens).movedim(self.token_dim, 0)
-        return rows.reshape(num_tokens, *(size for size in rows.shape[1:] if size != 1))
-
-    def of_item(self, value: Any, start: int, length: int, num_tokens: int) -> Part:
-        """What the rows of an item depend on, given the part of its sample.
-
-        Positions count from the item's first token: the same pixels laid out in another grid attend to each
-        other differently, and the same layout at another offset does not.
-        """
-        rows = self.by_token(value, num_tokens)
-        if rows is None:
-            return value  # type: ignore[no-any-return]
-        own = rows[start : start + length]
-        if self.is_index or own.is_floating_point() or own.dtype == torch.bool:
-            return own  # differences of cos and sin mean nothing: such donors serve one offset
-        return own - own[:1]
-
-
-@dataclass(frozen=True)
 class Leaves:
     """The values that keys hold, of one graph.
 
-    Attributes:
-        forms: of each value.
-        read: from the graph's inputs to the values: tensors, and numbers.
+    Args:
+        specs: of each value.
+        made: the program that gives those that are no inputs.
     """
 
-    forms: tuple[LeafForm, ...]
-    read: Callable[[Sequence[Any]], Sequence[Any]]
+    def __init__(self, specs: Sequence[LeafSpec], made: Values) -> None:
+        self._specs, self._made = tuple(specs), made
 
-    @classmethod
-    def of(cls, captured: Captured, leaves: Sequence[Leaf]) -> Leaves:
-        """Of a captured graph."""
-        index = {node: i for i, node in enumerate(captured.placeholders)}
-        made = [leaf.node for leaf in leaves if leaf.node not in index]
-        data = captured.indices_of(InputKind.DATA)
-        run = evaluated_on_cpu(extract(captured.graph_module, made), data)[0] if made else None
-
-        def read(args: Sequence[Any]) -> list[Any]:
-            computed = iter(run(*args) if run is not None else ())
-            return [args[index[leaf.node]] if leaf.node in index else next(computed) for leaf in leaves]
-
-        return cls(forms_of(leaves), read)
+    def read(self, args: Sequence[Any]) -> list[Any]:
+        """The values of a call with these inputs: tensors, and numbers."""
+        made = iter(self._made(*args))
+        return [next(made) if spec.input is None else args[spec.input] for spec in self._specs]
 
     def of_item(
         self, values: Sequence[Any], sample: int, start: int, length: int, num_tokens: int
@@ -89,9 +35,9 @@ class Leaves:
         """What layers read beside the features of an item, for its donor's key: see ``unified``."""
         return unified(
             [
-                (form.group, form.of_item(form.of_sample(value, sample), start, length, num_tokens))
-                for form, value in zip(self.forms, values, strict=True)
-                if form.is_beside
+                (spec.group, _of_item(spec, _of_sample(spec, value, sample), start, length, num_tokens))
+                for spec, value in zip(self._specs, values, strict=True)
+                if spec.is_beside
             ]
         )
 
@@ -99,14 +45,13 @@ class Leaves:
         self, values: Sequence[Any], sample: int, num_tokens: int
     ) -> tuple[bool, tuple[Tensor, ...], tuple[Part, ...]]:
         """The same for all tokens of a prompt, as they are: values by token, [tokens, ...], and others."""
-        own = [form.of_sample(value, sample) for form, value in zip(self.forms, values, strict=True)]
+        own = [_of_sample(spec, value, sample) for spec, value in zip(self._specs, values, strict=True)]
         own = [value.detach().cpu() if isinstance(value, Tensor) else value for value in own]
-        rows = [form.by_token(value, num_tokens) for form, value in zip(self.forms, own, strict=True)]
-        tokens = [(form.group, part) for form, part in zip(self.forms, rows, strict=True) if part is not None]
+        rows = [_by_token(spec, value, num_tokens) for spec, value in zip(self._specs, own, strict=True)]
+        groups = [spec.group for spec in self._specs]
+        tokens = [(group, part) for group, part in zip(groups, rows, strict=True) if part is not None]
         others = [
-            (form.group, value)
-            for form, part, value in zip(self.forms, rows, own, strict=True)
-            if part is None
+            (group, value) for group, part, value in zip(groups, rows, own, strict=True) if part is None
         ]
         (first, by_token), (second, whole) = unified(tokens), unified(others)
         if not (first and second):
@@ -137,10 +82,31 @@ def unified(parts: Sequence[tuple[int, Value]]) -> tuple[bool, list[Value]]:
     return True, list(firsts.values())
 
 
-def forms_of(leaves: Sequence[Leaf]) -> tuple[LeafForm, ...]:
-    """Plain data of what analysis found."""
-    kinds = list(dict.fromkeys(leaf.kind for leaf in leaves))
-    return tuple(
-        LeafForm(one.token_dim, one.batch_dim, one.is_index, one.is_beside, kinds.index(one.kind))
-        for one in leaves
-    )
+def _of_sample(spec: LeafSpec, value: Any, sample: int) -> Any:
+    """The part that belongs to one sample."""
+    return value if spec.batch_dim is None else value.narrow(spec.batch_dim, sample, 1)
+
+
+def _by_token(spec: LeafSpec, value: Any, num_tokens: int) -> Tensor | None:
+    """[tokens, ...], without dimensions of size 1, in which graphs of one model differ; None where it has
+    no dimension over tokens."""
+    if spec.token_dim is None or not isinstance(value, Tensor):
+        return None
+    length = value.shape[spec.token_dim]
+    rows = value.narrow(spec.token_dim, length - num_tokens, num_tokens).movedim(spec.token_dim, 0)
+    return rows.reshape(num_tokens, *(size for size in rows.shape[1:] if size != 1))
+
+
+def _of_item(spec: LeafSpec, value: Any, start: int, length: int, num_tokens: int) -> Part:
+    """What the rows of an item depend on, given the part of its sample.
+
+    Positions count from the item's first token: the same pixels laid out in another grid attend to each
+    other differently, and the same layout at another offset does not.
+    """
+    rows = _by_token(spec, value, num_tokens)
+    if rows is None:
+        return value  # type: ignore[no-any-return]
+    own = rows[start : start + length]
+    if spec.is_index or own.is_floating_point() or own.dtype == torch.bool:
+        return own  # differences of cos and sin mean nothing: such donors serve one offset
+    return own - own[:1]

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise, zip_longest
 import torch
 from torch import Tensor
 
-from vlcache_fx.keys.digest_cache import NOTHING, Rows, rows_digests
+from vlcache_fx.keys.digest_cache import NO_DIGESTS, RowRange, digest_rows
 from vlcache_fx.plan.types import Grid
 
 
@@ -83,7 +83,7 @@ class Run:
         """Of ``content``: dtype, shape and values of each."""
         pairs = zip_longest(self.content, self.known)
         return tuple(
-            rows_digests(rows, [(0, len(rows))])[0] if known is None else known for rows, known in pairs
+            digest_rows(rows, [(0, len(rows))])[0] if known is None else known for rows, known in pairs
         )
 
     @property
@@ -108,7 +108,7 @@ def runs_of(
     features: Tensor,
     num_tokens: int,
     items: MediaItems = NO_ITEMS,
-    known: Mapping[Rows, str] = NOTHING,
+    known: Mapping[RowRange, str] = NO_DIGESTS,
 ) -> list[Run]:
     """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
 
@@ -135,7 +135,7 @@ def runs_of(
 
 
 def with_additions(
-    runs: list[Run], places: Tensor, features: Tensor, num_tokens: int, known: Mapping[Rows, str]
+    runs: list[Run], places: Tensor, features: Tensor, num_tokens: int, known: Mapping[RowRange, str]
 ) -> list[Run] | None:
     """The runs with the rows that are added at their tokens; None where some are added at other tokens."""
     starts = [run.sample * num_tokens + run.start for run in runs]

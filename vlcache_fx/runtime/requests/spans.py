@@ -1,16 +1,10 @@
 """Which runs of media a request has, and the keys of what fills them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, fx
-
-from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.decoder.merge import Addition, Merge
-from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.digest_cache import known_rows
+from vlcache_fx.keys.digest_cache import cached_digests
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.runtime.requests.media_spans import (
     NO_ITEMS,
@@ -21,47 +15,20 @@ from vlcache_fx.runtime.requests.media_spans import (
     token_flags,
     with_additions,
 )
-from vlcache_fx.runtime.requests.on_cpu import evaluated_on_cpu
+from vlcache_fx.runtime.requests.prologue import Values
+from vlcache_fx.spec.decoder import SpanSpec
 
 
-@dataclass(frozen=True)
 class Identifier:
     """Finds runs in the inputs of one graph.
 
-    Attributes:
-        masks: a small graph from the graph's inputs to the mask of each merge and addition.
-        on_host: indices of the inputs that ``masks`` reads on the CPU; empty where it runs on the device.
-        features: per merge and addition, the index of the input that holds its feature rows.
-        num_merges: how many of these are merges; additions follow.
-        embeddings: where there is no merge, the index of the input whose rows may be marked as spans.
-        width: values per token of what is merged; None where there is no merge, or the graph takes any.
+    Args:
+        spec: where they come from.
+        masks: the program that gives the mask of each merge and addition.
     """
 
-    masks: Callable[..., Sequence[Tensor]]
-    features: tuple[int, ...]
-    num_merges: int
-    embeddings: int | None = None
-    width: int | None = None
-    on_host: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, module: fx.GraphModule, facts: DecoderFacts, data_inputs: Sequence[int]) -> "Identifier":
-        """Build it from the facts of ``module``; every merge's features must be an input."""
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        index = {node: i for i, node in enumerate(placeholders)}
-        width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
-        places: list[Merge | Addition] = [*facts.merges, *facts.additions]
-        place_masks, on_host = evaluated_on_cpu(
-            extract(module, [place.mask for place in places]), data_inputs
-        )
-        return cls(
-            masks=place_masks,
-            on_host=on_host,
-            features=tuple(index[place.features] for place in places),
-            num_merges=len(facts.merges),
-            embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
-            width=width if isinstance(width, int) else None,
-        )
+    def __init__(self, spec: SpanSpec, masks: Values) -> None:
+        self._spec, self._masks = spec, masks
 
     def runs(
         self, args: Sequence[Any], items: Sequence[MediaItems] = ()
@@ -73,15 +40,16 @@ class Identifier:
             items: per modality, where they are known. Items that follow each other without text between them,
                 such as frames, are runs of their own then.
         """
-        if self.embeddings is not None:
-            embeds = args[self.embeddings]
+        spec = self._spec
+        if spec.embeddings is not None:
+            embeds = args[spec.embeddings]
             return *embeds.shape[:2], [
                 Run(sample, start, length, (embeds[sample, start : start + length],))
                 for sample, start, length in marked_spans(embeds)
             ]
         samples, tokens, found = 1, 0, []
-        for place, (mask, index) in enumerate(zip(self.masks(*args), self.features, strict=True)):
-            if self.width is not None and args[index].shape[-1] != self.width:
+        for place, (mask, index) in enumerate(zip(self._masks(*args), spec.features, strict=True)):
+            if spec.width is not None and args[index].shape[-1] != spec.width:
                 return None
             flags = token_flags(mask)
             samples, tokens = flags.shape
@@ -89,8 +57,8 @@ class Identifier:
             features = args[index].reshape(-1, args[index].shape[-1])
             if len(places) != features.shape[0]:
                 return None
-            known = known_rows(args[index]) if args[index].dim() == features.dim() else {}
-            if place < self.num_merges:
+            known = cached_digests(args[index]) if args[index].dim() == features.dim() else {}
+            if place < spec.num_merges:
                 encoded = next((one for one in items if sum(one.lengths) == len(places)), NO_ITEMS)
                 found.extend(runs_of(places, features, tokens, encoded, known))
             else:

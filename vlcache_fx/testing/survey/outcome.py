@@ -14,8 +14,8 @@ import torch
 import vlcache_fx
 from vlcache_fx.backend import engine_for
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
+from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import dynamo_settings
-from vlcache_fx.runtime.engine import Engine
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.survey.families import FamilyModel, build_family, known_families
 from vlcache_fx.testing.survey.prompts import image_prompt

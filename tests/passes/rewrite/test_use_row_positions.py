@@ -1,4 +1,4 @@
-"""Attention is told the places of its rows where its mask is made of them."""
+"""Attention gets the positions of its rows where its mask is made of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from vlcache_fx.lowering import row_places
-from vlcache_fx.lowering.row_places import attend_up_to, read_places
 from vlcache_fx.ops import attention as kernel
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.rewrite import UseRowPositions
+from vlcache_fx.passes.rewrite.use_row_positions import SDPA, attend_up_to
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from ..runtime.helpers import own_compiler_state, with_backend
+from ...runtime.helpers import own_compiler_state, with_backend
 
 aten = torch.ops.aten
 ROWS, TOKENS, WIDTH = 5, 40, 16
@@ -72,6 +73,10 @@ def targets(module: GraphModule) -> set[Any]:
     return {node.target for node in module.graph.nodes if node.op == "call_function"}
 
 
+def use_positions(module: GraphModule) -> bool:
+    return UseRowPositions().run(Program(module))
+
+
 def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, atol=2e-2 if want.dtype == torch.bfloat16 else 0, rtol=0)
 
@@ -83,10 +88,10 @@ def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
     module = traced(attend(samples if batched else one_sample, enable_gqa=True, scale=0.3), args)
     want = module(*args)
     assert aten.le.Tensor in targets(module)
-    assert read_places(module.graph)
+    assert use_positions(module)
     module.recompile()
     assert attend_up_to in targets(module)
-    assert not {aten.le.Tensor, aten.arange.default, row_places.SDPA} & targets(module)
+    assert not {aten.le.Tensor, aten.arange.default, SDPA} & targets(module)
     close(module(*args), want)
 
 
@@ -94,7 +99,7 @@ def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
 def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtype) -> None:
     query, key, value, rows = operands(dtype, False)
     module = traced(attend(one_sample, enable_gqa=True), (query, key, value, rows))
-    read_places(module.graph)
+    use_positions(module)
     module.recompile()
     again = traced(module, (query, key, value, rows))
     assert attend_up_to not in targets(again)
@@ -110,7 +115,7 @@ def test_what_else_a_mask_asks_for_stays_a_mask(
     args = operands(dtype, False)
     module = traced(attend(mask, enable_gqa=True), args)
     want = module(*args)
-    assert read_places(module.graph)
+    assert use_positions(module)
     module.recompile()
     assert aten.le.Tensor not in targets(module)
     rest = next(iter(module.graph.find_nodes(op="call_function", target=attend_up_to))).args[5]
@@ -149,7 +154,7 @@ def test_whatever_is_compared_gives_what_its_mask_gives(name: str, dtype: torch.
     args = (query, key, value, change(operands(dtype, False)[3]))
     module = traced(attend(mask, enable_gqa=True), args)
     want = module(*args)
-    assert read_places(module.graph)
+    assert use_positions(module)
     module.recompile()
     close(module(*args), want)
     close(traced(module, args)(*args), want)
@@ -174,7 +179,7 @@ def test_other_masks_stay(name: str) -> None:
     args = operands(torch.float32, False)
     module = traced(attend(OTHERS[name], enable_gqa=True), args)
     before = str(module.graph)
-    assert not read_places(module.graph)
+    assert not use_positions(module)
     assert str(module.graph) == before
 
 

@@ -1,4 +1,4 @@
-"""What can be compiled, what is looked through, and what a compiled model says to copies."""
+"""Wrappers, models that cannot be compiled, and copies of compiled models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 import vlcache_fx
 from vlcache_fx.errors import CopyError, OptionError
-from vlcache_fx.integrations.whole_models import model_within
+from vlcache_fx.integrations.unwrap import unwrap_model
 from vlcache_fx.testing.tiny_vlm import tiny_vlm
 
 
@@ -30,8 +30,8 @@ class Model(nn.Module):
         return self.layer(x)
 
 
-class HandsOn(nn.Module):
-    """As DistributedDataParallel and adapters do."""
+class Wrapper(nn.Module):
+    """A wrapper like DistributedDataParallel."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -41,21 +41,21 @@ class HandsOn(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class Adapted(HandsOn):
+class Adapted(Wrapper):
     def get_base_model(self) -> nn.Module:
-        return self.module.module if isinstance(self.module, HandsOn) else self.module
+        return self.module.module if isinstance(self.module, Wrapper) else self.module
 
     def forward(self, x: Any = None, **kwargs: Any) -> Any:
         return self.module(x, **kwargs)
 
 
-def test_wrappers_are_looked_through() -> None:
+def test_unwrap_model_of_wrappers() -> None:
     model = Model()
-    for wrapped in (model, HandsOn(model), HandsOn(HandsOn(model)), Adapted(HandsOn(model))):
-        assert model_within(wrapped) is model
-    layers = HandsOn(nn.Linear(2, 2))
-    assert model_within(layers) is layers
-    assert model_within(nn.Sequential(model)) is not model
+    for wrapped in (model, Wrapper(model), Wrapper(Wrapper(model)), Adapted(Wrapper(model))):
+        assert unwrap_model(wrapped) is model
+    layers = Wrapper(nn.Linear(2, 2))
+    assert unwrap_model(layers) is layers
+    assert unwrap_model(nn.Sequential(model)) is not model
 
 
 def in_place() -> nn.Module:
@@ -85,16 +85,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "compiled": (lambda: torch.compile(Model()), "compiled by torch.compile already"),
     "compiled in place": (in_place, "compiled by model.compile"),
     "with a compiled forward": (forward_alone, "compiled by torch.compile already"),
-    "compiled in a wrapper": (lambda: HandsOn(torch.compile(Model())), "compiled"),
+    "compiled in a wrapper": (lambda: Wrapper(torch.compile(Model())), "compiled"),
     "compiled by us": (lambda: vlcache_fx.compile(Model()), "compiled already"),
-    "compiled by us in a wrapper": (lambda: HandsOn(vlcache_fx.compile(Model())), "compiled already"),
+    "compiled by us in a wrapper": (lambda: Wrapper(vlcache_fx.compile(Model())), "compiled already"),
 }
 
 
-@pytest.mark.parametrize(("make", "says"), BAD.values(), ids=BAD)
-def test_what_is_no_model_is_said(make: Callable[[], Any], says: str) -> None:
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
+def test_unwrap_model_rejects_other_objects(make: Callable[[], Any], message: str) -> None:
     value = make()
-    with pytest.raises(OptionError, match=says) as raised:
+    with pytest.raises(OptionError, match=message) as raised:
         vlcache_fx.compile(value)
     assert "\n" not in str(raised.value)
 
@@ -102,13 +102,13 @@ def test_what_is_no_model_is_said(make: Callable[[], Any], says: str) -> None:
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, copy.copy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())]
 )
-def test_copies_of_a_compiled_model_are_refused(copied: Callable[[Any], Any]) -> None:
+def test_refuse_copies(copied: Callable[[Any], Any]) -> None:
     model = vlcache_fx.compile(tiny_vlm(num_layers=1), lowering="eager")
-    for one in (model, HandsOn(model)):
+    for module in (model, Wrapper(model)):
         with pytest.raises(CopyError, match=r"is compiled .* before vlcache_fx.compile"):
-            copied(one)
+            copied(module)
         if copied is copy.copy:
-            break  # of a wrapper alone: the model is not copied
+            break  # a shallow copy of a wrapper does not copy the model
     plain = tiny_vlm(num_layers=1)
     plain.load_state_dict(model.state_dict())
     copied(plain)

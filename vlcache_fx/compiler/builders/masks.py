@@ -1,0 +1,78 @@
+"""What tokens may see: the attention masks of a decoder, as analysis found them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.decoder.mask_rule import mask_rule
+from vlcache_fx.compiler.builders.key_moves import key_moves
+from vlcache_fx.errors import Reason
+from vlcache_fx.ir.refusal import refuse, source_line
+from vlcache_fx.ir.subgraph import needed_for
+from vlcache_fx.spec.decoder import MaskSite, MaskSpec
+
+
+@dataclass(frozen=True)
+class FoundMasks:
+    """The masks of one graph.
+
+    Attributes:
+        spec: plain data of them.
+        masks: what the program ``masks`` gives.
+        cache_values: what the program ``cache_values`` gives.
+    """
+
+    spec: MaskSpec
+    masks: tuple[Node, ...]
+    cache_values: tuple[Node, ...]
+
+
+def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
+    """The masks of a decoder with inputs of this ``index``.
+
+    Raises:
+        UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
+    """
+    sites: dict[Node | None, MaskSite] = {}
+    cache_values: dict[Node, int] = {}
+    for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True):
+        mask, site = layer.site.mask, layer.site
+        if keys is None or mask in sites or (mask is None and site.is_prefill):
+            continue
+        if not keys.is_known and not site.is_prefill:
+            raise refuse(
+                Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
+            )
+        sites[mask] = MaskSite(
+            site.node.name,
+            source_line(site.node),
+            mask is not None,
+            "" if mask is None else mask_rule(mask, facts),
+            key_moves(() if site.is_prefill else keys.moves, cache_values),
+        )
+    masks, kinds = masks_of(facts), list(sites)
+    needed = needed_for(masks)
+    spec = MaskSpec(
+        sites=tuple(sites.values()),
+        inputs=tuple(i for node, i in index.items() if node in needed and node not in facts.past),
+        every_layer_has_one=all(layer.site.mask is not None for layer in facts.layers),
+        site_of_layer=tuple(
+            kinds.index(layer.site.mask) if keys is not None and layer.site.mask in sites else None
+            for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
+        ),
+    )
+    return FoundMasks(spec, tuple(masks), tuple(cache_values))
+
+
+def masks_of(facts: DecoderFacts) -> list[Node]:
+    """The different masks of attentions to tokens of the call, in the order of layers."""
+    kinds = dict.fromkeys(
+        layer.site.mask
+        for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
+        if keys is not None
+    )
+    return [mask for mask in kinds if mask is not None]

@@ -1,0 +1,109 @@
+"""From captured graphs to the runners that serve their calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.compiler.builders.decoder import Decoder, describe_decoder
+from vlcache_fx.compiler.builders.logits import find_logits
+from vlcache_fx.compiler.builders.programs import program_runner
+from vlcache_fx.compiler.engine import Engine
+from vlcache_fx.errors import UnsupportedGraphError
+from vlcache_fx.ir import Captured, InputKind
+from vlcache_fx.passes import Program
+from vlcache_fx.passes.configured import Pipelines
+from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults
+from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.runtime.decode_step import DecodeStepRunner
+from vlcache_fx.runtime.encode import EncoderRunner
+from vlcache_fx.runtime.prefill import DecoderRunner
+from vlcache_fx.spec.mutations import DecodeStepSpec
+from vlcache_fx.spec.program import EncoderSpec
+
+
+def decoder_runner(
+    captured: Captured,
+    engine: Engine,
+    unmodified: Callable[..., Sequence[Any]],
+    pipelines: Pipelines,
+    facts: DecoderFacts,
+) -> DecoderRunner:
+    """A decoder with reuse, of a captured graph whose encoder features are inputs.
+
+    Both programs are built at once and lowered when first used.
+
+    Args:
+        captured: the graph, cleaned.
+        engine: what it shares with the model's other graphs.
+        unmodified: computes the graph's results without reuse.
+        pipelines: the passes that it goes through.
+        facts: of the graph.
+
+    Raises:
+        UnsupportedGraphError: the graph cannot be rewritten.
+    """
+    cold = cold_program(captured, pipelines.cold, facts)
+    warm = warm_program(captured, pipelines.warm, facts)
+    decoder = describe_decoder(captured, facts, cold.recorded)
+    return DecoderRunner(
+        decoder.spec,
+        decoder.prologue(),
+        program_runner("cold", cold, decoder.device, engine),
+        program_runner("warm", warm, decoder.device, engine),
+        decoder.device,
+        engine,
+        unmodified,
+        _logits_to_shadow(decoder, engine),
+    )
+
+
+def encoder_runner(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
+    """An encoder whose results are kept, lowered at once.
+
+    Raises:
+        LoweringError: it cannot be lowered.
+    """
+    lowered = engine.lower(split.encoder, name="encoder")
+    spec = EncoderSpec(tuple(split.inputs), tuple(split.weights), tuple(split.computations))
+    return EncoderRunner(lambda *args: lowered(args), spec, engine)
+
+
+def decode_step_runner(
+    captured: Captured, program: Program, engine: Engine, unmodified: Callable[..., Sequence[Any]]
+) -> DecodeStepRunner:
+    """A decoding step, lowered at once.
+
+    Args:
+        captured: the graph.
+        program: made of it.
+        engine: has the lowering.
+        unmodified: serves calls whose inputs are not what the program was made for.
+
+    Raises:
+        LoweringError: it cannot be lowered.
+    """
+    lowered = engine.lower(program.graph_module, name="decoding step")
+    return DecodeStepRunner(decode_step_spec(captured, program), lowered, unmodified)
+
+
+def decode_step_spec(captured: Captured, program: Program) -> DecodeStepSpec:
+    """Of a decoding step and the program made of it."""
+    return DecodeStepSpec(
+        captured.writes,
+        captured.indices_of(InputKind.DATA),
+        tuple(program.in_place),
+        captured.num_results,
+    )
+
+
+def _logits_to_shadow(decoder: Decoder, engine: Engine) -> int | None:
+    """The result that shadow runs compare; None without the option, or where there is none."""
+    if not engine.options.shadow:
+        return None
+    try:
+        return find_logits(decoder.captured, decoder.facts)
+    except UnsupportedGraphError as refusal:
+        engine.refuse_shadow(refusal)
+        return None

@@ -1,0 +1,43 @@
+"""Which tokens are media: where spans come from, as analysis found them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch.fx import Node
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_lone_merge
+from vlcache_fx.ir import Captured
+from vlcache_fx.ir.subgraph import extract
+from vlcache_fx.runtime.merge import MergeMarks
+from vlcache_fx.spec.decoder import SpanSpec
+from vlcache_fx.spec.program import MergeSpec
+
+
+def span_spec(facts: DecoderFacts, index: Mapping[Node, int]) -> SpanSpec:
+    """Of a decoder whose features are inputs, by their ``index``."""
+    width = facts.merges[-1].node.meta["val"].shape[-1] if facts.merges else None
+    return SpanSpec(
+        features=tuple(index[one.features] for one in _entries(facts)),
+        num_merges=len(facts.merges),
+        embeddings=None if facts.merges else index[facts.stream.boundaries[0]],
+        width=width if isinstance(width, int) else None,
+    )
+
+
+def span_masks(facts: DecoderFacts) -> list[Node]:
+    """The mask of each merge and addition."""
+    return [one.mask for one in _entries(facts)]
+
+
+def _entries(facts: DecoderFacts) -> list[Merge | Addition]:
+    return [*facts.merges, *facts.additions]
+
+
+def merge_marks(captured: Captured) -> MergeMarks | None:
+    """Of a graph that merges alone; None for one that attends to anything, or returns no merge."""
+    found = find_lone_merge(captured.graph_module.graph)
+    if found is None:
+        return None
+    return MergeMarks(MergeSpec(found.place), extract(captured.graph_module, found.masks))

@@ -1,0 +1,97 @@
+"""The engine of what is compiled in this process: it also has the lowering."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
+from vlcache_fx.lowering import (
+    CompileCache,
+    Decompositions,
+    EagerLowering,
+    InductorLowering,
+    Lowered,
+    Lowering,
+    TensorRtLowering,
+)
+from vlcache_fx.ops import (
+    decompose_attend,
+    decompose_attention,
+    decompose_linear,
+    scatter_rows_reference,
+    splice_rows_reference,
+    take_rows_reference,
+)
+from vlcache_fx.options import Options
+from vlcache_fx.runtime.engine import ServingEngine
+from vlcache_fx.runtime.state import log
+
+
+class Engine(ServingEngine):
+    """A serving engine, and how programs become callables for it. Safe to share between threads.
+
+    Args:
+        options: checked options.
+
+    Attributes:
+        lowering: of the option of this name; eager kernels once torch's compiler was found to lack something.
+        compile_cache: what Inductor compiled.
+
+    Raises:
+        OptionError, PolicyError: an option names something that does not exist.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
+        self.lowering = _lowering(self.options, self.compile_cache)
+
+    def stats(self) -> dict[str, Any]:
+        """See ``ServingEngine.stats``."""
+        compiled = self.compile_cache.stats
+        counts = {"compilations": len(compiled.compilations), "compile_seconds": round(compiled.seconds, 3)}
+        return super().stats() | counts
+
+    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
+        """A program as a callable; with eager kernels where torch's compiler lacks something.
+
+        Raises:
+            LoweringError: see ``Lowering.lower``.
+            UnsupportedGraphError: NO_COMPILER, in strict mode.
+        """
+        try:
+            return self.lowering.lower(program, name=name)
+        except NoCompilerError as error:
+            self.go_on_without_compiler(error)
+            return self.lowering.lower(program, name=name)
+
+    def go_on_without_compiler(self, error: NoCompilerError) -> None:
+        """Eager kernels from now on: reuse goes on. Said once in the log, raised in strict mode."""
+        refusal = UnsupportedGraphError(Reason.NO_COMPILER, str(error))
+        if self.options.strict:
+            raise refusal from error
+        with self._lock:
+            is_new = self.lowering.name != EagerLowering.name
+            if is_new:
+                self.lowering = EagerLowering()
+                self.refusals.append(refusal)
+        if is_new:
+            log.warning("runs with eager kernels: %s", error)
+
+
+def _lowering(options: Options, compile_cache: CompileCache) -> Lowering:
+    match options.lowering:
+        case "eager":
+            return EagerLowering()
+        case "tensorrt":
+            return TensorRtLowering()
+    decompositions: Decompositions = {
+        torch.ops.vlcache.splice_rows.default: splice_rows_reference,
+        torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
+        torch.ops.vlcache.take_rows.default: take_rows_reference,
+        torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
+        torch.ops.aten.linear.default: decompose_linear,
+        torch.ops.vlcache.attend.default: decompose_attend,
+    }
+    return InductorLowering(compile_cache, decompositions=decompositions)
