@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vlcache_fx.bench.machine import describe_machine
-from vlcache_fx.bench.table import machine_line
+from vlcache_fx.bench.machine import describe_machine, machine_line
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity import table
 from vlcache_fx.fidelity.calibrate import Calibration, calibrate
