@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough", action="store_true", help="also what takes long and is mostly tested elsewhere"
     )
-    parser.addoption("--all-families", action="store_true", help="try every family of the README's table")
+    parser.addoption("--all-families", action="store_true", help="try every named family")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -57,7 +57,7 @@ def test_an_update_that_is_merged_computes_the_same() -> None:
 
 
 def small_archive(path: Path) -> Path:
-    """An archive like that of CIFAR-10, of two hundred shipped photographs."""
+    """An archive like that of CIFAR-10, of 49 shipped pictures."""
     photos = load_pictures("train")
     png = io.BytesIO()
     Image.fromarray(photos.pixels.reshape(-1, 1024, 3)).save(png, "PNG")
@@ -199,7 +199,7 @@ def test_training_runs_with_tiny_settings(tmp_path: Path) -> None:
     from examples.train_photo_vlm.__main__ import main as train
 
     archive = str(small_archive(tmp_path / "cifar.tgz"))
-    sizes = {"train-photos": 200, "projector-steps": 2, "steps": 1, "search-at": 0, "search-sequences": 1}
+    sizes = {"train-photos": 49, "projector-steps": 2, "steps": 1, "search-at": 0, "search-sequences": 1}
     sizes |= {"sequences": 1, "questions": 1, "grids": 2}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     report = train(["--photos", archive, "--output", str(tmp_path / "out"), *options])

@@ -1,7 +1,7 @@
 """Small pictures of ten kinds, and boards of them: every cell holds one picture, enlarged to a tile.
 
-``vlcache_fx_models`` ships 150 drawings (its NOTICE.md has their licences), which the trained weights have
-never seen: 100 are the split ``"test"``, 50 of another artist the split ``"train"``, for those who calibrate
+``vlcache_fx_models`` ships 147 drawings (its NOTICE.md has their licences), which the trained weights have
+never seen: 98 are the split ``"test"``, 49 of another artist the split ``"train"``, for those who calibrate
 something before they evaluate it. Training takes photographs of the same kinds.
 """
 
@@ -43,7 +43,7 @@ class Photos:
 
 @lru_cache(maxsize=len(SPLITS))
 def load_pictures(split: str) -> Photos:
-    """Return the shipped pictures of ``"test"`` (100) or ``"train"`` (50); none is in both.
+    """Return the shipped pictures of ``"test"`` (98) or ``"train"`` (49); none is in both.
 
     Raises:
         ValueError: there is no such split.
