@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         spec, settings = find_preset("tiny"), TINY
     if options.rounds is not None:
         settings = dataclasses.replace(settings, rounds=options.rounds)
-    console = Console(width=110) if not Console().is_terminal else Console()
+    console = Console(width=130) if not Console().is_terminal else Console()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         asking = progress.add_task("asking about pictures", total=None)

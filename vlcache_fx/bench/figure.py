@@ -1,5 +1,6 @@
 """Results as pictures: time to first token over vision tokens, or at one point beside answers."""
 
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -133,9 +134,8 @@ def _plot_times(axes: Axes, result: BenchResult) -> None:
         axes.annotate(text, top, (0, 6), textcoords="offset points", ha="center", weight="bold")
     axes.set_yscale("log")
     axes.set_ylim(top=max(1e3 * one.high for one in timed.values()) * 2)
-    axes.set_xticks(
-        range(len(timed)), [system_name(name).replace(", ", "\n").replace(": ", "\n") for name in timed]
-    )
+    labels = [re.sub(r"[,:] | (?=\()", "\n", system_name(name)) for name in timed]
+    axes.set_xticks(range(len(timed)), labels, fontsize=9)
     axes.set_ylabel("time to first token, ms (log scale; median, lowest to highest)")
     faster = point.ratios["plain / warm"].median
     axes.set_title(
