@@ -190,7 +190,7 @@ class Trainer:
                     recent[key] = 0.9 * recent.get(key, value.detach()) + 0.1 * value.detach()
                 loss = loss + max(0.0, min(1.0, 3.0 * (0.9 - share))) * (naming + finding)
                 # One sequence at a time, so that only one is in memory.
-                (loss / max(1, options.sequences // self.world)).backward()  # type: ignore[no-untyped-call]
+                (loss / max(1, options.sequences // self.world)).backward()
             update(optimizer, None, schedule_of(spent, step))
             if (step + 1) % 10 == 0 and self.rank == 0:
                 minutes = (time.perf_counter() - started) / 60
