@@ -1,4 +1,4 @@
-"""Packages of ``examples/`` can be imported; last in the path, so that ``vlcache_fx`` is what is installed."""
+"""Packages of ``examples/`` can be imported; last in the path, so that the installed ``vlcache_fx`` counts."""
 
 import sys
 from pathlib import Path
