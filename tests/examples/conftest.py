@@ -1,4 +1,4 @@
-"""Packages of ``examples/`` can be imported; last in the path, so that the installed ``vlcache_fx`` counts."""
+"""Packages of ``examples/`` can be imported. Last in the path: ``vlcache_fx`` is what is installed."""
 
 import sys
 from pathlib import Path
