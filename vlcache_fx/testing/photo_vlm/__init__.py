@@ -11,7 +11,8 @@ question before or after the picture. Whether two boards agree in a cell it does
 are no better than guesses. What it cannot do at all: describe a picture, read text, know other things than
 these, look at pictures that do not fill a cell. It was also trained to answer about pictures that saw
 another question, as pictures from a cache have.
-``evaluation.json`` in ``vlcache_fx_models`` has the figures, and NOTICE.md there says what it learnt from.
+It learnt from photographs. The pictures that are shipped are drawings, of which it names about six in ten
+(chance: one): ``evaluation.json`` in ``vlcache_fx_models`` has the figures, NOTICE.md the sources.
 """
 
 from vlcache_fx.testing.photo_vlm.data import FAMILIES, Question, ask_again, build_prompt, make_questions
