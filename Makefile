@@ -35,11 +35,13 @@ check: env typecheck
 	$(BIN)/ruff check .
 
 # mypy knows packages by their folders only, and passes/ and policies/ lie outside vlcache_fx/: show it a folder of
-# links in which everything is where it is imported from.
+# links in which everything is where it is imported from. Of examples/, packages are checked.
 typecheck: env
 	rm -rf .typecheck && mkdir -p .typecheck/vlcache_fx
 	ln -s $(CURDIR)/vlcache_fx/* $(CURDIR)/passes $(CURDIR)/policies .typecheck/vlcache_fx/
-	cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p vlcache_fx
+	ln -s $(CURDIR)/examples .typecheck/
+	cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p vlcache_fx \
+		-p examples.vs_vllm -p examples.train_photo_vlm -p examples.train_reference_vlm
 
 # As for mypy: links that stand where each package is imported from. NO_MKDOCS_2_WARNING: an advertisement.
 docs: env

@@ -85,10 +85,7 @@ class Wired(TinyVlm):
 
 def wired(kind: str, **options: Any) -> Any:
     """One of three layers, with one key and value head."""
-    model: Any = tiny_vlm(num_layers=LAYERS, **options)
-    model.__class__ = Wired
-    model.kind = kind
-    return model
+    return tiny_vlm(cls=Wired, kind=kind, num_layers=LAYERS, **options)
 
 
 class Padded(TinyVlm):
@@ -121,10 +118,7 @@ class Padded(TinyVlm):
 
 def padded(*, counted: bool = False, **options: Any) -> Any:
     """With one key and value head; ``options`` as for ``tiny_vlm``."""
-    model: Any = tiny_vlm(**options)
-    model.__class__ = Padded
-    model.counted = counted
-    return model
+    return tiny_vlm(cls=Padded, counted=counted, **options)
 
 
 def batch_of(*prompts: Mapping[str, Tensor], left: bool = True, tokens: int = 0) -> dict[str, Tensor]:

@@ -81,10 +81,7 @@ class Masked(TinyVlm):
 
 
 def masked(kind: str) -> Masked:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Masked
-    model.kind = kind
-    return model
+    return tiny_vlm(cls=Masked, kind=kind, last_only=False)
 
 
 class WithBuffer(TinyVlm):
@@ -99,9 +96,7 @@ class WithBuffer(TinyVlm):
 
 
 def with_buffer() -> WithBuffer:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = WithBuffer
-    return model
+    return tiny_vlm(cls=WithBuffer, last_only=False)
 
 
 # Finding it -------------------------------------------------------------------------------------------------
@@ -365,8 +360,7 @@ def test_another_value_of_a_folded_number_runs_unmodified() -> None:
             mask = (input_ids == IMAGE_TOKEN)[..., None].expand_as(embeds)
             return self.decoder(embeds.masked_scatter(mask, self.encoder(pixel_values)) * self.scale)
 
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Scaled
+    model: Any = tiny_vlm(cls=Scaled, last_only=False)
     pair = with_backend(model, policy="full")
     for scale in (0.5, 0.5, 0.25, 0.5):
         pair.model.scale = pair.reference.scale = scale

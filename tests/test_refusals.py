@@ -93,10 +93,7 @@ class Other(TinyVlm):
 
 
 def other(kind: str) -> Any:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Other
-    model.kind = kind
-    return model
+    return tiny_vlm(cls=Other, kind=kind, last_only=False)
 
 
 def with_part(name: str, function: Callable[[Tensor], Tensor]) -> Any:
@@ -118,9 +115,7 @@ class HiddenStates(TinyVlm):
 
 
 def hidden_states() -> Any:
-    model: Any = tiny_vlm()
-    model.__class__ = HiddenStates
-    return model
+    return tiny_vlm(cls=HiddenStates)
 
 
 class OneQuery(nn.Module):

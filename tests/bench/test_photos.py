@@ -13,6 +13,12 @@ def test_a_grid_has_the_asked_number_of_cells_in_nearly_the_photos_shape(tokens:
         assert 1.5 / 2.6 < columns / rows < 1.5 * 2.6
 
 
+@pytest.mark.parametrize(("tokens", "grid"), [(120, (8, 15)), (2668, (46, 58))])
+def test_grid_of_the_photo_in_the_demo(tokens: int, grid: tuple[int, int]) -> None:
+    (photo,) = take_photos(1)
+    assert grid_of(tokens, photo.width / photo.height) == grid
+
+
 def test_an_empty_grid_is_refused() -> None:
     with pytest.raises(OptionError, match="vision_tokens=0"):
         grid_of(0, 1.5)

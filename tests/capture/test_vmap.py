@@ -163,8 +163,7 @@ class Vmapped(TinyVlm):
 
 
 def test_a_model_with_such_a_mask_is_rewritten() -> None:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Vmapped
+    model: Any = tiny_vlm(cls=Vmapped, last_only=False)
     with own_compiler_state():
         pair = with_backend(model, policy="full")
         off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))

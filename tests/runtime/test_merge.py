@@ -39,8 +39,7 @@ class Cut(TinyVlm):
 
 
 def cut(between: Any = None) -> Any:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Cut
+    model: Any = tiny_vlm(cls=Cut, last_only=False)
     if between is not None:
         model.between = between
     return model

@@ -89,9 +89,7 @@ class WithPast(TinyVlm):
 
 
 def compiled(kind: str, **options: Any) -> Pair:
-    model: Any = tiny_vlm(last_only=False, num_layers=LAYERS)
-    model.__class__ = WithPast
-    model.kind = kind
+    model: Any = tiny_vlm(cls=WithPast, kind=kind, last_only=False, num_layers=LAYERS)
     return with_backend(model, policy="full", **options)
 
 
@@ -194,8 +192,7 @@ class Shared(TinyVlm):
 
 
 def test_inputs_that_share_memory_with_written_ones_run_unmodified() -> None:
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Shared
+    model: Any = tiny_vlm(cls=Shared, last_only=False)
     pair = with_backend(model)
     inputs = tiny_vlm_inputs(3, 5, [(20, 0)])
     for shared, mode in ((False, "cold"), (True, "bypass")):

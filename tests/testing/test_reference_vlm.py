@@ -1,8 +1,7 @@
-"""The reference model that ships with the package: its files, its data, its answers and its training."""
+"""The reference model: its files, its data and its answers."""
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,6 @@ pytest.importorskip("transformers")
 import torch
 
 from vlcache_fx.testing.reference_vlm import (
-    ASSETS,
     FAMILIES,
     accuracy,
     answer_questions,
@@ -27,13 +25,9 @@ from vlcache_fx.testing.reference_vlm import (
     next_words,
     prepare,
 )
-from vlcache_fx.testing.reference_vlm.data import Asked, Question
 from vlcache_fx.testing.reference_vlm.images import CELL_PIXELS
-from vlcache_fx.testing.reference_vlm.packing import IGNORE, encode_row, pack
 from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
 from vlcache_fx.testing.reference_vlm.scans import load_scans
-from vlcache_fx.testing.reference_vlm.training import BatchMaker, Guide, Recipe, answer_loss
-from vlcache_fx.testing.reference_vlm.vocabulary import vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 FLOOR = 0.92
@@ -48,11 +42,6 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def processor() -> Any:
     return load_processor()
-
-
-def test_assets_are_small() -> None:
-    assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 10e6
-    assert not [path for path in ASSETS.iterdir() if path.suffix in {".bin", ".pt", ".pkl"}]
 
 
 def test_import_is_light() -> None:
@@ -156,58 +145,3 @@ def test_unknown_names_and_missing_pictures_are_refused(processor: Any) -> None:
         make_questions(family="colour")
     with pytest.raises(ValueError, match="names 1 pictures but 0"):
         processor(text=[build_prompt(make_questions(count=1)[0])])
-
-
-def packed_logits(model: Any, question: Question, asked: list[Asked]) -> torch.Tensor:
-    """Logits ``[questions, words]`` where the answers of one packed row begin."""
-    rows = [len(grid) for grid in question.digits]
-    words = vocabulary()
-    row = encode_row(words, question.system_prompt, rows, asked, question.question_first)
-    batch = pack(words, [row], rows)
-    pixels = load_processor().image_processor(question.images)
-    wanted = (batch["labels"] != IGNORE)[0].nonzero()[::2, 0]
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
-    with torch.no_grad():
-        logits: torch.Tensor = model(**inputs, **pixels).logits[0, wanted]
-    return logits
-
-
-@pytest.mark.parametrize("first", [False, True])
-def test_packed_training_rows_equal_single_questions(processor: Any, first: bool) -> None:
-    model = load_model()
-    question = make_questions("test", "same", 1, question_first=first)[0]
-    asked = [Asked(question.text, question.answer, ())]
-    if not first:
-        asked.insert(0, Asked("what digit is at row 1 column 1 ?", "1", ()))
-    with torch.no_grad():
-        single = model(**prepare(processor, [question])).logits[:, -1]
-    torch.testing.assert_close(packed_logits(model, question, asked)[-1:], single, atol=1e-3, rtol=1e-3)
-
-
-def test_guide_reads_the_attention_that_the_model_computes(model: Any) -> None:
-    guide = Guide(model)
-    try:
-        batch = BatchMaker(vocabulary(), 0).batch(Recipe(("cell",), False, 1, 1, rows=(2, 2), system_words=3))
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "sources")}
-        mask = torch.where(inputs.pop("attention_mask"), 0.0, torch.finfo(torch.float32).min)
-        with torch.no_grad():
-            weights = model(**inputs, attention_mask=mask, output_attentions=True).attentions[2][0, 0]
-            answer_loss(model, {**batch, "attention_mask": mask})
-            loss = guide.loss(batch)
-        slot, source = (int(index) for index in batch["sources"][0].nonzero()[0])
-        assert float(loss) == pytest.approx(-math.log(float(weights[slot, source])), abs=1e-3)
-    finally:
-        guide.remove()
-
-
-def test_training_script_runs(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        import train_reference_vlm
-    finally:
-        sys.path.pop(0)
-    report = train_reference_vlm.main(["--steps", "2", "--device", "cpu", "--output", str(tmp_path)])
-    assert set(report["accuracy"]) == set(FAMILIES)
-    reloaded = load_model(folder=tmp_path)
-    assert not reloaded.training
-    assert {"evaluation.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}

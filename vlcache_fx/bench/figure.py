@@ -1,5 +1,6 @@
-"""A benchmark's results as one picture: time to first token over vision tokens."""
+"""Results as pictures: time to first token over vision tokens, or at one point beside answers."""
 
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vlcache_fx.bench.answers import FamilyScore
+from vlcache_fx.bench.machine import machine_line
 from vlcache_fx.bench.report import system_name
 from vlcache_fx.bench.rounds import Summary
 from vlcache_fx.bench.run import BenchResult, MeasuredPoint
@@ -83,3 +86,60 @@ def _plot_bound(axes: Axes, points: Sequence[MeasuredPoint], name: str, color: s
     if known:
         label = f"roofline: {system_name(name)}"
         axes.plot(*zip(*known, strict=True), ":", marker="_", color=color, label=label)
+
+
+def plot_demo(scores: Sequence[FamilyScore], result: BenchResult, path: Path) -> None:
+    """Write a PNG: answers on the left, time to first token at the first point on the right."""
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_answers(left, scores)
+    _plot_times(right, result)
+    figure.supxlabel(f"{machine_line(result.machine)}, {result.dtype}", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_answers(axes: Axes, scores: Sequence[FamilyScore]) -> None:
+    bars = {
+        "new picture: right": ([s.cold_right / s.cold for s in scores], COLORS["cold"]),
+        "picture reused: right": ([s.warm_right / s.warm for s in scores], WARM_COLORS[0]),
+        "full recompute: right": ([s.full_right / s.warm for s in scores], COLORS["plain"]),
+        "reused agrees with full recompute": ([s.agree / s.warm for s in scores], COLORS["eager"]),
+    }
+    width = 0.8 / len(bars)
+    for number, (label, (shares, color)) in enumerate(bars.items()):
+        places = [family + (number - (len(bars) - 1) / 2) * width for family in range(len(scores))]
+        drawn = axes.bar(places, [100 * share for share in shares], width, label=label, color=color)
+        axes.bar_label(drawn, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(scores)), [score.family for score in scores])
+    axes.set_ylim(0, 118)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("% of the questions")
+    fraction = sum(score.fraction for score in scores) / len(scores)
+    axes.set_title(f"Answers about scanned digits\n{100 * fraction:.1f} % of a reused picture is recomputed")
+    axes.legend(ncols=2, fontsize=8, loc="upper center", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_times(axes: Axes, result: BenchResult) -> None:
+    point = result.points[0].point
+    timed = {name: Summary.of(seconds) for name, seconds in point.seconds.items() if seconds}
+    colors = [COLORS.get(name, WARM_COLORS[0]) for name in timed]
+    medians = [1e3 * one.median for one in timed.values()]
+    below = [1e3 * (one.median - one.low) for one in timed.values()]
+    above = [1e3 * (one.high - one.median) for one in timed.values()]
+    axes.bar(range(len(timed)), medians, 0.65, color=colors, yerr=[below, above], capsize=4)
+    for place, one in enumerate(timed.values()):
+        top = (place, 1e3 * one.high)
+        text = f"{1e3 * one.median:,.0f} ms"
+        axes.annotate(text, top, (0, 6), textcoords="offset points", ha="center", weight="bold")
+    axes.set_yscale("log")
+    axes.set_ylim(top=max(1e3 * one.high for one in timed.values()) * 2)
+    labels = [re.sub(r"[,:] | (?=\()", "\n", system_name(name)) for name in timed]
+    axes.set_xticks(range(len(timed)), labels, fontsize=9)
+    axes.set_ylabel("time to first token, ms (log scale; median, lowest to highest)")
+    faster = point.ratios["plain / warm"].median
+    axes.set_title(
+        f"Photo of {point.vision_tokens} tokens, {result.size.parameters / 1e6:.0f} M parameters:"
+        f" {faster:.1f}x faster than torch.compile\nwhen it was seen before"
+    )
+    axes.spines[["top", "right"]].set_visible(False)

@@ -31,6 +31,14 @@ def describe_machine() -> Machine:
     return Machine(_processor(), cores, threads, torch.__version__, transformers.__version__)
 
 
+def machine_line(machine: Machine) -> str:
+    """The machine in one line."""
+    return (
+        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch},"
+        f" transformers {machine.transformers}"
+    )
+
+
 def _processor() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():

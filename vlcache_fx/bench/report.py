@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from vlcache_fx.bench.machine import machine_line
 from vlcache_fx.bench.point import Point
 from vlcache_fx.bench.rounds import Summary
 from vlcache_fx.bench.run import BenchResult, MeasuredPoint
@@ -13,6 +14,12 @@ NAMES = {
     "plain": "unmodified, torch.compile",
     "cold": "vlcache, new image (cold)",
     "not reused": "vlcache, runs unmodified",
+}
+READINGS = {
+    "plain / warm": "times faster than torch.compile when the image was seen before",
+    "eager / warm": "times faster than the eager model when the image was seen before",
+    "warm / floor": "times a prefix hit",
+    "cold / plain": "times torch.compile when the image is new",
 }
 GIGA, MIB = 1e9, 2**20
 
@@ -52,14 +59,14 @@ def tables(result: BenchResult) -> Iterator[Table]:
 
 def headline(result: BenchResult) -> str:
     """The model, where it ran, and what that machine can do."""
-    size, rates, machine = result.size, result.rates, result.machine
+    size, rates = result.size, result.rates
     graphs = ", warm programs as CUDA graphs" if result.settings.cuda_graphs else ""
     return (
-        f"{result.model} ({result.model_class}): {size.layers} decoder layers,"
+        f"{result.model} ({result.model_class}): {size.parameters / 1e6:,.0f} M random parameters,"
+        f" {size.layers} decoder layers,"
         f" {(size.layer_weights + size.head_weights) / 1e6:,.0f} M weights in them and the output,"
-        f" random, {result.dtype}, lowering {result.settings.lowering}{graphs}\n"
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, on {result.device};"
-        f" torch {machine.torch}, transformers {machine.transformers}\n"
+        f" {result.dtype}, lowering {result.settings.lowering}{graphs}\n"
+        f"{machine_line(result.machine)}; on {result.device}\n"
         f"matrix product {rates.matmul_flops / GIGA:,.0f} GFLOP/s, copy {rates.copy_bytes / GIGA:,.1f} GB/s"
         f" (read + written), host read {rates.read_bytes / GIGA:,.1f} GB/s"
     )
@@ -71,6 +78,25 @@ def describe(point: Point) -> str:
     images = "image" if shape.images == 1 else "images"
     samples = "" if shape.batch == 1 else f", batch {shape.batch}"
     return f"{shape.images} {images} of {shape.vision_tokens}, {point.num_tokens} tokens{samples}"
+
+
+def describe_warm(point: Point, name: str = "warm") -> str:
+    """Where the images were, and what a warm run computed, in words."""
+    run, (first, second) = point.warm[name], point.starts
+    difference = (
+        ""
+        if point.cold_difference is None
+        else (
+            " Cold logits differ from those of the unmodified model by at most"
+            f" {100 * point.cold_difference:.2f} % of the largest."
+        )
+    )
+    return (
+        f"The image began at token {first} when it was new and at {second} when it came back. The warm run"
+        f" computed {point.floor_rows[run.floor]} of {point.num_tokens} rows"
+        f" ({100 * run.report['token_layer_fraction']:.1f} % of the image's token-layers); the prefix hit"
+        f" computes as many on a cache that holds all others.{difference}"
+    )
 
 
 def time_table(measured: MeasuredPoint) -> Table:
@@ -110,10 +136,11 @@ def ratio_table(result: BenchResult) -> Table:
     table.add_column("ratio")
     for heading in ("median", "lowest", "highest"):
         table.add_column(heading, justify="right")
+    table.add_column("which reads as")
     for measured in result.points:
         for name, ratio in measured.point.ratios.items():
             values = (f"{value:.2f}" for value in (ratio.median, ratio.low, ratio.high))
-            table.add_row(describe(measured.point), name, *values)
+            table.add_row(describe(measured.point), name, *values, READINGS.get(name, ""))
     return table
 
 

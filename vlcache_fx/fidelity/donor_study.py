@@ -26,8 +26,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from vlcache_fx.bench.machine import describe_machine
-from vlcache_fx.bench.table import machine_line
+from vlcache_fx.bench.machine import describe_machine, machine_line
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched

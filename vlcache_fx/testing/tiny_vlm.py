@@ -136,16 +136,22 @@ class TinyVlm(nn.Module):
 PATCH_WIDTH = 6
 
 
-def tiny_vlm(shape: DecoderShape | None = None, seed: int = 0, **options: Any) -> TinyVlm:
+def tiny_vlm(
+    shape: DecoderShape | None = None, seed: int = 0, cls: type[TinyVlm] = TinyVlm, **options: Any
+) -> TinyVlm:
     """A ``TinyVlm`` in eval mode.
 
     Args:
         shape: of its decoder.
         seed: of the weights.
-        options: fields of ``DecoderShape``, where ``shape`` is not given.
+        cls: its class, with a ``forward`` of its own.
+        options: fields of ``DecoderShape``, where ``shape`` is not given, and attributes of ``cls``.
     """
+    attributes = {name: options.pop(name) for name in tuple(options) if name in vars(cls)}
     with seeded(seed):
-        model = TinyVlm(DecoderShape(**options) if shape is None else shape)
+        model = cls(DecoderShape(**options) if shape is None else shape)
+        for name, value in attributes.items():
+            setattr(model, name, value)
         for module in model.modules():  # norms of ones would let a lost weight go unseen
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)

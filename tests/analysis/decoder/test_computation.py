@@ -90,11 +90,7 @@ class Scaled(TinyVlm):
 
 def test_positions_count_by_value_and_tables_by_computation() -> None:
     def digest(**settings: Any) -> str:
-        model: Any = plain()
-        model.__class__ = Scaled
-        for name, value in settings.items():
-            setattr(model, name, value)
-        return computed(model, inputs(), dynamic=True).digests.unified
+        return computed(plain(cls=Scaled, **settings), inputs(), dynamic=True).digests.unified
 
     assert digest() == digest(factor=3)  # what the leaves are is part of keys
     assert len({digest(), digest(scaling=1.5), digest(first=True)}) == 3
@@ -116,8 +112,7 @@ class PerLayer(TinyVlm):
 @pytest.mark.parametrize(("tokens", "dim"), [(TOKENS, 1), (HIDDEN, None)], ids=["longer", "as long as wide"])
 def test_inputs_as_wide_as_the_prompt_is_long_count_whole(tokens: int, dim: int | None) -> None:
     """Which dimension is that of tokens cannot be told; nothing of such an input is left out."""
-    model: Any = plain()
-    model.__class__ = PerLayer
+    model: Any = plain(cls=PerLayer)
     call = tiny_vlm_inputs(2, tokens - 6, [(4, 0)])
     call = {"input_ids": call["input_ids"], "features": noise(0, 4, HIDDEN)}
     found = computed(model, call | {"more": noise(1, 1, tokens, HIDDEN)}, dynamic=False)
@@ -151,8 +146,7 @@ def test_random_numbers_are_refused(kind: str) -> None:
             logits: Tensor = self.decoder.head(x)
             return logits
 
-    model: Any = plain()
-    model.__class__ = Random
+    model: Any = plain(cls=Random)
     with pytest.raises(UnsupportedGraphError) as refused:
         computed(model, inputs())
     assert refused.value.reason is Reason.RANDOM
@@ -163,6 +157,5 @@ def test_dropout_that_drops_nothing_is_no_difference() -> None:
         def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(input_ids, None, F.dropout(features, 0.1, training=False))
 
-    one, other = plain(), plain()
-    other.__class__ = Dropping
+    one, other = plain(), plain(cls=Dropping)
     assert computed(one, inputs()).digests.unified == computed(other, inputs()).digests.unified

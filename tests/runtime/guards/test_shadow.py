@@ -51,10 +51,7 @@ class Returning(TinyVlm):
 
 
 def returning(kind: str) -> Any:
-    model: Any = tiny_vlm(rope="none")
-    model.__class__ = Returning
-    model.kind = kind
-    return model
+    return tiny_vlm(cls=Returning, kind=kind, rope="none")
 
 
 ONE = tiny_vlm_inputs(3, 5, [(20, 0)])

@@ -89,8 +89,7 @@ class Looking:
     """The check of a graph, and its inputs by name."""
 
     def __init__(self, **more: Tensor) -> None:
-        model = tiny_vlm(last_only=False)
-        model.__class__ = Given
+        model = tiny_vlm(cls=Given, last_only=False)
         captured, graph = captured_graph(model, CALL | more)
         index = {node: number for number, node in enumerate(captured.placeholders)}
         found = find_masks(analyze(captured), index)

@@ -56,8 +56,7 @@ class Identifying:
     """The identifier and the leaves of a graph, and its inputs by name."""
 
     def __init__(self, **call: Tensor) -> None:
-        model: Any = tiny_vlm(last_only=False)
-        model.__class__ = Taking
+        model: Any = tiny_vlm(cls=Taking, last_only=False)
         model.table = nn.Embedding(VOCABULARY, HIDDEN)
         captured, graph = captured_graph(model, call)
         self.decoder = decoder = describe_decoder(captured, analyze(captured), ())
@@ -301,8 +300,7 @@ def test_positions_of_each_sample() -> None:
             logits: Tensor = self.decoder.head(self.decoder.norm(x))
             return logits
 
-    model: Any = tiny_vlm(last_only=False)
-    model.__class__ = Counted
+    model: Any = tiny_vlm(cls=Counted, last_only=False)
     call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
     captured, graph = captured_graph(model, call | {"position_ids": positions})
     decoder = describe_decoder(captured, analyze(captured), ())

@@ -1,4 +1,4 @@
-"""The trained pieces: a projector from EfficientNet features to word embeddings, and low-rank updates."""
+"""What was trained: a projector from EfficientNet features to word embeddings, and low-rank updates."""
 
 from __future__ import annotations
 
@@ -51,43 +51,12 @@ class Projector(nn.Module):
         return (self.content(features) + places[None, :, :, None]).reshape(images, -1, WIDTH)
 
 
-class LowRank(nn.Module):
-    """A frozen linear map with a trained update of low rank; the update's factors are kept in float32."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base
-        self.down = nn.Parameter(torch.randn(rank, base.in_features) * base.in_features**-0.5)
-        self.up = nn.Parameter(torch.zeros(base.out_features, rank))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The map of ``inputs [..., in]`` with the update added."""
-        down, up = self.down.to(inputs.dtype), (UPDATE_SCALE * self.up).to(inputs.dtype)
-        updated: Tensor = self.base(inputs) + F.linear(F.linear(inputs, down), up)
-        return updated
-
-
-def _maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
+def adapted_maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Each adapted map of the decoder: its name, the module that holds it, and its name there."""
     found: list[tuple[str, nn.Module, str]] = []
     for name, module in decoder.named_modules():
         found.extend((f"{name}.{key}", module, key) for key in RANKS if hasattr(module, key))
     return found
-
-
-def add_updates(decoder: nn.Module) -> dict[str, LowRank]:
-    """Wrap the linear maps of ``decoder``'s layers; returns the wrappers by name."""
-    wrapped = {}
-    for name, module, key in _maps(decoder):
-        wrapped[name] = LowRank(getattr(module, key), RANKS[key])
-        setattr(module, key, wrapped[name])
-    return wrapped
-
-
-def updates_of(wrapped: dict[str, LowRank]) -> dict[str, Tensor]:
-    """The factors of all updates, as they are saved."""
-    factors: dict[str, Tensor] = {f"{name}.down": one.down for name, one in wrapped.items()}
-    return factors | {f"{name}.up": one.up for name, one in wrapped.items()}
 
 
 def merge_updates(decoder: Any, factors: dict[str, Tensor]) -> None:
@@ -97,7 +66,7 @@ def merge_updates(decoder: Any, factors: dict[str, Tensor]) -> None:
         KeyError: the factors are of another decoder.
     """
     with torch.no_grad():
-        for name, module, key in _maps(decoder):
+        for name, module, key in adapted_maps(decoder):
             weight = getattr(module, key).weight
             down, up = factors[f"{name}.down"].float(), factors[f"{name}.up"].float()
             weight += (UPDATE_SCALE * up @ down).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Questions about boards of photographs: the evaluation set, and the draws that training shares with it."""
+"""Questions about boards of small pictures: the evaluation set, and the draws that training shares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlcache_fx.testing.photo_vlm.pictures import IntArray, Photos, board_image, load_photos
+from vlcache_fx.testing.photo_vlm.pictures import IntArray, Photos, board_image, load_pictures
 from vlcache_fx.testing.photo_vlm.words import (
     CLASSES,
     COLUMN_NAMES,
@@ -36,7 +36,7 @@ class Question:
     ``family`` is one of ``FAMILIES``; ``images`` holds one picture, or two for ``"same"``; ``question_first``
     says whether ``text`` stands before the pictures; ``answer`` is a single word. ``boards`` are, per
     picture, what its cells show ``[rows, columns]``, as indices into ``CLASSES``; ``photo_ids`` likewise
-    which photographs of the split were used.
+    which pictures of the split were used.
     """
 
     family: str
@@ -78,7 +78,7 @@ def draw_boards(rng: np.random.Generator, family: str, rows: int, columns: int) 
 
 
 def draw_photos(rng: np.random.Generator, photos: Photos, board: IntArray) -> IntArray:
-    """Pick for every cell a random photograph of its class; returns ids in the shape of ``board``."""
+    """Pick for every cell a random picture of its kind; returns ids in the shape of ``board``."""
     chosen = np.empty(board.shape, np.int64)
     for kind in range(len(CLASSES)):
         places = board == kind
@@ -132,7 +132,7 @@ def make_questions(
     """Make ``count`` questions of one family; equal arguments give equal questions.
 
     Args:
-        split: ``"test"`` or ``"train"``: which of the shipped photographs.
+        split: ``"test"`` or ``"train"``: which of the shipped pictures.
         family: one of ``FAMILIES``.
         count: how many questions; each has its own pictures and its own system prompt.
         seed: of the draws.
@@ -147,7 +147,7 @@ def make_questions(
         raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
     if not 1 <= grid <= MAX_CELLS:
         raise ValueError(f"grid is 1 to {MAX_CELLS}, not {grid}")
-    photos = load_photos(split)
+    photos = load_pictures(split)
     key = [seed, FAMILIES.index(family), int(question_first), grid, 0 if split == "train" else 1]
     rng = np.random.default_rng(key)
     questions = []

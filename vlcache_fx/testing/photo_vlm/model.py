@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlcache_fx.testing.assets import find_assets
 from vlcache_fx.testing.photo_vlm.parts import decoder_file, encoder_file, require_parts
 
 if TYPE_CHECKING:
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from vlcache_fx.testing.photo_vlm.llava import PhotoVlm
     from vlcache_fx.testing.photo_vlm.processor import PhotoProcessor
 
-ASSETS = Path(__file__).resolve().parent / "assets"
 PROJECTOR_FILE, UPDATES_FILE = "projector.safetensors", "updates.safetensors"
 
 
@@ -46,17 +46,17 @@ def load_encoder() -> Any:
 
 
 def load_model(
-    dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", folder: str | Path = ASSETS
+    dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", folder: str | Path | None = None
 ) -> PhotoVlm:
     """Assemble the model, in eval mode, on the CPU (``dtype``: float32 unless given).
 
     Args:
         dtype: of weights and computation.
         attn_implementation: as in transformers.
-        folder: holds the trained projector and updates.
+        folder: holds the trained projector and updates; those of ``vlcache_fx_models`` unless given.
 
     Raises:
-        ImportError: a pretrained part is not installed.
+        ImportError: a pretrained part or the trained one is not installed.
     """
     import torch
     from safetensors.torch import load_file
@@ -65,10 +65,11 @@ def load_model(
     from vlcache_fx.testing.photo_vlm.llava import PhotoVlm
 
     require_parts()
+    folder = Path(folder or find_assets("photo_vlm"))
     decoder = load_decoder(torch.float32, attn_implementation)
-    merge_updates(decoder.model, load_file(Path(folder) / UPDATES_FILE))
+    merge_updates(decoder.model, load_file(folder / UPDATES_FILE))
     projector = Projector()
-    trained = load_file(Path(folder) / PROJECTOR_FILE)
+    trained = load_file(folder / PROJECTOR_FILE)
     projector.load_state_dict({name: value.float() for name, value in trained.items()})
     model = PhotoVlm.assemble(decoder, load_encoder(), projector)
     model.to(dtype=dtype or torch.float32)  # type: ignore[call-arg]

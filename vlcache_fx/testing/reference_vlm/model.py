@@ -5,31 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlcache_fx.testing.assets import find_assets
+
 if TYPE_CHECKING:
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
 
-ASSETS = Path(__file__).resolve().parent / "assets"
-
 
 def load_model(
-    dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", folder: str | Path = ASSETS
+    dtype: torch.dtype | None = None, attn_implementation: str = "sdpa", folder: str | Path | None = None
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """Load the trained reference model, in eval mode, on the CPU (``dtype``: float32 unless given)."""
+    """Load the trained reference model, in eval mode, on the CPU (``dtype``: float32 unless given).
+
+    Raises:
+        MissingAssetsError: no ``folder`` is given, and ``vlcache_fx_models`` is not installed.
+    """
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model: Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        str(folder), dtype=dtype or torch.float32, attn_implementation=attn_implementation
+        str(folder or find_assets("reference_vlm")),
+        dtype=dtype or torch.float32,
+        attn_implementation=attn_implementation,
     )
     model.train(False)
     return model
 
 
-def load_processor(folder: str | Path = ASSETS) -> ReferenceProcessor:
-    """Load the reference model's processor."""
+def load_processor(folder: str | Path | None = None) -> ReferenceProcessor:
+    """Load the reference model's processor; raises as ``load_model`` does."""
     from vlcache_fx.testing.reference_vlm.processor import ReferenceProcessor
 
-    return ReferenceProcessor.from_pretrained(folder)
+    return ReferenceProcessor.from_pretrained(folder or find_assets("reference_vlm"))

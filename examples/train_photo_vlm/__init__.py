@@ -1,0 +1,1 @@
+"""Training of the photo VLM: ``python -m examples.train_photo_vlm``."""

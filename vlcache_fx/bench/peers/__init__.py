@@ -1,1 +1,0 @@
-"""The same photo and prompts through this library and through vLLM, side by side."""
