@@ -8,7 +8,7 @@ independent operators, and whether a length is a number or a symbol.
 Three things are left out because their *values* are part of keys, call by call:
 
 - whole numbers that are made of the request alone (positions, token ids): ``Leaf``;
-- attention masks (``runtime.mask_check``);
+- attention masks (``runtime.requests.masks``);
 - what a merge puts in the place of token embeddings: spans and the bytes of their features.
 """
 
