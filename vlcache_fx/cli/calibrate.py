@@ -28,8 +28,7 @@ def calibrate(
     """Measure what recomputing is worth in each layer of a model; write its profile."""
     with readable_errors():
         # here: torch takes a second to import
-        from vlcache_fx.bench.machine import describe_machine
-        from vlcache_fx.bench.table import machine_line
+        from vlcache_fx.bench.machine import describe_machine, machine_line
         from vlcache_fx.fidelity import table
         from vlcache_fx.fidelity.calibrate import calibrate as measure
         from vlcache_fx.fidelity.models import load_cases, load_subject

@@ -65,8 +65,7 @@ def fidelity(
 
 def _write(scores: list[Score], model: str, seed: int, budgets: Sequence[float], output_dir: Path) -> None:
     """Print tables; write ``fidelity.json``, ``.md`` and ``.png``."""
-    from vlcache_fx.bench.machine import describe_machine
-    from vlcache_fx.bench.table import machine_line
+    from vlcache_fx.bench.machine import describe_machine, machine_line
     from vlcache_fx.fidelity import table
     from vlcache_fx.fidelity.plot import plot_scores
 

@@ -10,7 +10,7 @@ import torch
 
 import vlcache_fx
 from vlcache_fx.testing.survey.families import build_family
-from vlcache_fx.testing.survey.outcome import try_family
+from vlcache_fx.testing.survey.outcome import ENTRIES, try_family
 from vlcache_fx.testing.survey.prompts import image_prompt
 from vlcache_fx.testing.survey.table import NAMED
 

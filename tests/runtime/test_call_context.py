@@ -1,0 +1,29 @@
+"""What encoders tell the next call of a decoder."""
+
+from __future__ import annotations
+
+import threading
+
+from vlcache_fx.runtime.call_context import CallContext, PendingContext
+
+
+def test_with_items_replaces_one_modality() -> None:
+    context = CallContext().with_items("image", [3, 4]).with_items("video", [5]).with_items("image", [6])
+    assert context.lengths == [(6,), (5,)]
+    assert context.encoder_hit is None
+
+
+def test_take_leaves_nothing() -> None:
+    pending = PendingContext()
+    pending.note_items("image", [3])
+    pending.note_encoder(hit=True)
+    assert pending.take() == CallContext(encoder_hit=True, items=(("image", (3,)),))
+    assert pending.take() == CallContext()
+
+
+def test_take_knows_its_own_thread_alone() -> None:
+    pending = PendingContext()
+    thread = threading.Thread(target=lambda: pending.note_encoder(hit=False))
+    thread.start()
+    thread.join()
+    assert pending.take() == CallContext()
