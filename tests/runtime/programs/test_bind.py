@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import PlanError
 from vlcache_fx.lowering import Lowered
 from vlcache_fx.options import Options
 from vlcache_fx.plan.stack import stack_plans
 from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.bind import bind, of_plan
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Key, Positions, Residual, Results, Rows, Source
 
 
@@ -74,7 +75,9 @@ def test_bind_keeps_the_order_of_slots() -> None:
 def test_bind_tells_temporaries_apart() -> None:
     """Positions are made in the call: one may get the address of another that was sent before."""
     slots = [Positions(0, 1), Positions(0, 2), Positions(1, 2), Positions(0, 0)]
-    runner = ProgramRunner("warm", slots, (), _never, torch.device("meta"), Engine(Options()))
+    runner = ProgramRunner(
+        "warm", ProgramSpec(tuple(slots), ()), _never, torch.device("meta"), ServingEngine(Options())
+    )
     bound = runner.bind(plan(), None, dict)
     assert [value.shape for value in bound if isinstance(value, Tensor)] == [(3,), (2,), (2,), (4,)]
 
