@@ -7,17 +7,17 @@ from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.decoder.merge import Merge
 from vlcache_fx.analysis.decoder.outputs import TailRows
 from vlcache_fx.analysis.decoder.stream import Stream
-from vlcache_fx.analysis.tokens.axis import RowStep
+from vlcache_fx.analysis.tokens.axis import TokenFlow
 
 __all__ = [
     "DecodeStepFacts",
     "DecoderFacts",
     "LayerParts",
     "Merge",
-    "RowStep",
     "Site",
     "Stream",
     "TailRows",
+    "TokenFlow",
     "analyze",
     "analyze_decode_step",
 ]

@@ -78,7 +78,7 @@ def test_samples_are_followed_everywhere(name: str, dynamic: bool | None) -> Non
         value = node.meta["val"]
         shape = (value[0] if isinstance(value, tuple | list) else value).shape
         assert str(shape[dim]) == str(samples), node
-        assert node not in facts.steps or facts.steps[node].axis.dim != dim
+        assert node not in facts.flows or facts.flows[node].axis.dim != dim
     needed = [frontier.node for frontier in facts.frontiers] + [layer.site.node for layer in facts.layers]
     assert {*needed, *facts.stream.boundaries} <= set(dims)
 
@@ -87,7 +87,7 @@ def test_samples_merged_with_tokens_have_no_dimension() -> None:
     """The list that experts sort: no row can be taken there, and none has to."""
     facts = facts_of(mixture(), True)
     assert facts.batch_dims is not None
-    sorted_rows = [node for node in facts.steps if node.target is torch.ops.aten.sort.default]
+    sorted_rows = [node for node in facts.flows if node.target is torch.ops.aten.sort.default]
     assert sorted_rows
     assert not set(sorted_rows) & set(facts.batch_dims)
 

@@ -55,9 +55,9 @@ def test_the_encoder_is_what_computes_the_features() -> None:
 def test_every_computed_node_has_a_step() -> None:
     facts = analyze(captured_vlm(explicit_mask=True))
     for layer in facts.layers:
-        assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
-        assert facts.steps[layer.site.node].gathers == ((layer.site.mask, 2),)
-        assert facts.steps[layer.site.node].dim == 2
+        assert {*layer.kv_part, *layer.q_part} <= set(facts.flows)
+        assert facts.flows[layer.site.node].gathers == ((layer.site.mask, 2),)
+        assert facts.flows[layer.site.node].dim == 2
     assert facts.num_layers == 2
 
 
@@ -130,7 +130,7 @@ def test_a_mask_with_one_row_serves_every_row() -> None:
 
     call = {"x": X, "keep": torch.ones(1, 1, 1, 6, dtype=torch.bool)}
     facts = analyze(capture(padded, call, key=nn.Linear(4, 4)))
-    assert facts.steps[facts.layers[0].site.node].gathers == ()
+    assert facts.flows[facts.layers[0].site.node].gathers == ()
 
 
 def test_names_and_places_of_data_make_no_difference() -> None:

@@ -44,7 +44,7 @@ def test_selections_with_constant_bounds(
     taken = rows.positions(6)
     assert taken is not None
     assert taken.tolist() == positions
-    assert rows.selection not in rows.steps
+    assert rows.selection not in rows.flows
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_selections_with_constant_bounds(
 )
 def test_results_that_need_all_rows(take: Callable[[Tensor], object]) -> None:
     rows = tail_rows(take)
-    assert (rows.selection, rows.steps) == (None, {})
+    assert (rows.selection, rows.flows) == (None, {})
     assert rows.positions(6) is None
 
 

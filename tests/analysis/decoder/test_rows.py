@@ -47,8 +47,8 @@ def test_every_layer_is_followed_to_its_end(kind: str) -> None:
     facts = analyze(captured_graph(wired(kind), CALL)[0])
     assert facts.num_layers == 3
     for layer, boundary in zip(facts.layers, facts.stream.boundaries[1:], strict=True):
-        assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
-        assert facts.steps[boundary].dim == 1
+        assert {*layer.kv_part, *layer.q_part} <= set(facts.flows)
+        assert facts.flows[boundary].dim == 1
 
 
 def refused(function: object, **parts: torch.nn.Module) -> UnsupportedGraphError:

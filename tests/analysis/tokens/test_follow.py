@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from vlcache_fx.analysis import RowStep, analyze
+from vlcache_fx.analysis import TokenFlow, analyze
 from vlcache_fx.analysis.tokens.axis import TokenAxis
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 from ..graphs import attend, capture
@@ -47,38 +47,38 @@ class Noted(torch.fx.Interpreter):
         return n.meta["val"]
 
 
-def steps_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, RowStep]]:
-    """The row treatment of every node computed from the input, whose axis is 1."""
+def flows_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, TokenFlow]]:
+    """The token flow of every node computed from the input, whose axis is 1."""
     module = traced(function)
     first = next(node for node in module.graph.nodes if node.op == "placeholder")
-    axes, steps = {first: TokenAxis(1)}, {}
+    axes, flows = {first: TokenAxis(1)}, {}
     for node in module.graph.nodes:
         if node.op == "call_function" and any(parent in axes for parent in node.all_input_nodes):
-            steps[node] = row_step(node, axes)
-            axes[node] = steps[node].axis
-    return module, steps
+            flows[node] = follow_tokens(node, axes)
+            axes[node] = flows[node].axis
+    return module, flows
 
 
 class Restricted(torch.fx.Interpreter):
-    """Runs a graph on ``ROWS`` only, doing to each node what its step says."""
+    """Runs a graph on ``ROWS`` only, doing to each node what its flow says."""
 
-    def __init__(self, module: torch.fx.GraphModule, steps: dict[torch.fx.Node, RowStep]) -> None:
+    def __init__(self, module: torch.fx.GraphModule, flows: dict[torch.fx.Node, TokenFlow]) -> None:
         super().__init__(module)
-        self.steps = steps
+        self.flows = flows
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        step = self.steps.get(n)
-        if step is None:
+        flow = self.flows.get(n)
+        if flow is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        for operand, dim in step.gathers:
+        for operand, dim in flow.gathers:
             cut = self.env[operand].index_select(dim, ROWS)
             args = torch.fx.node.map_aggregate(args, lambda a, o=operand, c=cut: c if a is self.env[o] else a)
-        if step.size_argument is not None:
-            argument, entry = step.size_argument
+        if flow.size_argument is not None:
+            argument, entry = flow.size_argument
             sizes = list(args[argument])
             if sizes[entry] != -1:
-                entries = step.axis.entries
+                entries = flow.axis.entries
                 sizes[entry] = entries.outer * len(ROWS) * entries.inner
             args = (*args[:argument], sizes, *args[argument + 1 :])
         return n.target(*args, **kwargs)  # type: ignore[operator]
@@ -182,10 +182,10 @@ TOKENWISE: dict[str, Function] = {
 @pytest.mark.parametrize("name", TOKENWISE)
 def test_some_rows_are_those_rows_of_all(name: str) -> None:
     function = TOKENWISE[name]
-    module, steps = steps_of(function)
-    last = [node for node in module.graph.nodes if node in steps][-1]
-    want = function(X).index_select(steps[last].dim, entries_of(steps[last].axis))
-    got = Restricted(module, steps).run(X.index_select(1, ROWS))
+    module, flows = flows_of(function)
+    last = [node for node in module.graph.nodes if node in flows][-1]
+    want = function(X).index_select(flows[last].dim, entries_of(flows[last].axis))
+    got = Restricted(module, flows).run(X.index_select(1, ROWS))
     torch.testing.assert_close(got, want)
 
 
@@ -286,7 +286,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
 def test_ops_that_mix_tokens_are_refused(name: str) -> None:
     function, reason, detail = REFUSED[name]
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
-        steps_of(function)
+        flows_of(function)
     assert refusal.value.reason is reason
     assert refusal.value.node in [node.name for node in traced(function).graph.nodes]
 
@@ -312,4 +312,4 @@ def test_nodes_that_are_no_calls_are_refused() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
-        row_step(graph.call_method("exp", (x,)), {x: TokenAxis(1)})
+        follow_tokens(graph.call_method("exp", (x,)), {x: TokenAxis(1)})

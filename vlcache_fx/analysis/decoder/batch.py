@@ -10,8 +10,8 @@ from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.decoder.outputs import TailRows
 from vlcache_fx.analysis.decoder.rows import Carried
 from vlcache_fx.analysis.decoder.stream import Stream
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, rank_of, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, rank_of, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.refusal import refuse
 
@@ -25,12 +25,12 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: Tai
     attended = {layer.site.node: layer.site.query for layer in layers}
     full = {node for layer in layers for node in layer.full_part}
     nodes = [node for members in stream.members for node in members if node not in full]
-    for node in (*nodes, *tail_rows.steps):
+    for node in (*nodes, *tail_rows.flows):
         try:
-            step = RowStep(axes[attended[node]]) if node in attended else row_step(node, axes)
+            flow = TokenFlow(axes[attended[node]]) if node in attended else follow_tokens(node, axes)
         except (UnsupportedGraphError, KeyError):
             continue  # nothing is taken there sample by sample, or it is refused below
-        axes[node] = step.axis
+        axes[node] = flow.axis
     return {
         node: axis.place for node, axis in axes.items() if axis.dim is not None and axis.entries.are_tokens
     }
@@ -39,7 +39,7 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: Tai
 def check_batch_dims(
     dims: Mapping[Node, int],
     layers: Sequence[LayerParts],
-    steps: Mapping[Node, RowStep],
+    flows: Mapping[Node, TokenFlow],
     carried: Iterable[Carried],
 ) -> None:
     """Rows can be taken sample by sample wherever passes have to.
@@ -53,8 +53,8 @@ def check_batch_dims(
     for node in needed:
         if node not in dims:
             raise refuse(Reason.BATCHED, node, "its samples lie in no dimension of their own")
-    for node, step in steps.items():
-        for operand, dim in step.gathers:
+    for node, flow in flows.items():
+        for operand, dim in flow.gathers:
             if node not in dims or operand_batch_dim(node, operand, dims) == dim:
                 shape = tuple(shape_of(operand))
                 raise refuse(Reason.BATCHED, node, f"{operand.name} {shape} has no place for samples")

@@ -14,8 +14,8 @@ from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, f
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -48,7 +48,7 @@ class DecoderFacts:
         layers: each layer's parts.
         caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
             other things than tokens of this call.
-        steps: row treatment of every node in kv and q parts.
+        flows: token flow of every node in kv and q parts.
         carried: values that flow around the residual from one layer to a later one.
         tail_rows: which rows results need.
         batch_dims: the dimension over samples of the nodes that have one; None for a single sample.
@@ -63,7 +63,7 @@ class DecoderFacts:
     stream: Stream
     layers: tuple[LayerParts, ...]
     caches: tuple[tuple[CachePath | None, CachePath | None], ...]
-    steps: dict[Node, RowStep]
+    flows: dict[Node, TokenFlow]
     carried: tuple[Carried, ...]
     tail_rows: TailRows
     batch_dims: dict[Node, int] | None
@@ -85,7 +85,7 @@ class DecoderFacts:
     def frontiers(self) -> tuple[Frontier, ...]:
         """Where keys and values are stored and spliced, layer by layer."""
         return tuple(
-            Frontier(slot(index), index, node, self.steps[node].dim)
+            Frontier(slot(index), index, node, self.flows[node].dim)
             for index, layer in enumerate(self.layers)
             for slot, node in ((Key, layer.key_frontier), (Value, layer.value_frontier))
             if node is not None
@@ -145,23 +145,23 @@ def analyze(captured: Captured) -> DecoderFacts:
         split_layer(site, entering, members, taint, position)
         for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
     )
-    steps = follow_rows(stream, layers)
-    carried = find_carried(stream, layers, steps)
+    flows = follow_rows(stream, layers)
+    carried = find_carried(stream, layers, flows)
     check_results(graph, layers, stream)
-    caches = cache_paths(layers, steps, stream.nodes, position)
+    caches = cache_paths(layers, flows, stream.nodes, position)
     additions = find_additions(graph)
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
     if not is_one(shape[0]):
         batch_dims = find_batch_dims(stream, layers, tail_rows)
-        check_batch_dims(batch_dims, layers, steps, carried)
+        check_batch_dims(batch_dims, layers, flows, carried)
     return DecoderFacts(
         merges,
         additions,
         stream,
         layers,
         caches,
-        steps,
+        flows,
         carried,
         tail_rows,
         batch_dims,
@@ -211,13 +211,13 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
         if node not in on_the_way or node is merged:
             continue
         try:
-            step = row_step(node, axes)
+            flow = follow_tokens(node, axes)
         except UnsupportedGraphError as refusal:
             raise as_mixing(node, refusal) from None
-        axes[node] = step.axis
-        if step.gathers:
+        axes[node] = flow.axis
+        if flow.gathers:
             raise refuse(
-                Reason.POSITION_IN_STREAM, node, f"{step.gathers[0][0].name} enters the token embeddings"
+                Reason.POSITION_IN_STREAM, node, f"{flow.gathers[0][0].name} enters the token embeddings"
             )
 
 

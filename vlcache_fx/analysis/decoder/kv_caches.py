@@ -13,8 +13,8 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.decoder.layers import LayerParts
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir.dataflow import NodeSet, ancestors, data_inputs, in_graph_order, reachable
 from vlcache_fx.ir.nodes import is_full_slice
@@ -57,7 +57,7 @@ class CachePath:
 
 
 def cache_paths(
-    layers: Sequence[LayerParts], steps: Mapping[Node, RowStep], stream: NodeSet, position: dict[Node, int]
+    layers: Sequence[LayerParts], flows: Mapping[Node, TokenFlow], stream: NodeSet, position: dict[Node, int]
 ) -> tuple[tuple[CachePath | None, CachePath | None], ...]:
     """Each layer's paths of keys and values, its own or an earlier layer's; None where they are of no token
     of this call."""
@@ -75,7 +75,7 @@ def cache_paths(
             reached = ancestors([operand], {**dict.fromkeys(frontiers), **behind, **layer.q_part})
             source = own or next((one for one in reversed(frontiers) if one in reached), None)
             if source is not None:
-                found.append(cache_path(source, steps[source].axis, operand, reached, position))
+                found.append(cache_path(source, flows[source].axis, operand, reached, position))
             else:
                 found.append(CachePath((), is_known=False) if operand in stream else None)
         paths.append((found[0], found[1]))
@@ -106,7 +106,7 @@ def cache_path(
             moves.append(move)
             continue
         try:
-            axes[node] = row_step(node, axes).axis
+            axes[node] = follow_tokens(node, axes).axis
         except UnsupportedGraphError:  # scales over all tokens, say: what reads them may still be followed
             continue
     ends_well = operand in axes and axes[operand].dim == len(shape_of(operand)) - 2

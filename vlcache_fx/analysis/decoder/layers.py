@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import (
     NodeSet,
@@ -153,9 +153,9 @@ def _meets_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
     Raises:
         UnsupportedGraphError: it mixes tokens.
     """
-    step = row_step(node, axes)
-    axes[node] = step.axis
-    return bool(step.gathers)
+    flow = follow_tokens(node, axes)
+    axes[node] = flow.axis
+    return bool(flow.gathers)
 
 
 def _is_result(node: Node) -> bool:

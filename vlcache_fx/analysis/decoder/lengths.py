@@ -78,11 +78,11 @@ class Lengths:
     def _is_length(self, node: Node, dim: int, size: Any) -> bool:
         if not isinstance(size, int) or size == 1:
             return True
-        step = self._facts.steps.get(node)
-        if step is None or step.axis.dim is None:
+        flow = self._facts.flows.get(node)
+        if flow is None or flow.axis.dim is None:
             return self.is_number(size)
         # In a graph of one length, a width may be as large; here it is known which is which.
-        return dim in (step.axis.dim, (self._facts.batch_dims or {}).get(node))
+        return dim in (flow.axis.dim, (self._facts.batch_dims or {}).get(node))
 
 
 def sizes_of(node: Node) -> list[Any]:

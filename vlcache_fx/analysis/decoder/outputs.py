@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_users
 from vlcache_fx.ir.nodes import CASTS, COPIES, is_full_slice, packet_of
@@ -26,13 +26,13 @@ class TailRows:
     Attributes:
         selection: the node that takes some tokens (``hidden[:, -1:]``), or None where all are needed.
         axis: the token axis of the selection's operand.
-        steps: row treatment of the tail nodes up to the selection.
+        flows: token flow of the tail nodes up to the selection.
         rule: the selection as plain data; None where all rows are needed.
     """
 
     selection: Node | None
     axis: int
-    steps: dict[Node, RowStep]
+    flows: dict[Node, TokenFlow]
     rule: RowSelection | None = None
 
     @property
@@ -60,21 +60,21 @@ def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRow
     input. Where there is no such selection, all rows are needed.
     """
     axes = {boundary: TokenAxis(axis)}
-    steps: dict[Node, RowStep] = {}
+    flows: dict[Node, TokenFlow] = {}
     for node in tail:
         rule = _selection(node, axes)
         if rule is not None:
             if all(
-                user is node or user in steps for source in axes for user in data_users(source)
+                user is node or user in flows for source in axes for user in data_users(source)
             ) and not any(_is_result(source) for source in axes):
-                return TailRows(node, axes[node.args[0]].place, steps, rule)  # type: ignore[index]
+                return TailRows(node, axes[node.args[0]].place, flows, rule)  # type: ignore[index]
             break
         try:
-            step = row_step(node, axes)
+            flow = follow_tokens(node, axes)
         except UnsupportedGraphError:
             break
-        axes[node] = step.axis
-        steps[node] = step
+        axes[node] = flow.axis
+        flows[node] = flow
     return TailRows(None, axis, {})
 
 

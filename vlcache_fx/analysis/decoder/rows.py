@@ -10,8 +10,8 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.layers import LayerParts
 from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_inputs
@@ -37,35 +37,35 @@ class Carried:
     read_at: int
 
 
-def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, RowStep]:
-    """The row treatment of every node in kv and q parts.
+def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, TokenFlow]:
+    """Return the token flow of every node in kv and q parts.
 
     Raises:
         UnsupportedGraphError: a node mixes tokens, or a layer returns them along another axis.
     """
-    steps: dict[Node, RowStep] = {}
+    flows: dict[Node, TokenFlow] = {}
     axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
     for layer, members in zip(layers, stream.members, strict=True):
         for node in members:
             if node in layer.full_part:
                 continue
-            step = _attention_step(layer.site, axes) if node is layer.site.node else _step(node, axes)
-            steps[node] = step
-            axes[node] = step.axis
+            flow = _attention_flow(layer.site, axes) if node is layer.site.node else _flow(node, axes)
+            flows[node] = flow
+            axes[node] = flow.axis
     for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
         if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
             raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
-    return steps
+    return flows
 
 
-def _step(node: Node, axes: Axes) -> RowStep:
+def _flow(node: Node, axes: Axes) -> TokenFlow:
     try:
-        return row_step(node, axes)
+        return follow_tokens(node, axes)
     except UnsupportedGraphError as refusal:
         raise as_mixing(node, refusal) from None
 
 
-def _attention_step(site: Site, axes: Axes) -> RowStep:
+def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
     rank = len(shape_of(site.node))
     axis = axes.get(site.query)
     if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
@@ -73,15 +73,15 @@ def _attention_step(site: Site, axes: Axes) -> RowStep:
             Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
         )
     if site.mask is None:
-        return RowStep(TokenAxis(rank - 2))
+        return TokenFlow(TokenAxis(rank - 2))
     size = shape_of(site.mask)
     if site.mask in axes or len(size) < 2:
         raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
-    return RowStep(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
+    return TokenFlow(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
 
 
 def find_carried(
-    stream: Stream, layers: Sequence[LayerParts], steps: dict[Node, RowStep]
+    stream: Stream, layers: Sequence[LayerParts], flows: dict[Node, TokenFlow]
 ) -> tuple[Carried, ...]:
     """Every value that flows around the residual from one layer to a later one.
 
@@ -109,8 +109,8 @@ def find_carried(
                         node,
                         f"keys or values mix with {operand.name} of another layer",
                     )
-                step = steps.get(operand)
-                axis = TokenAxis(len(shape_of(entering)) - 2) if step is None else step.axis
+                flow = flows.get(operand)
+                axis = TokenAxis(len(shape_of(entering)) - 2) if flow is None else flow.axis
                 if not axis.entries.are_tokens:
                     raise refuse(Reason.TOKEN_AXIS_LOST, node, f"{operand.name} comes from another layer")
                 found.append(Carried(operand, node, axis.place, levels[operand], levels[node]))

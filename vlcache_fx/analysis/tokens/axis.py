@@ -69,8 +69,8 @@ class TokenAxis:
 
 
 @dataclass(frozen=True)
-class RowStep:
-    """How one node treats rows.
+class TokenFlow:
+    """How tokens flow through one node.
 
     Attributes:
         axis: where the node's result runs over tokens.

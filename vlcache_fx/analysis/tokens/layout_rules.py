@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, rank_of, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, Entries, TokenAxis, TokenFlow, rank_of, shape_of
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.ir.refusal import refuse
@@ -17,7 +17,7 @@ from vlcache_fx.ir.sizes import equal, expressions, is_one, product, quotient
 
 aten = torch.ops.aten
 
-Rule: TypeAlias = Callable[[Node, Axes], RowStep]
+Rule: TypeAlias = Callable[[Node, Axes], TokenFlow]
 
 
 def lost(node: Node, why: str) -> UnsupportedGraphError:
@@ -52,30 +52,30 @@ def dimension(value: Any, rank: int) -> int:
     return int(value) % rank if rank else 0
 
 
-def same(node: Node, axes: Axes) -> RowStep:
+def same(node: Node, axes: Axes) -> TokenFlow:
     """The values of the first operand, in its layout."""
     operand = node.args[0]
     if isinstance(operand, Node) and operand in axes and axes[operand].dim is None:
-        return RowStep(axes[operand])  # counts stay counts
-    return RowStep(single(node, axes)[1])
+        return TokenFlow(axes[operand])  # counts stay counts
+    return TokenFlow(single(node, axes)[1])
 
 
-def like_first(node: Node, axes: Axes) -> RowStep:
+def like_first(node: Node, axes: Axes) -> TokenFlow:
     """New values in the layout of the first operand; others say dtypes and the like."""
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
     axis = with_place(node, axes[operand])
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _view(node: Node, axes: Axes) -> RowStep:
+def _view(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     found = _regrouped(axis, shape_of(operand), shape_of(node))
     if found is None:
         change = f"{tuple(shape_of(operand))} -> {tuple(shape_of(node))}"
         raise lost(node, f"the view {change} merges the token axis with another")
-    return RowStep(found, size_argument=(1, found.place))
+    return TokenFlow(found, size_argument=(1, found.place))
 
 
 def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> TokenAxis | None:
@@ -98,17 +98,17 @@ def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> 
     return None
 
 
-def _flatten(node: Node, axes: Axes) -> RowStep:
-    return RowStep(_view(node, axes).axis)
+def _flatten(node: Node, axes: Axes) -> TokenFlow:
+    return TokenFlow(_view(node, axes).axis)
 
 
-def _expand(node: Node, axes: Axes) -> RowStep:
+def _expand(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     place = axis.place + rank_of(node) - rank_of(operand)
-    return RowStep(axis.at(place), size_argument=(1, place))
+    return TokenFlow(axis.at(place), size_argument=(1, place))
 
 
-def _repeat(node: Node, axes: Axes) -> RowStep:
+def _repeat(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     times = node.args[1]
     assert isinstance(times, Sequence)
@@ -116,33 +116,33 @@ def _repeat(node: Node, axes: Axes) -> RowStep:
     if axis.entries.order is not None:
         raise lost(node, "it repeats sorted tokens")
     outer = axis.entries.outer * expressions([times[place]])[0]
-    return RowStep(TokenAxis(place, Entries(outer, axis.entries.inner)))
+    return TokenFlow(TokenAxis(place, Entries(outer, axis.entries.inner)))
 
 
-def _transpose(node: Node, axes: Axes) -> RowStep:
+def _transpose(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     first, second = (dimension(arg, rank_of(operand)) for arg in node.args[1:3])
-    return RowStep(axis.moved({first: second, second: first}.get(axis.place, axis.place)))
+    return TokenFlow(axis.moved({first: second, second: first}.get(axis.place, axis.place)))
 
 
-def _t(node: Node, axes: Axes) -> RowStep:
+def _t(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    return RowStep(axis.moved(1 - axis.place) if rank_of(operand) == 2 else axis)
+    return TokenFlow(axis.moved(1 - axis.place) if rank_of(operand) == 2 else axis)
 
 
-def _permute(node: Node, axes: Axes) -> RowStep:
+def _permute(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     order = node.args[1]
     assert isinstance(order, Sequence)
-    return RowStep(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.place)))
+    return TokenFlow(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.place)))
 
 
-def _unsqueeze(node: Node, axes: Axes) -> RowStep:
+def _unsqueeze(node: Node, axes: Axes) -> TokenFlow:
     _, axis = single(node, axes)
-    return RowStep(axis.moved(axis.place + (dimension(node.args[1], rank_of(node)) <= axis.place)))
+    return TokenFlow(axis.moved(axis.place + (dimension(node.args[1], rank_of(node)) <= axis.place)))
 
 
-def _squeeze(node: Node, axes: Axes) -> RowStep:
+def _squeeze(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if len(node.args) < 2:
         raise lost(node, "it may drop any dimension of size 1")
@@ -150,69 +150,69 @@ def _squeeze(node: Node, axes: Axes) -> RowStep:
     own = {dimension(dim, rank_of(operand)) for dim in dims}
     if axis.place in own:
         raise lost(node, "it drops the token axis")
-    return RowStep(
+    return TokenFlow(
         axis.moved(axis.place - sum(dim < axis.place and is_one(shape_of(operand)[dim]) for dim in own))
     )
 
 
-def _slice(node: Node, axes: Axes) -> RowStep:
+def _slice(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
     if dim == axis.place and not is_full_slice(node):
         raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis)
+    return TokenFlow(axis)
 
 
-def _other_dim(node: Node, axes: Axes) -> RowStep:
+def _other_dim(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     place = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     if dimension(place, rank_of(operand)) == axis.place:
         raise lost(node, "it splits the token axis")
-    return RowStep(axis)
+    return TokenFlow(axis)
 
 
-def _select(node: Node, axes: Axes) -> RowStep:
+def _select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1], rank_of(operand))
     if dim == axis.place:
         raise lost(node, "it takes a single token")
-    return RowStep(axis.moved(axis.place - (dim < axis.place)))
+    return TokenFlow(axis.moved(axis.place - (dim < axis.place)))
 
 
-def _unbind(node: Node, axes: Axes) -> RowStep:
+def _unbind(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
     if dim == axis.place:
         raise lost(node, "it takes single tokens")
-    return RowStep(axis.moved(axis.place - (dim < axis.place)))
+    return TokenFlow(axis.moved(axis.place - (dim < axis.place)))
 
 
-def _index_select(node: Node, axes: Axes) -> RowStep:
+def _index_select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if dimension(node.args[1], rank_of(operand)) == axis.place:
         raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis)
+    return TokenFlow(axis)
 
 
-def _cat(node: Node, axes: Axes) -> RowStep:
+def _cat(node: Node, axes: Axes) -> TokenFlow:
     parts = node.args[0]
     assert isinstance(parts, Sequence)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(node))
-    step = joined(node, [part for part in parts if isinstance(part, Node)], axes)
-    if dim == step.dim:
+    flow = joined(node, [part for part in parts if isinstance(part, Node)], axes)
+    if dim == flow.dim:
         raise lost(node, "it joins tensors along the token axis")
-    return step
+    return flow
 
 
-def _stack(node: Node, axes: Axes) -> RowStep:
+def _stack(node: Node, axes: Axes) -> TokenFlow:
     parts = node.args[0]
     assert isinstance(parts, Sequence)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(node))
-    step = joined(node, [part for part in parts if isinstance(part, Node)], axes)
-    return RowStep(step.axis.at(step.dim + (dim <= step.dim)), step.gathers)
+    flow = joined(node, [part for part in parts if isinstance(part, Node)], axes)
+    return TokenFlow(flow.axis.at(flow.dim + (dim <= flow.dim)), flow.gathers)
 
 
-def joined(node: Node, parts: Sequence[Node], axes: Axes) -> RowStep:
+def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
     """Tensors of one rank side by side, whose token axes are the same; others have a full one."""
     own = [with_place(node, axes[part]) for part in parts if part in axes]
     if not own or any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
@@ -222,14 +222,14 @@ def joined(node: Node, parts: Sequence[Node], axes: Axes) -> RowStep:
     others = tuple((part, dim) for part, dim in others if not is_one(shape_of(part)[dim]))
     if others and not axis.entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")
-    return RowStep(axis.at(axis.place), others)
+    return TokenFlow(axis.at(axis.place), others)
 
 
-def _as_complex(node: Node, axes: Axes) -> RowStep:
+def _as_complex(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if axis.place == rank_of(operand) - 1:
         raise lost(node, "it pairs tokens up")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
 LAYOUT_RULES: Mapping[Any, Rule] = MappingProxyType(

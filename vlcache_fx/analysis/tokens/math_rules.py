@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, rank_of, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, rank_of, shape_of
 from vlcache_fx.analysis.tokens.layout_rules import Rule, dimension, lost, single, with_place
 from vlcache_fx.ir.sizes import is_one
 
 aten = torch.ops.aten
 
 
-def pointwise(node: Node, axes: Axes) -> RowStep:
+def pointwise(node: Node, axes: Axes) -> TokenFlow:
     """Values of one place alone; operands are broadcast against each other."""
     rank = rank_of(node)
     operands = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
@@ -32,17 +32,17 @@ def pointwise(node: Node, axes: Axes) -> RowStep:
             gathers.append((operand, dim))
     if gathers and not entries.are_tokens:
         raise lost(node, f"{gathers[0][0].name} has other entries along the token axis")
-    return RowStep(TokenAxis(place, entries), tuple(gathers))
+    return TokenFlow(TokenAxis(place, entries), tuple(gathers))
 
 
-def _linear(node: Node, axes: Axes) -> RowStep:
+def _linear(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if axis.place == rank_of(operand) - 1:
         raise lost(node, "it multiplies along the token axis")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _matmul(node: Node, axes: Axes) -> RowStep:
+def _matmul(node: Node, axes: Axes) -> TokenFlow:
     operand, other = node.args[:2]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
@@ -61,10 +61,10 @@ def _matmul(node: Node, axes: Axes) -> RowStep:
             raise lost(node, "its operands have their token axes at different places")
     elif from_end > 2 and rank_of(other) >= from_end and not is_one(shape_of(other)[-from_end]):
         raise lost(node, "its second operand may differ from token to token")
-    return RowStep(axis.at(place))
+    return TokenFlow(axis.at(place))
 
 
-def _addmm(node: Node, axes: Axes) -> RowStep:
+def _addmm(node: Node, axes: Axes) -> TokenFlow:
     bias, operand, weight = node.args[:3]
     axis = axes.get(operand) if isinstance(operand, Node) else None
     if axis is None or axis.dim != 0 or weight in axes or bias in axes:
@@ -72,11 +72,11 @@ def _addmm(node: Node, axes: Axes) -> RowStep:
     if isinstance(bias, Node) and rank_of(bias) > 1 and not is_one(shape_of(bias)[0]):
         if not axis.entries.are_tokens:
             raise lost(node, f"{bias.name} has other entries along the token axis")
-        return RowStep(axis.at(0), ((bias, 0),))
-    return RowStep(axis.at(0))
+        return TokenFlow(axis.at(0), ((bias, 0),))
+    return TokenFlow(axis.at(0))
 
 
-def _reduce(node: Node, axes: Axes) -> RowStep:
+def _reduce(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     rank = rank_of(operand)
     dims = node.args[1] if len(node.args) > 1 else None
@@ -88,42 +88,42 @@ def _reduce(node: Node, axes: Axes) -> RowStep:
     value = node.meta["val"]
     first = value[0] if isinstance(value, tuple | list) else value
     kept = first.dim() == rank
-    return RowStep(axis.at(axis.place if kept else axis.place - sum(dim < axis.place for dim in own)))
+    return TokenFlow(axis.at(axis.place if kept else axis.place - sum(dim < axis.place for dim in own)))
 
 
-def _convolution(node: Node, axes: Axes) -> RowStep:
+def _convolution(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if axis.place != 0 or rank_of(operand) < 3:
         raise lost(node, "it mixes neighbouring tokens")
-    return RowStep(axis.at(0))
+    return TokenFlow(axis.at(0))
 
 
-def _along(node: Node, axes: Axes) -> RowStep:
+def _along(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = node.args[1] if len(node.args) > 1 else -1
     if dimension(dim, rank_of(operand)) == axis.place:
         raise lost(node, "it runs along the token axis")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _top(node: Node, axes: Axes) -> RowStep:
+def _top(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
     if dimension(dim, rank_of(operand)) == axis.place:
         raise lost(node, "it compares tokens")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _norm(node: Node, axes: Axes) -> RowStep:
+def _norm(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     normalized = node.args[1]
     assert isinstance(normalized, Sequence)
     if axis.place >= rank_of(operand) - len(normalized):
         raise lost(node, "it normalises over the token axis")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _at_places(node: Node, axes: Axes) -> RowStep:
+def _at_places(node: Node, axes: Axes) -> TokenFlow:
     """``gather`` and ``scatter``: along another dimension, at places that each token names for itself."""
     dim = dimension(node.args[1], rank_of(node))
     tensors = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
@@ -135,7 +135,7 @@ def _at_places(node: Node, axes: Axes) -> RowStep:
     others = tuple((o, own[0].place) for o in tensors if o not in axes)
     if others and not own[0].entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")
-    return RowStep(own[0].at(own[0].place), others)
+    return TokenFlow(own[0].at(own[0].place), others)
 
 
 MATH_RULES: Mapping[Any, Rule] = MappingProxyType(

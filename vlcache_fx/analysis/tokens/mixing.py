@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.merge import Merge
 from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, rank_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import NodeSet, ancestors, carries_data, descendants
 from vlcache_fx.ir.refusal import refuse
@@ -42,7 +42,7 @@ def mixing_refusal(
 
 def _mixes(node: Node, axes: dict[Node, TokenAxis]) -> UnsupportedGraphError | None:
     try:
-        axes[node] = row_step(node, _known(node, axes)).axis
+        axes[node] = follow_tokens(node, _known(node, axes)).axis
     except UnsupportedGraphError as error:
         return as_mixing(node, error)
     return None

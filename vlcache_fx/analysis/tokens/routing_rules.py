@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, rank_of
+from vlcache_fx.analysis.tokens.axis import Axes, Entries, TokenAxis, TokenFlow, rank_of
 from vlcache_fx.analysis.tokens.layout_rules import Rule, lost, same, single, with_place
 from vlcache_fx.analysis.tokens.math_rules import pointwise
 from vlcache_fx.errors import Reason
@@ -25,15 +25,15 @@ from vlcache_fx.ir.sizes import equal
 aten = torch.ops.aten
 
 
-def _sort(node: Node, axes: Axes) -> RowStep:
+def _sort(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if rank_of(operand) != 1 or axis.place != 0:
         raise lost(node, "it sorts tokens of more than one list")
-    return RowStep(TokenAxis(0, _sorted(node, axis)))
+    return TokenFlow(TokenAxis(0, _sorted(node, axis)))
 
 
-def _argsort(node: Node, axes: Axes) -> RowStep:
-    return RowStep(sorted_places(node, axes))
+def _argsort(node: Node, axes: Axes) -> TokenFlow:
+    return TokenFlow(sorted_places(node, axes))
 
 
 def _sorted(node: Node, axis: TokenAxis) -> Entries:
@@ -51,7 +51,7 @@ def sorted_places(node: Node, axes: Axes) -> TokenAxis:
     return TokenAxis(0, _sorted(node, axis), axis.entries, is_permutation=True)
 
 
-def _divide(node: Node, axes: Axes) -> RowStep:
+def _divide(node: Node, axes: Axes) -> TokenFlow:
     """Places among the experts of all tokens, divided by how many each token has, are tokens."""
     operand, divisor = node.args[:2]
     axis = axes.get(operand) if isinstance(operand, Node) else None
@@ -61,10 +61,10 @@ def _divide(node: Node, axes: Axes) -> RowStep:
     target = axis.points_at
     if not equal(target.inner, divisor) or target.order is not None:
         return pointwise(node, axes)
-    return RowStep(TokenAxis(axis.place, axis.entries, replace(target, inner=1)))
+    return TokenFlow(TokenAxis(axis.place, axis.entries, replace(target, inner=1)))
 
 
-def _index(node: Node, axes: Axes) -> RowStep:
+def _index(node: Node, axes: Axes) -> TokenFlow:
     source, indices = node.args[:2]
     assert isinstance(source, Node)
     assert isinstance(indices, list | tuple)
@@ -78,36 +78,36 @@ def _index(node: Node, axes: Axes) -> RowStep:
         raise refuse(Reason.DATA_DEPENDENT, node, "values decide how many tokens it leaves")
     if source not in axes:
         axis = with_place(node, axes[index])
-        return RowStep(TokenAxis(place + axis.place, axis.entries))
+        return TokenFlow(TokenAxis(place + axis.place, axis.entries))
     axis = with_place(node, axes[source])
     if index in axes:
         own = with_place(node, axes[index])
         if place != axis.place or own.points_at is None or not own.points_at.same(axis.entries):
             raise lost(node, "it looks up other tokens")
-        return RowStep(TokenAxis(place + own.place, own.entries))
+        return TokenFlow(TokenAxis(place + own.place, own.entries))
     if place == axis.place:
         raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis.at(axis.place + (placed - replaced if place < axis.place else 0)))
+    return TokenFlow(axis.at(axis.place + (placed - replaced if place < axis.place else 0)))
 
 
-def _embedding(node: Node, axes: Axes) -> RowStep:
+def _embedding(node: Node, axes: Axes) -> TokenFlow:
     table, index = node.args[:2]
     if table in axes or not isinstance(index, Node):
         raise lost(node, "its table is computed from tokens")
     axis = with_place(node, axes[index])
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
-def _histogram(node: Node, axes: Axes) -> RowStep:
+def _histogram(node: Node, axes: Axes) -> TokenFlow:
     """How many entries have each whole number: how many go to each expert."""
     _, axis = single(node, axes)
     bins, low, high = [*node.args[1:], 100, 0, 0][:3]
     if axis.entries.order is None or low != 0 or not isinstance(bins, int) or high != bins - 1:
         raise lost(node, "it counts tokens")
-    return RowStep(TokenAxis(None, axis.entries))
+    return TokenFlow(TokenAxis(None, axis.entries))
 
 
-def _along_counts(node: Node, axes: Axes) -> RowStep | None:
+def _along_counts(node: Node, axes: Axes) -> TokenFlow | None:
     operand = node.args[0]
     counts = isinstance(operand, Node) and operand in axes and axes[operand].dim is None
     return same(node, axes) if counts else None
@@ -126,13 +126,13 @@ def _is_grouped_product(node: Node, axes: Axes) -> bool:
     return rows in axes and matrices not in axes and counted and ranks == [2, 3, 1, 2]
 
 
-def _grouped_product(node: Node, axes: Axes) -> RowStep:
+def _grouped_product(node: Node, axes: Axes) -> TokenFlow:
     rows, _, ends = (arg for arg in node.args if isinstance(arg, Node))
     axis = with_place(node, axes[rows])
     order = axis.entries.order
     if order is None or axis.place != 0 or axes[ends].entries.order is not order:
         raise lost(node, "its groups are not those that its rows were sorted by")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.place))
 
 
 def rule_for(node: Node, axes: Axes) -> Rule | None:
