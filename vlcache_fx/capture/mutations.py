@@ -31,7 +31,7 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
     output = graph.output_node()
     returned = output.args[0]
     assert isinstance(returned, tuple | list)
-    index = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
+    index = {node: number for number, node in enumerate(graph.find_nodes(op="placeholder"))}
     written = dict(zip(targets, returned, strict=False))
     results: list[Any] = list(returned[len(targets) :])
     alike = {target: _take_out(results, value) for target, value in written.items()}
@@ -51,8 +51,8 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
                 "what the graph writes to an input is a part of another one that it writes to",
                 node=value.name,
             )
-        places = len(results) + 1 if dim is not None else None
-        writes.append(Write(index[target], len(results), dim, places, alike[target]))
+        positions = len(results) + 1 if dim is not None else None
+        writes.append(Write(index[target], len(results), dim, positions, alike[target]))
         results += returned_for_it
     output.args = (tuple(results),)
     graph.eliminate_dead_code()
@@ -60,17 +60,17 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
 
 
 def _take_out(results: list[Any], value: Node) -> tuple[int, ...]:
-    """The places at which ``value`` is returned, None from now on."""
-    places = tuple(place for place, result in enumerate(results) if result is value)
-    for place in places:
-        results[place] = None
-    return places
+    """Replace ``value`` by None in ``results``; return its indices there."""
+    indices = tuple(index for index, result in enumerate(results) if result is value)
+    for index in indices:
+        results[index] = None
+    return indices
 
 
 def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int | None, list[Node]]:
-    """``(dimension, [rows, places])`` where ``value`` is ``target`` but for some rows, else ``(None, [it])``.
+    """Return ``(dim, [rows, positions])`` where ``value`` is ``target`` with other rows, else ``(None, [value])``.
 
-    What lies in memory that is written to as well may be gone when its turn comes, so it is not returned.
+    A view of an input that is written to is not returned: its memory may be overwritten before it is read.
     """
     if not value.args or value.args[0] is not target:
         return None, [value]
@@ -81,8 +81,10 @@ def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int 
     found = scattered_rows(value)
     if found is None:
         return None, [value]
-    source, dim, places = found
-    return (None, [value]) if {_base(source), _base(places)} & written.keys() else (dim, [source, places])
+    source, dim, positions = found
+    return (
+        (None, [value]) if {_base(source), _base(positions)} & written.keys() else (dim, [source, positions])
+    )
 
 
 def _base(node: Node) -> Node:

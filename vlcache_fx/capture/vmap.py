@@ -84,7 +84,7 @@ def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
     values = [node.meta.get("example_value", node.meta.get("val")) for node in inputs]
     with torch.no_grad(), _as_before(values):
         traced = make_fx(fx.GraphModule(module, graph), _allow_non_fake_inputs=True)(*values)
-    places = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    outer = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with module.graph.inserting_before(region[0]):
         for node in traced.graph.nodes:
             if node.op == "output":
@@ -92,11 +92,11 @@ def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
             elif node.op == "get_attr":
                 name = f"_vmap_constant{len(list(module.buffers()))}"
                 module.register_buffer(name, getattr(traced, str(node.target)))
-                places[node] = module.graph.get_attr(name)
+                outer[node] = module.graph.get_attr(name)
             elif node.op != "placeholder":
-                places[node] = module.graph.node_copy(node, places.__getitem__)
-                places[node].meta["example_value"] = node.meta.get("val")
+                outer[node] = module.graph.node_copy(node, outer.__getitem__)
+                outer[node].meta["example_value"] = node.meta.get("val")
     for old, new in zip(outputs, results, strict=True):
-        old.replace_all_uses_with(places[new], delete_user_cb=lambda user: user not in inside)
+        old.replace_all_uses_with(outer[new], delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
         module.graph.erase_node(node)

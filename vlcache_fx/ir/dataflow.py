@@ -56,12 +56,12 @@ def descendants(nodes: Iterable[Node], within: NodeSet | None = None) -> NodeSet
 
 
 def in_graph_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:
-    """``nodes`` sorted by their place in the graph."""
+    """``nodes`` in graph order."""
     return sorted(nodes, key=position.__getitem__)
 
 
 def positions(graph: torch.fx.Graph) -> dict[Node, int]:
-    """Each node's place in the graph's (topological) order."""
+    """Return each node's index in the graph's (topological) order."""
     return {node: index for index, node in enumerate(graph.nodes)}
 
 

@@ -13,10 +13,10 @@ def source_line(node: Node) -> str | None:
     if not trace:
         return None
     lines = [line.strip() for line in str(trace).splitlines() if line.strip()]
-    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    if not places:
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
         return None
-    last = places[-1]
+    last = frames[-1]
     code = lines[last + 1] if last + 1 < len(lines) else ""
     return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
 

@@ -14,25 +14,25 @@ aten = torch.ops.aten
 
 
 def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
-    """``(rows, dimension, places)`` of a node that replaces rows of its first operand along one dimension.
+    """``(rows, dimension, positions)`` of a node that replaces rows of its first operand along one dimension.
 
-    Places are int64 [rows], the dimension is one of the node's. None for any other node.
+    Positions are int64 [rows], the dimension is one of the node's. None for any other node.
     """
     if node.target is aten.index_copy.default:
-        _, dim, places, source = node.args
+        _, dim, positions, source = node.args
     elif node.target is aten.index_put.default and not any(node.args[3:]):
         indices, source = node.args[1:3]
         assert isinstance(indices, Sequence)
-        dim, places = len(indices) - 1, indices[-1]
+        dim, positions = len(indices) - 1, indices[-1]
         if any(other is not None for other in indices[:-1]):
             return None
     else:
         return None
     assert isinstance(dim, int)
-    if not isinstance(places, Node) or not isinstance(source, Node):
+    if not isinstance(positions, Node) or not isinstance(source, Node):
         return None
     rows, whole = source.meta["val"], node.meta["val"]
-    if places.meta["val"].dim() != 1 or places.meta["val"].dtype != torch.int64:
+    if positions.meta["val"].dim() != 1 or positions.meta["val"].dtype != torch.int64:
         return None
     dim %= whole.dim()
     missing = ["1"] * (whole.dim() - rows.dim())  # leading dimensions of size 1 may be left out
@@ -40,7 +40,7 @@ def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
     same = [
         str(size) == own or at == dim for at, (size, own) in enumerate(zip(whole.shape, sizes, strict=True))
     ]
-    return (source, dim, places) if all(same) else None  # else a value that is repeated
+    return (source, dim, positions) if all(same) else None  # else a value that is repeated
 
 
 def settle_scatters(graph: fx.Graph) -> None:
@@ -66,8 +66,11 @@ def settle_scatters(graph: fx.Graph) -> None:
 
 
 def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
-    """``slice_scatter`` as ``index_copy``; places depend on the slice and the target's size, not on what is
-    written, which would have to be computed to know its size."""
+    """Return ``slice_scatter`` as ``index_copy``; None where that is not possible.
+
+    Positions are computed from the slice and the target's size, not from the source: its size is known only
+    once it is computed.
+    """
     target, source = node.args[:2]
     dim, start, end, step = slice_bounds(node)
     assert isinstance(source, Node)
@@ -91,10 +94,10 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         count = _difference(call, after, first)
         if str(_known(count)) != str(value.shape[dim]):
             return None  # the slice is cut at the end of its tensor, or not known to be as long
-        places = call(aten.arange.default, count, device=value.device)
+        positions = call(aten.arange.default, count, device=value.device)
         if first != 0:
-            places = call(aten.add.Tensor, places, first)
-        made = graph.call_function(aten.index_copy.default, (target, dim, places, source))
+            positions = call(aten.add.Tensor, positions, first)
+        made = graph.call_function(aten.index_copy.default, (target, dim, positions, source))
     made.meta.update(node.meta, val=whole)
     return made
 

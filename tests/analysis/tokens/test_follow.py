@@ -85,7 +85,7 @@ class Restricted(torch.fx.Interpreter):
 
 
 def entries_of(axis: TokenAxis) -> Tensor:
-    """The places of ``ROWS`` along the axis."""
+    """The indices of ``ROWS`` along the axis."""
     outer, inner = axis.entries.outer, axis.entries.inner
     return torch.arange(outer * TOKENS * inner).view(outer, TOKENS, inner)[:, ROWS].flatten()
 
@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "sorted_and_not_sorted_back": (
         lambda x: x[0] + x[0][x[0, :, 0].argsort()],
         Reason.TOKEN_AXIS_LOST,
-        "at different places",
+        "token axes of its operands do not match",
     ),
     "groups_of_others": (routed_elsewhere, Reason.TOKEN_AXIS_LOST, "not those that its rows were sorted by"),
     "count": (
@@ -278,7 +278,11 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "masked_by_others": (lambda x: x[MASK], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
     "masked_alone": (lambda x: x[:, MASK[0]], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
     "masked_table": (lambda x: TABLE[x[0, :, 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
-    "crossed": (lambda x: x[..., :1] + x[..., 0], Reason.TOKEN_AXIS_LOST, "different places"),
+    "crossed": (
+        lambda x: x[..., :1] + x[..., 0],
+        Reason.TOKEN_AXIS_LOST,
+        "token axes of its operands do not match",
+    ),
 }
 
 

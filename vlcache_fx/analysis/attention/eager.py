@@ -220,8 +220,8 @@ def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand |
 
 def _before(shape: torch.Size, order: tuple[int, ...]) -> tuple[Any, ...]:
     result: list[Any] = [None] * len(order)
-    for place, source in enumerate(order):
-        result[source] = shape[place]
+    for dim, source in enumerate(order):
+        result[source] = shape[dim]
     return tuple(result)
 
 

@@ -1,4 +1,4 @@
-"""Flex attention takes functions of a score and its place: read as scale, cap, biases and masks."""
+"""Flex attention takes functions of a score and its position, read as scale, cap, biases and masks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ALWAYS = frozenset({aten.new_ones, aten.ones, aten.ones_like})
 
 @dataclass(frozen=True)
 class Function:
-    """A graph of one score or one place, and what it reads beside that.
+    """A graph over one score or one position, and the other values that it reads.
 
     Attributes:
-        module: takes (score,) sample, head, query place, key place, and what it reads; returns one value.
+        module: takes (score,) sample, head, query position, key position, and ``reads``; returns one value.
         reads: nodes of the graph that calls it, and numbers.
     """
 
@@ -52,7 +52,7 @@ class FlexAttention:
         score: the function of the score; ``terms`` are nodes of its graph.
         terms: biases and masks in it, first to last.
         mask: the function that says what is visible; None where everything is.
-        is_causal: it shows every key up to the query's place, and no other.
+        is_causal: it shows every key up to the query's position, and no other.
     """
 
     node: Node
@@ -125,12 +125,12 @@ def _check_heads(query: Node, key: Node, value: Node) -> None:
 
 
 def _is_causal(mask: Function) -> bool:
-    places = [node for node in mask.module.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in mask.module.graph.nodes if node.op == "placeholder"]
     result = mask.result
     if not isinstance(result, Node) or packet_of(result) not in (aten.le, aten.ge):
         return False
     compared = [_without_zero(one) for one in result.args]
-    return compared == ([places[3], places[2]] if packet_of(result) is aten.le else [places[2], places[3]])
+    return compared == ([inputs[3], inputs[2]] if packet_of(result) is aten.le else [inputs[2], inputs[3]])
 
 
 def _without_zero(value: Any) -> Any:

@@ -144,18 +144,18 @@ def _einsum(node: Node) -> Product | None:
     if not set(right) <= {*batch, columns, *inner} or any(label not in out for label in batch):
         return None
     canonical = [*batch, rows, columns]
-    places = tuple(canonical.index(label) for label in out)
+    permutation = tuple(canonical.index(label) for label in out)
     return Product(
         node,
         _aligned(first, left, [*batch, rows, *inner]),
         _aligned(second, right, [*batch, *inner, columns]),
-        None if places == tuple(range(len(places))) else places,
+        None if permutation == tuple(range(len(permutation))) else permutation,
     )
 
 
 def _aligned(operand: Operand, labels: str, wanted: list[str]) -> Operand:
     operand = operand.permuted(tuple(labels.index(label) for label in wanted if label in labels))
-    for place, label in enumerate(wanted):
+    for dim, label in enumerate(wanted):
         if label not in labels:
-            operand = operand.unsqueezed(place)
+            operand = operand.unsqueezed(dim)
     return operand

@@ -71,7 +71,7 @@ def site_of(node: Node) -> Site | None:
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
-    found: dict[str, Any] = {name: _argument(node, *place) for name, place in names.items()}
+    found: dict[str, Any] = {name: _argument(node, *argument) for name, argument in names.items()}
     flags: dict[str, Any] = {name: bool(found.pop(name)) for name in ("is_causal", "enable_gqa")}
     return Site(node, query, key, value, **found, **flags)
 

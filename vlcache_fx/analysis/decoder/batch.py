@@ -32,7 +32,9 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: Tai
             continue  # nothing is taken there sample by sample, or it is refused below
         axes[node] = flow.axis
     return {
-        node: axis.place for node, axis in axes.items() if axis.dim is not None and axis.entries.are_tokens
+        node: axis.token_dim
+        for node, axis in axes.items()
+        if axis.dim is not None and axis.entries.are_tokens
     }
 
 
@@ -57,7 +59,7 @@ def check_batch_dims(
         for operand, dim in flow.gathers:
             if node not in dims or operand_batch_dim(node, operand, dims) == dim:
                 shape = tuple(shape_of(operand))
-                raise refuse(Reason.BATCHED, node, f"{operand.name} {shape} has no place for samples")
+                raise refuse(Reason.BATCHED, node, f"{operand.name} {shape} has no dimension over samples")
 
 
 def operand_batch_dim(node: Node, operand: Node, dims: Mapping[Node, int]) -> int:

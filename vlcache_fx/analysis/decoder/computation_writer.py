@@ -176,8 +176,7 @@ class RowWriter(ComputationWriter):
         bounds = [self._bound(one) for one in (start or 0, end)]
         if bounds == [0, None] and step == 1:
             return self.texts[source]
-        place = dim % rank_of(source)
-        return content_digest(["slice", place, repr(bounds), repr(step), self.texts[source]])
+        return content_digest(["slice", dim % rank_of(source), repr(bounds), repr(step), self.texts[source]])
 
     def _bound(self, value: Any) -> Any:
         """A length as an argument spells it; another number that the request brings by its leaf."""

@@ -52,7 +52,7 @@ class CachePath:
 
     @property
     def past(self) -> tuple[Node, ...]:
-        """Tensors with rows of earlier calls, or with places for later ones."""
+        """Tensors with rows of earlier calls, or with room for those of later ones."""
         return tuple(other for move in self.moves for other in move.others)
 
 
@@ -92,7 +92,7 @@ def cache_path(
         axis: see there.
         operand: of the attention, with the tokens in the last but one dimension.
         inside: what lies between, and maybe more.
-        position: each node's place in the graph.
+        position: each node's index in the graph.
     """
     path = ancestors([operand], {frontier: None, **inside})
     axes = {frontier: axis}
@@ -132,7 +132,7 @@ def _move(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[Move, TokenAxis] 
         own, others = parts[0], [part for part in given if part is not parts[0]]
     else:
         return None
-    if own not in axes or axes[own].place + len(shape_of(node)) - len(shape_of(own)) != dim:
+    if own not in axes or axes[own].token_dim + len(shape_of(node)) - len(shape_of(own)) != dim:
         return None
     if any(other in axes for other in others):
         return None
@@ -142,7 +142,7 @@ def _move(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[Move, TokenAxis] 
 def sources_of_rows(operand: Node) -> NodeSet:
     """Everything the rows of ``operand`` are computed from.
 
-    Where rows are written into a buffer, neither their places nor what the buffer held belongs to it.
+    Where rows are written into a buffer, neither their indices nor the old buffer count.
     """
 
     def sources(node: Node) -> Iterable[Node]:

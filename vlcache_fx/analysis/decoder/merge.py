@@ -13,7 +13,7 @@ from vlcache_fx.ir.dataflow import ancestors, descendants
 
 SCATTER_ROWS = torch.ops.vlcache.scatter_rows.default
 MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
-"""Operators that put features in the place of token embeddings."""
+"""Operators that replace token embeddings by features."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ class LoneMerge:
     """A merge in a graph that attends to nothing: some models are cut between the merge and the decoder.
 
     Attributes:
-        place: where the merged embeddings, [batch, tokens, hidden], stand among the graph's results.
+        output_index: index of the merged embeddings, [batch, tokens, hidden], among the graph's results.
         masks: of each merge that leads to them.
     """
 
-    place: int
+    output_index: int
     masks: tuple[Node, ...]
 
 
@@ -98,12 +98,12 @@ def find_lone_merge(graph: Graph) -> LoneMerge | None:
     }
     if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
         return None
-    ((place, last),) = merged.items()
+    ((index, last),) = merged.items()
     if len(shape_of(last)) != 3:
         return None
     needed = ancestors([last])
     masks = [node.args[1] for node in graph.nodes if node in needed and node.target in MERGE_OPS]
-    return LoneMerge(place, tuple(mask for mask in masks if isinstance(mask, Node)))
+    return LoneMerge(index, tuple(mask for mask in masks if isinstance(mask, Node)))
 
 
 def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:

@@ -56,8 +56,8 @@ class TailRows:
 def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRows:
     """Follow the tail token by token up to one selection of rows that everything goes through.
 
-    What it takes is constant, or is said by inputs of the graph: bounds are sums of sizes, or places are an
-    input. Where there is no such selection, all rows are needed.
+    The selection is constant or given by inputs of the graph: bounds are sums of sizes, or positions are an
+    input. Without such a selection, all rows are needed.
     """
     axes = {boundary: TokenAxis(axis)}
     flows: dict[Node, TokenFlow] = {}
@@ -67,7 +67,7 @@ def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRow
             if all(
                 user is node or user in flows for source in axes for user in data_users(source)
             ) and not any(_is_result(source) for source in axes):
-                return TailRows(node, axes[node.args[0]].place, flows, rule)  # type: ignore[index]
+                return TailRows(node, axes[node.args[0]].token_dim, flows, rule)  # type: ignore[index]
             break
         try:
             flow = follow_tokens(node, axes)
@@ -89,7 +89,7 @@ def _selection(node: Node, axes: Axes) -> RowSelection | None:
         return None
     packet = packet_of(node)
     if packet in (aten.index, aten.index_select):
-        return _places(node, source, axes)
+        return _by_positions(node, source, axes)
     if packet not in (aten.slice, aten.select) or (packet is aten.slice and is_full_slice(node)):
         return None
     if not _is_token_dim(node.args[1] if len(node.args) > 1 else 0, source, axes):
@@ -106,8 +106,8 @@ def _is_token_dim(dim: Any, source: Node, axes: Axes) -> bool:
     return isinstance(dim, int) and dim % len(shape_of(source)) == axes[source].dim
 
 
-def _places(node: Node, source: Node, axes: Axes) -> RowSelection | None:
-    """``hidden[:, places]``, with one list of places, an input, for all samples."""
+def _by_positions(node: Node, source: Node, axes: Axes) -> RowSelection | None:
+    """``hidden[:, positions]`` with an input as positions, the same for all samples."""
     if packet_of(node) is aten.index_select:
         dim, index = node.args[1:3]
     else:
@@ -119,17 +119,17 @@ def _places(node: Node, source: Node, axes: Axes) -> RowSelection | None:
         dim, index = given[0]
     if not isinstance(index, Node) or not _is_token_dim(dim, source, axes):
         return None
-    if not _is_list_of_places(index):  # flags are another selection
+    if not _is_position_list(index):  # flags are another selection
         return None
     while packet_of(index) in COPIES | CASTS and isinstance(index.args[0], Node):
         index = index.args[0]
-    if index.op != "placeholder" or not _is_list_of_places(index):
+    if index.op != "placeholder" or not _is_position_list(index):
         return None
     number = node.graph.find_nodes(op="placeholder").index(index)
     return RowSelection((InputPositions(number, from_end=packet_of(node) is aten.index),))
 
 
-def _is_list_of_places(node: Node) -> bool:
+def _is_position_list(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dim() == 1 and value.dtype in (torch.int32, torch.int64)
 

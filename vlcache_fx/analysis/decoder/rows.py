@@ -113,7 +113,7 @@ def find_carried(
                 axis = TokenAxis(len(shape_of(entering)) - 2) if flow is None else flow.axis
                 if not axis.entries.are_tokens:
                     raise refuse(Reason.TOKEN_AXIS_LOST, node, f"{operand.name} comes from another layer")
-                found.append(Carried(operand, node, axis.place, levels[operand], levels[node]))
+                found.append(Carried(operand, node, axis.token_dim, levels[operand], levels[node]))
     inner = {node for node in levels if node is not stream.boundaries[-1]}
     for node in stream.tail:
         for operand in data_inputs(node):

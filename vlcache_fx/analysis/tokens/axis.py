@@ -44,8 +44,8 @@ class TokenAxis:
         dim: the dimension; None for counts over all tokens (how many were sent to each expert), which may
             only say where groups of sorted rows end.
         entries: what it holds.
-        points_at: the values are places on an axis of these entries; None for any other values.
-        is_permutation: of such values, each place occurs once.
+        points_at: the entries that the values index; None for values that are no indices.
+        is_permutation: True where the values index each of these entries once.
     """
 
     dim: int | None
@@ -62,8 +62,8 @@ class TokenAxis:
         return replace(self, dim=dim)
 
     @property
-    def place(self) -> int:
-        """The dimension, where there is one."""
+    def token_dim(self) -> int:
+        """``dim`` of an axis that is not counts."""
         assert self.dim is not None
         return self.dim
 
@@ -87,7 +87,7 @@ class TokenFlow:
     @property
     def dim(self) -> int:
         """The dimension of the result that runs over tokens."""
-        return self.axis.place
+        return self.axis.token_dim
 
 
 Axes: TypeAlias = Mapping[Node, TokenAxis]

@@ -1,9 +1,9 @@
 """Follow the token axis through token-wise ATen operators.
 
-``follow_tokens(node, axes)`` takes the token axes of a node's operands and returns a ``TokenFlow``: the token axis
-of the result, the operands to gather when only some rows are computed, and the size argument that contains the
-number of tokens. Operators that mix tokens, and unknown ones, are refused: on some rows they would compute
-something else.
+``follow_tokens(node, axes)`` takes the token axes of a node's operands and returns a ``TokenFlow``: the token
+axis of the result, the operands to gather when only some rows are computed, and the size argument that
+contains the number of tokens. Operators that mix tokens, and unknown ones, are refused: restricting their
+rows would change their results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.fx import Node
 from vlcache_fx.analysis.tokens.axis import Axes, TokenFlow
 from vlcache_fx.analysis.tokens.layout_rules import LAYOUT_RULES, same
 from vlcache_fx.analysis.tokens.math_rules import MATH_RULES, pointwise
-from vlcache_fx.analysis.tokens.routing_rules import rule_for, sorted_places
+from vlcache_fx.analysis.tokens.routing_rules import rule_for, sorted_indices
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 
@@ -46,5 +46,5 @@ def _getitem(node: Node, axes: Axes) -> TokenFlow:
     source = node.args[0]
     packet = getattr(source.target, "overloadpacket", None) if isinstance(source, Node) else None
     if isinstance(source, Node) and packet is aten.sort and node.args[1] == 1:
-        return TokenFlow(sorted_places(source, axes))
+        return TokenFlow(sorted_indices(source, axes))
     return same(node, axes)

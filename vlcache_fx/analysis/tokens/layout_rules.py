@@ -37,11 +37,15 @@ def single(node: Node, axes: Axes) -> tuple[Node, TokenAxis]:
     others = [other for other in node.all_input_nodes if other is not operand and other in axes]
     if others:
         raise lost(node, f"{others[0].name} brings a second token axis")
-    return operand, with_place(node, axes[operand])
+    return operand, with_token_dim(node, axes[operand])
 
 
-def with_place(node: Node, axis: TokenAxis) -> TokenAxis:
-    """``axis``, where it is one."""
+def with_token_dim(node: Node, axis: TokenAxis) -> TokenAxis:
+    """Return ``axis``.
+
+    Raises:
+        UnsupportedGraphError: it is counts over all tokens.
+    """
     if axis.dim is None:
         raise lost(node, "it reads counts over all tokens")
     return axis
@@ -65,8 +69,8 @@ def like_first(node: Node, axes: Axes) -> TokenFlow:
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
-    axis = with_place(node, axes[operand])
-    return TokenFlow(axis.at(axis.place))
+    axis = with_token_dim(node, axes[operand])
+    return TokenFlow(axis.at(axis.token_dim))
 
 
 def _view(node: Node, axes: Axes) -> TokenFlow:
@@ -75,17 +79,17 @@ def _view(node: Node, axes: Axes) -> TokenFlow:
     if found is None:
         change = f"{tuple(shape_of(operand))} -> {tuple(shape_of(node))}"
         raise lost(node, f"the view {change} merges the token axis with another")
-    return TokenFlow(found, size_argument=(1, found.place))
+    return TokenFlow(found, size_argument=(1, found.token_dim))
 
 
 def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> TokenAxis | None:
     """The axis after a view: the dimension that holds tokens whole, with what lies around them in it."""
     before, after, entries = expressions(before), expressions(after), axis.entries
-    tokens = quotient(before[axis.place], entries.outer * entries.inner)
+    tokens = quotient(before[axis.token_dim], entries.outer * entries.inner)
     if tokens is None:
         return None
-    lead = product(before[: axis.place]) * entries.outer
-    rest = product(before[axis.place + 1 :]) * entries.inner
+    lead = product(before[: axis.token_dim]) * entries.outer
+    rest = product(before[axis.token_dim + 1 :]) * entries.inner
     for dim, size in enumerate(after):
         outer, inner = quotient(lead, product(after[:dim])), quotient(rest, product(after[dim + 1 :]))
         if outer is None or inner is None or not equal(size, outer * tokens * inner):
@@ -104,42 +108,42 @@ def _flatten(node: Node, axes: Axes) -> TokenFlow:
 
 def _expand(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    place = axis.place + rank_of(node) - rank_of(operand)
-    return TokenFlow(axis.at(place), size_argument=(1, place))
+    dim = axis.token_dim + rank_of(node) - rank_of(operand)
+    return TokenFlow(axis.at(dim), size_argument=(1, dim))
 
 
 def _repeat(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     times = node.args[1]
     assert isinstance(times, Sequence)
-    place = axis.place + rank_of(node) - rank_of(operand)
+    dim = axis.token_dim + rank_of(node) - rank_of(operand)
     if axis.entries.order is not None:
         raise lost(node, "it repeats sorted tokens")
-    outer = axis.entries.outer * expressions([times[place]])[0]
-    return TokenFlow(TokenAxis(place, Entries(outer, axis.entries.inner)))
+    outer = axis.entries.outer * expressions([times[dim]])[0]
+    return TokenFlow(TokenAxis(dim, Entries(outer, axis.entries.inner)))
 
 
 def _transpose(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     first, second = (dimension(arg, rank_of(operand)) for arg in node.args[1:3])
-    return TokenFlow(axis.moved({first: second, second: first}.get(axis.place, axis.place)))
+    return TokenFlow(axis.moved({first: second, second: first}.get(axis.token_dim, axis.token_dim)))
 
 
 def _t(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    return TokenFlow(axis.moved(1 - axis.place) if rank_of(operand) == 2 else axis)
+    return TokenFlow(axis.moved(1 - axis.token_dim) if rank_of(operand) == 2 else axis)
 
 
 def _permute(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     order = node.args[1]
     assert isinstance(order, Sequence)
-    return TokenFlow(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.place)))
+    return TokenFlow(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.token_dim)))
 
 
 def _unsqueeze(node: Node, axes: Axes) -> TokenFlow:
     _, axis = single(node, axes)
-    return TokenFlow(axis.moved(axis.place + (dimension(node.args[1], rank_of(node)) <= axis.place)))
+    return TokenFlow(axis.moved(axis.token_dim + (dimension(node.args[1], rank_of(node)) <= axis.token_dim)))
 
 
 def _squeeze(node: Node, axes: Axes) -> TokenFlow:
@@ -148,25 +152,27 @@ def _squeeze(node: Node, axes: Axes) -> TokenFlow:
         raise lost(node, "it may drop any dimension of size 1")
     dims = node.args[1] if isinstance(node.args[1], Sequence) else [node.args[1]]
     own = {dimension(dim, rank_of(operand)) for dim in dims}
-    if axis.place in own:
+    if axis.token_dim in own:
         raise lost(node, "it drops the token axis")
     return TokenFlow(
-        axis.moved(axis.place - sum(dim < axis.place and is_one(shape_of(operand)[dim]) for dim in own))
+        axis.moved(
+            axis.token_dim - sum(dim < axis.token_dim and is_one(shape_of(operand)[dim]) for dim in own)
+        )
     )
 
 
 def _slice(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
-    if dim == axis.place and not is_full_slice(node):
+    if dim == axis.token_dim and not is_full_slice(node):
         raise lost(node, "it takes a part of the tokens")
     return TokenFlow(axis)
 
 
 def _other_dim(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    place = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    if dimension(place, rank_of(operand)) == axis.place:
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    if dimension(dim, rank_of(operand)) == axis.token_dim:
         raise lost(node, "it splits the token axis")
     return TokenFlow(axis)
 
@@ -174,22 +180,22 @@ def _other_dim(node: Node, axes: Axes) -> TokenFlow:
 def _select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1], rank_of(operand))
-    if dim == axis.place:
+    if dim == axis.token_dim:
         raise lost(node, "it takes a single token")
-    return TokenFlow(axis.moved(axis.place - (dim < axis.place)))
+    return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
 def _unbind(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
-    if dim == axis.place:
+    if dim == axis.token_dim:
         raise lost(node, "it takes single tokens")
-    return TokenFlow(axis.moved(axis.place - (dim < axis.place)))
+    return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
 def _index_select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    if dimension(node.args[1], rank_of(operand)) == axis.place:
+    if dimension(node.args[1], rank_of(operand)) == axis.token_dim:
         raise lost(node, "it takes a part of the tokens")
     return TokenFlow(axis)
 
@@ -214,22 +220,22 @@ def _stack(node: Node, axes: Axes) -> TokenFlow:
 
 def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
     """Tensors of one rank side by side, whose token axes are the same; others have a full one."""
-    own = [with_place(node, axes[part]) for part in parts if part in axes]
+    own = [with_token_dim(node, axes[part]) for part in parts if part in axes]
     if not own or any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
         raise lost(node, "it joins tensors along the token axis")
     axis = own[0]
-    others = tuple((part, axis.place) for part in parts if part not in axes)
+    others = tuple((part, axis.token_dim) for part in parts if part not in axes)
     others = tuple((part, dim) for part, dim in others if not is_one(shape_of(part)[dim]))
     if others and not axis.entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")
-    return TokenFlow(axis.at(axis.place), others)
+    return TokenFlow(axis.at(axis.token_dim), others)
 
 
 def _as_complex(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    if axis.place == rank_of(operand) - 1:
+    if axis.token_dim == rank_of(operand) - 1:
         raise lost(node, "it pairs tokens up")
-    return TokenFlow(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.token_dim))
 
 
 LAYOUT_RULES: Mapping[Any, Rule] = MappingProxyType(

@@ -2,7 +2,7 @@
 
 Each entry goes through the expert that it chose, wherever the sort puts it, so any rows can be computed
 without the others, if only the way back is the inverse of the way there. An axis therefore says which sort
-its entries went through, and places say which axis they point at.
+its entries went through, and indices say which axis they index.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.tokens.axis import Axes, Entries, TokenAxis, TokenFlow, rank_of
-from vlcache_fx.analysis.tokens.layout_rules import Rule, lost, same, single, with_place
+from vlcache_fx.analysis.tokens.layout_rules import Rule, lost, same, single, with_token_dim
 from vlcache_fx.analysis.tokens.math_rules import pointwise
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
@@ -27,13 +27,13 @@ aten = torch.ops.aten
 
 def _sort(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    if rank_of(operand) != 1 or axis.place != 0:
+    if rank_of(operand) != 1 or axis.token_dim != 0:
         raise lost(node, "it sorts tokens of more than one list")
     return TokenFlow(TokenAxis(0, _sorted(node, axis)))
 
 
 def _argsort(node: Node, axes: Axes) -> TokenFlow:
-    return TokenFlow(sorted_places(node, axes))
+    return TokenFlow(sorted_indices(node, axes))
 
 
 def _sorted(node: Node, axis: TokenAxis) -> Entries:
@@ -43,10 +43,10 @@ def _sorted(node: Node, axis: TokenAxis) -> Entries:
     return replace(axis.entries, order=node)
 
 
-def sorted_places(node: Node, axes: Axes) -> TokenAxis:
-    """The places that a sort took its values from, in the new order."""
+def sorted_indices(node: Node, axes: Axes) -> TokenAxis:
+    """Return the axis of a sort's indices: the positions that its values came from, in the new order."""
     operand, axis = single(node, axes)
-    if rank_of(operand) != 1 or axis.place != 0:
+    if rank_of(operand) != 1 or axis.token_dim != 0:
         raise lost(node, "it sorts tokens of more than one list")
     return TokenAxis(0, _sorted(node, axis), axis.entries, is_permutation=True)
 
@@ -61,41 +61,41 @@ def _divide(node: Node, axes: Axes) -> TokenFlow:
     target = axis.points_at
     if not equal(target.inner, divisor) or target.order is not None:
         return pointwise(node, axes)
-    return TokenFlow(TokenAxis(axis.place, axis.entries, replace(target, inner=1)))
+    return TokenFlow(TokenAxis(axis.token_dim, axis.entries, replace(target, inner=1)))
 
 
 def _index(node: Node, axes: Axes) -> TokenFlow:
     source, indices = node.args[:2]
     assert isinstance(source, Node)
     assert isinstance(indices, list | tuple)
-    given = [(place, index) for place, index in enumerate(indices) if index is not None]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or not isinstance(given[0][1], Node):
         raise lost(node, "it looks values up by several indices")
-    place, index = given[0]
+    dim, index = given[0]
     by_mask = index.meta["val"].dtype in (torch.bool, torch.uint8)
-    replaced, placed = (rank_of(index), 1) if by_mask else (1, rank_of(index))  # dimensions
-    if by_mask and (index in axes or 0 <= axes[source].place - place < replaced):
+    replaced, added = (rank_of(index), 1) if by_mask else (1, rank_of(index))  # dimensions
+    if by_mask and (index in axes or 0 <= axes[source].token_dim - dim < replaced):
         raise refuse(Reason.DATA_DEPENDENT, node, "values decide how many tokens it leaves")
     if source not in axes:
-        axis = with_place(node, axes[index])
-        return TokenFlow(TokenAxis(place + axis.place, axis.entries))
-    axis = with_place(node, axes[source])
+        axis = with_token_dim(node, axes[index])
+        return TokenFlow(TokenAxis(dim + axis.token_dim, axis.entries))
+    axis = with_token_dim(node, axes[source])
     if index in axes:
-        own = with_place(node, axes[index])
-        if place != axis.place or own.points_at is None or not own.points_at.same(axis.entries):
+        own = with_token_dim(node, axes[index])
+        if dim != axis.token_dim or own.points_at is None or not own.points_at.same(axis.entries):
             raise lost(node, "it looks up other tokens")
-        return TokenFlow(TokenAxis(place + own.place, own.entries))
-    if place == axis.place:
+        return TokenFlow(TokenAxis(dim + own.token_dim, own.entries))
+    if dim == axis.token_dim:
         raise lost(node, "it takes a part of the tokens")
-    return TokenFlow(axis.at(axis.place + (placed - replaced if place < axis.place else 0)))
+    return TokenFlow(axis.at(axis.token_dim + (added - replaced if dim < axis.token_dim else 0)))
 
 
 def _embedding(node: Node, axes: Axes) -> TokenFlow:
     table, index = node.args[:2]
     if table in axes or not isinstance(index, Node):
         raise lost(node, "its table is computed from tokens")
-    axis = with_place(node, axes[index])
-    return TokenFlow(axis.at(axis.place))
+    axis = with_token_dim(node, axes[index])
+    return TokenFlow(axis.at(axis.token_dim))
 
 
 def _histogram(node: Node, axes: Axes) -> TokenFlow:
@@ -128,11 +128,11 @@ def _is_grouped_product(node: Node, axes: Axes) -> bool:
 
 def _grouped_product(node: Node, axes: Axes) -> TokenFlow:
     rows, _, ends = (arg for arg in node.args if isinstance(arg, Node))
-    axis = with_place(node, axes[rows])
+    axis = with_token_dim(node, axes[rows])
     order = axis.entries.order
-    if order is None or axis.place != 0 or axes[ends].entries.order is not order:
+    if order is None or axis.token_dim != 0 or axes[ends].entries.order is not order:
         raise lost(node, "its groups are not those that its rows were sorted by")
-    return TokenFlow(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.token_dim))
 
 
 def rule_for(node: Node, axes: Axes) -> Rule | None:

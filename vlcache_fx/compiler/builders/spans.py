@@ -40,4 +40,4 @@ def merge_marks(captured: Captured) -> MergeMarks | None:
     found = find_lone_merge(captured.graph_module.graph)
     if found is None:
         return None
-    return MergeMarks(MergeSpec(found.place), extract(captured.graph_module, found.masks))
+    return MergeMarks(MergeSpec(found.output_index), extract(captured.graph_module, found.masks))
