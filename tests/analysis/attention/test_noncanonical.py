@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_attention import Attention
@@ -106,7 +106,7 @@ def test_other_operators_are_not_taken_for_attention(flash: Any) -> None:
         return x + attend(flash.rotary(x, x, x, x))
 
     captured = capture(layer, {"x": X})
-    assert list(other_attention(captured.graph_module.graph)) == []
+    assert list(noncanonical_attention(captured.graph_module.graph)) == []
 
 
 def returns_weights(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +157,7 @@ def test_an_encoder_may_attend_as_it_likes() -> None:
     model = tiny_vlm()
     model.encoder = Encoder()  # type: ignore[assignment]
     captured, _ = captured_graph(model, tiny_vlm_inputs(3, 2, [(5, 0)]))
-    assert len(list(other_attention(captured.graph_module.graph))) == 1
+    assert len(list(noncanonical_attention(captured.graph_module.graph))) == 1
     facts = analyze(captured)
     assert facts.num_layers == 2
     assert len(facts.merges) == 1
@@ -172,9 +172,9 @@ def test_mixtures_of_experts_are_no_attention() -> None:
         return x + torch.einsum("bte,etd->btd", weights, parts)
 
     captured = capture(layer, {"x": X}, router=torch.randn(4, 3), experts=torch.randn(3, 4, 4))
-    assert list(other_attention(captured.graph_module.graph)) == []
+    assert list(noncanonical_attention(captured.graph_module.graph)) == []
 
 
 def test_canonical_graphs_have_none() -> None:
     for options in ({}, {"attention": "math", "softcap": 1.0, "sinks": True}):
-        assert list(other_attention(captured_vlm(**options).graph_module.graph)) == []
+        assert list(noncanonical_attention(captured_vlm(**options).graph_module.graph)) == []

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from vlcache_fx.analysis.attention.scores import OtherFormError, Scores, Term, number_of, scores_of
+from vlcache_fx.analysis.attention.scores import (
+    NonCanonicalAttentionError,
+    Scores,
+    Term,
+    number_of,
+    scores_of,
+)
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import attribute, packet_of
 from vlcache_fx.ir.sizes import equal
@@ -72,7 +78,7 @@ def flex_attention(node: Node) -> FlexAttention:
     """Read the call ``node``.
 
     Raises:
-        OtherFormError: it cannot be written as scale, cap, biases and masks.
+        NonCanonicalAttentionError: it cannot be written as scale, cap, biases and masks.
     """
     query, key, value, score_module, block_mask, scale = node.args[:6]
     reads, mask_reads = (tuple(one) for one in (*node.args[7:9], (), ())[:2])  # type: ignore[arg-type]
@@ -82,16 +88,16 @@ def flex_attention(node: Node) -> FlexAttention:
     assert isinstance(block_mask, tuple | list)
     parts = {user: user.args[1] for user in node.users if user.target is operator.getitem}
     if any(user not in parts or (parts[user] != 0 and user.users) for user in node.users):
-        raise OtherFormError("more than its first result is read: the sums of its softmax, too")
+        raise NonCanonicalAttentionError("more than its first result is read: the sums of its softmax, too")
     _check_heads(query, key, value)
     score, mask = Function(_module(score_module), reads), Function(_module(block_mask[-1]), mask_reads)
     entering = next(one for one in score.module.graph.nodes if one.op == "placeholder")
     found = scores_of(score.result, lambda one: Scores(one) if one is entering else None)
     if found is None:
-        raise OtherFormError("its score_mod does not keep the score")
+        raise NonCanonicalAttentionError("its score_mod does not keep the score")
     number = number_of(scale)
     if number is None:
-        raise OtherFormError("its scale is no constant")
+        raise NonCanonicalAttentionError("its scale is no constant")
     always = isinstance(mask.result, Node) and packet_of(mask.result) in ALWAYS
     return FlexAttention(
         node,
@@ -118,10 +124,10 @@ def _check_heads(query: Node, key: Node, value: Node) -> None:
     shapes = [shape_of(one) for one in (query, key, value)]
     heads, key_heads, value_heads = (shape[1] for shape in shapes)
     if not all(isinstance(one, int) for one in (heads, key_heads, value_heads)):
-        raise OtherFormError("the number of its heads is not fixed")
+        raise NonCanonicalAttentionError("the number of its heads is not fixed")
     same = equal(shapes[0][0], shapes[1][0]) and equal(shapes[1][0], shapes[2][0])
     if not same or key_heads != value_heads or heads % key_heads:
-        raise OtherFormError("its queries, keys and values differ in samples or heads")
+        raise NonCanonicalAttentionError("its queries, keys and values differ in samples or heads")
 
 
 def _is_causal(mask: Function) -> bool:

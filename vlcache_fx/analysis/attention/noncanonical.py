@@ -7,7 +7,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.attention.eager import eager_attention
-from vlcache_fx.analysis.attention.scores import OtherFormError
+from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError
 from vlcache_fx.analysis.attention.sites import site_of
 
 ATEN_KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_scaled_dot_product_")
@@ -16,7 +16,7 @@ ATEN_KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", 
 FLEX = torch.ops.higher_order.flex_attention
 
 
-def other_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
+def noncanonical_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
     """Every attention of another form, in graph order, with what is to be said about it."""
     for node in graph.nodes:
         if node.op != "call_function" or site_of(node) is not None:
@@ -32,7 +32,7 @@ def other_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
         else:
             try:
                 found = eager_attention(node)
-            except OtherFormError as form:
+            except NonCanonicalAttentionError as form:
                 yield node, f"attention as products and a softmax: {form}"
             else:
                 if found is not None:

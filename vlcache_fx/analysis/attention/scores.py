@@ -19,7 +19,7 @@ LEAST_HIDING = -1e4
 """A number that replaces scores hides them from here on down; anything above is a value."""
 
 
-class OtherFormError(Exception):
+class NonCanonicalAttentionError(Exception):
     """An attention of a form that is not understood; says why."""
 
 
@@ -74,7 +74,7 @@ def scores_of(node: Node, root: Root) -> Scores | None:
     """Follow ``node`` back to the product that ``root`` recognises; None where there is none.
 
     Raises:
-        OtherFormError: there is one, but what happens on the way has no canonical form.
+        NonCanonicalAttentionError: there is one, but what happens on the way has no canonical form.
     """
     found = root(node)
     if found is not None or node.op != "call_function":
@@ -130,11 +130,13 @@ def number_of(value: Any) -> float | None:
 
 
 def only_reader(node: Node, *readers: Node) -> None:
-    """Raises ``OtherFormError`` where ``node`` is read by others."""
+    """Raises ``NonCanonicalAttentionError`` where ``node`` is read by others."""
     others = [user for user in node.users if user not in readers]
     if others:
         how = "returned" if others[0].op == "output" else f"read by {others[0].name}"
-        raise OtherFormError(f"{node.name}, from which its probabilities are computed, is {how} too")
+        raise NonCanonicalAttentionError(
+            f"{node.name}, from which its probabilities are computed, is {how} too"
+        )
 
 
 def _inside(node: Node, operand: Any, root: Root, *others: Node) -> Scores | None:
@@ -153,7 +155,7 @@ def _same_shape(node: Node, operand: Node) -> bool:
 
 def _capped(found: Scores) -> Scores:
     if found.is_capped or found.terms:
-        raise OtherFormError("tanh is applied to scores that are capped or masked already")
+        raise NonCanonicalAttentionError("tanh is applied to scores that are capped or masked already")
     return replace(found, is_capped=True)
 
 
@@ -167,9 +169,9 @@ def _scaled(node: Node, root: Root) -> Scores | None:
     if found is None:
         return None
     if number is None or number == 0.0:
-        raise OtherFormError(f"its scores are scaled by a tensor in {node.name}")
+        raise NonCanonicalAttentionError(f"its scores are scaled by a tensor in {node.name}")
     if found.terms:
-        raise OtherFormError(f"its scores are scaled in {node.name} behind a mask")
+        raise NonCanonicalAttentionError(f"its scores are scaled in {node.name} behind a mask")
     factor = 1.0 / number if packet_of(node) is aten.div else number
     if found.is_capped:
         return replace(found, outer=found.outer * factor)
@@ -209,12 +211,14 @@ def _with(found: Scores, term: Term) -> Scores:
 
 def _tensor(value: Any) -> Node:
     if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
-        raise OtherFormError("a number is added to its scores")
+        raise NonCanonicalAttentionError("a number is added to its scores")
     return value
 
 
 def _hiding(value: Any) -> float:
     number = number_of(value)
     if number is None or math.isnan(number) or number > LEAST_HIDING:
-        raise OtherFormError(f"scores are replaced by {'a tensor' if number is None else number}, not hidden")
+        raise NonCanonicalAttentionError(
+            f"scores are replaced by {'a tensor' if number is None else number}, not hidden"
+        )
     return number

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
@@ -119,7 +119,7 @@ def analyze(captured: Captured) -> DecoderFacts:
     graph = captured.graph_module.graph
     data = captured.inputs_of(InputKind.DATA)
     sites = find_sites(graph)
-    others = dict(other_attention(graph))
+    others = dict(noncanonical_attention(graph))
     if not sites:
         for node, what in others.items():
             raise refuse(Reason.ATTENTION_FORM, node, what)

@@ -6,7 +6,7 @@ import torch
 from torch.fx import Graph, Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.dataflow import ancestors, descendants
@@ -96,7 +96,7 @@ def find_lone_merge(graph: Graph) -> LoneMerge | None:
         for index, node in enumerate(results)
         if isinstance(node, Node) and node.target in MERGE_OPS
     }
-    if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
+    if len(merged) != 1 or find_sites(graph) or next(noncanonical_attention(graph), None) is not None:
         return None
     ((index, last),) = merged.items()
     if len(shape_of(last)) != 3:
