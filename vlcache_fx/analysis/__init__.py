@@ -3,7 +3,7 @@
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.decode_step import DecodeStepFacts, analyze_decode_step
 from vlcache_fx.analysis.decoder.facts import DecoderFacts, analyze
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.merge import Merge
 from vlcache_fx.analysis.decoder.outputs import TailRows
 from vlcache_fx.analysis.decoder.stream import Stream
@@ -12,7 +12,7 @@ from vlcache_fx.analysis.tokens.axis import TokenFlow
 __all__ = [
     "DecodeStepFacts",
     "DecoderFacts",
-    "LayerParts",
+    "LayerSplit",
     "Merge",
     "Site",
     "Stream",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.outputs import TailRows
 from vlcache_fx.analysis.decoder.rows import Carried
 from vlcache_fx.analysis.decoder.stream import Stream
@@ -16,7 +16,7 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.refusal import refuse
 
 
-def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: TailRows) -> dict[Node, int]:
+def find_batch_dims(stream: Stream, layers: Sequence[LayerSplit], tail_rows: TailRows) -> dict[Node, int]:
     """The dimension over samples of every node of the layers that has one of its own.
 
     Samples are followed as tokens are: what works token by token works sample by sample, too.
@@ -40,7 +40,7 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: Tai
 
 def check_batch_dims(
     dims: Mapping[Node, int],
-    layers: Sequence[LayerParts],
+    layers: Sequence[LayerSplit],
     flows: Mapping[Node, TokenFlow],
     carried: Iterable[Carried],
 ) -> None:

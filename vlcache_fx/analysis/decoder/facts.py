@@ -9,7 +9,7 @@ from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
-from vlcache_fx.analysis.decoder.layers import LayerParts, position_taint, split_layer
+from vlcache_fx.analysis.decoder.layers import LayerSplit, position_taint, split_layer
 from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_behind
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
@@ -61,7 +61,7 @@ class DecoderFacts:
     merges: tuple[Merge, ...]
     additions: tuple[Addition, ...]
     stream: Stream
-    layers: tuple[LayerParts, ...]
+    layers: tuple[LayerSplit, ...]
     caches: tuple[tuple[CachePath | None, CachePath | None], ...]
     flows: dict[Node, TokenFlow]
     carried: tuple[Carried, ...]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import UnsupportedGraphError
@@ -57,7 +57,7 @@ class CachePath:
 
 
 def cache_paths(
-    layers: Sequence[LayerParts], flows: Mapping[Node, TokenFlow], stream: NodeSet, position: dict[Node, int]
+    layers: Sequence[LayerSplit], flows: Mapping[Node, TokenFlow], stream: NodeSet, position: dict[Node, int]
 ) -> tuple[tuple[CachePath | None, CachePath | None], ...]:
     """Each layer's paths of keys and values, its own or an earlier layer's; None where they are of no token
     of this call."""

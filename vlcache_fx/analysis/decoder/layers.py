@@ -35,7 +35,7 @@ INDEX_GENERATORS = frozenset({aten.arange})
 
 
 @dataclass(frozen=True)
-class LayerParts:
+class LayerSplit:
     """One decoder layer, split by what its nodes are computed for.
 
     Attributes:
@@ -64,7 +64,7 @@ def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Gr
 
 def split_layer(
     site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
-) -> LayerParts:
+) -> LayerSplit:
     """Find the frontiers of one layer and split its members around them.
 
     Raises:
@@ -80,7 +80,7 @@ def split_layer(
     )
     frontiers = [node for node in (key, value) if node is not None]
     if not frontiers:
-        return LayerParts(site, None, None, {}, {}, dict.fromkeys(members))
+        return LayerSplit(site, None, None, {}, {}, dict.fromkeys(members))
     kv_part = ancestors(frontiers, inside)
     for (
         node
@@ -110,7 +110,7 @@ def split_layer(
     for node in q_part:
         if node is not site.node and any(parent in full_part for parent in data_inputs(node)):
             raise refuse(Reason.TOKEN_AXIS_LOST, node, "it reads full keys or values outside the attention")
-    return LayerParts(site, key, value, kv_part, full_part, q_part)
+    return LayerSplit(site, key, value, kv_part, full_part, q_part)
 
 
 def _frontier(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.attention.sites import Site
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
 from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
@@ -37,7 +37,7 @@ class Carried:
     read_at: int
 
 
-def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, TokenFlow]:
+def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, TokenFlow]:
     """Return the token flow of every node in kv and q parts.
 
     Raises:
@@ -81,7 +81,7 @@ def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
 
 
 def find_carried(
-    stream: Stream, layers: Sequence[LayerParts], flows: dict[Node, TokenFlow]
+    stream: Stream, layers: Sequence[LayerSplit], flows: dict[Node, TokenFlow]
 ) -> tuple[Carried, ...]:
     """Every value that flows around the residual from one layer to a later one.
 
@@ -122,7 +122,7 @@ def find_carried(
     return tuple(found)
 
 
-def _levels(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, int]:
+def _levels(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, int]:
     """The level of each node's rows, once keys and values alone are computed in a row's last layer."""
     levels = {stream.boundaries[0]: 0}
     for index, layer in enumerate(layers):
@@ -131,7 +131,7 @@ def _levels(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, int]:
     return levels
 
 
-def check_results(graph: Graph, layers: Sequence[LayerParts], stream: Stream) -> None:
+def check_results(graph: Graph, layers: Sequence[LayerSplit], stream: Stream) -> None:
     """The graph may return full keys and values and what follows the last layer, nothing of inner rows.
 
     Raises:
