@@ -61,7 +61,6 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/deploy/sample_calls.py": {"form"},
     "vlcache_fx/integrations/stages.py": {"told"},
     "vlcache_fx/ir/fakes.py": {"known"},
-    "vlcache_fx/ir/scatters.py": {"settle"},
     "vlcache_fx/keys/inner_tensors.py": {"form"},
     "vlcache_fx/lowering/base.py": {"arriving"},
     "vlcache_fx/lowering/row_places.py": {"places"},

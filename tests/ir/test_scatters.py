@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vlcache_fx.ir.scatters import scattered_rows, settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters, scattered_rows
 
 aten = torch.ops.aten
 Write = Callable[[Tensor, Tensor], Tensor]
@@ -48,7 +48,7 @@ def test_consecutive_rows_become_one_operator(start: int, count: int) -> None:
     rows = torch.rand(2, count, 4, generator=torch.Generator().manual_seed(0))
     module = traced(between(start, end), rows)
     want = module(WHOLE, rows)
-    settle_scatters(module.graph)
+    canonicalize_slice_scatters(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     assert torch.equal(module(WHOLE, rows), want)
@@ -74,7 +74,7 @@ def nothing(whole: Tensor, rows: Tensor) -> Tensor:
 def test_what_are_no_consecutive_rows_stays(write: Write) -> None:
     module = traced(write)
     want = module(WHOLE, ROWS)
-    settle_scatters(module.graph)
+    canonicalize_slice_scatters(module.graph)
     module.recompile()
     assert torch.equal(module(WHOLE, ROWS), want)
     assert not scatters(module)

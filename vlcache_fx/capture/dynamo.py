@@ -21,7 +21,7 @@ from vlcache_fx.capture.wrapped import WHOLE
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.ir.scatters import settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
@@ -76,7 +76,7 @@ def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.Gra
         raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "several inputs are written to with one value")
     inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
     targets = [inputs[mutated[value.name]] for value in returned[: len(mutated)]]
-    settle_scatters(exported.graph)
+    canonicalize_slice_scatters(exported.graph)
     writes = split_writes(exported.graph, targets)
     exported.recompile()
     return exported, writes

@@ -26,7 +26,7 @@ from vlcache_fx.capture.mutations import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.ir.scatters import settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters
 
 BOUND = frozenset({Spec.PARAMETER, Spec.BUFFER, Spec.CONSTANT_TENSOR})
 """Inputs that belong to the program, not to its caller."""
@@ -125,7 +125,7 @@ def _traced(
         if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
     ]
     placeholders = traced.graph.find_nodes(op="placeholder")
-    settle_scatters(traced.graph)
+    canonicalize_slice_scatters(traced.graph)
     writes = split_writes(traced.graph, [placeholders[inputs.index(name)] for name in written])
     traced.recompile()
     return traced, writes

@@ -43,7 +43,7 @@ def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
     return (source, dim, positions) if all(same) else None  # else a value that is repeated
 
 
-def settle_scatters(graph: fx.Graph) -> None:
+def canonicalize_slice_scatters(graph: fx.Graph) -> None:
     """Bring writes to parts of tensors to one form: consecutive rows become ``index_copy`` too.
 
     Functionalisation writes ``x[:, a:b] = y`` as slices, a copy and one ``slice_scatter`` per dimension.
