@@ -68,7 +68,7 @@ def _take_out(results: list[Any], value: Node) -> tuple[int, ...]:
 
 
 def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int | None, list[Node]]:
-    """Return ``(dim, [rows, positions])`` where ``value`` is ``target`` with other rows, else ``(None, [value])``.
+    """Return ``(dim, [rows, positions])`` where only rows of ``target`` change, else ``(None, [value])``.
 
     A view of an input that is written to is not returned: its memory may be overwritten before it is read.
     """

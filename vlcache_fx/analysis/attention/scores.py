@@ -134,9 +134,7 @@ def only_reader(node: Node, *readers: Node) -> None:
     others = [user for user in node.users if user not in readers]
     if others:
         how = "returned" if others[0].op == "output" else f"read by {others[0].name}"
-        raise NonCanonicalAttentionError(
-            f"{node.name}, from which its probabilities are computed, is {how} too"
-        )
+        raise NonCanonicalAttentionError(f"{node.name}, a step to its probabilities, is {how} too")
 
 
 def _inside(node: Node, operand: Any, root: Root, *others: Node) -> Scores | None:
