@@ -107,7 +107,7 @@ def test_tokens_are_followed_to_their_keys(
         for value in (node.meta["val"] for node in captured.placeholders)
     ]
     needed: dict[Node, int] = {}
-    moves = key_moves(keys.moves, needed)
+    moves = key_moves(keys.ops, needed)
     assert key_tokens(moves, 6, extract(captured.graph_module, list(needed))(*args)).tolist() == tokens
     # Keys and values come from before the join.
     assert facts.layers[0].key_frontier.meta["val"].shape[1] == 6
@@ -121,6 +121,6 @@ def test_what_cannot_be_followed_is_said(join: Callable[..., Tensor]) -> None:
 
 def test_without_a_cache_nothing_moves() -> None:
     _, facts = facts_of(lambda new, past, place: new)
-    assert facts.caches[0][0].moves == ()
+    assert facts.caches[0][0].ops == ()
     assert facts.caches[0][0].is_known
     assert facts.past == frozenset()

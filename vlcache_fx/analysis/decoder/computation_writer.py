@@ -60,7 +60,7 @@ class RowWriter(ComputationWriter):
         self._is_weight = set(captured.inputs_of(InputKind.WEIGHT))
         self._additions = {one.node: index for index, one in enumerate(facts.additions)}
         paths = [path for pair in facts.caches for path in pair if path is not None]
-        self._own_rows = {move.node: move.own for path in paths for move in path.moves}
+        self._own_rows = {op.node: op.own for path in paths for op in path.ops}
         self._lengths = Lengths(facts)
         self.leaves = LeafFinder(captured, facts, self._lengths)
         self.more_weights: list[Node] = []

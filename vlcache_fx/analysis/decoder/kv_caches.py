@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Move:
+class CacheOp:
     """A node that changes which token lies where: ``cat``, rows written into a buffer, or a slice.
 
     Attributes:
@@ -43,17 +43,17 @@ class CachePath:
     """The way of one operand, K or V, from its frontier to the attention.
 
     Attributes:
-        moves: in order; each works on what the one before gave.
-        is_known: False where something on the way moves tokens in another manner.
+        ops: in order; each reads the result of the previous one.
+        is_known: False where something else on the way moves tokens.
     """
 
-    moves: tuple[Move, ...]
+    ops: tuple[CacheOp, ...]
     is_known: bool
 
     @property
     def past(self) -> tuple[Node, ...]:
         """Tensors with rows of earlier calls, or with room for those of later ones."""
-        return tuple(other for move in self.moves for other in move.others)
+        return tuple(other for op in self.ops for other in op.others)
 
 
 def cache_paths(
@@ -96,28 +96,28 @@ def cache_path(
     """
     path = ancestors([operand], {frontier: None, **inside})
     axes = {frontier: axis}
-    moves = []
+    ops = []
     for node in in_graph_order(path, position):
         if node is frontier:
             continue
-        found = _move(node, axes)
+        found = _cache_op(node, axes)
         if found is not None:
-            move, axes[node] = found
-            moves.append(move)
+            op, axes[node] = found
+            ops.append(op)
             continue
         try:
             axes[node] = follow_tokens(node, axes).axis
         except UnsupportedGraphError:  # scales over all tokens, say: what reads them may still be followed
             continue
     ends_well = operand in axes and axes[operand].dim == len(shape_of(operand)) - 2
-    ends = [*(move.node for move in moves), operand]
-    starts = [move.own for move in moves[1:]] + [operand]
+    ends = [*(op.node for op in ops), operand]
+    starts = [op.own for op in ops[1:]] + [operand]
     is_chain = all(before in ancestors([after], path) for before, after in zip(ends, starts, strict=False))
-    return CachePath(tuple(moves), ends_well and is_chain)
+    return CachePath(tuple(ops), ends_well and is_chain)
 
 
-def _move(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[Move, TokenAxis] | None:
-    """``node`` as a move, and the token axis of its result; None where it moves no tokens."""
+def _cache_op(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[CacheOp, TokenAxis] | None:
+    """Return ``node`` as a cache operation, and the token axis of its result; None if it moves no tokens."""
     rows = scattered_rows(node)
     own: Any
     if rows is not None:
@@ -136,7 +136,7 @@ def _move(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[Move, TokenAxis] 
         return None
     if any(other in axes for other in others):
         return None
-    return Move(node, own, tuple(others)), TokenAxis(dim)
+    return CacheOp(node, own, tuple(others)), TokenAxis(dim)
 
 
 def sources_of_rows(operand: Node) -> NodeSet:
