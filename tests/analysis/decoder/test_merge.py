@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.attention.sites import find_sites
-from vlcache_fx.analysis.decoder.merge import find_merges, sites_behind
+from vlcache_fx.analysis.decoder.merge import find_merges, sites_after
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -44,7 +44,7 @@ def test_two_merges_and_attention_before_them() -> None:
     merges = find_merges(captured.graph_module.graph, sites)
     assert (len(sites), len(merges)) == (3, 2)
     assert merges[1].embeddings is merges[0].node
-    assert sites_behind(sites, merges) == sites[1:]
+    assert sites_after(sites, merges) == sites[1:]
     facts = analyze(captured)
     assert facts.num_layers == 2
     assert facts.stream.boundaries[0] is merges[1].node
@@ -58,7 +58,7 @@ def test_no_merge() -> None:
     assert facts.merges == ()
     assert facts.encoder == ()
     assert facts.stream.boundaries[0].op != "placeholder"
-    assert sites_behind(find_sites(captured.graph_module.graph), ()) == find_sites(
+    assert sites_after(find_sites(captured.graph_module.graph), ()) == find_sites(
         captured.graph_module.graph
     )
 

@@ -10,7 +10,7 @@ from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
 from vlcache_fx.analysis.decoder.layers import LayerSplit, position_taint, split_layer
-from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_behind
+from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_after
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
@@ -125,7 +125,7 @@ def analyze(captured: Captured) -> DecoderFacts:
             raise refuse(Reason.ATTENTION_FORM, node, what)
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
     merges = find_merges(graph, sites)
-    sites = sites_behind(sites, merges)
+    sites = sites_after(sites, merges)
     _check_others(graph, others, merges)
     _check_attention(sites)
     try:

@@ -106,7 +106,7 @@ def find_lone_merge(graph: Graph) -> LoneMerge | None:
     return LoneMerge(index, tuple(mask for mask in masks if isinstance(mask, Node)))
 
 
-def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
+def sites_after(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
     """The decoder's sites: those behind the last merge (all of them where there is none)."""
     if not merges:
         return sites
