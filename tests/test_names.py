@@ -52,10 +52,6 @@ ALLOWED = re.compile(r"in_?place|norm_place", re.IGNORECASE)
 NOT_YET: dict[str, set[str]] = {
     "passes/cleanup/dense_additions.py": {"additions"},
     "passes/partition/split_encoder.py": {"places"},
-    "vlcache_fx/analysis/attention/scores.py": {"form"},
-    "vlcache_fx/analysis/decoder/facts.py": {"additions"},
-    "vlcache_fx/analysis/decoder/merge.py": {"addition", "additions", "behind"},
-    "vlcache_fx/capture/mutations.py": {"deliver"},
     "vlcache_fx/capture/wrapped.py": {"forms"},
     "vlcache_fx/deploy/facts.py": {"form"},
     "vlcache_fx/deploy/sample_calls.py": {"form"},

@@ -58,9 +58,7 @@ def test_no_merge() -> None:
     assert facts.merges == ()
     assert facts.encoder == ()
     assert facts.stream.boundaries[0].op != "placeholder"
-    assert sites_after(find_sites(captured.graph_module.graph), ()) == find_sites(
-        captured.graph_module.graph
-    )
+    assert sites_after(find_sites(captured.graph_module.graph), ()) == find_sites(captured.graph_module.graph)
 
 
 def test_a_merge_that_leads_to_no_attention_is_none_of_ours() -> None:
@@ -90,14 +88,14 @@ def test_features_that_are_added_behind_a_layer(dynamic: bool | None) -> None:
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         captured = capture(deepstack, call, dynamic, **parts)
     facts = analyze(captured)
-    (addition,) = facts.additions
-    assert addition.node.target is torch.ops.vlcache.scatter_rows.default
-    assert str(addition.features.target) == "aten.tanh.default"
-    assert addition.mask.op == "placeholder"
+    (entry,) = facts.deepstack
+    assert entry.node.target is torch.ops.vlcache.scatter_rows.default
+    assert str(entry.features.target) == "aten.tanh.default"
+    assert entry.mask.op == "placeholder"
     assert facts.num_layers == 2
-    assert addition.node not in facts.stream.nodes  # it is gathered like any table of all tokens
-    assert {addition.features, facts.merges[0].features} <= set(facts.encoder)
+    assert entry.node not in facts.stream.nodes  # it is gathered like any table of all tokens
+    assert {entry.features, facts.merges[0].features} <= set(facts.encoder)
 
 
 def test_no_addition() -> None:
-    assert analyze(captured_vlm()).additions == ()
+    assert analyze(captured_vlm()).deepstack == ()

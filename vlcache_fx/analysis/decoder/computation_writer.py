@@ -58,7 +58,7 @@ class RowWriter(ComputationWriter):
         self._start: Node | None = facts.stream.boundaries[0]
         self._weights = {node: index for index, node in enumerate(facts.weights)}
         self._is_weight = set(captured.inputs_of(InputKind.WEIGHT))
-        self._additions = {one.node: index for index, one in enumerate(facts.additions)}
+        self._deepstack = {one.node: index for index, one in enumerate(facts.deepstack)}
         paths = [path for pair in facts.caches for path in pair if path is not None]
         self._own_rows = {op.node: op.own for path in paths for op in path.ops}
         self._lengths = Lengths(facts)
@@ -76,7 +76,7 @@ class RowWriter(ComputationWriter):
         if (
             node is self._start
             or self.leaves.is_leaf(node)
-            or node in self._additions
+            or node in self._deepstack
             or node.op != "call_function"
         ):
             return ()
@@ -107,8 +107,8 @@ class RowWriter(ComputationWriter):
         if self.leaves.is_leaf(node):
             number = self.leaves.number(node, is_beside=self._start is not None)
             return f"leaf {'' if self._unifies else number} {self.leaves.found[node].kind}"
-        if node in self._additions:
-            return f"addition {self._additions[node]}"
+        if node in self._deepstack:
+            return f"addition {self._deepstack[node]}"
         if node.op == "placeholder":
             return self._weight(node) if node in self._is_weight else f"past {self._form(node)}"
         if node.op == "get_attr":

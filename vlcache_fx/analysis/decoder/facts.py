@@ -10,7 +10,7 @@ from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
 from vlcache_fx.analysis.decoder.layers import LayerSplit, position_taint, split_layer
-from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_after
+from vlcache_fx.analysis.decoder.merge import Deepstack, Merge, find_deepstack, find_merges, sites_after
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
@@ -43,7 +43,7 @@ class DecoderFacts:
 
     Attributes:
         merges: where encoder features enter (empty where spans can only be marked).
-        additions: where features are added to the stream of some layer.
+        deepstack: where features are added to the stream of some layer.
         stream: the residual stream and its layers.
         layers: each layer's parts.
         caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
@@ -59,7 +59,7 @@ class DecoderFacts:
     """
 
     merges: tuple[Merge, ...]
-    additions: tuple[Addition, ...]
+    deepstack: tuple[Deepstack, ...]
     stream: Stream
     layers: tuple[LayerSplit, ...]
     caches: tuple[tuple[CachePath | None, CachePath | None], ...]
@@ -149,7 +149,7 @@ def analyze(captured: Captured) -> DecoderFacts:
     carried = find_carried(stream, layers, flows)
     check_results(graph, layers, stream)
     caches = cache_paths(layers, flows, stream.nodes, position)
-    additions = find_additions(graph)
+    deepstack = find_deepstack(graph)
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
     if not is_one(shape[0]):
@@ -157,7 +157,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         check_batch_dims(batch_dims, layers, flows, carried)
     return DecoderFacts(
         merges,
-        additions,
+        deepstack,
         stream,
         layers,
         caches,
@@ -167,7 +167,7 @@ def analyze(captured: Captured) -> DecoderFacts:
         batch_dims,
         taint,
         _used_weights(graph, captured.inputs_of(InputKind.WEIGHT), stream),
-        _encoder_region([*merges, *additions]),
+        _encoder_region([*merges, *deepstack]),
     )
 
 
@@ -232,7 +232,7 @@ def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[No
     return tuple(used)
 
 
-def _encoder_region(merges: Sequence[Merge | Addition]) -> tuple[Node, ...]:
+def _encoder_region(merges: Sequence[Merge | Deepstack]) -> tuple[Node, ...]:
     region: dict[Node, None] = {}
     for merge in merges:
         region.update(

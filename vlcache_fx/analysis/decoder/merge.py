@@ -48,7 +48,7 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
 
 
 @dataclass(frozen=True)
-class Addition:
+class Deepstack:
     """Features that are added to the residual stream of some layer, at the places where ``mask`` is true.
 
     Attributes:
@@ -62,7 +62,7 @@ class Addition:
     mask: Node
 
 
-def find_additions(graph: Graph) -> tuple[Addition, ...]:
+def find_deepstack(graph: Graph) -> tuple[Deepstack, ...]:
     """In graph order."""
     found = []
     for node in graph.nodes:
@@ -70,7 +70,7 @@ def find_additions(graph: Graph) -> tuple[Addition, ...]:
             features, mask = node.args
             assert isinstance(features, Node)
             assert isinstance(mask, Node)
-            found.append(Addition(node, features, mask))
+            found.append(Deepstack(node, features, mask))
     return tuple(found)
 
 
