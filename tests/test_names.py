@@ -52,11 +52,9 @@ ALLOWED = re.compile(r"in_?place|norm_place", re.IGNORECASE)
 NOT_YET: dict[str, set[str]] = {
     "passes/cleanup/dense_additions.py": {"additions"},
     "passes/partition/split_encoder.py": {"places"},
-    "vlcache_fx/capture/wrapped.py": {"forms"},
     "vlcache_fx/deploy/facts.py": {"form"},
     "vlcache_fx/deploy/sample_calls.py": {"form"},
     "vlcache_fx/integrations/stages.py": {"told"},
-    "vlcache_fx/ir/fakes.py": {"known"},
     "vlcache_fx/keys/inner_tensors.py": {"form"},
     "vlcache_fx/lowering/base.py": {"arriving"},
     "vlcache_fx/lowering/row_places.py": {"places"},

@@ -23,24 +23,24 @@ WHOLE = "whole"
 
 
 @dataclass(frozen=True)
-class _Form:
+class _WrapperSpec:
     """How a tensor is made of others.
 
     Attributes:
         kind: its class.
-        parts: per inner tensor, its name and its own form; None for a plain one.
+        parts: per inner tensor, its name and its own spec; None for a plain one.
         context: what the class says beside them.
         sizes, strides: of the whole.
     """
 
     kind: Any
-    parts: tuple[tuple[str, _Form | None], ...]
+    parts: tuple[tuple[str, _WrapperSpec | None], ...]
     context: Any
     sizes: torch.Size
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Form | None:
+    def of(cls, tensor: Tensor) -> _WrapperSpec | None:
         """None for a plain tensor."""
         if not is_traceable_wrapper_subclass(tensor):
             return None
@@ -49,16 +49,16 @@ class _Form:
         return cls(type(tensor), parts, context, tensor.shape, tensor.stride())
 
     def flat(self, tensor: Tensor) -> list[Tensor]:
-        """The plain tensors that ``tensor``, of this form, is made of."""
+        """The plain tensors that ``tensor``, of this spec, is made of."""
         found: list[Tensor] = []
-        for name, form in self.parts:
+        for name, spec in self.parts:
             inner = getattr(tensor, name)
-            found += [inner] if form is None else form.flat(inner)
+            found += [inner] if spec is None else spec.flat(inner)
         return found
 
     def whole(self, tensors: list[Tensor]) -> Any:
-        """The tensor of this form that is made of the first of ``tensors``, which are taken off."""
-        inner = {name: tensors.pop(0) if form is None else form.whole(tensors) for name, form in self.parts}
+        """The tensor of this spec that is made of the first of ``tensors``, which are taken off."""
+        inner = {name: tensors.pop(0) if spec is None else spec.whole(tensors) for name, spec in self.parts}
         return self.kind.__tensor_unflatten__(inner, self.context, self.sizes, self.strides)
 
 
@@ -71,10 +71,13 @@ class Unwrapped:
     """
 
     def __init__(
-        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], forms: Sequence[_Form | None]
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        specs: Sequence[_WrapperSpec | None],
     ) -> None:
         self.graph_module, self.example_inputs = graph_module, example_inputs
-        self._forms = tuple(forms)
+        self._specs = tuple(specs)
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Unwrapped | None:
@@ -84,21 +87,21 @@ class Unwrapped:
             UnsupportedGraphError: an input does not say of which tensors it is made.
         """
         check_inputs(example_inputs)
-        forms = [_Form.of(value) if isinstance(value, Tensor) else None for value in example_inputs]
-        if not any(forms):
+        specs = [_WrapperSpec.of(value) if isinstance(value, Tensor) else None for value in example_inputs]
+        if not any(specs):
             return None
         graph, copied = fx.Graph(), {}
         inputs: list[Any] = []
         placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-        wholes: list[tuple[fx.Node, _Form, list[fx.Node]]] = []
-        for node, value, form in zip(placeholders, example_inputs, forms, strict=True):
-            if form is None:
+        wholes: list[tuple[fx.Node, _WrapperSpec, list[fx.Node]]] = []
+        for node, value, spec in zip(placeholders, example_inputs, specs, strict=True):
+            if spec is None:
                 copied[node] = graph.node_copy(node)
                 inputs.append(value)
                 continue
             fake = node.meta.get("example_value", node.meta.get("val"))
-            parts = form.flat(value)
-            fakes = _fake_parts(fake, form)
+            parts = spec.flat(value)
+            fakes = _fake_parts(fake, spec)
             made = []
             for index, part in enumerate(parts):
                 own = graph.placeholder(f"{node.name}_{index}")
@@ -106,28 +109,28 @@ class Unwrapped:
                 own.meta.pop("val", None)
                 made.append(own)
                 inputs.append(part)
-            wholes.append((node, form, made))
-        for node, form, made in wholes:
-            copied[node] = graph.call_function(_maker(form), tuple(made))
+            wholes.append((node, spec, made))
+        for node, spec, made in wholes:
+            copied[node] = graph.call_function(_maker(spec), tuple(made))
         graph.output(graph.graph_copy(graph_module.graph, copied))
-        return cls(fx.GraphModule(graph_module, graph), inputs, forms)
+        return cls(fx.GraphModule(graph_module, graph), inputs, specs)
 
     @property
     def classes(self) -> str:
         """Names of the classes that were taken apart."""
-        return ", ".join(sorted({form.kind.__name__ for form in self._forms if form is not None}))
+        return ", ".join(sorted({spec.kind.__name__ for spec in self._specs if spec is not None}))
 
     def flat(self, args: Sequence[Any]) -> list[Any]:
         """The inputs of ``graph_module`` for those of the graph that it was made of."""
         found: list[Any] = []
-        for value, form in zip(args, self._forms, strict=True):
-            found += [value] if form is None else form.flat(value)
+        for value, spec in zip(args, self._specs, strict=True):
+            found += [value] if spec is None else spec.flat(value)
         return found
 
     def whole(self, flat: Sequence[Any]) -> list[Any]:
         """The other way round."""
         rest = list(flat)
-        return [rest.pop(0) if form is None else form.whole(rest) for form in self._forms]
+        return [rest.pop(0) if spec is None else spec.whole(rest) for spec in self._specs]
 
 
 def check_inputs(example_inputs: Sequence[Any]) -> None:
@@ -153,22 +156,22 @@ def _check_dispatch(tensor: Tensor) -> None:
         raise UnsupportedGraphError(Reason.WEIGHTS_UNREADABLE, str(error)) from error
 
 
-def _fake_parts(fake: Any, form: _Form) -> list[Any]:
-    if not isinstance(fake, Tensor) or _names(_Form.of(fake)) != _names(form):
-        detail = f"an input that is a {form.kind.__name__} was traced as something else"
+def _fake_parts(fake: Any, spec: _WrapperSpec) -> list[Any]:
+    if not isinstance(fake, Tensor) or _names(_WrapperSpec.of(fake)) != _names(spec):
+        detail = f"an input that is a {spec.kind.__name__} was traced as something else"
         raise UnsupportedGraphError(Reason.CAPTURE_FAILED, detail)
     if any(not isinstance(size, int) for size in fake.shape):
-        detail = f"an input that is a {form.kind.__name__} has sizes that change"
+        detail = f"an input that is a {spec.kind.__name__} has sizes that change"
         raise UnsupportedGraphError(Reason.CAPTURE_FAILED, detail)
-    return form.flat(fake)
+    return spec.flat(fake)
 
 
-def _names(form: _Form | None) -> Any:
-    return None if form is None else [(name, _names(inner)) for name, inner in form.parts]
+def _names(spec: _WrapperSpec | None) -> Any:
+    return None if spec is None else [(name, _names(inner)) for name, inner in spec.parts]
 
 
-def _maker(form: _Form) -> Any:
+def _maker(spec: _WrapperSpec) -> Any:
     def whole(*tensors: Tensor) -> Any:
-        return form.whole(list(tensors))
+        return spec.whole(list(tensors))
 
     return whole

@@ -59,19 +59,19 @@ class FakeInputs:
     """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol.
 
     Args:
-        known: sizes that are another one plus a number (0 or more), where the trace had symbols for both.
+        derived: sizes that are another size plus a number (0 or more), as ``{name: (other, number)}``.
     """
 
-    def __init__(self, known: Mapping[str, tuple[str, int]] | None = None) -> None:
+    def __init__(self, derived: Mapping[str, tuple[str, int]] | None = None) -> None:
         self._shapes = Shapes()
         self.env, self.mode = self._shapes.env, self._shapes.mode
-        self._known = dict(known or {})
+        self._derived = dict(derived or {})
         self._sizes: dict[str, torch.SymInt] = {}
 
     def size(self, name: str) -> torch.SymInt:
         """The symbolic size called ``name``, at least 2."""
-        if name in self._known:
-            other, more = self._known[name]
+        if name in self._derived:
+            other, more = self._derived[name]
             return self.size(other) + more
         if name not in self._sizes:
             example = hint(len(self._sizes))

@@ -92,7 +92,7 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         first = 0 if start is None else _from_front(call, start, size)
         after = size if end in (None, NO_BOUND) else _from_front(call, end, size)
         count = _difference(call, after, first)
-        if str(_known(count)) != str(value.shape[dim]):
+        if str(_value_of(count)) != str(value.shape[dim]):
             return None  # the slice is cut at the end of its tensor, or not known to be as long
         positions = call(aten.arange.default, count, device=value.device)
         if first != 0:
@@ -113,5 +113,5 @@ def _difference(call: Any, left: Any, right: Any) -> Any:
     return call(operator.sub, left, right)
 
 
-def _known(size: Any) -> Any:
+def _value_of(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else size

@@ -110,7 +110,7 @@ class RowWriter(ComputationWriter):
         if node in self._deepstack:
             return f"addition {self._deepstack[node]}"
         if node.op == "placeholder":
-            return self._weight(node) if node in self._is_weight else f"past {self._form(node)}"
+            return self._weight(node) if node in self._is_weight else f"past {self._dtype_and_shape(node)}"
         if node.op == "get_attr":
             return super().write(node)
         if node in self._own_rows:
@@ -155,7 +155,7 @@ class RowWriter(ComputationWriter):
             return content_digest(["permute", _order(node), self.texts[_first(node)]])
         if packet is aten.slice:
             return self._slice(node)
-        return content_digest([target_text(node.target), self._form(node), self._arguments(node)])
+        return content_digest([target_text(node.target), self._dtype_and_shape(node), self._arguments(node)])
 
     def _view(self, node: Node, kind: str) -> str:
         """A chain of views is what it gives in the end."""
@@ -184,7 +184,7 @@ class RowWriter(ComputationWriter):
             return ANY if self._lengths.is_number(value) else value
         return self.texts[value] if value in self.texts else self._lengths.expression(value)
 
-    def _form(self, node: Node) -> str:
+    def _dtype_and_shape(self, node: Node) -> str:
         """What results look like: tells operators apart whose sizes are spelled out in arguments."""
         value = node.meta.get("val")
         if isinstance(value, Tensor):

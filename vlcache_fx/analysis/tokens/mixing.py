@@ -42,7 +42,7 @@ def mixing_refusal(
 
 def _mixes(node: Node, axes: dict[Node, TokenAxis]) -> UnsupportedGraphError | None:
     try:
-        axes[node] = follow_tokens(node, _known(node, axes)).axis
+        axes[node] = follow_tokens(node, _operand_axes(node, axes)).axis
     except UnsupportedGraphError as error:
         return as_mixing(node, error)
     return None
@@ -57,5 +57,5 @@ def as_mixing(node: Node, refusal: UnsupportedGraphError) -> UnsupportedGraphErr
     )
 
 
-def _known(node: Node, axes: dict[Node, TokenAxis]) -> Axes:
+def _operand_axes(node: Node, axes: dict[Node, TokenAxis]) -> Axes:
     return {operand: axes[operand] for operand in node.all_input_nodes if operand in axes}
