@@ -32,7 +32,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         example_inputs: the real inputs of the call that is being compiled.
 
     Raises:
-        UnsupportedGraphError: a result is a part of an input that the graph writes to, torch cannot export
+        UnsupportedGraphError: a result is a view of an input that the graph writes to, torch cannot export
             it, or it computes with integers alone, so that there is no attention in it.
     """
     if _has_no_floats(graph_module.graph):
@@ -73,7 +73,7 @@ def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.Gra
     mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     returned: Any = exported.graph.output_node().args[0]
     if len(returned) != len(mutated) + len(signature.user_outputs):
-        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "several inputs are written to with one value")
+        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "one value is written to several inputs")
     inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
     targets = [inputs[mutated[value.name]] for value in returned[: len(mutated)]]
     canonicalize_slice_scatters(exported.graph)

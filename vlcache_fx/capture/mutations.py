@@ -26,7 +26,7 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
         targets: the inputs whose values it returns first, in their order.
 
     Raises:
-        UnsupportedGraphError: MUTATED_INPUTS, where a result is a part of an input that is written to.
+        UnsupportedGraphError: MUTATED_INPUTS, where a result is a view of an input that is written to.
     """
     output = graph.output_node()
     returned = output.args[0]
@@ -39,7 +39,7 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
         if isinstance(result, Node) and _base(result) in {*written, *written.values()}:
             raise UnsupportedGraphError(
                 Reason.MUTATED_INPUTS,
-                "a result is a part of an input that the graph writes to",
+                "a result is a view of an input that the graph writes to",
                 node=result.name,
             )
     writes = []
@@ -48,7 +48,7 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
         if _base(returned_for_it[0]) in written:
             raise UnsupportedGraphError(
                 Reason.MUTATED_INPUTS,
-                "what the graph writes to an input is a part of another one that it writes to",
+                "a value written to one input is a view of another that is written to",
                 node=value.name,
             )
         positions = len(results) + 1 if dim is not None else None

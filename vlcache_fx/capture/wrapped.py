@@ -141,7 +141,7 @@ def check_inputs(example_inputs: Sequence[Any]) -> None:
     """
     for value in example_inputs:
         if isinstance(value, torch.ScriptObject):
-            detail = "weights are packed by a kernel library, which keeps their bytes to itself"
+            detail = "weights are packed by a kernel library that does not expose their bytes"
             raise UnsupportedGraphError(Reason.WEIGHTS_UNREADABLE, detail)
         if isinstance(value, Tensor) and not is_traceable_wrapper_subclass(value):
             _check_dispatch(value)
@@ -158,10 +158,10 @@ def _check_dispatch(tensor: Tensor) -> None:
 
 def _fake_parts(fake: Any, spec: _WrapperSpec) -> list[Any]:
     if not isinstance(fake, Tensor) or _names(_WrapperSpec.of(fake)) != _names(spec):
-        detail = f"an input that is a {spec.kind.__name__} was traced as something else"
+        detail = f"an input of type {spec.kind.__name__} was traced as another type"
         raise UnsupportedGraphError(Reason.CAPTURE_FAILED, detail)
     if any(not isinstance(size, int) for size in fake.shape):
-        detail = f"an input that is a {spec.kind.__name__} has sizes that change"
+        detail = f"an input of type {spec.kind.__name__} has dynamic sizes"
         raise UnsupportedGraphError(Reason.CAPTURE_FAILED, detail)
     return spec.flat(fake)
 

@@ -110,4 +110,4 @@ def test_queries_along_another_axis_are_refused() -> None:
 
     refusal = refused(turned)
     assert refusal.reason is Reason.TOKEN_AXIS_LOST
-    assert "not in its last but one dimension" in refusal.detail
+    assert "token dimension is not -2" in refusal.detail

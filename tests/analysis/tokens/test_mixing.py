@@ -53,7 +53,7 @@ def graph_of(layer: object, before: bool) -> Captured:
 @pytest.mark.parametrize(
     ("layer", "node", "detail"),
     [
-        (convolution, "conv1d", "it mixes neighbouring tokens"),
+        (convolution, "conv1d", "it convolves over tokens"),
         (recurrence, "cumsum", "it runs along the token axis"),
     ],
 )
@@ -61,7 +61,7 @@ def test_layers_that_mix_tokens_are_named(layer: object, node: str, detail: str,
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
         analyze(graph_of(layer, before))
     assert (refusal.value.reason, refusal.value.node) == (Reason.TOKEN_MIXING, node)
-    assert "tokens meet outside attention in aten." in refusal.value.detail
+    assert " mixes tokens outside attention: " in refusal.value.detail
     assert "test_mixing.py" in str(refusal.value.source_line)
 
 

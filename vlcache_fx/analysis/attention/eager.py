@@ -68,9 +68,7 @@ def eager_attention(node: Node) -> EagerAttention | None:
     logits, sinks = _before_sinks(softmax, first_column)
     found = scores_of(logits, _root)
     if found is None:
-        raise NonCanonicalAttentionError(
-            f"its scores do not come from a product of queries and keys ({logits.name})"
-        )
+        raise NonCanonicalAttentionError(f"its scores are not a product of queries and keys ({logits.name})")
     product = product_of(found.root)
     assert product is not None
     return _in_heads(values, product, found, sinks)
@@ -112,7 +110,7 @@ def _back_to_softmax(values: Product) -> tuple[Node, int | None]:
         if packet is aten.slice and dropped is None and _drops_column(node) is not None:
             dropped = _drops_column(node)
         elif packet is aten.dropout and args[1] and args[2]:
-            raise NonCanonicalAttentionError("its probabilities are dropped out")
+            raise NonCanonicalAttentionError("dropout is applied to its probabilities")
         elif packet not in (aten.clone, aten.contiguous, aten.dropout) and not is_cast(node):
             raise NonCanonicalAttentionError(f"its probabilities go through {node.target}")
         reader, node = node, args[0]  # type: ignore[assignment]
@@ -144,7 +142,7 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
         source = logits.args[0] if logits.args else None
         largest = largest_of(source, logits.args[1]) if packet_of(logits) is aten.sub else None
         if not isinstance(source, Node) or (largest is None and not is_cast(logits)):
-            raise NonCanonicalAttentionError("a column of its softmax is dropped that is no sink")
+            raise NonCanonicalAttentionError("its softmax drops a column that is not a sink")
         readers = [logits] if largest is None else [logits, largest]
         logits = source
     only_reader(logits, *readers)
@@ -153,7 +151,7 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
     parts, dim = (*logits.args, 0)[:2]
     rank = len(shape_of(logits))
     if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, rank - 1):
-        raise NonCanonicalAttentionError("a column of its softmax is dropped that is no sink")
+        raise NonCanonicalAttentionError("its softmax drops a column that is not a sink")
     column, scores = (parts[1], parts[0]) if dropped == -1 else (parts[0], parts[1])
     assert isinstance(column, Node)
     assert isinstance(scores, Node)

@@ -88,7 +88,7 @@ def flex_attention(node: Node) -> FlexAttention:
     assert isinstance(block_mask, tuple | list)
     parts = {user: user.args[1] for user in node.users if user.target is operator.getitem}
     if any(user not in parts or (parts[user] != 0 and user.users) for user in node.users):
-        raise NonCanonicalAttentionError("more than its first result is read: the sums of its softmax, too")
+        raise NonCanonicalAttentionError("its log-sum-exp is read too")
     _check_heads(query, key, value)
     score, mask = Function(_module(score_module), reads), Function(_module(block_mask[-1]), mask_reads)
     entering = next(one for one in score.module.graph.nodes if one.op == "placeholder")
@@ -97,7 +97,7 @@ def flex_attention(node: Node) -> FlexAttention:
         raise NonCanonicalAttentionError("its score_mod does not keep the score")
     number = number_of(scale)
     if number is None:
-        raise NonCanonicalAttentionError("its scale is no constant")
+        raise NonCanonicalAttentionError("its scale is not a constant")
     always = isinstance(mask.result, Node) and packet_of(mask.result) in ALWAYS
     return FlexAttention(
         node,

@@ -25,18 +25,18 @@ def noncanonical_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
         if kernel is not None:
             yield (
                 node,
-                f"{kernel} attends in a kernel that takes no mask of rows: use sdpa or eager attention",
+                f"{kernel} is a fused kernel that takes no mask of rows: use sdpa or eager attention",
             )
         elif node.target is FLEX:
-            yield node, "flex attention that was not brought to a call with a mask"
+            yield node, "flex attention was not converted to a call with a mask"
         else:
             try:
                 found = eager_attention(node)
-            except NonCanonicalAttentionError as form:
-                yield node, f"attention as products and a softmax: {form}"
+            except NonCanonicalAttentionError as error:
+                yield node, f"eager attention: {error}"
             else:
                 if found is not None:
-                    yield node, "attention as products and a softmax, which no pass has fused"
+                    yield node, "eager attention that no pass has fused"
 
 
 def _kernel(node: Node) -> str | None:

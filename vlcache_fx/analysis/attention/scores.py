@@ -134,7 +134,7 @@ def only_reader(node: Node, *readers: Node) -> None:
     others = [user for user in node.users if user not in readers]
     if others:
         how = "returned" if others[0].op == "output" else f"read by {others[0].name}"
-        raise NonCanonicalAttentionError(f"{node.name}, a step to its probabilities, is {how} too")
+        raise NonCanonicalAttentionError(f"{node.name}, part of its softmax, is {how} too")
 
 
 def _inside(node: Node, operand: Any, root: Root, *others: Node) -> Scores | None:
@@ -153,7 +153,7 @@ def _same_shape(node: Node, operand: Node) -> bool:
 
 def _capped(found: Scores) -> Scores:
     if found.is_capped or found.terms:
-        raise NonCanonicalAttentionError("tanh is applied to scores that are capped or masked already")
+        raise NonCanonicalAttentionError("tanh follows a cap or a mask")
     return replace(found, is_capped=True)
 
 
@@ -169,7 +169,7 @@ def _scaled(node: Node, root: Root) -> Scores | None:
     if number is None or number == 0.0:
         raise NonCanonicalAttentionError(f"its scores are scaled by a tensor in {node.name}")
     if found.terms:
-        raise NonCanonicalAttentionError(f"its scores are scaled in {node.name} behind a mask")
+        raise NonCanonicalAttentionError(f"its scores are scaled after a mask in {node.name}")
     factor = 1.0 / number if packet_of(node) is aten.div else number
     if found.is_capped:
         return replace(found, outer=found.outer * factor)

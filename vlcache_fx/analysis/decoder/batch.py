@@ -54,7 +54,7 @@ def check_batch_dims(
     needed += [one.operand for one in carried]
     for node in needed:
         if node not in dims:
-            raise refuse(Reason.BATCHED, node, "its samples lie in no dimension of their own")
+            raise refuse(Reason.BATCHED, node, "it has no dimension over samples")
     for node, flow in flows.items():
         for operand, dim in flow.gathers:
             if node not in dims or operand_batch_dim(node, operand, dims) == dim:

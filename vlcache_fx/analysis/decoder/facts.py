@@ -190,14 +190,12 @@ def _is_made_elsewhere(site: Site) -> bool:
 
 def _check_attention(sites: tuple[Site, ...]) -> None:
     if all(_is_made_elsewhere(site) for site in sites):
-        raise refuse(Reason.NO_ATTENTION, sites[0].node, "what it attends to is made in another graph")
+        raise refuse(Reason.NO_ATTENTION, sites[0].node, "its keys and values are computed in another graph")
     for site in sites:
         if is_one(shape_of(site.query)[-2]):
-            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")
+            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, not a prefill")
         if site.mask is None and not site.is_causal:
-            raise refuse(
-                Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
-            )
+            raise refuse(Reason.MASK_FORM, site.node, "tokens attend to later tokens")
 
 
 def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:

@@ -105,7 +105,7 @@ def split_layer(
                 and parent not in frontiers
             ):
                 raise refuse(
-                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier"
+                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} after the frontier"
                 )
     for node in q_part:
         if node is not site.node and any(parent in full_part for parent in data_inputs(node)):

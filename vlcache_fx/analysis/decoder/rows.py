@@ -69,9 +69,7 @@ def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
     rank = len(shape_of(site.node))
     axis = axes.get(site.query)
     if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
-        raise refuse(
-            Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
-        )
+        raise refuse(Reason.TOKEN_AXIS_LOST, site.node, "the query's token dimension is not -2")
     if site.mask is None:
         return TokenFlow(TokenAxis(rank - 2))
     size = shape_of(site.mask)
@@ -145,5 +143,5 @@ def check_results(graph: Graph, layers: Sequence[LayerSplit], stream: Stream) ->
             raise refuse(
                 Reason.TOKEN_AXIS_LOST,
                 node,
-                "the graph returns it with a row for every token of an inner layer",
+                "the graph returns it, with the rows of an inner layer",
             )

@@ -73,9 +73,7 @@ def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[N
     behind_last = descendants([sites[-1].node])
     results = [node for node in output_nodes(graph) if node in behind_last]
     if not results:
-        raise refuse(
-            Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
-        )
+        raise refuse(Reason.NO_STREAM, sites[-1].node, "no output depends on the last attention")
     boundaries: list[Node] = []
     origin = start
     for site in sites:
@@ -142,9 +140,7 @@ def _last_boundary(
         and (descendants([boundaries[-1]], stream).keys() & set(point.all_input_nodes))
     ]
     if not sums:
-        raise refuse(
-            Reason.NO_STREAM, site, "the residual stream could not be followed behind the last attention"
-        )
+        raise refuse(Reason.NO_STREAM, site, "the residual stream is lost after the last attention")
     return sums[-1]
 
 

@@ -36,7 +36,7 @@ def single(node: Node, axes: Axes) -> tuple[Node, TokenAxis]:
         raise lost(node, "its first operand is not part of the residual stream")
     others = [other for other in node.all_input_nodes if other is not operand and other in axes]
     if others:
-        raise lost(node, f"{others[0].name} brings a second token axis")
+        raise lost(node, f"{others[0].name} has a second token axis")
     return operand, with_token_dim(node, axes[operand])
 
 
@@ -165,7 +165,7 @@ def _slice(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
     if dim == axis.token_dim and not is_full_slice(node):
-        raise lost(node, "it takes a part of the tokens")
+        raise lost(node, "it selects some tokens")
     return TokenFlow(axis)
 
 
@@ -181,7 +181,7 @@ def _select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1], rank_of(operand))
     if dim == axis.token_dim:
-        raise lost(node, "it takes a single token")
+        raise lost(node, "it selects a single token")
     return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
@@ -189,14 +189,14 @@ def _unbind(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
     if dim == axis.token_dim:
-        raise lost(node, "it takes single tokens")
+        raise lost(node, "it unbinds the token axis")
     return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
 def _index_select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if dimension(node.args[1], rank_of(operand)) == axis.token_dim:
-        raise lost(node, "it takes a part of the tokens")
+        raise lost(node, "it selects some tokens")
     return TokenFlow(axis)
 
 

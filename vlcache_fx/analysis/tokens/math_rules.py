@@ -51,12 +51,12 @@ def _matmul(node: Node, axes: Axes) -> TokenFlow:
     if from_end == 1:
         raise lost(node, "it multiplies along the token axis")
     if not isinstance(other, Node):
-        raise lost(node, "its second operand is no tensor")
+        raise lost(node, "its second operand is not a tensor")
     dim = rank_of(node) - from_end
     if other in axes:  # a matrix per token on both sides
         second = with_token_dim(node, axes[other])
         if rank_of(other) - second.token_dim != from_end or from_end < 3:
-            raise lost(node, f"{other.name} brings a second token axis")
+            raise lost(node, f"{other.name} has a second token axis")
         if not second.entries.same(axis.entries):
             raise lost(node, "the token axes of its operands do not match")
     elif from_end > 2 and rank_of(other) >= from_end and not is_one(shape_of(other)[-from_end]):
@@ -96,7 +96,7 @@ def _reduce(node: Node, axes: Axes) -> TokenFlow:
 def _convolution(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if axis.token_dim != 0 or rank_of(operand) < 3:
-        raise lost(node, "it mixes neighbouring tokens")
+        raise lost(node, "it convolves over tokens")
     return TokenFlow(axis.at(0))
 
 
@@ -133,7 +133,7 @@ def _gather(node: Node, axes: Axes) -> TokenFlow:
     if any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
         raise lost(node, "the token axes of its operands do not match")
     if dim == own[0].dim:
-        raise lost(node, "it takes values of other tokens")
+        raise lost(node, "it reads values of other tokens")
     others = tuple((o, own[0].token_dim) for o in tensors if o not in axes)
     if others and not own[0].entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")

@@ -53,7 +53,7 @@ def as_mixing(node: Node, refusal: UnsupportedGraphError) -> UnsupportedGraphErr
     if refusal.reason is not Reason.TOKEN_AXIS_LOST:
         return refusal
     return refuse(
-        Reason.TOKEN_MIXING, node, f"tokens meet outside attention in {node.target}: {refusal.detail}"
+        Reason.TOKEN_MIXING, node, f"{node.target} mixes tokens outside attention: {refusal.detail}"
     )
 
 

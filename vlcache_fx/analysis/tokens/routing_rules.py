@@ -28,7 +28,7 @@ aten = torch.ops.aten
 def _sort(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if rank_of(operand) != 1 or axis.token_dim != 0:
-        raise lost(node, "it sorts tokens of more than one list")
+        raise lost(node, "it sorts a tensor of several dimensions")
     return TokenFlow(TokenAxis(0, _sorted(node, axis)))
 
 
@@ -47,7 +47,7 @@ def sorted_indices(node: Node, axes: Axes) -> TokenAxis:
     """Return the axis of a sort's indices: the positions that its values came from, in the new order."""
     operand, axis = single(node, axes)
     if rank_of(operand) != 1 or axis.token_dim != 0:
-        raise lost(node, "it sorts tokens of more than one list")
+        raise lost(node, "it sorts a tensor of several dimensions")
     return TokenAxis(0, _sorted(node, axis), axis.entries, is_permutation=True)
 
 
@@ -70,12 +70,12 @@ def _index(node: Node, axes: Axes) -> TokenFlow:
     assert isinstance(indices, list | tuple)
     given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or not isinstance(given[0][1], Node):
-        raise lost(node, "it looks values up by several indices")
+        raise lost(node, "it indexes several dimensions")
     dim, index = given[0]
     by_mask = index.meta["val"].dtype in (torch.bool, torch.uint8)
     replaced, added = (rank_of(index), 1) if by_mask else (1, rank_of(index))  # dimensions
     if by_mask and (index in axes or 0 <= axes[source].token_dim - dim < replaced):
-        raise refuse(Reason.DATA_DEPENDENT, node, "values decide how many tokens it leaves")
+        raise refuse(Reason.DATA_DEPENDENT, node, "values decide how many tokens it selects")
     if source not in axes:
         axis = with_token_dim(node, axes[index])
         return TokenFlow(TokenAxis(dim + axis.token_dim, axis.entries))
@@ -83,10 +83,10 @@ def _index(node: Node, axes: Axes) -> TokenFlow:
     if index in axes:
         own = with_token_dim(node, axes[index])
         if dim != axis.token_dim or own.points_at is None or not own.points_at.same(axis.entries):
-            raise lost(node, "it looks up other tokens")
+            raise lost(node, "it indexes other tokens")
         return TokenFlow(TokenAxis(dim + own.token_dim, own.entries))
     if dim == axis.token_dim:
-        raise lost(node, "it takes a part of the tokens")
+        raise lost(node, "it selects some tokens")
     return TokenFlow(axis.at(axis.token_dim + (added - replaced if dim < axis.token_dim else 0)))
 
 
@@ -131,7 +131,7 @@ def _grouped_product(node: Node, axes: Axes) -> TokenFlow:
     axis = with_token_dim(node, axes[rows])
     order = axis.entries.order
     if order is None or axis.token_dim != 0 or axes[ends].entries.order is not order:
-        raise lost(node, "its groups are not those that its rows were sorted by")
+        raise lost(node, "its groups do not match the order of its rows")
     return TokenFlow(axis.at(axis.token_dim))
 
 
