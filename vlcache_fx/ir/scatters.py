@@ -1,4 +1,4 @@
-"""Writes of rows to a part of a tensor, as functional graphs have them: recognised, brought to one form."""
+"""Functional writes to a part of a tensor: recognised, and brought to canonical form."""
 
 import operator
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ aten = torch.ops.aten
 
 
 def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
-    """``(rows, dimension, positions)`` of a node that replaces rows of its first operand along one dimension.
+    """Return ``(rows, dim, positions)`` of a node that replaces rows of its first operand; None for others.
 
-    Positions are int64 [rows], the dimension is one of the node's. None for any other node.
+    ``positions`` are int64 [rows], along dimension ``dim`` of the node.
     """
     if node.target is aten.index_copy.default:
         _, dim, positions, source = node.args
@@ -40,11 +40,11 @@ def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
     same = [
         str(size) == own or at == dim for at, (size, own) in enumerate(zip(whole.shape, sizes, strict=True))
     ]
-    return (source, dim, positions) if all(same) else None  # else a value that is repeated
+    return (source, dim, positions) if all(same) else None  # else the source is broadcast
 
 
 def canonicalize_slice_scatters(graph: fx.Graph) -> None:
-    """Bring writes to parts of tensors to one form: consecutive rows become ``index_copy`` too.
+    """Replace ``slice_scatter`` by ``index_copy``, and drop copies and full slices around it.
 
     Functionalisation writes ``x[:, a:b] = y`` as slices, a copy and one ``slice_scatter`` per dimension.
     """
@@ -93,7 +93,7 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         after = size if end in (None, NO_BOUND) else _from_front(call, end, size)
         count = _difference(call, after, first)
         if str(_value_of(count)) != str(value.shape[dim]):
-            return None  # the slice is cut at the end of its tensor, or not known to be as long
+            return None  # the slice is clamped to its tensor, or its length is unknown
         positions = call(aten.arange.default, count, device=value.device)
         if first != 0:
             positions = call(aten.add.Tensor, positions, first)
