@@ -1,7 +1,7 @@
-"""What traced code writes to its inputs, as results of the functional graph.
+"""Input mutations of traced code, as results of the functional graph.
 
-A key-value cache of fixed size is such an input. Functionalised, its graph gives the whole new buffer; to
-return the rows that were written, and to write only those, spares a copy of the buffer.
+A static KV cache is a mutated input. Its functionalised graph returns the whole new buffer; returning the
+written rows alone avoids a copy of the buffer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ aten = torch.ops.aten
 
 
 def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
-    """Move what ``graph`` returns for inputs that it writes to behind its own results.
+    """Move the outputs for input mutations to the end of the outputs; return what is written where.
 
     Args:
-        graph: functional, as ``aot_export_module`` gives it; changed in place.
-        targets: the inputs whose values it returns first, in their order.
+        graph: functional, from ``aot_export_module``; changed in place.
+        targets: the mutated inputs; their new values are the first outputs, in this order.
 
     Raises:
-        UnsupportedGraphError: MUTATED_INPUTS, where a result is a view of an input that is written to.
+        UnsupportedGraphError: MUTATED_INPUTS, if a result is a view of a mutated input.
     """
     output = graph.output_node()
     returned = output.args[0]
@@ -44,8 +44,8 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
             )
     writes = []
     for target, value in written.items():
-        dim, returned_for_it = _rows(target, value, written)
-        if _base(returned_for_it[0]) in written:
+        dim, outputs = _rows(target, value, written)
+        if _base(outputs[0]) in written:
             raise UnsupportedGraphError(
                 Reason.MUTATED_INPUTS,
                 "a value written to one input is a view of another that is written to",
@@ -53,7 +53,7 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
             )
         positions = len(results) + 1 if dim is not None else None
         writes.append(Write(index[target], len(results), dim, positions, alike[target]))
-        results += returned_for_it
+        results += outputs
     output.args = (tuple(results),)
     graph.eliminate_dead_code()
     return tuple(writes)
@@ -88,7 +88,7 @@ def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int 
 
 
 def _base(node: Node) -> Node:
-    """The node whose memory the value of ``node`` lies in."""
+    """Return the node whose memory ``node`` is a view of."""
     while isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], Node):
         returns = node.target._schema.returns
         if not (returns and returns[0].alias_info):

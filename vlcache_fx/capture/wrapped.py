@@ -1,8 +1,7 @@
-"""Weights that are made of other tensors: graphs take these instead.
+"""Wrapper subclasses as weights: graphs take their inner tensors instead.
 
-A quantised or sharded tensor is a class of its own that says which tensors it is made of
-(``__tensor_flatten__``). A graph in which the whole is put together from them holds plain operators alone, so
-it can be analysed, rewritten and lowered like any other.
+A quantised or sharded tensor is a subclass that lists its inner tensors (``__tensor_flatten__``). A graph
+that builds the wrapper from them contains plain operators alone, and can be analysed, rewritten and lowered.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from vlcache_fx.errors import Reason, UnreadableWeightsError, UnsupportedGraphEr
 from vlcache_fx.keys.inner_tensors import leaves_of
 
 WHOLE = "whole"
-"""In a placeholder's ``meta``: the input of the traced code that the placeholder is a part of."""
+"""Key in the ``meta`` of an inner tensor's placeholder: the wrapper, an input of the traced code."""
 
 
 @dataclass(frozen=True)
 class _WrapperSpec:
-    """How a tensor is made of others.
+    """Structure of a wrapper tensor.
 
     Attributes:
         kind: its class.
-        parts: per inner tensor, its name and its own spec; None for a plain one.
-        context: what the class says beside them.
-        sizes, strides: of the whole.
+        parts: name and spec of each inner tensor; the spec is None for a plain tensor.
+        context: second result of ``__tensor_flatten__``.
+        sizes, strides: of the wrapper.
     """
 
     kind: Any
@@ -41,7 +40,7 @@ class _WrapperSpec:
 
     @classmethod
     def of(cls, tensor: Tensor) -> _WrapperSpec | None:
-        """None for a plain tensor."""
+        """Return the spec of a tensor; None for a plain tensor."""
         if not is_traceable_wrapper_subclass(tensor):
             return None
         names, context = tensor.__tensor_flatten__()
@@ -49,7 +48,7 @@ class _WrapperSpec:
         return cls(type(tensor), parts, context, tensor.shape, tensor.stride())
 
     def flat(self, tensor: Tensor) -> list[Tensor]:
-        """The plain tensors that ``tensor``, of this spec, is made of."""
+        """Return the plain tensors in ``tensor``, which has this spec."""
         found: list[Tensor] = []
         for name, spec in self.parts:
             inner = getattr(tensor, name)
@@ -57,17 +56,17 @@ class _WrapperSpec:
         return found
 
     def whole(self, tensors: list[Tensor]) -> Any:
-        """The tensor of this spec that is made of the first of ``tensors``, which are taken off."""
+        """Pop the inner tensors from the front of ``tensors``; return the wrapper of them."""
         inner = {name: tensors.pop(0) if spec is None else spec.whole(tensors) for name, spec in self.parts}
         return self.kind.__tensor_unflatten__(inner, self.context, self.sizes, self.strides)
 
 
 class Unwrapped:
-    """A graph whose inputs are plain tensors, and what there is to know to call it.
+    """A graph on plain tensors, and the conversion of inputs.
 
     Attributes:
         graph_module: takes ``flat(inputs)``.
-        example_inputs: the flat ones.
+        example_inputs: its example inputs.
     """
 
     def __init__(
@@ -81,10 +80,11 @@ class Unwrapped:
 
     @classmethod
     def of(cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Unwrapped | None:
-        """None where all inputs are plain. ``graph_module`` is left as it is.
+        """Return a copy of the graph on inner tensors; None if all inputs are plain.
 
         Raises:
-            UnsupportedGraphError: an input does not say of which tensors it is made.
+            UnsupportedGraphError: WEIGHTS_UNREADABLE, see ``check_inputs``; CAPTURE_FAILED, a wrapper has
+                dynamic sizes or was traced as another type.
         """
         check_inputs(example_inputs)
         specs = [_WrapperSpec.of(value) if isinstance(value, Tensor) else None for value in example_inputs]
@@ -117,27 +117,27 @@ class Unwrapped:
 
     @property
     def classes(self) -> str:
-        """Names of the classes that were taken apart."""
+        """Names of the unwrapped classes."""
         return ", ".join(sorted({spec.kind.__name__ for spec in self._specs if spec is not None}))
 
     def flat(self, args: Sequence[Any]) -> list[Any]:
-        """The inputs of ``graph_module`` for those of the graph that it was made of."""
+        """Return the inputs of ``graph_module`` for those of the original graph."""
         found: list[Any] = []
         for value, spec in zip(args, self._specs, strict=True):
             found += [value] if spec is None else spec.flat(value)
         return found
 
     def whole(self, flat: Sequence[Any]) -> list[Any]:
-        """The other way round."""
+        """Return the inputs of the original graph for those of ``graph_module``."""
         rest = list(flat)
         return [rest.pop(0) if spec is None else spec.whole(rest) for spec in self._specs]
 
 
 def check_inputs(example_inputs: Sequence[Any]) -> None:
-    """Refuse what no key can tell apart: packed weights, and tensors that do not say what they are made of.
+    """Refuse inputs whose bytes keys cannot cover: packed weights, and subclasses without inner tensors.
 
     Raises:
-        UnsupportedGraphError: there is such an input.
+        UnsupportedGraphError: WEIGHTS_UNREADABLE.
     """
     for value in example_inputs:
         if isinstance(value, torch.ScriptObject):
