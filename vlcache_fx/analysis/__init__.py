@@ -1,4 +1,4 @@
-"""Analysis: read-only facts about a captured graph, found by structure alone."""
+"""Read-only facts about a captured graph, from its structure alone."""
 
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.decode_step import DecodeStepFacts, analyze_decode_step

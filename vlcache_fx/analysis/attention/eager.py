@@ -31,16 +31,16 @@ SOFTMAX = frozenset({aten.softmax, aten._softmax, aten._safe_softmax})
 
 @dataclass(frozen=True)
 class EagerAttention:
-    """One attention in eager form.
+    """An eager attention.
 
     Attributes:
         node: the product with the values.
-        query, key, value: [batch, heads, tokens, dim]; there may be fewer key and value heads.
+        query, key, value: [batch, heads, tokens, dim]; keys and values may have fewer heads.
         terms: masks and biases, first to last.
-        sinks: a logit per head, [heads], or None.
+        sinks: logit per head, [heads], or None.
         scale, softcap: see ``Scores``.
-        steps: from [batch, heads, rows, value dim] to the value of ``node``.
-        rank: number of dimensions that the scores have in the graph.
+        steps: layout operators from [batch, heads, rows, value dim] to the value of ``node``.
+        rank: number of dimensions of the scores in the graph.
     """
 
     node: Node
@@ -56,10 +56,10 @@ class EagerAttention:
 
 
 def eager_attention(node: Node) -> EagerAttention | None:
-    """The attention whose result ``node`` computes, or None where it does not look like one.
+    """Return the attention whose result ``node`` computes; None if it does not resemble one.
 
     Raises:
-        NonCanonicalAttentionError: it looks like one, but has no canonical form.
+        NonCanonicalAttentionError: it resembles an attention, but has no canonical form.
     """
     values = product_of(node)
     if values is None or not _looks_like_attention(values):
@@ -75,7 +75,7 @@ def eager_attention(node: Node) -> EagerAttention | None:
 
 
 def _looks_like_attention(values: Product) -> bool:
-    """A softmax of a product is behind the left factor, with nothing but elementwise steps between."""
+    """Return True if the left factor comes from a softmax of a product by elementwise operators alone."""
     softmax = _nearest(values.left.node, lambda node: packet_of(node) in SOFTMAX)
     return softmax is not None and _nearest(softmax, lambda node: product_of(node) is not None) is not None
 
@@ -98,7 +98,7 @@ def _nearest(start: Node, is_wanted: Any) -> Node | None:
 
 
 def _back_to_softmax(values: Product) -> tuple[Node, int | None]:
-    """The softmax, and which column of it is dropped (0 or -1), if one is."""
+    """Return the softmax, and the index of the column that is dropped from it (0, -1 or None)."""
     if values.left.steps or values.factor != 1.0 or values.added is not None:
         raise NonCanonicalAttentionError(
             "its probabilities are reordered or scaled before the product with the values"
@@ -134,7 +134,7 @@ def _drops_column(node: Node) -> int | None:
 
 
 def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | None]:
-    """What enters the softmax, without the column of sinks."""
+    """Return the softmax's input without the column of sinks, and the sinks."""
     logits, readers = softmax.args[0], [softmax]
     assert isinstance(logits, Node)
     while dropped is not None and packet_of(logits) is not aten.cat:
@@ -163,7 +163,7 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
 
 
 def _per_head(column: Node, heads: Any) -> Operand | None:
-    """[heads], where ``column`` is that, the same for every sample and row."""
+    """Return ``column`` as [heads] if it is equal for all samples and rows; else None."""
     while packet_of(column) in COPIES | CASTS:
         column = column.args[0]  # type: ignore[assignment]
     if packet_of(column) is aten.expand and isinstance(column.args[0], Node):
@@ -193,7 +193,7 @@ def _root(node: Node) -> Scores | None:
 
 
 def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand | None) -> EagerAttention:
-    """Everything with the four dimensions of an attention call."""
+    """Return the attention with the four dimensions of an attention call."""
     query, factor = _unscaled(product.left, found.root)
     key, value = product.right.transposed(), values.right
     swap = product.right.node if key.node is not product.right.node else found.root
@@ -203,7 +203,7 @@ def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand |
     ordered = tuple(shape) if values.order is None else _before(shape, values.order)
     back: list[Step] = []
     if rank == 3:
-        query, key, value = (one.unsqueezed(0) for one in (query, key, value))
+        query, key, value = (operand.unsqueezed(0) for operand in (query, key, value))
         back.append((aten.squeeze.dim, (0,)))
     elif rank == 5:
         query, key, value = _grouped(query, key, value)
@@ -228,9 +228,13 @@ def _before(shape: torch.Size, order: tuple[int, ...]) -> tuple[Any, ...]:
 
 
 def _grouped(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:
-    """[batch, key heads, group, rows, dim] and [batch, key heads, 1, tokens, dim]."""
+    """Return operands of four dimensions for grouped heads of five.
+
+    ``query`` is [batch, key heads, group, rows, dim]; ``key`` and ``value`` are [batch, key heads, 1, tokens,
+    dim].
+    """
     heads = query.shape[1:3]
-    if not all(isinstance(one, int) for one in query.shape[:3]) or key.shape[2] != 1 or value.shape[2] != 1:
+    if not all(isinstance(size, int) for size in query.shape[:3]) or key.shape[2] != 1 or value.shape[2] != 1:
         raise NonCanonicalAttentionError("its five dimensions are not groups of heads that share a key")
     joined = heads[0] * heads[1]
     batch, rows, dim = query.shape[0], query.shape[3], query.shape[4]
@@ -257,7 +261,7 @@ def _check_masks(terms: tuple[Term, ...], rank: int) -> None:
 
 
 def _unscaled(operand: Operand, reader: Node) -> tuple[Operand, float]:
-    """Without a factor that is a number: part of the scale."""
+    """Return the operand without constant factors, and their product."""
     node, factor = operand.node, 1.0
     while packet_of(node) in (aten.mul, aten.div) and list(node.users) == [reader]:
         number, source = number_of(node.args[1]), node.args[0]

@@ -1,4 +1,4 @@
-"""Attention that is not in canonical form: what it is, and why it stays so."""
+"""Attention that is not in canonical form, and why."""
 
 from collections.abc import Iterator
 
@@ -11,13 +11,13 @@ from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError
 from vlcache_fx.analysis.attention.sites import site_of
 
 ATEN_KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_scaled_dot_product_")
-"""How the names of ATen's own attention kernels begin."""
+"""Prefixes of the names of ATen's attention kernels."""
 
 FLEX = torch.ops.higher_order.flex_attention
 
 
 def noncanonical_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
-    """Every attention of another form, in graph order, with what is to be said about it."""
+    """Yield every attention that is not in canonical form, in graph order, with the reason."""
     for node in graph.nodes:
         if node.op != "call_function" or site_of(node) is not None:
             continue
@@ -40,7 +40,7 @@ def noncanonical_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
 
 
 def _kernel(node: Node) -> str | None:
-    """The name of a fused attention kernel, told by its schema: queries, keys and values come first."""
+    """Return the name of a fused attention kernel: in its schema, query, key and value come first."""
     for target in (node.target, *node.args[:1]):  # functionalisation wraps an operator that writes
         if not isinstance(target, OpOverload):
             continue

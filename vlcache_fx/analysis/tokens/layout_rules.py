@@ -1,4 +1,4 @@
-"""The token axis through operators that move, cut and join values."""
+"""The token axis through operators that change the layout of values."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Rule: TypeAlias = Callable[[Node, Axes], TokenFlow]
 
 
 def lost(node: Node, why: str) -> UnsupportedGraphError:
-    """The refusal of an operator that mixes tokens."""
+    """Return the refusal of an operator that mixes tokens."""
     return refuse(Reason.TOKEN_AXIS_LOST, node, why)
 
 
 def single(node: Node, axes: Axes) -> tuple[Node, TokenAxis]:
-    """The first operand, which alone is computed from rows.
+    """Return the first operand and its axis; no other operand has a token axis.
 
     Raises:
-        UnsupportedGraphError: it is not, or another operand is as well.
+        UnsupportedGraphError: it has none, or another operand has one too.
     """
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
@@ -52,12 +52,12 @@ def with_token_dim(node: Node, axis: TokenAxis) -> TokenAxis:
 
 
 def dimension(value: Any, rank: int) -> int:
-    """A dimension counted from the front."""
+    """Return a dimension as a non-negative number."""
     return int(value) % rank if rank else 0
 
 
 def same(node: Node, axes: Axes) -> TokenFlow:
-    """The values of the first operand, in its layout."""
+    """Return the flow of the same values in the same layout as the first operand."""
     operand = node.args[0]
     if isinstance(operand, Node) and operand in axes and axes[operand].dim is None:
         return TokenFlow(axes[operand])  # counts stay counts
@@ -65,7 +65,7 @@ def same(node: Node, axes: Axes) -> TokenFlow:
 
 
 def like_first(node: Node, axes: Axes) -> TokenFlow:
-    """New values in the layout of the first operand; others say dtypes and the like."""
+    """Return the flow of new values in the layout of the first operand; other operands are not read."""
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
@@ -83,7 +83,7 @@ def _view(node: Node, axes: Axes) -> TokenFlow:
 
 
 def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> TokenAxis | None:
-    """The axis after a view: the dimension that holds tokens whole, with what lies around them in it."""
+    """Return the axis after a view: the dimension with all tokens, and the sizes merged into it; or None."""
     before, after, entries = expressions(before), expressions(after), axis.entries
     tokens = quotient(before[axis.token_dim], entries.outer * entries.inner)
     if tokens is None:
@@ -96,7 +96,7 @@ def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> 
             continue
         moved = Entries(outer, inner, entries.order)
         if entries.order is not None and not moved.same(entries):
-            return None  # sorted entries of one token do not lie together
+            return None  # sorted entries of one token are not adjacent
         points = axis.points_at if moved.same(entries) else None
         return TokenAxis(dim, moved, points, axis.is_permutation and points is not None)
     return None
@@ -219,7 +219,7 @@ def _stack(node: Node, axes: Axes) -> TokenFlow:
 
 
 def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
-    """Tensors of one rank side by side, whose token axes are the same; others have a full one."""
+    """Return the flow of a join of tensors with equal token axes; operands without one are gathered."""
     own = [with_token_dim(node, axes[part]) for part in parts if part in axes]
     if not own or any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
         raise lost(node, "it joins tensors along the token axis")

@@ -1,4 +1,4 @@
-"""The token axis through operators that compute."""
+"""The token axis through operators that compute new values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a decoder's residual stream cannot be followed: something other than attention mixes its tokens."""
+"""Refusals of decoders in which an operator other than attention mixes tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vlcache_fx.ir.refusal import refuse
 def mixing_refusal(
     graph: Graph, merges: Sequence[Merge], sites: Sequence[Site]
 ) -> UnsupportedGraphError | None:
-    """The refusal that names the first operator behind the merge that mixes tokens on the way to attention.
+    """Return the refusal of the first operator after the merges that mixes tokens on the way to attention.
 
-    None where there is no merge to start from, or no such operator.
+    None without a merge or such an operator.
     """
     if not merges:
         return None
@@ -49,7 +49,7 @@ def _mixes(node: Node, axes: dict[Node, TokenAxis]) -> UnsupportedGraphError | N
 
 
 def as_mixing(node: Node, refusal: UnsupportedGraphError) -> UnsupportedGraphError:
-    """What it means for a decoder that ``node``, which is no attention, loses the token axis."""
+    """Return the TOKEN_MIXING refusal for a lost token axis at ``node``, which is not attention."""
     if refusal.reason is not Reason.TOKEN_AXIS_LOST:
         return refusal
     return refuse(

@@ -1,8 +1,8 @@
 """The token axis through mixtures of experts: tokens sorted by expert, multiplied in groups, sorted back.
 
-Each entry goes through the expert that it chose, wherever the sort puts it, so any rows can be computed
-without the others, if only the way back is the inverse of the way there. An axis therefore says which sort
-its entries went through, and indices say which axis they index.
+Each entry goes through its own expert, at any position, so rows can be computed without the others as long as
+the second permutation inverts the first. So an axis records the sort of its entries, and a tensor of indices
+records the axis that it indexes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _argsort(node: Node, axes: Axes) -> TokenFlow:
 
 
 def _sorted(node: Node, axis: TokenAxis) -> Entries:
-    """The order that a sort gives: for a permutation, that of what its values point at."""
+    """Return the sorted entries: a sorted permutation has the entries that its values index."""
     if axis.is_permutation and axis.points_at is not None:
         return axis.points_at
     return replace(axis.entries, order=node)
@@ -52,7 +52,7 @@ def sorted_indices(node: Node, axes: Axes) -> TokenAxis:
 
 
 def _divide(node: Node, axes: Axes) -> TokenFlow:
-    """Places among the experts of all tokens, divided by how many each token has, are tokens."""
+    """Return the flow of ``index // experts_per_token``: indices of (token, expert) pairs become tokens."""
     operand, divisor = node.args[:2]
     axis = axes.get(operand) if isinstance(operand, Node) else None
     floors = node.target is not aten.div.Tensor and node.kwargs.get("rounding_mode", "floor") == "floor"
@@ -68,10 +68,10 @@ def _index(node: Node, axes: Axes) -> TokenFlow:
     source, indices = node.args[:2]
     assert isinstance(source, Node)
     assert isinstance(indices, list | tuple)
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-    if len(given) != 1 or not isinstance(given[0][1], Node):
+    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(used) != 1 or not isinstance(used[0][1], Node):
         raise lost(node, "it indexes several dimensions")
-    dim, index = given[0]
+    dim, index = used[0]
     by_mask = index.meta["val"].dtype in (torch.bool, torch.uint8)
     replaced, added = (rank_of(index), 1) if by_mask else (1, rank_of(index))  # dimensions
     if by_mask and (index in axes or 0 <= axes[source].token_dim - dim < replaced):
@@ -99,7 +99,7 @@ def _embedding(node: Node, axes: Axes) -> TokenFlow:
 
 
 def _histogram(node: Node, axes: Axes) -> TokenFlow:
-    """How many entries have each whole number: how many go to each expert."""
+    """Return the flow of a histogram: the number of entries per expert."""
     _, axis = single(node, axes)
     bins, low, high = [*node.args[1:], 100, 0, 0][:3]
     if axis.entries.order is None or low != 0 or not isinstance(bins, int) or high != bins - 1:
@@ -114,15 +114,15 @@ def _along_counts(node: Node, axes: Axes) -> TokenFlow | None:
 
 
 def _is_grouped_product(node: Node, axes: Axes) -> bool:
-    """True for an operator on (rows, matrices, ends of groups of rows), whatever library defines it."""
+    """Return True for an operator of any library on (rows, matrices, ends of groups of rows)."""
     tensors = [arg for arg in node.args if isinstance(arg, Node)]
     if len(tensors) != 3 or not all(
-        isinstance(one.meta.get("val"), torch.Tensor) for one in (*tensors, node)
+        isinstance(operand.meta.get("val"), torch.Tensor) for operand in (*tensors, node)
     ):
         return False
     rows, matrices, ends = tensors
     counted = ends in axes and axes[ends].dim is None
-    ranks = [rank_of(one) for one in (rows, matrices, ends, node)]
+    ranks = [rank_of(operand) for operand in (rows, matrices, ends, node)]
     return rows in axes and matrices not in axes and counted and ranks == [2, 3, 1, 2]
 
 
@@ -136,7 +136,7 @@ def _grouped_product(node: Node, axes: Axes) -> TokenFlow:
 
 
 def rule_for(node: Node, axes: Axes) -> Rule | None:
-    """The rule of a node of a mixture of experts, if it is one."""
+    """Return the rule for a node of a mixture of experts; None for other nodes."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet is aten.cumsum and _along_counts(node, axes) is not None:
         return same
