@@ -1,4 +1,4 @@
-"""Where tensors of a decoder that computes several samples at once run over samples."""
+"""Batch dimensions of a decoder that computes several samples at once."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlcache_fx.ir.refusal import refuse
 
 
 def find_batch_dims(stream: Stream, layers: Sequence[LayerSplit], tail_rows: TailRows) -> dict[Node, int]:
-    """The dimension over samples of every node of the layers that has one of its own.
+    """Return the batch dimension of every node of the layers that has one.
 
-    Samples are followed as tokens are: what works token by token works sample by sample, too.
+    Samples are followed with the rules for tokens: a token-wise operator is sample-wise too.
     """
     axes = {stream.boundaries[0]: TokenAxis(0)}
     attended = {layer.site.node: layer.site.query for layer in layers}
@@ -29,7 +29,7 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerSplit], tail_rows: Tai
         try:
             flow = TokenFlow(axes[attended[node]]) if node in attended else follow_tokens(node, axes)
         except (UnsupportedGraphError, KeyError):
-            continue  # nothing is taken there sample by sample, or it is refused below
+            continue  # rows are not selected there, or ``check_batch_dims`` refuses
         axes[node] = flow.axis
     return {
         node: axis.token_dim
@@ -44,14 +44,14 @@ def check_batch_dims(
     flows: Mapping[Node, TokenFlow],
     carried: Iterable[Carried],
 ) -> None:
-    """Rows can be taken sample by sample wherever passes have to.
+    """Check that rows can be selected sample by sample wherever passes do.
 
     Raises:
-        UnsupportedGraphError: BATCHED.
+        UnsupportedGraphError: BATCHED, otherwise.
     """
     needed = [node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node]
     needed += [layer.site.node for layer in layers]
-    needed += [one.operand for one in carried]
+    needed += [value.operand for value in carried]
     for node in needed:
         if node not in dims:
             raise refuse(Reason.BATCHED, node, "it has no dimension over samples")
@@ -63,5 +63,5 @@ def check_batch_dims(
 
 
 def operand_batch_dim(node: Node, operand: Node, dims: Mapping[Node, int]) -> int:
-    """The dimension of an operand that meets the samples of ``node``; negative where it has too few."""
+    """Return the dimension of an operand that meets the samples of ``node``; negative for none."""
     return dims[node] - (rank_of(node) - rank_of(operand))

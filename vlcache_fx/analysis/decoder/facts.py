@@ -1,4 +1,4 @@
-"""All facts about one traced VLM graph, or a typed refusal."""
+"""All facts about a decoder graph, or a typed refusal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 @dataclass(frozen=True)
 class Frontier:
-    """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
+    """A stored tensor, ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
 
     slot: StoredSlot
     layer: int
@@ -39,23 +39,22 @@ class Frontier:
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """What analysis found out about a decoder graph.
+    """Facts about a decoder graph.
 
     Attributes:
-        merges: where encoder features enter (empty where spans can only be marked).
-        deepstack: where features are added to the stream of some layer.
+        merges: merges of encoder features into token embeddings; empty if spans can only be marked.
+        deepstack: encoder features that are added to the stream of a layer.
         stream: the residual stream and its layers.
-        layers: each layer's parts.
-        caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
-            other things than tokens of this call.
+        layers: the parts of each layer.
+        caches: per layer, the paths of its keys and values to the attention; None if they are of no tokens of
+            this call.
         flows: token flow of every node in kv and q parts.
-        carried: values that flow around the residual from one layer to a later one.
-        tail_rows: which rows results need.
-        batch_dims: the dimension over samples of the nodes that have one; None for a single sample.
+        carried: values that a later layer reads from an earlier one besides the residual.
+        tail_rows: rows that results need.
+        batch_dims: batch dimension of the nodes that have one; None for a single sample.
         taint: position-dependent nodes outside the stream.
         weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
-        encoder: nodes that compute the features from the request's data (empty where features are graph
-            inputs).
+        encoder: nodes that compute the features from the request's data; empty if features are graph inputs.
     """
 
     merges: tuple[Merge, ...]
@@ -73,17 +72,17 @@ class DecoderFacts:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers, which is the number of attention sites."""
+        """Number of decoder layers, equal to the number of attention sites."""
         return len(self.layers)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The attentions, one for each layer."""
+        """The attention site of each layer."""
         return tuple(layer.site for layer in self.layers)
 
     @property
     def frontiers(self) -> tuple[Frontier, ...]:
-        """Where keys and values are stored and spliced, layer by layer."""
+        """The tensors at which keys and values are stored and spliced, layer by layer."""
         return tuple(
             Frontier(slot(index), index, node, self.flows[node].dim)
             for index, layer in enumerate(self.layers)
@@ -93,28 +92,28 @@ class DecoderFacts:
 
     @property
     def past(self) -> frozenset[Node]:
-        """What keys and values of this call are joined with; empty without a cache that may hold some."""
-        known = [path for paths in self.caches for path in paths if path is not None]
-        return frozenset(node for path in known for node in path.past)
+        """Tensors that keys and values of this call are joined with; empty without a KV cache."""
+        found = [path for paths in self.caches for path in paths if path is not None]
+        return frozenset(node for path in found for node in path.past)
 
     def on(self, nodes: NodeMap) -> "DecoderFacts":
-        """The same facts of a copy of the graph, whose nodes are ``nodes[n]`` for each node ``n``."""
+        """Return the facts of a copy of the graph with ``nodes[n]`` for each node ``n``."""
         return on_nodes(self, nodes)
 
     def without_encoder(self, nodes: NodeMap) -> "DecoderFacts":
-        """The same facts of the graph in which results of the encoder are inputs.
+        """Return the facts of a copy in which the encoder's results are inputs.
 
-        ``nodes`` has no node of the encoder but these results.
+        Of the encoder, ``nodes`` maps these results alone.
         """
         taint = {node: None for node in self.taint if node in nodes}
         return replace(self, encoder=(), taint=taint).on(nodes)
 
 
 def analyze(captured: Captured) -> DecoderFacts:
-    """Analyse a graph; nothing in it is changed.
+    """Analyse a decoder graph, without changing it.
 
     Raises:
-        UnsupportedGraphError: naming the node, its source line and the reason.
+        UnsupportedGraphError: with the node, its source line and the reason.
     """
     graph = captured.graph_module.graph
     data = captured.inputs_of(InputKind.DATA)
@@ -172,24 +171,26 @@ def analyze(captured: Captured) -> DecoderFacts:
 
 
 def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ...]) -> None:
-    """The decoder attends in no other form. (An encoder may: it runs as it is.)"""
+    """Refuse attention of another form in the decoder. Encoders may have it: they run unchanged."""
     if not others:
         return
     needed = ancestors(output_nodes(graph))
-    behind = descendants([merges[-1].node]) if merges else needed
+    after = descendants([merges[-1].node]) if merges else needed
     for node, what in others.items():
-        if node in needed and node in behind:
+        if node in needed and node in after:
             raise refuse(Reason.ATTENTION_FORM, node, what)
 
 
-def _is_made_elsewhere(site: Site) -> bool:
-    """True where queries, keys and values come from other graphs: a piece between two graph breaks."""
-    made = ancestors([site.query, site.key, site.value])
-    return all(node.op != "call_function" or packet_of(node) in LAYOUT for node in made if carries_data(node))
+def _is_computed_elsewhere(site: Site) -> bool:
+    """Return True if queries, keys and values are inputs, as between two graph breaks."""
+    needed = ancestors([site.query, site.key, site.value])
+    return all(
+        node.op != "call_function" or packet_of(node) in LAYOUT for node in needed if carries_data(node)
+    )
 
 
 def _check_attention(sites: tuple[Site, ...]) -> None:
-    if all(_is_made_elsewhere(site) for site in sites):
+    if all(_is_computed_elsewhere(site) for site in sites):
         raise refuse(Reason.NO_ATTENTION, sites[0].node, "its keys and values are computed in another graph")
     for site in sites:
         if is_one(shape_of(site.query)[-2]):
@@ -199,7 +200,7 @@ def _check_attention(sites: tuple[Site, ...]) -> None:
 
 
 def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:
-    """Between the last merge and the first layer, nothing may enter that differs from token to token."""
+    """Refuse values per token that enter between the last merge and the first layer."""
     if not merges or merges[-1].node is stream.boundaries[0]:
         return
     merged = merges[-1].node
@@ -223,10 +224,10 @@ def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[No
     before = ancestors([stream.boundaries[0]])
     needed = {node for node in ancestors([stream.boundaries[-1]]) if node not in before}
     used: dict[Node, None] = {}
-    known = set(weights)
+    candidates = set(weights)
     for node in graph.nodes:
         if node in needed and node.op != "placeholder":
-            used.update((parent, None) for parent in node.all_input_nodes if parent in known)
+            used.update((parent, None) for parent in node.all_input_nodes if parent in candidates)
     return tuple(used)
 
 

@@ -1,8 +1,10 @@
-"""What a key-value cache does between a layer's frontiers and its attention.
+"""Operations of a KV cache between a layer's frontiers and its attention.
 
-New keys and values join those of earlier calls: by ``cat``, or as rows written into a buffer. Sliding caches
-cut what they joined. Everything there runs on all tokens, so rewriting needs none of it; but where this
-call's tokens lie among the keys decides what a mask says about them.
+New keys and values are joined with those of earlier calls by ``cat`` or by writing rows into a buffer.
+Sliding caches then slice the result. All of this runs on all tokens, so rewriting leaves it alone; but masks
+are read by the position of this call's tokens among the keys.
+
+    cat:   past0 past1 | t0 t1        write: past0 past1 t0 t1 free free        slice: past1 t0 t1
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,12 +27,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CacheOp:
-    """A node that changes which token lies where: ``cat``, rows written into a buffer, or a slice.
+    """A node that changes the positions of tokens: ``cat``, a write of rows into a buffer, or a slice.
 
     Attributes:
         node: the call.
-        own: its operand with this call's tokens.
-        others: tensors whose rows it puts beside them.
+        own: the operand with this call's tokens.
+        others: operands with other rows.
     """
 
     node: Node
@@ -40,7 +42,7 @@ class CacheOp:
 
 @dataclass(frozen=True)
 class CachePath:
-    """The way of one operand, K or V, from its frontier to the attention.
+    """The path of K or V from its frontier to the attention.
 
     Attributes:
         ops: in order; each reads the result of the previous one.
@@ -52,28 +54,30 @@ class CachePath:
 
     @property
     def past(self) -> tuple[Node, ...]:
-        """Tensors with rows of earlier calls, or with room for those of later ones."""
+        """Tensors with rows of earlier calls, or with room for rows of later calls."""
         return tuple(other for op in self.ops for other in op.others)
 
 
 def cache_paths(
     layers: Sequence[LayerSplit], flows: Mapping[Node, TokenFlow], stream: NodeSet, position: dict[Node, int]
 ) -> tuple[tuple[CachePath | None, CachePath | None], ...]:
-    """Each layer's paths of keys and values, its own or an earlier layer's; None where they are of no token
-    of this call."""
+    """Return the cache paths of each layer's keys and values, which may be those of an earlier layer.
+
+    A path is None if its operand has no tokens of this call.
+    """
     paths = []
-    behind: NodeSet = {}
+    full: NodeSet = {}
     frontiers: list[Node] = []
     for layer in layers:
-        behind |= layer.full_part
-        frontiers += [one for one in (layer.key_frontier, layer.value_frontier) if one is not None]
+        full |= layer.full_part
+        frontiers += [node for node in (layer.key_frontier, layer.value_frontier) if node is not None]
         found: list[CachePath | None] = []
         for own, operand in (
             (layer.key_frontier, layer.site.key),
             (layer.value_frontier, layer.site.value),
         ):
-            reached = ancestors([operand], {**dict.fromkeys(frontiers), **behind, **layer.q_part})
-            source = own or next((one for one in reversed(frontiers) if one in reached), None)
+            reached = ancestors([operand], {**dict.fromkeys(frontiers), **full, **layer.q_part})
+            source = own or next((node for node in reversed(frontiers) if node in reached), None)
             if source is not None:
                 found.append(cache_path(source, flows[source].axis, operand, reached, position))
             else:
@@ -88,10 +92,10 @@ def cache_path(
     """Follow the tokens of one layer's keys, or of its values.
 
     Args:
-        frontier: where they come from, with the tokens along ``axis``.
-        axis: see there.
-        operand: of the attention, with the tokens in the last but one dimension.
-        inside: what lies between, and maybe more.
+        frontier: their frontier.
+        axis: token axis of ``frontier``.
+        operand: key or value operand of the attention, with tokens in dimension -2.
+        inside: the nodes between, and possibly others.
         position: each node's index in the graph.
     """
     path = ancestors([operand], {frontier: None, **inside})
@@ -107,7 +111,7 @@ def cache_path(
             continue
         try:
             axes[node] = follow_tokens(node, axes).axis
-        except UnsupportedGraphError:  # scales over all tokens, say: what reads them may still be followed
+        except UnsupportedGraphError:  # such as scales over all tokens; their readers may still be followed
             continue
     ends_well = operand in axes and axes[operand].dim == len(shape_of(operand)) - 2
     ends = [*(op.node for op in ops), operand]
@@ -124,12 +128,12 @@ def _cache_op(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[CacheOp, Toke
         own, dim, _ = rows
         others: list[Any] = [node.args[0]]
     elif node.target is aten.cat.default or (node.target is aten.slice.Tensor and not is_full_slice(node)):
-        given: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
+        operands: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
         dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[arg-type]
-        parts = [part for part in given if part in axes]
+        parts = [part for part in operands if part in axes]
         if len(parts) != 1:
             return None
-        own, others = parts[0], [part for part in given if part is not parts[0]]
+        own, others = parts[0], [part for part in operands if part is not parts[0]]
     else:
         return None
     if own not in axes or axes[own].token_dim + len(shape_of(node)) - len(shape_of(own)) != dim:
@@ -140,9 +144,9 @@ def _cache_op(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[CacheOp, Toke
 
 
 def sources_of_rows(operand: Node) -> NodeSet:
-    """Everything the rows of ``operand`` are computed from.
+    """Return the nodes that the rows of ``operand`` are computed from.
 
-    Where rows are written into a buffer, neither their indices nor the old buffer count.
+    For rows written into a buffer, the indices and the old buffer are left out.
     """
 
     def sources(node: Node) -> Iterable[Node]:

@@ -1,4 +1,4 @@
-"""The merge site: where encoder features enter the token embeddings."""
+"""Merges of encoder features into token embeddings, and deepstack features of later layers."""
 
 from dataclasses import dataclass
 
@@ -18,11 +18,13 @@ MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge: ``embeddings`` where ``mask`` is true are replaced by the rows of ``features``, in order.
+    """A merge: ``embeddings`` with rows of ``features``, in order, where ``mask`` is true.
+
+    With mask 0 1 1 0: e0 f0 f1 e3.
 
     Attributes:
         node: the call; [batch, tokens, hidden].
-        embeddings: the tensor merged into, same shape.
+        embeddings: the token embeddings, of the same shape.
         mask: bool, broadcastable to the embeddings; constant along the last dimension.
         features: rows of the encoder's output, [items' rows, hidden] (or any shape with the same elements).
     """
@@ -34,7 +36,7 @@ class Merge:
 
 
 def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
-    """The merges that lead to attention sites, in graph order (one per modality)."""
+    """Return the merges that ``sites`` depend on, in graph order (often one per modality)."""
     needed = ancestors([site.node for site in sites])
     merges = []
     for node in graph.nodes:
@@ -49,10 +51,10 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
 
 @dataclass(frozen=True)
 class Deepstack:
-    """Features that are added to the residual stream of some layer, at the places where ``mask`` is true.
+    """Features that are added to the residual stream of a layer where ``mask`` is true.
 
     Attributes:
-        node: the features at their places and zeros elsewhere; [batch, tokens, hidden].
+        node: the features where ``mask`` is true, zeros elsewhere; [batch, tokens, hidden].
         features: rows of the encoder's output, [items' rows, hidden].
         mask: bool [batch, tokens].
     """
@@ -63,7 +65,7 @@ class Deepstack:
 
 
 def find_deepstack(graph: Graph) -> tuple[Deepstack, ...]:
-    """In graph order."""
+    """Return the deepstack features of a graph, in graph order."""
     found = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target is SCATTER_ROWS:
@@ -76,11 +78,11 @@ def find_deepstack(graph: Graph) -> tuple[Deepstack, ...]:
 
 @dataclass(frozen=True)
 class LoneMerge:
-    """A merge in a graph that attends to nothing: some models are cut between the merge and the decoder.
+    """A merge in a graph without attention: some models break between the merge and the decoder.
 
     Attributes:
         output_index: index of the merged embeddings, [batch, tokens, hidden], among the graph's results.
-        masks: of each merge that leads to them.
+        masks: mask of each merge that they depend on.
     """
 
     output_index: int
@@ -88,7 +90,7 @@ class LoneMerge:
 
 
 def find_lone_merge(graph: Graph) -> LoneMerge | None:
-    """None for a graph that attends to anything, or does not return one merge."""
+    """Return the merge of a graph without attention that returns a single merge; else None."""
     results = graph.output_node().args[0]
     assert isinstance(results, tuple | list)
     merged = {
@@ -107,8 +109,8 @@ def find_lone_merge(graph: Graph) -> LoneMerge | None:
 
 
 def sites_after(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
-    """The decoder's sites: those behind the last merge (all of them where there is none)."""
+    """Return the decoder's sites: those after the last merge, or all without a merge."""
     if not merges:
         return sites
-    behind = descendants([merges[-1].node])
-    return tuple(site for site in sites if site.node in behind)
+    after = descendants([merges[-1].node])
+    return tuple(site for site in sites if site.node in after)

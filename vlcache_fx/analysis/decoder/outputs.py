@@ -1,4 +1,4 @@
-"""Which rows the graph's results need after the last layer."""
+"""Rows of the last layer that the graph's results need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TailRows:
-    """The rows of the last boundary that results depend on.
+    """Rows of the last boundary that results depend on.
 
     Attributes:
-        selection: the node that takes some tokens (``hidden[:, -1:]``), or None where all are needed.
-        axis: the token axis of the selection's operand.
+        selection: the node that selects some tokens (``hidden[:, -1:]``); None if all are needed.
+        axis: token dimension of the selection's operand.
         flows: token flow of the tail nodes up to the selection.
-        rule: the selection as plain data; None where all rows are needed.
+        rule: the selection as plain data; None if all rows are needed.
     """
 
     selection: Node | None
@@ -37,7 +37,7 @@ class TailRows:
 
     @property
     def num_taken(self) -> int | torch.SymInt:
-        """How many tokens the selection takes; symbolic where calls differ in it."""
+        """Number of selected tokens; symbolic if calls differ in it."""
         assert self.selection is not None
         shape = shape_of(self.selection)
         taken: int | torch.SymInt = 1 if packet_of(self.selection) is aten.select else shape[self.axis]
@@ -45,16 +45,16 @@ class TailRows:
 
     @property
     def varies(self) -> bool:
-        """True where calls may differ in how many tokens are taken."""
+        """True if calls may differ in the number of selected tokens."""
         return self.selection is not None and not isinstance(self.num_taken, int)
 
     def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all; see ``RowSelection``."""
+        """Return the positions that results need, int64 [n], or None for all; see ``RowSelection``."""
         return None if self.rule is None else self.rule.positions(num_tokens, args)
 
 
 def find_tail_rows(boundary: Node, tail: tuple[Node, ...], axis: int) -> TailRows:
-    """Follow the tail token by token up to one selection of rows that everything goes through.
+    """Follow the tail token by token up to a selection of rows that all results depend on.
 
     The selection is constant or given by inputs of the graph: bounds are sums of sizes, or positions are an
     input. Without such a selection, all rows are needed.
@@ -83,7 +83,7 @@ def _is_result(node: Node) -> bool:
 
 
 def _selection(node: Node, axes: Axes) -> RowSelection | None:
-    """What a node takes of the tokens; None where it does something else, or that is not known before."""
+    """Return a node's selection of tokens; None for other nodes, and if inputs do not determine it."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node) or source not in axes or not axes[source].entries.are_tokens:
         return None
@@ -113,13 +113,13 @@ def _by_positions(node: Node, source: Node, axes: Axes) -> RowSelection | None:
     else:
         indices = node.args[1]
         assert isinstance(indices, list | tuple)
-        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
-        if len(given) != 1:
+        used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+        if len(used) != 1:
             return None
-        dim, index = given[0]
+        dim, index = used[0]
     if not isinstance(index, Node) or not _is_token_dim(dim, source, axes):
         return None
-    if not _is_position_list(index):  # flags are another selection
+    if not _is_position_list(index):  # a bool mask is another kind of selection
         return None
     while packet_of(index) in COPIES | CASTS and isinstance(index.args[0], Node):
         index = index.args[0]
@@ -135,11 +135,11 @@ def _is_position_list(node: Node) -> bool:
 
 
 class _Unknown:
-    """A bound that inputs do not say."""
+    """A bound that inputs do not determine."""
 
 
 def _bound(arg: Any) -> Bound | _Unknown:
-    """A bound of a slice as plain data."""
+    """Return a bound of a slice as plain data."""
     if arg is None or isinstance(arg, int):
         return arg
     value = arg.meta.get("val") if isinstance(arg, Node) else None

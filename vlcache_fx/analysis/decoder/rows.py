@@ -1,4 +1,4 @@
-"""The rows of every node of the decoder's layers."""
+"""Rows of every node of the decoder's layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vlcache_fx.ir.sizes import is_one
 
 @dataclass(frozen=True)
 class Carried:
-    """A value of the stream that a later layer reads beside the residual.
+    """A value of a layer that a later layer reads besides the residual.
 
     Attributes:
         operand: the value.
         reader: the node of the later layer.
         dim: the operand's token dimension.
-        made_at, read_at: which rows each of them has: level 0 to L, as in ``Plan.rows``.
+        made_at, read_at: levels of the rows of ``operand`` and ``reader``: 0 to L, as in ``Plan.rows``.
     """
 
     operand: Node
@@ -41,7 +41,7 @@ def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, Toke
     """Return the token flow of every node in kv and q parts.
 
     Raises:
-        UnsupportedGraphError: a node mixes tokens, or a layer returns them along another axis.
+        UnsupportedGraphError: a node mixes tokens, or a layer returns tokens along another axis.
     """
     flows: dict[Node, TokenFlow] = {}
     axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
@@ -81,14 +81,13 @@ def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
 def find_carried(
     stream: Stream, layers: Sequence[LayerSplit], flows: dict[Node, TokenFlow]
 ) -> tuple[Carried, ...]:
-    """Every value that flows around the residual from one layer to a later one.
+    """Return the values that a later layer reads from an earlier one besides the residual.
 
-    Keys and values of all tokens may be read by later layers too (layers that share them); those have no rows
-    of their own, and are no part of this.
+    Full keys and values that later layers share are not among them: they have all tokens.
 
     Raises:
-        UnsupportedGraphError: TOKEN_AXIS_LOST, where rows of one layer would meet all tokens, or what follows
-            the last layer reads inner rows.
+        UnsupportedGraphError: TOKEN_AXIS_LOST, if rows of one layer would meet all tokens, or the tail reads
+            rows of an inner layer.
     """
     levels = _levels(stream, layers)
     full = {node for layer in layers for node in layer.full_part}
@@ -100,7 +99,7 @@ def find_carried(
                 if operand not in levels or operand is entering or operand in members:
                     continue
                 if node is layer.site.node and operand is not layer.site.query:
-                    continue  # shared keys and values: a later splice makes them whole
+                    continue  # shared keys and values are spliced later
                 if node in full:
                     raise refuse(
                         Reason.TOKEN_AXIS_LOST,
@@ -121,7 +120,7 @@ def find_carried(
 
 
 def _levels(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, int]:
-    """The level of each node's rows, once keys and values alone are computed in a row's last layer."""
+    """Return the level of each node's rows, if the last layer of a row computes only keys and values."""
     levels = {stream.boundaries[0]: 0}
     for index, layer in enumerate(layers):
         levels.update(dict.fromkeys(layer.kv_part, index))
@@ -130,10 +129,10 @@ def _levels(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, int]:
 
 
 def check_results(graph: Graph, layers: Sequence[LayerSplit], stream: Stream) -> None:
-    """The graph may return full keys and values and what follows the last layer, nothing of inner rows.
+    """Check that the graph returns no rows of inner layers, besides full keys and values.
 
     Raises:
-        UnsupportedGraphError: TOKEN_AXIS_LOST.
+        UnsupportedGraphError: TOKEN_AXIS_LOST, otherwise.
     """
     partial = {node for layer in layers for node in (*layer.q_part, *layer.kv_part)}
     partial -= {stream.boundaries[-1]}

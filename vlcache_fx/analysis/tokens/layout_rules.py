@@ -65,7 +65,7 @@ def same(node: Node, axes: Axes) -> TokenFlow:
 
 
 def like_first(node: Node, axes: Axes) -> TokenFlow:
-    """Return the flow of new values in the layout of the first operand; other operands are not read."""
+    """Return the flow of new values in the layout of the first operand; others only set dtype or device."""
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
