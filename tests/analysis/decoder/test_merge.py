@@ -1,4 +1,4 @@
-"""Where features enter, and the part of the graph that computes them."""
+"""Merges, deepstack features, and the nodes that compute features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 from ..graphs import attend, capture, captured_vlm
 
 
-def test_one_merge() -> None:
+def test_find_merges_single() -> None:
     captured = captured_vlm()
     facts = analyze(captured)
     (merge,) = facts.merges
@@ -32,7 +32,7 @@ def two_modalities(x: Tensor, images: Tensor, videos: Tensor, kinds: Tensor, enc
     return (x + attend(x))[:, -1]
 
 
-def test_two_merges_and_attention_before_them() -> None:
+def test_find_merges_two_modalities() -> None:
     call = {
         "x": torch.randn(1, 6, 4),
         "images": torch.randn(2, 4),
@@ -52,7 +52,7 @@ def test_two_merges_and_attention_before_them() -> None:
     assert sites[0].node in facts.encoder
 
 
-def test_no_merge() -> None:
+def test_find_merges_none() -> None:
     captured, _ = captured_graph(tiny_vlm(), tiny_vlm_inputs(4, 3, []))
     facts = analyze(captured)
     assert facts.merges == ()
@@ -61,17 +61,17 @@ def test_no_merge() -> None:
     assert sites_after(find_sites(captured.graph_module.graph), ()) == find_sites(captured.graph_module.graph)
 
 
-def test_a_merge_that_leads_to_no_attention_is_none_of_ours() -> None:
-    def beside(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def test_find_merges_without_attention() -> None:
+    def unread(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return x.masked_scatter(mask, x), attend(x) + x
 
     call = {"x": torch.ones(1, 3, 4), "mask": torch.ones(1, 3, 4, dtype=torch.bool)}
-    graph = capture(beside, call).graph_module.graph
+    graph = capture(unread, call).graph_module.graph
     assert find_merges(graph, find_sites(graph)) == ()
 
 
 def deepstack(ids: Tensor, mask: Tensor, pixels: Tensor, embed: nn.Module, encoder: nn.Module) -> Tensor:
-    """Features that are merged, and others that are added behind the first layer."""
+    """Merged features, and others that are added after the first layer."""
     features = encoder(pixels)
     x = embed(ids).masked_scatter(mask[..., None], features)
     x = x + attend(x)
@@ -81,7 +81,7 @@ def deepstack(ids: Tensor, mask: Tensor, pixels: Tensor, embed: nn.Module, encod
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_features_that_are_added_behind_a_layer(dynamic: bool | None) -> None:
+def test_find_deepstack(dynamic: bool | None) -> None:
     mask = torch.tensor([[False, True, True, False, False]])
     call = {"ids": torch.tensor([[1, 2, 3, 4, 5]]), "mask": mask, "pixels": torch.randn(2, 4)}
     parts = {"embed": nn.Embedding(9, 4), "encoder": nn.Linear(4, 4)}
@@ -93,9 +93,9 @@ def test_features_that_are_added_behind_a_layer(dynamic: bool | None) -> None:
     assert str(entry.features.target) == "aten.tanh.default"
     assert entry.mask.op == "placeholder"
     assert facts.num_layers == 2
-    assert entry.node not in facts.stream.nodes  # it is gathered like any table of all tokens
+    assert entry.node not in facts.stream.nodes  # gathered like any table over all tokens
     assert {entry.features, facts.merges[0].features} <= set(facts.encoder)
 
 
-def test_no_addition() -> None:
+def test_find_deepstack_none() -> None:
     assert analyze(captured_vlm()).deepstack == ()

@@ -1,4 +1,4 @@
-"""The token axis through each op, and what is refused."""
+"""The token axis through each operator, and refused operators."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flows_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.No
 
 
 class Restricted(torch.fx.Interpreter):
-    """Runs a graph on ``ROWS`` only, doing to each node what its flow says."""
+    """Runs a graph on ``ROWS`` only, applying the token flow of each node."""
 
     def __init__(self, module: torch.fx.GraphModule, flows: dict[torch.fx.Node, TokenFlow]) -> None:
         super().__init__(module)
@@ -91,7 +91,7 @@ def entries_of(axis: TokenAxis) -> Tensor:
 
 
 def routed(x: Tensor) -> Tensor:
-    """A mixture of experts by sorting: each token goes to two of three experts."""
+    """A mixture of experts by sorting: two of three experts per token."""
     rows = x.view(-1, 4)
     scores, chosen = (rows @ ROUTER).softmax(-1).topk(2, -1)
     keys, order = chosen.reshape(-1).sort()
@@ -101,7 +101,7 @@ def routed(x: Tensor) -> Tensor:
 
 
 def routed_elsewhere(x: Tensor) -> Tensor:
-    """The groups are those of other scores."""
+    """Groups of other scores."""
     rows = x.view(-1, 4)
     order = rows[:, 0].argsort()
     keys = rows[:, 1].long().sort()[0]
@@ -128,7 +128,7 @@ TOKENWISE: dict[str, Function] = {
     "t": lambda x: x.view(TOKENS, 4).t(),
     "permute": lambda x: x.permute(2, 0, 1),
     "unsqueeze_before": lambda x: x.unsqueeze(0),
-    "unsqueeze_behind": lambda x: x.unsqueeze(-1),
+    "unsqueeze_after": lambda x: x.unsqueeze(-1),
     "squeeze": lambda x: x.unsqueeze(2).squeeze(2).squeeze(0),
     "squeeze_dims": lambda x: aten.squeeze.dims(x.unsqueeze(2), [0, 2]),
     "slice_of_a_head": lambda x: x[..., :2] + x[..., 2:],
@@ -137,10 +137,10 @@ TOKENWISE: dict[str, Function] = {
     "split_with_sizes": lambda x: x.split([1, 3], -1)[1],
     "chunk": lambda x: x.chunk(2, -1)[0],
     "select": lambda x: x[0],
-    "select_behind": lambda x: x[..., 1],
+    "select_after": lambda x: x[..., 1],
     "index_select": lambda x: x.index_select(2, torch.tensor([3, 0])),
-    "masked_behind": lambda x: x[..., torch.tensor([True, False, True, True])],
-    "masked_in_front": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
+    "masked_after": lambda x: x[..., torch.tensor([True, False, True, True])],
+    "masked_before": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
     "cat": lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1),
     "cat_with_a_table": lambda x: torch.cat([x, TABLE[None]], -1),
     "mean": lambda x: x.mean(-1, keepdim=True),
@@ -180,7 +180,7 @@ TOKENWISE: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
-def test_some_rows_are_those_rows_of_all(name: str) -> None:
+def test_follow_tokens_restricted_rows(name: str) -> None:
     function = TOKENWISE[name]
     module, flows = flows_of(function)
     last = [node for node in module.graph.nodes if node in flows][-1]
@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_ops_that_mix_tokens_are_refused(name: str) -> None:
+def test_follow_tokens_refuses_mixing(name: str) -> None:
     function, reason, detail = REFUSED[name]
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
         flows_of(function)
@@ -302,7 +302,7 @@ def mixing(x: Tensor) -> Tensor:
     return x + attend(x)
 
 
-def test_a_refusal_names_the_node_and_its_line() -> None:
+def test_follow_tokens_refusal_names_line() -> None:
     with pytest.raises(UnsupportedGraphError) as refusal:
         analyze(capture(mixing, {"x": torch.randn(1, 6, 4)}))
     assert refusal.value.reason is Reason.UNKNOWN_OP
@@ -312,7 +312,7 @@ def test_a_refusal_names_the_node_and_its_line() -> None:
     assert refusal.value.source_line.endswith("in mixing: x = x + x.flip(1)  # mixes")
 
 
-def test_nodes_that_are_no_calls_are_refused() -> None:
+def test_follow_tokens_refuses_other_nodes() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
