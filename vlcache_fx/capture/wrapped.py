@@ -102,16 +102,16 @@ class Unwrapped:
             fake = node.meta.get("example_value", node.meta.get("val"))
             parts = spec.flat(value)
             fakes = _fake_parts(fake, spec)
-            made = []
+            inner_nodes = []
             for index, part in enumerate(parts):
-                own = graph.placeholder(f"{node.name}_{index}")
-                own.meta = {**node.meta, WHOLE: value, "example_value": fakes[index]}
-                own.meta.pop("val", None)
-                made.append(own)
+                inner = graph.placeholder(f"{node.name}_{index}")
+                inner.meta = {**node.meta, WHOLE: value, "example_value": fakes[index]}
+                inner.meta.pop("val", None)
+                inner_nodes.append(inner)
                 inputs.append(part)
-            wholes.append((node, spec, made))
-        for node, spec, made in wholes:
-            copied[node] = graph.call_function(_maker(spec), tuple(made))
+            wholes.append((node, spec, inner_nodes))
+        for node, spec, inner_nodes in wholes:
+            copied[node] = graph.call_function(_maker(spec), tuple(inner_nodes))
         graph.output(graph.graph_copy(graph_module.graph, copied))
         return cls(fx.GraphModule(graph_module, graph), inputs, specs)
 

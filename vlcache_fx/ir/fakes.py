@@ -28,10 +28,10 @@ class Shapes:
         """Return a new symbol, at least 2, independent of symbols with the same example."""
         from torch._dynamo.source import ConstantSource  # here, because it imports all of Dynamo
 
-        made = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
-        if not isinstance(made, sympy.Symbol):
+        symbol = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        if not isinstance(symbol, sympy.Symbol):
             raise ValueError(f"no symbol for the example {example}")
-        return made
+        return symbol
 
     def size(self, value: Size, examples: Mapping[sympy.Symbol, int]) -> int | torch.SymInt:
         """Return a size of this environment; ``examples`` has the value of each backed symbol."""
@@ -39,8 +39,8 @@ class Shapes:
             return value
         if value.is_number:
             return int(value)
-        made: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
-        return made
+        size: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
+        return size
 
     def empty(
         self,
@@ -75,9 +75,9 @@ class FakeInputs:
         if name not in self._sizes:
             example = hint(len(self._sizes))
             symbol = self._shapes.symbol(f"vlcache_{name}", example)
-            made = self._shapes.size(symbol, {symbol: example})
-            assert isinstance(made, torch.SymInt)
-            self._sizes[name] = made
+            size = self._shapes.size(symbol, {symbol: example})
+            assert isinstance(size, torch.SymInt)
+            self._sizes[name] = size
         return self._sizes[name]
 
     def tensor(

@@ -50,8 +50,8 @@ def attribute(module: fx.GraphModule, node: Node) -> Any:
 def slice_bounds(node: Node) -> tuple[Any, Any, Any, Any]:
     """Return ``(dim, start, end, step)`` of a ``slice`` or ``slice_scatter``, defaults included."""
     first = 1 if packet_of(node) is aten.slice else 2
-    given: list[Any] = list(node.args[first:])
-    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    arguments: list[Any] = list(node.args[first:])
+    dim, start, end, step = arguments + [0, None, None, 1][len(arguments) :]
     return dim, start, end, step
 
 

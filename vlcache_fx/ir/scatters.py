@@ -80,10 +80,10 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
     dim %= value.dim()
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        made = graph.call_function(target, args, kwargs)
+        result = graph.call_function(target, args, kwargs)
         args = fx.map_arg(args, lambda argument: argument.meta["val"])
-        made.meta["val"] = target(*args, **kwargs)
-        return made
+        result.meta["val"] = target(*args, **kwargs)
+        return result
 
     with graph.inserting_before(node), value.fake_mode:
         size: Any = (
@@ -97,9 +97,9 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         positions = call(aten.arange.default, count, device=value.device)
         if first != 0:
             positions = call(aten.add.Tensor, positions, first)
-        made = graph.call_function(aten.index_copy.default, (target, dim, positions, source))
-    made.meta.update(node.meta, val=whole)
-    return made
+        result = graph.call_function(aten.index_copy.default, (target, dim, positions, source))
+    result.meta.update(node.meta, val=whole)
+    return result
 
 
 def _from_front(call: Any, bound: Any, size: Any) -> Any:

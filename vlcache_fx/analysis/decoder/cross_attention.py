@@ -30,9 +30,9 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
         node for node in captured.inputs_of(InputKind.SIZE) if expressions([node.meta["val"]])[0] not in sizes
     ]
     others = reachable(foreign, lambda node: node.users)  # through sizes too
-    own = descendants(attended)
+    dependent = descendants(attended)
     return tuple(
-        node for node in own if node.op == "call_function" and carries_data(node) and node not in others
+        node for node in dependent if node.op == "call_function" and carries_data(node) and node not in others
     )
 
 

@@ -163,7 +163,7 @@ def _bound(arg: Any) -> Bound | _Unknown:
 
 
 def _sizes_of(graph: torch.fx.Graph) -> dict[str, tuple[int, int | None]]:
-    """Which input tells each symbol: its index, and the dimension that has this size; None for a number."""
+    """Return the input of each symbol: its index, and the dimension of this size; None for a number."""
     found: dict[str, tuple[int, int | None]] = {}
     for index, node in enumerate(graph.find_nodes(op="placeholder")):
         value = node.meta.get("val")

@@ -151,12 +151,12 @@ def _squeeze(node: Node, axes: Axes) -> TokenFlow:
     if len(node.args) < 2:
         raise lost(node, "it may drop any dimension of size 1")
     dims = node.args[1] if isinstance(node.args[1], Sequence) else [node.args[1]]
-    own = {dimension(dim, rank_of(operand)) for dim in dims}
-    if axis.token_dim in own:
+    squeezed = {dimension(dim, rank_of(operand)) for dim in dims}
+    if axis.token_dim in squeezed:
         raise lost(node, "it drops the token axis")
     return TokenFlow(
         axis.moved(
-            axis.token_dim - sum(dim < axis.token_dim and is_one(shape_of(operand)[dim]) for dim in own)
+            axis.token_dim - sum(dim < axis.token_dim and is_one(shape_of(operand)[dim]) for dim in squeezed)
         )
     )
 
@@ -220,10 +220,12 @@ def _stack(node: Node, axes: Axes) -> TokenFlow:
 
 def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
     """Return the flow of a join of tensors with equal token axes; operands without one are gathered."""
-    own = [with_token_dim(node, axes[part]) for part in parts if part in axes]
-    if not own or any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
+    found = [with_token_dim(node, axes[part]) for part in parts if part in axes]
+    if not found or any(
+        axis.dim != found[0].dim or not axis.entries.same(found[0].entries) for axis in found
+    ):
         raise lost(node, "it joins tensors along the token axis")
-    axis = own[0]
+    axis = found[0]
     others = tuple((part, axis.token_dim) for part in parts if part not in axes)
     others = tuple((part, dim) for part, dim in others if not is_one(shape_of(part)[dim]))
     if others and not axis.entries.are_tokens:

@@ -20,11 +20,11 @@ def pointwise(node: Node, axes: Axes) -> TokenFlow:
     """Return the flow of an elementwise operator with broadcasting."""
     rank = rank_of(node)
     operands = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
-    own = [(o, with_token_dim(node, axes[o])) for o in operands if o in axes]
-    dims = {rank - (rank_of(o) - axis.token_dim) for o, axis in own}
-    if len(dims) != 1 or any(not axis.entries.same(own[0][1].entries) for _, axis in own):
+    token_axes = [(o, with_token_dim(node, axes[o])) for o in operands if o in axes]
+    dims = {rank - (rank_of(o) - axis.token_dim) for o, axis in token_axes}
+    if len(dims) != 1 or any(not axis.entries.same(token_axes[0][1].entries) for _, axis in token_axes):
         raise lost(node, "the token axes of its operands do not match")
-    token_dim, entries = dims.pop(), own[0][1].entries
+    token_dim, entries = dims.pop(), token_axes[0][1].entries
     gathers = []
     for operand in operands:
         dim = token_dim - (rank - rank_of(operand))
@@ -82,14 +82,14 @@ def _reduce(node: Node, axes: Axes) -> TokenFlow:
     dims = node.args[1] if len(node.args) > 1 else None
     if dims is None:
         raise lost(node, "it reduces over every dimension")
-    own = {dimension(dim, rank) for dim in (dims if isinstance(dims, Sequence) else [dims])}
-    if axis.token_dim in own or not own:
+    reduced = {dimension(dim, rank) for dim in (dims if isinstance(dims, Sequence) else [dims])}
+    if axis.token_dim in reduced or not reduced:
         raise lost(node, "it reduces over the token axis")
     value = node.meta["val"]
     first = value[0] if isinstance(value, tuple | list) else value
     kept = first.dim() == rank
     return TokenFlow(
-        axis.at(axis.token_dim if kept else axis.token_dim - sum(dim < axis.token_dim for dim in own))
+        axis.at(axis.token_dim if kept else axis.token_dim - sum(dim < axis.token_dim for dim in reduced))
     )
 
 
@@ -129,15 +129,15 @@ def _gather(node: Node, axes: Axes) -> TokenFlow:
     """``gather`` and ``scatter`` along another dimension, at indices of each token's own."""
     dim = dimension(node.args[1], rank_of(node))
     tensors = [o for o in node.all_input_nodes if isinstance(o.meta.get("val"), torch.Tensor)]
-    own = [with_token_dim(node, axes[o]) for o in tensors if o in axes]
-    if any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
+    first, *rest = (with_token_dim(node, axes[o]) for o in tensors if o in axes)
+    if any(axis.dim != first.dim or not axis.entries.same(first.entries) for axis in rest):
         raise lost(node, "the token axes of its operands do not match")
-    if dim == own[0].dim:
+    if dim == first.dim:
         raise lost(node, "it reads values of other tokens")
-    others = tuple((o, own[0].token_dim) for o in tensors if o not in axes)
-    if others and not own[0].entries.are_tokens:
+    others = tuple((o, first.token_dim) for o in tensors if o not in axes)
+    if others and not first.entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")
-    return TokenFlow(own[0].at(own[0].token_dim), others)
+    return TokenFlow(first.at(first.token_dim), others)
 
 
 MATH_RULES: Mapping[Any, Rule] = MappingProxyType(

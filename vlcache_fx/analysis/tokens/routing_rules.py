@@ -81,10 +81,11 @@ def _index(node: Node, axes: Axes) -> TokenFlow:
         return TokenFlow(TokenAxis(dim + axis.token_dim, axis.entries))
     axis = with_token_dim(node, axes[source])
     if index in axes:
-        own = with_token_dim(node, axes[index])
-        if dim != axis.token_dim or own.points_at is None or not own.points_at.same(axis.entries):
+        index_axis = with_token_dim(node, axes[index])
+        target = index_axis.points_at
+        if dim != axis.token_dim or target is None or not target.same(axis.entries):
             raise lost(node, "it indexes other tokens")
-        return TokenFlow(TokenAxis(dim + own.token_dim, own.entries))
+        return TokenFlow(TokenAxis(dim + index_axis.token_dim, index_axis.entries))
     if dim == axis.token_dim:
         raise lost(node, "it selects some tokens")
     return TokenFlow(axis.at(axis.token_dim + (added - replaced if dim < axis.token_dim else 0)))
