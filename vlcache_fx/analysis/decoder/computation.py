@@ -55,7 +55,7 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
         rows = [writer.text(node) for node in results]
         if not facts.merges:  # the embeddings are an input, whose rows keys contain
             return content_digest(rows)
-        writer.uncut()
+        writer.include_embeddings()
         return content_digest([*rows, writer.text(facts.stream.boundaries[0])])
 
     first, second = RowWriter(captured, facts), RowWriter(captured, facts, unifies=True)

@@ -40,7 +40,7 @@ WITHOUT_EFFECT = frozenset({"device", "layout", "pin_memory", "memory_format", "
 class RowWriter(ComputationWriter):
     """Writer of the computation of a decoder's rows.
 
-    Until ``uncut``, the token embeddings of the first layer are a single word.
+    Until ``include_embeddings``, the token embeddings of the first layer are a single word.
 
     Args:
         captured, facts: the graph and its facts.
@@ -64,7 +64,7 @@ class RowWriter(ComputationWriter):
         self.leaves = LeafFinder(captured, facts, self._lengths)
         self.more_weights: list[Node] = []
 
-    def uncut(self) -> None:
+    def include_embeddings(self) -> None:
         """From now on, write the computation of the token embeddings too."""
         if self._start is not None:
             self.texts.pop(self._start, None)
