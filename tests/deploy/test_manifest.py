@@ -317,7 +317,7 @@ MINUS_AN_INPUT = {"constant": 0, "sizes": [{"factor": -1, "input": 4}]}
         ("decoder.spans.embeddings", 1),
         ("decoder.num_results", 2),
         ("decoder.data", [4]),
-        ("decoder.writes", [{"input": 0, "value": 0, "dim": None, "places": None, "results": []}]),
+        ("decoder.writes", [{"input": 0, "value": 0, "dim": None, "positions": None, "results": []}]),
         ("decoder.weights", [0]),
         ("decoder.has_past", True),
         ("decoder.tail", {"bounds": [{"input": 4}]}),

@@ -14,7 +14,7 @@ from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.passes import Program
 from vlcache_fx.runtime.decode_step import DecodeStepRunner
 
-ROWS, COUNT = Write(input=0, value=1, dim=1, places=2), Write(input=2, value=3, results=(0,))
+ROWS, COUNT = Write(input=0, value=1, dim=1, positions=2), Write(input=2, value=3, results=(0,))
 KINDS = (InputKind.DATA, InputKind.DATA, InputKind.DATA, InputKind.WEIGHT)
 
 

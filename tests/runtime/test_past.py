@@ -172,7 +172,7 @@ def test_an_image_that_sees_the_question_is_refused_behind_a_past_too() -> None:
 def test_several_tokens_that_see_each_other_are_no_decoding_step() -> None:
     report = check(compiled("sees all"), call(3, 1))
     assert "[mask_form]" in report["reason"]
-    assert "later ones included" in report["reason"]
+    assert "attend to later tokens" in report["reason"]
 
 
 def test_refusals_are_raised_in_strict_mode() -> None:

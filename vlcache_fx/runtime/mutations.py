@@ -72,10 +72,10 @@ def apply_input_mutations(
             target, value = args[write.input], outputs[write.value]
             if value is None:
                 pass  # written already
-            elif write.dim is None or write.places is None:
+            elif write.dim is None or write.positions is None:
                 target.copy_(value)
             else:
-                target[(*[slice(None)] * write.dim, outputs[write.places])] = value
+                target[(*[slice(None)] * write.dim, outputs[write.positions])] = value
             for place in write.results:
                 results[place] = target
     return results

@@ -17,14 +17,14 @@ class Write:
         value: index, among the graph's outputs, of what is written. A program that writes it by itself
             returns None there.
         dim: the dimension along which rows are written; None where ``value`` replaces all of the input.
-        places: index, among the outputs, of the places of these rows along ``dim`` (int64 [rows]).
+        positions: index, among the outputs, of the positions of these rows along ``dim`` (int64 [rows]).
         results: indices of the results that are the input itself; the graph returns None there.
     """
 
     input: int
     value: int
     dim: int | None = None
-    places: int | None = None
+    positions: int | None = None
     results: tuple[int, ...] = ()
 
 
@@ -47,5 +47,5 @@ class DecodeStepSpec:
 
 def num_results(writes: Sequence[Write], num_outputs: int) -> int:
     """How many of a graph's outputs the traced code returns: those for its input mutations come last."""
-    places = [write.places for write in writes if write.places is not None]
-    return min([*places, *(write.value for write in writes)], default=num_outputs)
+    positions = [write.positions for write in writes if write.positions is not None]
+    return min([*positions, *(write.value for write in writes)], default=num_outputs)

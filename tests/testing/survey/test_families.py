@@ -27,7 +27,7 @@ NOT_REUSED = {
     "paligemma": ("refused: mask_form", "tokens of the span at 5 attend to tokens behind it"),
     "qwen3_5": (
         "refused: token_mixing",
-        "tokens meet outside attention in aten.conv1d.default: it mixes neighbouring tokens",
+        "aten.conv1d.default mixes tokens outside attention: it convolves over tokens",
     ),
     "mllama": ("exact reuse", ""),
 }

@@ -52,7 +52,7 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
             source_line(site.node),
             mask is not None,
             "" if mask is None else mask_rule(mask, facts),
-            key_moves(() if site.is_prefill else keys.moves, cache_values),
+            key_moves(() if site.is_prefill else keys.ops, cache_values),
         )
     masks, kinds = masks_of(facts), list(sites)
     needed = needed_for(masks)

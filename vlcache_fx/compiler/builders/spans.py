@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts
-from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_lone_merge
+from vlcache_fx.analysis.decoder.merge import Deepstack, Merge, find_lone_merge
 from vlcache_fx.ir import Captured
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.runtime.merge import MergeMarks
@@ -27,12 +27,12 @@ def span_spec(facts: DecoderFacts, index: Mapping[Node, int]) -> SpanSpec:
 
 
 def span_masks(facts: DecoderFacts) -> list[Node]:
-    """The mask of each merge and addition."""
+    """The mask of each merge and deepstack."""
     return [one.mask for one in _entries(facts)]
 
 
-def _entries(facts: DecoderFacts) -> list[Merge | Addition]:
-    return [*facts.merges, *facts.additions]
+def _entries(facts: DecoderFacts) -> list[Merge | Deepstack]:
+    return [*facts.merges, *facts.deepstack]
 
 
 def merge_marks(captured: Captured) -> MergeMarks | None:
@@ -40,4 +40,4 @@ def merge_marks(captured: Captured) -> MergeMarks | None:
     found = find_lone_merge(captured.graph_module.graph)
     if found is None:
         return None
-    return MergeMarks(MergeSpec(found.place), extract(captured.graph_module, found.masks))
+    return MergeMarks(MergeSpec(found.output_index), extract(captured.graph_module, found.masks))
