@@ -230,7 +230,7 @@ class Session:
 
     def _without_reuse(self, *args: Any) -> Sequence[Any]:
         spec = self.manifest.decoder
-        if self._identifier.runs(args) is None:
+        if self._identifier.media_spans(args) is None:
             raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
         positions = spec.positions(tokens, args)

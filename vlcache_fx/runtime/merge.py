@@ -9,7 +9,7 @@ from typing import Any
 
 from vlcache_fx.errors import PlanError
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
-from vlcache_fx.runtime.requests.media_spans import flagged_places, runs_of, token_flags
+from vlcache_fx.runtime.requests.media_spans import flagged_positions, media_spans_of, token_flags
 from vlcache_fx.runtime.requests.prologue import Values
 from vlcache_fx.spec.program import MergeSpec
 
@@ -30,9 +30,9 @@ class MergeMarks:
         """``results`` of the call with ``args``, marked."""
         embeds, spans = results[self.spec.output], []
         for mask in self.spans(*args):
-            places = flagged_places(token_flags(mask))
-            runs = runs_of(places, embeds.flatten(0, 1)[places], embeds.shape[1])
-            spans += [(run.sample, run.start, run.length) for run in runs]
+            positions = flagged_positions(token_flags(mask))
+            media_spans = media_spans_of(positions, embeds.flatten(0, 1)[positions], embeds.shape[1])
+            spans += [(span.sample, span.start, span.length) for span in media_spans]
         with contextlib.suppress(PlanError):  # merges into the same tokens: no span is what one encoder gave
             mark_spans(embeds, spans)
         return results

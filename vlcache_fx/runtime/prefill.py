@@ -83,17 +83,17 @@ class DecoderRunner:
         context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
             known = on_host(args, self._spec.host_inputs)
-            identified = self._identifier.runs(known, context.media_items)
+            identified = self._identifier.media_spans(known, context.media_items)
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
-            num_samples, num_tokens, runs = identified
+            num_samples, num_tokens, media_spans = identified
             hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
-                request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
+                request = self._donors.request(args, known, num_samples, num_tokens, media_spans, hit, clock)
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
                 return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
-        if not runs and self._spec.spans.embeddings is not None:
+        if not media_spans and self._spec.spans.embeddings is not None:
             return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
         if num_tokens < 2:
             return self._bypass(args, Reason.ONE_TOKEN, num_tokens)

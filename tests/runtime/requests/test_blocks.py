@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS, Piece, PrefixReader
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -185,10 +185,12 @@ def test_generate_goes_on_from_a_complete_cache() -> None:
 # The pieces -------------------------------------------------------------------------------------------------
 
 
-def pieces(ids: Tensor, runs: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Piece]:
-    found = [Run(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in runs]
+def pieces(ids: Tensor, media_spans: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Piece]:
+    found = [
+        MediaSpan(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in media_spans
+    ]
     spans = [
-        Span(0, run.start, run.length, f"span {run.start}", False) for run in found if run.length >= shortest
+        Span(0, one.start, one.length, f"span {one.start}", False) for one in found if one.length >= shortest
     ]
     by_token = [ids[0], *others.get("more", ())]
     root, seen = others.get("root", ""), others.get("seen")
@@ -202,18 +204,20 @@ def pieces(ids: Tensor, runs: list[tuple[int, int]], shortest: int = 1, **others
 def test_pieces_cover_the_prompt_and_know_what_is_before_them(
     lengths: list[tuple[int, int]], after: int, changed: int
 ) -> None:
-    runs, at = [], 0
+    media_spans, at = [], 0
     for text, media in lengths:
-        runs.append((at + text, media))
+        media_spans.append((at + text, media))
         at += text + media
     ids = torch.arange(at + after)[None]
-    found = pieces(ids, runs, shortest=8)
+    found = pieces(ids, media_spans, shortest=8)
     assert [0, *(piece.end for piece in found)] == [*(piece.start for piece in found), ids.shape[1]]
-    assert [(p.start, p.length) for p in found if p.span] == [run for run in runs if run[1] >= 8]
+    assert [(p.start, p.length) for p in found if p.span] == [
+        bounds for bounds in media_spans if bounds[1] >= 8
+    ]
     place = changed % ids.shape[1]
     other = ids.clone()
     other[0, place] = -1
-    for one, two in zip(found, pieces(other, runs, shortest=8), strict=True):
+    for one, two in zip(found, pieces(other, media_spans, shortest=8), strict=True):
         assert (one.before == two.before) == (one.start <= place)
         assert (one.key == two.key) == (one.end <= place or one.span is not None)
 
@@ -252,7 +256,11 @@ def test_the_length_of_the_prompt_does_not_count() -> None:
 def test_media_too_short_to_be_spans_count_with_their_content() -> None:
     ids = torch.arange(20)[None]
     made = [
-        list(PrefixReader().pieces([ids], [ids[0]], [Run(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""))
+        list(
+            PrefixReader().pieces(
+                [ids], [ids[0]], [MediaSpan(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""
+            )
+        )
         for value in (0.0, 1.0)
     ]
     assert [one.key == two.key for one, two in zip(*made, strict=True)] == [True, False, False]
@@ -264,9 +272,9 @@ def test_rows_of_embeddings_count_but_for_those_of_spans(place: int) -> None:
     other = embeds.clone()
     other[0, place] = -1
     reader = PrefixReader(embeddings=0)
-    run = Run(0, 4, 6, (embeds[0, 4:10],))
+    media_span = MediaSpan(0, 4, 6, (embeds[0, 4:10],))
     one, two = (
-        list(reader.pieces([value], [], [run], [Span(0, 4, 6, "span", False)], 20, ""))
+        list(reader.pieces([value], [], [media_span], [Span(0, 4, 6, "span", False)], 20, ""))
         for value in (embeds, other)
     )
     in_span = 4 <= place < 10

@@ -18,7 +18,7 @@ from vlcache_fx.compiler.builders.spans import span_masks
 from vlcache_fx.ir import InputKind
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.media_spans import MediaItems, Run, merged_grid, runs_of
+from vlcache_fx.runtime.requests.media_spans import MediaItems, MediaSpan, media_spans_of, merged_grid
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
@@ -81,26 +81,26 @@ class Identifying:
             args[self.place[name]] = value
         return args
 
-    def runs(
+    def media_spans(
         self, items: list[list[int]] | None = None, **changes: Tensor
-    ) -> tuple[int, int, list[Run]] | None:
+    ) -> tuple[int, int, list[MediaSpan]] | None:
         encoded = [MediaItems(tuple(lengths)) for lengths in items or ()]
-        return self.identifier.runs(self.with_changes(changes), encoded)
+        return self.identifier.media_spans(self.with_changes(changes), encoded)
 
     def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
-        """``(sample, start, length)`` of each run."""
-        identified = self.runs(items, **changes)
+        """``(sample, start, length)`` of each media span."""
+        identified = self.media_spans(items, **changes)
         assert identified is not None
-        return [(run.sample, run.start, run.length) for run in identified[2]]
+        return [(span.sample, span.start, span.length) for span in identified[2]]
 
-    def positions(self, run: int = 0, **changes: Tensor) -> list[Any]:
-        """What layers read at the tokens of one run beside its features, in the given call."""
+    def positions(self, number: int = 0, **changes: Tensor) -> list[Any]:
+        """The values that layers read at the tokens of one media span besides its features."""
         args = self.with_changes(changes)
-        identified = self.identifier.runs(args)
+        identified = self.identifier.media_spans(args)
         assert identified is not None
-        _, tokens, runs = identified
-        one = runs[run]
-        return self.leaves.of_item(self.leaves.read(args), one.sample, one.start, one.length, tokens)[1]
+        _, tokens, media_spans = identified
+        span = media_spans[number]
+        return self.leaves.of_item(self.leaves.read(args), span.sample, span.start, span.length, tokens)[1]
 
 
 def ids(*prompts: str) -> Tensor:
@@ -122,19 +122,24 @@ def two(_compiler: None) -> Identifying:
 
 
 def test_runs_of_each_sample(two: Identifying) -> None:
-    identified = two.runs()
+    identified = two.media_spans()
     assert identified is not None
-    samples, tokens, runs = identified
+    samples, tokens, media_spans = identified
     assert (samples, tokens) == (2, 8)
-    assert [(run.sample, run.start, run.end) for run in runs] == [(0, 1, 4), (0, 6, 8), (1, 0, 2), (1, 3, 6)]
+    assert [(span.sample, span.start, span.end) for span in media_spans] == [
+        (0, 1, 4),
+        (0, 6, 8),
+        (1, 0, 2),
+        (1, 3, 6),
+    ]
     first = 0
-    for run in runs:
-        features, *deep = run.content
-        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + run.length])
+    for span in media_spans:
+        features, *deep = span.content
+        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + span.length])
         assert len(deep) == 2  # of each layer
         for added in deep:
-            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + run.length])
-        first += run.length
+            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + span.length])
+        first += span.length
 
 
 def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
@@ -156,12 +161,12 @@ def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying)
 
 
 def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> None:
-    assert two.runs(features=noise(0, 9, HIDDEN)) is None
-    assert two.runs(features=noise(0, 10, HIDDEN // 2)) is None
-    assert two.runs(deep=noise(1, 11, HIDDEN)) is None
+    assert two.media_spans(features=noise(0, 9, HIDDEN)) is None
+    assert two.media_spans(features=noise(0, 10, HIDDEN // 2)) is None
+    assert two.media_spans(deep=noise(1, 11, HIDDEN)) is None
     one_less = TWO.clone()
     one_less[0, 1] = 7
-    assert two.runs(input_ids=one_less) is None
+    assert two.media_spans(input_ids=one_less) is None
     assert two.found(input_ids=TWO.flip(0)) == [(0, 0, 2), (0, 3, 3), (1, 1, 3), (1, 6, 2)]
 
 
@@ -171,13 +176,13 @@ def test_additions_at_other_tokens_are_not_understood() -> None:
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=image
     )
     assert len(check.found()) == 4
-    assert check.runs(deep_mask=image.roll(1, 1)) is None
-    # In fewer places, each run has the rows that are added to it.
+    assert check.media_spans(deep_mask=image.roll(1, 1)) is None
+    # In fewer places, each media span has the rows that are added to it.
     image = image.clone()
     image[0, 1:3] = False
-    identified = check.runs(deep_mask=image, deep=noise(1, 8, HIDDEN))
+    identified = check.media_spans(deep_mask=image, deep=noise(1, 8, HIDDEN))
     assert identified is not None
-    assert [len(run.content[1]) for run in identified[2]] == [1, 2, 2, 3]
+    assert [len(span.content[1]) for span in identified[2]] == [1, 2, 2, 3]
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), st.data())
@@ -192,26 +197,28 @@ def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObjec
     for number, place in enumerate(places.tolist()):
         joins = want and want[-1][-1] == place - 1 and place % 5 != 0 and not (lengths and number in cuts)
         want[-1].append(place) if joins else want.append([place])
-    runs = runs_of(places, features, 5, MediaItems(tuple(lengths)))
-    assert [[run.sample * 5 + run.start + i for i in range(run.length)] for run in runs] == want
-    assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
+    media_spans = media_spans_of(places, features, 5, MediaItems(tuple(lengths)))
+    assert [[span.sample * 5 + span.start + i for i in range(span.length)] for span in media_spans] == want
+    assert [row for span in media_spans for row in span.content[0].flatten().tolist()] == list(
+        range(len(places))
+    )
 
 
 @pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
 def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
-    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
-    assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
+    media_spans = media_spans_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
+    assert [(span.start, span.length) for span in media_spans] == [(1, 2), (3, 3)]
 
 
 def test_runs_of_grids() -> None:
-    """A run has the grid of its item where it is the whole item."""
+    """A media span has the grid of its item where it is the whole item."""
     items = MediaItems((4, 6, 2), ((1, 2, 2), (1, 2, 3), None))
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13])  # a gap inside the second item
-    found = runs_of(positions, noise(0, 12, HIDDEN), 20, items)
-    assert [(run.start, run.length, run.grid) for run in found] == [
+    found = media_spans_of(positions, noise(0, 12, HIDDEN), 20, items)
+    assert [(span.start, span.length, span.grid) for span in found] == [
         (0, 4, (1, 2, 2)), (4, 3, None), (8, 3, None), (12, 2, None)
     ]  # fmt: skip
-    (alone,) = runs_of(torch.arange(6), noise(0, 6, HIDDEN), 20, MediaItems((6,), ((1, 2, 3),)))
+    (alone,) = media_spans_of(torch.arange(6), noise(0, 6, HIDDEN), 20, MediaItems((6,), ((1, 2, 3),)))
     assert alone.grid == (1, 2, 3)
 
 
@@ -315,29 +322,29 @@ def test_positions_of_each_sample() -> None:
 
 def test_every_part_of_a_run_is_in_its_key(two: Identifying) -> None:
     def keys(**changes: Tensor) -> list[str]:
-        identified = two.runs(**changes)
+        identified = two.media_spans(**changes)
         assert identified is not None
-        return [donor_key(run, [], "weights", "salt") for run in identified[2]]
+        return [donor_key(span, [], "weights", "salt") for span in identified[2]]
 
     usual = keys()
     assert len(set(usual)) == 4
     assert keys() == usual
     for name in ("features", "deep"):
         changed = two.args[two.place[name]].clone()
-        changed[4] += 1  # of the second run
+        changed[4] += 1  # of the second media span
         assert [a == b for a, b in zip(keys(**{name: changed}), usual, strict=True)] == [
             True,
             False,
             True,
             True,
         ]
-    run = Run(0, 1, 2, (noise(0, 2, 4),))
-    elsewhere = Run(1, 5, 2, (noise(0, 2, 4),))
-    key = donor_key(run, [], "weights", "salt")
+    span = MediaSpan(0, 1, 2, (noise(0, 2, 4),))
+    elsewhere = MediaSpan(1, 5, 2, (noise(0, 2, 4),))
+    key = donor_key(span, [], "weights", "salt")
     assert donor_key(elsewhere, [], "weights", "salt") == key
     others = {
-        donor_key(run, [torch.tensor([0, 1])], "weights", "salt"),
-        donor_key(run, [], "other", "salt"),
-        donor_key(run, [], "weights", ""),
+        donor_key(span, [torch.tensor([0, 1])], "weights", "salt"),
+        donor_key(span, [], "other", "salt"),
+        donor_key(span, [], "weights", ""),
     }
     assert len(others | {key}) == 4

@@ -17,7 +17,7 @@ from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.requests.blocks import Piece, PrefixReader
 from vlcache_fx.runtime.requests.input_values import Leaves
 from vlcache_fx.runtime.requests.masks import MaskLook
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.requests.spans import donor_key
 from vlcache_fx.runtime.state import ServingState
@@ -49,7 +49,7 @@ class DonorLookup:
         known: Sequence[Any],
         num_samples: int,
         num_tokens: int,
-        runs: Sequence[Run],
+        media_spans: Sequence[MediaSpan],
         encoder_hit: bool | None,
         clock: Clock,
     ) -> Request:
@@ -58,21 +58,21 @@ class DonorLookup:
         Args:
             args, known, encoder_hit, clock, num_tokens: see ``Request``.
             num_samples: prompts in the call.
-            runs: of all of them.
+            media_spans: those of all prompts.
 
         Raises:
             StoreError: the bytes of a weight cannot be read.
         """
-        by_sample = [tuple(run for run in runs if run.sample == index) for index in range(num_samples)]
+        by_sample = [tuple(one for one in media_spans if one.sample == index) for index in range(num_samples)]
         least = self._engine.options.min_span_tokens
         samples = tuple(
             Sample(
                 index,
                 own,
                 tuple(
-                    Span(index, run.start, run.length, "", False, grid=run.grid)
-                    for run in own
-                    if run.length >= least
+                    Span(index, one.start, one.length, "", False, grid=one.grid)
+                    for one in own
+                    if one.length >= least
                 ),
             )
             for index, own in enumerate(by_sample)
@@ -112,9 +112,8 @@ class DonorLookup:
         samples = []
         for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
             wanted = {span.start for span in sample.spans}
-            # Read once: digests are asked for again.
-            runs = [replace(run, known=run.digests) if run.start in wanted else run for run in sample.runs]
-            by_start = {run.start: run for run in runs}
+            media_spans = [one.with_digests() if one.start in wanted else one for one in sample.media_spans]
+            by_start = {one.start: one for one in media_spans}
             spans = []
             for span, text in zip(sample.spans, seen, strict=True):
                 is_unified, parts = leaves.of_item(
@@ -126,7 +125,7 @@ class DonorLookup:
             samples.append(
                 replace(
                     sample,
-                    runs=tuple(runs),
+                    media_spans=tuple(media_spans),
                     spans=tuple(spans),
                     seen=rows,
                     by_token=by_token,
@@ -158,13 +157,13 @@ class DonorLookup:
         """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
         meanings: dict[str, Reason] = {}
         for sample in request.samples:
-            runs = {run.start: run for run in sample.runs}
+            by_start = {one.start: one for one in sample.media_spans}
             for span in sample.spans:
                 if span.key in meanings:
                     continue  # the same item twice in one call
                 asked = self._engine.contents.add(span.key, request.identity)
                 seen_with = self._engine.contents.add(
-                    content_digest(runs[span.start].digests), request.identity
+                    content_digest(by_start[span.start].digests), request.identity
                 )
                 if span.key in self._engine.unstorable:
                     meanings[span.key] = Reason.TOO_LARGE
@@ -231,7 +230,7 @@ class DonorLookup:
         pieces = self._prefixes.pieces(
             request.args,
             sample.by_token,
-            sample.runs,
+            sample.media_spans,
             sample.spans,
             request.num_tokens,
             sample.root,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
 BLOCK_TOKENS = 16
 """Text is stored in blocks of this length; the end of a text is a shorter one. A prompt that leaves the known
@@ -59,7 +59,7 @@ class PrefixReader:
         self,
         args: Sequence[Any],
         by_token: Sequence[Tensor],
-        runs: Sequence[Run],
+        media_spans: Sequence[MediaSpan],
         spans: Sequence[Span],
         num_tokens: int,
         root: str,
@@ -71,7 +71,7 @@ class PrefixReader:
         Args:
             args: the graph's inputs.
             by_token: the values that rows depend on, each [tokens, ...] on the CPU.
-            runs: everything that merges fill, sorted; those too short to be spans included.
+            media_spans: all media spans, sorted; also those too short to be reused.
             spans: the spans among them.
             num_tokens: length of the prompt.
             root: what else rows depend on: computation, weights, global state, salt.
@@ -83,14 +83,14 @@ class PrefixReader:
         if seen is not None:
             readers.append(lambda start, end: list(seen[start:end]))
         by_start = {span.start: span for span in spans}
-        cuts = list(_cuts(runs, num_tokens))
+        cuts = list(_cuts(media_spans, num_tokens))
         embedded = self._embedded_text(args, sample, cuts)
-        for start, length, run in cuts:
+        for start, length, media_span in cuts:
             span = by_start.get(start)
             parts: list[Part] = [read(start, start + length) for read in readers]
             parts += embedded.get(start, ())
-            if run is not None:
-                parts.append(run.digests if span is None else span.key)
+            if media_span is not None:
+                parts.append(media_span.digests if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
             yield Piece(start, length, after if span is None else span.key, before, span)
             before = after
@@ -99,7 +99,7 @@ class PrefixReader:
         self, args: Sequence[Any], sample: int, cuts: Sequence["Cut"]
     ) -> dict[int, tuple[Tensor]]:
         """Per start of a block of text, its rows of the embeddings, on the CPU: brought there all at once."""
-        text = [(start, length) for start, length, run in cuts if run is None]
+        text = [(start, length) for start, length, media_span in cuts if media_span is None]
         if self.embeddings is None or not text:
             return {}
         embeds = args[self.embeddings].detach()[sample : sample + 1]
@@ -108,19 +108,22 @@ class PrefixReader:
         return {start: (part,) for (start, _), part in zip(text, parts, strict=True)}
 
 
-Cut: TypeAlias = tuple[int, int, Run | None]
-"""Where a piece starts, how long it is, and the run that fills it; None for text."""
+Cut: TypeAlias = tuple[int, int, MediaSpan | None]
+"""Start and length of a piece, and its media span; None for text."""
 
 
-def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[Cut]:
-    """Each run whole, the text between them in blocks."""
+def _cuts(media_spans: Sequence[MediaSpan], num_tokens: int) -> Iterator[Cut]:
+    """Each media span whole, the text between them in blocks."""
     at = 0
-    for start, run in [*((run.start, run) for run in runs), (num_tokens, None)]:
+    for start, media_span in [
+        *((media_span.start, media_span) for media_span in media_spans),
+        (num_tokens, None),
+    ]:
         for first in range(at, start, BLOCK_TOKENS):
             yield first, min(BLOCK_TOKENS, start - first), None
-        if run is not None:
-            yield start, run.length, run
-            at = start + run.length
+        if media_span is not None:
+            yield start, media_span.length, media_span
+            at = start + media_span.length
 
 
 def _reader(rows: Tensor) -> Callable[[int, int], Part]:

@@ -11,7 +11,7 @@ from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
 
 
@@ -21,8 +21,8 @@ class Sample:
 
     Attributes:
         index: its place in the batch.
-        runs: everything that merges fill.
-        spans: the runs that may be reused.
+        media_spans: all of its media spans.
+        spans: those that may be reused.
         prefix: leading tokens that have exact donors.
         unseen: positions that no token attends to (padding); None where that is not known.
         donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
@@ -32,7 +32,7 @@ class Sample:
     """
 
     index: int
-    runs: tuple[Run, ...]
+    media_spans: tuple[MediaSpan, ...]
     spans: tuple[Span, ...]
     prefix: int = 0
     unseen: Tensor | None = None
