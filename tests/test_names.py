@@ -71,15 +71,13 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/lowering/row_places.py": {"places"},
     "vlcache_fx/lowering/values.py": {"form"},
     "vlcache_fx/ops/attention.py": {"places"},
-    "vlcache_fx/runtime/donors/index.py": {"form", "known", "look"},
-    "vlcache_fx/runtime/donors/tables.py": {"form", "forms", "piece", "pieces"},
+    "vlcache_fx/runtime/donors/index.py": {"form"},
+    "vlcache_fx/runtime/donors/tables.py": {"form", "forms"},
     "vlcache_fx/runtime/prefill.py": {"form"},
     "vlcache_fx/runtime/programs/probe.py": {"forms"},
-    "vlcache_fx/runtime/requests/blocks.py": {"piece", "pieces"},
     "vlcache_fx/runtime/requests/input_values.py": {"form", "forms"},
-    "vlcache_fx/runtime/requests/masks.py": {"known", "look", "unseen"},
     "vlcache_fx/runtime/requests/on_cpu.py": {"is_whole"},
-    "vlcache_fx/runtime/requests/request.py": {"is_whole", "known", "together", "unseen"},
+    "vlcache_fx/runtime/requests/request.py": {"together"},
     "vlcache_fx/testing/prompts.py": {"runs"},
 }
 

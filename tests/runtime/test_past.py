@@ -165,7 +165,7 @@ def test_an_image_that_sees_the_question_is_refused_behind_a_past_too() -> None:
     pair = compiled("image sees the question")
     report = check(pair, call(3, 1))
     assert "[mask_form]" in report["reason"]
-    assert "attend to tokens behind it" in report["reason"]
+    assert "attend to tokens after the span" in report["reason"]
     assert check(pair, call(4, 2))["mode"] == "bypass"
 
 

@@ -27,7 +27,7 @@ from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.masks import MaskCheck
+from vlcache_fx.runtime.requests.masks import MaskChecker
 from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.request import Request, together
 from vlcache_fx.runtime.requests.spans import Identifier
@@ -62,9 +62,9 @@ class DecoderRunner:
     ) -> None:
         self.engine = engine
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
-        self._identifier, self._masks = (
+        self._identifier, self._mask_checker = (
             Identifier(spec.spans, prologue.spans),
-            MaskCheck(spec.masks, prologue),
+            MaskChecker(spec.masks, prologue),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
         self._unmodified, self._logits = unmodified, logits
@@ -82,14 +82,16 @@ class DecoderRunner:
         """
         context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
-            known = on_host(args, self._spec.host_inputs)
-            identified = self._identifier.media_spans(known, context.media_items)
+            host_args = on_host(args, self._spec.host_inputs)
+            identified = self._identifier.media_spans(host_args, context.media_items)
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
             num_samples, num_tokens, media_spans = identified
             hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
-                request = self._donors.request(args, known, num_samples, num_tokens, media_spans, hit, clock)
+                request = self._donors.request(
+                    args, host_args, num_samples, num_tokens, media_spans, hit, clock
+                )
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
                 return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
@@ -97,7 +99,7 @@ class DecoderRunner:
             return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
         if num_tokens < 2:
             return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
-        request = replace(request, positions=self._spec.positions(num_tokens, known))
+        request = replace(request, positions=self._spec.positions(num_tokens, host_args))
         if request.positions is not None and len(request.positions) < 2 and self._spec.tail_varies:
             # Programs take sizes below two as special.
             return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
@@ -107,22 +109,24 @@ class DecoderRunner:
         if reason is not None:
             return self._bypass(args, Reason.GUARDED, num_tokens, reason)
         if request.spans:
-            look = self._masks.look(args, known, num_tokens, [sample.spans for sample in request.samples])
-            if look.refusal is not None:
-                self.engine.refuse_call(look.refusal)
-                return self._bypass(args, look.refusal.reason, num_tokens, str(look.refusal))
+            summary = self._mask_checker.check(
+                args, host_args, num_tokens, [sample.spans for sample in request.samples]
+            )
+            if summary.refusal is not None:
+                self.engine.refuse_call(summary.refusal)
+                return self._bypass(args, summary.refusal.reason, num_tokens, str(summary.refusal))
             samples = [
-                replace(sample, unseen=unseen if num_samples > 1 else None)
-                for sample, unseen in zip(request.samples, look.unseen, strict=True)
+                replace(sample, padding=padding if num_samples > 1 else None)
+                for sample, padding in zip(request.samples, summary.padding, strict=True)
             ]
             request = replace(
                 request,
                 samples=tuple(samples),
-                is_causal=look.hides_what_follows,
-                is_whole=look.hides_the_past,
+                is_causal=summary.is_causal,
+                ignores_past=summary.ignores_past,
             )
             with clock.measure("identify"):
-                request = self._donors.with_keys(request, look)
+                request = self._donors.with_keys(request, summary)
         with clock.measure("lookup"):
             request = self._donors.find(request)
         return self._run_warm(request) if request.donors else self._run_cold(request)
@@ -248,7 +252,7 @@ class DecoderRunner:
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
-                            padding=sample.unseen if request.donors else None,
+                            padding=sample.padding if request.donors else None,
                             first_donor=first_donor,
                             groups=self._spec.layer_groups,
                         )

@@ -118,7 +118,7 @@ def test_samples_count_alike_whatever_their_rows() -> None:
 
 def test_what_nobody_reads_is_not_compared() -> None:
     spans = (Span(0, 2, 4, "image", True),)
-    samples = (Sample(0, (), spans, unseen=torch.tensor([8, 9])), Sample(1, (), ()))
+    samples = (Sample(0, (), spans, padding=torch.tensor([8, 9])), Sample(1, (), ()))
     request = Request([], [], 10, samples, None)
     rows, last = compared_rows(request, None, 10)
     assert [None if one is None else one.tolist() for one in rows] == [[0, 1, 6, 7], list(range(10))]

@@ -14,9 +14,9 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
-from vlcache_fx.runtime.requests.blocks import Piece, PrefixReader
+from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.masks import MaskLook
+from vlcache_fx.runtime.requests.masks import MaskSummary
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.requests.spans import donor_key
@@ -41,12 +41,12 @@ class DonorLookup:
 
     def __init__(self, spec: DecoderSpec, leaves: Leaves, device: torch.device, engine: ServingState) -> None:
         self._spec, self._leaves, self._device, self._engine = spec, leaves, device, engine
-        self._prefixes = PrefixReader(spec.spans.embeddings)
+        self._splitter = BlockSplitter(spec.spans.embeddings)
 
     def request(
         self,
         args: Sequence[Any],
-        known: Sequence[Any],
+        host_args: Sequence[Any],
         num_samples: int,
         num_tokens: int,
         media_spans: Sequence[MediaSpan],
@@ -56,7 +56,7 @@ class DonorLookup:
         """The request for a call of the graph; its spans have no keys yet.
 
         Args:
-            args, known, encoder_hit, clock, num_tokens: see ``Request``.
+            args, host_args, encoder_hit, clock, num_tokens: see ``Request``.
             num_samples: prompts in the call.
             media_spans: those of all prompts.
 
@@ -78,12 +78,12 @@ class DonorLookup:
             for index, own in enumerate(by_sample)
         )
         fingerprint = others = ""
-        if any(sample.spans for sample in samples):  # with text alone there is nothing to look them over for
+        if any(sample.spans for sample in samples):  # with text alone there is no key to compute
             fingerprint = self._spec.model_fingerprint or self._fingerprint(args, self._spec.weights)
             others = self._fingerprint(args, self._spec.other_weights)
         return Request(
             args,
-            known,
+            host_args,
             num_tokens,
             samples,
             encoder_hit,
@@ -95,12 +95,12 @@ class DonorLookup:
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
         return self._engine.fingerprints.of([args[index] for index in weights])
 
-    def with_keys(self, request: Request, look: MaskLook) -> Request:
+    def with_keys(self, request: Request, summary: MaskSummary) -> Request:
         """The request with the keys of its spans, and the root of its prompts' keys.
 
         Args:
             request: with spans.
-            look: what masks let its tokens see.
+            summary: its masks.
         """
         salt, device = self._engine.options.key_salt, self._device.type
         common = [request.weights, self._spec.layout, numerics(device)]
@@ -108,14 +108,16 @@ class DonorLookup:
         identities = {True: content_digest([*common, digests.unified])}
         identities[False] = content_digest([*common, digests.separate])
         leaves = self._leaves
-        values = leaves.read(request.known)
+        values = leaves.read(request.host_args)
         samples = []
-        for sample, seen, rows in zip(request.samples, look.of_items, look.of_tokens, strict=True):
+        for sample, of_spans, of_tokens in zip(
+            request.samples, summary.shown_to_spans, summary.shown_to_tokens, strict=True
+        ):
             wanted = {span.start for span in sample.spans}
             media_spans = [one.with_digests() if one.start in wanted else one for one in sample.media_spans]
             by_start = {one.start: one for one in media_spans}
             spans = []
-            for span, text in zip(sample.spans, seen, strict=True):
+            for span, text in zip(sample.spans, of_spans, strict=True):
                 is_unified, parts = leaves.of_item(
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
@@ -127,7 +129,7 @@ class DonorLookup:
                     sample,
                     media_spans=tuple(media_spans),
                     spans=tuple(spans),
-                    seen=rows,
+                    seen=of_tokens,
                     by_token=by_token,
                     root=content_digest([identities[is_unified], salt, whole]),
                 )
@@ -143,15 +145,17 @@ class DonorLookup:
 
         A sample of which an item is worth recording is to be computed in full.
         """
-        samples, looked = [], []
+        samples, found_spans = [], []
         memory = self._memory(request)
         for sample in request.samples:
             found = self._find(sample, request, memory)
-            records = request.is_whole and not found.reuse_is_exact and self._is_worth_recording(found.spans)
+            records = (
+                request.ignores_past and not found.reuse_is_exact and self._is_worth_recording(found.spans)
+            )
             samples.append(found.without_donors() if records else found)
             leaves = Reason.RECOMPUTED_TO_RECORD if records else None
-            looked += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
-        return replace(request, samples=tuple(samples), found=tuple(looked))
+            found_spans += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
+        return replace(request, samples=tuple(samples), found=tuple(found_spans))
 
     def _memory(self, request: Request) -> dict[str, Reason]:
         """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
@@ -178,20 +182,20 @@ class DonorLookup:
     def _find(self, sample: Sample, request: Request, memory: Mapping[str, Reason]) -> Sample:
         looked, found = [], {}
         for span in sample.spans:
-            entry, failure = self._look(span.key)
+            entry, failure = self._get_or_reason(span.key)
             if entry is not None and donors.fits(entry, self._spec.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
             else:
-                known = memory[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
-                looked.append(replace(span, miss=failure or known))
-        prefix, entries = self._known_prefix(request, sample, found)
+                reason = memory[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
+                looked.append(replace(span, miss=failure or reason))
+        prefix, entries = self._exact_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
         looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
         return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
 
-    def _look(self, key: str) -> tuple[Entry | None, Reason | None]:
+    def _get_or_reason(self, key: str) -> tuple[Entry | None, Reason | None]:
         """The entry under a key, and how the store failed, where it did."""
         failure = Reason.STORE_FAILED
         with self._engine.tolerating_store_errors():
@@ -203,31 +207,31 @@ class DonorLookup:
         return None, failure
 
     def _get(self, key: str) -> Entry | None:
-        return self._look(key)[0]
+        return self._get_or_reason(key)[0]
 
-    def _known_prefix(
+    def _exact_prefix(
         self, request: Request, sample: Sample, found: Mapping[int, Entry]
     ) -> tuple[int, list[Entry]]:
         policy = self._engine.choices.now.policy
         if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 
-        def find(piece: Piece) -> Entry | None:
-            entry = self._get(piece.key) if piece.span is None else found.get(piece.start)
-            if piece.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
-                return self._get(refine.exact_key(piece.key))
+        def find(block: Block) -> Entry | None:
+            entry = self._get(block.key) if block.span is None else found.get(block.start)
+            if block.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
+                return self._get(refine.exact_key(block.key))
             return entry
 
-        length, entries = donors.known_prefix(self._pieces(request, sample), find, self._spec.rows)
+        length, entries = donors.exact_prefix(self._blocks(request, sample), find, self._spec.rows)
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
     def _keeps_prefixes(self, request: Request) -> bool:
         """Prompts of several samples are padded, so their beginnings are not those of other prompts."""
-        return request.is_causal and request.is_whole and len(request.samples) == 1
+        return request.is_causal and request.ignores_past and len(request.samples) == 1
 
-    def _pieces(self, request: Request, sample: Sample) -> Iterable[Piece]:
-        pieces = self._prefixes.pieces(
+    def _blocks(self, request: Request, sample: Sample) -> Iterable[Block]:
+        blocks = self._splitter.blocks(
             request.args,
             sample.by_token,
             sample.media_spans,
@@ -238,9 +242,9 @@ class DonorLookup:
             sample.index,
         )
         if len(request.samples) == 1:
-            return pieces
+            return blocks
         # Behind padding, an item's context is another one than behind the same text alone.
-        return [replace(p, before=content_digest(["batch", p.before])) for p in pieces if p.span is not None]
+        return [replace(p, before=content_digest(["batch", p.before])) for p in blocks if p.span is not None]
 
     def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
         """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
@@ -254,20 +258,20 @@ class DonorLookup:
 
     def admit(self, request: Request, recorded: Mapping[StoredSlot, Tensor], plans: Sequence[Plan]) -> None:
         """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
-        if not request.is_whole:
+        if not request.ignores_past:
             return
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
-            for piece in self._pieces(request, sample):
+            for block in self._blocks(request, sample):
                 with self._engine.tolerating_store_errors():
-                    if piece.start >= sample.prefix and self._is_wanted(piece, request):
+                    if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
                         most = self._engine.options.donor_contexts
-                        stored = donors.admit(store, piece, recorded, self._spec.rows, plan, index, most)
-                        if not stored and piece.span is not None:
-                            self._engine.unstorable.add(piece.key)
+                        stored = donors.admit(store, block, recorded, self._spec.rows, plan, index, most)
+                        if not stored and block.span is not None:
+                            self._engine.unstorable.add(block.key)
 
-    def _is_wanted(self, piece: Piece, request: Request) -> bool:
+    def _is_wanted(self, block: Block, request: Request) -> bool:
         """True for media, whose donor may be of another prefix, and for text that is not stored yet."""
-        return piece.span is not None or (request.is_causal and piece.key not in self._engine.store)
+        return block.span is not None or (request.is_causal and block.key not in self._engine.store)

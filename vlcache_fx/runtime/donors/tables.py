@@ -9,7 +9,7 @@ from torch import Tensor
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.programs.lowered import Arriving
-from vlcache_fx.runtime.requests.blocks import Piece
+from vlcache_fx.runtime.requests.blocks import Block
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.base import Store
@@ -80,14 +80,14 @@ def length_of(entry: Entry) -> int:
 
 def admit(
     store: Store,
-    piece: Piece,
+    block: Block,
     recorded: Mapping[StoredSlot, Tensor],
     specs: Mapping[StoredSlot, RowSpec],
     plan: Plan,
     sample: int = 0,
     max_contexts: int = 1,
 ) -> bool:
-    """Store the rows of one piece, all of which were computed exactly; False where the store refused them.
+    """Store the rows of one block, all of which were computed exactly; False where the store refused them.
 
     Donors of media refine: up to ``max_contexts`` contexts go into their mean.
     """
@@ -97,31 +97,31 @@ def admit(
         level = slot.layer if isinstance(slot, Key | Value) else plan.num_layers
         active = plan.rows[level]
         if id(active) not in places:
-            places[id(active)] = int(torch.searchsorted(active, piece.start))
+            places[id(active)] = int(torch.searchsorted(active, block.start))
         own = rows_of_sample(spec, recorded[slot], sample)
-        rows[str(slot)] = own.narrow(spec.dim, places[id(active)], piece.length)
-    if piece.span is not None:
-        return refine.admit_item(store, piece.key, rows, piece.length, piece.before, max_contexts)
-    return store.put(piece.key, refine.exact_donor(rows, piece.length, piece.before))
+        rows[str(slot)] = own.narrow(spec.dim, places[id(active)], block.length)
+    if block.span is not None:
+        return refine.admit_item(store, block.key, rows, block.length, block.before, max_contexts)
+    return store.put(block.key, refine.exact_donor(rows, block.length, block.before))
 
 
-def known_prefix(
-    pieces: Iterable[Piece], find: Callable[[Piece], Entry | None], specs: Mapping[StoredSlot, RowSpec]
+def exact_prefix(
+    blocks: Iterable[Block], find: Callable[[Block], Entry | None], specs: Mapping[StoredSlot, RowSpec]
 ) -> tuple[int, list[Entry]]:
     """How many leading tokens have exact donors, and these.
 
     Args:
-        pieces: of the prompt, in order.
-        find: the entry under a piece's key.
+        blocks: of the prompt, in order.
+        find: the entry under a block's key.
         specs: what programs read.
     """
     length, known = 0, []
-    for piece in pieces:
-        entry = find(piece)
+    for block in blocks:
+        entry = find(block)
         # The rows of a media item may have been computed behind something else: good to reuse, but not exact.
         # A refined donor has no `before` at all.
-        if entry is None or entry.info.get("before") != piece.before or not fits(entry, specs, piece.length):
+        if entry is None or entry.info.get("before") != block.before or not fits(entry, specs, block.length):
             break
         known.append(entry)
-        length = piece.end
+        length = block.end
     return length, known

@@ -89,8 +89,8 @@ def compared_rows(
     last = []
     for sample in request.samples:
         real = torch.ones(num_rows, dtype=torch.bool)
-        if sample.unseen is not None:
-            real = ~torch.isin(tokens, sample.unseen.cpu())
+        if sample.padding is not None:
+            real = ~torch.isin(tokens, sample.padding.cpu())
         at = int(real.nonzero()[-1]) if real.any() else num_rows - 1
         for span in sample.spans:
             real &= (tokens < span.start) | (tokens >= span.end)

@@ -24,7 +24,7 @@ class Sample:
         media_spans: all of its media spans.
         spans: those that may be reused.
         prefix: leading tokens that have exact donors.
-        unseen: positions that no token attends to (padding); None where that is not known.
+        padding: positions that no token attends to; None where unknown.
         donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
         seen: per token, a digest of what masks let it see; None where that is every token before it.
         by_token: what else its rows depend on, each [tokens, ...] on the CPU.
@@ -35,7 +35,7 @@ class Sample:
     media_spans: tuple[MediaSpan, ...]
     spans: tuple[Span, ...]
     prefix: int = 0
-    unseen: Tensor | None = None
+    padding: Tensor | None = None
     donors: tuple[Entry, ...] = ()
     seen: tuple[bytes, ...] | None = None
     by_token: tuple[Tensor, ...] = ()
@@ -58,14 +58,13 @@ class Request:
 
     Attributes:
         args: the graph's inputs.
-        known: the same, with those on the CPU that keys are made of.
+        host_args: ``args`` with the host inputs on the CPU, for keys.
         num_tokens: length of each prompt, padding included.
         samples: one per prompt.
         encoder_hit: see ``Report``.
-        is_causal: True where no token sees a later one, but for media among themselves.
-        is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
-            behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
-            computed exactly: those keys may be reused ones.
+        is_causal: no token attends to a later token, except within a span.
+        ignores_past: no token attends to keys of earlier calls. Rows that do are not stored: they depend on
+            more than this prompt, and the earlier keys may be reused ones, not exact.
         model_fingerprint: of the weights of the decoder's layers; empty without spans.
         weights: fingerprint of all weights that rows depend on.
         identity: of how rows are computed: by what, with which weights and global state.
@@ -74,13 +73,13 @@ class Request:
     """
 
     args: Sequence[Any]
-    known: Sequence[Any]
+    host_args: Sequence[Any]
     num_tokens: int
     samples: tuple[Sample, ...]
     encoder_hit: bool | None
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
-    is_whole: bool = True
+    ignores_past: bool = True
     model_fingerprint: str = ""
     weights: str = ""
     identity: str = ""
