@@ -67,7 +67,6 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/ir/fakes.py": {"known"},
     "vlcache_fx/ir/scatters.py": {"settle"},
     "vlcache_fx/keys/inner_tensors.py": {"form"},
-    "vlcache_fx/lowering/base.py": {"arriving"},
     "vlcache_fx/lowering/row_places.py": {"places"},
     "vlcache_fx/lowering/values.py": {"form"},
     "vlcache_fx/ops/attention.py": {"places"},

@@ -21,7 +21,7 @@ from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.prefill import DecoderRunner
-from vlcache_fx.runtime.programs.lowered import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, resolved
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.runtime.requests.prologue import Prologue
@@ -208,7 +208,7 @@ class Session:
     def _program(self, name: str, graph: ProgramGraph, engine: ServingEngine) -> ProgramRunner:
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             given = zip(graph.inputs, args, strict=True)
-            inputs = {key: with_a_row(arrived(value)) for key, value in given if key}
+            inputs = {key: with_a_row(resolved(value)) for key, value in given if key}
             results = self._runner.run(graph.graph, inputs)
             return tuple(None if key is None else results[key] for key in graph.results)
 
