@@ -70,13 +70,10 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/lowering/row_places.py": {"places"},
     "vlcache_fx/lowering/values.py": {"form"},
     "vlcache_fx/ops/attention.py": {"places"},
-    "vlcache_fx/runtime/donors/index.py": {"form"},
+    "vlcache_fx/spec/mutations.py": {"places"},  # a key of manifests
     "vlcache_fx/runtime/donors/tables.py": {"form", "forms"},
-    "vlcache_fx/runtime/prefill.py": {"form"},
     "vlcache_fx/runtime/programs/probe.py": {"forms"},
     "vlcache_fx/runtime/requests/input_values.py": {"form", "forms"},
-    "vlcache_fx/runtime/requests/on_cpu.py": {"is_whole"},
-    "vlcache_fx/runtime/requests/request.py": {"together"},
     "vlcache_fx/testing/prompts.py": {"runs"},
 }
 

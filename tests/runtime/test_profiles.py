@@ -81,5 +81,5 @@ def test_another_budget_leaves_the_profile_alone(tmp_path: Path) -> None:
     engine = with_backend(tiny_vlm(num_layers=LAYERS), lowering="eager", profile=path).engine
     path.unlink()  # read once: a server may go on without the file
     engine.set_budget(0.5)
-    assert engine.choices.now.budget == engine.options.budget == 0.5
-    assert engine.choices.now.profile == Profile("another", "float32", (1.0,))
+    assert engine.settings.current.budget == engine.options.budget == 0.5
+    assert engine.settings.current.profile == Profile("another", "float32", (1.0,))

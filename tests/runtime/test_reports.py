@@ -9,7 +9,7 @@ import pytest
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.policies import get_policy
-from vlcache_fx.runtime.settings import Choice
+from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -103,12 +103,14 @@ def test_a_report_is_a_copy(pair: Pair) -> None:
 def test_other_settings_last_as_long_as_the_block(pair: Pair) -> None:
     engine = pair.engine
     with engine.using(policy="none"):
-        assert engine.choices.now == Choice(get_policy("none"), engine.options.budget, None)
+        assert engine.settings.current == CallSettings(get_policy("none"), engine.options.budget, None)
         with engine.using(budget=0.5):
-            assert engine.choices.now == Choice(get_policy("none"), 0.5, None)
-        assert engine.choices.now == Choice(get_policy("none"), engine.options.budget, None)
-    assert engine.choices.now == Choice(get_policy(engine.options.policy), engine.options.budget, None)
+            assert engine.settings.current == CallSettings(get_policy("none"), 0.5, None)
+        assert engine.settings.current == CallSettings(get_policy("none"), engine.options.budget, None)
+    assert engine.settings.current == CallSettings(
+        get_policy(engine.options.policy), engine.options.budget, None
+    )
     with settings_of(engine, budget=0.25):  # what was in force before the block is not kept
-        assert engine.choices.now == Choice(get_policy(engine.options.policy), 0.25, None)
+        assert engine.settings.current == CallSettings(get_policy(engine.options.policy), 0.25, None)
     with pytest.raises(OptionError), engine.using(budget=2.0):
         pass

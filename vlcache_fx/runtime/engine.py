@@ -13,7 +13,7 @@ from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.report import ReportView
-from vlcache_fx.runtime.settings import Choice
+from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
 
 if TYPE_CHECKING:
@@ -120,15 +120,15 @@ class ServingEngine(ServingState):
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
-        before = self.choices.now
+        before = self.settings.current
         given = {"policy": policy, "budget": budget}
         options = Options.parse({name: value for name, value in given.items() if value is not None})
-        choice = Choice(
+        settings = CallSettings(
             before.policy if policy is None else get_policy(options.policy),
             before.budget if budget is None else options.budget,
             before.profile if profile is None else profile,
         )
-        with self.choices.using(choice):
+        with self.settings.using(settings):
             yield
 
     def set_budget(self, budget: float) -> None:
@@ -138,7 +138,7 @@ class ServingEngine(ServingState):
             OptionError: as for the option.
         """
         self.options = replace(self.options, budget=budget)
-        self.choices.default = replace(self.choices.default, budget=self.options.budget)
+        self.settings.default = replace(self.settings.default, budget=self.options.budget)
 
     def resume(self) -> None:
         """Lift what shadow runs or the gate decided: every model of this engine reuses again.

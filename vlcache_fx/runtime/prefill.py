@@ -19,17 +19,17 @@ from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
-from vlcache_fx.runtime.donors.index import DonorLookup
+from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
-from vlcache_fx.runtime.requests.input_values import Leaves
+from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.masks import MaskChecker
 from vlcache_fx.runtime.requests.prologue import Prologue
-from vlcache_fx.runtime.requests.request import Request, together
+from vlcache_fx.runtime.requests.request import Request, stack_if_batched
 from vlcache_fx.runtime.requests.spans import Identifier
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
@@ -68,7 +68,7 @@ class DecoderRunner:
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
         self._unmodified, self._logits = unmodified, logits
-        self._donors = DonorLookup(spec, Leaves(spec.leaves, prologue.input_values), device, engine)
+        self._donors = DonorIndex(spec, InputValues(spec.leaves, prologue.input_values), device, engine)
 
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
@@ -138,7 +138,7 @@ class DecoderRunner:
             return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         if not self._cold.ready():
             return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
-        bound = self._cold.bind(together(plans), request.positions, dict)
+        bound = self._cold.bind(stack_if_batched(plans), request.positions, dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
@@ -169,7 +169,7 @@ class DecoderRunner:
             return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
         positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._spec.rows, self._device))
-        policy = self.engine.choices.now.policy
+        policy = self.engine.settings.current.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._spec.rows, positions)
@@ -181,7 +181,7 @@ class DecoderRunner:
             if plans is None:
                 return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         with request.clock.measure("bind"):
-            bound = self._warm.bind(together(plans), positions, tables)
+            bound = self._warm.bind(stack_if_batched(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
@@ -215,7 +215,7 @@ class DecoderRunner:
             if plans is None or not self._cold.ready():
                 return None
             positions = request.positions
-            exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, dict))
+            exact = self._cold.run(full.args, self._cold.bind(stack_if_batched(plans), positions, dict))
             if exact is None:
                 return None
             num_rows = exact[self._logits][..., 0].numel() // len(request.samples)
@@ -230,14 +230,14 @@ class DecoderRunner:
         Without a ``chooser`` the policy is asked, or for the rows of its probe.
         """
         strict = self.engine.options.strict
-        choice = self.engine.choices.now
-        chooser = chooser or first_chooser(choice.policy, self._spec.rows)
+        settings = self.engine.settings.current
+        chooser = chooser or first_chooser(settings.policy, self._spec.rows)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
-                self._check_groups(choice.policy)
-                profile = self.engine.choices.profile_for(
+                self._check_groups(settings.policy)
+                profile = self.engine.settings.profile_for(
                     request.model_fingerprint, self._spec.dtype, strict=strict
                 )
                 for sample in request.samples:
@@ -248,7 +248,7 @@ class DecoderRunner:
                             num_layers=self._spec.num_layers,
                             policy=chooser,
                             profile=profile,
-                            budget=choice.budget,
+                            budget=settings.budget,
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,

@@ -14,7 +14,7 @@ log = logging.getLogger("vlcache_fx")
 
 
 @dataclass(frozen=True)
-class Choice:
+class CallSettings:
     """What a call is planned with."""
 
     policy: Policy
@@ -22,33 +22,33 @@ class Choice:
     profile: Profile | None
 
 
-class Choices:
-    """The choice of each thread.
+class ThreadSettings:
+    """The settings of each thread.
 
     Attributes:
         default: where a thread has none of its own.
     """
 
-    def __init__(self, default: Choice) -> None:
+    def __init__(self, default: CallSettings) -> None:
         self.default = default
         self._thread = threading.local()
         self._misfit: str | None = None
 
     @property
-    def now(self) -> Choice:
+    def current(self) -> CallSettings:
         """What this thread's next call is planned with."""
-        own: Choice | None = getattr(self._thread, "choice", None)
+        own: CallSettings | None = getattr(self._thread, "settings", None)
         return own or self.default
 
     @contextmanager
-    def using(self, choice: Choice) -> Iterator[None]:
-        """Calls that this thread makes in the body are planned with ``choice``."""
-        outer = getattr(self._thread, "choice", None)
-        self._thread.choice = choice
+    def using(self, settings: CallSettings) -> Iterator[None]:
+        """Calls that this thread makes in the body are planned with ``settings``."""
+        outer = getattr(self._thread, "settings", None)
+        self._thread.settings = settings
         try:
             yield
         finally:
-            self._thread.choice = outer
+            self._thread.settings = outer
 
     def profile_for(self, model_fingerprint: str, dtype: str, *, strict: bool) -> Profile | None:
         """The profile where it is this model's; otherwise policies do without one, and the log says so once.
@@ -61,7 +61,7 @@ class Choices:
         Raises:
             PolicyError: with ``strict``, a profile of another model, dtype or version.
         """
-        profile = self.now.profile
+        profile = self.current.profile
         if profile is None or not model_fingerprint:
             return None
         misfit = profile.misfits(model_fingerprint, dtype)

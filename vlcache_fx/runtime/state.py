@@ -24,7 +24,7 @@ from vlcache_fx.runtime.call_context import PendingContext
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, one_line
-from vlcache_fx.runtime.settings import Choice, Choices
+from vlcache_fx.runtime.settings import CallSettings, ThreadSettings
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -37,7 +37,7 @@ class ServingState:
         options: checked options.
 
     Attributes:
-        choices: policy, budget and profile of the next call.
+        settings: policy, budget and profile of the next call.
         guards: which models go without reuse.
         fingerprints: of weights.
         graphs: of one model, as compiled; by number. They live as long as the engine.
@@ -52,7 +52,7 @@ class ServingState:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.choices = Choices(_choice(self.options))
+        self.settings = ThreadSettings(_settings(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
@@ -79,7 +79,7 @@ class ServingState:
 
     def set_options(self, options: Options) -> None:
         """Other options from now on; store and lowering stay what they are."""
-        self.options, self.choices.default = options, _choice(options)
+        self.options, self.settings.default = options, _settings(options)
 
     def report(self, report: Report, *, continues: bool = False) -> None:
         """Keep the report of a call and count it.
@@ -176,6 +176,6 @@ class ServingState:
         log.warning("no plan, computing instead: %s", error)
 
 
-def _choice(options: Options) -> Choice:
+def _settings(options: Options) -> CallSettings:
     profile = None if options.profile is None else Profile.load(options.profile)
-    return Choice(get_policy(options.policy), options.budget, profile)
+    return CallSettings(get_policy(options.policy), options.budget, profile)

@@ -32,7 +32,7 @@ class RowSpec:
 
 
 @dataclass(frozen=True)
-class LeafSpec:
+class InputValueSpec:
     """One value of the request that stored rows depend on; keys hold what it is in each call.
 
     Attributes:
@@ -201,7 +201,7 @@ class DecoderSpec:
     other_weights: tuple[int, ...]
     model_fingerprint: str | None
     spans: SpanSpec
-    leaves: tuple[LeafSpec, ...]
+    leaves: tuple[InputValueSpec, ...]
     masks: MaskSpec
 
     @property

@@ -17,7 +17,7 @@ from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu
 from vlcache_fx.compiler.builders.spans import span_masks
 from vlcache_fx.ir import InputKind
 from vlcache_fx.ir.subgraph import extract
-from vlcache_fx.runtime.requests.input_values import Leaves
+from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.media_spans import MediaItems, MediaSpan, media_spans_of, merged_grid
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
 from vlcache_fx.testing.graphs import captured_graph
@@ -62,7 +62,7 @@ class Identifying:
         self.decoder = decoder = describe_decoder(captured, analyze(captured), ())
         prologue = decoder.prologue()
         self.identifier = Identifier(decoder.spec.spans, prologue.spans)
-        self.leaves = Leaves(decoder.spec.leaves, prologue.input_values)
+        self.input_values = InputValues(decoder.spec.leaves, prologue.input_values)
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
@@ -100,7 +100,9 @@ class Identifying:
         assert identified is not None
         _, tokens, media_spans = identified
         span = media_spans[number]
-        return self.leaves.of_item(self.leaves.read(args), span.sample, span.start, span.length, tokens)[1]
+        return self.input_values.of_item(
+            self.input_values.read(args), span.sample, span.start, span.length, tokens
+        )[1]
 
 
 def ids(*prompts: str) -> Tensor:
@@ -279,7 +281,7 @@ def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Ident
 
 def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
     check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
-    assert [form.is_index for form in check.decoder.spec.leaves if form.is_beside] == [False, True]
+    assert [spec.is_index for spec in check.decoder.spec.leaves if spec.is_beside] == [False, True]
     assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
     same = torch.full((1, 8), 9)
     assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
@@ -311,9 +313,9 @@ def test_positions_of_each_sample() -> None:
     call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
     captured, graph = captured_graph(model, call | {"position_ids": positions})
     decoder = describe_decoder(captured, analyze(captured), ())
-    leaves = Leaves(decoder.spec.leaves, decoder.prologue().input_values)
-    values = leaves.read(graph.calls[0])
-    parts = [leaves.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
+    input_values = InputValues(decoder.spec.leaves, decoder.prologue().input_values)
+    values = input_values.read(graph.calls[0])
+    parts = [input_values.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
     assert [part[0].flatten().tolist() for part in parts] == [[0, 0, 1, 1], [0, 1, 2, 3]]
 
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Node
 
 from vlcache_fx.analysis.decoder.computation import Leaf
-from vlcache_fx.spec.decoder import LeafSpec
+from vlcache_fx.spec.decoder import InputValueSpec
 
 
-def leaf_specs(leaves: Sequence[Leaf], index: Mapping[Node, int]) -> tuple[LeafSpec, ...]:
+def leaf_specs(leaves: Sequence[Leaf], index: Mapping[Node, int]) -> tuple[InputValueSpec, ...]:
     """Plain data of leaves, in a graph with inputs of this ``index``."""
     kinds = list(dict.fromkeys(leaf.kind for leaf in leaves))
     return tuple(
-        LeafSpec(
+        InputValueSpec(
             index.get(leaf.node),
             leaf.token_dim,
             leaf.batch_dim,

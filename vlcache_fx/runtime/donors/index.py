@@ -15,7 +15,7 @@ from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
-from vlcache_fx.runtime.requests.input_values import Leaves
+from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.masks import MaskSummary
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.runtime.requests.request import Request, Sample
@@ -29,18 +29,21 @@ LEAST_PREFIX_SHARE = 0.5
 """A known prefix without a reused span is worth the warm program from this share of the prompt on."""
 
 
-class DonorLookup:
+class DonorIndex:
     """Finds and stores donors.
 
     Args:
         spec: of the decoder graph.
-        leaves: reads the values that keys hold.
+        input_values: reads the values that enter keys.
         device: where the decoder runs.
         engine: has the store.
     """
 
-    def __init__(self, spec: DecoderSpec, leaves: Leaves, device: torch.device, engine: ServingState) -> None:
-        self._spec, self._leaves, self._device, self._engine = spec, leaves, device, engine
+    def __init__(
+        self, spec: DecoderSpec, input_values: InputValues, device: torch.device, engine: ServingState
+    ) -> None:
+        self._spec, self._input_values = spec, input_values
+        self._device, self._engine = device, engine
         self._splitter = BlockSplitter(spec.spans.embeddings)
 
     def request(
@@ -107,8 +110,7 @@ class DonorLookup:
         digests = self._spec.computation
         identities = {True: content_digest([*common, digests.unified])}
         identities[False] = content_digest([*common, digests.separate])
-        leaves = self._leaves
-        values = leaves.read(request.host_args)
+        values = self._input_values.read(request.host_args)
         samples = []
         for sample, of_spans, of_tokens in zip(
             request.samples, summary.shown_to_spans, summary.shown_to_tokens, strict=True
@@ -118,12 +120,14 @@ class DonorLookup:
             by_start = {one.start: one for one in media_spans}
             spans = []
             for span, text in zip(sample.spans, of_spans, strict=True):
-                is_unified, parts = leaves.of_item(
+                is_unified, parts = self._input_values.of_item(
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
                 key = donor_key(by_start[span.start], [text, *parts], identities[is_unified], salt)
                 spans.append(replace(span, key=key))
-            is_unified, by_token, whole = leaves.of_prompt(values, sample.index, request.num_tokens)
+            is_unified, by_token, whole = self._input_values.of_prompt(
+                values, sample.index, request.num_tokens
+            )
             samples.append(
                 replace(
                     sample,
@@ -153,8 +157,8 @@ class DonorLookup:
                 request.ignores_past and not found.reuse_is_exact and self._is_worth_recording(found.spans)
             )
             samples.append(found.without_donors() if records else found)
-            leaves = Reason.RECOMPUTED_TO_RECORD if records else None
-            found_spans += [replace(span, miss=leaves) if span.hit else span for span in found.spans]
+            miss = Reason.RECOMPUTED_TO_RECORD if records else None
+            found_spans += [replace(span, miss=miss) if span.hit else span for span in found.spans]
         return replace(request, samples=tuple(samples), found=tuple(found_spans))
 
     def _memory(self, request: Request) -> dict[str, Reason]:
@@ -212,7 +216,7 @@ class DonorLookup:
     def _exact_prefix(
         self, request: Request, sample: Sample, found: Mapping[int, Entry]
     ) -> tuple[int, list[Entry]]:
-        policy = self._engine.choices.now.policy
+        policy = self._engine.settings.current.policy
         if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 

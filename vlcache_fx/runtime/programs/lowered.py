@@ -34,7 +34,7 @@ def resolved(value: Any) -> Any:
     return value.get() if isinstance(value, PendingTensor) else value
 
 
-# Takes the program's placeholder values in order (tensors, pending tensors, ints) and returns its flat outputs.
-# A call runs without autograd, writes only to arguments that the graph itself mutates, and keeps no argument
-# alive after it returns.
+# Takes the values of the program's placeholders in order (tensors, pending tensors, ints); returns its flat
+# outputs. A call runs without autograd, writes only to arguments that the graph itself mutates, and keeps no
+# argument alive after it returns.
 Lowered: TypeAlias = Callable[[Sequence[Any]], tuple[Any, ...]]

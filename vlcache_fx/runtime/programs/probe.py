@@ -16,7 +16,7 @@ from vlcache_fx.runtime.donors.tables import length_of, rows_of_sample
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.run import ProgramRunner
-from vlcache_fx.runtime.requests.request import Request, Sample, together
+from vlcache_fx.runtime.requests.request import Request, Sample, stack_if_batched
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
@@ -115,7 +115,7 @@ def measure(
     """
     layer = stored_layer(policy, specs)
     plans = [cut_after(plan, layer, output_rows) for plan in plans]
-    results = program.run(request.args, program.bind(together(plans), output_rows, tables))
+    results = program.run(request.args, program.bind(stack_if_batched(plans), output_rows, tables))
     if results is None:
         return None
     recorded = dict(

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.runtime.requests.prologue import Values
-from vlcache_fx.spec.decoder import LeafSpec
+from vlcache_fx.spec.decoder import InputValueSpec
 
 
-class Leaves:
+class InputValues:
     """The values that keys hold, of one graph.
 
     Args:
@@ -21,7 +21,7 @@ class Leaves:
         made: the program that gives those that are no inputs.
     """
 
-    def __init__(self, specs: Sequence[LeafSpec], made: Values) -> None:
+    def __init__(self, specs: Sequence[InputValueSpec], made: Values) -> None:
         self._specs, self._made = tuple(specs), made
 
     def read(self, args: Sequence[Any]) -> list[Any]:
@@ -82,12 +82,12 @@ def unified(parts: Sequence[tuple[int, Value]]) -> tuple[bool, list[Value]]:
     return True, list(firsts.values())
 
 
-def _of_sample(spec: LeafSpec, value: Any, sample: int) -> Any:
+def _of_sample(spec: InputValueSpec, value: Any, sample: int) -> Any:
     """The part that belongs to one sample."""
     return value if spec.batch_dim is None else value.narrow(spec.batch_dim, sample, 1)
 
 
-def _by_token(spec: LeafSpec, value: Any, num_tokens: int) -> Tensor | None:
+def _by_token(spec: InputValueSpec, value: Any, num_tokens: int) -> Tensor | None:
     """[tokens, ...], without dimensions of size 1, in which graphs of one model differ; None where it has
     no dimension over tokens."""
     if spec.token_dim is None or not isinstance(value, Tensor):
@@ -97,7 +97,7 @@ def _by_token(spec: LeafSpec, value: Any, num_tokens: int) -> Tensor | None:
     return rows.reshape(num_tokens, *(size for size in rows.shape[1:] if size != 1))
 
 
-def _of_item(spec: LeafSpec, value: Any, start: int, length: int, num_tokens: int) -> Part:
+def _of_item(spec: InputValueSpec, value: Any, start: int, length: int, num_tokens: int) -> Part:
     """What the rows of an item depend on, given the part of its sample.
 
     Positions count from the item's first token: the same pixels laid out in another grid attend to each

@@ -24,7 +24,7 @@ class Prologue:
     Attributes:
         spans: which tokens are media: the mask of each merge and addition, see ``SpanSpec.features``.
         masks: what tokens may see: the masks of attentions that have one, see ``MaskSpec.sites``.
-        input_values: what keys hold beside these, as far as it is no input: see ``LeafSpec.input``.
+        input_values: what keys hold beside these, as far as it is no input: see ``InputValueSpec.input``.
         cache_values: where keys of earlier calls lie among those of this one: see ``KeyMove``. An exported
             prefill begins with an empty cache and has none.
     """

@@ -127,7 +127,7 @@ class Request:
                 )
                 for s in self.found or self.spans
             ),
-            rows_per_layer=together(plans).rows_per_layer,
+            rows_per_layer=stack_if_batched(plans).rows_per_layer,
             prefix_tokens=max(sample.prefix for sample in self.samples),
             token_layer_fraction=fraction,
             encoder_hit=self.encoder_hit,
@@ -143,6 +143,6 @@ class Request:
         return computed / sum(tokens) if sum(tokens) else 0.0
 
 
-def together(plans: Sequence[Plan]) -> Plan | StackedPlan:
-    """What programs are given: a plan of one sample as it is, several side by side."""
+def stack_if_batched(plans: Sequence[Plan]) -> Plan | StackedPlan:
+    """Return the plan of a single sample, or a stacked plan of several: the form that programs take."""
     return plans[0] if len(plans) == 1 else stack_plans(plans)
