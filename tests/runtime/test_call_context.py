@@ -1,4 +1,4 @@
-"""What encoders tell the next call of a decoder."""
+"""Facts from encoders for the next call of a decoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_with_items_replaces_one_modality() -> None:
     assert context.encoder_hit is None
 
 
-def test_take_leaves_nothing() -> None:
+def test_take_clears() -> None:
     pending = PendingContext()
     pending.note_items("image", [3])
     pending.note_encoder(hit=True)
@@ -21,7 +21,7 @@ def test_take_leaves_nothing() -> None:
     assert pending.take() == CallContext()
 
 
-def test_take_knows_its_own_thread_alone() -> None:
+def test_take_is_per_thread() -> None:
     pending = PendingContext()
     thread = threading.Thread(target=lambda: pending.note_encoder(hit=False))
     thread.start()

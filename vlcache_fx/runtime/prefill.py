@@ -1,4 +1,4 @@
-"""Runs one decoder graph: spans -> lookup -> policy -> plan -> run -> admit."""
+"""Serves prefills of one decoder graph: spans -> keys -> lookup -> policy -> plan -> run -> admit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -37,16 +37,16 @@ from vlcache_fx.spec.slots import StoredSlot
 
 
 class DecoderRunner:
-    """A decoder with reuse: call it with the graph's inputs, get the graph's outputs.
+    """A decoder with reuse: takes the graph's inputs, returns its results.
 
     Args:
-        spec: of the graph.
-        prologue: tells what a call holds.
-        cold, warm: its programs; lowered when first used.
-        device: where the token embeddings are.
-        engine: what it shares with the model's other graphs.
-        unmodified: computes the graph's results without reuse; serves every call that reuse cannot.
-        logits: index of the result that shadow runs compare; None without them.
+        spec: spec of the graph.
+        prologue: the programs that read a call.
+        cold, warm: the two programs; lowered when first used.
+        device: device of the token embeddings.
+        engine: the state shared by the model's graphs.
+        unmodified: computes the graph's results without reuse, for calls that the programs do not serve.
+        logits: index of the result that shadow runs compare; None without shadow runs.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class DecoderRunner:
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
     ) -> Sequence[Any]:
-        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse.
+        """Run one request. Failures of reuse cost the reuse, never the request.
 
         Args:
             args: the graph's inputs.
-            context: of the call; by default what encoders noted in this thread.
-            encoder_hit: of an encoder in the same graph, if any.
+            context: context of the call; by default what encoders noted in this thread.
+            encoder_hit: as in ``Report``, for an encoder in the same graph.
         """
         context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
@@ -101,7 +101,7 @@ class DecoderRunner:
             return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
         request = replace(request, positions=self._spec.positions(num_tokens, host_args))
         if request.positions is not None and len(request.positions) < 2 and self._spec.tail_varies:
-            # Programs take sizes below two as special.
+            # Dynamo specializes sizes 0 and 1; the programs take two or more.
             return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
         if not inputs_allow_mutation(self._spec.writes, self._in_place, args, self._spec.data):
             return self._bypass(args, Reason.CANNOT_WRITE, num_tokens)
@@ -200,10 +200,10 @@ class DecoderRunner:
         return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
-        """The exact results of a warm request that is due, and how far ``reused`` ones are from their logits.
+        """Return exact results and the comparison of their logits with ``reused``; None if no run is due.
 
-        What it computes is stored like a cold run's, so donors refine. Reuse of known prefixes alone needs no
-        check.
+        Rows of a shadow run are stored like those of a cold run, so donors refine. Reuse of exact prefixes
+        needs no check.
         """
         if self._logits is None or all(sample.reuse_is_exact for sample in request.samples):
             return None
@@ -225,9 +225,9 @@ class DecoderRunner:
         return exact, comparison
 
     def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
-        """A plan per sample, or None where none can be made (raised in strict mode).
+        """Return a plan per sample; None if planning fails (raised in strict mode).
 
-        Without a ``chooser`` the policy is asked, or for the rows of its probe.
+        The policy chooses rows by default, or the rows of its probe.
         """
         strict = self.engine.options.strict
         settings = self.engine.settings.current
@@ -275,7 +275,7 @@ class DecoderRunner:
     def _bypass(
         self, args: Sequence[Any], code: Reason, num_tokens: int = 0, text: str | None = None
     ) -> Sequence[Any]:
-        """Run without reuse, and report ``code``; ``text`` says more than the reason's own."""
+        """Run without reuse, and report ``code``; ``text`` replaces the text of the reason."""
         continues = self._spec.continues_prompts and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
         report = Report("bypass", one_line(text or code.text), num_tokens, reason_code=code)
         self.engine.report(report, continues=continues)

@@ -1,4 +1,4 @@
-"""What calls are planned with: the options', or another for some calls of one thread."""
+"""Policy, budget and profile of calls: those of the options, or others for calls of one thread."""
 
 import logging
 import threading
@@ -15,7 +15,7 @@ log = logging.getLogger("vlcache_fx")
 
 @dataclass(frozen=True)
 class CallSettings:
-    """What a call is planned with."""
+    """Settings with which a call is planned."""
 
     policy: Policy
     budget: float
@@ -26,7 +26,7 @@ class ThreadSettings:
     """The settings of each thread.
 
     Attributes:
-        default: where a thread has none of its own.
+        default: settings of threads without settings of their own.
     """
 
     def __init__(self, default: CallSettings) -> None:
@@ -36,13 +36,13 @@ class ThreadSettings:
 
     @property
     def current(self) -> CallSettings:
-        """What this thread's next call is planned with."""
+        """The settings of this thread's next call."""
         own: CallSettings | None = getattr(self._thread, "settings", None)
         return own or self.default
 
     @contextmanager
     def using(self, settings: CallSettings) -> Iterator[None]:
-        """Calls that this thread makes in the body are planned with ``settings``."""
+        """Use ``settings`` for calls that this thread makes in the body."""
         outer = getattr(self._thread, "settings", None)
         self._thread.settings = settings
         try:
@@ -51,15 +51,15 @@ class ThreadSettings:
             self._thread.settings = outer
 
     def profile_for(self, model_fingerprint: str, dtype: str, *, strict: bool) -> Profile | None:
-        """The profile where it is this model's; otherwise policies do without one, and the log says so once.
+        """Return the profile if it fits the model; else log a warning once and return None.
 
         Args:
-            model_fingerprint: of the decoder's weights now; empty where no span asked for it.
-            dtype: of the keys and values.
-            strict: raise instead of doing without.
+            model_fingerprint: fingerprint of the decoder's weights; empty without spans.
+            dtype: dtype of keys and values.
+            strict: raise instead.
 
         Raises:
-            PolicyError: with ``strict``, a profile of another model, dtype or version.
+            PolicyError: with ``strict``, the profile is of another model, dtype or version.
         """
         profile = self.current.profile
         if profile is None or not model_fingerprint:
@@ -71,5 +71,5 @@ class ThreadSettings:
             raise PolicyError(misfit)
         if misfit != self._misfit:
             self._misfit = misfit
-            log.warning("goes on without a profile: %s", misfit)
+            log.warning("vlcache: continuing without a profile: %s", misfit)
         return None

@@ -53,7 +53,7 @@ def test_of_plan_without_positions() -> None:
 
 
 def test_of_plan_of_a_donor() -> None:
-    with pytest.raises(PlanError, match=r"slot donor\.0\.k is not made of a plan"):
+    with pytest.raises(PlanError, match=r"slot donor\.0\.k has no value in a plan"):
         of_plan(Donor(Key(0)), plan(), None)
 
 

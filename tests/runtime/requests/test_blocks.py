@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def compiled(_compiler: None) -> Pair:
-    """Reuses without asking for rows: what is not exact shows."""
+    """The policy recomputes no rows, so approximate reuse shows."""
     return with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), policy="none")
 
 
@@ -36,7 +36,7 @@ def vlm(compiled: Pair) -> Pair:
 
 
 def chat(*images: tuple[int, int], before: int = 20, after: int = 40) -> dict[str, Tensor]:
-    """A prompt whose texts are the beginnings of the same long ones."""
+    """Return a prompt whose texts are prefixes of the same long texts."""
     return tiny_vlm_inputs(before, after, images)
 
 
@@ -146,7 +146,7 @@ def test_conversation_that_resends_all_turns(vlm: Pair) -> None:
         off, report = vlm.run(**turn)
         assert off <= TOLERANCE
         assert report["mode"] == ("warm" if number else "cold")
-        if number:  # all but the block in which the turn before ended
+        if number:  # all but the last block of the turn before
             assert known - BLOCK_TOKENS < report["prefix_tokens"] <= known
         known = report["num_tokens"]
 

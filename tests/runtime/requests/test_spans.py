@@ -1,4 +1,4 @@
-"""Which tokens of which samples an item fills, and what its key is made of."""
+"""Media spans in the inputs of a graph, and donor keys."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HIDDEN = 16
 
 
 class Taking(TinyVlm):
-    """Takes features; the call says what else enters, and where."""
+    """Takes features; other inputs depend on the call."""
 
     table: nn.Embedding
 
@@ -53,7 +53,7 @@ class Taking(TinyVlm):
 
 
 class Identifying:
-    """The identifier and the leaves of a graph, and its inputs by name."""
+    """The identifier and the input values of a graph, and its inputs by name."""
 
     def __init__(self, **call: Tensor) -> None:
         model: Any = tiny_vlm(cls=Taking, last_only=False)
@@ -70,7 +70,7 @@ class Identifying:
         }
 
     def read_on_cpu(self) -> tuple[int, ...]:
-        """The inputs that the program ``spans`` reads on the CPU."""
+        """Return the inputs that the program ``spans`` reads on the CPU."""
         captured = self.decoder.captured
         part = extract(captured.graph_module, span_masks(self.decoder.facts))
         return evaluated_on_cpu(part, captured.indices_of(InputKind.DATA))[1]
@@ -88,13 +88,13 @@ class Identifying:
         return self.identifier.media_spans(self.with_changes(changes), encoded)
 
     def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
-        """``(sample, start, length)`` of each media span."""
+        """Return ``(sample, start, length)`` of each media span."""
         identified = self.media_spans(items, **changes)
         assert identified is not None
         return [(span.sample, span.start, span.length) for span in identified[2]]
 
     def positions(self, number: int = 0, **changes: Tensor) -> list[Any]:
-        """The values that layers read at the tokens of one media span besides its features."""
+        """Return the input values at the tokens of one media span."""
         args = self.with_changes(changes)
         identified = self.identifier.media_spans(args)
         assert identified is not None
@@ -106,13 +106,13 @@ class Identifying:
 
 
 def ids(*prompts: str) -> Tensor:
-    """A character per token: ``o`` for an image, others for text."""
+    """Return a token per character: ``o`` for an image, others for text."""
     tokens = [[IMAGE_TOKEN if letter == "o" else ord(letter) for letter in prompt] for prompt in prompts]
     return torch.tensor(tokens)
 
 
 TWO = ids("aooobboo", "oobooocc")
-"""One item ends where the sample does, and the next sample begins with one."""
+"""An item ends the first sample, and another begins the second."""
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,10 @@ def two(_compiler: None) -> Identifying:
     return Identifying(input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN))
 
 
-# Runs -------------------------------------------------------------------------------------------------------
+# Media spans ------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_each_sample(two: Identifying) -> None:
+def test_media_spans_of_each_sample(two: Identifying) -> None:
     identified = two.media_spans()
     assert identified is not None
     samples, tokens, media_spans = identified
@@ -138,13 +138,13 @@ def test_runs_of_each_sample(two: Identifying) -> None:
     for span in media_spans:
         features, *deep = span.content
         assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + span.length])
-        assert len(deep) == 2  # of each layer
+        assert len(deep) == 2  # one per layer
         for added in deep:
             assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + span.length])
         first += span.length
 
 
-def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
+def test_span_masks_are_computed_on_cpu(two: Identifying) -> None:
     assert two.read_on_cpu() == (two.place["input_ids"],)
     flags = Identifying(
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=TWO == IMAGE_TOKEN
@@ -152,17 +152,17 @@ def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
     assert set(flags.read_on_cpu()) == {flags.place["input_ids"], flags.place["deep_mask"]}
 
 
-def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
+def test_media_spans_without_text_between(two: Identifying) -> None:
     whole = [(0, 1, 3), (0, 6, 2), (1, 0, 2), (1, 3, 3)]
     assert two.found() == whole
     assert two.found([[3, 2, 2, 3]]) == whole
     assert two.found([[1, 2, 2, 2, 3]]) == [(0, 1, 1), (0, 2, 2), *whole[1:]]
     assert two.found([[4, 4], [3, 2, 2, 1, 2]]) == [*whole[:3], (1, 3, 1), (1, 4, 2)]
-    assert two.found([[1, 2, 3]]) == whole  # of something else
-    assert two.found([[3, 4, 3]]) == whole  # no item goes on in the next sample
+    assert two.found([[1, 2, 3]]) == whole  # another modality
+    assert two.found([[3, 4, 3]]) == whole  # items end with the sample
 
 
-def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> None:
+def test_media_spans_of_mismatched_features(two: Identifying) -> None:
     assert two.media_spans(features=noise(0, 9, HIDDEN)) is None
     assert two.media_spans(features=noise(0, 10, HIDDEN // 2)) is None
     assert two.media_spans(deep=noise(1, 11, HIDDEN)) is None
@@ -172,14 +172,14 @@ def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> 
     assert two.found(input_ids=TWO.flip(0)) == [(0, 0, 2), (0, 3, 3), (1, 1, 3), (1, 6, 2)]
 
 
-def test_additions_at_other_tokens_are_not_understood() -> None:
+def test_media_spans_with_deepstack_outside() -> None:
     image = TWO == IMAGE_TOKEN
     check = Identifying(
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=image
     )
     assert len(check.found()) == 4
     assert check.media_spans(deep_mask=image.roll(1, 1)) is None
-    # In fewer places, each media span has the rows that are added to it.
+    # At fewer tokens, each media span has its own deepstack rows.
     image = image.clone()
     image[0, 1:3] = False
     identified = check.media_spans(deep_mask=image, deep=noise(1, 8, HIDDEN))
@@ -189,7 +189,7 @@ def test_additions_at_other_tokens_are_not_understood() -> None:
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), st.data())
 @settings(max_examples=100)
-def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObject) -> None:
+def test_media_spans_of_consecutive_positions(flags: list[list[bool]], data: st.DataObject) -> None:
     places = torch.tensor(flags).flatten().nonzero().flatten()
     features = torch.arange(len(places))[:, None]
     cuts = data.draw(st.sets(st.integers(1, max(1, len(places) - 1)))) if len(places) > 1 else set()
@@ -207,12 +207,12 @@ def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObjec
 
 
 @pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
-def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
+def test_media_spans_of_empty_items(lengths: tuple[int, ...]) -> None:
     media_spans = media_spans_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
     assert [(span.start, span.length) for span in media_spans] == [(1, 2), (3, 3)]
 
 
-def test_runs_of_grids() -> None:
+def test_media_spans_have_grids() -> None:
     """A media span has the grid of its item where it is the whole item."""
     items = MediaItems((4, 6, 2), ((1, 2, 2), (1, 2, 3), None))
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13])  # a gap inside the second item
@@ -269,17 +269,17 @@ def placed(_compiler: None) -> Identifying:
     ],
     ids=str,
 )
-def test_positions_count_from_the_first_token(placed: Identifying, positions: Any, part: list[int]) -> None:
+def test_positions_are_relative(placed: Identifying, positions: Any, part: list[int]) -> None:
     found = placed.positions(position_ids=torch.tensor(positions))
     assert [one.flatten().tolist() for one in found] == [part]
 
 
-def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Identifying) -> None:
+def test_computed_positions_equal_given_positions(placed: Identifying) -> None:
     (made,), (given_,) = Identifying(**ONE).positions(), placed.positions()
     assert torch.equal(made, given_)
 
 
-def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
+def test_embedding_indices_are_not_relative() -> None:
     check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
     assert [spec.is_index for spec in check.decoder.spec.leaves if spec.is_beside] == [False, True]
     assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
@@ -287,8 +287,8 @@ def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
     assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
 
 
-def test_what_masks_alone_read_is_no_leaf() -> None:
-    """Masks are described by what they show, see ``test_mask_view.py``."""
+def test_inputs_of_masks_are_no_input_values() -> None:
+    """Masks enter keys as text, see ``test_mask_view.py``."""
     kept = torch.ones(1, 8, dtype=torch.bool)
     bias = causal_mask(8, torch.device("cpu"))
     for more in ({}, {"kept": kept}, {"bias": bias}):
@@ -322,7 +322,7 @@ def test_positions_of_each_sample() -> None:
 # Keys -------------------------------------------------------------------------------------------------------
 
 
-def test_every_part_of_a_run_is_in_its_key(two: Identifying) -> None:
+def test_donor_key_covers_content(two: Identifying) -> None:
     def keys(**changes: Tensor) -> list[str]:
         identified = two.media_spans(**changes)
         assert identified is not None

@@ -1,4 +1,4 @@
-"""The steps of keys through a KV cache, as plain data and the values that they need in each call."""
+"""Builds key moves: the steps of keys through a KV cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ aten = torch.ops.aten
 
 
 def key_moves(moves: Sequence[Move], needed: dict[Node, int]) -> tuple[KeyMove, ...]:
-    """Plain data of ``moves``.
+    """Return ``moves`` as plain data.
 
     Args:
-        moves: of the keys of one attention, in order.
-        needed: nodes whose values a call must tell, by their index; those of ``moves`` are added.
+        moves: steps of the keys of one attention, in order.
+        needed: index of each node whose value is needed in calls; nodes of ``moves`` are added.
     """
     return tuple(_key_move(move, needed) for move in moves)
 
@@ -40,6 +40,6 @@ def _key_move(move: Move, needed: dict[Node, int]) -> KeyMove:
     dim = int(node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[arg-type]
     if node.target is aten.cat.default:
         parts: Any = node.args[0]
-        return KeyMove(MoveKind.JOIN, dim, tuple(None if one is move.own else value(one) for one in parts))
+        return KeyMove(MoveKind.JOIN, dim, tuple(None if part is move.own else value(part) for part in parts))
     start, end, step = (*node.args[2:], None, None, None)[:3]
     return KeyMove(MoveKind.CUT, dim, (value(start), value(end), value(step)))

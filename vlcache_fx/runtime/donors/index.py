@@ -1,4 +1,4 @@
-"""Which donors a request has, and what it leaves behind: the store as one decoder graph sees it."""
+"""Finds the donors of a request in the store, and stores the rows that it records."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,16 +26,16 @@ from vlcache_fx.spec.slots import StoredSlot
 from vlcache_fx.store.entry import Entry
 
 LEAST_PREFIX_SHARE = 0.5
-"""A known prefix without a reused span is worth the warm program from this share of the prompt on."""
+"""Least share of the prompt for which an exact prefix without a reused span is used."""
 
 
 class DonorIndex:
-    """Finds and stores donors.
+    """The donors of media_span decoder graph.
 
     Args:
-        spec: of the decoder graph.
+        spec: spec of the decoder graph.
         input_values: reads the values that enter keys.
-        device: where the decoder runs.
+        device: device of the decoder.
         engine: has the store.
     """
 
@@ -56,26 +56,29 @@ class DonorIndex:
         encoder_hit: bool | None,
         clock: Clock,
     ) -> Request:
-        """The request for a call of the graph; its spans have no keys yet.
+        """Return the request for a call of the graph; its spans have no keys yet.
 
         Args:
             args, host_args, encoder_hit, clock, num_tokens: see ``Request``.
-            num_samples: prompts in the call.
-            media_spans: those of all prompts.
+            num_samples: number of prompts.
+            media_spans: media spans of all prompts.
 
         Raises:
-            StoreError: the bytes of a weight cannot be read.
+            UnreadableWeightsError: the bytes of a weight cannot be read.
         """
-        by_sample = [tuple(one for one in media_spans if one.sample == index) for index in range(num_samples)]
+        by_sample = [
+            tuple(media_span for media_span in media_spans if media_span.sample == index)
+            for index in range(num_samples)
+        ]
         least = self._engine.options.min_span_tokens
         samples = tuple(
             Sample(
                 index,
                 own,
                 tuple(
-                    Span(index, one.start, one.length, "", False, grid=one.grid)
-                    for one in own
-                    if one.length >= least
+                    Span(index, media_span.start, media_span.length, "", False, grid=media_span.grid)
+                    for media_span in own
+                    if media_span.length >= least
                 ),
             )
             for index, own in enumerate(by_sample)
@@ -99,11 +102,11 @@ class DonorIndex:
         return self._engine.fingerprints.of([args[index] for index in weights])
 
     def with_keys(self, request: Request, summary: MaskSummary) -> Request:
-        """The request with the keys of its spans, and the root of its prompts' keys.
+        """Return the request with the keys of its spans and the roots of its prompts.
 
         Args:
-            request: with spans.
-            summary: its masks.
+            request: a request with spans.
+            summary: summary of its masks.
         """
         salt, device = self._engine.options.key_salt, self._device.type
         common = [request.weights, self._spec.layout, numerics(device)]
@@ -116,8 +119,11 @@ class DonorIndex:
             request.samples, summary.shown_to_spans, summary.shown_to_tokens, strict=True
         ):
             wanted = {span.start for span in sample.spans}
-            media_spans = [one.with_digests() if one.start in wanted else one for one in sample.media_spans]
-            by_start = {one.start: one for one in media_spans}
+            media_spans = [
+                media_span.with_digests() if media_span.start in wanted else media_span
+                for media_span in sample.media_spans
+            ]
+            by_start = {media_span.start: media_span for media_span in media_spans}
             spans = []
             for span, text in zip(sample.spans, of_spans, strict=True):
                 is_unified, parts = self._input_values.of_item(
@@ -145,14 +151,14 @@ class DonorIndex:
         )
 
     def find(self, request: Request) -> Request:
-        """The request with what the store has for it.
+        """Return the request with its donors.
 
-        A sample of which an item is worth recording is to be computed in full.
+        A sample with an item that is worth recording gets no donors: all its rows are computed.
         """
         samples, found_spans = [], []
-        memory = self._memory(request)
+        misses = self._miss_reasons(request)
         for sample in request.samples:
-            found = self._find(sample, request, memory)
+            found = self._find(sample, request, misses)
             records = (
                 request.ignores_past and not found.reuse_is_exact and self._is_worth_recording(found.spans)
             )
@@ -161,46 +167,46 @@ class DonorIndex:
             found_spans += [replace(span, miss=miss) if span.hit else span for span in found.spans]
         return replace(request, samples=tuple(samples), found=tuple(found_spans))
 
-    def _memory(self, request: Request) -> dict[str, Reason]:
-        """Per key of a span, what a miss means as far as earlier calls tell; this call is remembered, too."""
-        meanings: dict[str, Reason] = {}
+    def _miss_reasons(self, request: Request) -> dict[str, Reason]:
+        """Return the reason of a miss for each span's key, given earlier calls; record this call."""
+        reasons: dict[str, Reason] = {}
         for sample in request.samples:
-            by_start = {one.start: one for one in sample.media_spans}
+            by_start = {media_span.start: media_span for media_span in sample.media_spans}
             for span in sample.spans:
-                if span.key in meanings:
-                    continue  # the same item twice in one call
-                asked = self._engine.contents.add(span.key, request.identity)
-                seen_with = self._engine.contents.add(
+                if span.key in reasons:
+                    continue  # the same item twice in media_span call
+                was_looked_up = self._engine.contents.add(span.key, request.identity)
+                earlier_weights = self._engine.contents.add(
                     content_digest(by_start[span.start].digests), request.identity
                 )
                 if span.key in self._engine.unstorable:
-                    meanings[span.key] = Reason.TOO_LARGE
-                elif asked:
-                    meanings[span.key] = Reason.NOT_RECORDED
-                elif seen_with and request.identity not in seen_with:
-                    meanings[span.key] = Reason.OTHER_WEIGHTS
+                    reasons[span.key] = Reason.TOO_LARGE
+                elif was_looked_up:
+                    reasons[span.key] = Reason.NOT_RECORDED
+                elif earlier_weights and request.identity not in earlier_weights:
+                    reasons[span.key] = Reason.OTHER_WEIGHTS
                 else:
-                    meanings[span.key] = Reason.NEW_ITEM
-        return meanings
+                    reasons[span.key] = Reason.NEW_ITEM
+        return reasons
 
-    def _find(self, sample: Sample, request: Request, memory: Mapping[str, Reason]) -> Sample:
-        looked, found = [], {}
+    def _find(self, sample: Sample, request: Request, misses: Mapping[str, Reason]) -> Sample:
+        spans, found = [], {}
         for span in sample.spans:
             entry, failure = self._get_or_reason(span.key)
             if entry is not None and donors.fits(entry, self._spec.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
-                looked.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
+                spans.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
             else:
-                reason = memory[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
-                looked.append(replace(span, miss=failure or reason))
+                reason = misses[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
+                spans.append(replace(span, miss=failure or reason))
         prefix, entries = self._exact_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
-        looked = [replace(span, contexts=1) if span.start < prefix else span for span in looked]
-        return replace(sample, spans=tuple(looked), prefix=prefix, donors=tuple(entries))
+        spans = [replace(span, contexts=1) if span.start < prefix else span for span in spans]
+        return replace(sample, spans=tuple(spans), prefix=prefix, donors=tuple(entries))
 
     def _get_or_reason(self, key: str) -> tuple[Entry | None, Reason | None]:
-        """The entry under a key, and how the store failed, where it did."""
+        """Return the entry of a key, and the reason if the store failed."""
         failure = Reason.STORE_FAILED
         with self._engine.tolerating_store_errors():
             try:
@@ -231,7 +237,7 @@ class DonorIndex:
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
     def _keeps_prefixes(self, request: Request) -> bool:
-        """Prompts of several samples are padded, so their beginnings are not those of other prompts."""
+        """Batched prompts are padded, so they share no prefix with other prompts."""
         return request.is_causal and request.ignores_past and len(request.samples) == 1
 
     def _blocks(self, request: Request, sample: Sample) -> Iterable[Block]:
@@ -247,21 +253,25 @@ class DonorIndex:
         )
         if len(request.samples) == 1:
             return blocks
-        # Behind padding, an item's context is another one than behind the same text alone.
-        return [replace(p, before=content_digest(["batch", p.before])) for p in blocks if p.span is not None]
+        # The context of an item after padding differs from that after the same text alone.
+        return [
+            replace(block, before=content_digest(["batch", block.before]))
+            for block in blocks
+            if block.span is not None
+        ]
 
     def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
-        """True where an item has missed for the second time: it recurs, so an exact run is worth its donor.
+        """Return True if a span misses for the second time: its item recurs, so a cold run pays off.
 
-        In a warm run it could not be recorded: it attends to approximate rows before it, and approximate rows
-        are never stored.
+        A warm run cannot record it: its tokens attend to approximate rows, so its own rows are approximate,
+        and those are never stored.
         """
         missed = [span.key for span in spans if not span.hit and span.key not in self._engine.unstorable]
         repeated = [self._engine.missed.add(key) for key in missed]
         return any(repeated)
 
     def admit(self, request: Request, recorded: Mapping[StoredSlot, Tensor], plans: Sequence[Plan]) -> None:
-        """Store what lies behind the known prefix of each sample whose rows were all computed exactly."""
+        """Store the rows after the exact prefix, for samples whose rows are all exact."""
         if not request.ignores_past:
             return
         for sample, plan in zip(request.samples, plans, strict=True):
@@ -271,11 +281,11 @@ class DonorIndex:
                 with self._engine.tolerating_store_errors():
                     if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
-                        most = self._engine.options.donor_contexts
-                        stored = donors.admit(store, block, recorded, self._spec.rows, plan, index, most)
+                        contexts = self._engine.options.donor_contexts
+                        stored = donors.admit(store, block, recorded, self._spec.rows, plan, index, contexts)
                         if not stored and block.span is not None:
                             self._engine.unstorable.add(block.key)
 
     def _is_wanted(self, block: Block, request: Request) -> bool:
-        """True for media, whose donor may be of another prefix, and for text that is not stored yet."""
+        """Return True for spans, whose donor may be of another context, and for new blocks of text."""
         return block.span is not None or (request.is_causal and block.key not in self._engine.store)

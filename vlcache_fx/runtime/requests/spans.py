@@ -59,7 +59,7 @@ class Identifier:
                 return None
             digests = cached_digests(args[index]) if args[index].dim() == features.dim() else {}
             if number < spec.num_merges:
-                encoded = next((one for one in items if sum(one.lengths) == len(positions)), NO_ITEMS)
+                encoded = next((group for group in items if sum(group.lengths) == len(positions)), NO_ITEMS)
                 found.extend(media_spans_of(positions, features, tokens, encoded, digests))
             else:
                 extended = with_deepstack(found, positions, features, tokens, digests)
