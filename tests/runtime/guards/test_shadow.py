@@ -68,7 +68,7 @@ def test_find_logits_by_width(model: Any, index: int) -> None:
 
 def test_find_logits_refuses_hidden_states() -> None:
     captured, _ = captured_graph(returning("hidden"), ONE)
-    with pytest.raises(UnsupportedGraphError, match="another width than its 16") as refusal:
+    with pytest.raises(UnsupportedGraphError, match="a width other than 16") as refusal:
         find_logits(captured, analyze(captured))
     assert refusal.value.reason is Reason.NO_LOGITS
 

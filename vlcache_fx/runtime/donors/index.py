@@ -30,7 +30,7 @@ LEAST_PREFIX_SHARE = 0.5
 
 
 class DonorIndex:
-    """The donors of media_span decoder graph.
+    """The donors of one decoder graph.
 
     Args:
         spec: spec of the decoder graph.
@@ -174,7 +174,7 @@ class DonorIndex:
             by_start = {media_span.start: media_span for media_span in sample.media_spans}
             for span in sample.spans:
                 if span.key in reasons:
-                    continue  # the same item twice in media_span call
+                    continue  # the same item twice in a call
                 was_looked_up = self._engine.contents.add(span.key, request.identity)
                 earlier_weights = self._engine.contents.add(
                     content_digest(by_start[span.start].digests), request.identity
@@ -237,7 +237,7 @@ class DonorIndex:
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
 
     def _keeps_prefixes(self, request: Request) -> bool:
-        """Batched prompts are padded, so they share no prefix with other prompts."""
+        """Return True if exact prefixes may be used; batched prompts are padded, so they share none."""
         return request.is_causal and request.ignores_past and len(request.samples) == 1
 
     def _blocks(self, request: Request, sample: Sample) -> Iterable[Block]:
