@@ -158,7 +158,7 @@ def test_refuses_unknown_key_order() -> None:
     pair = compiled("mirrored")
     report = check(pair, call(3, 1))
     assert f"[{Reason.MASK_FORM.value}]" in report["reason"]
-    assert "which of its keys are those of this call" in report["reason"]
+    assert "the keys of this call cannot be identified" in report["reason"]
 
 
 def test_refuses_image_that_attends_to_question_after_past() -> None:

@@ -44,7 +44,7 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
         if keys is None or mask in sites or (mask is None and site.is_prefill):
             continue
         if not keys.is_known and not site.is_prefill:
-            raise refuse(Reason.MASK_FORM, site.node, "its keys of this call are unknown")
+            raise refuse(Reason.MASK_FORM, site.node, "the keys of this call cannot be identified")
         sites[mask] = MaskSite(
             site.node.name,
             source_line(site.node),
