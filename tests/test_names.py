@@ -71,9 +71,6 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/lowering/values.py": {"form"},
     "vlcache_fx/ops/attention.py": {"places"},
     "vlcache_fx/spec/mutations.py": {"places"},  # a key of manifests
-    "vlcache_fx/runtime/donors/tables.py": {"form", "forms"},
-    "vlcache_fx/runtime/programs/probe.py": {"forms"},
-    "vlcache_fx/runtime/requests/input_values.py": {"form", "forms"},
     "vlcache_fx/testing/prompts.py": {"runs"},
 }
 
