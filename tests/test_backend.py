@@ -246,7 +246,7 @@ def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(masked("image sees all"))
         report = refused(pair, Reason.MASK_FORM, FIRST, SECOND)
-    assert "attend to tokens behind it" in report["reason"]
+    assert "attend to tokens after the span" in report["reason"]
     assert "scaled_dot_product_attention" in report["reason"]
     assert "[mask_form]" in caplog.text
 
@@ -319,7 +319,7 @@ def test_strict_raises_through_dynamo() -> None:
 
 def test_strict_raises_what_is_found_in_a_call() -> None:
     pair = with_backend(masked("image sees all"), strict=True)
-    with pytest.raises(UnsupportedGraphError, match="attend to tokens behind it"), torch.no_grad():
+    with pytest.raises(UnsupportedGraphError, match="attend to tokens after the span"), torch.no_grad():
         pair.model(**FIRST)
 
 

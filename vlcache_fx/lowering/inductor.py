@@ -20,7 +20,7 @@ from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
 from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
-from vlcache_fx.runtime.programs.lowered import Arriving, Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, resolved
 
 __all__ = ["InductorLowering"]
 
@@ -231,13 +231,13 @@ class _Program:
         values += self.rest[len(values) :]
         with torch.no_grad():
             for index, order, inverse in self.layouts:
-                if isinstance(values[index], Arriving):
+                if isinstance(values[index], PendingTensor):
                     continue
                 ordered = values[index].permute(order)
                 if not ordered.is_contiguous():
                     values[index] = ordered.contiguous().permute(inverse)
             for step in self.steps:
-                taken = [arrived(values[index]) for index in step.inputs]
+                taken = [resolved(values[index]) for index in step.inputs]
                 for index in step.dead:
                     values[index] = None
                 for index, result in zip(step.outputs, step.run(taken), strict=True):

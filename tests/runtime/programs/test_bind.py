@@ -1,4 +1,4 @@
-"""Values of a program's slots, made of a plan and of donor tables."""
+"""Values of a program's input slots, from a plan and donor tables."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def test_of_plan_of_two_samples() -> None:
     assert of_plan(Results(), stacked, torch.tensor([5])).tolist() == [[2], [1]]
 
 
-def test_of_plan_needs_positions_for_results() -> None:
+def test_of_plan_without_positions() -> None:
     with pytest.raises(PlanError, match="no positions are given"):
         of_plan(Results(), plan(), None)
 
 
 def test_of_plan_of_a_donor() -> None:
-    with pytest.raises(PlanError, match=r"slot donor\.0\.k is not made of a plan"):
+    with pytest.raises(PlanError, match=r"slot donor\.0\.k has no value in a plan"):
         of_plan(Donor(Key(0)), plan(), None)
 
 
-def test_bind_keeps_the_order_of_slots() -> None:
+def test_bind_keeps_slot_order() -> None:
     table = torch.ones(3)
     sent: list[Tensor] = []
 
@@ -72,9 +72,9 @@ def test_bind_keeps_the_order_of_slots() -> None:
     assert len(sent) == 2
 
 
-def test_bind_tells_temporaries_apart() -> None:
-    """Positions are made in the call: one may get the address of another that was sent before."""
-    slots = [Positions(0, 1), Positions(0, 2), Positions(1, 2), Positions(0, 0)]
+def test_bind_does_not_confuse_temporaries() -> None:
+    """``of_plan`` makes new tensors: a later one may get the id of an earlier one that was freed."""
+    slots: list[InputSlot] = [Positions(0, 1), Positions(0, 2), Positions(1, 2), Positions(0, 0)]
     runner = ProgramRunner(
         "warm", ProgramSpec(tuple(slots), ()), _never, torch.device("meta"), ServingEngine(Options())
     )

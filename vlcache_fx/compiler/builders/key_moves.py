@@ -1,4 +1,4 @@
-"""The steps of keys through a KV cache, as plain data and the values that they need in each call."""
+"""Builds key moves: the steps of keys through a KV cache."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def _key_move(op: CacheOp, needed: dict[Node, int]) -> KeyMove:
     dim = int(node.args[1] if len(node.args) > 1 else 0) % node.meta["val"].dim()  # type: ignore[arg-type]
     if node.target is aten.cat.default:
         parts: Any = node.args[0]
-        return KeyMove(MoveKind.JOIN, dim, tuple(None if one is op.own else value(one) for one in parts))
+        return KeyMove(MoveKind.JOIN, dim, tuple(None if part is op.own else value(part) for part in parts))
     start, end, step = (*node.args[2:], None, None, None)[:3]
     return KeyMove(MoveKind.CUT, dim, (value(start), value(end), value(step)))
