@@ -22,7 +22,7 @@ from vlcache_fx.passes.cleanup import (
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
-    CarryRows,
+    GatherCrossLayerValues,
     HoistLookups,
     InsertLookups,
     KvOnlyRows,
@@ -58,7 +58,7 @@ COLD = Pipeline(
         RecordDonors(),
         RestrictRows(),
         KvOnlyRows(),
-        CarryRows(),
+        GatherCrossLayerValues(),
         TrimTail(),
         WriteInPlace(),
         TagSegments(),
@@ -77,7 +77,7 @@ WARM = Pipeline(
         RestrictRows(),
         RestrictMerge(),
         KvOnlyRows(),
-        CarryRows(),
+        GatherCrossLayerValues(),
         TrimTail(),
         RestrictMasks(),
         WriteInPlace(),

@@ -187,7 +187,7 @@ def moved(pipeline: Pipeline, name: str, before: str) -> Pipeline:
         ("restrict_merge", "restrict_rows", "'restrict_merge': requires rows_restricted"),
         ("kv_only_rows", "restrict_rows", "'kv_only_rows': requires rows_restricted"),
         ("trim_tail", "restrict_rows", "'trim_tail': requires rows_restricted"),
-        ("carry_rows", "kv_only_rows", "'carry_rows': requires kv_only"),
+        ("gather_cross_layer_values", "kv_only_rows", "'gather_cross_layer_values': requires kv_only"),
         ("restrict_masks", "kv_only_rows", "'restrict_masks': requires kv_only"),
         ("tag_segments", "write_in_place", r"'write_in_place': must run before tag_segments \(segments\)"),
         ("tag_segments", "insert_lookups", "'insert_lookups': must run before tag_segments"),

@@ -19,7 +19,7 @@ slot                name            shape               carries
 ==================  ==============  ==================  ===================================================
 
 The first six are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
-others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``carry_rows`` ``Positions``, ``splice_rows``
+others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``gather_cross_layer_values`` ``Positions``, ``splice_rows``
 ``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs`` declares their sizes,
 and ``runtime.programs.bind`` makes their values from a plan and donor tables.
 

@@ -14,7 +14,7 @@ from vlcache_fx.errors import PassError
 from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.rewrite import (
-    CarryRows,
+    GatherCrossLayerValues,
     KvOnlyRows,
     RestrictRows,
     TrimTail,
@@ -43,7 +43,7 @@ from ..programs import (
     unchanged,
 )
 
-CASE = PassCase(CarryRows(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
+CASE = PassCase(GatherCrossLayerValues(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
 SHRINKING = Rows(((0, 1, 3), (1, 3), (3,)))
 """Other rows at every level: a gather by a wrong level's places takes other rows, or none."""
 
@@ -63,11 +63,11 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("carry_rows", CASE.change(captured_wired("side")[0]))
+    golden("gather_cross_layer_values", CASE.change(captured_wired("side")[0]))
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    golden("carry_rows_two_samples", CASE.change(captured_wired("side", 2)[0]))
+    golden("gather_cross_layer_values_two_samples", CASE.change(captured_wired("side", 2)[0]))
 
 
 @pytest.mark.parametrize("kind", ["side", "skip"])
@@ -108,7 +108,7 @@ def gathers(program: Program) -> list[Any]:
 def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
     program = CASE.before(captured_wired("side")[0])
     before = set(gathers(program))
-    assert CarryRows().run(program)
+    assert GatherCrossLayerValues().run(program)
     carried = [node for node in gathers(program) if node not in before]
     assert [node.meta["segment"] for node in carried] == ["layer.1", "layer.2"]
     assert [node.args[2] for node in carried] == [
@@ -125,9 +125,9 @@ def test_where_nothing_is_carried_nothing_changes() -> None:
 def test_levels_with_all_rows_are_left_alone() -> None:
     program = prepared(captured_wired("side", last_only=False)[0], RestrictRows(), KvOnlyRows(), warm=False)
     assert program.decoder.carried
-    assert unchanged(CarryRows(), program)
+    assert unchanged(GatherCrossLayerValues(), program)
 
 
 def test_it_wants_rows_restricted() -> None:
-    with pytest.raises(PassError, match=r"carry_rows.*requires kv_only, rows_restricted"):
-        Pipeline((CarryRows(),)).run(prepared(small()[0]))
+    with pytest.raises(PassError, match=r"gather_cross_layer_values.*requires kv_only, rows_restricted"):
+        Pipeline((GatherCrossLayerValues(),)).run(prepared(small()[0]))

@@ -10,13 +10,13 @@ from vlcache_fx.passes.rewrite.rows import gather
 from vlcache_fx.spec.slots import Positions
 
 
-class CarryRows(Pass):
+class GatherCrossLayerValues(Pass):
     """A value of layer i that layer j reads has rows of level i, of which those of level j are taken.
 
     The sets are nested, so none is missing. It is the last of the passes that give rows to nodes.
     """
 
-    name: ClassVar[str] = "carry_rows"
+    name: ClassVar[str] = "gather_cross_layer_values"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted", "kv_only"})
 
     def run(self, program: Program) -> bool:
