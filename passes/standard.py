@@ -12,7 +12,7 @@ from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
     AnchorSizes,
     CanonicaliseFlex,
-    DenseAdditions,
+    DenseDeepstack,
     DropEmptyCats,
     DropMergeChecks,
     DropNoops,
@@ -42,7 +42,7 @@ CLEANUP = Pipeline(
         AnchorSizes(),
         DropNoops(),
         DropEmptyCats(),
-        DenseAdditions(),
+        DenseDeepstack(),
         DropMergeChecks(),
         CanonicaliseFlex(),
         FuseAttention(),

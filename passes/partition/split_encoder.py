@@ -87,7 +87,7 @@ class SplitResults:
         weights: indices of its weights.
         computations: per result of the encoder, a digest of how it is computed from these inputs.
         others: from the graph's inputs to the results that are none of the encoder's.
-        encoder_places, other_places: where each part's results stand among the graph's.
+        encoder_indices, other_indices: where each part's results stand among the graph's.
         constants: the graph's results, with None for the computed ones.
     """
 
@@ -96,14 +96,14 @@ class SplitResults:
     weights: tuple[int, ...]
     computations: tuple[str, ...]
     others: fx.GraphModule
-    encoder_places: tuple[int, ...]
-    other_places: tuple[int, ...]
+    encoder_indices: tuple[int, ...]
+    other_indices: tuple[int, ...]
     constants: tuple[Any, ...]
 
     def joined(self, encoded: Sequence[Any], others: Sequence[Any]) -> list[Any]:
         """The graph's results."""
         results = list(self.constants)
-        for places, values in ((self.encoder_places, encoded), (self.other_places, others)):
+        for places, values in ((self.encoder_indices, encoded), (self.other_indices, others)):
             for place, value in zip(places, values, strict=True):
                 results[place] = value
         return results
@@ -124,8 +124,8 @@ def split_results(captured: Captured) -> SplitResults:
         weights=weights,
         computations=_computations(captured, list(encoder.values()), inputs, weights),
         others=extract(captured.graph_module, list(others.values())),
-        encoder_places=tuple(encoder),
-        other_places=tuple(others),
+        encoder_indices=tuple(encoder),
+        other_indices=tuple(others),
         constants=tuple(None if isinstance(value, Node) else value for value in output),
     )
 

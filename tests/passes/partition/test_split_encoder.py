@@ -118,7 +118,7 @@ def test_results_beside_an_encoder_are_computed_without_it() -> None:
     split = split_results(captured)
     with torch.no_grad():
         want = captured.graph_module(*args)
-        assert (split.other_places, split.encoder_places) == ((0,), (1,))
+        assert (split.other_indices, split.encoder_indices) == ((0,), (1,))
         own = {*split.inputs, *split.weights}
         encoded = split.encoder(*[arg if index in own else None for index, arg in enumerate(args)])
         others = split.others(*[None if index in split.inputs else arg for index, arg in enumerate(args)])

@@ -13,14 +13,14 @@ from vlcache_fx.passes.base import Pass, Program
 aten = torch.ops.aten
 
 
-class DenseAdditions(Pass):
+class DenseDeepstack(Pass):
     """``x[mask] = x[mask] + features`` becomes ``where(mask, x + scatter_rows(features, mask), x)``.
 
     So features enter the residual stream of a layer ("deepstack") token by token, without a size that depends
     on data; which rows they are for is said by one node.
     """
 
-    name: ClassVar[str] = "dense_additions"
+    name: ClassVar[str] = "dense_deepstack"
 
     def run(self, program: Program) -> bool:
         """Replace every write of a sum back to the places that it was read from."""
