@@ -81,14 +81,16 @@ class Program:
         return self.facts
 
     @property
-    def held(self) -> set[str]:
+    def held_properties(self) -> set[str]:
         """The properties that hold, ``facts`` included."""
         return self.properties | ({"facts"} if self.facts is not None else set())
 
     def check_complete(self) -> None:
         """Raise LoweringError unless the program can be lowered."""
-        needed = {"segments", "inputs_declared"} | ({"hoisted"} if "lookups" in self.held else set())
-        missing = sorted(needed - self.held)
+        needed = {"segments", "inputs_declared"} | (
+            {"hoisted"} if "lookups" in self.held_properties else set()
+        )
+        missing = sorted(needed - self.held_properties)
         if missing:
             raise LoweringError(f"no pass of the program ensured {', '.join(missing)}")
 

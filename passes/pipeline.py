@@ -75,12 +75,12 @@ class Pipeline:
         return records
 
     def _check_order(self, step: Pass, program: Program, before: list[str]) -> None:
-        missing = sorted(step.requires - program.held)
+        missing = sorted(step.requires - program.held_properties)
         if missing:
             raise PassError(
                 step.name, before, f"requires {', '.join(missing)}, which no earlier pass ensures"
             )
-        early = sorted(step.excludes & program.held)
+        early = sorted(step.excludes & program.held_properties)
         if early:
             culprits = [one.name for one in self.passes if one.name in before and one.ensures & step.excludes]
             others = ", ".join(culprits) or "another pipeline"

@@ -18,8 +18,8 @@ from vlcache_fx.compiling import (
     SharedSettings,
     compiling,
     dynamo_settings,
-    raise_limit_of_function,
-    what_is_missing,
+    missing_tool,
+    raise_graph_limit,
 )
 
 from .runtime.helpers import own_compiler_state
@@ -152,7 +152,7 @@ def graphs_of_forms(limit: int | None, **options: Any) -> int:
 
     def backend(graph_module: fx.GraphModule, _: Any) -> Any:
         if limit is not None:
-            raise_limit_of_function(limit)
+            raise_graph_limit(limit)
         graphs.append(graph_module)
         return graph_module.forward
 
@@ -200,7 +200,7 @@ def wrapped(error: Exception) -> Exception:
 )
 def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> None:
     for raised in (error, wrapped(error)):
-        found = what_is_missing(raised)
+        found = missing_tool(raised)
         assert found is not None
         assert found.startswith(text)
         assert 'lowering="eager"' in found
@@ -208,5 +208,5 @@ def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> Non
 
 
 def test_other_failures_are_not_taken_for_it() -> None:
-    assert what_is_missing(wrapped(RuntimeError("no C++ compiler"))) is None
-    assert what_is_missing(exc.CppCompileError(["g++"], "error: expected ;")) is None
+    assert missing_tool(wrapped(RuntimeError("no C++ compiler"))) is None
+    assert missing_tool(exc.CppCompileError(["g++"], "error: expected ;")) is None

@@ -16,7 +16,7 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, cast
 
-__all__ = ["compiling", "dynamo_settings", "raise_limit_of_function", "what_is_missing"]
+__all__ = ["compiling", "dynamo_settings", "missing_tool", "raise_graph_limit"]
 
 FLAG = "_is_fx_tracing_flag"
 """A global of torch's tracer that says to all threads that something is traced."""
@@ -151,7 +151,7 @@ class SharedSettings:
 _shared_settings = SharedSettings()  # torch's settings are of the process, and so is who uses them
 
 
-def raise_limit_of_function(limit: int) -> None:
+def raise_graph_limit(limit: int) -> None:
     """Let the function that Dynamo is compiling have ``limit`` graphs, whichever threads call it.
 
     Called by a backend. Threads that wait while a graph is compiled compile it again, each for itself, and
@@ -168,7 +168,7 @@ def raise_limit_of_function(limit: int) -> None:
         frame = frame.f_back
 
 
-def what_is_missing(error: BaseException) -> str | None:
+def missing_tool(error: BaseException) -> str | None:
     """What torch's compiler needs and does not find on this machine, and the remedy, in one line.
 
     Args:

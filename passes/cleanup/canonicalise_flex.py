@@ -17,7 +17,7 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, loosen_views
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, loosen_views
 from vlcache_fx.passes.utility.insert import fake_mode, insert_call, insert_graph, insert_size, without_guards
 from vlcache_fx.passes.utility.masks import Masks
 
@@ -65,7 +65,7 @@ class _Rewriter:
             gqa = shape_of(found.query)[1] != shape_of(found.key)[1]
             key, value = found.key, found.value
             target = SDPA if found.softcap is None else ATTEND
-            if gqa and is_grouped_by_writing_out(target, value.meta["val"], mask):
+            if gqa and gqa_needs_math_kernel(target, value.meta["val"], mask):
                 groups = shape_of(found.query)[1] // shape_of(key)[1]
                 key, value = (self._repeated(one, groups, node) for one in (key, value))
                 gqa = False

@@ -10,7 +10,7 @@ from vlcache_fx.analysis.attention.sites import find_sites
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import COPIES, RESHAPES, packet_of
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, write_site
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, write_site
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ class FoldRepeatedHeads(Pass):
             key, value = _before_repeat(site.key, site.node), _before_repeat(site.value, site.node)
             if key is None or value is None or shape_of(key)[1] != shape_of(value)[1]:
                 continue
-            if is_grouped_by_writing_out(site.node.target, value.meta["val"], site.mask):
+            if gqa_needs_math_kernel(site.node.target, value.meta["val"], site.mask):
                 continue
             write_site(replace(site, key=key, value=value, enable_gqa=True))
             changed = True

@@ -14,7 +14,7 @@ MOVES = frozenset(
 )
 
 
-def is_grouped_by_writing_out(target: Any, value: Any, mask: Any) -> bool:
+def gqa_needs_math_kernel(target: Any, value: Any, mask: Any) -> bool:
     """True where grouped heads would cost more than repeated ones.
 
     On CUDA the fused kernels that take a mask take as many key heads as heads; with fewer, PyTorch falls back

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.lowering import Arriving
+from vlcache_fx.lowering import PendingTensor
 from vlcache_fx.lowering.cuda_graphs import COPIED_BYTES, CudaGraphs
 
 LARGE = COPIED_BYTES // 4 + 1
@@ -140,7 +140,7 @@ def test_what_cannot_be_recorded_runs_plainly(
 def test_arriving_arguments_run_plainly(recorder: Recorder) -> None:
     program = CudaGraphs(lambda args: (args[0].get() + 1,), record=recorder)
     for _ in range(4):
-        (got,) = program([Arriving(torch.zeros(1), lambda: None)])
+        (got,) = program([PendingTensor(torch.zeros(1), lambda: None)])
         assert got.item() == 1
     assert recorder.recordings == 0
 

@@ -18,7 +18,7 @@ from vlcache_fx.capture.exported import capture_exported
 from vlcache_fx.errors import OptionError
 from vlcache_fx.ir import Captured
 from vlcache_fx.lowering import TensorRtLowering
-from vlcache_fx.lowering.tensorrt import MIN_NODES, dry_run, why_outside
+from vlcache_fx.lowering.tensorrt import MIN_NODES, dry_run, exclusion_reason
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.partition.split_encoder import split_encoder
@@ -116,7 +116,7 @@ def graph_of(function: Callable[..., object], *examples: torch.Tensor) -> fx.Gra
 
 def test_float64_stays_outside() -> None:
     traced = graph_of(lambda x: (x.double() * 2).float() + 1, torch.ones(3))
-    reasons = {node.name: why_outside(node) for node in traced.graph.nodes if node.op == "call_function"}
+    reasons = {node.name: exclusion_reason(node) for node in traced.graph.nodes if node.op == "call_function"}
     assert "TensorRT has no float64" in reasons.values()
     assert None in reasons.values()
     assert dry_run(traced).engines == ()
@@ -142,7 +142,7 @@ def test_what_writes_to_an_input_stays_outside() -> None:
 def test_placeholders_are_no_calls() -> None:
     traced = graph_of(lambda x: x * 2, torch.ones(3))
     (placeholder,) = traced.graph.find_nodes(op="placeholder")
-    assert why_outside(placeholder) == "not a call"
+    assert exclusion_reason(placeholder) == "not a call"
 
 
 @without_gpu

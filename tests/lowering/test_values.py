@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vlcache_fx.lowering.values import TensorForm, _Propagation, program_values
+from vlcache_fx.lowering.values import TensorMeta, _Propagation, program_values
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.testing.graphs import captured_graph
@@ -43,7 +43,7 @@ def test_repeated_layers_are_asked_once(
     one_by_one = program_values(program)
     assert values.examples == one_by_one.examples
     assert values.by_node == one_by_one.by_node
-    assert sum(isinstance(value, TensorForm) for value in values.by_node.values()) > total
+    assert sum(isinstance(value, TensorMeta) for value in values.by_node.values()) > total
 
 
 def test_sizes_from_data_are_different_for_different_tensors() -> None:

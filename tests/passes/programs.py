@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from vlcache_fx.ir import Captured
 from vlcache_fx.ir.copies import copy_captured
-from vlcache_fx.lowering import Arriving
+from vlcache_fx.lowering import PendingTensor
 from vlcache_fx.passes import Pass, Pipeline, Program
 from vlcache_fx.passes.rewrite import HoistLookups, InsertLookups, SpliceRows, TrimTail
 from vlcache_fx.passes.standard import cold_program, warm_program
@@ -122,7 +122,7 @@ def everything_of_both(program: Program) -> StackedPlan:
 
 def bind_plan(
     program: Program, plan: Plan | StackedPlan, donors: Donors | None = None
-) -> list[Tensor | Arriving]:
+) -> list[Tensor | PendingTensor]:
     """The values of the inputs that passes added, as the runtime binds them."""
     num_tokens = plan.num_tokens if isinstance(plan, Plan) else plan.plans[0].num_tokens
     positions = program.decoder.tail_rows.positions(num_tokens)

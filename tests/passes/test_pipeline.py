@@ -16,7 +16,7 @@ from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import outline
 from vlcache_fx.lowering.values import program_values
 from vlcache_fx.passes import Pass, Pipeline, Program
-from vlcache_fx.passes.standard import CLEANUP, COLD, STEP, WARM, warm_program
+from vlcache_fx.passes.standard import CLEANUP, COLD, DECODE_STEP, WARM, warm_program
 from vlcache_fx.spec.slots import Donor
 
 from .programs import everything, nothing_stored, run, small
@@ -223,7 +223,7 @@ def test_check_complete_names_what_lowerings_lack(name: str, missing: str) -> No
 
 def test_every_property_matters() -> None:
     """What no pass and no lowering asks for is not declared."""
-    passes = [step for pipeline in (CLEANUP, COLD, WARM, STEP) for step in pipeline.passes]
+    passes = [step for pipeline in (CLEANUP, COLD, WARM, DECODE_STEP) for step in pipeline.passes]
     asked = frozenset().union(*(step.requires | step.excludes for step in passes))
     ensured = frozenset().union(*(step.ensures for step in passes))
     assert asked - {"facts"} <= ensured

@@ -13,7 +13,7 @@ from vlcache_fx.compiler.builders.decoder import Decoder
 from vlcache_fx.compiler.builders.programs import program_spec
 from vlcache_fx.deploy.trace import ExportInput
 from vlcache_fx.errors import ExportError
-from vlcache_fx.lowering import Arriving, EagerLowering
+from vlcache_fx.lowering import EagerLowering, PendingTensor
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder
 from vlcache_fx.plan import Span, build_plan
@@ -55,7 +55,7 @@ def example_calls(
     positions = spec.positions(num_tokens, named)
 
     def call(
-        name: str, program: Program, plan: Any, tables: dict[StoredSlot, Tensor | Arriving]
+        name: str, program: Program, plan: Any, tables: dict[StoredSlot, Tensor | PendingTensor]
     ) -> ExampleCall:
         lowered = EagerLowering().lower(program.graph_module, name=name)
         runner = ProgramRunner(name, program_spec(program), lambda: lowered, decoder.device, engine)
@@ -70,7 +70,7 @@ def example_calls(
     first = call("cold", cold, build_plan(**common, spans=(), policy=NoRows(), budget=0.0), {})
     recorded = dict(zip(cold.recorded, first.results[spec.num_outputs :], strict=True))
     marked = [Span(0, run.start, run.length, "example", True) for run in spans]
-    tables: dict[StoredSlot, Tensor | Arriving] = {
+    tables: dict[StoredSlot, Tensor | PendingTensor] = {
         slot: torch.cat([recorded[slot].narrow(row.dim, one.start, one.length) for one in marked], row.dim)
         for slot, row in spec.rows.items()
     }

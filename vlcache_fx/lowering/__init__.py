@@ -8,10 +8,9 @@ from vlcache_fx.lowering.cuda_graphs import CudaGraphs
 from vlcache_fx.lowering.eager import EagerLowering
 from vlcache_fx.lowering.inductor import InductorLowering
 from vlcache_fx.lowering.tensorrt import TensorRtLowering
-from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor
 
 __all__ = [
-    "Arriving",
     "CompileCache",
     "CompileStats",
     "CudaGraphs",
@@ -20,5 +19,6 @@ __all__ = [
     "InductorLowering",
     "Lowered",
     "Lowering",
+    "PendingTensor",
     "TensorRtLowering",
 ]

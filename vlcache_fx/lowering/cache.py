@@ -16,7 +16,7 @@ from typing import Any
 
 import sympy
 
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
@@ -110,7 +110,7 @@ class Compiled:
         try:
             first = self._compile(examples)
         except Exception as error:
-            if examples == structure.examples or what_is_missing(error) is not None:
+            if examples == structure.examples or missing_tool(error) is not None:
                 raise
             first = self._compile(structure.examples)
         self._variants: tuple[Variant, ...] = (first,)
@@ -138,7 +138,7 @@ class Compiled:
             try:
                 made = self._compile(sizes)
             except Exception as error:
-                missing = what_is_missing(error)
+                missing = missing_tool(error)
                 if missing is not None:  # what was compiled came from torch's cache on disk
                     self.cache.warn_once(f"some sizes run uncompiled: {missing}")
                     return self._uncompiled(len(found))

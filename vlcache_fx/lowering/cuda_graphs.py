@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor
 
 __all__ = ["CudaGraphs", "record_cuda_graph"]
 
@@ -77,7 +77,7 @@ class CudaGraphs:
 
     def __call__(self, args: Sequence[Any]) -> Results:
         """See ``Lowered``."""
-        if any(isinstance(value, Arriving) for value in args):
+        if any(isinstance(value, PendingTensor) for value in args):
             return self._run(args)
         key = (_stream(), *map(self._form, range(len(args)), args))
         with self._lock:

@@ -21,7 +21,7 @@ from vlcache_fx.ir.digest import argument_text, target_text
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.ir.sizes import Size, hint
 from vlcache_fx.lowering.outline import Segment
-from vlcache_fx.lowering.values import ProgramValues, TensorForm
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta
 
 __all__ = ["InputSpec", "Structure", "structure_of"]
 
@@ -99,9 +99,9 @@ class _Naming:
         self.sources: dict[sympy.Symbol, str] = {}
         self.places: dict[sympy.Expr, str] = {}
 
-    def describe(self, index: int, value: TensorForm | Size) -> InputSpec:
+    def describe(self, index: int, value: TensorMeta | Size) -> InputSpec:
         """Notes the plain symbols of one input; its expressions stay in the program's symbols for now."""
-        if not isinstance(value, TensorForm):
+        if not isinstance(value, TensorMeta):
             return InputSpec((self._note(value, f"a[{index}]"),))
         sizes = [self._note(size, f"a[{index}].size({dim})") for dim, size in enumerate(value.sizes)]
         strides: list[Size] = []

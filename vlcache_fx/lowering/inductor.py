@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import LoweringError, NoCompilerError
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.keys.numerics import numerics
@@ -19,8 +19,8 @@ from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
-from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
-from vlcache_fx.runtime.programs.lowered import Arriving, Lowered, arrived
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta, program_values
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, arrived
 
 __all__ = ["InductorLowering"]
 
@@ -66,7 +66,7 @@ class InductorLowering:
                 )
                 builder.add(segment, run)
             except Exception as error:
-                missing = what_is_missing(error)
+                missing = missing_tool(error)
                 if missing is not None:
                     raise NoCompilerError(missing) from error
                 raise LoweringError(f"program {name!r}, segment {segment.name!r}: {_brief(error)}") from error
@@ -175,7 +175,7 @@ class _Assembler:
             value = self.values[node]
             if isinstance(value, sympy.Expr):
                 sources.setdefault(value, f"a[{index}]")
-            elif isinstance(value, TensorForm):
+            elif isinstance(value, TensorMeta):
                 for dim, size in enumerate(value.sizes):
                     if not isinstance(size, int):
                         sources.setdefault(size, f"a[{index}].size({dim})")
@@ -197,7 +197,7 @@ def _layouts(
     found = []
     for index, node in enumerate(placeholders):
         form = values[node]
-        if not isinstance(form, TensorForm) or all(isinstance(size, int) for size in form.sizes):
+        if not isinstance(form, TensorMeta) or all(isinstance(size, int) for size in form.sizes):
             continue
         sizes, strides = ([values.example(one) or 0 for one in part] for part in (form.sizes, form.strides))
         order = tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
@@ -231,7 +231,7 @@ class _Program:
         values += self.rest[len(values) :]
         with torch.no_grad():
             for index, order, inverse in self.layouts:
-                if isinstance(values[index], Arriving):
+                if isinstance(values[index], PendingTensor):
                     continue
                 ordered = values[index].permute(order)
                 if not ordered.is_contiguous():

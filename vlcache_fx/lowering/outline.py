@@ -27,7 +27,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from vlcache_fx.lowering.expressions import is_scalar
-from vlcache_fx.lowering.values import ProgramValues, TensorForm
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta
 
 __all__ = ["Segment", "outline"]
 
@@ -130,7 +130,7 @@ def _vectors_of_sizes(live: Sequence[Node], values: ProgramValues) -> set[Node]:
     returned = {used for node in live if node.op == "output" for used in node.all_input_nodes}
     for node in live:
         form = values[node]
-        if node.op != "call_function" or not isinstance(form, TensorForm) or node in returned:
+        if node.op != "call_function" or not isinstance(form, TensorMeta) or node in returned:
             continue
         is_drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         is_vector = sum(size != 1 for size in form.sizes) <= 1
@@ -180,7 +180,7 @@ class _Builder:
         if node in self.local:
             return
         value = self.values[node]
-        if not isinstance(value, TensorForm):
+        if not isinstance(value, TensorMeta):
             if node.op == "get_attr":  # the body of a higher-order operator
                 name = f"body_{len(list(self.root.children()))}"
                 self.root.add_module(name, self.program.get_submodule(str(node.target)))

@@ -43,10 +43,10 @@ class _Convertible(OperatorSupportBase):
     """ATen operators, and the sizes that they need; operators of ours are not TensorRT's matter."""
 
     def is_node_supported(self, submodules: Mapping[str, torch.nn.Module], node: fx.Node) -> bool:  # noqa: ARG002
-        return why_outside(node) is None
+        return exclusion_reason(node) is None
 
 
-def why_outside(node: fx.Node) -> str | None:
+def exclusion_reason(node: fx.Node) -> str | None:
     """Why a node cannot go into an engine; None where it can."""
     if node.op != "call_function":
         return "not a call"
@@ -76,7 +76,7 @@ def dry_run(program: fx.GraphModule) -> DryRun:
     groups.sort(key=lambda nodes: order[nodes[0]])
     inside = {node for nodes in groups for node in nodes}
     outside = {
-        node.name: why_outside(node) or f"a region of fewer than {MIN_NODES} nodes"
+        node.name: exclusion_reason(node) or f"a region of fewer than {MIN_NODES} nodes"
         for node in program.graph.nodes
         if node.op == "call_function" and node not in inside
     }

@@ -23,7 +23,7 @@ from vlcache_fx.ir.fakes import Shapes
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.ir.sizes import Size, evaluated, expression, hint
 
-__all__ = ["ProgramValues", "TensorForm", "program_values"]
+__all__ = ["ProgramValues", "TensorMeta", "program_values"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ FROM_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
 @dataclass(frozen=True, slots=True)
-class TensorForm:
+class TensorMeta:
     """What operators see of a tensor.
 
     Attributes:
@@ -100,7 +100,7 @@ class _Propagation:
     shapes: Shapes = field(default_factory=Shapes)
     examples: dict[sympy.Symbol, int] = field(default_factory=dict)
     known: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
-    fakes: dict[TensorForm, torch.Tensor] = field(default_factory=dict)
+    fakes: dict[TensorMeta, torch.Tensor] = field(default_factory=dict)
     results: dict[Any, Any] = field(default_factory=dict)
     made: dict[Any, Any] = field(default_factory=dict)
 
@@ -131,7 +131,7 @@ class _Propagation:
             if value.layout != torch.strided:
                 raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
             sizes, strides = (tuple(map(self._translated, part)) for part in (value.size(), value.stride()))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         return self._translated(value) if isinstance(value, torch.SymInt) else value
 
     def _translated(self, value: int | torch.SymInt) -> Size:
@@ -180,7 +180,7 @@ class _Propagation:
 
     def _fake(self, value: Any) -> Any:
         match value:
-            case TensorForm():
+            case TensorMeta():
                 if value not in self.fakes:
                     sizes, strides = self._fake(value.sizes), self._fake(value.strides)
                     self.fakes[value] = self.shapes.empty(sizes, strides, value.dtype, value.device)
@@ -206,7 +206,7 @@ def _form(value: Any) -> Any:
             if value.layout != torch.strided or value.is_conj() or value.is_neg():
                 return value
             sizes, strides = (tuple(map(expression, part)) for part in (value.size(), value.stride()))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         case torch.SymInt():
             return expression(value)
         case tuple() | list():
@@ -226,7 +226,7 @@ def _hashable(value: Any) -> Any:
             return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument
         case None:
             return ()
-        case TensorForm() | sympy.Expr() | str() | torch.dtype() | torch.device() | torch.layout():
+        case TensorMeta() | sympy.Expr() | str() | torch.dtype() | torch.device() | torch.layout():
             return value
         case torch.memory_format() | torch._ops.OpOverload():
             return value
@@ -256,9 +256,9 @@ def _renamed(value: Any, names: dict[sympy.Symbol, sympy.Symbol], *, complete: b
         return one.xreplace(names)
 
     match value:
-        case TensorForm():
+        case TensorMeta():
             sizes, strides = tuple(map(size, value.sizes)), tuple(map(size, value.strides))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         case sympy.Expr():
             return size(value)
         case tuple():

@@ -180,7 +180,7 @@ def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
 
 
 def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+    monkeypatch.setattr(module, "gqa_needs_math_kernel", lambda *given: True)
     model, inputs = Flex(padded), call()
     site, got, _ = canonical(model, inputs, dynamic=True)
     assert not site.enable_gqa

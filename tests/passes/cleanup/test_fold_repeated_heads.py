@@ -15,7 +15,7 @@ from torch import Tensor
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA, find_sites
 from vlcache_fx.passes.cleanup import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup import fold_repeated_heads as module
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel
 
 from ..programs import before_and_after, unchanged
 from .graphs import program_of
@@ -84,11 +84,11 @@ def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
 def test_heads_stay_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
     mask = object()
-    assert is_grouped_by_writing_out(SDPA, on_cuda, mask)
-    assert not is_grouped_by_writing_out(SDPA, on_cuda, None)
-    assert not is_grouped_by_writing_out(SDPA, on_cpu, mask)
-    assert not is_grouped_by_writing_out(ATTEND, on_cuda, mask)
-    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+    assert gqa_needs_math_kernel(SDPA, on_cuda, mask)
+    assert not gqa_needs_math_kernel(SDPA, on_cuda, None)
+    assert not gqa_needs_math_kernel(SDPA, on_cpu, mask)
+    assert not gqa_needs_math_kernel(ATTEND, on_cuda, mask)
+    monkeypatch.setattr(module, "gqa_needs_math_kernel", lambda *given: True)
     assert unchanged(FoldRepeatedHeads(), program_of(attention(expanded), *operands()))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
-from vlcache_fx.runtime.programs.lowered import Arriving
+from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.blocks import Piece
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
@@ -33,7 +33,7 @@ def _are_rows(spec: RowSpec, tensor: Tensor, length: int) -> bool:
 
 def tables(
     entries: Sequence[Entry], specs: Mapping[StoredSlot, RowSpec], device: torch.device
-) -> dict[StoredSlot, Tensor | Arriving]:
+) -> dict[StoredSlot, Tensor | PendingTensor]:
     """Donor tables per slot: the rows of all entries, one behind the other.
 
     A single donor is handed over as it lies in the store; several are joined. Donors of a host tier are
@@ -47,14 +47,14 @@ def tables(
 
     if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
         return {slot: table(slot, spec.dim) for slot, spec in specs.items()}
-    made: dict[StoredSlot, Tensor | Arriving] = {}
+    made: dict[StoredSlot, Tensor | PendingTensor] = {}
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     for slot, spec in specs.items():
         with torch.cuda.stream(side):
             tensor, event = table(slot, spec.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(side)
         tensor.record_stream(current)  # its memory was allocated for the side stream
-        made[slot] = Arriving(tensor, functools.partial(current.wait_event, event))
+        made[slot] = PendingTensor(tensor, functools.partial(current.wait_event, event))
     return made
 
 

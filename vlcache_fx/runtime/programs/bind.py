@@ -8,10 +8,10 @@ from torch import Tensor
 from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
-from vlcache_fx.runtime.programs.lowered import Arriving
+from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source, StoredSlot
 
-Tables = Callable[[], Mapping[StoredSlot, Tensor | Arriving]]
+Tables = Callable[[], Mapping[StoredSlot, Tensor | PendingTensor]]
 """Makes the donor tables."""
 
 
@@ -21,7 +21,7 @@ def bind(
     positions: Tensor | None,
     tables: Tables,
     send: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-) -> list[Tensor | Arriving]:
+) -> list[Tensor | PendingTensor]:
     """A value per slot, in order.
 
     Args:

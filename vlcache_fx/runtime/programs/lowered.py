@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Arriving", "Lowered", "arrived"]
+__all__ = ["Lowered", "PendingTensor", "arrived"]
 
 
 @dataclass(frozen=True)
-class Arriving:
+class PendingTensor:
     """A tensor argument on its way to the device; programs wait for it where they first read it.
 
     Attributes:
@@ -31,7 +31,7 @@ class Arriving:
 
 def arrived(value: Any) -> Any:
     """``value``, waited for where it is arriving."""
-    return value.get() if isinstance(value, Arriving) else value
+    return value.get() if isinstance(value, PendingTensor) else value
 
 
 # Takes the program's placeholder values in order (tensors, arriving ones, ints) and returns its flat outputs.

@@ -14,7 +14,7 @@ from vlcache_fx.plan.types import Plan, Span, SpanContext
 from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy
 from vlcache_fx.runtime.donors.tables import length_of, rows_of_sample
 from vlcache_fx.runtime.programs.bind import Tables
-from vlcache_fx.runtime.programs.lowered import Arriving
+from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.request import Request, Sample, together
 from vlcache_fx.spec.decoder import RowSpec
@@ -125,7 +125,7 @@ def measure(
     def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
         for slot in (Key(layer), Value(layer)):
             spec, table = specs[slot], tables()[slot]
-            stored = table.get() if isinstance(table, Arriving) else table
+            stored = table.get() if isinstance(table, PendingTensor) else table
             fresh = rows_of_sample(spec, recorded[slot], sample.index).narrow(spec.dim, place, length)
             yield _squared_distance(fresh, stored.narrow(spec.dim, donor, length), spec.dim)
 

@@ -11,7 +11,7 @@ from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.bind import Tables, bind
-from vlcache_fx.runtime.programs.lowered import Arriving, Lowered
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import ProgramSpec
 
@@ -61,7 +61,7 @@ class ProgramRunner:
         plan: Plan | StackedPlan,
         positions: Tensor | None,
         tables: Tables,
-    ) -> list[Tensor | Arriving]:
+    ) -> list[Tensor | PendingTensor]:
         """The values of the inputs that passes added, on the program's device: see ``bind.bind``."""
         on_device: dict[int, tuple[Tensor, Tensor]] = {}  # with the source, so that no other takes its id
 
@@ -74,7 +74,7 @@ class ProgramRunner:
 
         return bind(self.spec.slots, plan, positions, tables, send)
 
-    def run(self, args: Sequence[Any], bound: Sequence[Tensor | Arriving]) -> Sequence[Any] | None:
+    def run(self, args: Sequence[Any], bound: Sequence[Tensor | PendingTensor]) -> Sequence[Any] | None:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
 
         Returns:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.lowering import Arriving, EagerLowering, InductorLowering, Lowering
+from vlcache_fx.lowering import EagerLowering, InductorLowering, Lowering, PendingTensor
 from vlcache_fx.lowering.inductor import _Program, _Step
 
 
@@ -40,14 +40,16 @@ def two_layers() -> torch.fx.GraphModule:
 def test_values_are_there_when_they_are_read(lowering: Lowering) -> None:
     late = [Late(torch.arange(4.0)), Late(torch.full((4,), 3.0))]
     run = lowering.lower(two_layers(), name="test")
-    (result,) = run([torch.ones(4), *(Arriving(one.tensor, one.arrive) for one in late)])
+    (result,) = run([torch.ones(4), *(PendingTensor(one.tensor, one.arrive) for one in late)])
     assert torch.equal(result, (torch.ones(4) + torch.arange(4.0)) * 3)
     assert [one.waits for one in late] == [1, 1]
 
 
 def test_a_later_layer_is_not_waited_for_before_an_earlier_one_runs() -> None:
     order: list[str] = []
-    late = [Arriving(torch.ones(2), lambda name=name: order.append(name)) for name in ("donor 0", "donor 1")]
+    late = [
+        PendingTensor(torch.ones(2), lambda name=name: order.append(name)) for name in ("donor 0", "donor 1")
+    ]
 
     def layer(index: int) -> _Step:
         def run(args: list[Tensor]) -> list[Tensor]:
