@@ -52,7 +52,7 @@ def test_a_model_is_compiled_once() -> None:
     [
         ({"bugdet": 0.1}, r"did you mean 'budget'\?.*valid options are: policy, budget"),
         ({"budget": 5}, "5 % is 0.05|share in"),
-        ({"lowering": "eagre"}, "'eager' or 'inductor'"),
+        ({"lowering": "eagre"}, "one of 'eager', 'inductor'"),
         ({"store": "redis://x"}, "redis"),
     ],
 )

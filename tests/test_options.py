@@ -169,10 +169,10 @@ def test_modes_are_settings_of_inductor_and_cuda_graphs_of_ours() -> None:
 @pytest.mark.parametrize(
     ("step", "places", "message"),
     [
-        (Nothing, {"before": "trim_tail"}, "is not a pass; is it the class"),
+        (Nothing, {"before": "trim_tail"}, "is not a pass object"),
         ("nothing", {"before": "trim_tail"}, "'nothing' is not a pass"),
-        (Nothing(), {}, "say before or after which pass 'nothing' runs"),
-        (Nothing(), {"before": "trim_tail", "after": "trim_tail"}, "say before or after which pass"),
+        (Nothing(), {}, "'nothing' needs either before= or after="),
+        (Nothing(), {"before": "trim_tail", "after": "trim_tail"}, "needs either before= or after="),
     ],
 )
 def test_inserted_pass_is_checked(step: Any, places: dict[str, str], message: str) -> None:
