@@ -195,7 +195,10 @@ def wrapped(error: Exception) -> Exception:
             'no C++ compiler was found: install one, such as g++, or use lowering="eager"',
         ),
         (exc.TritonMissing(None), "no working Triton was found: install it"),
-        (PermissionError(13, "Permission denied", "/opt/g++"), "no permission to run the C++ compiler /opt/g++"),
+        (
+            PermissionError(13, "Permission denied", "/opt/g++"),
+            "no permission to run the C++ compiler /opt/g++",
+        ),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> None:

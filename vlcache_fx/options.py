@@ -184,7 +184,7 @@ def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
         raise _bad(name, value, "a number in [0, 1]")
     if not 0 <= float(value) <= 1:
-        raise _bad(name, value, "a number in [0, 1] (0.02 means 2 %)")
+        raise _bad(name, value, "a share in [0, 1] (0.02 means 2 %)")
     return float(value)
 
 

@@ -28,8 +28,13 @@ def write_site(site: Site) -> None:
     operands = (site.query, site.key, site.value, site.mask)
     if site.node.target is ATTEND:
         site.node.args = (
-            *operands, site.sinks, site.is_causal, site.scale, site.softcap, site.enable_gqa,
-        )  # fmt: skip
+            *operands,
+            site.sinks,
+            site.is_causal,
+            site.scale,
+            site.softcap,
+            site.enable_gqa,
+        )
         site.node.kwargs = {}
         return
     dropout = site.node.args[4] if len(site.node.args) > 4 else site.node.kwargs.get("dropout_p")

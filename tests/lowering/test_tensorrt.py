@@ -90,7 +90,7 @@ def test_cache_operators_stay_outside(warm: fx.GraphModule) -> None:
     assert ours
     assert ours <= run.outside.keys()
     for name in ours:
-        assert run.outside[name] == "a cache operator: it reads what the store gave"
+        assert run.outside[name] == "a cache operator: it reads stored rows"
 
 
 def test_engines_can_be_run_one_after_the_other(program: fx.GraphModule) -> None:
@@ -135,7 +135,7 @@ def test_what_writes_to_an_input_stays_outside() -> None:
         return (cache.index_copy_(0, torch.arange(2), rows.tanh() * 2 + 1) * 2).tanh() + 1
 
     run = dry_run(graph_of(write, torch.ones(5, 3), torch.ones(2, 3)))
-    assert run.outside["index_copy_"].startswith("it writes to a tensor of the caller")
+    assert run.outside["index_copy_"].startswith("an input mutation")
     assert run.engines
 
 
