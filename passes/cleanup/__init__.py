@@ -1,4 +1,4 @@
-"""Lossless clean-up that makes graphs from different tracers look alike."""
+"""Lossless passes that bring graphs of different tracers to one form."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex

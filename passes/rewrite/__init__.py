@@ -1,4 +1,4 @@
-"""Rewrites that record and reuse donors."""
+"""Passes that record donors and reuse them."""
 
 from vlcache_fx.passes.rewrite.gather_cross_layer_values import GatherCrossLayerValues
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups

@@ -1,4 +1,4 @@
-"""What passes share about attention calls."""
+"""Helpers of passes for attention calls."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ MOVES = frozenset(
 
 
 def gqa_needs_math_kernel(target: Any, value: Any, mask: Any) -> bool:
-    """True where grouped heads would cost more than repeated ones.
+    """Return True where ``enable_gqa`` would be slower than repeated key and value heads.
 
-    On CUDA the fused kernels that take a mask take as many key heads as heads; with fewer, PyTorch falls back
-    to one that writes all scores out.
+    On CUDA, the fused kernels with a mask need as many key heads as query heads. With fewer, PyTorch falls
+    back to the math kernel, which materialises all scores.
     """
     return target is SDPA and mask is not None and bool(value.device.type == "cuda")
 
 
 def write_site(site: Site) -> None:
-    """Let the call of ``site`` read what ``site`` says."""
+    """Set the arguments of the call ``site.node`` to those of ``site``."""
     operands = (site.query, site.key, site.value, site.mask)
     if site.node.target is ATTEND:
         site.node.args = (
@@ -48,7 +48,7 @@ def write_site(site: Site) -> None:
 
 
 def loosen_views(result: Node) -> None:
-    """Let views of ``result`` copy where they have to: a call may lay out its result in another way."""
+    """Replace views of ``result`` by reshapes, since a call may return another layout."""
     todo, seen = [result], {result}
     while todo:
         for user in todo.pop().users:
