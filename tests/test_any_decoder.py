@@ -229,14 +229,14 @@ RANDOMS = st.randoms(use_true_random=True)
 
 @settings(max_examples=6)
 @given(random=RANDOMS)
-def test_any_decoder(random: Random) -> None:
+def test_random_decoders(random: Random) -> None:
     shape = decoder_shape(random)
     check(shape, *request(random, shape.num_layers))
 
 
 @settings(max_examples=1)  # Dynamo takes several times as long as for other forms
 @given(random=RANDOMS)
-def test_any_decoder_with_flex_attention(random: Random) -> None:
+def test_random_decoders_with_flex_attention(random: Random) -> None:
     shape = decoder_shape(random, FLEX)
     check(shape, *request(random, shape.num_layers))
 
@@ -265,7 +265,7 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("corner", CORNERS)
-def test_corners(corner: str) -> None:
+def test_corner_cases(corner: str) -> None:
     shape = replace(BASE, **CORNERS[corner])
     rows = ((0, 1, 9), (0, 9), (0,), ())[: shape.num_layers]
     check(shape, 20, [Call(3, 5, 1), Call(11, 2, 2), Call(17, 4, 3)], Given(rows))
@@ -273,7 +273,7 @@ def test_corners(corner: str) -> None:
 
 @settings(max_examples=3)
 @given(random=RANDOMS)
-def test_learned_positions_are_refused(random: Random) -> None:
+def test_learned_positions_refused(random: Random) -> None:
     """Whatever else the decoder is made of."""
     shape = replace(decoder_shape(random), learned_positions=True)
     with own_compiler_state():

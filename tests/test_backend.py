@@ -115,7 +115,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_a_process_that_never_imported_us_finds_the_backend() -> None:
+def test_backend_found_without_import() -> None:
     code = """
 import sys, torch
 class Tiny(torch.nn.Module):
@@ -135,7 +135,7 @@ print("vlcache_fx.backend" in sys.modules, "vlcache" in torch._dynamo.list_backe
     assert run_python(code).split() == ["True", "True"]
 
 
-def test_importing_us_does_nothing_to_torch() -> None:
+def test_import_leaves_torch_unchanged() -> None:
     code = """
 import sys
 import vlcache_fx
@@ -155,7 +155,7 @@ assert "transformers" not in sys.modules
 # Options ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_option_lists_the_valid_ones() -> None:
+def test_backend_unknown_option() -> None:
     model = tiny_vlm()
     compiled = torch.compile(model, backend="vlcache", options={"bugdet": 1})
     with (
@@ -168,7 +168,7 @@ def test_an_unknown_option_lists_the_valid_ones() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
-def test_modes_are_taken_as_torch_compile_gives_them() -> None:
+def test_backend_mode() -> None:
     model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with torch.no_grad():
         compiled = torch.compile(model, backend="vlcache", mode="max-autotune-no-cudagraphs")
@@ -182,13 +182,13 @@ def test_modes_are_taken_as_torch_compile_gives_them() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
-def test_a_bad_value_names_it() -> None:
+def test_backend_bad_value() -> None:
     compiled = torch.compile(tiny_vlm(), backend="vlcache", options={"budget": 2.0})
     with pytest.raises(BackendCompilerFailed, match=r"budget=2.0 is not valid"), torch.no_grad():
         compiled(**FIRST)
 
 
-def test_equal_options_share_an_engine() -> None:
+def test_engine_for_equal_options() -> None:
     salt = unique_salt()
     assert engine_for({"salt": salt}) is engine_for({"salt": salt, "budget": 0.02})
     assert engine_for({"salt": salt}) is not engine_for({"salt": salt, "budget": 0.03})
@@ -211,7 +211,7 @@ def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, 
     return report
 
 
-def test_learned_positions_are_refused_with_node_and_source_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_learned_positions_refused_with_source_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(tiny_vlm(last_only=False, learned_positions=True))
         report = refused(pair, Reason.POSITION_IN_STREAM, FIRST, SECOND)
@@ -226,7 +226,7 @@ def test_learned_positions_are_refused_with_node_and_source_line(caplog: pytest.
     assert refusal.source_line is not None
 
 
-def test_results_that_share_memory_with_written_inputs_are_refused_and_written() -> None:
+def test_aliased_mutation_refused_and_written() -> None:
     pair = with_backend(with_buffer())
     for inputs in (FIRST, SECOND):
         mine, theirs = torch.zeros(2, 1, 64, 16)
@@ -242,7 +242,7 @@ def test_results_that_share_memory_with_written_inputs_are_refused_and_written()
         assert "(at node '" in pair.report["reason"]
 
 
-def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_bidirectional_image_attention_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(masked("image sees all"))
         report = refused(pair, Reason.MASK_FORM, FIRST, SECOND)
@@ -252,7 +252,7 @@ def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("kind", ["bias", "image both ways", "vmap"])
-def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
+def test_bidirectional_within_image_reused(kind: str) -> None:
     pair = with_backend(masked(kind), policy="full")
     assert pair.run(**FIRST)[0] == 0.0
     off, report = pair.run(**SECOND)
@@ -260,7 +260,7 @@ def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
     assert off == 0.0
 
 
-def test_attention_both_ways_everywhere_is_kept_whole() -> None:
+def test_bidirectional_attention_not_split() -> None:
     """Nothing in it is a prefill; it is an encoder, whose reuse is exact, for the very same inputs alone."""
     pair = with_backend(masked("everything"))
     for inputs, encoded in [(FIRST, (0, 1)), (SECOND, (0, 2)), (FIRST, (1, 2))]:
@@ -270,7 +270,7 @@ def test_attention_both_ways_everywhere_is_kept_whole() -> None:
         assert (encoder["hits"], encoder["misses"]) == encoded
 
 
-def test_gradients_are_refused_and_flow() -> None:
+def test_gradients_refused_and_correct() -> None:
     pair = with_backend(tiny_vlm(last_only=False))
     for inputs in (FIRST, SECOND):
         got, expected = pair.model(**inputs), pair.reference(**inputs)
@@ -285,9 +285,7 @@ def test_gradients_are_refused_and_flow() -> None:
     assert len(pair.engine.store) == 0
 
 
-def test_a_failing_pass_costs_the_reuse_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_pass_runs_model(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(self: SpliceRows, program: Any) -> bool:
         raise ZeroDivisionError("deliberate")
 
@@ -317,14 +315,14 @@ def test_strict_raises_through_dynamo() -> None:
     assert inner.node == "add"
 
 
-def test_strict_raises_what_is_found_in_a_call() -> None:
+def test_strict_raises_during_call() -> None:
     pair = with_backend(masked("image sees all"), strict=True)
     with pytest.raises(UnsupportedGraphError, match="attend to tokens behind it"), torch.no_grad():
         pair.model(**FIRST)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_text_alone_is_no_refusal(strict: bool) -> None:
+def test_text_only_is_no_refusal(strict: bool) -> None:
     pair = with_backend(tiny_vlm(last_only=False), strict=strict)
     for before in (9, 14):
         got, expected = pair.both(**tiny_vlm_inputs(before, 3, []))
@@ -333,7 +331,7 @@ def test_text_alone_is_no_refusal(strict: bool) -> None:
     assert pair.run(**FIRST)[1]["mode"] == "cold"  # and images still are served
 
 
-def test_short_spans_are_computed_not_reused() -> None:
+def test_short_spans_not_reused() -> None:
     pair = with_backend(tiny_vlm(last_only=False), min_span_tokens=20, policy="none")
     short, long = (19, 0), (20, 1)
     for place in range(3):
@@ -349,7 +347,7 @@ def test_short_spans_are_computed_not_reused() -> None:
     assert report["rows_per_layer"][0] == report["num_tokens"] - 20
 
 
-def test_another_value_of_a_folded_number_runs_unmodified() -> None:
+def test_other_value_of_folded_number_runs_model() -> None:
     """With dynamic=True module floats are graph inputs, which capture folds in; changing one must be seen."""
 
     class Scaled(TinyVlm):
@@ -373,7 +371,7 @@ def test_another_value_of_a_folded_number_runs_unmodified() -> None:
 
 @inductor
 @pytest.mark.slow
-def test_inductor_equals_the_model_and_compiles_once() -> None:
+def test_inductor_equals_model_and_compiles_once() -> None:
     """Neither depth nor other lengths, budgets, policies or images cost another compilation."""
     store = vlcache_store()
     pair = with_backend(tiny_vlm(num_layers=3), lowering="inductor", store=store, policy="full")
@@ -407,7 +405,7 @@ def test_inductor_equals_the_model_and_compiles_once() -> None:
 
 @inductor
 @pytest.mark.slow
-def test_an_inductor_refusal_runs_the_model() -> None:
+def test_inductor_failure_runs_model() -> None:
     pair = with_api(masked("image sees all"), lowering="inductor")
     off, report = pair.run(**FIRST)
     assert report["mode"] == "bypass"

@@ -147,13 +147,13 @@ def check_turns(start: Callable[[], Conversation]) -> None:
         pytest.param("int8 per channel, read back", marks=pytest.mark.thorough),
     ],
 )
-def test_turns_with_the_api(name: str) -> None:
+def test_turns_with_compile(name: str) -> None:
     check_turns(conversations(KINDS[name], with_api))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "dynamic"), [("static, hybrid", True), ("int8 per channel", None)])
-def test_turns_with_the_backend(name: str, dynamic: bool | None) -> None:
+def test_turns_with_backend(name: str, dynamic: bool | None) -> None:
     check_turns(conversations(KINDS[name], with_backend, dynamic=dynamic))
 
 
@@ -164,7 +164,7 @@ def test_turns_with_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_static_cache_with_inductor() -> None:
+def test_static_cache_with_inductor() -> None:
     """The cold program alone: every other one takes half a minute to compile."""
     talk = conversations(KINDS["static"], with_api, lowering="inductor", dynamic=True)()
     assert talk.say(prompt(4, 0))["mode"] == "cold"
@@ -172,13 +172,13 @@ def test_a_static_cache_with_inductor() -> None:
 
 
 @pytest.mark.parametrize("door", [with_api, with_backend])
-def test_without_a_cache(door: Callable[..., Pair]) -> None:
+def test_prefill_without_cache(door: Callable[..., Pair]) -> None:
     start = conversations(Kind(llava, lambda _: None), door)
     for before, mode in [(4, "cold"), (9, "warm"), (2, "warm")]:
         assert start().say(prompt(before, 0, seed=before))["mode"] == mode
 
 
-def test_a_prefill_in_chunks() -> None:
+def test_chunked_prefill() -> None:
     """Text, an image, the question: each on the cache of those before."""
     start = conversations(KINDS["dynamic"], with_api)
     start().say(prompt(4, 0))
@@ -235,7 +235,7 @@ class Donated:
         ("int8 per token", True),
     ],
 )
-def test_a_small_budget_gives_what_the_same_rows_give(name: str, past: bool) -> None:
+def test_small_budget_equals_same_rows(name: str, past: bool) -> None:
     kind = KINDS[name]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
     config = pair.reference.config
@@ -271,7 +271,7 @@ def test_a_small_budget_gives_what_the_same_rows_give(name: str, past: bool) -> 
     talk.listen()
 
 
-def test_donors_are_not_made_on_a_past() -> None:
+def test_no_donors_recorded_after_past() -> None:
     """Its keys may be reused ones: what is computed on them is not known to be exact."""
     start = conversations(KINDS["dynamic"], with_api)
     engine, talk = start().pair.engine, start()
@@ -287,7 +287,7 @@ def test_donors_are_not_made_on_a_past() -> None:
     assert start().say(prompt(9, 1, seed=5))["mode"] == "warm"
 
 
-def test_no_prefix_is_known_behind_a_past() -> None:
+def test_no_prefix_reused_after_past() -> None:
     """The same tokens with other keys before them are other rows."""
     kind = KINDS["dynamic"]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
@@ -305,7 +305,7 @@ def test_no_prefix_is_known_behind_a_past() -> None:
 
 
 @pytest.mark.parametrize("name", ["static, allocated"])
-def test_an_empty_cache_of_fixed_size_is_no_past(name: str) -> None:
+def test_empty_static_cache_is_no_past(name: str) -> None:
     """Its places are hidden by the mask: donors are made, and a known prefix is exact."""
     kind = KINDS[name]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
@@ -349,7 +349,7 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["returned", "another form"])
-def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
+def test_decoding_steps_log_nothing(kind: str, strict: bool) -> None:
     """Refused they may be, but nothing is lost by it."""
     pair = with_api(Step(kind), strict=strict)
     ours, theirs = ([torch.ones(1, 1, 16, 8), torch.ones(1, 1, 8)] for _ in range(2))
@@ -367,9 +367,7 @@ def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("has_written", [False, True])
-def test_a_program_that_fails_leaves_the_cache_as_it_was(
-    has_written: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start = conversations(KINDS["static, allocated"], with_api)
     start().say(prompt(4, 0))
     plainly = EagerLowering.lower
@@ -391,7 +389,7 @@ def test_a_program_that_fails_leaves_the_cache_as_it_was(
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_generate_goes_on_from_turn_to_turn(implementation: str | None) -> None:
+def test_generate_over_several_turns(implementation: str | None) -> None:
     pair = with_api(llava(), policy="full")
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}

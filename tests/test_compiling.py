@@ -43,7 +43,7 @@ def elsewhere(function: Callable[[], Result]) -> Result:
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
-def test_other_threads_call_compiled_functions_while_one_traces(pre_dispatch: bool) -> None:
+def test_compiling_other_threads_call_compiled_functions(pre_dispatch: bool) -> None:
     compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
     expected = compiled(torch.ones(3))
     seen = []
@@ -58,7 +58,7 @@ def test_other_threads_call_compiled_functions_while_one_traces(pre_dispatch: bo
     assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) == 1
 
 
-def test_other_threads_call_modules_as_ever_while_one_traces() -> None:
+def test_compiling_other_threads_call_modules() -> None:
     methods = (nn.Module.__call__, nn.Module.__getattr__)
     seen = []
 
@@ -71,7 +71,7 @@ def test_other_threads_call_modules_as_ever_while_one_traces() -> None:
     assert seen == [methods]
 
 
-def test_tracers_of_other_kinds_work_as_ever() -> None:
+def test_compiling_other_tracers() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,7 +85,7 @@ def test_tracers_of_other_kinds_work_as_ever() -> None:
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_function", "output"]
 
 
-def test_torch_is_left_as_it_was() -> None:
+def test_compiling_restores_torch() -> None:
     before = fx.Tracer.trace
     with compiling():
         with compiling():
@@ -97,7 +97,7 @@ def test_torch_is_left_as_it_was() -> None:
     assert fx.Tracer.trace is before
 
 
-def test_one_thread_compiles_at_a_time() -> None:
+def test_compiling_one_thread_at_a_time() -> None:
     inside, most, lock = 0, 0, threading.Lock()
 
     def compile_something(_: int) -> None:
@@ -171,7 +171,7 @@ def graphs_of_forms(limit: int | None, **options: Any) -> int:
     not hasattr(torch._dynamo.convert_frame.ConvertFrameAssert(None), "_recompile_limit"),  # type: ignore[arg-type]
     reason="this version of torch has no limit per function",
 )
-def test_a_backend_raises_the_limit_of_what_it_compiles() -> None:
+def test_raise_graph_limit_in_backend() -> None:
     assert graphs_of_forms(None) == 8
     assert graphs_of_forms(64) == 12
     assert graphs_of_forms(64, recompile_limit=10) == 10  # the caller's own stays
@@ -201,7 +201,7 @@ def wrapped(error: Exception) -> Exception:
         ),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> None:
+def test_missing_tool_message(error: Exception, text: str) -> None:
     for raised in (error, wrapped(error)):
         found = missing_tool(raised)
         assert found is not None
@@ -210,6 +210,6 @@ def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> Non
         assert "\n" not in found
 
 
-def test_other_failures_are_not_taken_for_it() -> None:
+def test_missing_tool_other_failures() -> None:
     assert missing_tool(wrapped(RuntimeError("no C++ compiler"))) is None
     assert missing_tool(exc.CppCompileError(["g++"], "error: expected ;")) is None

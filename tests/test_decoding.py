@@ -91,7 +91,7 @@ def compilations(pair: Pair) -> list[str]:
     return [name.partition("/")[2] for name in names if name.startswith("decoding step")]
 
 
-def test_layers_of_a_step_are_compiled_once() -> None:
+def test_step_layers_share_compilation() -> None:
     pair = compiled()
     check(pair)
     found = compilations(pair)
@@ -102,7 +102,7 @@ def test_layers_of_a_step_are_compiled_once() -> None:
 
 
 @pytest.mark.thorough
-def test_lengths_that_are_traced_as_numbers_first() -> None:
+def test_step_lengths_static_first() -> None:
     pair = compiled(dynamic=None)
     for seed in range(2):
         check(pair, seed)
@@ -112,7 +112,7 @@ def test_lengths_that_are_traced_as_numbers_first() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
-def test_steps_with_a_window(name: str, cache: str) -> None:
+def test_step_with_sliding_window(name: str, cache: str) -> None:
     from . import caches  # needs transformers
 
     pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
@@ -125,13 +125,13 @@ def test_steps_with_a_window(name: str, cache: str) -> None:
     assert "layer.0" in compilations(pair)
 
 
-def test_without_compilation_nothing_is_compiled() -> None:
+def test_step_eager_compiles_nothing() -> None:
     pair = compiled(lowering="eager")
     check(pair)
     assert compilations(pair) == []
 
 
-def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
+def test_step_writes_static_cache_in_place() -> None:
     pair = compiled(strict=True)
     check(pair, cache_implementation="static")
     found = compilations(pair)
@@ -143,7 +143,7 @@ def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_steps_of_several_padded_prompts(beams: int, cache: str) -> None:
+def test_step_of_padded_batch(beams: int, cache: str) -> None:
     pair = with_api(tiny_llava(LAYERS), lowering="inductor", min_span_tokens=4, policy="full")
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "num_beams": beams}
     options["cache_implementation"] = cache
@@ -155,7 +155,7 @@ def test_steps_of_several_padded_prompts(beams: int, cache: str) -> None:
     assert "layer.0" in compilations(pair)
 
 
-def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
+def test_step_with_shared_static_cache() -> None:
     model = Sharing()
     pair = with_backend(model, lowering="inductor", strict=True)
     keys, values = torch.randn(2, 1, 1, 9, 16, generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
     assert "layer.1" in compilations(pair)
 
 
-def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_lowering_failure_compiles_whole_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = []
 
     def failing(_: InductorLowering, __: Any, *, name: str) -> Lowered:
@@ -189,7 +189,7 @@ def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPat
 
 @needs_kernel
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_steps_use_the_kernels_for_few_rows(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_uses_few_row_kernels(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied, attended = (kernel_calls(module, monkeypatch) for module in (linear, attention))
     pair = with_api(tiny_qwen2_5_vl(LAYERS).bfloat16(), lowering="inductor", min_span_tokens=4)
     generated(pair.model, cache_implementation=cache)
@@ -198,7 +198,7 @@ def test_steps_use_the_kernels_for_few_rows(cache: str, monkeypatch: pytest.Monk
     assert [count for *_, count, _, _ in multiplied].count(1) >= steps * 7 * LAYERS
 
 
-def test_keys_of_the_first_step_are_let_go() -> None:
+def test_step_frees_first_keys() -> None:
     model, given = Scaled(), step_inputs()
     with torch.no_grad():
         want = model(**given)[0]

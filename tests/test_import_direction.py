@@ -66,7 +66,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_upwards(path: Path) -> None:
+def test_imports_follow_order(path: Path) -> None:
     part = part_of(path)
     assert part in RANK, f"say in ORDER where {part} belongs"
     for line, name in imported(path):
@@ -83,7 +83,7 @@ def test_imports_point_upwards(path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", NO_GRAPHS)
-def test_no_graph_code_where_none_belongs(part: str) -> None:
+def test_graph_free_packages_import_no_fx(part: str) -> None:
     """Neither torch's, directly, nor ours (ir, capture, analysis, passes, lowering, ...), in any way."""
     for path in sources():
         if part_of(path) == part:
@@ -105,7 +105,7 @@ print(*{name.split(".")[1] for name in sys.modules if name.startswith("vlcache_f
 """
 
 
-def test_serving_loads_no_graph_code() -> None:
+def test_serving_imports_no_fx() -> None:
     """The same as seen by the interpreter: imports of all that serves load nothing of the compile side."""
     loaded = subprocess.run([sys.executable, "-c", SERVE], check=True, capture_output=True, text=True).stdout
     packages = set(loaded.split())
@@ -113,7 +113,7 @@ def test_serving_loads_no_graph_code() -> None:
     assert packages <= SERVES
 
 
-def test_the_reader_sees_imports_wherever_they_are(tmp_path: Path) -> None:
+def test_import_reader_finds_nested_imports(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"

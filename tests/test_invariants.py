@@ -98,7 +98,7 @@ def reused_rows(report: dict[str, Any]) -> int:
 
 @settings(max_examples=15)
 @given(befores, afters, befores, afters, image_lists)
-def test_full_recompute_at_another_offset_is_bitwise(
+def test_full_recompute_bitwise_at_another_offset(
     vlm: Pair, before: int, after: int, before_2: int, after_2: int, images: list[tuple[int, int]]
 ) -> None:
     vlm.engine.clear()
@@ -114,7 +114,7 @@ def test_full_recompute_at_another_offset_is_bitwise(
 
 @settings(max_examples=8)
 @given(befores, afters, befores, afters, grids)
-def test_full_recompute_with_sectioned_rope_is_bitwise(
+def test_full_recompute_bitwise_with_mrope(
     qwen: Pair, before: int, after: int, before_2: int, after_2: int, grid: tuple[int, int]
 ) -> None:
     qwen.engine.clear()
@@ -130,7 +130,7 @@ def test_full_recompute_with_sectioned_rope_is_bitwise(
 
 @settings(max_examples=6)
 @given(befores, afters, befores, afters, st.integers(0, 2))
-def test_full_recompute_of_llava_is_bitwise(
+def test_full_recompute_bitwise_of_llava(
     llava: Pair, before: int, after: int, before_2: int, after_2: int, image: int
 ) -> None:
     llava.engine.clear()
@@ -151,7 +151,7 @@ def test_full_recompute_of_llava_is_bitwise(
     ],
     ids=str,
 )
-def test_every_kind_of_decoder_moves(shape: dict[str, Any]) -> None:
+def test_full_recompute_of_every_decoder(shape: dict[str, Any]) -> None:
     pair = with_backend(tiny_vlm(last_only=False, **shape), policy="full")
     assert pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))[0] == 0.0
     off, report = pair.run(**tiny_vlm_inputs(17, 2, [(20, 0)], text_seed=1))
@@ -159,7 +159,7 @@ def test_every_kind_of_decoder_moves(shape: dict[str, Any]) -> None:
     assert off == 0.0
 
 
-def test_a_padded_prompt(llava: Pair) -> None:
+def test_full_recompute_of_padded_prompt(llava: Pair) -> None:
     """Masked tokens in front: an explicit mask, and positions that the mask decides."""
     llava.engine.clear()
     inputs = llava_inputs(9, 5, [0])
@@ -175,7 +175,7 @@ def test_a_padded_prompt(llava: Pair) -> None:
 
 @settings(max_examples=25)
 @given(befores, afters, image_lists, policies, budgets)
-def test_the_donors_own_prompt_is_exact_at_any_budget(
+def test_same_prompt_exact_at_any_budget(
     vlm: Pair, before: int, after: int, images: list[tuple[int, int]], policy: str, budget: float
 ) -> None:
     """Also where a policy asks for rows that need no recompute."""
@@ -199,7 +199,7 @@ def test_the_donors_own_prompt_is_exact_at_any_budget(
 
 @settings(max_examples=25)
 @given(befores, afters, befores, image_lists, policies, budgets)
-def test_the_budget_holds_behind_another_prompt(
+def test_budget_holds_after_other_prompt(
     vlm: Pair,
     before: int,
     after: int,
@@ -233,7 +233,7 @@ def check_budget(report: dict[str, Any], policy: str, budget: float) -> None:
         assert report["token_layer_fraction"] == 1.0
 
 
-def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
+def test_small_budget_is_approximate(vlm: Pair) -> None:
     """Without this, equalities above could hold because nothing is ever reused."""
     vlm.engine.clear()
     vlm.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
@@ -248,17 +248,17 @@ def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_the_backend_serves_generate(dynamic: bool | None) -> None:
+def test_backend_generate(dynamic: bool | None) -> None:
     pair = with_backend(tiny_qwen2_5_vl(2), dynamic=dynamic, policy="full")
     check_generate(pair, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))
 
 
-def test_the_backend_serves_llava_generate() -> None:
+def test_backend_generate_llava() -> None:
     pair = with_backend(tiny_llava(2), dynamic=None, policy="full")
     check_generate(pair, lambda before, seed: llava_inputs(before, 5, [0], text_seed=seed))
 
 
-def test_compile_serves_generate(qwen: Pair) -> None:
+def test_compile_generate(qwen: Pair) -> None:
     qwen.engine.clear()
     check_generate(qwen, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))
 
@@ -279,7 +279,7 @@ def check_generate(pair: Pair, make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen", "llava"])
-def test_decoding_goes_on_after_a_prefill_at_two_per_cent(name: str, request: pytest.FixtureRequest) -> None:
+def test_decoding_after_prefill_at_two_percent(name: str, request: pytest.FixtureRequest) -> None:
     pair = request.getfixturevalue(name)
     pair.engine.clear()
     make = {

@@ -202,7 +202,7 @@ def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
         assert f"[{reason.value}]" in report["reason"]
 
 
-def test_every_reason_has_a_case() -> None:
+def test_reasons_are_covered() -> None:
     elsewhere = {
         Reason.LOWERING_FAILED,
         Reason.NO_COMPILER,  # tests/runtime/test_unmodified.py
@@ -234,7 +234,7 @@ def test_strict_raises_the_reason(reason: Reason) -> None:
 
 
 @pytest.mark.parametrize("reason", [reason for reason, case in CASES.items() if not case.raises])
-def test_strict_lets_pass_what_is_no_error(reason: Reason) -> None:
+def test_strict_accepts_graphs_without_error(reason: Reason) -> None:
     check_unmodified(with_api(CASES[reason].model(), strict=True), CASES[reason], reason)
 
 
@@ -257,7 +257,7 @@ LOWERED = Case(tiny_vlm, ONE)
 
 
 @pytest.mark.usefixtures("_broken")
-def test_what_does_not_compile_runs_unmodified() -> None:
+def test_lowering_failure_runs_model() -> None:
     """Programs are lowered when first called: the graph was not refused, its calls say that they bypass."""
     pair = with_api(tiny_vlm())
     for _ in range(2):
@@ -270,7 +270,7 @@ def test_what_does_not_compile_runs_unmodified() -> None:
 
 
 @pytest.mark.usefixtures("_broken")
-def test_strict_raises_that_it_does_not_compile() -> None:
+def test_strict_raises_lowering_failure() -> None:
     pair = with_api(tiny_vlm(), strict=True)
     with pytest.raises(UnsupportedGraphError, match="deliberate") as refusal:
         call(pair.model, LOWERED)

@@ -193,7 +193,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.thorough)])
-def test_no_model_is_served_what_another_one_computed(count: int, request: pytest.FixtureRequest) -> None:
+def test_models_never_share_other_weights(count: int, request: pytest.FixtureRequest) -> None:
     checked = Checked()
     checked.check([], False, "full", with_backend)
 

@@ -54,7 +54,7 @@ def check(pairs: list[Pair], offs: list[float]) -> None:
 
 
 @pytest.mark.parametrize("compiled", [with_api, with_backend])
-def test_eight_threads_begin_together(compiled: Callable[..., Pair]) -> None:
+def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
     pairs = models(compiled)
     # Settings of Dynamo are those of a thread.
     settings = [contextvars.copy_context() for _ in range(3 * THREADS)]
@@ -81,7 +81,7 @@ def test_threads_while_inductor_compiles(monkeypatch: pytest.MonkeyPatch, tmp_pa
         check(pairs, list(pool.map(lambda number: off(pairs, number), range(2 * THREADS))))
 
 
-def test_what_is_compiled_does_not_wait_for_a_compilation() -> None:
+def test_compiled_calls_do_not_wait_for_compilation() -> None:
     pair = with_api(tiny_vlm(num_layers=1, last_only=False), policy="full")
     for number in range(3):
         off([pair], number)

@@ -49,7 +49,7 @@ def program(request: pytest.FixtureRequest, warm: fx.GraphModule) -> fx.GraphMod
     return warm if request.param == "warm" else made(cold_program)
 
 
-def test_every_call_is_in_one_engine_or_outside_for_a_reason(program: fx.GraphModule) -> None:
+def test_dry_run_covers_all_calls(program: fx.GraphModule) -> None:
     before = str(program.graph)
     run = dry_run(program)
     inside = [name for names in run.engines for name in names]
@@ -61,7 +61,7 @@ def test_every_call_is_in_one_engine_or_outside_for_a_reason(program: fx.GraphMo
     assert str(program.graph) == before
 
 
-def test_engines_hold_most_of_the_work_in_order(program: fx.GraphModule) -> None:
+def test_dry_run_engines_in_order(program: fx.GraphModule) -> None:
     run = dry_run(program)
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
     assert run.engines
@@ -80,7 +80,7 @@ def test_engines_hold_most_of_the_work_in_order(program: fx.GraphModule) -> None
     assert products <= inside
 
 
-def test_cache_operators_stay_outside(warm: fx.GraphModule) -> None:
+def test_dry_run_excludes_cache_operators(warm: fx.GraphModule) -> None:
     run = dry_run(warm)
     ours = {
         node.name
@@ -93,7 +93,7 @@ def test_cache_operators_stay_outside(warm: fx.GraphModule) -> None:
         assert run.outside[name] == "a cache operator: it reads stored rows"
 
 
-def test_engines_can_be_run_one_after_the_other(program: fx.GraphModule) -> None:
+def test_dry_run_engines_are_acyclic(program: fx.GraphModule) -> None:
     """No engine needs what a later one gives."""
     run = dry_run(program)
     engine_of = {name: number for number, names in enumerate(run.engines) for name in names}
@@ -114,7 +114,7 @@ def graph_of(function: Callable[..., object], *examples: torch.Tensor) -> fx.Gra
     return traced
 
 
-def test_float64_stays_outside() -> None:
+def test_dry_run_excludes_float64() -> None:
     traced = graph_of(lambda x: (x.double() * 2).float() + 1, torch.ones(3))
     reasons = {node.name: exclusion_reason(node) for node in traced.graph.nodes if node.op == "call_function"}
     assert "TensorRT has no float64" in reasons.values()
@@ -122,7 +122,7 @@ def test_float64_stays_outside() -> None:
     assert dry_run(traced).engines == ()
 
 
-def test_a_region_of_few_nodes_stays_outside() -> None:
+def test_dry_run_excludes_small_regions() -> None:
     traced = graph_of(lambda x: x * 2 + 1, torch.ones(3))
     run = dry_run(traced)
     assert run.engines == ()
@@ -130,7 +130,7 @@ def test_a_region_of_few_nodes_stays_outside() -> None:
     assert len(dry_run(graph_of(lambda x: (x * 2 + 1).tanh(), torch.ones(3))).engines) == 1
 
 
-def test_what_writes_to_an_input_stays_outside() -> None:
+def test_dry_run_excludes_input_mutations() -> None:
     def write(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (cache.index_copy_(0, torch.arange(2), rows.tanh() * 2 + 1) * 2).tanh() + 1
 
@@ -139,14 +139,14 @@ def test_what_writes_to_an_input_stays_outside() -> None:
     assert run.engines
 
 
-def test_placeholders_are_no_calls() -> None:
+def test_exclusion_reason_placeholder() -> None:
     traced = graph_of(lambda x: x * 2, torch.ones(3))
     (placeholder,) = traced.graph.find_nodes(op="placeholder")
     assert exclusion_reason(placeholder) == "not a call"
 
 
 @without_gpu
-def test_without_a_gpu_the_lowering_is_refused_with_what_works() -> None:
+def test_lowering_without_gpu() -> None:
     for make in (
         TensorRtLowering,
         lambda: vlcache_fx.Engine(Options(lowering="tensorrt")),
@@ -156,14 +156,14 @@ def test_without_a_gpu_the_lowering_is_refused_with_what_works() -> None:
             make()
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowering_without_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(OptionError, match=r"needs the package torch-tensorrt .*pip install torch-tensorrt"):
         TensorRtLowering()
 
 
-def test_regions_are_compiled_and_the_rest_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_compiles_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """With another compiler in place of Torch-TensorRT: results are those of the model."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
@@ -189,7 +189,7 @@ def test_regions_are_compiled_and_the_rest_runs_as_it_is(monkeypatch: pytest.Mon
     assert not any("vlcache" in namespaces for namespaces in compiled)
 
 
-def test_lowering_leaves_the_program_as_it_is(warm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_keeps_program(warm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
     parts: list[fx.GraphModule] = []

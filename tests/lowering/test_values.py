@@ -20,20 +20,20 @@ LAYERS = 3
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("rewrite", [cold_program, warm_program])
-def test_repeated_layers_are_asked_once(
+def test_program_values_repeated_layers(
     rewrite: Callable[..., Program], dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_vlm(num_layers=LAYERS, explicit_mask=True)
     captured, _ = captured_graph(model, tiny_vlm_inputs(3, 2, [(5, 0)]), dynamic=dynamic)
     program = rewrite(captured).graph_module
     asked: list[Node] = []
-    ask = _Propagation._asked
+    ask = _Propagation._propagated
 
     def counted(self: _Propagation, node: Node, *arguments: object) -> object:
         asked.append(node)
         return ask(self, node, *arguments)
 
-    monkeypatch.setattr(_Propagation, "_asked", counted)
+    monkeypatch.setattr(_Propagation, "_propagated", counted)
     values = program_values(program)
     linears = [node for node in asked if node.target is torch.ops.aten.linear.default]
     total = len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
@@ -46,7 +46,7 @@ def test_repeated_layers_are_asked_once(
     assert sum(isinstance(value, TensorMeta) for value in values.by_node.values()) > total
 
 
-def test_sizes_from_data_are_different_for_different_tensors() -> None:
+def test_program_values_sizes_from_data() -> None:
     def places(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.nonzero(), y.nonzero()
 
@@ -60,7 +60,7 @@ def test_sizes_from_data_are_different_for_different_tensors() -> None:
     assert first.sizes[1] == second.sizes[1] == 1
 
 
-def test_a_program_needs_values_and_no_modules() -> None:
+def test_program_values_invalid_programs() -> None:
     graph = Graph()
     x = graph.placeholder("x")
     graph.output((x,))

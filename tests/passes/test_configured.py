@@ -62,10 +62,14 @@ def test_configured_inserts_by_name() -> None:
 @pytest.mark.parametrize(
     ("inserted", "message"),
     [
-        (InsertedPass(Scale(1.0), "hot", after="trim_tail"), "'hot'; there are cleanup, cold, warm, decode"),
+        (
+            InsertedPass(Scale(1.0), "hot", after="trim_tail"),
+            "'hot'; the pipelines are: cleanup, cold, warm, decode",
+        ),
         (
             InsertedPass(Scale(1.0), "decode", before="trim_tail"),
-            "'decode': no pass is named 'trim_tail'; there are write_in_place, tag_segments, declare_inputs",
+            "'decode': no pass is named 'trim_tail'; "
+            "the passes are: write_in_place, tag_segments, declare_inputs",
         ),
     ],
 )
@@ -87,7 +91,7 @@ def test_compile_with_a_pass_of_the_user() -> None:
     assert abs(off["zero"] - off["none"]) > 1e-3
 
 
-def test_compile_with_a_pass_at_a_wrong_place(caplog: pytest.LogCaptureFixture) -> None:
+def test_compile_with_a_pass_in_wrong_order(caplog: pytest.LogCaptureFixture) -> None:
     """An order that cannot be is known when a graph is compiled: the model runs unmodified, and says why."""
     inserted = [InsertedPass(Scale(1.0), "warm", before="hoist_lookups")]
     pair = with_api(tiny_vlm(num_layers=1), passes=inserted)

@@ -52,7 +52,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @settings(max_examples=6)
 @given(shape=shapes, data=st.data())
-def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
+def test_programs_equal_reference(shape: DecoderShape, data: st.DataObject) -> None:
     model = tiny_vlm(shape, seed=1)
     length, before, donor_before, after = (
         data.draw(st.integers(low, high), label=name)
@@ -121,7 +121,7 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
         close(got[:, plan.rows[-1]], partial)
 
 
-def test_a_program_is_made_of_a_copy() -> None:
+def test_cold_and_warm_program_copy_graph() -> None:
     captured, graph, want = small()
     before = str(captured.graph_module.graph)
     cold_program(captured)
@@ -134,13 +134,13 @@ def test_a_program_is_made_of_a_copy() -> None:
         assert torch.equal(copy.graph_module(*graph.calls[0])[0], want)
 
 
-def test_making_a_program_twice_gives_the_same() -> None:
+def test_warm_program_is_deterministic() -> None:
     captured, _, _ = small(num_layers=2)
     assert str(warm_program(captured).graph) == str(warm_program(captured).graph)
     assert str(cold_program(captured).graph) == str(cold_program(captured).graph)
 
 
-def test_the_donor_changes_the_result() -> None:
+def test_warm_program_reads_donor() -> None:
     """A guard against tests that pass because nothing is reused."""
     captured, graph, want = small()
     warm = warm_program(captured)
@@ -150,7 +150,7 @@ def test_the_donor_changes_the_result() -> None:
     close(run(warm, graph.calls[0], everything(captured), tables)[0], want)
 
 
-def test_two_images_of_which_one_is_stored() -> None:
+def test_warm_program_one_of_two_images_stored() -> None:
     """The image that is not is computed like text."""
     model = tiny_vlm(num_layers=2, last_only=False)
     call = tiny_vlm_inputs(2, 3, [(3, 0), (4, 1)])
@@ -166,7 +166,7 @@ def test_two_images_of_which_one_is_stored() -> None:
 
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])
-def test_a_graph_that_cannot_be_analysed_is_refused(make: object) -> None:
+def test_cold_and_warm_program_refuse_graph(make: object) -> None:
     captured, _, _ = small(learned_positions=True)
     before = str(captured.graph_module.graph)
     with pytest.raises(UnsupportedGraphError) as refusal:

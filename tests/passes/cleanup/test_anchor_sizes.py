@@ -53,7 +53,7 @@ def test_numbers() -> None:
         assert torch.equal(got, Halves()(x))
 
 
-def test_static_sizes_and_those_of_inputs_are_left_alone() -> None:
+def test_keeps_static_sizes_and_sizes_of_inputs() -> None:
     assert unchanged(AnchorSizes(), program_of(lambda x: (x.reshape(1, x.shape[1], 2, 1),), X))
     program = exported()
     AnchorSizes().run(program)

@@ -179,7 +179,7 @@ def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
-def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_heads_where_gqa_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "gqa_needs_math_kernel", lambda *given: True)
     model, inputs = Flex(padded), call()
     site, got, _ = canonical(model, inputs, dynamic=True)
@@ -189,7 +189,7 @@ def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.Mon
         torch.testing.assert_close(got, model(**inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_masks_are_no_larger_than_they_must_be() -> None:
+def test_mask_shapes_are_minimal() -> None:
     site, _, _ = canonical(Flex(padded), call())
     assert site.mask is not None
     assert (site.mask.meta["val"].dtype, site.mask.meta["val"].shape) == (torch.bool, (1, 1, TOKENS, TOKENS))
@@ -199,7 +199,7 @@ def test_masks_are_no_larger_than_they_must_be() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_calls_of_one_mask_share_it(dynamic: bool | None) -> None:
+def test_calls_share_equal_masks(dynamic: bool | None) -> None:
     class Twice(Flex):
         def forward(self, x: Tensor, padding: Tensor, bias: Tensor) -> Any:
             return super().forward(super().forward(x, padding, bias), padding, bias)
@@ -215,7 +215,7 @@ def test_calls_of_one_mask_share_it(dynamic: bool | None) -> None:
     assert str(program.graph).count("aten.index.Tensor") == 1
 
 
-def test_nodes_know_their_value_and_where_they_come_from() -> None:
+def test_inserted_nodes_have_metadata() -> None:
     _, _, program = canonical(Flex(padded, capped), call(), dynamic=True)
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -251,7 +251,7 @@ def scaled_by_head(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor,
         (scaled_by_head, "scaled by a tensor"),
     ],
 )
-def test_functions_that_are_no_cap_or_bias_are_refused(score_mod: Mod, why: str) -> None:
+def test_refuses_other_score_functions(score_mod: Mod, why: str) -> None:
     with pytest.raises(UnsupportedGraphError, match=why) as refusal:
         canonical(Flex(causal, score_mod), call())
     assert refusal.value.reason is Reason.ATTENTION_FORM
@@ -261,7 +261,7 @@ def test_functions_that_are_no_cap_or_bias_are_refused(score_mod: Mod, why: str)
     assert "flex_attention.py" in refusal.value.source_line
 
 
-def test_sums_of_the_softmax_are_refused() -> None:
+def test_refuses_read_logsumexp() -> None:
     from torch.nn.attention.flex_attention import AuxRequest
 
     class WithSums(nn.Module):
@@ -276,7 +276,7 @@ def test_sums_of_the_softmax_are_refused() -> None:
         CanonicaliseFlex().run(Program(captures[0].graph_module))
 
 
-def test_graphs_without_flex_attention_are_left_alone() -> None:
+def test_keeps_graphs_without_flex() -> None:
     def other(x: Tensor) -> tuple[Tensor]:
         return (nn.functional.scaled_dot_product_attention(x, x, x),)
 

@@ -90,7 +90,7 @@ def test_numbers(change: dict[str, Any]) -> None:
 
 
 @given(st.lists(st.booleans(), min_size=8, max_size=8).filter(any))
-def test_any_mask(places: list[bool]) -> None:
+def test_numbers_for_any_mask(places: list[bool]) -> None:
     mask = torch.tensor(places).view(2, 4)
     program, call = added(), inputs(rows=int(mask.sum())) | {"mask": mask}
     (want,) = program.graph_module(**call)
@@ -114,9 +114,9 @@ def test_any_mask(places: list[bool]) -> None:
     ],
     ids=str,
 )
-def test_other_writes_are_left_alone(change: dict[str, Any]) -> None:
+def test_keeps_other_writes(change: dict[str, Any]) -> None:
     assert unchanged(DenseDeepstack(), added(**change))
 
 
-def test_features_of_another_dtype_are_left_alone() -> None:
+def test_keeps_features_of_another_dtype() -> None:
     assert unchanged(DenseDeepstack(), added(inputs(dtype=torch.float64)))

@@ -43,6 +43,6 @@ def test_numbers() -> None:
     assert "local_scalar" not in str(program.graph)  # nothing waits for a number any more
 
 
-def test_other_checks_are_left_alone() -> None:
+def test_keeps_other_checks() -> None:
     assert unchanged(DropMergeChecks(), checked_merge(of_merge=False))
     assert unchanged(DropMergeChecks(), checked_merge(merges=False))

@@ -71,7 +71,7 @@ def of_the_operator(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
     return (torch.ops.vlcache.attend(query, key, value, *arguments),)
 
 
-def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
+def test_folds_vlcache_attend() -> None:
     program = program_of(of_the_operator, *operands())
     assert FoldRepeatedHeads().run(program)
     program.graph_module.recompile()
@@ -81,7 +81,7 @@ def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-def test_heads_stay_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_repeated_heads_where_gqa_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
     mask = object()
     assert gqa_needs_math_kernel(SDPA, on_cuda, mask)
@@ -113,11 +113,11 @@ def not_repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize("function", [returned, in_another_order, keys_alone, not_repeated])
-def test_others_are_left_alone(function: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_keeps_other_operands(function: Callable[..., tuple[Tensor, ...]]) -> None:
     assert unchanged(FoldRepeatedHeads(), program_of(function, *operands()))
 
 
-def test_dropout_stays() -> None:
+def test_keeps_dropout() -> None:
     def dropped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         return (F.scaled_dot_product_attention(query, expanded(key), expanded(value), dropout_p=1.0),)
 

@@ -78,7 +78,7 @@ def test_numbers(product: Any, mask: Any) -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=120)
-def test_every_form_is_one_call(form: Written, dtype: torch.dtype, seed: int) -> None:
+def test_every_form_becomes_one_call(form: Written, dtype: torch.dtype, seed: int) -> None:
     inputs = operands(form.key_heads, dtype, seed)
     (site,), (got,) = fused(one_result(form), *inputs)
     assert site.softcap == form.softcap
@@ -94,7 +94,7 @@ def test_every_form_is_one_call(form: Written, dtype: torch.dtype, seed: int) ->
 
 
 @pytest.mark.parametrize("mask", ["added", "filled lowest", "where"])
-def test_a_row_that_reads_nothing_reads_everything_alike_as_before(mask: Any) -> None:
+def test_fully_masked_row_attends_uniformly(mask: Any) -> None:
     form = Written(mask=mask)
     query, key, value, shown, sinks = operands()
     shown[3] = False
@@ -103,7 +103,7 @@ def test_a_row_that_reads_nothing_reads_everything_alike_as_before(mask: Any) ->
     torch.testing.assert_close(got[:, ::2, 3], value.mean(2), atol=1e-5, rtol=1e-5)
 
 
-def test_layers_share_one_mask() -> None:
+def test_layers_share_mask() -> None:
     form = Written(mask="where")
 
     def two(query: Tensor, *rest: Tensor) -> tuple[Tensor]:
@@ -113,7 +113,7 @@ def test_layers_share_one_mask() -> None:
     assert first.mask is second.mask
 
 
-def test_a_constant_tensor_that_hides() -> None:
+def test_constant_tensor_as_fill_value() -> None:
     """Under Dynamo, ``torch.tensor(-1e9)`` is a constant of the graph."""
 
     class Hiding(torch.nn.Module):
@@ -130,7 +130,7 @@ def test_a_constant_tensor_that_hides() -> None:
     torch.testing.assert_close(got, Hiding()(**call), atol=1e-5, rtol=1e-5)
 
 
-def test_a_view_of_the_result_may_copy() -> None:
+def test_views_of_result_become_reshapes() -> None:
     """A product is contiguous; the result of a call need not be."""
 
     def viewed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
@@ -200,7 +200,7 @@ LEFT_ALONE = [
 
 
 @pytest.mark.parametrize("function", LEFT_ALONE)
-def test_other_forms_are_left_alone(function: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_keeps_other_forms(function: Callable[..., tuple[Tensor, ...]]) -> None:
     program = program_of(function, *operands(HEADS)[:3])
     assert unchanged(FuseAttention(), program)
     assert find_sites(program.graph) == ()

@@ -75,5 +75,5 @@ OTHERS: dict[str, Callable[[Tensor], tuple[Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_writes_are_left_alone(name: str) -> None:
+def test_keeps_other_writes(name: str) -> None:
     assert unchanged(InvertPermutations(), program_of(OTHERS[name], KEYS))

@@ -48,7 +48,7 @@ def test_numbers() -> None:
     assert split.decoder.kinds == (*captured.kinds, InputKind.DATA)
 
 
-def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
+def test_split_encoder_decoder_analyses() -> None:
     captured, _, _ = small()
     split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
@@ -60,7 +60,7 @@ def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"last_only": True}])
-def test_without_encoder_equals_analysis_of_the_rest(options: dict[str, bool], dynamic: bool | None) -> None:
+def test_split_encoder_facts_of_decoder(options: dict[str, bool], dynamic: bool | None) -> None:
     captured, _ = captured_graph(tiny_vlm(num_layers=2, **options), PROMPT, dynamic=dynamic)
     facts = analyze(captured)
     split = split_encoder(captured, facts.encoder)
@@ -68,7 +68,7 @@ def test_without_encoder_equals_analysis_of_the_rest(options: dict[str, bool], d
     assert facts.without_encoder(split.nodes) == analyze(split.decoder)
 
 
-def test_features_that_are_inputs_are_left_alone() -> None:
+def test_split_encoder_features_as_inputs() -> None:
     features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     call = {"input_ids": PROMPT["input_ids"], "features": features}
     captured, _ = captured_graph(tiny_vlm(num_layers=1), call)
@@ -77,7 +77,7 @@ def test_features_that_are_inputs_are_left_alone() -> None:
     assert str(captured.graph_module.graph) == before
 
 
-def test_conversions_alone_are_not_worth_a_cache() -> None:
+def test_split_encoder_conversions_only() -> None:
     model = tiny_vlm(num_layers=1)
 
     class Outside(torch.nn.Module):
@@ -111,7 +111,7 @@ class TextBesidePixels(torch.nn.Module):
         return self.embed(ids), torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
 
 
-def test_results_beside_an_encoder_are_computed_without_it() -> None:
+def test_split_results() -> None:
     call = {"ids": torch.tensor([[1, 2, 3]]), "pixels": torch.randn(1, 5, 4)}
     captured, graph = captured_graph(TextBesidePixels(), call)
     args = graph.calls[0]

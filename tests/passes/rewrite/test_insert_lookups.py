@@ -19,7 +19,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("insert_lookups", before_and_after(InsertLookups(), prepared(small(rope="none")[0])))
 
 
-def test_nothing_reads_them() -> None:
+def test_lookups_have_no_readers() -> None:
     captured, graph, want = small()
     program = prepared(captured, InsertLookups())
     with bind_donors(nothing_stored(program)):
@@ -28,7 +28,7 @@ def test_nothing_reads_them() -> None:
         run(program, graph.calls[0], everything(captured))
 
 
-def test_slots_and_dimensions() -> None:
+def test_slots_and_dims() -> None:
     program = prepared(small(last_only=False, num_layers=2, qk_norm=True)[0], InsertLookups())
     lookups = {str(node.meta["slot"]): node for node in program.graph.nodes if "slot" in node.meta}
     assert sorted(lookups) == ["0.k", "0.v", "1.k", "1.v", "residual"]
@@ -37,7 +37,7 @@ def test_slots_and_dimensions() -> None:
     assert lookups["residual"].args[2] == 1
 
 
-def test_a_graph_without_facts_is_left_alone() -> None:
+def test_requires_facts() -> None:
     program = bare(small()[0])
     before = str(program.graph)
     with pytest.raises(PassError, match=r"insert_lookups.*requires facts"):

@@ -32,20 +32,20 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("restrict_masks", CASE.shown(small(**MASKED)[0]))
 
 
-def test_all_rows_is_the_unmodified_model() -> None:
+def test_all_rows_equal_model() -> None:
     case = PassCase(RestrictMasks(), (*CASE.earlier, TrimTail()))
     case.check_all_rows(*small(**MASKED))
 
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
-def test_rows_see_what_they_saw(offsets: tuple[int, ...]) -> None:
+def test_some_rows_equal_unrestricted_masks(offsets: tuple[int, ...]) -> None:
     """Bit by bit what a gather of the whole mask gives."""
     captured, graph, _ = small(**MASKED)
     results = results_without_and_with(CASE, captured, graph.calls[0], offsets)
     assert torch.equal(*results)
 
 
-def test_without_masks_nothing_changes() -> None:
+def test_keeps_graph_without_masks() -> None:
     assert CASE.leaves_alone(small(rope="none")[0])
 
 
@@ -94,7 +94,7 @@ def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tu
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("mask", [padded, windowed, broadcast])
-def test_masks_that_models_write(mask: Callable[[int, Tensor], Tensor], samples: int) -> None:
+def test_masks_of_models(mask: Callable[[int, Tensor], Tensor], samples: int) -> None:
     module, args = traced(mask, samples)
     want = module(*args)
     program: Any = SimpleNamespace(graph=module.graph)
@@ -112,7 +112,7 @@ def is_mask(node: Any) -> bool:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_mask_that_is_no_comparison_keeps_its_gather(samples: int) -> None:
+def test_keeps_gather_of_other_masks(samples: int) -> None:
     module, _ = traced(table, samples)
     before = str(module.graph)
     program: Any = SimpleNamespace(graph=module.graph)

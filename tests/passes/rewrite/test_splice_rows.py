@@ -40,14 +40,14 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("last_only", [True, False])
-def test_all_rows_computed_is_the_unmodified_model(last_only: bool) -> None:
+def test_all_rows_equal_model(last_only: bool) -> None:
     captured, graph, want = small(last_only=last_only)
     program = CASE.program(captured)
     with bind_donors(nothing_stored(program)):  # NaN, should any row of it be read
         assert torch.equal(run(program, graph.calls[0], everything(captured))[0], want)
 
 
-def test_stored_rows_are_read_for_the_others() -> None:
+def test_reads_stored_rows() -> None:
     """With its own keys and values as the donor, an image need not be computed."""
     captured, graph, want = small()
     program = CASE.program(captured)
@@ -72,14 +72,14 @@ def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("last_only", [True, False])
-def test_all_rows_of_two_samples_are_the_unmodified_model(last_only: bool) -> None:
+def test_all_rows_of_two_samples_equal_model(last_only: bool) -> None:
     captured, graph, want = two_samples(last_only=last_only)
     program = CASE.program(captured)
     with bind_donors(nothing_stored(program)):
         assert torch.equal(run(program, graph.calls[0], everything_of_both(program))[0], want)
 
 
-def test_each_sample_reads_its_own_part_of_the_table() -> None:
+def test_reads_stored_rows_per_sample() -> None:
     captured, graph, want = two_samples()
     program = CASE.program(captured)
     plan = plan_for_both(program, Rows(((),)))
@@ -97,7 +97,7 @@ def test_each_sample_reads_its_own_part_of_the_table() -> None:
     assert (got - want).flatten(1).abs().amax(1).min() > 1e-3
 
 
-def test_without_lookups_it_does_not_run() -> None:
+def test_requires_lookups() -> None:
     program = prepared(small()[0])
     before = str(program.graph)
     with pytest.raises(PassError, match=r"splice_rows.*requires lookups") as error:

@@ -83,7 +83,7 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("batched", [False, True])
 @DTYPES
-def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
+def test_removes_row_masks(dtype: torch.dtype, batched: bool) -> None:
     args = operands(dtype, batched)
     module = traced(attend(samples if batched else one_sample, enable_gqa=True, scale=0.3), args)
     want = module(*args)
@@ -96,7 +96,7 @@ def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
 
 
 @DTYPES
-def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtype) -> None:
+def test_traced_graph_accepts_any_sizes(dtype: torch.dtype) -> None:
     query, key, value, rows = operands(dtype, False)
     module = traced(attend(one_sample, enable_gqa=True), (query, key, value, rows))
     use_positions(module)
@@ -109,9 +109,7 @@ def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtyp
 
 @pytest.mark.parametrize("mask", [padded, window])
 @DTYPES
-def test_what_else_a_mask_asks_for_stays_a_mask(
-    mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
-) -> None:
+def test_keeps_other_conditions_as_mask(mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
     args = operands(dtype, False)
     module = traced(attend(mask, enable_gqa=True), args)
     want = module(*args)
@@ -147,7 +145,7 @@ COMPARED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor],
 
 @pytest.mark.parametrize("name", COMPARED)
 @DTYPES
-def test_whatever_is_compared_gives_what_its_mask_gives(name: str, dtype: torch.dtype) -> None:
+def test_numbers_for_any_comparison(name: str, dtype: torch.dtype) -> None:
     """Masks that models write themselves compare any numbers, of any shape."""
     mask, change = COMPARED[name]
     query, key, value, _ = operands(dtype, True)
@@ -175,7 +173,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_masks_stay(name: str) -> None:
+def test_keeps_other_masks(name: str) -> None:
     args = operands(torch.float32, False)
     module = traced(attend(OTHERS[name], enable_gqa=True), args)
     before = str(module.graph)
@@ -183,7 +181,7 @@ def test_other_masks_stay(name: str) -> None:
     assert str(module.graph) == before
 
 
-def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
+def test_mask_of_one_column() -> None:
     """It is broadcast: rows at 0 or behind read everything."""
     query, key, value, rows = operands(torch.float32, False)
     places = (rows - 1).unsqueeze(1)
@@ -197,7 +195,7 @@ def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16")
-def test_warm_programs_tell_the_kernel_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_program_passes_positions_to_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = kernel._kernel(), []
     assert real is not None
     monkeypatch.setattr(kernel, "_kernel", lambda: lambda *args: (seen.append(args), real(*args)))

@@ -72,7 +72,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 @pytest.mark.parametrize("write", [scattered, assigned])
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor], count: int) -> None:
+def test_caches_and_results_equal_model(write: Callable[..., Tensor], count: int) -> None:
     model, mine, theirs = Step(write), inputs(count - 1), inputs(count)
     captured, program, args = program_of(model, mine)  # tracing takes a step, too
     mine["keys"].copy_(theirs["keys"])
@@ -94,7 +94,7 @@ def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("is_written", [True, False])
-def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
+def test_keeps_unread_rows(is_written: bool) -> None:
     class Attending(Step):
         def forward(self, embeds: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
             query, key, value = self.qkv(embeds).unsqueeze(1).chunk(3, -1)
@@ -109,7 +109,7 @@ def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
     assert unchanged(WriteInPlace(), program)
 
 
-def test_a_second_time_nothing_changes() -> None:
+def test_second_run_changes_nothing() -> None:
     program = program_of(Step(), inputs())[1]
     assert WriteInPlace().run(program)
     assert unchanged(WriteInPlace(), program)
@@ -135,7 +135,7 @@ def as_it_is(given: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("write", "change"), [(read_before, as_it_is), (twice, as_it_is), (scattered, another_layout)]
 )
-def test_caches_of_which_more_is_wanted_are_copied(write: Callable[..., Tensor], change: Any) -> None:
+def test_copies_caches_with_other_readers(write: Callable[..., Tensor], change: Any) -> None:
     """No cache is written twice, or before it is read: a prompt's program copies it, a step is refused."""
     model, given = Step(write), inputs()
     change(given)
