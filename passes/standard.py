@@ -144,5 +144,5 @@ def decode_step_program(captured: Captured, pipeline: Pipeline = DECODE_STEP) ->
     pipeline.run(program)
     copy = first_copy(program)
     if copy is not None:
-        raise refuse(Reason.MUTATED_INPUTS, copy, "a whole input is copied to write rows to it")
+        raise refuse(Reason.MUTATED_INPUTS, copy, "an input is copied to write rows to it")
     return program

@@ -1,4 +1,4 @@
-"""The torch.compile backend: how it is found, what it refuses, and that this costs the reuse alone."""
+"""The ``torch.compile`` backend: discovery, options, refusals and failures."""
 
 from __future__ import annotations
 

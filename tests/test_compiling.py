@@ -1,4 +1,4 @@
-"""One compilation at a time, unseen by other threads, and what a compiler lacks."""
+"""Compilation with several threads, and the tools that a compiler lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that decode have nothing to reuse, but their layers are compiled once, and with the same kernels."""
+"""Decoding steps: layers share a compilation and use the kernels for few rows; nothing is reused."""
 
 from __future__ import annotations
 

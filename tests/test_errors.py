@@ -1,4 +1,4 @@
-"""Errors: one tree, readable sentences, plain data."""
+"""Errors: the tree, messages, and plain data."""
 
 import copy
 import inspect

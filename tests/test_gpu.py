@@ -1,4 +1,4 @@
-"""The whole system on a GPU."""
+"""The system on a GPU."""
 
 import copy
 from typing import Any

@@ -1,4 +1,4 @@
-"""Who may import whom. Read from the source, so that imports inside functions count too."""
+"""The order of packages in imports, read from the source, with imports inside functions."""
 
 import ast
 import subprocess

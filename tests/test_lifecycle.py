@@ -1,4 +1,4 @@
-"""Compiled models come and go: nothing outlives them, and closing is no accident."""
+"""Compiled models are freed with all their state, and closed engines run the unmodified model."""
 
 from __future__ import annotations
 

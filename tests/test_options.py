@@ -1,4 +1,4 @@
-"""Options: defaults as documented, everything else checked with a message that helps."""
+"""Options: defaults, checks and messages."""
 
 import dataclasses
 from pathlib import Path

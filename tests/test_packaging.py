@@ -1,4 +1,4 @@
-"""What is declared by hand in pyproject.toml agrees with the disk, and a small wheel holds it."""
+"""pyproject.toml agrees with the files on disk, and the wheel contains them."""
 
 import re
 import shutil

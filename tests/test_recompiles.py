@@ -1,4 +1,4 @@
-"""Other images, prompts, offsets, budgets, policies and numbers of spans compile nothing anew."""
+"""No recompilation for other images, prompts, offsets, budgets, policies and numbers of spans."""
 
 from __future__ import annotations
 

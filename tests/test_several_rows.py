@@ -1,4 +1,4 @@
-"""Results made of several last tokens, or of any: a selection of rows, however calls say it."""
+"""Results of several selected tokens (``logits_to_keep``), chosen by a number or by indices."""
 
 from __future__ import annotations
 

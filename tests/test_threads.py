@@ -1,4 +1,4 @@
-"""Several threads call several models while everything is compiled: no call fails, nothing is refused."""
+"""Several threads call several models during compilation: no call fails, nothing is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording and replaying, with a recorder that works anywhere; on a GPU with the real one."""
+"""``CudaGraphs`` with a fake recorder, and on a GPU with the real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that are still on their way are waited for where they are first read."""
+"""Lowered programs wait for pending tensors where they first read them."""
 
 from __future__ import annotations
 

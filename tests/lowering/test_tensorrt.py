@@ -1,4 +1,4 @@
-"""The TensorRT lowering, as far as that goes without a GPU."""
+"""The TensorRT lowering, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms of a program's values."""
+"""Metadata of a program's values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs: inputs and outputs that passes add."""
+"""``Program``: inputs and outputs that passes add."""
 
 from __future__ import annotations
 

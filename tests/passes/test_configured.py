@@ -1,4 +1,4 @@
-"""Pipelines as options change them, through ``vlcache_fx.compile``."""
+"""Pipelines with the options ``passes`` and ``dump_graphs``, through ``vlcache_fx.compile``."""
 
 from __future__ import annotations
 

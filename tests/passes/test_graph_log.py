@@ -1,4 +1,4 @@
-"""Graphs in a folder, in torch's logs and in its structured trace."""
+"""``GraphLog``: graphs in a folder, in torch's logs and in its structured trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pipeline owns: order, checks, dead code, dumps. And what identifies passes of users."""
+"""``Pipeline``: order, checks, dead code and dumps; fingerprints of users' passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The standard programs: cold and warm, against the unmodified model and a plain reference."""
+"""The cold and warm programs against the unmodified model and a plain reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``auto``: the smallest budget under an error bound."""
+"""``auto``: the fewest rows under an error bound."""
 
 from collections.abc import Sequence
 

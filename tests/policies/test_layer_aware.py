@@ -1,4 +1,4 @@
-"""The default policy: uniform without a profile, and row counts that follow one."""
+"""``layer_aware``: uniform without a profile, and row counts that follow a profile."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Every registered policy keeps the contract, and each does what its name says."""
+"""The contract of every registered policy, and the rule of each."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Profiles: read and written as JSON, checked."""
+"""``Profile``: checks, and JSON files."""
 
 import json
 from pathlib import Path

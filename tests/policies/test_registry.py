@@ -1,4 +1,4 @@
-"""Discovery through entry points."""
+"""Discovery of policies through entry points."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every input has a fake value of one environment."""
+"""``declare_inputs``: every input has a fake value of one shape environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every node knows its segment."""
+"""``tag_segments``: every node has a segment."""
 
 from __future__ import annotations
 

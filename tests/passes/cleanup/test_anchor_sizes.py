@@ -1,4 +1,4 @@
-"""Sizes come from inputs, so that cutting rows later does not change them."""
+"""``anchor_sizes``: sizes are read from inputs, which later passes do not restrict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flex attention becomes an attention call with a mask."""
+"""``canonicalise_flex``: flex attention becomes an attention call with a mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features that are added at masked places become additions at all places."""
+"""``dense_deepstack``: features added at masked tokens become additions to all tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fresh KV cache is an empty tensor."""
+"""``drop_empty_cats``: empty tensors, such as a new KV cache, are dropped from ``cat``."""
 
 from __future__ import annotations
 

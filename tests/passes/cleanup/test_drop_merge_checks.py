@@ -1,4 +1,4 @@
-"""Checks that placeholders and features agree in number are the runtime's."""
+"""``drop_merge_checks``: assertions about placeholders and features are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nodes that compute nothing go."""
+"""``drop_noops``: nodes that compute nothing are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Repeated key and value heads are read unrepeated."""
+"""``fold_repeated_heads``: attention reads key and value heads unrepeated."""
 
 from __future__ import annotations
 

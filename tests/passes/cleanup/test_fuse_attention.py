@@ -1,4 +1,4 @@
-"""Products and a softmax become one attention call."""
+"""``fuse_attention``: products and a softmax become one attention call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inverse of a permutation is a sort of it."""
+"""``invert_permutations``: the inverse of a permutation becomes a sort."""
 
 from __future__ import annotations
 

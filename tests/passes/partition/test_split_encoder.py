@@ -1,4 +1,4 @@
-"""The encoder is cut out of a graph that has it together with the decoder."""
+"""``split_encoder`` and ``split_results``: the encoder is split from the rest of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What flows around the residual is brought to the rows of the layer that reads it."""
+"""``gather_cross_layer_values``: values of earlier layers are gathered at the rows of the reading layer."""
 
 from __future__ import annotations
 

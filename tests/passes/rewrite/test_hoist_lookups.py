@@ -1,4 +1,4 @@
-"""Lookups become inputs."""
+"""``hoist_lookups``: lookups become inputs."""
 
 from __future__ import annotations
 

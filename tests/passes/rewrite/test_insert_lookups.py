@@ -1,4 +1,4 @@
-"""Lookups stand beside the frontiers and change nothing yet."""
+"""``insert_lookups``: every frontier gets a lookup, without readers so far."""
 
 from __future__ import annotations
 

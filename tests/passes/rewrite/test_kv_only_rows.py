@@ -1,4 +1,4 @@
-"""A row's last layer computes its keys and values alone."""
+"""``kv_only_rows``: a row's last layer computes only its keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cold program returns what is stored as a donor."""
+"""``record_donors``: the program returns the tensors that donors store."""
 
 from __future__ import annotations
 

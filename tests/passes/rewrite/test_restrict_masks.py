@@ -1,4 +1,4 @@
-"""Masks are made of the active rows only."""
+"""``restrict_masks``: masks are computed for the active rows only."""
 
 from __future__ import annotations
 

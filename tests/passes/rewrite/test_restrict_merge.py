@@ -1,4 +1,4 @@
-"""Encoder features go to the active rows only."""
+"""``restrict_merge``: encoder features are merged into the active rows only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each layer runs on its active rows."""
+"""``restrict_rows``: each layer computes its active rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored and recomputed rows come together before positions enter."""
+"""``splice_rows``: stored and recomputed rows are joined before positions enter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind the last layer, only what results need."""
+"""``trim_tail``: only the rows that results need are computed after the last layer."""
 
 from __future__ import annotations
 

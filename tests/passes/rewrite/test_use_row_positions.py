@@ -1,4 +1,4 @@
-"""Attention gets the positions of its rows where its mask is made of them."""
+"""``use_row_positions``: attention gets positions of rows instead of a mask."""
 
 from __future__ import annotations
 

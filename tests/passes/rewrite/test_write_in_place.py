@@ -1,4 +1,4 @@
-"""Rows of caches of fixed size are written where they lie."""
+"""``write_in_place``: static KV caches are updated in place."""
 
 from __future__ import annotations
 
