@@ -116,7 +116,7 @@ def test_explain_names_layers_and_merges() -> None:
 
 
 def test_explain_traces_like_a_call() -> None:
-    """Grids cannot be traced: the encoder runs first, and no word of it comes into the next report."""
+    """Grids cannot be traced: the encoder runs first, and is not in the next report."""
     pair = with_api(tiny_qwen2_5_vl(2), min_span_tokens=4, policy="full")
     inputs = qwen_inputs(4, 5, [(8, 12, 0), (8, 8, 1)])
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_explain_traces_like_a_call() -> None:
 
 
 def test_compile_qwen_equals_model() -> None:
-    """Its forward falls into many graphs when the features are not given, which ``generate()`` does."""
+    """Without encoder features, unlike in ``generate()``, ``forward`` breaks into many graphs."""
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     for before in (4, 9):
         got, expected = pair.both(**qwen_inputs(before, 5, [(8, 12, 0)]))
@@ -143,7 +143,7 @@ def test_compile_qwen_equals_model() -> None:
 
 
 def embeddings(before: int, seed: int) -> Tensor:
-    """Text before and after 20 rows that are always the same."""
+    """Return text before and after 20 constant rows."""
     item = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(99))
     text = torch.randn(1, before + 5, 16, generator=torch.Generator().manual_seed(seed))
     return torch.cat([text[:, :before], item, text[:, before:]], 1)

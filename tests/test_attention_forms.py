@@ -1,8 +1,8 @@
-"""Models whose attention comes in one form or another: cold and fully recomputed calls equal the model.
+"""Models with different forms of attention: cold and fully recomputed calls equal the model.
 
-``test_invariants.py`` says the same of models with ``scaled_dot_product_attention``, bit for bit. Here
-another kernel may do what the model writes out, so results agree within rounding: logits and keys of these
-models are around 1, and float32 rounds at 1e-7.
+``test_invariants.py`` tests this bitwise for models with ``scaled_dot_product_attention``. Here a fused
+kernel may replace separate operators, so results agree within rounding: logits and keys are around 1, and
+float32 rounds at 1e-7.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .runtime.helpers import (
 TOLERANCE = 1e-5
 
 pytestmark = [
-    # The oracle runs flex attention uncompiled, and transformers compiles the making of its mask.
+    # The unmodified model runs flex attention uncompiled, and transformers compiles its mask.
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*_compile flag on create_block_mask.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
@@ -61,7 +61,7 @@ def _compiler() -> Iterator[None]:
 
 
 def check_moves(pair: Pair) -> None:
-    """Cold, and then at another place behind another prompt, with everything recomputed."""
+    """Run a cold request, then one at another offset after another prompt, with all rows recomputed."""
     off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))
     assert report["mode"] == "cold"
     assert off <= TOLERANCE
@@ -79,7 +79,7 @@ def test_forms_at_another_offset(shape: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("shape", [CAP, SINKS, {**FLEX, "softcap": 1.5}], ids=str)
 def test_forms_in_static_graphs(shape: dict[str, Any]) -> None:
-    """Dynamo itself cannot trace a cap of flex attention whose number it has made symbolic."""
+    """Dynamo cannot trace a cap of flex attention with a symbolic number."""
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), dynamic=None, policy="full"))
 
 
@@ -107,7 +107,7 @@ def test_same_prompt_exact_at_any_budget(
 
 
 def test_small_budget_is_approximate() -> None:
-    """Without this, equalities above could hold because nothing is ever reused."""
+    """Without this, other tests could pass because nothing is reused."""
     pair = with_backend(tiny_vlm(last_only=False, num_layers=3, **CAP, sinks=True), policy="none")
     pair.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
     off, report = pair.run(**tiny_vlm_inputs(20, 5, [(40, 0)], text_seed=2))
@@ -117,12 +117,12 @@ def test_small_budget_is_approximate() -> None:
 
 
 def test_softcap_is_part_of_keys() -> None:
-    """Same weights and store; a donor of one must not serve the other."""
+    """Models with equal weights and another cap share a store but no donors."""
     from vlcache_fx.store import MemoryStore
 
     store = MemoryStore(1 << 28)
     for softcap, mode in ((1.5, "cold"), (1.25, "cold"), (1.5, "warm")):
-        torch._dynamo.reset()  # one graph does not serve two caps
+        torch._dynamo.reset()  # the graph is specialised to the cap
         pair = with_backend(tiny_vlm(attention="math", softcap=softcap), policy="none", store=store)
         off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))
         assert report["mode"] == mode
@@ -163,7 +163,7 @@ def test_forms_of_llava(attention: str, compiled: Any) -> None:
     "compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)], ids=["compile", "backend"]
 )
 def test_forms_of_qwen(compiled: Any) -> None:
-    """(transformers offers no flex attention for it.)"""
+    """Transformers has no flex attention for it."""
     pair = compiled(tiny_qwen2_5_vl(2, attention="eager"), policy="full")
     check_model(pair, [qwen_inputs(before, 5, [(8, 12, 0)], text_seed=before) for before in (4, 11)])
 
@@ -171,7 +171,7 @@ def test_forms_of_qwen(compiled: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.thorough)])
 def test_forms_with_padded_prompt(attention: str) -> None:
-    """Masked tokens in front. What the model makes of them is kept, too."""
+    """Padding before the prompt; its rows equal the model's as well."""
     pair = with_api(tiny_llava(2, attention=attention), policy="full")
     inputs = llava_inputs(9, 5, [0])
     inputs["attention_mask"][:, :4] = 0

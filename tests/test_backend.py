@@ -47,7 +47,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Masked(TinyVlm):
-    """The same model with an attention mask of some kind."""
+    """A ``TinyVlm`` with an attention mask of some kind."""
 
     kind = "causal"
 
@@ -72,12 +72,12 @@ class Masked(TinyVlm):
             return torch.where(causal, distances, float("-inf"))[None, None]
         if self.kind == "image both ways":
             return (causal | (image[:, None] & image[None, :]))[None, None]
-        if self.kind == "vmap":  # as transformers makes masks
+        if self.kind == "vmap":  # as in transformers
             seen = torch.vmap(torch.vmap(lambda q, k: (k <= q) | (image[q] & image[k]), (None, 0)), (0, None))
             return seen(place, place)[None, None]
         if self.kind == "image sees all":
             return (causal | image[:, None])[None, None]
-        return None  # everything sees everything
+        return None  # all tokens attend to all tokens
 
 
 def masked(kind: str) -> Masked:
@@ -85,7 +85,7 @@ def masked(kind: str) -> Masked:
 
 
 class WithBuffer(TinyVlm):
-    """Writes into a tensor that it is given, and returns a part of it."""
+    """Writes to an input and returns a part of it."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         embeds = self.embed(input_ids)
@@ -99,7 +99,7 @@ def with_buffer() -> WithBuffer:
     return tiny_vlm(cls=WithBuffer, last_only=False)
 
 
-# Finding it -------------------------------------------------------------------------------------------------
+# Discovery --------------------------------------------------------------------------------------------------
 
 
 def run_python(code: str) -> str:
@@ -198,7 +198,7 @@ def test_engine_for_equal_options() -> None:
 
 
 def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, Any]:
-    """Runs requests that must all be refused, and equal the unmodified model."""
+    """Run requests that must all be refused, and equal the unmodified model."""
     for inputs in requests:
         off, report = pair.run(**{name: value.clone() for name, value in inputs.items()})
         assert off == 0.0
@@ -219,7 +219,7 @@ def test_learned_positions_refused_with_source_line(caplog: pytest.LogCaptureFix
     assert "tiny_vlm.py" in report["reason"]
     assert "x = embeds + self.positions(position_ids)" in report["reason"]
     messages = [r.getMessage() for r in caplog.records if r.name == "vlcache_fx"]
-    assert len(messages) == 1  # once for the graph, not once for every call
+    assert len(messages) == 1  # once per graph, not per call
     assert "[position_in_stream]" in messages[0]
     refusal = pair.engine.refusals[0]
     assert refusal.node == "add"
@@ -261,7 +261,7 @@ def test_bidirectional_within_image_reused(kind: str) -> None:
 
 
 def test_bidirectional_attention_not_split() -> None:
-    """Nothing in it is a prefill; it is an encoder, whose reuse is exact, for the very same inputs alone."""
+    """The graph counts as an encoder, which is reused exactly, for identical inputs."""
     pair = with_backend(masked("everything"))
     for inputs, encoded in [(FIRST, (0, 1)), (SECOND, (0, 2)), (FIRST, (1, 2))]:
         got, expected = pair.both(**inputs)
@@ -300,7 +300,7 @@ def test_failing_pass_runs_model(monkeypatch: pytest.MonkeyPatch, caplog: pytest
 
 
 def test_strict_raises_through_dynamo() -> None:
-    """Dynamo wraps what a backend raises. Its message is ours behind a heading; the typed error is inside."""
+    """Dynamo wraps the backend's error: its message ends with ours, and the typed error is inside."""
     pair = with_backend(tiny_vlm(learned_positions=True), strict=True)
     with (
         pytest.raises(
@@ -328,7 +328,7 @@ def test_text_only_is_no_refusal(strict: bool) -> None:
         got, expected = pair.both(**tiny_vlm_inputs(before, 3, []))
         assert distance(got, expected) == 0.0
     assert pair.engine.refusals == []
-    assert pair.run(**FIRST)[1]["mode"] == "cold"  # and images still are served
+    assert pair.run(**FIRST)[1]["mode"] == "cold"  # and prompts with images still work
 
 
 def test_short_spans_not_reused() -> None:
@@ -348,7 +348,7 @@ def test_short_spans_not_reused() -> None:
 
 
 def test_other_value_of_folded_number_runs_model() -> None:
-    """With dynamic=True module floats are graph inputs, which capture folds in; changing one must be seen."""
+    """With ``dynamic=True``, floats of modules are inputs, which capture folds; a change is detected."""
 
     class Scaled(TinyVlm):
         scale = 0.5
@@ -372,7 +372,7 @@ def test_other_value_of_folded_number_runs_model() -> None:
 @inductor
 @pytest.mark.slow
 def test_inductor_equals_model_and_compiles_once() -> None:
-    """Neither depth nor other lengths, budgets, policies or images cost another compilation."""
+    """Depth and other lengths, budgets, policies or images cause no compilation."""
     store = vlcache_store()
     pair = with_backend(tiny_vlm(num_layers=3), lowering="inductor", store=store, policy="full")
     off, report = pair.run(**FIRST)

@@ -34,7 +34,7 @@ def _compiler() -> Iterator[None]:
 
 
 def elsewhere(function: Callable[[], Result]) -> Result:
-    """What the function gives in another thread."""
+    """Return the result of ``function`` in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -140,14 +140,14 @@ def test_shared_settings_end_with_the_last_body() -> None:
     first, second = shared(patch), shared(patch)
     first.__enter__()
     second.__enter__()
-    first.__exit__(None, None, None)  # not in the order of a stack: these are two threads
+    first.__exit__(None, None, None)  # not nested: these are two threads
     assert setting == "ours"
     second.__exit__(None, None, None)
     assert setting == "default"
 
 
 def graphs_of_forms(limit: int | None, **options: Any) -> int:
-    """How many graphs a function gets that is called in twelve forms."""
+    """Return the number of graphs of a function that is called in twelve forms."""
     graphs = []
 
     def backend(graph_module: fx.GraphModule, _: Any) -> Any:
@@ -174,14 +174,14 @@ def graphs_of_forms(limit: int | None, **options: Any) -> int:
 def test_raise_graph_limit_in_backend() -> None:
     assert graphs_of_forms(None) == 8
     assert graphs_of_forms(64) == 12
-    assert graphs_of_forms(64, recompile_limit=10) == 10  # the caller's own stays
+    assert graphs_of_forms(64, recompile_limit=10) == 10  # the user's limit stays
 
 
 # Compilers --------------------------------------------------------------------------------------------------
 
 
 def wrapped(error: Exception) -> Exception:
-    """As it comes out of Inductor, and as it is raised again by what calls that."""
+    """Return the error as Inductor raises it, and as its callers wrap it."""
     outer = RuntimeError("a segment failed")
     outer.__cause__ = exc.InductorError(error, None)
     return outer

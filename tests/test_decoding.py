@@ -35,7 +35,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Scaled(Decoder):
-    """Its factor is folded in, so calls with another one run the graph as it was."""
+    """Its factor is folded, so calls with another factor run the original graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Scaled(Decoder):
 
 
 class Sharing(nn.Module):
-    """Two layers of a step that attend to one cache of fixed size, which the first writes to."""
+    """Two layers that attend to one static cache, to which the first layer writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def compiled(**options: Any) -> Pair:
 
 
 def generated(model: Any, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
-    """The ids, and the logits of all steps: [steps, vocabulary]."""
+    """Return the ids, and the logits of all steps, [steps, vocabulary]."""
     inputs = qwen_inputs(9 + seed, 7, [(8, 8, seed)], seed, 3)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False} | options
@@ -86,7 +86,7 @@ def check(pair: Pair, seed: int = 0, **options: Any) -> None:
 
 
 def compilations(pair: Pair) -> list[str]:
-    """The segments of steps that were compiled, in order."""
+    """Return the compiled segments of decoding steps, in order."""
     names = [name for name, _ in pair.engine.compile_cache.stats.compilations]
     return [name.partition("/")[2] for name in names if name.startswith("decoding step")]
 
@@ -95,7 +95,7 @@ def test_step_layers_share_compilation() -> None:
     pair = compiled()
     check(pair)
     found = compilations(pair)
-    # A prompt leaves keys in another layout than a step does, so there are two kinds of steps.
+    # Keys have another layout after a prefill than after a step, so there are two kinds of steps.
     assert sorted(found) == ["layer.0", "layer.0", "prelude", "tail"]
     check(pair, seed=1)  # another length
     assert compilations(pair) == found
@@ -208,6 +208,6 @@ def test_step_frees_first_keys() -> None:
         got = pair.model(**given)[0]
     torch.testing.assert_close(got, want)
     del given
-    gc.collect()  # what is compiled is kept, and the graph for other factors with it
+    gc.collect()  # compiled graphs are kept, with the original graph for other factors
     assert compilations(pair) == ["prelude", "layer.0", "tail"]
     assert [one() for one in held] == [None] * len(held)

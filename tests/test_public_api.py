@@ -42,7 +42,7 @@ PUBLIC = {
 
 
 def test_all_public_names() -> None:
-    # Taking one away, or renaming one, breaks users: it belongs in the changelog.
+    # A removal or rename breaks users and belongs in the changelog.
     assert set(vlcache_fx.__all__) == PUBLIC == set(dir(vlcache_fx))
 
 

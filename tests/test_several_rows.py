@@ -21,7 +21,7 @@ WAYS = ("last", "from the end", "from", "until", "places", "index_select", "sing
 
 
 class Choosing(nn.Module):
-    """Logits of the tokens that the call asks for, in one of ``WAYS``."""
+    """A model that returns logits of selected tokens, in one of ``WAYS``."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_assisted_decoding_equals_model(how: str) -> None:
                 for model in (pair.model, pair.reference)
             ]
         assert torch.equal(*answers)
-        # Drafts are checked in calls of their own; the report is still the prefill's.
+        # Drafts are checked in separate calls; the report is that of the prefill.
         assert pair.report["num_tokens"] >= before + 6 + 16
         assert [span["start"] for span in pair.report["spans"]] == [before + 1]
     calls = pair.engine.stats()["calls"]

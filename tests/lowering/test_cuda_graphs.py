@@ -16,7 +16,7 @@ LARGE = COPIED_BYTES // 4 + 1
 
 
 class Recorder:
-    """Stands for CUDA graphs: a replay reads the recorded places and overwrites the recorded results."""
+    """A fake of CUDA graphs: a replay reads the recorded buffers and overwrites the recorded results."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0
@@ -58,7 +58,7 @@ def test_record_after_repeated_sizes(program: CudaGraphs, recorder: Recorder) ->
     for value in range(5):
         call(program, torch.full((4,), float(value)), large)
     assert (recorder.recordings, recorder.replays) == (1, 3)
-    large += 1  # read where it lies
+    large += 1  # read from its own address
     call(program, torch.ones(4), large)
     assert recorder.replays == 4
 
@@ -123,7 +123,7 @@ def test_limit_drops_least_recently_used(program: CudaGraphs, recorder: Recorder
     assert recorder.recordings == 3
     call(program, torch.ones(4), large)
     assert recorder.replays == 4
-    call(program, torch.ones(2), large)  # gone: runs plainly, and is counted anew
+    call(program, torch.ones(2), large)  # dropped: runs without a graph, and is counted from zero
     assert (recorder.recordings, recorder.replays) == (3, 4)
 
 

@@ -46,7 +46,7 @@ def prompt(length: int) -> torch.Tensor:
 
 
 def warm_inputs(total: int, counts: tuple[int, ...], donor: int) -> tuple[Any, ...]:
-    """Random row sets of the given sizes (nested), and donors of `donor` rows."""
+    """Return random nested row sets of the given sizes, and donors of ``donor`` rows."""
     counts = (*counts, counts[-1])
     rows, keeps, sources = [torch.sort(torch.randperm(total)[: counts[0]]).values], [], []
     for layer in range(LAYERS):
@@ -103,7 +103,7 @@ def test_programs_share_structures(stack: Stack, cold: Traced, cache: CompileCac
     assert len(cache.stats.compilations) == before
     assert cache.stats.hits == hits + LAYERS + 3
     x = prompt(11)
-    with torch.no_grad():  # the weights are inputs: nothing of the first model is left in the code
+    with torch.no_grad():  # weights are inputs, so the code contains nothing of the first model
         close(run([*lifted, x]), other(x))
 
 
@@ -137,14 +137,14 @@ def test_single_row_compiles_variant(stack: Stack, cold: Traced) -> None:
 
 
 class Halves(nn.Module):
-    """Works for even lengths only, and takes another path from 100 on."""
+    """Requires even lengths, and takes another path from length 100 on."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x.view(2, -1, 4).sum(1), x[:100] * 2)
 
 
 class Counting(nn.Module):
-    """Compares tokens with places, with vectors of sizes, in both of its layers."""
+    """Compares positions of tokens, vectors computed from sizes, in both layers."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         places = torch.arange(x.shape[0], device=x.device) * 2
@@ -166,7 +166,7 @@ def test_outline_repeats_vectors_of_sizes() -> None:
     arange = torch.ops.aten.arange.default
     counts = [len(segment.module.graph.find_nodes(op="call_function", target=arange)) for segment in segments]
     assert counts == [3, 1, 1]  # one of the three is a result
-    # What comes of a table of tokens x tokens is handed on.
+    # Values computed from a tensor of tokens x tokens cross segments.
     crossing = [[getattr(node, "name", "") for node in segment.outputs] for segment in segments]
     assert crossing[0] == ["sum_1", "sum_2", "arange_2"]
     run = InductorLowering().lower(program, name="counting")
@@ -185,7 +185,7 @@ def test_conditions_checked_per_call() -> None:
 
 
 class Aliases(nn.Module):
-    """Returns its input, a view of it, two views of one buffer, and the same value twice."""
+    """Returns its input, a view of it, two views of a buffer, and a value twice."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         z = x * 2 + y
@@ -221,7 +221,7 @@ def test_inputs_of_another_layout(stack: Stack, cold: Traced, cache: CompileCach
 
 
 def test_int_inputs_and_outputs() -> None:
-    """Dynamo passes sizes as placeholders, and a program may return sizes."""
+    """Dynamo passes sizes as placeholders, and programs may return sizes."""
     program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     first = next(iter(program.graph.nodes))
     size = first.meta["val"].size(0)

@@ -11,7 +11,7 @@ from vlcache_fx.lowering.inductor import _Program, _Step
 
 
 class Late:
-    """A tensor that holds NaN until somebody waits for it."""
+    """A tensor of NaN until the program waits for it."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.tensor, self.waits = value, torch.full_like(value, float("nan")), 0

@@ -39,13 +39,13 @@ def made(build: Callable[[Captured], Program]) -> fx.GraphModule:
 
 @pytest.fixture(scope="module")
 def warm() -> fx.GraphModule:
-    """The warm program of a tiny VLM."""
+    """Return the warm program of a tiny VLM."""
     return made(warm_program)
 
 
 @pytest.fixture(scope="module", params=["warm", "cold"])
 def program(request: pytest.FixtureRequest, warm: fx.GraphModule) -> fx.GraphModule:
-    """A program of a tiny VLM."""
+    """Return a program of a tiny VLM."""
     return warm if request.param == "warm" else made(cold_program)
 
 
@@ -94,7 +94,7 @@ def test_dry_run_excludes_cache_operators(warm: fx.GraphModule) -> None:
 
 
 def test_dry_run_engines_are_acyclic(program: fx.GraphModule) -> None:
-    """No engine needs what a later one gives."""
+    """No engine reads results of a later engine."""
     run = dry_run(program)
     engine_of = {name: number for number, names in enumerate(run.engines) for name in names}
     needs: dict[int, set[int]] = {number: set() for number in range(len(run.engines))}
@@ -164,7 +164,7 @@ def test_lowering_without_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_lower_compiles_regions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another compiler in place of Torch-TensorRT: results are those of the model."""
+    """With a fake of Torch-TensorRT, results equal those of the model."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
     compiled: list[set[str]] = []

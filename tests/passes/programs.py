@@ -100,7 +100,7 @@ def everything(captured: Captured) -> Plan:
 
 
 def plan_for_both(program: Program, *policies: Any) -> StackedPlan:
-    """Return a plan of ``BOTH``: both images are hits with concatenated donors; one policy per image or for all."""
+    """Return a plan of ``BOTH`` in which both images are hits; one policy for all, or one per image."""
     plans = [
         build_plan(
             num_tokens=TOKENS,

@@ -27,7 +27,7 @@ FIRST, SECOND = tiny_vlm_inputs(5, 6, [(24, 0)]), tiny_vlm_inputs(3, 8, [(24, 0)
 
 @dataclass(frozen=True)
 class Scale(Pass):
-    """Reads donors at another scale."""
+    """Scales donors."""
 
     factor: float
     name: ClassVar[str] = "scale"
@@ -79,7 +79,7 @@ def test_compile_lists_the_valid_names(inserted: InsertedPass, message: str) -> 
 
 
 def test_compile_with_a_pass_of_the_user() -> None:
-    """The pass changes what is reused, and its donors are not those of other passes."""
+    """The pass changes reused rows, and its donors are separate from those of other passes."""
     store, off = MemoryStore(1 << 30), {}
     for name, passes in (("none", []), ("same", scaling(1.0)), ("zero", scaling(0.0)), ("again", [])):
         pair = with_api(tiny_vlm(num_layers=2), policy="none", store=store, passes=passes)
@@ -92,7 +92,7 @@ def test_compile_with_a_pass_of_the_user() -> None:
 
 
 def test_compile_with_a_pass_in_wrong_order(caplog: pytest.LogCaptureFixture) -> None:
-    """An order that cannot be is known when a graph is compiled: the model runs unmodified, and says why."""
+    """A wrong order is found when a graph is compiled; the model runs unmodified, with a reason."""
     inserted = [InsertedPass(Scale(1.0), "warm", before="hoist_lookups")]
     pair = with_api(tiny_vlm(num_layers=1), passes=inserted)
     with caplog.at_level(logging.WARNING, "vlcache_fx"):

@@ -48,7 +48,7 @@ class Second(Pass):
     def run(self, program: Program) -> bool:
         output = next(iter(reversed(program.graph.nodes)))
         with program.graph.inserting_before(output):
-            program.graph.call_function(torch.neg, (output.args[0],))  # read by nothing
+            program.graph.call_function(torch.neg, (output.args[0],))  # without readers
         return True
 
 
@@ -73,7 +73,7 @@ def test_run_records_and_dead_code(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in dumped] == [
         "0000_mine/00_before.py",
         "0000_mine/02_second.py",
-    ]  # only where something changed
+    ]  # only after a change
     assert "neg" not in dumped[1].read_text(encoding="utf-8")
     assert subject.graph_module(torch.ones(1)).item() == 2
     assert subject.properties == {"prepared"}
@@ -135,7 +135,7 @@ def test_inserting_by_name() -> None:
 
 @dataclass(frozen=True)
 class ScaleStored(Pass):
-    """A user's pass: donors are kept at another scale."""
+    """A user's pass that scales donors."""
 
     factor: float
     name: ClassVar[str] = "scale_stored"
@@ -168,7 +168,7 @@ def test_inserting_user_pass_in_wrong_order() -> None:
 
 
 def moved(pipeline: Pipeline, name: str, before: str) -> Pipeline:
-    """A pipeline in another order."""
+    """Return a pipeline in another order."""
     step = next(step for step in pipeline.passes if step.name == name)
     others = replace(pipeline, passes=tuple(one for one in pipeline.passes if one is not step))
     return others.inserting(step, before=before)
@@ -222,7 +222,7 @@ def test_check_complete_names_missing_properties(name: str, missing: str) -> Non
 
 
 def test_standard_passes_use_every_property() -> None:
-    """What no pass and no lowering asks for is not declared."""
+    """Every declared property is required or excluded somewhere."""
     passes = [step for pipeline in (CLEANUP, COLD, WARM, DECODE_STEP) for step in pipeline.passes]
     asked = frozenset().union(*(step.requires | step.excludes for step in passes))
     ensured = frozenset().union(*(step.ensures for step in passes))
@@ -252,7 +252,7 @@ def test_fingerprint_without_source() -> None:
 
 
 def test_structure_key_covers_inserted_nodes() -> None:
-    """The text of a segment's graph is in its key, so keys need no word about passes."""
+    """Keys contain the text of a segment's graph, so they cover inserted nodes."""
 
     def keys(pipeline: Pipeline) -> list[str]:
         program = warm_program(small(num_layers=2)[0], pipeline).graph_module

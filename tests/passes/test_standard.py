@@ -81,7 +81,7 @@ def test_programs_equal_reference(shape: DecoderShape, data: st.DataObject) -> N
     donor_logits, *recorded = run(cold, donor_args, plan_for(cold, donor_tokens, [], Rows(())))
     if shape.last_only:
         close(donor_logits, donor_want)
-    else:  # nothing is cut from it
+    else:  # all rows remain
         assert torch.equal(donor_logits, donor_want)
     warm = warm_program(captured)
     tables = {}
@@ -117,7 +117,7 @@ def test_programs_equal_reference(shape: DecoderShape, data: st.DataObject) -> N
         partial, _ = reference.forward(model, call, plan.rows, stored)
     if shape.last_only:
         close(got, partial[:, torch.searchsorted(plan.rows[-1], torch.tensor([num_tokens - 1]))])
-    else:  # rows that left on the way come from the donor's last residual
+    else:  # rows that are not active at the end come from the donor's last residual
         close(got[:, plan.rows[-1]], partial)
 
 
@@ -141,7 +141,7 @@ def test_warm_program_is_deterministic() -> None:
 
 
 def test_warm_program_reads_donor() -> None:
-    """A guard against tests that pass because nothing is reused."""
+    """Other tests could pass because nothing is reused."""
     captured, graph, want = small()
     warm = warm_program(captured)
     tables = {slot: torch.zeros_like(table) for slot, table in nothing_stored(warm).items()}
@@ -151,7 +151,7 @@ def test_warm_program_reads_donor() -> None:
 
 
 def test_warm_program_one_of_two_images_stored() -> None:
-    """The image that is not is computed like text."""
+    """The other image is computed like text."""
     model = tiny_vlm(num_layers=2, last_only=False)
     call = tiny_vlm_inputs(2, 3, [(3, 0), (4, 1)])
     captured, graph = captured_graph(model, call)
@@ -162,7 +162,7 @@ def test_warm_program_one_of_two_images_stored() -> None:
     _, *recorded = run(cold, graph.calls[0], plan_for(cold, 14, [], Rows(())))
     tables = {slot: value[:, 7:11] for slot, value in zip(cold.recorded, recorded, strict=True)}
     got = run(warm, graph.calls[0], plan_for(warm, 14, [span], Rows(((), ()))), tables)[0]
-    close(got, want)  # its own donor in its own place: nothing is lost
+    close(got, want)  # its own donor at its own position: exact
 
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])

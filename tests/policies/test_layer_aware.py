@@ -33,7 +33,7 @@ def test_layer_aware_without_or_with_flat_profile_is_uniform(budget: float, leng
 
 
 def test_layer_aware_drops_insensitive_layers() -> None:
-    # 40 token-layers: all of them where it matters.
+    # 40 token-layers, all of them in sensitive layers.
     assert counts(LayerAware().select(span(100, 4, profile([1, 1, 0, 0]), 0.1))) == [20, 20, 0, 0]
 
 
@@ -48,7 +48,7 @@ def test_layer_aware_follows_falling_sensitivities() -> None:
 
 
 def test_layer_aware_with_error_curve() -> None:
-    # Behind a tenth of the rows nothing falls any more: the rest goes to the less sensitive layers.
+    # The error is constant after a tenth of the rows, so the rest goes to less sensitive layers.
     curve = ((0.0, 1.0), (0.1, 0.0), (1.0, 0.0))
     assert counts(LayerAware().select(span(100, 2, profile([9, 1], curve), 0.1))) == [10, 10]
     assert counts(LayerAware().select(span(100, 2, profile([9, 1], curve), 0.05))) == [10, 0]

@@ -66,7 +66,7 @@ def test_check_policy_registered_policies(policy: Policy) -> None:
 
 
 def test_first_k_ignores_budget_in_select() -> None:
-    """So the report says that the budget was too small for k."""
+    """The plan cuts the rows, so the report lists the repair."""
     with pytest.raises(AssertionError, match="token-layers, the budget allows"):
         check_policy(FirstK(tokens=32))
 
@@ -120,7 +120,7 @@ def test_random_follows_seed_and_budget() -> None:
 
 
 def test_random_is_uniform_over_rows() -> None:
-    """Each of 20 rows is drawn in a quarter of 400 seeds: 100 times, give or take five deviations."""
+    """Each of 20 rows is drawn for a quarter of 400 seeds: 100 times, within five standard deviations."""
     drawn = torch.cat([Random(seed).select(span(20, 1, None, 0.25))[0] for seed in range(400)])
     counted = torch.bincount(drawn, minlength=20)
     assert counted.sum() == 400 * 5

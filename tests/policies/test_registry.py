@@ -88,7 +88,7 @@ def test_top_level_import_is_refused(package: str) -> None:
 
 @dataclass(frozen=True)
 class Earlier(Uniform):
-    """Written for the interface of several arguments."""
+    """A policy of the earlier interface of several arguments."""
 
     name: ClassVar[str] = "earlier"
 
@@ -98,7 +98,7 @@ class Earlier(Uniform):
 
 @dataclass(frozen=True)
 class EarlierProbing(CacheBlend):
-    """Likewise."""
+    """A probing policy of the earlier interface."""
 
     def choose(self, deviation: Any, num_layers: int, profile: Any, budget: float) -> Any:  # type: ignore[override]
         return ()

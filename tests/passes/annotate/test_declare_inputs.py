@@ -40,7 +40,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    """Rows, places and sources per sample; donor tables for all together."""
+    """Rows, positions and sources have a batch dim; donor tables are common to all samples."""
     golden("declare_inputs_two_samples", declared(warm_program(two_samples()[0])))
 
 

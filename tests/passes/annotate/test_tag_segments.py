@@ -44,7 +44,7 @@ def test_numbers() -> None:
 
 @pytest.mark.parametrize("explicit_mask", [True, False])
 def test_equal_layers_equal_segments(explicit_mask: bool) -> None:
-    """So that a lowering compiles one of them."""
+    """Lowerings then compile only one of them."""
     program = warm_program(small(num_layers=3, explicit_mask=explicit_mask)[0])
 
     def targets(segment: str) -> Counter[str]:
@@ -54,7 +54,7 @@ def test_equal_layers_equal_segments(explicit_mask: bool) -> None:
 
 
 def test_segments_in_order() -> None:
-    """No segment reads what a later one computes."""
+    """No segment reads values of a later segment."""
     program = warm_program(small(num_layers=2)[0])
     order = ["prelude", "layer.0", "layer.1", "tail"]
     for node in program.graph.nodes:

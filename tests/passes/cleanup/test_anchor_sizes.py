@@ -19,7 +19,7 @@ X = torch.arange(12.0).reshape(1, 6, 2)
 
 
 class Halves(nn.Module):
-    """Asks what it computed for its length."""
+    """Reads the length from a computed tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         double = x * 2
@@ -34,7 +34,7 @@ def exported() -> Program:
     (size,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
     (double,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     double.append(size)
-    size.args = (double, 1)  # tracers differ in which tensor they ask
+    size.args = (double, 1)  # tracers differ in the tensor whose size they read
     return program_
 
 

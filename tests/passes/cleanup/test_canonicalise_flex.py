@@ -23,9 +23,9 @@ from ..programs import text, unchanged
 from .graphs import program_of
 
 pytestmark = [
-    # The oracle runs flex attention uncompiled.
+    # The unmodified model runs flex attention uncompiled.
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
-    # What torch does where a mask reads a tensor.
+    # Raised inside torch for masks that read a tensor.
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
 ]
 
@@ -93,7 +93,7 @@ def capped(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tens
 
 
 def biased(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Indexed as models do it that have a mask of four dimensions."""
+    """A padding mask of four dims, as some models index it."""
     return score + bias[b][0][q][k]
 
 
@@ -138,7 +138,9 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     assert CanonicaliseFlex().run(program)
     program.graph.lint()
     program.graph.eliminate_dead_code()
-    golden("canonicalise_flex", text(program.graph))  # before it, kernel options are those of torch's version
+    golden(
+        "canonicalise_flex", text(program.graph)
+    )  # kernel options in the graph before depend on torch's version
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_numbers(mask_mod: Mod | None, score_mod: Mod | None, dynamic: bool | No
 
 @pytest.mark.parametrize("score_mod", [None, capped])
 def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
-    """Flex attention has its scores in float32."""
+    """Flex attention computes scores in float32."""
     model, inputs = Flex(padded, score_mod), call(torch.bfloat16)
     _, got, _ = canonical(model, inputs)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def inputs(rows: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 
 
 def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
-    """``x[mask] = x[mask] + features``, with what ``change`` says in the place of an operand."""
+    """Return a program of ``x[mask] = x[mask] + features``; ``change`` replaces operands."""
     call, graph = inputs() if call is None else call, fx.Graph()
     mode = FakeTensorMode()
     nodes = {}

@@ -22,11 +22,11 @@ from .graphs import program_of
 from .written import DIM, HEADS, ROWS, Written, one_result, operands
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-"""In bfloat16 the written form rounds its scores, and its weights before they are summed."""
+"""In bfloat16, separate operators round the scores, and the weights before the sum."""
 
 
 def fused(function: Callable[..., Any], *inputs: Tensor) -> tuple[list[Site], Any]:
-    """The attention calls that become of ``function``, and what the graph then gives."""
+    """Return the attention calls after the pass, and the result of the graph."""
     program = program_of(function, *inputs)
     Pipeline((FuseAttention(), FoldRepeatedHeads())).run(program)
     program.graph.eliminate_dead_code()
@@ -57,7 +57,7 @@ def test_numbers(product: Any, mask: Any) -> None:
     (site,), (got,) = fused(one_result(form), *inputs)
     assert (site.softcap, site.sinks) == (None, None)
     assert site.scale == pytest.approx(1 / 3)
-    if product not in ("bmm", "baddbmm", "einsum"):  # there, layout lies between repeat and product
+    if product not in ("bmm", "baddbmm", "einsum"):  # there, layout operators are between repeat and product
         assert site.enable_gqa
         assert site.key.meta["val"].shape == (1, form.key_heads, ROWS, DIM)
     torch.testing.assert_close(got, form(*inputs), atol=1e-5, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_every_form_becomes_one_call(form: Written, dtype: torch.dtype, seed: in
     assert site.softcap == form.softcap
     assert (site.sinks is None) == (form.sinks == "none")
     assert (site.mask is None) == (form.mask == "none")
-    if form.product == "matmul":  # in an einsum, layout lies between
+    if form.product == "matmul":  # in an einsum, layout operators are between
         assert site.scale == pytest.approx(1 / 3)
         assert site.enable_gqa == (form.key_heads < HEADS)
         assert site.key.meta["val"].shape[1] == form.key_heads
@@ -131,7 +131,7 @@ def test_constant_tensor_as_fill_value() -> None:
 
 
 def test_views_of_result_become_reshapes() -> None:
-    """A product is contiguous; the result of a call need not be."""
+    """The result of a product is contiguous, that of a call may not be."""
 
     def viewed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         weights = (query @ key.transpose(-1, -2)).softmax(-1)
@@ -142,7 +142,7 @@ def test_views_of_result_become_reshapes() -> None:
     torch.testing.assert_close(got, viewed(*heads_last)[0], atol=1e-5, rtol=1e-5)
 
 
-# What is left alone -----------------------------------------------------------------------------------------
+# Unchanged graphs -------------------------------------------------------------------------------------------
 
 
 def scores(query: Tensor, key: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ KEYS = torch.tensor([2, 0, 1, 2, 0, 1, 1])
 
 
 def by_sort(keys: Tensor) -> tuple[Tensor, ...]:
-    """As mixtures of experts bring tokens back; the permutation and the base have other readers."""
+    """Restore the order of tokens as in mixtures of experts; permutation and base have other readers."""
     _, order = keys.sort()
     base = order.new_empty(7)
     inverse = torch.index_put(base, [order], torch.arange(7))

@@ -38,7 +38,7 @@ def test_numbers() -> None:
     with torch.no_grad():
         features = split.encoder(*args)
         assert torch.equal(split.decoder.graph_module(*args, *features)[0], want)
-        # The encoder depends on nothing but what is said, and the decoder on no pixels.
+        # The encoder depends on ``inputs`` and ``weights`` only, and the decoder not on pixels.
         other = [arg if index in (*split.inputs, *split.weights) else None for index, arg in enumerate(args)]
         assert torch.equal(split.encoder(*other)[0], features[0])
         args = [arg if index not in split.inputs else None for index, arg in enumerate(args)]

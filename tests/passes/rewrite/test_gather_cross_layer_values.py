@@ -45,7 +45,7 @@ from ..programs import (
 
 CASE = PassCase(GatherCrossLayerValues(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
 SHRINKING = Rows(((0, 1, 3), (1, 3), (3,)))
-"""Other rows at every level: a gather by a wrong level's places takes other rows, or none."""
+"""Other rows at every level, so that a gather with the positions of a wrong level fails."""
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def test_slots_and_dims() -> None:
     program = prepared(small(last_only=False, num_layers=2, qk_norm=True)[0], InsertLookups())
     lookups = {str(node.meta["slot"]): node for node in program.graph.nodes if "slot" in node.meta}
     assert sorted(lookups) == ["0.k", "0.v", "1.k", "1.v", "residual"]
-    assert lookups["0.k"].args[2] == 2  # behind the norm: [1, heads, tokens, head_dim]
+    assert lookups["0.k"].args[2] == 2  # after the norm: [1, heads, tokens, head_dim]
     assert lookups["0.v"].args[2] == 1  # the projection itself: [1, tokens, width]
     assert lookups["residual"].args[2] == 1
 

@@ -39,7 +39,7 @@ def test_all_rows_equal_model() -> None:
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
 def test_some_rows_equal_unrestricted_masks(offsets: tuple[int, ...]) -> None:
-    """Bit by bit what a gather of the whole mask gives."""
+    """Bitwise equal to a gather of the whole mask."""
     captured, graph, _ = small(**MASKED)
     results = results_without_and_with(CASE, captured, graph.calls[0], offsets)
     assert torch.equal(*results)
@@ -55,7 +55,7 @@ def places(count: int) -> tuple[Tensor, Tensor]:
 
 
 def padded(tokens: int, seen: Tensor) -> Tensor:
-    """As transformers writes it: causal, and only tokens that the caller shows."""
+    """As in transformers: causal, without padding."""
     row, key = places(tokens)
     allowed = (key <= row) & seen[:, None, None, :]
     return allowed.expand(seen.shape[0], -1, tokens, tokens)
@@ -67,17 +67,17 @@ def windowed(tokens: int, seen: Tensor) -> Tensor:
 
 
 def broadcast(tokens: int, seen: Tensor) -> Tensor:
-    """Every row sees the same."""
+    """All rows read the same tokens."""
     return seen[:, None, None, :].expand(-1, 1, tokens, tokens)
 
 
 def table(tokens: int, seen: Tensor) -> Tensor:
-    """Cut out of a square, which no operator on single values does."""
+    """A slice of a square mask, which is not pointwise."""
     return torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))[None, None] & seen[:, None, None, :]
 
 
 def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """A graph that takes rows of a mask, and arguments for it: rows, and which tokens are seen."""
+    """Return a graph that gathers rows of a mask, and its arguments: rows and visible tokens."""
     seen = torch.rand(samples, 12, generator=torch.Generator().manual_seed(0)) < 0.8
     rows = torch.tensor([[0, 3, 7], [2, 5, 11]])[:samples]
 

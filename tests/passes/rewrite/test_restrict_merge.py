@@ -44,7 +44,7 @@ def test_all_rows_equal_model() -> None:
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
 def test_some_rows_equal_unrestricted_merge(offsets: tuple[int, ...]) -> None:
-    """Bit by bit what the merge over all tokens gives, two images and text in between included."""
+    """Bitwise equal to the merge over all tokens, for two images with text between them."""
     call = tiny_vlm_inputs(3, 2, [(LENGTH, 0), (4, 1)])
     captured, graph = captured_graph(tiny_vlm(num_layers=1), call)
     tokens = call["input_ids"].shape[1]
@@ -60,7 +60,7 @@ def test_keeps_merge_with_other_reader() -> None:
 
 
 def test_declares_width_of_features() -> None:
-    """With every size symbolic, nothing in a trace says how wide the features are."""
+    """If all sizes are symbolic, the trace does not know the width of the features."""
     ids = tiny_vlm_inputs(3, 2, [(LENGTH, 0)])["input_ids"]
     call = {"input_ids": ids, "features": torch.randn(LENGTH, 16)}
     captured, _ = captured_graph(tiny_vlm(num_layers=1), call, dynamic=True)

@@ -50,7 +50,7 @@ def test_all_rows_equal_model(options: dict[str, object]) -> None:
 
 
 def test_layers_compute_active_rows() -> None:
-    """What a layer's nodes give has as many tokens as the layer has rows."""
+    """Tensors of a layer have as many tokens as the layer has rows."""
     captured, graph, _ = small(num_layers=2)
     program = CASE.program(captured)
     plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], Rows(((0, 2), (0,))))
@@ -78,7 +78,7 @@ def test_layers_compute_active_rows() -> None:
 
 @pytest.mark.parametrize("explicit_mask", [False, True])
 def test_graph_of_two_samples(explicit_mask: bool, golden: Callable[[str, str], None]) -> None:
-    """Tables without a place for samples get one; masks have their own rows in each."""
+    """Tables without a batch dim get one; masks have rows per sample."""
     name = "restrict_rows_two_samples" + "_explicit_mask" * explicit_mask
     golden(name, CASE.change(two_samples(explicit_mask=explicit_mask)[0]))
 
@@ -92,7 +92,7 @@ def test_all_rows_of_two_samples_equal_model(options: dict[str, object], last_on
     captured, graph, want = two_samples(**options, last_only=last_only)
     CASE.check_all_rows(captured, graph, want)
     program = CASE.program(captured)
-    # With donors of their own, whatever rows each of them computes.
+    # With its own donors, every sample equals the model, whatever rows it computes.
     layers = program.decoder.num_layers
     plan = plan_for_both(program, Rows(((0, 2),) * layers), Rows(((),) * layers))
     assert plan.rows_per_layer[0] == 7

@@ -43,12 +43,12 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 def test_all_rows_equal_model(last_only: bool) -> None:
     captured, graph, want = small(last_only=last_only)
     program = CASE.program(captured)
-    with bind_donors(nothing_stored(program)):  # NaN, should any row of it be read
+    with bind_donors(nothing_stored(program)):  # NaN if any of its rows is read
         assert torch.equal(run(program, graph.calls[0], everything(captured))[0], want)
 
 
 def test_reads_stored_rows() -> None:
-    """With its own keys and values as the donor, an image need not be computed."""
+    """With its own keys and values as donor, an image is not recomputed."""
     captured, graph, want = small()
     program = CASE.program(captured)
     hit = Span(0, START, LENGTH, "key", True)
@@ -56,7 +56,7 @@ def test_reads_stored_rows() -> None:
     cold = prepared(captured, RecordDonors(), warm=False)
     _, key, value = run(cold, graph.calls[0], plan)
     donors = {Key(0): key[:, START : START + LENGTH], Value(0): value[:, START : START + LENGTH]}
-    # The rows are not restricted yet, so computed row j of the plan stands at its own position.
+    # Rows are not restricted yet, so computed row j is at its own position.
     source = torch.where(plan.source[0] >= 0, plan.source[0], -1 - torch.arange(TOKENS))
     program.graph_module.recompile()
     with torch.no_grad(), bind_donors(donors):

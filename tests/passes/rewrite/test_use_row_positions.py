@@ -41,7 +41,7 @@ def samples(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def padded(rows: Tensor, key: Tensor) -> Tensor:
-    """As models make it where they are given an ``attention_mask``; the first three tokens are padding."""
+    """As in models with an ``attention_mask``; the first three tokens are padding."""
     places = (torch.arange(key.shape[2]) + 0).unsqueeze(0).unsqueeze(1).unsqueeze(2)
     whole = places.new_ones([], dtype=torch.bool)
     allowed = whole & (places <= rows.unsqueeze(0).unsqueeze(1).unsqueeze(3)) & (key[:1, :1, :, 0] > -9)
@@ -53,7 +53,7 @@ def window(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def operands(dtype: torch.dtype, batched: bool) -> tuple[Tensor, ...]:
-    """Query, key and value of one or two samples, and places of the rows; one row reads nothing."""
+    """Return query, key and value of one or two samples, and positions of rows; one row is fully masked."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 if batched else 1
     query, key, value = (
@@ -123,13 +123,13 @@ def test_keeps_other_conditions_as_mask(mask: Callable[[Tensor, Tensor], Tensor]
 
 
 def heads(rows: Tensor, key: Tensor) -> Tensor:
-    """Places that differ from head to head."""
+    """Positions per head."""
     shifted = rows + torch.arange(4).unsqueeze(1)
     return torch.arange(key.shape[2]) <= shifted.unsqueeze(0).unsqueeze(3)
 
 
 def tokens(rows: Tensor, key: Tensor) -> Tensor:
-    """Not places of rows: each token is compared with a number of its own."""
+    """Not positions of rows: each token is compared with its own number."""
     return torch.arange(key.shape[2]) <= torch.cat([rows] * 8).unsqueeze(0).expand(ROWS, -1)
 
 
@@ -146,7 +146,7 @@ COMPARED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor],
 @pytest.mark.parametrize("name", COMPARED)
 @DTYPES
 def test_numbers_for_any_comparison(name: str, dtype: torch.dtype) -> None:
-    """Masks that models write themselves compare any numbers, of any shape."""
+    """Masks of models compare any numbers, of any shape."""
     mask, change = COMPARED[name]
     query, key, value, _ = operands(dtype, True)
     args = (query, key, value, change(operands(dtype, False)[3]))
@@ -182,7 +182,7 @@ def test_keeps_other_masks(name: str) -> None:
 
 
 def test_mask_of_one_column() -> None:
-    """It is broadcast: rows at 0 or behind read everything."""
+    """It broadcasts: rows at position 0 or later read all tokens."""
     query, key, value, rows = operands(torch.float32, False)
     places = (rows - 1).unsqueeze(1)
     got = attend_up_to(query, key, value, places, 1, None, enable_gqa=True)
@@ -208,5 +208,5 @@ def test_warm_program_passes_positions_to_kernel(monkeypatch: pytest.MonkeyPatch
             seen.clear()
             pair.both(**inputs)
             assert pair.report["mode"] == mode
-    # It takes query, key, value, mask, result, sizes, strides, is_causal, places, scale.
+    # Its arguments: query, key, value, mask, result, sizes, strides, is_causal, positions, scale.
     assert [(one[3] is None, one[8] is None) for one in seen] == [(True, False)] * 2
