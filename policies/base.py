@@ -43,7 +43,7 @@ class Policy(ABC):
 
         Returns:
             ``span.num_layers`` sorted int64 tensors of offsets from the start of the span, each a subset of
-            the one before (a skipped row has no hidden state in the next layer). Planning is faster if
+            the tensor before (a skipped row has no hidden state in the next layer). Planning is faster if
             neighbouring layers with equal rows get the same object.
 
         Raises:

@@ -89,20 +89,20 @@ class Reason(StrEnum):
     TOKEN_AXIS_LOST = "token_axis_lost", "an operator merges, flattens or permutes the token dimension away"
     TOKEN_MIXING = "token_mixing", "recurrent layers or convolutions mix tokens outside attention"
     POSITION_IN_STREAM = "position_in_stream", "learned position embeddings are added to the residual stream"
-    BATCHED = "batched", "rows of several samples cannot be taken sample by sample"
+    BATCHED = "batched", "rows cannot be gathered for each sample of a batch"
     MUTATED_INPUTS = "mutated_inputs", "the graph writes to its inputs in a way that cannot be repeated"
-    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and brings nothing to reuse"
+    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and has nothing to reuse"
     ATTENTION_FORM = "attention_form", "an attention cannot be brought to the canonical form"
     MASK_FORM = "mask_form", "an attention mask cannot be cut to rows"
     CAPTURE_FAILED = "capture_failed", "the graph cannot be brought to functional ATen"
-    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values carry none"
+    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values have none"
     LOWERING_FAILED = "lowering_failed", "the rewritten graph did not compile"
     RANDOM = "random", "the graph draws random numbers"
     NO_COMPILER = "no_compiler", "no C++ compiler or Triton: eager kernels run, with reuse"
     DATA_DEPENDENT = "data_dependent", "shapes or control flow depend on tensor values"
     WEIGHTS_UNREADABLE = "weights_unreadable", "the bytes of a weight cannot be read, so keys cannot cover it"
     UNCOMPILED = "uncompiled", "Dynamo ran the call uncompiled: no graph reached the backend"
-    NO_LOGITS = "no_logits", "no result is the logits: there are no shadow runs, but reuse"
+    NO_LOGITS = "no_logits", "no result is the logits: reuse without shadow runs"
 
     # Of calls, where the graph allows reuse.
     NO_SPAN = "no_span", "no media span"
@@ -110,11 +110,11 @@ class Reason(StrEnum):
     MISMATCH = "mismatch", "placeholders and encoder features do not agree in number or width"
     CANNOT_WRITE = (
         "cannot_write",
-        "an input that is written to shares memory with another, or is not contiguous",
+        "a mutated input shares memory with another input, or is not contiguous",
     )
     TOO_FEW_ROWS = (
         "too_few_rows",
-        "results are made of less than two tokens, in a graph for any number of them",
+        "results need fewer than two tokens, in a graph for any number of tokens",
     )
     GUARDED = "guarded", "shadow runs or the gate turned reuse off for the model"
     NO_PLAN = "no_plan", "the policy's rows make no plan"
@@ -122,13 +122,16 @@ class Reason(StrEnum):
 
     # Of spans, and of calls without any reused span.
     NEW_ITEM = "new_item", "its content is new"
-    NOT_RECORDED = "not_recorded", "seen before, but not recorded, or not stored any more"
-    OTHER_WEIGHTS = "other_weights", "seen with other weights alone"
+    NOT_RECORDED = "not_recorded", "seen before, but not recorded or no longer stored"
+    OTHER_WEIGHTS = "other_weights", "seen before, but only with other weights"
     TOO_LARGE = "too_large", "its donor is too large for the store"
     STORE_CLOSED = "store_closed", "the store is closed"
     STORE_FAILED = "store_failed", "the store failed"
-    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another form"
-    RECOMPUTED_TO_RECORD = "recomputed_to_record", "it has a donor, but another one is recorded"
+    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another structure"
+    RECOMPUTED_TO_RECORD = (
+        "recomputed_to_record",
+        "it has a donor, but is recomputed to record another context",
+    )
 
 
 LONGEST_DETAIL = 300

@@ -47,7 +47,7 @@ class InsertedPass:
 
     def __post_init__(self) -> None:
         if isinstance(self.step, type) or not callable(getattr(self.step, "run", None)):
-            raise OptionError(f"option passes: {self.step!r} is not a pass object (a class is not one)")
+            raise OptionError(f"option passes: {self.step!r} is not a pass object, an instance of Pass")
         if (self.before is None) == (self.after is None):
             raise OptionError(
                 f"option passes: {self.step.name!r} needs either before= or after= with the name of a pass"

@@ -213,7 +213,7 @@ def _meta(value: Any) -> Any:
 
 
 def _hashable(value: Any) -> Any:
-    """Return arguments as a dictionary key; None for arguments that cannot be one."""
+    """Return arguments as a hashable key, or None if a value has no such key."""
     match value:
         case tuple() | list():
             parts = tuple(map(_hashable, value))
