@@ -87,10 +87,9 @@ class Program:
 
     def check_complete(self) -> None:
         """Raise LoweringError unless the program can be lowered."""
-        needed = {"segments", "inputs_declared"} | (
-            {"hoisted"} if "lookups" in self.held_properties else set()
-        )
-        missing = sorted(needed - self.held_properties)
+        held = self.held_properties
+        needed = {"segments", "inputs_declared"} | ({"hoisted"} if "lookups" in held else set())
+        missing = sorted(needed - held)
         if missing:
             raise LoweringError(f"no pass of the program ensures {', '.join(missing)}")
 

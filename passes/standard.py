@@ -34,7 +34,7 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
     WriteInPlace,
 )
-from vlcache_fx.passes.rewrite.write_in_place import first_copy
+from vlcache_fx.passes.rewrite.write_in_place import find_copied_input
 from vlcache_fx.spec.slots import Rows
 
 CLEANUP = Pipeline(
@@ -142,7 +142,7 @@ def decode_step_program(captured: Captured, pipeline: Pipeline = DECODE_STEP) ->
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze_decode_step(own), own.writes)
     pipeline.run(program)
-    copy = first_copy(program)
+    copy = find_copied_input(program)
     if copy is not None:
         raise refuse(Reason.MUTATED_INPUTS, copy, "an input is copied to write rows to it")
     return program

@@ -17,8 +17,14 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, loosen_views
-from vlcache_fx.passes.utility.insert import fake_mode, insert_call, insert_graph, insert_size, without_guards
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, views_to_reshapes
+from vlcache_fx.passes.utility.insert import (
+    fake_mode,
+    insert_call,
+    insert_graph,
+    insert_size,
+    suppress_guards,
+)
 from vlcache_fx.passes.utility.masks import Masks
 
 aten = torch.ops.aten
@@ -82,7 +88,7 @@ class _Rewriter:
             taken.replace_all_uses_with(result)
         for user in [*node.users, node]:
             graph.erase_node(user)
-        loosen_views(result)
+        views_to_reshapes(result)
 
     def _repeated(self, node: Node, groups: int, origin: Node) -> Node:
         batch, heads, _, dim = shape_of(node)
@@ -165,7 +171,7 @@ def _vectorised(module: GraphModule, num_reads: int, has_score: bool) -> Callabl
 
 def _trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     mode = fake_mode(values)
-    with torch.no_grad(), mode, without_guards(mode.shape_env):
+    with torch.no_grad(), mode, suppress_guards(mode.shape_env):
         traced = make_fx(function)(*values)
     assert isinstance(traced, GraphModule)
     return traced

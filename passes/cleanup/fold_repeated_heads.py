@@ -10,7 +10,7 @@ from vlcache_fx.analysis.attention.sites import find_sites
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import COPIES, RESHAPES, packet_of
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, write_site
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, update_call
 
 aten = torch.ops.aten
 
@@ -35,7 +35,7 @@ class FoldRepeatedHeads(Pass):
                 continue
             if gqa_needs_math_kernel(site.node.target, value.meta["val"], site.mask):
                 continue
-            write_site(replace(site, key=key, value=value, enable_gqa=True))
+            update_call(replace(site, key=key, value=value, enable_gqa=True))
             changed = True
         return changed
 

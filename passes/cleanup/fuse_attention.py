@@ -12,7 +12,7 @@ from vlcache_fx.analysis.attention.scores import OtherFormError
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
 from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import loosen_views
+from vlcache_fx.passes.utility.attention import views_to_reshapes
 from vlcache_fx.passes.utility.insert import insert_call
 from vlcache_fx.passes.utility.masks import Masks
 
@@ -64,7 +64,7 @@ def _replace(program: Program, found: EagerAttention, masks: Masks) -> None:
             result = insert_call(graph, target, result, *arguments, origin=node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    loosen_views(result)
+    views_to_reshapes(result)
 
 
 def _inserted(program: Program, operand: Operand, origin: Node) -> Node:

@@ -14,7 +14,7 @@ from vlcache_fx.analysis.decoder.batch import operand_batch_dim
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.sizes import expressions, quotient
 from vlcache_fx.passes.base import Program
-from vlcache_fx.passes.utility.attention import write_site
+from vlcache_fx.passes.utility.attention import update_call
 
 aten = torch.ops.aten
 
@@ -131,4 +131,4 @@ def _set_row_mask(program: Program, site: Site, rows: Node, segment: str) -> Non
         node.meta["segment"] = segment
     current = site_of(site.node)  # its keys and values may be spliced by now
     assert current is not None
-    write_site(replace(current, mask=mask, is_causal=False))
+    update_call(replace(current, mask=mask, is_causal=False))

@@ -55,7 +55,7 @@ def _only_reader(target: Node) -> Node | None:
     return readers[0] if len(readers) == 1 and target.meta["val"].is_contiguous() else None
 
 
-def first_copy(program: Program) -> Node | None:
+def find_copied_input(program: Program) -> Node | None:
     """Return the first node that copies an input to write rows to it, or None."""
     scatters = (node for node in program.graph.nodes if node.target in IN_PLACE)
     return next((node for node in scatters if node.args[0].op == "placeholder"), None)

@@ -23,7 +23,7 @@ def gqa_needs_math_kernel(target: Any, value: Any, mask: Any) -> bool:
     return target is SDPA and mask is not None and bool(value.device.type == "cuda")
 
 
-def write_site(site: Site) -> None:
+def update_call(site: Site) -> None:
     """Set the arguments of the call ``site.node`` to those of ``site``."""
     operands = (site.query, site.key, site.value, site.mask)
     if site.node.target is ATTEND:
@@ -47,7 +47,7 @@ def write_site(site: Site) -> None:
     }
 
 
-def loosen_views(result: Node) -> None:
+def views_to_reshapes(result: Node) -> None:
     """Replace views of ``result`` by reshapes, since a call may return another layout."""
     todo, seen = [result], {result}
     while todo:

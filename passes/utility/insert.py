@@ -23,7 +23,7 @@ def insert_call(graph: Graph, target: Any, *args: Any, origin: Node, **kwargs: A
     given, named = map_arg((args, kwargs), lambda operand: operand.meta["val"])
     mode = fake_mode([operand.meta["val"] for operand in (*node.all_input_nodes, origin)])
     # The sizes belong to the tracer of the graph, which must not get guards from here.
-    with torch.no_grad(), mode, enable_python_dispatcher(), without_guards(mode.shape_env):
+    with torch.no_grad(), mode, enable_python_dispatcher(), suppress_guards(mode.shape_env):
         node.meta["val"] = target(*given, **named)
     return node
 
@@ -51,7 +51,7 @@ def fake_mode(values: Any) -> Any:
     return next(value.fake_mode for value in tree_leaves(values) if isinstance(value, FakeTensor))
 
 
-def without_guards(shape_env: Any) -> Any:
+def suppress_guards(shape_env: Any) -> Any:
     """Return a context manager in which ``shape_env``, if any, gets no guards."""
     return contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
 
