@@ -65,7 +65,7 @@ class Options:
             Default: 0.02 (2 %).
         lowering: compiler of the rewritten graphs: ``"inductor"``, ``"eager"`` (no compiler), or
             ``"tensorrt"`` (needs an NVIDIA GPU). Default: ``"inductor"``.
-        store: the place of donors: ``"memory://"`` (the model's device), ``"host://"`` (pinned host memory),
+        store: store of the donors: ``"memory://"`` (the model's device), ``"host://"`` (pinned host memory),
             or a ``Store`` object, which several models can share. Default: ``"memory://"``.
         capacity_bytes: capacity in bytes of a store opened from a URL, a positive integer. The least recently
             used entries are evicted first. Default: 4 GiB.
@@ -83,8 +83,8 @@ class Options:
             integer. Default: 3.
         salt: a string that becomes part of every key: requests with different salts never share donors.
             Default: ``""``.
-        strict: True to raise an error where a graph is refused or a plan needs a repair, instead of falling
-            back to the unmodified model. Default: False.
+        strict: True to raise an error where a graph is refused or a plan needs a repair. False to run the
+            graph unmodified, and to repair the plan. Default: False.
         cuda_graphs: True to replay warm programs as CUDA graphs when sizes repeat (GPU only).
             Default: False.
         dynamic: as in ``torch.compile``: True compiles with symbolic lengths, False with static ones, None
