@@ -1,4 +1,4 @@
-"""Graph passes. Imported as ``vlcache_fx.passes``."""
+"""Graph passes: rewrites of captured graphs into programs. Imported as ``vlcache_fx.passes``."""
 
 if __name__ != "vlcache_fx.passes":
     raise ImportError("this package is imported as 'vlcache_fx.passes', not as a top-level 'passes'")

@@ -1,17 +1,17 @@
-"""What a pass is: requires, excludes, run, ensures.
+"""The interface of passes, and the program that they rewrite.
 
-Properties say what holds of a program's graph:
+Properties of a program's graph:
 
 ===================  ===============================================================================
 ``facts``            analysis is finished (no pass ensures it)
-``attention_fused``  attention that was written out is a call
+``attention_fused``  attention of separate operators is a single call
 ``lookups``          the donor table of each stored tensor is in the graph
-``spliced``          stored and computed rows are joined
+``spliced``          stored and computed rows are joined to full tensors
 ``hoisted``          donor tables are inputs
-``recorded``         what donors store is among the results
+``recorded``         the tensors that donors store are results
 ``rows_restricted``  layers compute their active rows
-``kv_only``          a row's last layer computes its keys and values only
-``segments``         each node has the segment in which it is compiled; nodes are not added any more
+``kv_only``          a row's last layer computes only its keys and values
+``segments``         each node has a segment; no nodes are added after this
 ``inputs_declared``  each input has sizes in one shape environment
 ===================  ===============================================================================
 """
@@ -38,20 +38,20 @@ aten = torch.ops.aten
 
 @dataclass
 class Program:
-    """A graph under rewriting, with the inputs and outputs that passes added to it.
+    """A graph that passes rewrite, with the inputs and outputs that they add.
 
     Attributes:
-        graph_module: changed in place by the passes.
-        facts: analysis of this very graph (its nodes, not a copy's), or None while only clean-up passes run.
-            Of a decoding step, the layers alone.
-        writes: what the traced code writes to its inputs, in order.
+        graph_module: the graph; passes change it in place.
+        facts: analysis of this graph (of these nodes, not of a copy), or None in the clean-up pipeline. For a
+            decoding step, facts about the layers only.
+        writes: input mutations of the traced code, in order.
         row_inputs: per level 0..L, the placeholder with the active rows (int64 [n], or [batch, n] where the
-            program computes several samples), or None where all tokens are active.
-            Level i is what enters layer i, level L what leaves the last one.
-        slots: placeholder of every input that passes added, in input order after the graph's own.
-        recorded: what the outputs that passes appended are, in order.
-        in_place: indices of inputs that the program writes to by itself, which must be contiguous.
-        properties: what the passes that ran ensure; a pass may require some.
+            program computes several samples), or None where all tokens are active. Level i is the input of
+            layer i, level L the output of the last layer.
+        slots: placeholders of the inputs that passes added, in input order after the graph's own.
+        recorded: slots of the outputs that passes appended, in order.
+        in_place: indices of inputs that the program writes to itself; they must be contiguous.
+        properties: properties that the passes so far ensure.
     """
 
     graph_module: fx.GraphModule
@@ -70,27 +70,28 @@ class Program:
 
     @property
     def decoder(self) -> DecoderFacts:
-        """The facts of a prompt's graph; a pass that uses them lists ``facts`` under ``requires``."""
+        """The facts of a prefill; a pass that reads them lists ``facts`` in ``requires``."""
         assert isinstance(self.facts, DecoderFacts)
         return self.facts
 
     @property
     def layered(self) -> DecoderFacts | DecodeStepFacts:
-        """The facts, of which only ``sites`` and ``stream`` are needed."""
+        """The facts of a prefill or decoding step: ``sites`` and ``stream``."""
         assert self.facts is not None
         return self.facts
 
     @property
-    def held(self) -> set[str]:
-        """The properties that hold, ``facts`` included."""
+    def held_properties(self) -> set[str]:
+        """The properties of the graph, ``facts`` included."""
         return self.properties | ({"facts"} if self.facts is not None else set())
 
     def check_complete(self) -> None:
         """Raise LoweringError unless the program can be lowered."""
-        needed = {"segments", "inputs_declared"} | ({"hoisted"} if "lookups" in self.held else set())
-        missing = sorted(needed - self.held)
+        held = self.held_properties
+        needed = {"segments", "inputs_declared"} | ({"hoisted"} if "lookups" in held else set())
+        missing = sorted(needed - held)
         if missing:
-            raise LoweringError(f"no pass of the program ensured {', '.join(missing)}")
+            raise LoweringError(f"no pass of the program ensures {', '.join(missing)}")
 
     @property
     def is_batched(self) -> bool:
@@ -98,7 +99,7 @@ class Program:
         return self.decoder.batch_dims is not None
 
     def add_input(self, slot: InputSlot) -> Node:
-        """A new placeholder after all others (the existing one when the slot exists already)."""
+        """Return the placeholder of ``slot``; a new one is inserted after all others."""
         if slot not in self.slots:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
@@ -106,7 +107,7 @@ class Program:
         return self.slots[slot]
 
     def add_outputs(self, named: Iterable[tuple[StoredSlot, Node]]) -> None:
-        """Append results after the graph's own."""
+        """Append nodes to the graph's results, and their slots to ``recorded``."""
         output = self.graph.output_node()
         named = list(named)
         results = output.args[0]
@@ -116,27 +117,27 @@ class Program:
 
 
 class Pass(abc.ABC):
-    """One rewrite. A subclass lives in a file of its name and holds no state but its configuration.
+    """A rewrite of a graph. A subclass is in a file of its name and has no state besides its configuration.
 
     A pass that adds nodes runs before ``tag_segments``, unless it tags them itself and excludes nothing.
     """
 
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
-    """Properties that must hold before."""
+    """Properties that must hold before the pass."""
     excludes: ClassVar[frozenset[str]] = frozenset({"segments"})
-    """Properties that must not hold yet."""
+    """Properties that must not hold before the pass."""
     ensures: ClassVar[frozenset[str]] = frozenset()
-    """Properties that hold afterwards."""
+    """Properties that hold after the pass."""
 
     @abc.abstractmethod
     def run(self, program: Program) -> bool:
-        """Change the program in place; True where something was changed."""
+        """Change the program in place; return True if anything changed."""
 
     def fingerprint(self) -> str:
-        """Identifies code and configuration of a user's pass; part of the keys of donors (option ``passes``).
+        """Return a digest of the code and configuration of a user's pass, for the keys of donors.
 
-        Made of the source of its classes and of its ``repr``. Override it where results depend on more.
+        Covers the source of its classes and its ``repr``. Override it where results depend on more.
         """
         classes = [kind for kind in type(self).__mro__ if issubclass(kind, Pass) and kind is not Pass]
         text = repr((self.name, repr(self), [_source(kind) for kind in classes]))
@@ -146,5 +147,5 @@ class Pass(abc.ABC):
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):  # typed at a prompt: nothing is shared with another process
+    except (OSError, TypeError):  # no source, as in an interactive session: valid in this process only
         return f"{kind.__qualname__} at {id(kind)} of process {os.getpid()}"

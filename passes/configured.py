@@ -1,4 +1,4 @@
-"""The standard pipelines as options change them: with passes of the user, and with dumps of graphs."""
+"""The standard pipelines with the changes of the options ``passes`` and ``dump_graphs``."""
 
 import os
 from dataclasses import dataclass, fields, replace
@@ -10,17 +10,17 @@ from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.standard import CLEANUP, COLD, DECODE_STEP, WARM
 
 DUMP_VARIABLE = "VLCACHE_DUMP_GRAPHS"
-"""The environment variable that stands for the option ``dump_graphs``."""
+"""Environment variable with the folder of dumps, for when the option ``dump_graphs`` is None."""
 
 
 @dataclass(frozen=True)
 class Pipelines:
-    """What graphs go through.
+    """The pipelines of a compilation.
 
     Attributes:
-        cleanup: every graph, before analysis.
-        cold, warm: the two programs of a decoder's prefill.
-        decode: a decoding step.
+        cleanup: pipeline of every graph, before analysis.
+        cold, warm: pipelines of the two programs of a prefill.
+        decode: pipeline of a decoding step.
     """
 
     cleanup: Pipeline = CLEANUP
@@ -28,34 +28,35 @@ class Pipelines:
     warm: Pipeline = WARM
     decode: Pipeline = DECODE_STEP
 
-    def inserting(self, one: InsertedPass) -> "Pipelines":
-        """With a pass of the user.
+    def inserting(self, insertion: InsertedPass) -> "Pipelines":
+        """Return pipelines with a user's pass.
 
         Raises:
-            OptionError: there is no such pipeline, or no such pass in it; lists the names.
+            OptionError: there is no such pipeline, or no such pass in it; lists the valid names.
         """
         names = [field.name for field in fields(self)]
-        if one.pipeline not in names:
+        name = insertion.pipeline
+        if name not in names:
             raise OptionError(
-                f"option passes: no pipeline is named {one.pipeline!r}; there are {', '.join(names)}"
+                f"option passes: no pipeline is named {name!r}; the pipelines are: {', '.join(names)}"
             )
-        pipeline: Pipeline = getattr(self, one.pipeline)
+        pipeline: Pipeline = getattr(self, name)
         try:
-            changed = pipeline.inserting(one.step, before=one.before, after=one.after)
+            changed = pipeline.inserting(insertion.step, before=insertion.before, after=insertion.after)
         except PassError as error:
-            raise OptionError(f"option passes, pipeline {one.pipeline!r}: {error.detail}") from error
-        return replace(self, **{one.pipeline: changed})
+            raise OptionError(f"option passes, pipeline {name!r}: {error.detail}") from error
+        return replace(self, **{name: changed})
 
 
 def configured(options: Options) -> Pipelines:
-    """The pipelines for these options.
+    """Return the pipelines for ``options``.
 
     Raises:
         OptionError: see ``Pipelines.inserting``.
     """
     pipelines = Pipelines()
-    for one in options.passes:
-        pipelines = pipelines.inserting(one)
+    for insertion in options.passes:
+        pipelines = pipelines.inserting(insertion)
     folder = options.dump_graphs or os.environ.get(DUMP_VARIABLE)
     if not folder:
         return pipelines

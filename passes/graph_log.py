@@ -1,9 +1,9 @@
-"""Shows the graph before and after each pass of a pipeline.
+"""Log the graph before and after each pass of a pipeline, in three places.
 
-- In a folder (the option ``dump_graphs`` or the environment variable ``VLCACHE_DUMP_GRAPHS``): a subfolder
-  for each program, in it a file for each pass that changed something; ``diff`` two neighbours to see what.
-- In torch's logs: ``TORCH_LOGS="+vlcache_fx.passes"``, with the time of each pass.
-- In torch's structured trace (``TORCH_TRACE``), which ``tlparse`` shows.
+- A folder (the option ``dump_graphs`` or the environment variable ``VLCACHE_DUMP_GRAPHS``): one subfolder per
+  program, with one file for each pass that changed the graph. ``diff`` two consecutive files.
+- Torch's logs: ``TORCH_LOGS="+vlcache_fx.passes"``, with the time of each pass.
+- Torch's structured trace (``TORCH_TRACE``), for ``tlparse``.
 """
 
 import itertools
@@ -20,14 +20,14 @@ _log = logging.getLogger(__name__)
 
 
 class GraphLog:
-    """Takes the graphs of one run of a pipeline.
+    """Log of the graphs of one run of a pipeline.
 
     Args:
-        pipeline: its name.
-        root: the folder for dumps, or None.
+        pipeline: name of the pipeline.
+        root: folder for dumps, or None.
 
     Raises:
-        OptionError: nothing can be written to ``root``.
+        OptionError: ``root`` is not writable.
     """
 
     def __init__(self, pipeline: str, root: Path | None) -> None:
@@ -35,10 +35,10 @@ class GraphLog:
         try:
             self._folder = None if root is None else _new_folder(root, pipeline)
         except OSError as error:
-            raise OptionError(f"graphs cannot be dumped to {root}: {error}") from error
+            raise OptionError(f"option dump_graphs: cannot write to {root}: {error}") from error
 
     def show(self, number: int, step: str, module: GraphModule) -> None:
-        """The graph after pass ``step``, number ``number`` of the pipeline from 1 on; 0 is before all."""
+        """Log the graph after pass ``step``, number ``number`` from 1; number 0 is the original graph."""
         name = f"{number:02}_{step}"
         title = f"vlcache_{self._pipeline}_{name}"
 
@@ -62,7 +62,7 @@ def _new_folder(root: Path, name: str) -> Path:
         folder = root / f"{number:04}_{name}"
         try:
             folder.mkdir()
-        except FileExistsError:  # another process was here first
+        except FileExistsError:  # created by another process
             continue
         return folder
     raise AssertionError("unreachable")

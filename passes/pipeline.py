@@ -1,4 +1,4 @@
-"""Runs passes in order and owns what they share: checks, dead code, lint, recompile, timing, graph logs."""
+"""Pipelines: run passes in order, with checks, dead-code removal, lint, timing and graph logs."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: node counts around it and its time."""
+    """Node counts before and after a pass, and its time."""
 
     name: str
     changed: bool
@@ -25,11 +25,11 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """An ordered list of passes.
+    """A sequence of passes.
 
     Attributes:
-        passes: run first to last.
-        name: for logs and dumps.
+        passes: the passes, in the order of execution.
+        name: name in logs and dumps.
         dump: folder for the graphs before and after each pass, or None.
     """
 
@@ -41,10 +41,10 @@ class Pipeline:
         """Run every pass on ``program`` in place.
 
         Raises:
-            PassError: a pass failed, left a malformed graph, or runs in the wrong order: a property that it
-                requires does not hold, or one that it excludes does. Names the pass and those before it.
+            PassError: a pass failed, left a malformed graph, or is in the wrong position: a property that it
+                requires does not hold, or a property that it excludes does. Names the pass and those before.
             UnsupportedGraphError: a pass refused the graph.
-            OptionError: the graphs cannot be dumped.
+            OptionError: the folder for dumps is not writable.
         """
         graphs = GraphLog(self.name, self.dump)
         graphs.show(0, "before", program.graph_module)
@@ -56,7 +56,7 @@ class Pipeline:
             try:
                 changed = step.run(program)
                 if changed:
-                    # Analysis facts refer to nodes, so dead ones among them must survive until the last pass.
+                    # Facts refer to nodes, so dead nodes must survive until after the last pass.
                     if program.facts is None:
                         program.graph.eliminate_dead_code()
                     program.graph.lint()
@@ -75,28 +75,31 @@ class Pipeline:
         return records
 
     def _check_order(self, step: Pass, program: Program, before: list[str]) -> None:
-        missing = sorted(step.requires - program.held)
+        missing = sorted(step.requires - program.held_properties)
         if missing:
             raise PassError(
                 step.name, before, f"requires {', '.join(missing)}, which no earlier pass ensures"
             )
-        early = sorted(step.excludes & program.held)
+        early = sorted(step.excludes & program.held_properties)
         if early:
-            culprits = [one.name for one in self.passes if one.name in before and one.ensures & step.excludes]
+            earlier = [other for other in self.passes if other.name in before]
+            culprits = [other.name for other in earlier if other.ensures & step.excludes]
             others = ", ".join(culprits) or "another pipeline"
             raise PassError(step.name, before, f"must run before {others} ({', '.join(early)})")
 
     def inserting(self, step: Pass, *, before: str | None = None, after: str | None = None) -> "Pipeline":
-        """A pipeline with ``step`` next to the named pass (at the end where none is named).
+        """Return a pipeline with ``step`` before or after the named pass, or at the end without a name.
 
         Raises:
-            PassError: no pass has that name; lists the names.
+            PassError: no pass has that name; lists the valid names.
         """
         names = [known.name for known in self.passes]
         anchor = before or after
         if anchor is None:
             return replace(self, passes=(*self.passes, step))
         if anchor not in names:
-            raise PassError(step.name, names, f"no pass is named {anchor!r}; there are {', '.join(names)}")
+            raise PassError(
+                step.name, names, f"no pass is named {anchor!r}; the passes are: {', '.join(names)}"
+            )
         index = names.index(anchor) + (after is not None)
         return replace(self, passes=(*self.passes[:index], step, *self.passes[index:]))

@@ -1,4 +1,4 @@
-"""The standard pipelines, first pass to last."""
+"""The standard pipelines, and the programs that they build."""
 
 from torch.fx import Node
 
@@ -12,7 +12,7 @@ from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
     AnchorSizes,
     CanonicaliseFlex,
-    DenseAdditions,
+    DenseDeepstack,
     DropEmptyCats,
     DropMergeChecks,
     DropNoops,
@@ -22,7 +22,7 @@ from vlcache_fx.passes.cleanup import (
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
-    CarryRows,
+    GatherCrossLayerValues,
     HoistLookups,
     InsertLookups,
     KvOnlyRows,
@@ -34,7 +34,7 @@ from vlcache_fx.passes.rewrite import (
     TrimTail,
     WriteInPlace,
 )
-from vlcache_fx.passes.rewrite.write_in_place import first_copy
+from vlcache_fx.passes.rewrite.write_in_place import find_copied_input
 from vlcache_fx.spec.slots import Rows
 
 CLEANUP = Pipeline(
@@ -42,7 +42,7 @@ CLEANUP = Pipeline(
         AnchorSizes(),
         DropNoops(),
         DropEmptyCats(),
-        DenseAdditions(),
+        DenseDeepstack(),
         DropMergeChecks(),
         CanonicaliseFlex(),
         FuseAttention(),
@@ -51,14 +51,14 @@ CLEANUP = Pipeline(
     ),
     name="cleanup",
 )
-"""Before analysis."""
+"""For every graph, before analysis."""
 
 COLD = Pipeline(
     (
         RecordDonors(),
         RestrictRows(),
         KvOnlyRows(),
-        CarryRows(),
+        GatherCrossLayerValues(),
         TrimTail(),
         WriteInPlace(),
         TagSegments(),
@@ -66,7 +66,7 @@ COLD = Pipeline(
     ),
     name="cold",
 )
-"""Computes everything and records donors; dead rows of the last layer are cut."""
+"""Computes all rows and records donors; dead rows of the last layer are cut."""
 
 WARM = Pipeline(
     (
@@ -77,7 +77,7 @@ WARM = Pipeline(
         RestrictRows(),
         RestrictMerge(),
         KvOnlyRows(),
-        CarryRows(),
+        GatherCrossLayerValues(),
         TrimTail(),
         RestrictMasks(),
         WriteInPlace(),
@@ -86,19 +86,19 @@ WARM = Pipeline(
     ),
     name="warm",
 )
-"""Looks donors up and computes only the active rows, which it records: they are exact where all reuse was."""
+"""Reads donors, computes the active rows and records them: they are exact if all reused rows are."""
 
 DECODE_STEP = Pipeline((WriteInPlace(), TagSegments(), DeclareInputs()), name="decode")
-"""A decoding step: unchanged, cut into its layers."""
+"""For a decoding step: computes the same, cut into layers."""
 
 
 def cold_program(captured: Captured, pipeline: Pipeline = COLD, facts: DecoderFacts | None = None) -> Program:
-    """The cold program of a captured, cleaned graph; ``captured`` stays as it is.
+    """Build the cold program of a captured graph.
 
     Args:
-        captured: the graph.
-        pipeline: its passes.
-        facts: of the graph, where it was analysed before.
+        captured: the graph after clean-up; it is not changed.
+        pipeline: the passes.
+        facts: facts of the graph, or None to analyse it.
 
     Raises:
         UnsupportedGraphError: the graph cannot be analysed.
@@ -115,7 +115,7 @@ def cold_program(captured: Captured, pipeline: Pipeline = COLD, facts: DecoderFa
 
 
 def warm_program(captured: Captured, pipeline: Pipeline = WARM, facts: DecoderFacts | None = None) -> Program:
-    """The warm program of a captured, cleaned graph; see ``cold_program``."""
+    """Build the warm program of a captured graph; see ``cold_program``."""
     program = _program(captured, facts)
     program.row_inputs = tuple(
         program.add_input(Rows(level)) for level in range(program.decoder.num_layers + 1)
@@ -125,7 +125,7 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM, facts: DecoderFa
 
 
 def _program(captured: Captured, facts: DecoderFacts | None) -> Program:
-    """A copy of the graph, on which no pass has run."""
+    """Return a program of a copy of the graph."""
     nodes: dict[Node, Node] = {}
     facts = facts or analyze(captured)
     own = copy_captured(captured, nodes)
@@ -133,15 +133,16 @@ def _program(captured: Captured, facts: DecoderFacts | None) -> Program:
 
 
 def decode_step_program(captured: Captured, pipeline: Pipeline = DECODE_STEP) -> Program:
-    """A captured, cleaned decoding step as a program; ``captured`` stays as it is.
+    """Build the program of a captured decoding step after clean-up; ``captured`` is not changed.
 
     Raises:
-        UnsupportedGraphError: its layers are not found, or it would copy a whole cache to write a row to it.
+        UnsupportedGraphError: its layers are not found, or the program would copy a whole cache to write a
+            row to it.
     """
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze_decode_step(own), own.writes)
     pipeline.run(program)
-    copy = first_copy(program)
+    copy = find_copied_input(program)
     if copy is not None:
         raise refuse(Reason.MUTATED_INPUTS, copy, "an input is copied to write rows to it")
     return program

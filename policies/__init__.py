@@ -1,11 +1,11 @@
-"""Policies: from the facts of a reused span to the rows that each layer recomputes. Knows no graphs.
+"""Policies: from facts about a reused span to the rows that each layer recomputes. Independent of graphs.
 
-One policy per file, and the file's name is the registered name. Other packages add policies by an entry point
+One policy per file; the file's name is the registered name. Other packages add policies with an entry point
 in the group ``vlcache_fx.policies``.
 """
 
-# The folder lies at the top of the repository, so an interpreter started there could import it as `policies`,
-# and every class would exist twice. Refuse.
+# The folder is at the top of the repository, so an interpreter started there could import ``policies``, and
+# every class would exist twice.
 if __name__ != "vlcache_fx.policies":
     raise ImportError("import vlcache_fx.policies, not policies")
 

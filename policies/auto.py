@@ -1,4 +1,4 @@
-"""Recompute the earliest tokens, as few as keep the predicted error under a bound.
+"""Recompute the smallest number of earliest tokens whose predicted error is under a bound.
 
 The rows are those of ``layer_aware`` (VLCache, arXiv 2512.12977).
 """
@@ -22,14 +22,15 @@ from vlcache_fx.policies.profile import Profile
 
 @dataclass(frozen=True)
 class Auto(Policy):
-    """As few rows as keep the error that the model's profile predicts under a bound.
+    """The fewest rows with a predicted error under a bound, whatever the budget.
 
-    The budget does not apply. The predicted error of a choice is that of no rows, less the worth of the rows
-    of each layer (``vlcache_fx.plan.allocate``). It is a mean over the prompts of the profile's measurement,
-    not a bound for a single request.
+    The predicted error is the error without any rows minus the worth of the rows of each layer
+    (``vlcache_fx.plan.allocate``), both from the model's profile. It is a mean over the prompts of the
+    profile's measurement, not a bound for a single request.
 
     Attributes:
-        max_error: bound of the mean KL divergence of the next token from full recompute, in nats.
+        max_error: bound of the mean KL divergence of the next token from full recompute, in nats, a number
+            >= 0. Default: 0.01.
     """
 
     name: ClassVar[str] = "auto"
@@ -46,18 +47,19 @@ class Auto(Policy):
         """See ``Policy.select``.
 
         Raises:
-            PolicyError: without a profile that has an error curve, or with one of another model.
+            PolicyError: there is no profile with an error curve, or the profile is for another model.
         """
         if span.profile is None or not span.profile.error_curve:
             raise PolicyError(
-                "auto needs a profile with an error curve (option profile; vlcache calibrate makes one)"
+                "auto needs a profile with an error curve: write one with vlcache calibrate, "
+                "and set the option profile to its path"
             )
         return earliest(_counts(span.length, span.num_layers, span.profile, float(self.max_error)))
 
 
 @functools.lru_cache(maxsize=256)
 def _counts(span_length: int, num_layers: int, profile: Profile, max_error: float) -> list[int]:
-    """By bisection over the token-layers: more of them never predict a larger error."""
+    """Bisect the number of token-layers: the predicted error never rises with it."""
     few, many = 0, span_length * num_layers
     while few < many:
         middle = (few + many) // 2
@@ -70,9 +72,9 @@ def _counts(span_length: int, num_layers: int, profile: Profile, max_error: floa
 
 
 def predicted_error(counts: Sequence[int], profile: Profile, span_length: int) -> float:
-    """The error that the profile predicts for these row counts, in nats.
+    """Return the error that the profile predicts for row counts per layer, in nats.
 
-    That of no rows less what the rows are worth, each layer's share by its sensitivity.
+    It is the error without any rows minus the worth of the rows, weighted by the layers' sensitivities.
     """
     hull = convex_hull(profile.error_curve)
     sensitivities = profile.sensitivities if any(profile.sensitivities) else [1.0] * len(counts)

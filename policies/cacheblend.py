@@ -4,9 +4,10 @@ CacheBlend computes all rows of a reused text in the first layers, compares the 
 stored rows, and continues with the tokens of the largest deviation ("high KV deviation" tokens). Tokens that
 deviate at one layer mostly deviate at the next, so a single comparison serves all later layers.
 
-The paper speaks of the deviation of keys and values. The authors' code (github.com/YaoJiayi/CacheBlend) takes
-the squared difference of the values at layer index 1, the one in LMCache (github.com/LMCache/LMCache) that of
-the keys. The paper's gradual filtering, a falling share from layer to layer, is in neither code, nor here.
+The paper defines the deviation of keys and values. The authors' code (github.com/YaoJiayi/CacheBlend) uses
+the squared difference of the values at layer index 1, LMCache (github.com/LMCache/LMCache) that of the keys.
+The paper's gradual filtering, a share that falls from layer to layer, is not implemented in either code or
+here.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class CacheBlend(ProbingPolicy):
     """All rows in the first layers, then the budget's share of rows that deviate most from the donor's.
 
     The check layers come on top of the budget, as in the paper; the report's ``token_layer_fraction`` counts
-    them. With 2 of 28 layers and a budget of 0.02 it is about 0.09. They also run twice, once as the probe
-    (see ``ProbingPolicy``). Of equal deviations the earliest row is taken.
+    them: about 0.09 for 2 of 28 layers and a budget of 0.02. They also run twice, once as the probe (see
+    ``ProbingPolicy``). Of rows with equal deviation, the earliest are chosen.
 
     Attributes:
-        check_layers: how many first layers compute keys and values of all rows; the deviation is measured in
-            the last of them. At least 2, because those of layer 0 depend on the token alone and deviate
-            nowhere.
-        measure: ``value`` as in the authors' code, ``key`` as in LMCache, ``key_value`` for their sum.
+        check_layers: number of first layers that compute keys and values of all rows, an integer >= 2. The
+            deviation is measured in the last of them; in layer 0 it is zero. Default: 2.
+        measure: tensor whose deviation counts: ``"value"`` as in the authors' code, ``"key"`` as in LMCache,
+            or ``"key_value"`` for the sum of both. Default: ``"value"``.
     """
 
     name: ClassVar[str] = "cacheblend"
@@ -56,7 +57,7 @@ class CacheBlend(ProbingPolicy):
 
     @property
     def probe_layer(self) -> int:
-        """The last check layer."""
+        """Index of the last check layer."""
         return self.check_layers - 1
 
     def choose(self, span: ProbedSpan) -> Sequence[Tensor]:

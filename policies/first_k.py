@@ -23,13 +23,13 @@ from vlcache_fx.policies.base import Policy, SpanContext
 class FirstK(Policy):
     """The first k tokens in every layer.
 
-    The budget still caps them: ``FirstK(tokens=32)`` on a span of 400 tokens needs a budget of at least 0.08,
-    or the plan drops the latest rows and says so.
+    The budget still limits them: ``FirstK(tokens=32)`` on a span of 400 tokens needs a budget of at least
+    0.08; otherwise the plan drops the latest rows, and the report lists this as a repair.
 
     Attributes:
-        tokens: k, whatever the span's length.
-        share: or k as a share in [0, 1] of the span, rounded down but at least one row unless it is 0.
-            With neither, the share is the budget.
+        tokens: k, an integer >= 0, or None. Default: None.
+        share: k as a share of the span, a number in [0, 1], or None; rounded down, but to at least one row
+            unless it is 0. If both are None, the share is the budget. Default: None.
     """
 
     name: ClassVar[str] = "first_k"

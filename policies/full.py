@@ -1,4 +1,4 @@
-"""Recompute everything: the oracle that the other policies are measured against."""
+"""Recompute everything: the reference for the other policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlcache_fx.policies.base import Policy, SpanContext
 
 @dataclass(frozen=True)
 class Full(Policy):
-    """All rows in all layers, whatever the budget and the prefix: equals the unmodified model."""
+    """All rows in all layers, whatever the budget and the prefix: the result of the unmodified model."""
 
     name: ClassVar[str] = "full"
     ignores_budget: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""Recompute the earliest tokens, more of them in layers that are sensitive (VLCache, arXiv 2512.12977)."""
+"""Recompute the earliest tokens, more of them in sensitive layers (VLCache, arXiv 2512.12977)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vlcache_fx.policies.profile import Profile
 class LayerAware(Policy):
     """More rows in sensitive layers, earliest tokens first; the default.
 
-    Row sets can only shrink with depth (a skipped row has no hidden state further down), so sensitivities
-    are not followed directly: a sensitive late layer makes every layer before it compute as many rows.
-    ``vlcache_fx.plan.allocate`` states the objective under that rule, and its solution. A model whose late
-    layers matter most thus gets a flat schedule, and a model whose last layers do not matter drops them.
+    Row sets can only shrink with depth (a skipped row has no hidden state in later layers), so row counts
+    cannot follow sensitivities directly: a sensitive late layer needs as many rows in every layer before it.
+    ``vlcache_fx.plan.allocate`` has the objective under this constraint, and its solution. Models with
+    sensitive late layers get equal counts; insensitive last layers get no rows.
 
-    Without a profile all layers count the same, and the choice equals ``uniform``.
+    Without a profile, all layers count the same, and the choice equals ``uniform``.
     """
 
     name: ClassVar[str] = "layer_aware"
@@ -34,17 +34,17 @@ class LayerAware(Policy):
         """See ``Policy.select``.
 
         Raises:
-            PolicyError: when the profile has another number of layers.
+            PolicyError: the profile has another number of layers.
         """
         allowance = token_layer_allowance(span.budget, span.length, span.num_layers)
         return earliest(row_counts(span.length, span.num_layers, span.profile, allowance))
 
 
 def row_counts(span_length: int, num_layers: int, profile: Profile | None, allowance: int) -> list[int]:
-    """Rows per layer that ``allowance`` token-layers buy.
+    """Distribute ``allowance`` token-layers: return the number of rows per layer.
 
     Raises:
-        PolicyError: when the profile has another number of layers.
+        PolicyError: the profile has another number of layers.
     """
     if profile is None:
         return allocate([1.0] * num_layers, Gain.of_length(span_length), allowance, span_length)
@@ -56,6 +56,6 @@ def row_counts(span_length: int, num_layers: int, profile: Profile | None, allow
 
 
 def earliest(counts: Sequence[int]) -> tuple[Tensor, ...]:
-    """The first rows of a span, so many per layer."""
+    """Return the first ``counts[i]`` rows of a span for each layer i."""
     rows = {count: torch.arange(count) for count in set(counts)}
     return tuple(rows[count] for count in counts)

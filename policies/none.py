@@ -1,4 +1,4 @@
-"""Recompute nothing: the lower bound that the other policies are measured against."""
+"""Recompute nothing: the lower bound for the other policies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlcache_fx.policies.base import Policy, SpanContext
 
 @dataclass(frozen=True)
 class NoRows(Policy):
-    """No rows in any layer: the donor's keys and values are used as they are."""
+    """No rows in any layer: the donor's keys and values are used unchanged."""
 
     name: ClassVar[str] = "none"
 

@@ -20,14 +20,14 @@ class Profile:
     """The worth of recomputing in each layer of a model; ``vlcache calibrate`` measures it.
 
     Attributes:
-        model_fingerprint: of the weights it was measured on (``Engine.last_report["model_fingerprint"]``).
-        dtype: of the keys and values, such as ``"bfloat16"``.
+        model_fingerprint: fingerprint of the measured weights (``Engine.last_report["model_fingerprint"]``).
+        dtype: dtype of the keys and values, such as ``"bfloat16"``.
         sensitivities: a finite number >= 0 per layer: the share of recomputing's gain that is lost when rows
-            stop before this layer instead of after it. Only their ratios matter.
+            stop before this layer instead of after it. Only the ratios matter.
         error_curve: ``(share, error)`` pairs: the error against full recompute (mean KL divergence of the
-            next token, in nats) with that share of a span's rows, the earliest ones, recomputed in all
-            layers. The shares rise from 0 to 1. Empty where it was not measured.
-        library_version: of vlcache_fx at that time. Programs of other versions may compute something else.
+            next token, in nats) when this share of a span's earliest rows is recomputed in all layers. The
+            shares rise from 0 to 1. Empty if not measured.
+        library_version: version of vlcache_fx at the measurement. Other versions may compute other values.
     """
 
     model_fingerprint: str
@@ -52,10 +52,10 @@ class Profile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
-        """Reads a profile from JSON.
+        """Read a profile from a JSON file.
 
         Raises:
-            PolicyError: when the file cannot be read or is not a profile.
+            PolicyError: the file cannot be read or is not a profile.
         """
         try:
             data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -70,11 +70,11 @@ class Profile:
         return cls(**data)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the profile as JSON that ``load`` reads."""
+        """Write the profile to a JSON file for ``load``."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def misfits(self, model_fingerprint: str, dtype: str) -> str | None:
-        """Why the profile must not be used for this model, in words; None where it may."""
+        """Return the reason why the profile is not valid for a model, in words, or None."""
         wanted = {
             "model_fingerprint": model_fingerprint,
             "dtype": dtype,

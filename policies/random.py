@@ -1,7 +1,7 @@
-"""Recompute random rows: the control for policies that choose rows on purpose.
+"""Recompute random rows: the control for policies that choose rows by a rule.
 
-VLCache (arXiv 2512.12977) argues that a reused token's error reaches every token after it, so that the
-earliest rows are worth recomputing. As many rows anywhere in the span show what the choice itself is worth.
+VLCache (arXiv 2512.12977) argues that a reused token's error reaches every token after it, so the earliest
+rows are worth most. The same number of random rows measures the worth of this choice.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vlcache_fx.policies.base import Policy, SpanContext
 class Random(Policy):
     """The budget's share of the span's rows, drawn at random, the same in every layer: a control.
 
-    Spans of one length get the same rows, whatever their content, and a larger budget adds to them.
+    Spans of equal length get the same rows, and a larger budget adds rows to them.
 
     Attributes:
-        seed: of the draw; an integer in [0, 2**63).
+        seed: seed of the draw, an integer in [0, 2**63). Default: 0.
     """
 
     name: ClassVar[str] = "random"

@@ -1,6 +1,6 @@
-"""Finds policies by name, through the entry-point group ``vlcache_fx.policies``.
+"""Look up policies by name in the entry-point group ``vlcache_fx.policies``.
 
-The installed packages' metadata is the registry; this module keeps no state of its own.
+The metadata of the installed packages is the registry; this module has no state.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ GROUP = "vlcache_fx.policies"
 
 
 def known_policies() -> dict[str, EntryPoint]:
-    """Registered policies, by name, sorted. They are not imported.
+    """Return the registered policies by name, sorted, without importing them.
 
     Raises:
-        PolicyError: when two different policies are registered under one name.
+        PolicyError: two different policies have the same name.
     """
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         other = found.setdefault(entry.name, entry)
-        # The same value twice is one distribution seen twice (an editable install next to its build), no
-        # conflict.
+        # The same value twice is no conflict: a distribution may be found twice (an editable install and its
+        # build).
         if other.value != entry.value:
             raise PolicyError(f"two policies are named {entry.name!r}: {other.value} and {entry.value}")
     return found
 
 
 def get_policy(name_or_object: str | Policy) -> Policy:
-    """The policy of that name with its default parameters; a policy object is returned as it is.
+    """Return the policy of a name, with default parameters; a policy object is returned itself.
 
     Raises:
-        PolicyError: for an unknown name (the known names are listed), something that is not a policy, or a
-            policy that was written for an earlier interface.
+        PolicyError: the name is unknown (the message lists the known names), the object is not a policy, or
+            the policy was written for an earlier interface.
     """
     if isinstance(name_or_object, Policy):
         return _current(name_or_object)
     if not isinstance(name_or_object, str):
         raise PolicyError(
-            f"{name_or_object!r} is not a policy: give a name, or an object of a Policy subclass"
+            f"{name_or_object!r} is not a policy: expected a name or an object of a Policy subclass"
         )
     known = known_policies()
     if name_or_object not in known:
@@ -52,7 +52,7 @@ def get_policy(name_or_object: str | Policy) -> Policy:
         policy = entry.load()()
     except PolicyError:
         raise
-    except Exception as error:  # third-party code: whatever it raises, say which policy it was
+    except Exception as error:  # third-party code can raise any error; name the policy
         raise PolicyError(f"policy {entry.name!r} ({entry.value}) could not be loaded: {error!r}") from error
     if not isinstance(policy, Policy):
         raise PolicyError(f"policy {entry.name!r} ({entry.value}) is not a subclass of Policy")
@@ -60,14 +60,14 @@ def get_policy(name_or_object: str | Policy) -> Policy:
 
 
 def interface_error(policy: Policy) -> str | None:
-    """The error of a policy whose methods take the several arguments of an earlier interface, else None."""
+    """Return the error message for a policy of the earlier interface of several arguments, else None."""
     expected = {"select": "length"}
     if isinstance(policy, ProbingPolicy):
         expected["choose"] = "deviation"
     for method, first in expected.items():
         try:
             signature = inspect.signature(getattr(policy, method))
-        except (TypeError, ValueError):  # without a signature, calls decide
+        except (TypeError, ValueError):  # no signature: a wrong interface fails when called
             continue
         try:
             signature.bind(None)

@@ -1,7 +1,7 @@
-"""Recompute the earliest tokens, as many in every layer as the budget allows.
+"""Recompute the earliest tokens, the same number in every layer.
 
-VLCache (arXiv 2512.12977) is the source of the order: the error of a reused token is its own plus what every
-token before it passes on, so that late or random rows buy little.
+The order is from VLCache (arXiv 2512.12977): the error of a reused token is its own plus the errors that all
+tokens before it pass on, so late or random rows are worth little.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from vlcache_fx.policies.base import Policy, SpanContext
 class Uniform(Policy):
     """The same number of rows in every layer: the budget's share of the span, earliest tokens first.
 
-    It has no parameter: it is what the budget buys without knowing the model. ``first_k`` fixes the number of
-    tokens instead, and the budget only caps it.
+    It has no parameter and needs no profile. ``first_k`` fixes the number of tokens instead, and the budget
+    only limits it.
     """
 
     name: ClassVar[str] = "uniform"

@@ -1,4 +1,4 @@
-"""Every kind of KV cache: a model that uses it, new caches, and what a cache holds."""
+"""All kinds of KV caches, with a model for each, and the contents of a cache."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from vlcache_fx.testing.prompts import BOS, EOS, IMAGE_TOKEN, PAD, VOCABULARY, s
 LAYERS = 2
 MAX_LENGTH = 160
 WINDOW = 20
-"""Of sliding layers: less than an image."""
+"""Window of sliding layers, shorter than an image."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of cache.
+    """A kind of cache.
 
     Attributes:
-        model: makes a model that uses it.
-        cache: from the model's configuration to a new cache.
-        traced: the library takes other kernels where it is not traced, so the unmodified model has to be.
+        model: function that builds a model for the cache.
+        cache: function from the model's configuration to a new cache.
+        traced: True if the unmodified model must be traced as well, since the library uses other kernels when
+            it is traced.
     """
 
     model: Callable[[], Any]
@@ -36,7 +37,7 @@ class Kind:
 
 
 def sliding_llava(layer_types: list[str] | None = None) -> Any:
-    """LLaVA whose decoder attends to the last ``WINDOW`` tokens, in all layers or in those named so."""
+    """Return a LLaVA with a window of ``WINDOW`` tokens in all layers, or in the sliding ones of a list."""
     from transformers import (
         LlavaConfig,
         LlavaForConditionalGeneration,
@@ -76,12 +77,12 @@ def hybrid_llava() -> Any:
 
 
 class Int8Layer(DynamicLayer):
-    """Holds all keys and values as int8 with scales, and gives the attention what it holds and the new ones.
+    """A cache layer that stores keys and values as int8 with scales.
 
     Attributes:
-        dim: what a scale is taken over: -1 for one scale per token and head, -2 for one per channel, over
+        dim: dim of the maximum for scales: -1 for a scale per token and head, -2 for a scale per channel over
             all tokens.
-        exact_new: hand the new tokens over as they are, or as they are held.
+        exact_new: True to return new tokens unquantised to the attention, False to return them dequantised.
     """
 
     def __init__(self, dim: int, exact_new: bool) -> None:
@@ -114,12 +115,12 @@ def dynamic_cache(config: Any) -> Any:
 
 
 def static_cache(config: Any) -> Any:
-    """Allocated in the first call: inside its graph."""
+    """Return a ``StaticCache`` that is allocated inside the graph of its first call."""
     return StaticCache(config=config, max_cache_len=MAX_LENGTH)
 
 
 def allocated_cache(config: Any) -> Any:
-    """Allocated before the first call."""
+    """Return a ``StaticCache`` that is allocated before the first call."""
     cache = static_cache(config)
     cache.early_initialization(1, 2, 16, torch.float32, torch.device("cpu"))
     return cache
@@ -144,7 +145,7 @@ KINDS: dict[str, Kind] = {
 
 
 def state(cache: Cache) -> dict[str, Any]:
-    """Everything that a cache holds, by layer and name: all positions, scales and lengths included."""
+    """Return the contents of a cache by layer and name: keys and values of all positions, scales, lengths."""
     found: dict[str, Any] = {}
     for index, layer in enumerate(cache.layers):
         found[f"{index}.keys"], found[f"{index}.values"] = layer.keys, layer.values

@@ -1,4 +1,4 @@
-"""Shared by all tests: reproducible properties, golden files, and tests that need a GPU."""
+"""Configuration of all tests: reproducible properties, golden files, and tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Same examples in every run, and no time limit per example: the machines that run this are shared.
+# The same examples in every run, and no time limit per example, for slow machines.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--update-golden", action="store_true", help="rewrite golden files with what tests produce"
+        "--update-golden", action="store_true", help="rewrite golden files from the tests' output"
     )
     parser.addoption(
-        "--thorough", action="store_true", help="also what takes long and is mostly tested elsewhere"
+        "--thorough", action="store_true", help="run the long tests as well, mostly covered by others"
     )
-    parser.addoption("--all-families", action="store_true", help="try every family of the manual's table")
+    parser.addoption("--all-families", action="store_true", help="test every family of docs/families.md")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
-    import torch  # here: it takes a second, and not all tests need it
+    import torch  # not at the top: it takes a second, and not all tests need it
 
     if not torch.cuda.is_available():
         for item in on_gpu:
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _collections_are_rare() -> Iterator[None]:
-    """Tracing makes objects by the million: searching them for garbage took a tenth of the time."""
+    """Collect garbage rarely: tracing creates millions of objects, whose scans took a tenth of the time."""
     before = gc.get_threshold()
     gc.set_threshold(200_000, 20, 100)
     yield
@@ -49,9 +49,9 @@ def _collections_are_rare() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _collections_stay_short() -> Iterator[None]:
-    """What a file of tests leaves behind, torch's caches above all, is not searched again and again.
+    """Exempt objects of earlier test files, such as torch's caches, from garbage collection.
 
-    After some hundred tests that took seconds each time, and torch collects often.
+    After some hundred tests, a collection took seconds, and torch collects often.
     """
     yield
     gc.collect()
@@ -60,9 +60,9 @@ def _collections_stay_short() -> Iterator[None]:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """``golden(name, text)`` compares text with ``golden/name.txt`` beside the test file.
+    """Return a function ``golden(name, text)`` that compares text with ``golden/name.txt`` next to the test.
 
-    With ``--update-golden`` it writes the file instead.
+    With ``--update-golden`` the function writes the file instead.
     """
 
     def check(name: str, text: str) -> None:
@@ -73,9 +73,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.write_text(text, encoding="utf-8")
             return
         assert path.exists(), f"{path} does not exist; run pytest --update-golden"
-        # Both plain strings, so that pytest shows the lines that differ.
+        # Compare plain strings, so that pytest shows a diff.
         assert text == path.read_text(encoding="utf-8"), (
-            f"{path} differs; run pytest --update-golden if meant"
+            f"{path} differs; after an intended change, run pytest --update-golden"
         )
 
     return check

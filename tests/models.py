@@ -1,4 +1,4 @@
-"""Tiny models whose layers are wired up in other ways, and one for prompts of several lengths."""
+"""Tiny models with values that bypass the residual stream, and a model for padded batches."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vlcache_fx.testing.tiny_vlm import Layer, TinyVlm, tiny_vlm
 
 LAYERS = 3
 WIRINGS = ("side", "skip", "shared", "shared values", "residual values")
-"""What is followed; ``tail`` and ``mixed keys`` are not."""
+"""The supported kinds; ``tail`` and ``mixed keys`` are refused."""
 
 
 class Wired(TinyVlm):
-    """A ``TinyVlm`` in which more than the residual goes from layer to layer.
+    """A ``TinyVlm`` whose layers read values of earlier layers outside the residual stream.
 
     Attributes:
-        kind: ``side``: something made of the embeddings is added behind every layer. ``skip``: what the first
-            layer gave is added inside the last one. ``shared``, ``shared values``: the last layer attends to
-            keys and values (or values alone) of the first one. ``residual values``: values of the first layer
-            are added to those of later ones. ``tail``: the embeddings are added behind the last layer.
-            ``mixed keys``: a side path is added to keys behind their rotation.
+        kind: ``side``: a function of the embeddings is added after every layer. ``skip``: the output of the
+            first layer is added inside the last layer. ``shared``, ``shared values``: the last layer attends
+            to keys and values (or only to values) of the first layer. ``residual values``: values of the
+            first layer are added to those of later layers. ``tail``: the embeddings are added after the last
+            layer. ``mixed keys``: the function of the embeddings is added to rotated keys.
     """
 
     kind = "plain"
@@ -56,7 +56,7 @@ class Wired(TinyVlm):
     def operands(
         self, layer: Layer, x: Tensor, side: Tensor, known: list[tuple[Tensor, Tensor]], last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the attention of one layer; ``known`` are keys and values of the layers before."""
+        """Return query, key and value of a layer; ``known`` are keys and values of the layers before."""
         query, key, value = layer.attention.project(layer.norm_1(x))
         rotary = rotary_angles(torch.arange(x.shape[1]), query.shape[-1])
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -71,7 +71,7 @@ class Wired(TinyVlm):
         return query, key, value
 
     def attended(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What attention adds to the residual."""
+        """Return the attention's output, which is added to the residual."""
         samples, heads, tokens, _ = query.shape
         if self.decoder.shape.explicit_mask:
             key, value = repeat_heads(key, heads), repeat_heads(value, heads)
@@ -84,7 +84,7 @@ class Wired(TinyVlm):
 
 
 def wired(kind: str, **options: Any) -> Any:
-    """One of three layers, with one key and value head."""
+    """Return a ``Wired`` of three layers, with one key and value head."""
     return tiny_vlm(cls=Wired, kind=kind, num_layers=LAYERS, **options)
 
 
@@ -92,7 +92,7 @@ class Padded(TinyVlm):
     """A ``TinyVlm`` for prompts of several lengths in one batch.
 
     Attributes:
-        counted: positions are counted from a prompt's first token, not from the beginning of its padding.
+        counted: True if positions start at the prompt's first token, False if they start at its padding.
     """
 
     counted = False
@@ -117,17 +117,17 @@ class Padded(TinyVlm):
 
 
 def padded(*, counted: bool = False, **options: Any) -> Any:
-    """With one key and value head; ``options`` as for ``tiny_vlm``."""
+    """Return a ``Padded`` with one key and value head; ``options`` as for ``tiny_vlm``."""
     return tiny_vlm(cls=Padded, counted=counted, **options)
 
 
 def batch_of(*prompts: Mapping[str, Tensor], left: bool = True, tokens: int = 0) -> dict[str, Tensor]:
-    """Prompts of ``tiny_vlm_inputs`` as one call of a ``Padded``, with padding on one side.
+    """Return the inputs of a call of ``Padded`` with several prompts of ``tiny_vlm_inputs``.
 
     Args:
-        prompts: one per sample; pixels only where there are images.
-        left: padding stands in front.
-        tokens: length of all; by default that of the longest.
+        prompts: a prompt per sample, with pixels if it has images.
+        left: True for padding before the prompts, False for padding after them.
+        tokens: common length; by default that of the longest prompt.
     """
     tokens = tokens or max(prompt["input_ids"].shape[1] for prompt in prompts)
     ids, kept = [], []

@@ -1,8 +1,8 @@
 """Random small decoders through the backend: cold, fully recomputed elsewhere, and with a few rows.
 
-``passes/test_standard.py`` says the same of programs that it builds and runs itself, for decoders with
-``scaled_dot_product_attention``. Here requests go through Dynamo, the mask check, the store and the plan, and
-attention comes in every form.
+``passes/test_standard.py`` tests the same properties of programs, for decoders with
+``scaled_dot_product_attention``. Here requests run through Dynamo, the mask check, the store and the plan,
+with all forms of attention.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .passes.reference import KeyValue, forward
 from .runtime.helpers import Pair, hits, keys, own_compiler_state, with_backend
 
 pytestmark = [
-    # The oracle runs flex attention uncompiled.
+    # The unmodified model runs flex attention uncompiled.
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*_compile flag on create_block_mask.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
@@ -38,7 +38,7 @@ pytestmark = [
 
 HEADS, HIDDEN = 4, 64
 
-# Attention and whether its mask is explicit.
+# Kind of attention, and True for an explicit mask.
 FORMS, FLEX = [("sdpa", False), ("sdpa", True), ("math", False)], [("flex", False)]
 
 
@@ -54,7 +54,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "parallel": (False, True),
     "softcap": (None, 1.5),
     "sinks": (False, True),
-    "window": (None, 5, 12),  # less than the image, which has 16 tokens or more
+    "window": (None, 5, 12),  # shorter than the image, which has at least 16 tokens
     "window_every": (1, 2),
     "embed_scale": (False, True),
     "last_only": (False, True),
@@ -75,7 +75,7 @@ def decoder_shape(random: Random, forms: Sequence[tuple[Any, bool]] = FORMS) -> 
 
 @dataclass(frozen=True)
 class Call:
-    """A prompt with one image, by the text around it."""
+    """A prompt with one image, by the lengths of the text around it."""
 
     before: int
     after: int
@@ -87,7 +87,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Given(Policy):
-    """Recompute exactly these offsets in each layer."""
+    """A policy that chooses the given offsets."""
 
     name: ClassVar[str] = "given"
     ignores_budget: ClassVar[bool] = True
@@ -100,7 +100,7 @@ class Given(Policy):
 
 
 def request(random: Random, num_layers: int) -> tuple[int, list[Call], Given]:
-    """Tokens of the image; three prompts around it; rows to recompute in the last one, fewer and fewer."""
+    """Tokens of the image, three prompts around it, and nested rows to recompute in the last prompt."""
     length = random.randint(16, 24)
     calls = [Call(random.randint(2, 20), random.randint(2, 6), text) for text in (1, 2, 3)]
     rows = sorted(random.sample(range(length), random.randint(0, 6)))
@@ -116,20 +116,20 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def compiled(shape: DecoderShape) -> Pair:
-    # Dynamo itself cannot trace a cap or a window of flex attention whose number it has made symbolic.
+    # Dynamo cannot trace caps and windows of flex attention with symbolic numbers.
     has_number = shape.attention == "flex" and (shape.softcap is not None or shape.window is not None)
     return with_backend(tiny_vlm(shape, seed=1), dynamic=None if has_number else True)
 
 
 def run(pair: Pair, call: dict[str, Tensor], policy: str | Policy = "full") -> dict[str, Any]:
-    """A request whose answer must be the unmodified model's."""
+    """Run a request, whose result must equal that of the unmodified model."""
     with pair.engine.using(policy=policy):
         close(*pair.both(**call))
     return pair.report
 
 
 def everything(pair: Pair, call: dict[str, Tensor]) -> list[KeyValue]:
-    """Each layer's keys and values of all tokens by the reference, which must be the model first."""
+    """Return each layer's keys and values from the reference, after comparing it with the model."""
     shape = pair.reference.decoder.shape
     rows = [torch.arange(call["input_ids"].shape[1])] * (shape.num_layers + 1)
     with torch.no_grad():
@@ -139,13 +139,13 @@ def everything(pair: Pair, call: dict[str, Tensor]) -> list[KeyValue]:
 
 
 def by_token(value: Tensor) -> Tensor:
-    """[tokens, width] of keys or values that were stored in one layout or another."""
+    """Return stored keys or values of any layout as [tokens, width]."""
     rows = value.transpose(1, 2) if value.dim() == 4 else value
     return rows.reshape(rows.shape[1], -1)
 
 
 def check_donor(donor: Entry, states: Sequence[KeyValue], span: slice) -> None:
-    """It holds what was projected, before positions entered: of these tokens, in this prompt."""
+    """Check that a donor has the projections of these tokens in this prompt, before positions enter."""
     slots = {f"{layer}.{letter}" for layer in range(len(states)) for letter in "kv"}
     assert slots <= donor.tensors.keys() <= slots | {"residual"}
     for layer, state in enumerate(states):
@@ -156,13 +156,13 @@ def check_donor(donor: Entry, states: Sequence[KeyValue], span: slice) -> None:
 
 
 def check_few_rows(pair: Pair, call: Call, length: int, policy: Given, states: Sequence[KeyValue]) -> None:
-    """The rows that are computed are those of a reference with the donor's keys and values in place.
+    """Compare computed rows with a reference that reads the donor's keys and values.
 
     Args:
-        pair: whose store holds the donor.
+        pair: the models; the store has the donor.
         call: the prompt.
-        length: tokens of its image.
-        policy: the rows of it to compute.
+        length: number of tokens of its image.
+        policy: the rows of the image to compute.
         states: keys and values of the donor's rows.
     """
     inputs, shape = call.inputs(length), pair.reference.decoder.shape
@@ -189,11 +189,11 @@ def check_few_rows(pair: Pair, call: Call, length: int, policy: Given, states: S
     computed = num_tokens - length + len(policy.per_layer[0])
     assert pair.report["rows_per_layer"][0] == computed
     if shape.last_only:
-        close(got, partial[:, -1:])  # of two rows: programs compute no single one
+        close(got, partial[:, -1:])  # programs compute at least two rows
     else:
         close(got[:, plan.rows[-1]], partial)
-    if shape.window is None and shape.num_layers > 1:  # windows may not reach the image from the last row
-        assert not torch.allclose(got, exact, rtol=0, atol=1e-4)  # it is an approximation
+    if shape.window is None and shape.num_layers > 1:  # the window of the last row may not reach the image
+        assert not torch.allclose(got, exact, rtol=0, atol=1e-4)  # approximate
 
 
 def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given) -> None:
@@ -209,11 +209,11 @@ def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given
             assert donors[-1] is not None
             states = everything(pair, inputs)
             check_donor(donors[-1], states, slice(call.before, call.before + length))
-        # Keys of the first layer are made of one token each: nothing is left of where it stood.
+        # Keys of the first layer depend on their token only, not on its position.
         for slot in ("0.k", "0.v"):
             close(*(donor.tensors[slot] for donor in donors))
 
-        # Behind another prompt, with the second donor.
+        # After another prompt, with the second donor.
         report = run(pair, calls[2].inputs(length))
         assert (report["mode"], hits(report), report["token_layer_fraction"]) == ("warm", [True], 1.0)
         start = calls[1].before
@@ -223,20 +223,20 @@ def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given
         assert pair.engine.stats()["calls"]["bypass"] == 0
 
 
-# Seeds, because hypothesis draws a few values of each choice again and again, and these are many choices.
+# Seeds, because hypothesis repeats few values per choice, and there are many choices.
 RANDOMS = st.randoms(use_true_random=True)
 
 
 @settings(max_examples=6)
 @given(random=RANDOMS)
-def test_any_decoder(random: Random) -> None:
+def test_random_decoders(random: Random) -> None:
     shape = decoder_shape(random)
     check(shape, *request(random, shape.num_layers))
 
 
-@settings(max_examples=1)  # Dynamo takes several times as long as for other forms
+@settings(max_examples=1)  # Dynamo is several times slower than for other forms
 @given(random=RANDOMS)
-def test_any_decoder_with_flex_attention(random: Random) -> None:
+def test_random_decoders_with_flex_attention(random: Random) -> None:
     shape = decoder_shape(random, FLEX)
     check(shape, *request(random, shape.num_layers))
 
@@ -265,7 +265,7 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("corner", CORNERS)
-def test_corners(corner: str) -> None:
+def test_corner_cases(corner: str) -> None:
     shape = replace(BASE, **CORNERS[corner])
     rows = ((0, 1, 9), (0, 9), (0,), ())[: shape.num_layers]
     check(shape, 20, [Call(3, 5, 1), Call(11, 2, 2), Call(17, 4, 3)], Given(rows))
@@ -273,8 +273,8 @@ def test_corners(corner: str) -> None:
 
 @settings(max_examples=3)
 @given(random=RANDOMS)
-def test_learned_positions_are_refused(random: Random) -> None:
-    """Whatever else the decoder is made of."""
+def test_learned_positions_refused(random: Random) -> None:
+    """With all other parts of decoders."""
     shape = replace(decoder_shape(random), learned_positions=True)
     with own_compiler_state():
         pair = compiled(shape)

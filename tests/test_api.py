@@ -27,7 +27,7 @@ def _compiler() -> Iterator[None]:
         yield
 
 
-def test_the_model_itself_is_returned_with_its_engine() -> None:
+def test_compile_returns_model_with_engine() -> None:
     model = tiny_vlm(last_only=False)
     names = set(model.state_dict())
     compiled = vlcache_fx.compile(model, lowering="eager", policy="full")
@@ -41,7 +41,7 @@ def test_the_model_itself_is_returned_with_its_engine() -> None:
     assert model.vlcache.last_report["mode"] == "cold"
 
 
-def test_a_model_is_compiled_once() -> None:
+def test_compile_twice_is_an_error() -> None:
     model = vlcache_fx.compile(tiny_vlm(), lowering="eager")
     with pytest.raises(OptionError, match=r"TinyVlm is compiled already; its engine is model\.vlcache"):
         vlcache_fx.compile(model)
@@ -52,11 +52,11 @@ def test_a_model_is_compiled_once() -> None:
     [
         ({"bugdet": 0.1}, r"did you mean 'budget'\?.*valid options are: policy, budget"),
         ({"budget": 5}, "5 % is 0.05|share in"),
-        ({"lowering": "eagre"}, "'eager' or 'inductor'"),
+        ({"lowering": "eagre"}, "one of 'eager', 'inductor'"),
         ({"store": "redis://x"}, "redis"),
     ],
 )
-def test_bad_options_are_reported_at_once(options: dict[str, Any], message: str) -> None:
+def test_compile_bad_options(options: dict[str, Any], message: str) -> None:
     model = tiny_vlm()
     with pytest.raises(OptionError, match=message):
         vlcache_fx.compile(model, **options)
@@ -64,7 +64,7 @@ def test_bad_options_are_reported_at_once(options: dict[str, Any], message: str)
     assert "forward" not in vars(model)
 
 
-def test_two_compiled_models_have_two_engines() -> None:
+def test_compile_two_models_two_engines() -> None:
     one, two = (with_api(tiny_vlm(last_only=False), policy="none") for _ in range(2))
     assert one.engine is not two.engine
     assert one.run(**FIRST)[1]["mode"] == "cold"
@@ -72,7 +72,7 @@ def test_two_compiled_models_have_two_engines() -> None:
     assert two.engine.stats()["calls"]["warm"] == 0
 
 
-def test_static_graphs() -> None:
+def test_compile_static_graphs() -> None:
     pair = with_api(tiny_vlm(last_only=False), policy="full", dynamic=False)
     for place, inputs in enumerate((FIRST, SECOND)):
         off, report = pair.run(**inputs)
@@ -80,7 +80,7 @@ def test_static_graphs() -> None:
         assert off == 0.0
 
 
-def test_strict_raises_the_refusal_itself() -> None:
+def test_strict_raises_refusal() -> None:
     pair = with_api(tiny_vlm(learned_positions=True), strict=True)
     where = r"node 'add', from .*tiny_vlm\.py"
     with pytest.raises(UnsupportedGraphError, match=where) as refused, torch.no_grad():
@@ -88,7 +88,7 @@ def test_strict_raises_the_refusal_itself() -> None:
     assert refused.value.reason is Reason.POSITION_IN_STREAM
 
 
-def test_inference_mode_and_no_grad_share_donors() -> None:
+def test_inference_mode_shares_donors() -> None:
     pair = with_api(tiny_vlm(last_only=False), policy="full")
     with torch.inference_mode():
         assert torch.equal(pair.model(**FIRST), pair.reference(**FIRST))
@@ -115,8 +115,8 @@ def test_explain_names_layers_and_merges() -> None:
     assert "[position_in_stream]" in explanation.reason
 
 
-def test_explain_traces_as_a_call_does() -> None:
-    """Grids cannot be traced: the encoder runs first, and no word of it comes into the next report."""
+def test_explain_traces_like_a_call() -> None:
+    """Grids cannot be traced: the encoder runs first, and is not in the next report."""
     pair = with_api(tiny_qwen2_5_vl(2), min_span_tokens=4, policy="full")
     inputs = qwen_inputs(4, 5, [(8, 12, 0), (8, 8, 1)])
     for _ in range(2):
@@ -130,8 +130,8 @@ def test_explain_traces_as_a_call_does() -> None:
     assert pair.report["encoder_hit"] is None
 
 
-def test_qwen_called_directly_equals_the_model() -> None:
-    """Its forward falls into many graphs when the features are not given, which ``generate()`` does."""
+def test_compile_qwen_equals_model() -> None:
+    """Without encoder features, unlike in ``generate()``, ``forward`` breaks into many graphs."""
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     for before in (4, 9):
         got, expected = pair.both(**qwen_inputs(before, 5, [(8, 12, 0)]))
@@ -143,13 +143,13 @@ def test_qwen_called_directly_equals_the_model() -> None:
 
 
 def embeddings(before: int, seed: int) -> Tensor:
-    """Text before and after 20 rows that are always the same."""
+    """Return text before and after 20 constant rows."""
     item = torch.randn(1, 20, 16, generator=torch.Generator().manual_seed(99))
     text = torch.randn(1, before + 5, 16, generator=torch.Generator().manual_seed(seed))
     return torch.cat([text[:, :before], item, text[:, before:]], 1)
 
 
-def test_marked_spans_are_served() -> None:
+def test_mark_spans_reuses_spans() -> None:
     pair = with_api(tiny_vlm(last_only=False).decoder, policy="full")
     seen = []
     for before, mode in [(4, "cold"), (11, "warm")]:
@@ -172,7 +172,7 @@ def test_marked_spans_are_served() -> None:
     assert off == 0.0
 
 
-def test_a_marked_prompt_that_comes_again_is_a_known_prefix() -> None:
+def test_mark_spans_repeated_prompt_is_prefix() -> None:
     pair = with_api(tiny_vlm(num_layers=2, last_only=False).decoder, policy="none")
     for prefix in (0, 29):
         off, report = pair.run(embeds=vlcache_fx.mark_spans(embeddings(4, 0), [(0, 4, 20)]))
@@ -195,11 +195,11 @@ def test_a_marked_prompt_that_comes_again_is_a_known_prefix() -> None:
         ([(0, 3, 5), (0, 7, 5)], "overlaps"),
     ],
 )
-def test_impossible_marks_are_errors(spans: list[tuple[int, int, int]], message: str) -> None:
+def test_mark_spans_invalid_spans(spans: list[tuple[int, int, int]], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         vlcache_fx.mark_spans(embeddings(4, 0), spans)
 
 
-def test_only_embeddings_can_be_marked() -> None:
+def test_mark_spans_requires_embeddings() -> None:
     with pytest.raises(PlanError, match=r"\[batch, tokens, hidden\]"):
         vlcache_fx.mark_spans(torch.zeros(3, 4), [(0, 0, 1)])

@@ -1,8 +1,8 @@
-"""Models whose attention comes in one form or another: cold and fully recomputed calls equal the model.
+"""Models with different forms of attention: cold and fully recomputed calls equal the model.
 
-``test_invariants.py`` says the same of models with ``scaled_dot_product_attention``, bit for bit. Here
-another kernel may do what the model writes out, so results agree within rounding: logits and keys of these
-models are around 1, and float32 rounds at 1e-7.
+``test_invariants.py`` tests this bitwise for models with ``scaled_dot_product_attention``. Here a fused
+kernel may replace separate operators, so results agree within rounding: logits and keys are around 1, and
+float32 rounds at 1e-7.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .runtime.helpers import (
 TOLERANCE = 1e-5
 
 pytestmark = [
-    # The oracle runs flex attention uncompiled, and transformers compiles the making of its mask.
+    # The unmodified model runs flex attention uncompiled, and transformers compiles its mask.
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*_compile flag on create_block_mask.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
@@ -61,7 +61,7 @@ def _compiler() -> Iterator[None]:
 
 
 def check_moves(pair: Pair) -> None:
-    """Cold, and then at another place behind another prompt, with everything recomputed."""
+    """Run a cold request, then one at another offset after another prompt, with all rows recomputed."""
     off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))
     assert report["mode"] == "cold"
     assert off <= TOLERANCE
@@ -73,19 +73,19 @@ def check_moves(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_form_moves(shape: dict[str, Any]) -> None:
+def test_forms_at_another_offset(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, num_layers=3, **shape), policy="full"))
 
 
 @pytest.mark.parametrize("shape", [CAP, SINKS, {**FLEX, "softcap": 1.5}], ids=str)
-def test_graphs_of_one_length_move_too(shape: dict[str, Any]) -> None:
-    """Dynamo itself cannot trace a cap of flex attention whose number it has made symbolic."""
+def test_forms_in_static_graphs(shape: dict[str, Any]) -> None:
+    """Dynamo cannot trace a cap of flex attention with a symbolic number."""
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), dynamic=None, policy="full"))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("shape", [{**CAP, "sinks": True}, FLEX], ids=str)
-def test_through_inductor(shape: dict[str, Any]) -> None:
+def test_forms_with_inductor(shape: dict[str, Any]) -> None:
     check_moves(with_backend(tiny_vlm(last_only=False, **shape), policy="full", lowering="inductor"))
 
 
@@ -94,7 +94,7 @@ def test_through_inductor(shape: dict[str, Any]) -> None:
     softcap=st.sampled_from([None, 0.7]), sinks=st.booleans(), budget=st.sampled_from([0.0, 0.1, 0.5]),
     before=st.integers(1, 20), seed=st.integers(0, 3),
 )  # fmt: skip
-def test_the_donors_own_prompt_is_exact_at_any_budget(
+def test_same_prompt_exact_at_any_budget(
     softcap: float | None, sinks: bool, budget: float, before: int, seed: int
 ) -> None:
     pair = with_backend(tiny_vlm(seed=seed, attention="math", softcap=softcap, sinks=sinks), policy="full")
@@ -106,8 +106,8 @@ def test_the_donors_own_prompt_is_exact_at_any_budget(
     assert off <= TOLERANCE
 
 
-def test_a_small_budget_is_really_approximate() -> None:
-    """Without this, equalities above could hold because nothing is ever reused."""
+def test_small_budget_is_approximate() -> None:
+    """Without this, other tests could pass because nothing is reused."""
     pair = with_backend(tiny_vlm(last_only=False, num_layers=3, **CAP, sinks=True), policy="none")
     pair.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
     off, report = pair.run(**tiny_vlm_inputs(20, 5, [(40, 0)], text_seed=2))
@@ -116,13 +116,13 @@ def test_a_small_budget_is_really_approximate() -> None:
     assert off > 1e-3
 
 
-def test_another_cap_is_another_model() -> None:
-    """Same weights and store; a donor of one must not serve the other."""
+def test_softcap_is_part_of_keys() -> None:
+    """Models with equal weights and another cap share a store but no donors."""
     from vlcache_fx.store import MemoryStore
 
     store = MemoryStore(1 << 28)
     for softcap, mode in ((1.5, "cold"), (1.25, "cold"), (1.5, "warm")):
-        torch._dynamo.reset()  # one graph does not serve two caps
+        torch._dynamo.reset()  # the graph is specialised to the cap
         pair = with_backend(tiny_vlm(attention="math", softcap=softcap), policy="none", store=store)
         off, report = pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))
         assert report["mode"] == mode
@@ -153,7 +153,7 @@ def check_model(pair: Pair, calls: list[dict[str, Any]]) -> None:
         pytest.param("flex_attention", with_api, id="flex_attention-compile", marks=pytest.mark.thorough),
     ],
 )
-def test_llava(attention: str, compiled: Any) -> None:
+def test_forms_of_llava(attention: str, compiled: Any) -> None:
     pair = compiled(tiny_llava(2, attention=attention), policy="full")
     check_model(pair, [llava_inputs(before, 5, [0], text_seed=before) for before in (4, 11)])
 
@@ -162,16 +162,16 @@ def test_llava(attention: str, compiled: Any) -> None:
 @pytest.mark.parametrize(
     "compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)], ids=["compile", "backend"]
 )
-def test_qwen(compiled: Any) -> None:
-    """(transformers offers no flex attention for it.)"""
+def test_forms_of_qwen(compiled: Any) -> None:
+    """Transformers has no flex attention for it."""
     pair = compiled(tiny_qwen2_5_vl(2, attention="eager"), policy="full")
     check_model(pair, [qwen_inputs(before, 5, [(8, 12, 0)], text_seed=before) for before in (4, 11)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.thorough)])
-def test_a_padded_prompt(attention: str) -> None:
-    """Masked tokens in front. What the model makes of them is kept, too."""
+def test_forms_with_padded_prompt(attention: str) -> None:
+    """Padding before the prompt; its rows equal the model's as well."""
     pair = with_api(tiny_llava(2, attention=attention), policy="full")
     inputs = llava_inputs(9, 5, [0])
     inputs["attention_mask"][:, :4] = 0
@@ -180,7 +180,7 @@ def test_a_padded_prompt(attention: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", pytest.param("flex_attention", marks=pytest.mark.thorough)])
-def test_generation_goes_on(attention: str) -> None:
+def test_forms_generate(attention: str) -> None:
     pair = with_api(tiny_llava(2, attention=attention), policy="full")
     for before, mode in ((4, "cold"), (11, "warm")):
         inputs = llava_inputs(before, 5, [0], text_seed=before)
@@ -194,7 +194,7 @@ def test_generation_goes_on(attention: str) -> None:
 # Refusals ---------------------------------------------------------------------------------------------------
 
 
-def test_probabilities_that_are_returned_are_a_reason() -> None:
+def test_returned_probabilities_refused() -> None:
     pair = with_api(tiny_llava(2, attention="eager"))
     inputs = llava_inputs(4, 5, [0])
     got, expected = pair.both(**inputs, output_attentions=True)

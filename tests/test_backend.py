@@ -1,4 +1,4 @@
-"""The torch.compile backend: how it is found, what it refuses, and that this costs the reuse alone."""
+"""The ``torch.compile`` backend: discovery, options, refusals and failures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Masked(TinyVlm):
-    """The same model with an attention mask of some kind."""
+    """A ``TinyVlm`` with an attention mask of some kind."""
 
     kind = "causal"
 
@@ -72,12 +72,12 @@ class Masked(TinyVlm):
             return torch.where(causal, distances, float("-inf"))[None, None]
         if self.kind == "image both ways":
             return (causal | (image[:, None] & image[None, :]))[None, None]
-        if self.kind == "vmap":  # as transformers makes masks
+        if self.kind == "vmap":  # as in transformers
             seen = torch.vmap(torch.vmap(lambda q, k: (k <= q) | (image[q] & image[k]), (None, 0)), (0, None))
             return seen(place, place)[None, None]
         if self.kind == "image sees all":
             return (causal | image[:, None])[None, None]
-        return None  # everything sees everything
+        return None  # all tokens attend to all tokens
 
 
 def masked(kind: str) -> Masked:
@@ -85,7 +85,7 @@ def masked(kind: str) -> Masked:
 
 
 class WithBuffer(TinyVlm):
-    """Writes into a tensor that it is given, and returns a part of it."""
+    """Writes to an input and returns a part of it."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
         embeds = self.embed(input_ids)
@@ -99,7 +99,7 @@ def with_buffer() -> WithBuffer:
     return tiny_vlm(cls=WithBuffer, last_only=False)
 
 
-# Finding it -------------------------------------------------------------------------------------------------
+# Discovery --------------------------------------------------------------------------------------------------
 
 
 def run_python(code: str) -> str:
@@ -115,7 +115,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
-def test_a_process_that_never_imported_us_finds_the_backend() -> None:
+def test_backend_found_without_import() -> None:
     code = """
 import sys, torch
 class Tiny(torch.nn.Module):
@@ -135,7 +135,7 @@ print("vlcache_fx.backend" in sys.modules, "vlcache" in torch._dynamo.list_backe
     assert run_python(code).split() == ["True", "True"]
 
 
-def test_importing_us_does_nothing_to_torch() -> None:
+def test_import_leaves_torch_unchanged() -> None:
     code = """
 import sys
 import vlcache_fx
@@ -155,7 +155,7 @@ assert "transformers" not in sys.modules
 # Options ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_option_lists_the_valid_ones() -> None:
+def test_backend_unknown_option() -> None:
     model = tiny_vlm()
     compiled = torch.compile(model, backend="vlcache", options={"bugdet": 1})
     with (
@@ -168,7 +168,7 @@ def test_an_unknown_option_lists_the_valid_ones() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
-def test_modes_are_taken_as_torch_compile_gives_them() -> None:
+def test_backend_mode() -> None:
     model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with torch.no_grad():
         compiled = torch.compile(model, backend="vlcache", mode="max-autotune-no-cudagraphs")
@@ -182,13 +182,13 @@ def test_modes_are_taken_as_torch_compile_gives_them() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
-def test_a_bad_value_names_it() -> None:
+def test_backend_bad_value() -> None:
     compiled = torch.compile(tiny_vlm(), backend="vlcache", options={"budget": 2.0})
     with pytest.raises(BackendCompilerFailed, match=r"budget=2.0 is not valid"), torch.no_grad():
         compiled(**FIRST)
 
 
-def test_equal_options_share_an_engine() -> None:
+def test_engine_for_equal_options() -> None:
     salt = unique_salt()
     assert engine_for({"salt": salt}) is engine_for({"salt": salt, "budget": 0.02})
     assert engine_for({"salt": salt}) is not engine_for({"salt": salt, "budget": 0.03})
@@ -198,7 +198,7 @@ def test_equal_options_share_an_engine() -> None:
 
 
 def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, Any]:
-    """Runs requests that must all be refused, and equal the unmodified model."""
+    """Run requests that must all be refused, and equal the unmodified model."""
     for inputs in requests:
         off, report = pair.run(**{name: value.clone() for name, value in inputs.items()})
         assert off == 0.0
@@ -211,7 +211,7 @@ def refused(pair: Pair, reason: Reason, *requests: dict[str, Any]) -> dict[str, 
     return report
 
 
-def test_learned_positions_are_refused_with_node_and_source_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_learned_positions_refused_with_source_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(tiny_vlm(last_only=False, learned_positions=True))
         report = refused(pair, Reason.POSITION_IN_STREAM, FIRST, SECOND)
@@ -219,14 +219,14 @@ def test_learned_positions_are_refused_with_node_and_source_line(caplog: pytest.
     assert "tiny_vlm.py" in report["reason"]
     assert "x = embeds + self.positions(position_ids)" in report["reason"]
     messages = [r.getMessage() for r in caplog.records if r.name == "vlcache_fx"]
-    assert len(messages) == 1  # once for the graph, not once for every call
+    assert len(messages) == 1  # once per graph, not per call
     assert "[position_in_stream]" in messages[0]
     refusal = pair.engine.refusals[0]
     assert refusal.node == "add"
     assert refusal.source_line is not None
 
 
-def test_results_that_share_memory_with_written_inputs_are_refused_and_written() -> None:
+def test_aliased_mutation_refused_and_written() -> None:
     pair = with_backend(with_buffer())
     for inputs in (FIRST, SECOND):
         mine, theirs = torch.zeros(2, 1, 64, 16)
@@ -242,7 +242,7 @@ def test_results_that_share_memory_with_written_inputs_are_refused_and_written()
         assert "(at node '" in pair.report["reason"]
 
 
-def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+def test_bidirectional_image_attention_refused(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(masked("image sees all"))
         report = refused(pair, Reason.MASK_FORM, FIRST, SECOND)
@@ -252,7 +252,7 @@ def test_images_that_see_the_question_are_refused(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("kind", ["bias", "image both ways", "vmap"])
-def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
+def test_bidirectional_within_image_reused(kind: str) -> None:
     pair = with_backend(masked(kind), policy="full")
     assert pair.run(**FIRST)[0] == 0.0
     off, report = pair.run(**SECOND)
@@ -260,8 +260,8 @@ def test_masks_that_keep_the_question_out_are_served(kind: str) -> None:
     assert off == 0.0
 
 
-def test_attention_both_ways_everywhere_is_kept_whole() -> None:
-    """Nothing in it is a prefill; it is an encoder, whose reuse is exact, for the very same inputs alone."""
+def test_bidirectional_attention_not_split() -> None:
+    """The graph counts as an encoder, which is reused exactly, for identical inputs."""
     pair = with_backend(masked("everything"))
     for inputs, encoded in [(FIRST, (0, 1)), (SECOND, (0, 2)), (FIRST, (1, 2))]:
         got, expected = pair.both(**inputs)
@@ -270,7 +270,7 @@ def test_attention_both_ways_everywhere_is_kept_whole() -> None:
         assert (encoder["hits"], encoder["misses"]) == encoded
 
 
-def test_gradients_are_refused_and_flow() -> None:
+def test_gradients_refused_and_correct() -> None:
     pair = with_backend(tiny_vlm(last_only=False))
     for inputs in (FIRST, SECOND):
         got, expected = pair.model(**inputs), pair.reference(**inputs)
@@ -285,9 +285,7 @@ def test_gradients_are_refused_and_flow() -> None:
     assert len(pair.engine.store) == 0
 
 
-def test_a_failing_pass_costs_the_reuse_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_pass_runs_model(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def fail(self: SpliceRows, program: Any) -> bool:
         raise ZeroDivisionError("deliberate")
 
@@ -302,7 +300,7 @@ def test_a_failing_pass_costs_the_reuse_alone(
 
 
 def test_strict_raises_through_dynamo() -> None:
-    """Dynamo wraps what a backend raises. Its message is ours behind a heading; the typed error is inside."""
+    """Dynamo wraps the backend's error: its message ends with ours, and the typed error is inside."""
     pair = with_backend(tiny_vlm(learned_positions=True), strict=True)
     with (
         pytest.raises(
@@ -317,23 +315,23 @@ def test_strict_raises_through_dynamo() -> None:
     assert inner.node == "add"
 
 
-def test_strict_raises_what_is_found_in_a_call() -> None:
+def test_strict_raises_during_call() -> None:
     pair = with_backend(masked("image sees all"), strict=True)
     with pytest.raises(UnsupportedGraphError, match="attend to tokens after the span"), torch.no_grad():
         pair.model(**FIRST)
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_text_alone_is_no_refusal(strict: bool) -> None:
+def test_text_only_is_no_refusal(strict: bool) -> None:
     pair = with_backend(tiny_vlm(last_only=False), strict=strict)
     for before in (9, 14):
         got, expected = pair.both(**tiny_vlm_inputs(before, 3, []))
         assert distance(got, expected) == 0.0
     assert pair.engine.refusals == []
-    assert pair.run(**FIRST)[1]["mode"] == "cold"  # and images still are served
+    assert pair.run(**FIRST)[1]["mode"] == "cold"  # and prompts with images still work
 
 
-def test_short_spans_are_computed_not_reused() -> None:
+def test_short_spans_not_reused() -> None:
     pair = with_backend(tiny_vlm(last_only=False), min_span_tokens=20, policy="none")
     short, long = (19, 0), (20, 1)
     for place in range(3):
@@ -349,8 +347,8 @@ def test_short_spans_are_computed_not_reused() -> None:
     assert report["rows_per_layer"][0] == report["num_tokens"] - 20
 
 
-def test_another_value_of_a_folded_number_runs_unmodified() -> None:
-    """With dynamic=True module floats are graph inputs, which capture folds in; changing one must be seen."""
+def test_other_value_of_folded_number_runs_model() -> None:
+    """With ``dynamic=True``, floats of modules are inputs, which capture folds; a change is detected."""
 
     class Scaled(TinyVlm):
         scale = 0.5
@@ -373,8 +371,8 @@ def test_another_value_of_a_folded_number_runs_unmodified() -> None:
 
 @inductor
 @pytest.mark.slow
-def test_inductor_equals_the_model_and_compiles_once() -> None:
-    """Neither depth nor other lengths, budgets, policies or images cost another compilation."""
+def test_inductor_equals_model_and_compiles_once() -> None:
+    """Depth and other lengths, budgets, policies or images cause no compilation."""
     store = vlcache_store()
     pair = with_backend(tiny_vlm(num_layers=3), lowering="inductor", store=store, policy="full")
     off, report = pair.run(**FIRST)
@@ -407,7 +405,7 @@ def test_inductor_equals_the_model_and_compiles_once() -> None:
 
 @inductor
 @pytest.mark.slow
-def test_an_inductor_refusal_runs_the_model() -> None:
+def test_inductor_failure_runs_model() -> None:
     pair = with_api(masked("image sees all"), lowering="inductor")
     off, report = pair.run(**FIRST)
     assert report["mode"] == "bypass"

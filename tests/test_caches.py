@@ -1,7 +1,7 @@
-"""Every kind of KV cache: none, growing, of fixed size, sliding, quantised; empty, and with earlier turns.
+"""All kinds of KV caches: none, dynamic, static, sliding, quantised; empty, and after earlier turns.
 
-Reuse that recomputes every row leaves what the unmodified model leaves, bit for bit where the kernels are the
-same: logits, the state of the cache for all positions, and the tokens decoded from it.
+Reuse with all rows recomputed equals the unmodified model, bitwise where the kernels are the same: logits,
+contents of the cache at all positions, and the tokens decoded from it.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def _compiler() -> Iterator[None]:
 
 @dataclass
 class Conversation:
-    """A compiled model and its unmodified copy, each with a cache of its own, that are told the same.
+    """A conversation with a compiled model and its unmodified copy, each with its own cache.
 
     Attributes:
         pair: the models.
-        caches: of the compiled and of the unmodified one; both None for calls without a cache.
-        tolerance: of logits and state.
-        length: tokens so far.
-        logits: of the unmodified model in the last turn.
+        caches: cache of the compiled and of the unmodified model; both None for calls without a cache.
+        tolerance: tolerance of logits and contents.
+        length: number of tokens so far.
+        logits: logits of the unmodified model in the last turn.
     """
 
     pair: Pair
@@ -50,11 +50,11 @@ class Conversation:
     logits: Tensor | None = None
 
     def say(self, inputs: dict[str, Tensor], rows: Sequence[int] | None = None) -> dict[str, Any]:
-        """A turn; what the models return and what their caches hold must be equal. The report.
+        """Run a turn, compare results and contents of caches, and return the report.
 
         Args:
-            inputs: of the models.
-            rows: where logits are compared; everywhere if not given.
+            inputs: inputs of the models.
+            rows: positions at which logits are compared; by default all.
         """
         self.length += inputs["input_ids"].shape[1]
         inputs["attention_mask"] = torch.ones(1, self.length, dtype=torch.int64)
@@ -71,9 +71,9 @@ class Conversation:
         return self.pair.report
 
     def listen(self, tokens: int = 2) -> None:
-        """Greedy decoding on the caches; steps leave no report.
+        """Decode greedily on the caches; decoding steps have no report.
 
-        Compiled or not, a decoding step has kernels of its own: their rounding stays in the caches.
+        Decoding steps have other kernels than prefills, so rounding differs, and stays in the caches.
         """
         self.tolerance = max(self.tolerance, 1e-6)
         before = self.pair.engine.stats()["calls"], self.pair.engine.last_report
@@ -89,7 +89,7 @@ def same(got: dict[str, Any], expected: dict[str, Any], tolerance: float) -> Non
         want = expected[name]
         if isinstance(value, Tensor):
             assert value.shape == want.shape, name
-            # An int8 value may fall on either side of a rounding.
+            # Rounding to int8 may differ by one.
             off = float((value.to(torch.float64) - want.to(torch.float64)).abs().max())
             assert off <= (tolerance if value.is_floating_point() else bool(tolerance)), (name, off)
         else:
@@ -101,7 +101,7 @@ def prompt(before: int, *images: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def conversations(kind: Kind, door: Callable[..., Pair], **options: Any) -> Callable[[], Conversation]:
-    """Starts conversations with one compiled model and its unmodified copy."""
+    """Return a function that starts conversations with a compiled model and its unmodified copy."""
     pair = door(kind.model(), policy="full", **options)
     if kind.traced:
         pair.reference.forward = torch.compile(pair.reference.forward, backend="eager", dynamic=True)
@@ -113,14 +113,14 @@ def conversations(kind: Kind, door: Callable[..., Pair], **options: Any) -> Call
 def check_turns(start: Callable[[], Conversation]) -> None:
     first = start()
     assert first.say(prompt(4, 0))["mode"] == "cold"
-    # A new image behind it: computed on the keys of the first turn.
+    # A new image after it, computed on the keys of the first turn.
     assert first.say(prompt(7, 1, seed=1))["mode"] == "cold"
 
     second = start()
     report = second.say(prompt(11, 0, seed=2))
     assert (report["mode"], hits(report)) == ("warm", [True])
     second.listen()
-    # The known image once more, at another place.
+    # The first image again, at another offset.
     report = second.say(prompt(2, 0, seed=3))
     assert (report["mode"], hits(report)) == ("warm", [True])
     assert report["rows_per_layer"][0] == report["num_tokens"] == 43
@@ -129,7 +129,7 @@ def check_turns(start: Callable[[], Conversation]) -> None:
     assert engine.refusals == []
     assert engine.stats()["calls"] == {"cold": 2, "warm": 2, "bypass": 0}
 
-    # A policy that looks first runs the program twice; caches are written, and lengths counted, once.
+    # A probing policy runs the program twice; caches are written, and lengths counted, once.
     third = start()
     with engine.using(policy="cacheblend", budget=1.0):
         report = third.say(prompt(9, 0, seed=4))
@@ -147,13 +147,13 @@ def check_turns(start: Callable[[], Conversation]) -> None:
         pytest.param("int8 per channel, read back", marks=pytest.mark.thorough),
     ],
 )
-def test_turns_with_the_api(name: str) -> None:
+def test_turns_with_compile(name: str) -> None:
     check_turns(conversations(KINDS[name], with_api))
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "dynamic"), [("static, hybrid", True), ("int8 per channel", None)])
-def test_turns_with_the_backend(name: str, dynamic: bool | None) -> None:
+def test_turns_with_backend(name: str, dynamic: bool | None) -> None:
     check_turns(conversations(KINDS[name], with_backend, dynamic=dynamic))
 
 
@@ -164,22 +164,22 @@ def test_turns_with_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_static_cache_with_inductor() -> None:
-    """The cold program alone: every other one takes half a minute to compile."""
+def test_static_cache_with_inductor() -> None:
+    """Only the cold program: each further program takes half a minute to compile."""
     talk = conversations(KINDS["static"], with_api, lowering="inductor", dynamic=True)()
     assert talk.say(prompt(4, 0))["mode"] == "cold"
     assert talk.pair.engine.refusals == []
 
 
 @pytest.mark.parametrize("door", [with_api, with_backend])
-def test_without_a_cache(door: Callable[..., Pair]) -> None:
+def test_prefill_without_cache(door: Callable[..., Pair]) -> None:
     start = conversations(Kind(llava, lambda _: None), door)
     for before, mode in [(4, "cold"), (9, "warm"), (2, "warm")]:
         assert start().say(prompt(before, 0, seed=before))["mode"] == mode
 
 
-def test_a_prefill_in_chunks() -> None:
-    """Text, an image, the question: each on the cache of those before."""
+def test_chunked_prefill() -> None:
+    """Text, an image and a question in three calls on one cache."""
     start = conversations(KINDS["dynamic"], with_api)
     start().say(prompt(4, 0))
     chunks = start()
@@ -187,7 +187,7 @@ def test_a_prefill_in_chunks() -> None:
     assert chunks.say(prompt(0, 0))["mode"] == "warm"
     engine, report = chunks.pair.engine, chunks.pair.report
     calls = engine.stats()["calls"]["bypass"]
-    # The question goes on behind the picture, whose report stays.
+    # The question continues the prompt; the report of the image stays.
     assert chunks.say({"input_ids": torch.arange(40, 52)[None]}) == report
     assert engine.stats()["calls"]["bypass"] == calls + 1
     chunks.listen()
@@ -198,10 +198,9 @@ def test_a_prefill_in_chunks() -> None:
 
 
 class Donated:
-    """The unmodified model; some rows of a span can be taken from another call, before positions enter.
+    """An unmodified model that can read some rows of a span from another call, before positions enter.
 
-    That is what reuse is, written straight down: every row is computed, and those that are not in the plan
-    have their keys and values replaced.
+    A reference for reuse: all rows are computed, and keys and values of rows outside the plan are replaced.
     """
 
     def __init__(self, model: Any) -> None:
@@ -235,7 +234,7 @@ class Donated:
         ("int8 per token", True),
     ],
 )
-def test_a_small_budget_gives_what_the_same_rows_give(name: str, past: bool) -> None:
+def test_small_budget_equals_same_rows(name: str, past: bool) -> None:
     kind = KINDS[name]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
     config = pair.reference.config
@@ -267,19 +266,19 @@ def test_a_small_budget_gives_what_the_same_rows_give(name: str, past: bool) -> 
     assert report["mode"] == "warm"
     assert report["rows_per_layer"] == (start + computed + 5,) * 3
     assert talk.logits is not None
-    assert not torch.allclose(talk.logits, unmodified, rtol=0, atol=1e-3)  # it is an approximation
+    assert not torch.allclose(talk.logits, unmodified, rtol=0, atol=1e-3)  # approximate
     talk.listen()
 
 
-def test_donors_are_not_made_on_a_past() -> None:
-    """Its keys may be reused ones: what is computed on them is not known to be exact."""
+def test_no_donors_recorded_after_past() -> None:
+    """The past may contain reused keys, so later rows are not known to be exact."""
     start = conversations(KINDS["dynamic"], with_api)
     engine, talk = start().pair.engine, start()
     talk.say(prompt(4, 0))
     stored = engine.stats()["store"]["entries"]
     for seed in (1, 2, 3):
         assert talk.say(prompt(4, 1, seed=seed))["mode"] == "cold"
-        features = int(seed == 1)  # the encoder's output is kept
+        features = int(seed == 1)  # the encoder's output is cached
         assert engine.stats()["store"]["entries"] == stored + features
         stored += features
     assert start().say(prompt(6, 1, seed=4))["mode"] == "cold"
@@ -287,8 +286,8 @@ def test_donors_are_not_made_on_a_past() -> None:
     assert start().say(prompt(9, 1, seed=5))["mode"] == "warm"
 
 
-def test_no_prefix_is_known_behind_a_past() -> None:
-    """The same tokens with other keys before them are other rows."""
+def test_no_prefix_reused_after_past() -> None:
+    """Equal tokens after another past have other rows."""
     kind = KINDS["dynamic"]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
     config = pair.reference.config
@@ -305,8 +304,8 @@ def test_no_prefix_is_known_behind_a_past() -> None:
 
 
 @pytest.mark.parametrize("name", ["static, allocated"])
-def test_an_empty_cache_of_fixed_size_is_no_past(name: str) -> None:
-    """Its places are hidden by the mask: donors are made, and a known prefix is exact."""
+def test_empty_static_cache_is_no_past(name: str) -> None:
+    """The mask hides its empty positions: donors are recorded, and an identical prefix is exact."""
     kind = KINDS[name]
     pair = with_api(kind.model(), policy="first_k", budget=0.1)
     config = pair.reference.config
@@ -326,11 +325,11 @@ def test_an_empty_cache_of_fixed_size_is_no_past(name: str) -> None:
 
 
 class Step(nn.Module):
-    """A decoding step of a layer with a cache, and a recurrent state, that it writes to.
+    """A decoding step of a layer that writes to a cache and to a recurrent state.
 
     Attributes:
-        kind: ``returned``: it returns a part of each as well. ``another form``: its attention is not
-            understood.
+        kind: ``returned``: the step returns a part of each as well. ``another form``: its attention is not
+            canonical.
     """
 
     def __init__(self, kind: str) -> None:
@@ -349,8 +348,8 @@ class Step(nn.Module):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("kind", ["returned", "another form"])
-def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
-    """Refused they may be, but nothing is lost by it."""
+def test_decoding_steps_log_nothing(kind: str, strict: bool) -> None:
+    """Refused or not, decoding steps log nothing."""
     pair = with_api(Step(kind), strict=strict)
     ours, theirs = ([torch.ones(1, 1, 16, 8), torch.ones(1, 1, 8)] for _ in range(2))
     for place in range(3):
@@ -363,13 +362,11 @@ def test_steps_are_silent_whatever_they_write(kind: str, strict: bool) -> None:
     assert pair.engine.refusals == []
 
 
-# Doors ------------------------------------------------------------------------------------------------------
+# Entry points -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_written", [False, True])
-def test_a_program_that_fails_leaves_the_cache_as_it_was(
-    has_written: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start = conversations(KINDS["static, allocated"], with_api)
     start().say(prompt(4, 0))
     plainly = EagerLowering.lower
@@ -386,12 +383,12 @@ def test_a_program_that_fails_leaves_the_cache_as_it_was(
 
     monkeypatch.setattr(EagerLowering, "lower", lower)
     talk = start()
-    assert talk.say(prompt(6, 0, seed=1))["mode"] == "bypass"  # and length and rows are written once
+    assert talk.say(prompt(6, 0, seed=1))["mode"] == "bypass"  # length and rows are written once
     talk.listen()
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])
-def test_generate_goes_on_from_turn_to_turn(implementation: str | None) -> None:
+def test_generate_over_several_turns(implementation: str | None) -> None:
     pair = with_api(llava(), policy="full")
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}

@@ -1,4 +1,4 @@
-"""One compilation at a time, unseen by other threads, and what a compiler lacks."""
+"""Compilation with several threads, and the tools that a compiler lacks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vlcache_fx.compiling import (
     SharedSettings,
     compiling,
     dynamo_settings,
-    raise_limit_of_function,
-    what_is_missing,
+    missing_tool,
+    raise_graph_limit,
 )
 
 from .runtime.helpers import own_compiler_state
@@ -34,7 +34,7 @@ def _compiler() -> Iterator[None]:
 
 
 def elsewhere(function: Callable[[], Result]) -> Result:
-    """What the function gives in another thread."""
+    """Return the result of ``function`` in another thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
 
@@ -43,7 +43,7 @@ def elsewhere(function: Callable[[], Result]) -> Result:
 
 
 @pytest.mark.parametrize("pre_dispatch", [False, True])
-def test_other_threads_call_compiled_functions_while_one_traces(pre_dispatch: bool) -> None:
+def test_compiling_other_threads_call_compiled_functions(pre_dispatch: bool) -> None:
     compiled = torch.compile(lambda x: x.sin() + 1, backend="eager")
     expected = compiled(torch.ones(3))
     seen = []
@@ -58,7 +58,7 @@ def test_other_threads_call_compiled_functions_while_one_traces(pre_dispatch: bo
     assert len(graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) == 1
 
 
-def test_other_threads_call_modules_as_ever_while_one_traces() -> None:
+def test_compiling_other_threads_call_modules() -> None:
     methods = (nn.Module.__call__, nn.Module.__getattr__)
     seen = []
 
@@ -71,7 +71,7 @@ def test_other_threads_call_modules_as_ever_while_one_traces() -> None:
     assert seen == [methods]
 
 
-def test_tracers_of_other_kinds_work_as_ever() -> None:
+def test_compiling_other_tracers() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -85,7 +85,7 @@ def test_tracers_of_other_kinds_work_as_ever() -> None:
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "call_function", "output"]
 
 
-def test_torch_is_left_as_it_was() -> None:
+def test_compiling_restores_torch() -> None:
     before = fx.Tracer.trace
     with compiling():
         with compiling():
@@ -97,7 +97,7 @@ def test_torch_is_left_as_it_was() -> None:
     assert fx.Tracer.trace is before
 
 
-def test_one_thread_compiles_at_a_time() -> None:
+def test_compiling_one_thread_at_a_time() -> None:
     inside, most, lock = 0, 0, threading.Lock()
 
     def compile_something(_: int) -> None:
@@ -140,19 +140,19 @@ def test_shared_settings_end_with_the_last_body() -> None:
     first, second = shared(patch), shared(patch)
     first.__enter__()
     second.__enter__()
-    first.__exit__(None, None, None)  # not in the order of a stack: these are two threads
+    first.__exit__(None, None, None)  # not nested: these are two threads
     assert setting == "ours"
     second.__exit__(None, None, None)
     assert setting == "default"
 
 
 def graphs_of_forms(limit: int | None, **options: Any) -> int:
-    """How many graphs a function gets that is called in twelve forms."""
+    """Return the number of graphs of a function that is called in twelve forms."""
     graphs = []
 
     def backend(graph_module: fx.GraphModule, _: Any) -> Any:
         if limit is not None:
-            raise_limit_of_function(limit)
+            raise_graph_limit(limit)
         graphs.append(graph_module)
         return graph_module.forward
 
@@ -171,17 +171,17 @@ def graphs_of_forms(limit: int | None, **options: Any) -> int:
     not hasattr(torch._dynamo.convert_frame.ConvertFrameAssert(None), "_recompile_limit"),  # type: ignore[arg-type]
     reason="this version of torch has no limit per function",
 )
-def test_a_backend_raises_the_limit_of_what_it_compiles() -> None:
+def test_raise_graph_limit_in_backend() -> None:
     assert graphs_of_forms(None) == 8
     assert graphs_of_forms(64) == 12
-    assert graphs_of_forms(64, recompile_limit=10) == 10  # the caller's own stays
+    assert graphs_of_forms(64, recompile_limit=10) == 10  # the user's limit stays
 
 
 # Compilers --------------------------------------------------------------------------------------------------
 
 
 def wrapped(error: Exception) -> Exception:
-    """As it comes out of Inductor, and as it is raised again by what calls that."""
+    """Return the error as Inductor raises it, and as its callers wrap it."""
     outer = RuntimeError("a segment failed")
     outer.__cause__ = exc.InductorError(error, None)
     return outer
@@ -195,18 +195,21 @@ def wrapped(error: Exception) -> Exception:
             'no C++ compiler was found: install one, such as g++, or use lowering="eager"',
         ),
         (exc.TritonMissing(None), "no working Triton was found: install it"),
-        (PermissionError(13, "Permission denied", "/opt/g++"), "the C++ compiler /opt/g++ may not be run"),
+        (
+            PermissionError(13, "Permission denied", "/opt/g++"),
+            "no permission to run the C++ compiler /opt/g++",
+        ),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(error: Exception, text: str) -> None:
+def test_missing_tool_message(error: Exception, text: str) -> None:
     for raised in (error, wrapped(error)):
-        found = what_is_missing(raised)
+        found = missing_tool(raised)
         assert found is not None
         assert found.startswith(text)
         assert 'lowering="eager"' in found
         assert "\n" not in found
 
 
-def test_other_failures_are_not_taken_for_it() -> None:
-    assert what_is_missing(wrapped(RuntimeError("no C++ compiler"))) is None
-    assert what_is_missing(exc.CppCompileError(["g++"], "error: expected ;")) is None
+def test_missing_tool_other_failures() -> None:
+    assert missing_tool(wrapped(RuntimeError("no C++ compiler"))) is None
+    assert missing_tool(exc.CppCompileError(["g++"], "error: expected ;")) is None

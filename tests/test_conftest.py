@@ -1,4 +1,4 @@
-"""The golden-file fixture: other tests trust it."""
+"""The fixture for golden files."""
 
 import shutil
 import subprocess

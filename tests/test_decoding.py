@@ -1,4 +1,4 @@
-"""Steps that decode have nothing to reuse, but their layers are compiled once, and with the same kernels."""
+"""Decoding steps: layers share a compilation and use the kernels for few rows; nothing is reused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Scaled(Decoder):
-    """Its factor is folded in, so calls with another one run the graph as it was."""
+    """Its factor is folded, so calls with another factor run the original graph."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Scaled(Decoder):
 
 
 class Sharing(nn.Module):
-    """Two layers of a step that attend to one cache of fixed size, which the first writes to."""
+    """Two layers that attend to one static cache, to which the first layer writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def compiled(**options: Any) -> Pair:
 
 
 def generated(model: Any, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor]:
-    """The ids, and the logits of all steps: [steps, vocabulary]."""
+    """Return the ids, and the logits of all steps, [steps, vocabulary]."""
     inputs = qwen_inputs(9 + seed, 7, [(8, 8, seed)], seed, 3)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False} | options
@@ -86,23 +86,23 @@ def check(pair: Pair, seed: int = 0, **options: Any) -> None:
 
 
 def compilations(pair: Pair) -> list[str]:
-    """The segments of steps that were compiled, in order."""
+    """Return the compiled segments of decoding steps, in order."""
     names = [name for name, _ in pair.engine.compile_cache.stats.compilations]
     return [name.partition("/")[2] for name in names if name.startswith("decoding step")]
 
 
-def test_layers_of_a_step_are_compiled_once() -> None:
+def test_step_layers_share_compilation() -> None:
     pair = compiled()
     check(pair)
     found = compilations(pair)
-    # A prompt leaves keys in another layout than a step does, so there are two kinds of steps.
+    # Keys have another layout after a prefill than after a step, so there are two kinds of steps.
     assert sorted(found) == ["layer.0", "layer.0", "prelude", "tail"]
     check(pair, seed=1)  # another length
     assert compilations(pair) == found
 
 
 @pytest.mark.thorough
-def test_lengths_that_are_traced_as_numbers_first() -> None:
+def test_step_lengths_static_first() -> None:
     pair = compiled(dynamic=None)
     for seed in range(2):
         check(pair, seed)
@@ -112,7 +112,7 @@ def test_lengths_that_are_traced_as_numbers_first() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["sliding_llava", "hybrid_llava"])
-def test_steps_with_a_window(name: str, cache: str) -> None:
+def test_step_with_sliding_window(name: str, cache: str) -> None:
     from . import caches  # needs transformers
 
     pair = with_api(getattr(caches, name)(), lowering="inductor", min_span_tokens=4)
@@ -125,13 +125,13 @@ def test_steps_with_a_window(name: str, cache: str) -> None:
     assert "layer.0" in compilations(pair)
 
 
-def test_without_compilation_nothing_is_compiled() -> None:
+def test_step_eager_compiles_nothing() -> None:
     pair = compiled(lowering="eager")
     check(pair)
     assert compilations(pair) == []
 
 
-def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
+def test_step_writes_static_cache_in_place() -> None:
     pair = compiled(strict=True)
     check(pair, cache_implementation="static")
     found = compilations(pair)
@@ -143,7 +143,7 @@ def test_rows_are_written_to_a_cache_of_fixed_size_where_it_lies() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_steps_of_several_padded_prompts(beams: int, cache: str) -> None:
+def test_step_of_padded_batch(beams: int, cache: str) -> None:
     pair = with_api(tiny_llava(LAYERS), lowering="inductor", min_span_tokens=4, policy="full")
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "num_beams": beams}
     options["cache_implementation"] = cache
@@ -155,7 +155,7 @@ def test_steps_of_several_padded_prompts(beams: int, cache: str) -> None:
     assert "layer.0" in compilations(pair)
 
 
-def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
+def test_step_with_shared_static_cache() -> None:
     model = Sharing()
     pair = with_backend(model, lowering="inductor", strict=True)
     keys, values = torch.randn(2, 1, 1, 9, 16, generator=torch.Generator().manual_seed(0))
@@ -170,7 +170,7 @@ def test_a_cache_of_fixed_size_that_two_layers_read() -> None:
     assert "layer.1" in compilations(pair)
 
 
-def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_lowering_failure_compiles_whole_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = []
 
     def failing(_: InductorLowering, __: Any, *, name: str) -> Lowered:
@@ -189,7 +189,7 @@ def test_a_step_that_cannot_be_lowered_stays_whole(monkeypatch: pytest.MonkeyPat
 
 @needs_kernel
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_steps_use_the_kernels_for_few_rows(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_uses_few_row_kernels(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     multiplied, attended = (kernel_calls(module, monkeypatch) for module in (linear, attention))
     pair = with_api(tiny_qwen2_5_vl(LAYERS).bfloat16(), lowering="inductor", min_span_tokens=4)
     generated(pair.model, cache_implementation=cache)
@@ -198,7 +198,7 @@ def test_steps_use_the_kernels_for_few_rows(cache: str, monkeypatch: pytest.Monk
     assert [count for *_, count, _, _ in multiplied].count(1) >= steps * 7 * LAYERS
 
 
-def test_keys_of_the_first_step_are_let_go() -> None:
+def test_step_frees_first_keys() -> None:
     model, given = Scaled(), step_inputs()
     with torch.no_grad():
         want = model(**given)[0]
@@ -208,6 +208,6 @@ def test_keys_of_the_first_step_are_let_go() -> None:
         got = pair.model(**given)[0]
     torch.testing.assert_close(got, want)
     del given
-    gc.collect()  # what is compiled is kept, and the graph for other factors with it
+    gc.collect()  # compiled graphs are kept, with the original graph for other factors
     assert compilations(pair) == ["prelude", "layer.0", "tail"]
     assert [one() for one in held] == [None] * len(held)

@@ -1,4 +1,4 @@
-"""Errors: one tree, readable sentences, plain data."""
+"""Errors: the tree, messages, and plain data."""
 
 import copy
 import inspect
@@ -18,7 +18,7 @@ CLASSES = [
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_every_error_is_in_the_tree_and_documented(cls: type[Exception]) -> None:
+def test_errors_are_documented(cls: type[Exception]) -> None:
     assert issubclass(cls, VlcacheError)
     assert cls.__dict__.get("__doc__")
     assert cls.__name__ in (errors.__doc__ or "")
@@ -28,7 +28,7 @@ def test_option_error_is_a_value_error() -> None:
     assert issubclass(OptionError, ValueError)
 
 
-def test_refusal_is_one_sentence_with_everything_in_it() -> None:
+def test_refusal_message() -> None:
     error = UnsupportedGraphError(
         Reason.UNKNOWN_OP, "aten.sort mixes tokens.", "sort_1", "model.py:12: x.sort()"
     )
@@ -38,13 +38,13 @@ def test_refusal_is_one_sentence_with_everything_in_it() -> None:
     )
 
 
-def test_refusal_without_a_place() -> None:
+def test_refusal_message_without_node() -> None:
     assert (
         str(UnsupportedGraphError(Reason.BATCHED, "2 samples")) == "graph not supported [batched]: 2 samples."
     )
 
 
-def test_refusal_as_json() -> None:
+def test_refusal_as_dict() -> None:
     error = UnsupportedGraphError(Reason.NO_MERGE, "none found", node="add")
     assert json.loads(json.dumps(error.as_dict())) == {
         "reason": "no_merge",
@@ -57,13 +57,13 @@ def test_refusal_as_json() -> None:
 @pytest.mark.parametrize(
     "error", [UnsupportedGraphError(Reason.NO_MERGE, "none", node="add"), PassError("b", ["a"], "broke")]
 )
-def test_errors_survive_a_trip_to_another_process(error: VlcacheError) -> None:
+def test_errors_pickle(error: VlcacheError) -> None:
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
     assert vars(again) == vars(error)
 
 
-def test_reasons_are_their_names() -> None:
+def test_reason_values_are_names() -> None:
     assert all(reason.value == reason.name.lower() for reason in Reason)
 
 
@@ -72,12 +72,12 @@ def test_reason_text_is_one_line() -> None:
     assert all(text and text == " ".join(text.split()) for text in texts)
 
 
-def test_reason_survives_copies() -> None:
+def test_reason_pickles() -> None:
     for reason in Reason:
         assert pickle.loads(pickle.dumps(reason)) is copy.deepcopy(reason) is Reason(str(reason)) is reason
 
 
-def test_pass_error_names_the_pass_and_those_before() -> None:
+def test_pass_error_message() -> None:
     error = PassError("splice_rows", ["tag", "insert_lookups"], "no frontier")
     assert str(error) == "pass 'splice_rows': no frontier (it ran after: tag, insert_lookups)."
     assert error.passes_before == ("tag", "insert_lookups")

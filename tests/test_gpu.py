@@ -1,4 +1,4 @@
-"""The whole system on a GPU."""
+"""The system on a GPU."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_a_moved_image_is_reused_on_a_gpu(lowering: str) -> None:
+def test_reuse_at_another_offset_on_gpu(lowering: str) -> None:
     unmodified = tiny_qwen2_5_vl().cuda()
     model = vlcache_fx.compile(copy.deepcopy(unmodified), lowering=lowering, policy="full")
     for before, mode in ((5, "cold"), (9, "warm")):
@@ -30,7 +30,7 @@ def test_a_moved_image_is_reused_on_a_gpu(lowering: str) -> None:
         assert torch.equal(result, expected)
 
 
-def test_donors_stay_on_the_device_and_weights_are_fingerprinted_there() -> None:
+def test_donors_and_fingerprints_on_gpu() -> None:
     model = vlcache_fx.compile(tiny_qwen2_5_vl().cuda(), lowering="eager")
     with torch.no_grad():
         for _ in range(2):
@@ -42,7 +42,7 @@ def test_donors_stay_on_the_device_and_weights_are_fingerprinted_there() -> None
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])
-def test_donors_of_the_host_tier_are_brought_in(lowering: str) -> None:
+def test_donors_of_host_tier_on_gpu(lowering: str) -> None:
     unmodified = tiny_qwen2_5_vl().cuda()
     model = vlcache_fx.compile(copy.deepcopy(unmodified), lowering=lowering, policy="full", store="host://")
     for before, images in (
@@ -62,7 +62,7 @@ def test_donors_of_the_host_tier_are_brought_in(lowering: str) -> None:
     assert [span["donor_tier"] for span in report["spans"]] == ["host", "host"]
 
 
-def test_a_recorded_warm_program_gives_what_the_model_gives() -> None:
+def test_cuda_graph_equals_model() -> None:
     unmodified = tiny_qwen2_5_vl().cuda()
     model = vlcache_fx.compile(copy.deepcopy(unmodified), policy="full", cuda_graphs=True)
     for seed in range(6):

@@ -1,4 +1,4 @@
-"""Who may import whom. Read from the source, so that imports inside functions count too."""
+"""The order of packages in imports, read from the source, with imports inside functions."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# A part imports from itself and from the lines above it, never from its own line or from below.
+# A package imports from itself and from the lines above, never from other packages of its line or below.
 ORDER = [
     ["errors", "version", "compiling"],
     ["plan", "keys", "ops", "options"],
@@ -32,7 +32,7 @@ ORDER = [
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
-# What serves: used without graphs, and usable where torch.fx changes. These import one another alone.
+# The packages that serve without graphs, independent of torch.fx. They import only each other.
 NO_GRAPHS = ["plan", "keys", "spec", "store", "policies", "runtime"]
 SERVES = {*NO_GRAPHS, "errors", "options", "version"}
 GRAPHS = ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
@@ -49,7 +49,7 @@ def part_of(path: Path) -> str:
 
 
 def imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything imported, but for what only type checkers see."""
+    """Yield line and dotted name of all imports, except those under ``TYPE_CHECKING``."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     todo: list[ast.AST] = [tree]
     while todo:
@@ -66,7 +66,7 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_upwards(path: Path) -> None:
+def test_imports_follow_order(path: Path) -> None:
     part = part_of(path)
     assert part in RANK, f"say in ORDER where {part} belongs"
     for line, name in imported(path):
@@ -78,13 +78,13 @@ def test_imports_point_upwards(path: Path) -> None:
         if other in RANK:
             assert RANK[other] < RANK[part], f"{path}:{line}: {part} may not import {other}"
         else:
-            # The package itself, for its version or its public names: for what lies above all of those.
+            # The package itself, for its version or public names: allowed above all of these.
             assert RANK[part] > RANK["api"], f"{path}:{line}: {part} may not import {name}"
 
 
 @pytest.mark.parametrize("part", NO_GRAPHS)
-def test_no_graph_code_where_none_belongs(part: str) -> None:
-    """Neither torch's, directly, nor ours (ir, capture, analysis, passes, lowering, ...), in any way."""
+def test_graph_free_packages_import_no_fx(part: str) -> None:
+    """Neither torch.fx directly, nor packages of the compile half (ir, capture, analysis, passes, ...)."""
     for path in sources():
         if part_of(path) == part:
             for line, name in imported(path):
@@ -105,15 +105,15 @@ print(*{name.split(".")[1] for name in sys.modules if name.startswith("vlcache_f
 """
 
 
-def test_serving_loads_no_graph_code() -> None:
-    """The same as seen by the interpreter: imports of all that serves load nothing of the compile side."""
+def test_serving_imports_no_fx() -> None:
+    """In an interpreter, imports of the serving packages load nothing of the compile half."""
     loaded = subprocess.run([sys.executable, "-c", SERVE], check=True, capture_output=True, text=True).stdout
     packages = set(loaded.split())
     assert packages >= {"runtime", "spec"}
     assert packages <= SERVES
 
 
-def test_the_reader_sees_imports_wherever_they_are(tmp_path: Path) -> None:
+def test_import_reader_finds_nested_imports(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
         "from typing import TYPE_CHECKING\n"

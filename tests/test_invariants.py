@@ -1,7 +1,7 @@
-"""What must hold for every request, shown against an unmodified copy of the model.
+"""Invariants of all requests, against an unmodified copy of the model.
 
-Full recompute and cold requests equal it, at any offset; a request that repeats its donor's prompt is exact
-at any budget; the KV cache is complete after a warm prefill.
+Full recompute and cold requests equal the model at any offset. A request that repeats its donor's prompt is
+exact at any budget. The KV cache is complete after a warm prefill.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LAYERS = 3
 TOLERANCE = 1e-5
 
 befores, afters = st.integers(0, 24), st.integers(2, 14)
-# Of tiny_vlm: (tokens, seed) of each image of a prompt.
+# For tiny_vlm: (tokens, seed) of each image of a prompt.
 image_lists = st.lists(st.tuples(st.integers(16, 40), st.integers(0, 3)), min_size=1, max_size=2)
-# Of Qwen: an even grid of at least 16 tokens.
+# For Qwen: an even grid of at least 16 tokens.
 grids = st.sampled_from([(8, 8), (8, 12), (12, 8), (16, 4), (4, 16), (10, 12)])
 policies = st.sampled_from(["layer_aware", "uniform", "first_k", "none"])
 budgets = st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0])
@@ -65,7 +65,7 @@ def llava(_compiler: None) -> Pair:
 
 
 def encoded(pair: Pair, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Qwen's arguments as ``generate()`` passes them on: encoder outputs and positions are there already."""
+    """Return Qwen's arguments as in ``generate()``, with encoder outputs and positions."""
     reference = pair.reference
     with torch.no_grad():
         features = reference.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -88,7 +88,7 @@ def generate(model: nn.Module, inputs: dict[str, Any], tokens: int = 5) -> Any:
 
 
 def reused_rows(report: dict[str, Any]) -> int:
-    """Token-layers that were computed inside hit spans."""
+    """Return the number of token-layers that were computed in hit spans."""
     spans = sum(span["length"] for span in report["spans"])
     return sum(rows - (report["num_tokens"] - spans) for rows in report["rows_per_layer"][:-1])
 
@@ -98,7 +98,7 @@ def reused_rows(report: dict[str, Any]) -> int:
 
 @settings(max_examples=15)
 @given(befores, afters, befores, afters, image_lists)
-def test_full_recompute_at_another_offset_is_bitwise(
+def test_full_recompute_bitwise_at_another_offset(
     vlm: Pair, before: int, after: int, before_2: int, after_2: int, images: list[tuple[int, int]]
 ) -> None:
     vlm.engine.clear()
@@ -114,7 +114,7 @@ def test_full_recompute_at_another_offset_is_bitwise(
 
 @settings(max_examples=8)
 @given(befores, afters, befores, afters, grids)
-def test_full_recompute_with_sectioned_rope_is_bitwise(
+def test_full_recompute_bitwise_with_mrope(
     qwen: Pair, before: int, after: int, before_2: int, after_2: int, grid: tuple[int, int]
 ) -> None:
     qwen.engine.clear()
@@ -130,7 +130,7 @@ def test_full_recompute_with_sectioned_rope_is_bitwise(
 
 @settings(max_examples=6)
 @given(befores, afters, befores, afters, st.integers(0, 2))
-def test_full_recompute_of_llava_is_bitwise(
+def test_full_recompute_bitwise_of_llava(
     llava: Pair, before: int, after: int, before_2: int, after_2: int, image: int
 ) -> None:
     llava.engine.clear()
@@ -151,7 +151,7 @@ def test_full_recompute_of_llava_is_bitwise(
     ],
     ids=str,
 )
-def test_every_kind_of_decoder_moves(shape: dict[str, Any]) -> None:
+def test_full_recompute_of_every_decoder(shape: dict[str, Any]) -> None:
     pair = with_backend(tiny_vlm(last_only=False, **shape), policy="full")
     assert pair.run(**tiny_vlm_inputs(3, 5, [(20, 0)]))[0] == 0.0
     off, report = pair.run(**tiny_vlm_inputs(17, 2, [(20, 0)], text_seed=1))
@@ -159,8 +159,8 @@ def test_every_kind_of_decoder_moves(shape: dict[str, Any]) -> None:
     assert off == 0.0
 
 
-def test_a_padded_prompt(llava: Pair) -> None:
-    """Masked tokens in front: an explicit mask, and positions that the mask decides."""
+def test_full_recompute_of_padded_prompt(llava: Pair) -> None:
+    """Padding before the prompt: an explicit mask, and positions that depend on the mask."""
     llava.engine.clear()
     inputs = llava_inputs(9, 5, [0])
     inputs["attention_mask"][:, :4] = 0
@@ -175,14 +175,14 @@ def test_a_padded_prompt(llava: Pair) -> None:
 
 @settings(max_examples=25)
 @given(befores, afters, image_lists, policies, budgets)
-def test_the_donors_own_prompt_is_exact_at_any_budget(
+def test_same_prompt_exact_at_any_budget(
     vlm: Pair, before: int, after: int, images: list[tuple[int, int]], policy: str, budget: float
 ) -> None:
-    """Also where a policy asks for rows that need no recompute."""
+    """Also if a policy chooses rows of an identical prefix."""
     asking = type("Asking", (type(get_policy(policy)),), {"keeps_prefix": False})
     vlm.engine.clear()
     if len({seed for _, seed in images}) < len(images):
-        images = images[:1]  # twice the same pixels in one prompt have one donor for two contexts
+        images = images[:1]  # equal pixels twice in a prompt have one donor for two contexts
     inputs = tiny_vlm_inputs(before, after, images)
     assert vlm.run(**inputs)[0] == 0.0
     with vlm.engine.using(policy=asking(), budget=budget):
@@ -199,7 +199,7 @@ def test_the_donors_own_prompt_is_exact_at_any_budget(
 
 @settings(max_examples=25)
 @given(befores, afters, befores, image_lists, policies, budgets)
-def test_the_budget_holds_behind_another_prompt(
+def test_budget_holds_after_other_prompt(
     vlm: Pair,
     before: int,
     after: int,
@@ -228,13 +228,13 @@ def check_budget(report: dict[str, Any], policy: str, budget: float) -> None:
     assert reused_rows(report) <= allowed
     assert report["token_layer_fraction"] == pytest.approx(reused_rows(report) / (sum(lengths) * LAYERS))
     if policy in ("uniform", "first_k", "layer_aware"):
-        assert reused_rows(report) >= LAYERS * len(lengths) * bool(share)  # a budget buys something
+        assert reused_rows(report) >= LAYERS * len(lengths) * bool(share)  # the budget has an effect
     if share == 1.0:
         assert report["token_layer_fraction"] == 1.0
 
 
-def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
-    """Without this, equalities above could hold because nothing is ever reused."""
+def test_small_budget_is_approximate(vlm: Pair) -> None:
+    """Without this, other tests could pass because nothing is reused."""
     vlm.engine.clear()
     vlm.run(**tiny_vlm_inputs(3, 5, [(40, 0)], text_seed=1))
     with vlm.engine.using(policy="none"):
@@ -244,21 +244,21 @@ def test_a_small_budget_is_really_approximate(vlm: Pair) -> None:
     assert off > 1e-3
 
 
-# Doors ------------------------------------------------------------------------------------------------------
+# Entry points -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_the_backend_serves_generate(dynamic: bool | None) -> None:
+def test_backend_generate(dynamic: bool | None) -> None:
     pair = with_backend(tiny_qwen2_5_vl(2), dynamic=dynamic, policy="full")
     check_generate(pair, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))
 
 
-def test_the_backend_serves_llava_generate() -> None:
+def test_backend_generate_llava() -> None:
     pair = with_backend(tiny_llava(2), dynamic=None, policy="full")
     check_generate(pair, lambda before, seed: llava_inputs(before, 5, [0], text_seed=seed))
 
 
-def test_compile_serves_generate(qwen: Pair) -> None:
+def test_compile_generate(qwen: Pair) -> None:
     qwen.engine.clear()
     check_generate(qwen, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))
 
@@ -279,7 +279,7 @@ def check_generate(pair: Pair, make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen", "llava"])
-def test_decoding_goes_on_after_a_prefill_at_two_per_cent(name: str, request: pytest.FixtureRequest) -> None:
+def test_decoding_after_prefill_at_two_percent(name: str, request: pytest.FixtureRequest) -> None:
     pair = request.getfixturevalue(name)
     pair.engine.clear()
     make = {
@@ -298,9 +298,9 @@ def test_decoding_goes_on_after_a_prefill_at_two_per_cent(name: str, request: py
         assert a.keys.shape == b.keys.shape
         assert a.values.shape == b.values.shape
         assert a.keys.isfinite().all()
-        # What comes before the first image is exact in every layer.
+        # Rows before the first image are exact in every layer.
         torch.testing.assert_close(a.keys[:, :, :13], b.keys[:, :, :13], rtol=0, atol=TOLERANCE)
-    # The first layer's keys and values depend on token and position alone: exact, moved rows included.
+    # The first layer's keys and values depend on token and position only, so moved rows are exact too.
     first, first_expected = got.past_key_values.layers[0], expected.past_key_values.layers[0]
     tokens = inputs["input_ids"].shape[1]
     torch.testing.assert_close(

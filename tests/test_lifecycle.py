@@ -1,4 +1,4 @@
-"""Compiled models come and go: nothing outlives them, and closing is no accident."""
+"""Compiled models are freed with all their state, and closed engines run the unmodified model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def used(**options: Any) -> Any:
     return model
 
 
-def test_a_model_takes_all_that_was_kept_for_it_along() -> None:
+def test_model_frees_engine_and_store() -> None:
     gone = []
     for _ in range(3):
         model = used()
@@ -62,7 +62,7 @@ def test_a_model_takes_all_that_was_kept_for_it_along() -> None:
         assert [one() for one in gone] == [None] * len(gone)
 
 
-def test_a_model_with_an_encoder_cache_too() -> None:
+def test_model_with_encoder_cache_frees_engine() -> None:
     model = vlcache_fx.compile(tiny_qwen2_5_vl(1), lowering="eager")
     with torch.no_grad():
         model.generate(**qwen_inputs(3, 4, [(8, 8, 0)]), max_new_tokens=2, do_sample=False)
@@ -72,7 +72,7 @@ def test_a_model_with_an_encoder_cache_too() -> None:
     assert [one() for one in gone] == [None] * len(gone)
 
 
-def test_an_engine_that_is_kept_keeps_no_model() -> None:
+def test_engine_does_not_keep_model() -> None:
     model = used()
     engine, gone = model.vlcache, [weakref.ref(weight) for weight in model.parameters()]
     assert engine.explain(**prompt())
@@ -83,7 +83,7 @@ def test_an_engine_that_is_kept_keeps_no_model() -> None:
         engine.explain(**prompt())
 
 
-def test_an_engine_of_many_models_keeps_none() -> None:
+def test_shared_engine_does_not_keep_models() -> None:
     options = {"lowering": "eager", "store": MemoryStore(1 << 30)}
     model = tiny_vlm(num_layers=LAYERS)
     model.forward = torch.compile(model.forward, backend="vlcache", options=options, dynamic=True)  # type: ignore[method-assign]
@@ -97,7 +97,7 @@ def test_an_engine_of_many_models_keeps_none() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_calls_after_close_are_right_and_say_so_once(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_close_then_call(strict: bool, caplog: pytest.LogCaptureFixture) -> None:
     pair = with_api(tiny_vlm(num_layers=LAYERS), policy="full", strict=strict)
     pair.run(**prompt())
     pair.engine.close()
@@ -113,7 +113,7 @@ def test_calls_after_close_are_right_and_say_so_once(strict: bool, caplog: pytes
     assert pair.engine.stats()["store_failures"] == 0
 
 
-def test_closed_before_the_first_call(caplog: pytest.LogCaptureFixture) -> None:
+def test_close_before_first_call(caplog: pytest.LogCaptureFixture) -> None:
     pair = with_api(tiny_vlm(num_layers=LAYERS))
     pair.engine.close()
     pair.engine.clear()
@@ -122,7 +122,7 @@ def test_closed_before_the_first_call(caplog: pytest.LogCaptureFixture) -> None:
     assert len(said(caplog)) == 1
 
 
-def test_a_store_that_its_other_user_closed() -> None:
+def test_store_closed_by_other_user() -> None:
     store = MemoryStore(1 << 30)
     pair, other = with_api(tiny_vlm(num_layers=LAYERS), store=store), Engine(None)
     other.close()
@@ -131,7 +131,7 @@ def test_a_store_that_its_other_user_closed() -> None:
     pair.engine.clear()
 
 
-def test_a_compiled_model_can_be_saved(tmp_path: Path) -> None:
+def test_compiled_model_saves(tmp_path: Path) -> None:
     model = vlcache_fx.compile(tiny_qwen2_5_vl(1), lowering="eager")
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Options: defaults as documented, everything else checked with a message that helps."""
+"""Options: defaults, checks and messages."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ class Nothing(Pass):
         return False
 
 
-def test_defaults() -> None:
+def test_parse_defaults() -> None:
     assert dataclasses.asdict(Options.parse({})) == {
         "policy": "layer_aware",
         "budget": 0.02,
@@ -74,7 +74,7 @@ def test_defaults() -> None:
         ("mode", None),
     ],
 )
-def test_valid_values_are_kept(name: str, value: Any) -> None:
+def test_parse_valid_values(name: str, value: Any) -> None:
     assert getattr(Options.parse({name: value}), name) == value
 
 
@@ -125,13 +125,13 @@ def test_valid_values_are_kept(name: str, value: Any) -> None:
         ("mode", True),
     ],
 )
-def test_bad_values_are_named(name: str, value: Any) -> None:
+def test_parse_bad_values(name: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
         Options.parse({name: value})
     assert f"{name}={value!r}" in str(caught.value)
 
 
-def test_unknown_names_get_the_valid_ones_and_a_suggestion() -> None:
+def test_parse_unknown_names() -> None:
     with pytest.raises(OptionError) as caught:
         Options.parse({"bugdet": 0.1, "zzz": 1})
     message = str(caught.value)
@@ -142,18 +142,18 @@ def test_unknown_names_get_the_valid_ones_and_a_suggestion() -> None:
         assert field.name in message
 
 
-def test_numpy_numbers_become_python_ones() -> None:
+def test_parse_numpy_numbers() -> None:
     options = Options.parse({"budget": np.float32(0.5), "capacity_bytes": np.int64(7)})
     assert (type(options.budget), options.budget) == (float, 0.5)
     assert (type(options.capacity_bytes), options.capacity_bytes) == (int, 7)
 
 
-def test_options_do_not_change() -> None:
+def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Options().budget = 0.5  # type: ignore[misc]
 
 
-def test_modes_are_settings_of_inductor_and_cuda_graphs_of_ours() -> None:
+def test_mode_sets_inductor_config_and_cuda_graphs() -> None:
     options = Options.parse({"mode": "max-autotune"})
     assert options.cuda_graphs
     assert options.inductor_config["max_autotune"] is True
@@ -169,18 +169,18 @@ def test_modes_are_settings_of_inductor_and_cuda_graphs_of_ours() -> None:
 @pytest.mark.parametrize(
     ("step", "places", "message"),
     [
-        (Nothing, {"before": "trim_tail"}, "is not a pass; is it the class"),
+        (Nothing, {"before": "trim_tail"}, "is not a pass object"),
         ("nothing", {"before": "trim_tail"}, "'nothing' is not a pass"),
-        (Nothing(), {}, "say before or after which pass 'nothing' runs"),
-        (Nothing(), {"before": "trim_tail", "after": "trim_tail"}, "say before or after which pass"),
+        (Nothing(), {}, "'nothing' needs either before= or after="),
+        (Nothing(), {"before": "trim_tail", "after": "trim_tail"}, "needs either before= or after="),
     ],
 )
-def test_inserted_pass_is_checked(step: Any, places: dict[str, str], message: str) -> None:
+def test_inserted_pass_bad_arguments(step: Any, places: dict[str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         InsertedPass(step, "warm", **places)
 
 
-def test_key_salt_tells_inserted_passes_apart() -> None:
+def test_key_salt_covers_inserted_passes() -> None:
     step = Nothing()
     options = [
         Options(salt="a"),

@@ -1,4 +1,4 @@
-"""What is declared by hand in pyproject.toml agrees with the disk, and a small wheel holds it."""
+"""pyproject.toml agrees with the files on disk, and the wheel contains them."""
 
 import re
 import shutil
@@ -25,14 +25,14 @@ def packages_on_disk() -> dict[str, Path]:
     return found
 
 
-def test_the_listed_packages_are_those_on_disk() -> None:
+def test_pyproject_lists_packages_on_disk() -> None:
     listed = PROJECT["tool"]["setuptools"]["packages"]
     assert listed == sorted(listed)
     assert set(listed) == set(packages_on_disk())
 
 
 @pytest.mark.parametrize("directory", packages_on_disk().values(), ids=packages_on_disk().keys())
-def test_every_package_says_what_it_is(directory: Path) -> None:
+def test_packages_have_docstrings(directory: Path) -> None:
     assert (directory / "__init__.py").read_text(encoding="utf-8").startswith('"""')
 
 
@@ -42,7 +42,7 @@ def entry_points() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "value"), entry_points())
-def test_entry_points_lead_somewhere(name: str, value: str) -> None:
+def test_entry_points_load(name: str, value: str) -> None:
     module, _, attribute = value.partition(":")
     for folder, package in sorted(FOLDERS.items(), key=lambda item: len(item[1]), reverse=True):
         if module.startswith(f"{package}."):
@@ -53,7 +53,7 @@ def test_entry_points_lead_somewhere(name: str, value: str) -> None:
     assert re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE), f"{path} has no {attribute}"
 
 
-def test_what_make_env_installs_is_pinned() -> None:
+def test_make_env_pins_versions() -> None:
     pinned = set()
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -69,7 +69,7 @@ def test_what_make_env_installs_is_pinned() -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_where_it_is_imported_from(tmp_path: Path) -> None:
+def test_wheel_contains_every_module(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for folder in FOLDERS:

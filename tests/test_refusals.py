@@ -1,7 +1,7 @@
-"""Every reason to refuse, each with the smallest model that gives it, through ``vlcache_fx.compile``.
+"""All reasons for refusing a graph, each with a minimal model, through ``vlcache_fx.compile``.
 
-What analysis refuses, and in which words, is tested there; here that a refusal reaches the user: as an error
-with ``strict``, and else in the counts and reports, while the model runs as it would without this package.
+A refusal reaches the user as an error with ``strict``, and else in counts and reports, while the model runs
+as it would without this package. Tests of analysis cover the conditions and messages of refusals.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Part(nn.Module):
-    """A function in the place of a module."""
+    """A function as a module."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def images_see_all(x: Tensor) -> Tensor:
 
 
 class Other(TinyVlm):
-    """With something between the merge and the decoder, or in its place."""
+    """A model with a function between the merge and the decoder, or instead of the decoder."""
 
     kind = "plain"
 
@@ -97,7 +97,7 @@ def other(kind: str) -> Any:
 
 
 def with_part(name: str, function: Callable[[Tensor], Tensor]) -> Any:
-    """Each layer's ``attention`` or ``mlp`` replaced by a function."""
+    """Return a model with each layer's ``attention`` or ``mlp`` replaced by a function."""
     model = tiny_vlm(last_only=False)
     for layer in model.decoder.layers:
         setattr(layer, name, Part(function))
@@ -105,7 +105,7 @@ def with_part(name: str, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class HiddenStates(TinyVlm):
-    """Returns what leaves its first layer."""
+    """Returns the output of its first layer."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         embeds = self.embed(input_ids)
@@ -133,14 +133,14 @@ class OneQuery(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One reason.
+    """A reason, and a model with this reason.
 
     Attributes:
-        model: makes the model.
-        inputs: of the call.
-        raises: with ``strict``, and counted without; False for what is no error.
-        reported: as a bypass with this reason.
-        no_grad: around the calls.
+        model: function that builds the model.
+        inputs: inputs of the call.
+        raises: True if ``strict`` raises the reason; without ``strict`` it is counted.
+        reported: True if calls are reported as bypasses with this reason.
+        no_grad: True to run calls without gradients.
     """
 
     model: Callable[[], Any]
@@ -174,11 +174,11 @@ CASES: dict[Reason, Case] = {
     Reason.GRAD_REQUIRED: Case(tiny_vlm, ONE, no_grad=False),
     Reason.DATA_DEPENDENT: Case(lambda: other("pruned"), ONE),
 }
-"""All but LOWERING_FAILED, for which there is no model: see below."""
+"""All except LOWERING_FAILED, which needs no special model: see below."""
 
 
 def call(model: Any, case: Case) -> Any:
-    # Clones, because one of the models writes to its inputs.
+    # Clones, because a model writes to its inputs.
     with torch.set_grad_enabled(not case.no_grad):
         return model(**{name: value.clone() for name, value in case.inputs.items()})
 
@@ -190,7 +190,7 @@ def same(got: Any, expected: Any) -> bool:
 
 
 def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
-    """The model's own answers, and what is said of them."""
+    """Check that results equal the model's, and that the reason is counted and reported."""
     for _ in range(2):
         assert same(call(pair.model, case), call(pair.reference, case))
     stats, report = pair.engine.stats(), pair.engine.last_report
@@ -202,13 +202,13 @@ def check_unmodified(pair: Pair, case: Case, reason: Reason) -> None:
         assert f"[{reason.value}]" in report["reason"]
 
 
-def test_every_reason_has_a_case() -> None:
+def test_reasons_are_covered() -> None:
     elsewhere = {
         Reason.LOWERING_FAILED,
         Reason.NO_COMPILER,  # tests/runtime/test_unmodified.py
         Reason.NO_LOGITS,  # refuses shadow runs: tests/runtime/test_shadow.py
         Reason.RANDOM,  # tests/analysis/test_computation.py
-        Reason.UNCOMPILED,  # of calls that bring no graph: tests/runtime/test_regions.py
+        Reason.UNCOMPILED,  # of calls without a graph: tests/runtime/test_regions.py
         Reason.WEIGHTS_UNREADABLE,  # refuses calls: tests/capture/test_wrapped.py
     }
     of_calls_and_spans = {  # tests/runtime/test_reasons.py
@@ -234,7 +234,7 @@ def test_strict_raises_the_reason(reason: Reason) -> None:
 
 
 @pytest.mark.parametrize("reason", [reason for reason, case in CASES.items() if not case.raises])
-def test_strict_lets_pass_what_is_no_error(reason: Reason) -> None:
+def test_strict_accepts_graphs_without_error(reason: Reason) -> None:
     check_unmodified(with_api(CASES[reason].model(), strict=True), CASES[reason], reason)
 
 
@@ -257,8 +257,8 @@ LOWERED = Case(tiny_vlm, ONE)
 
 
 @pytest.mark.usefixtures("_broken")
-def test_what_does_not_compile_runs_unmodified() -> None:
-    """Programs are lowered when first called: the graph was not refused, its calls say that they bypass."""
+def test_lowering_failure_runs_model() -> None:
+    """Programs are lowered in their first call: the graph is not refused, its calls are bypasses."""
     pair = with_api(tiny_vlm())
     for _ in range(2):
         assert same(call(pair.model, LOWERED), call(pair.reference, LOWERED))
@@ -270,7 +270,7 @@ def test_what_does_not_compile_runs_unmodified() -> None:
 
 
 @pytest.mark.usefixtures("_broken")
-def test_strict_raises_that_it_does_not_compile() -> None:
+def test_strict_raises_lowering_failure() -> None:
     pair = with_api(tiny_vlm(), strict=True)
     with pytest.raises(UnsupportedGraphError, match="deliberate") as refusal:
         call(pair.model, LOWERED)

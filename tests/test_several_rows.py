@@ -1,4 +1,4 @@
-"""Results made of several last tokens, or of any: a selection of rows, however calls say it."""
+"""Results of several selected tokens (``logits_to_keep``), chosen by a number or by indices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAYS = ("last", "from the end", "from", "until", "places", "index_select", "sing
 
 
 class Choosing(nn.Module):
-    """Logits of the tokens that the call asks for, in one of ``WAYS``."""
+    """A model that returns logits of selected tokens, in one of ``WAYS``."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def choosing(way: str, **options: Any) -> Pair:
         for way in WAYS
     ],
 )
-def test_rows_that_calls_choose_are_computed_and_no_others(way: str) -> None:
+def test_selected_rows_are_computed(way: str) -> None:
     pair = choosing(way, policy="none")
     first, second = tiny_vlm_inputs(5, 9, [(24, 0)]), tiny_vlm_inputs(11, 9, [(24, 0)], text_seed=1)
     is_tensor = way in ("places", "index_select")
@@ -90,7 +90,7 @@ def test_rows_that_calls_choose_are_computed_and_no_others(way: str) -> None:
             assert report["mode"] == "warm"
 
 
-def test_all_rows_and_none() -> None:
+def test_selection_of_all_rows_and_none() -> None:
     pair = choosing("last", policy="full")
     given = tiny_vlm_inputs(5, 9, [(24, 0)])
     for keep in (3, 0, 38, 1, 0):
@@ -99,14 +99,14 @@ def test_all_rows_and_none() -> None:
     assert report["mode"] == "warm"
 
 
-def test_a_single_row_in_a_graph_for_any_number() -> None:
+def test_selection_of_single_row() -> None:
     pair = choosing("from", policy="full")
     given = tiny_vlm_inputs(5, 9, [(24, 0)])
     for keep in (30, 36, 37):
         assert pair.run(**given, keep=keep)[0] < TOLERANCE
 
 
-def test_places_that_are_not_there_fail_as_they_do_without_reuse() -> None:
+def test_selection_out_of_range() -> None:
     pair = choosing("places", policy="full")
     given = tiny_vlm_inputs(5, 9, [(24, 0)])
     pair.run(**given, keep=torch.tensor([1, 2, 3]))
@@ -115,7 +115,7 @@ def test_places_that_are_not_there_fail_as_they_do_without_reuse() -> None:
             run(**given, keep=torch.tensor([1, 2, 400]))
 
 
-def test_how_many_rows_results_need_is_no_part_of_what_is_known_exactly() -> None:
+def test_selection_is_not_part_of_keys() -> None:
     pair = choosing("last", policy="none")
     given = tiny_vlm_inputs(5, 9, [(24, 0)])
     for keep in (2, 3, 5):
@@ -125,7 +125,7 @@ def test_how_many_rows_results_need_is_no_part_of_what_is_known_exactly() -> Non
 
 
 @pytest.mark.parametrize("family", [tiny_qwen2_5_vl, pytest.param(tiny_llava, marks=pytest.mark.thorough)])
-def test_donors_of_one_row_serve_several_and_the_other_way_round(family: Any) -> None:
+def test_donors_shared_between_selections(family: Any) -> None:
     pair = with_api(family(2), policy="full", min_span_tokens=4)
 
     def given(before: int, image: int) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_donors_of_one_row_serve_several_and_the_other_way_round(family: Any) ->
     assert modes == ["cold", "warm", "cold", "warm", "warm"]
 
 
-def test_inductor_takes_any_number_of_rows() -> None:
+def test_selection_with_inductor() -> None:
     pair = choosing("last", policy="full", lowering="inductor")
     for number, keep in enumerate((4, 9)):
         off, report = pair.run(**tiny_vlm_inputs(5 + number, 9, [(24, 0)]), keep=keep)
@@ -151,7 +151,7 @@ def test_inductor_takes_any_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("how", [pytest.param("assistant", marks=pytest.mark.thorough), "prompt lookup"])
-def test_assisted_decoding_reuses_and_answers_alike(how: str) -> None:
+def test_assisted_decoding_equals_model(how: str) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full", min_span_tokens=4)
     helper = (
         {"assistant_model": tiny_qwen2_5_vl(1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
@@ -164,7 +164,7 @@ def test_assisted_decoding_reuses_and_answers_alike(how: str) -> None:
                 for model in (pair.model, pair.reference)
             ]
         assert torch.equal(*answers)
-        # Drafts are checked in calls of their own; the report is still the prefill's.
+        # Drafts are checked in separate calls; the report is that of the prefill.
         assert pair.report["num_tokens"] >= before + 6 + 16
         assert [span["start"] for span in pair.report["spans"]] == [before + 1]
     calls = pair.engine.stats()["calls"]

@@ -1,8 +1,8 @@
-"""Many models of equal weights share one store: none is ever served what another one computed.
+"""Many models of equal weights share a store: none reuses rows of a model that computes something else.
 
-Models are mutated at random in what is no weight: constants, hooks, buffers, activations, the order of
-two operators, rotary embeddings, windows, heads, positions, autocast. Each must give what it gives with a
-store of its own, whatever the models before it left in the shared one.
+Everything except weights is mutated at random: constants, hooks, buffers, activations, the order of two
+operators, rotary embeddings, windows, heads, positions, autocast. Results of each model must be the same with
+the shared store as with a store of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CALLS = (
     tiny_vlm_inputs(12, 6, [(20, 0)], text_seed=2),
     tiny_vlm_inputs(7, 5, [(20, 1), (20, 0)], text_seed=3),
 )
-"""A picture, the same behind another prompt, the very same prompt, and behind another picture."""
+"""An image, the same image after another prompt, the first prompt again, and after another image."""
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "times 2": lambda y: y * 2,
@@ -138,7 +138,7 @@ def _compiler() -> Iterator[None]:
 
 
 def run(pair: Pair, store: MemoryStore) -> tuple[list[Tensor], list[str]]:
-    """What each call gives with ``store``, and its mode."""
+    """Return the result of each call with ``store``, and its mode."""
     found, modes = [], []
     pair.engine.store = store
     pair.engine.missed.clear()
@@ -149,7 +149,7 @@ def run(pair: Pair, store: MemoryStore) -> tuple[list[Tensor], list[str]]:
 
 
 def check_entries(own: MemoryStore, shared: MemoryStore) -> int:
-    """Equal keys (and the same contexts) mean equal rows; the number of entries that both have."""
+    """Check that entries with equal keys and contexts have equal rows; return their number."""
     common = 0
     for key, entry in own._entries.items():
         other = shared.get(key)
@@ -161,7 +161,7 @@ def check_entries(own: MemoryStore, shared: MemoryStore) -> int:
 
 
 class Checked:
-    """Counts what was compared."""
+    """Counts of comparisons."""
 
     def __init__(self) -> None:
         self.store, self.models, self.entries = MemoryStore(1 << 30), 0, 0
@@ -174,7 +174,7 @@ class Checked:
             mutate(model)
         model.encoder.register_forward_hook(
             lambda module, x, y: y.float()
-        )  # autocast leaves embeddings alone
+        )  # autocast does not change embeddings
         own = MemoryStore(1 << 30)
         pair = make(model, policy=policy, store=own)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -182,9 +182,9 @@ class Checked:
             given, modes = run(pair, self.store)
             expected = [pair.reference(**call) for call in CALLS]
         torch._dynamo.reset()
-        is_refused = first[0] == "bypass"  # an operator that nobody knows to work token by token
+        is_refused = first[0] == "bypass"  # an operator that is not known to be token-wise
         assert first[0] == "cold" or set(first) == {"bypass"}
-        # The very same prompt; behind another one, halved positions can make another item of it.
+        # The same prompt only: after another prompt, halved positions can give the item another key.
         assert modes[2] == ("bypass" if is_refused else "warm")
         self.entries += check_entries(own, self.store)
         self.models += 1
@@ -193,7 +193,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.thorough)])
-def test_no_model_is_served_what_another_one_computed(count: int, request: pytest.FixtureRequest) -> None:
+def test_models_never_share_other_weights(count: int, request: pytest.FixtureRequest) -> None:
     checked = Checked()
     checked.check([], False, "full", with_backend)
 

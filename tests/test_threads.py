@@ -1,4 +1,4 @@
-"""Several threads call several models while everything is compiled: no call fails, nothing is refused."""
+"""Several threads call several models during compilation: no call fails, nothing is refused."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def _compiler() -> Iterator[None]:
 
 
 def prompt(number: int) -> Mapping[str, Tensor]:
-    """Of a few lengths, with one of two images."""
+    """Return a call of one of a few lengths, with one of two images."""
     return tiny_vlm_inputs(3 + number % 3, 4, [(20, number % 2)], text_seed=number)
 
 
 def models(compiled: Callable[..., Pair], **options: Any) -> list[Pair]:
-    """Two models of unlike structure, nothing of them compiled."""
+    """Return two models of different structure, before compilation."""
     made = [tiny_vlm(num_layers=1, last_only=False), tiny_vlm(num_layers=1, explicit_mask=True, seed=1)]
     return [compiled(model, policy="full", salt=unique_salt(), **options) for model in made]
 
 
 def off(pairs: list[Pair], number: int) -> float:
-    """How far one call is from the unmodified model's result."""
+    """Return the distance of a call's result from that of the unmodified model."""
     pair = pairs[number // 2 % len(pairs)]
     with torch.no_grad():
         return distance(pair.model(**prompt(number)), pair.reference(**prompt(number)))
@@ -54,9 +54,9 @@ def check(pairs: list[Pair], offs: list[float]) -> None:
 
 
 @pytest.mark.parametrize("compiled", [with_api, with_backend])
-def test_eight_threads_begin_together(compiled: Callable[..., Pair]) -> None:
+def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
     pairs = models(compiled)
-    # Settings of Dynamo are those of a thread.
+    # Settings of Dynamo are per thread.
     settings = [contextvars.copy_context() for _ in range(3 * THREADS)]
     with ThreadPoolExecutor(THREADS) as pool:
         work = [pool.submit(one.run, off, pairs, number) for number, one in enumerate(settings)]
@@ -81,12 +81,12 @@ def test_threads_while_inductor_compiles(monkeypatch: pytest.MonkeyPatch, tmp_pa
         check(pairs, list(pool.map(lambda number: off(pairs, number), range(2 * THREADS))))
 
 
-def test_what_is_compiled_does_not_wait_for_a_compilation() -> None:
+def test_compiled_calls_do_not_wait_for_compilation() -> None:
     pair = with_api(tiny_vlm(num_layers=1, last_only=False), policy="full")
     for number in range(3):
         off([pair], number)
     with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(compile_lock.acquire).result()  # as by a compilation that takes long
+        held = pool.submit(compile_lock.acquire).result()  # as during a long compilation
         try:
             assert held
             assert off([pair], 1) <= 1e-5

@@ -1,7 +1,6 @@
 """Reuse of vision encoder outputs and KV caches for vision-language models, as a ``torch.compile`` backend.
 
-Names are resolved on first use, so that ``import vlcache_fx`` costs next to nothing and does not import
-torch.
+Names are imported on first use: ``import vlcache_fx`` alone is fast and does not import torch.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Not cached in this module: Python's import system does that for the modules, and the look-up is cheap.
+    # Not cached here: Python caches the modules.
     home, _, inner = _HOMES.get(name, "vlcache_fx.errors").partition(":")
     return getattr(import_module(home), inner or name)
 

@@ -1,4 +1,4 @@
-"""The public functions beside the backend."""
+"""The public functions ``compile`` and ``mark_spans``."""
 
 import functools
 import weakref
@@ -37,22 +37,24 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after torch.compile
-    """Compile ``model`` for reuse: ``torch.compile(backend="vlcache")`` and an encoder cache.
+    """Compile ``model`` in place with the backend ``vlcache``, and cache its encoder outputs.
 
-    The model itself is changed (its ``forward`` is compiled, its encoders are cached) and returned, so that
-    ``generate()`` and everything else that calls it benefits. ``model.vlcache`` is its engine. Calls in which
-    torch records gradients run the plain ``forward``.
+    ``forward`` is replaced, so ``generate()`` and every other caller of the model gets the compiled one.
+    ``model.vlcache`` is the engine. Calls that record gradients run the original ``forward``.
 
-    A model within a wrapper, such as an adapter of PEFT, is what is compiled; the wrapper is returned, and
-    has ``vlcache`` too. Once the model is gone, so is all that was kept for it. It can be saved, but not be
-    copied or pickled.
+    Of a wrapped model, such as a PEFT adapter, the inner model is compiled; the wrapper has ``vlcache`` too.
+    The engine and its store are freed with the model. A compiled model can be saved, but neither copied nor
+    pickled.
 
     Args:
-        model: a vision-language model; for models of the transformers library encoder outputs are cached too.
+        model: a vision-language model. Encoder outputs are cached for models of the transformers library.
         **options: see ``Options``.
 
+    Returns:
+        ``model``.
+
     Raises:
-        OptionError: an option is unknown or has a bad value, ``model`` is no model, or it is compiled
+        OptionError: an option is unknown or has a bad value, or ``model`` is not a module or is compiled
             already.
     """
     parsed = Options.parse(options)
@@ -85,7 +87,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
                 result = turns.run(lambda: compiled(*args, **joined))
             except BackendCompilerFailed as failure:
                 if isinstance(failure.inner_exception, VlcacheError):
-                    raise failure.inner_exception from None  # strict: the typed refusal, not Dynamo's wrapper
+                    raise failure.inner_exception from None  # with ``strict``: not Dynamo's wrapper
                 raise
         if engine.graph_calls == before:
             engine.ran_uncompiled(uncompiled_refusal())
@@ -96,18 +98,18 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     hook_placeholder_check(inner)
     engine.explains(forward, explanation)
     object.__setattr__(inner, "forward", forward)
-    for one in {id(one): one for one in (inner, getattr(inner, "base_model", inner))}.values():
-        refuse_copies(one)
-    for one in (inner, model):
-        object.__setattr__(one, "vlcache", engine)
+    for module in {id(module): module for module in (inner, getattr(inner, "base_model", inner))}.values():
+        refuse_copies(module)
+    for module in (inner, model):
+        object.__setattr__(module, "vlcache", engine)
     return model
 
 
 class _Backend:
-    """The backend of one model, as Dynamo takes it.
+    """Dynamo backend of one model.
 
-    Dynamo forgets neither a backend nor what it returns, as long as the code of ``forward`` is there. So
-    neither holds the engine, and its store with it: the engine holds what was compiled.
+    Dynamo keeps a backend and its results as long as the code of ``forward`` exists. Both therefore refer to
+    the engine weakly, so that its store can be freed; the engine owns the compiled graphs.
     """
 
     def __init__(self, engine: Engine, turns: Turns) -> None:
@@ -116,7 +118,7 @@ class _Backend:
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         engine = _alive(self._engine)
         turns = self._turns()
-        assert turns is not None  # as for the engine
+        assert turns is not None  # owned by ``forward``, like the engine
         turns.check()
         compiled, own = compile_graph(graph_module, example_inputs, engine), self._engine
         number = next(engine.graph_numbers)
@@ -131,7 +133,7 @@ class _Backend:
 
 def _alive(own: weakref.ref[Engine]) -> Engine:
     engine = own()
-    assert engine is not None  # whoever calls the model has it
+    assert engine is not None  # the model owns it, and the model is being called
     return engine
 
 

@@ -1,10 +1,10 @@
 """The ``torch.compile`` backend: ``torch.compile(model, backend="vlcache", options={...})``.
 
-For every graph that Dynamo hands over::
+Each graph from Dynamo takes four steps::
 
     capture -> clean up -> classify -> compile
 
-``compiler.kinds`` has the kinds of graphs. A graph of none of them runs unmodified, for a typed reason.
+``compiler.kinds`` lists the kinds of graphs. Any other graph runs unmodified, and the report has the reason.
 """
 
 import functools
@@ -31,16 +31,16 @@ def vlcache(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """The backend as ``torch.compile`` calls it, found through the entry point ``vlcache``.
+    """Compile a graph for ``torch.compile``, which finds this function by the entry point ``vlcache``.
 
-    Graphs compiled with equal options share one engine, and so their donors: keys are complete, so models do
-    not mix. ``engine_for(options)`` gives it. ``torch.compile(mode=...)`` is the option ``mode``.
+    Graphs compiled with equal options share one engine, ``engine_for(options)``, and its store. Keys cover
+    the weights, so models do not share donors. ``torch.compile(mode=...)`` sets the option ``mode``.
 
-    Dynamo's ``recompile_limit`` is raised in this process if it has torch's default.
+    Raises Dynamo's ``recompile_limit`` in this process, unless it was changed from torch's default.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
-        UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.
+        UnsupportedGraphError: the graph cannot be rewritten, and ``strict`` is set.
     """
     engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
     raise_limits()
@@ -49,9 +49,9 @@ def vlcache(
 
 
 def engine_for(options: Mapping[str, Any] | None = None) -> Engine:
-    """The engine that ``torch.compile(backend="vlcache")`` uses for these options in this process."""
+    """Return the engine of ``torch.compile(backend="vlcache", options=options)`` in this process."""
     parsed = Options.parse(options)
-    with _engine_lock:  # threads that ask at once get one engine, not one each
+    with _engine_lock:  # lru_cache alone may create one engine per thread
         return _engine(parsed)
 
 
@@ -60,12 +60,12 @@ _engine_lock = threading.Lock()
 
 @functools.lru_cache(maxsize=32)
 def _engine(options: Options) -> Engine:
-    # A backend is a bare function to Dynamo; per process and options is the only place where state can live.
+    # Dynamo takes a bare function as a backend, so its state belongs to the process and the options.
     return Engine(options)
 
 
 def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
-    """Compile one graph for ``engine``. The result takes the graph's inputs and returns its outputs."""
+    """Compile a graph for ``engine`` into a function from the graph's inputs to its outputs."""
     compiled = compile_traced(
         Traced.by_dynamo(graph_module, example_inputs, configured(engine.options)), engine
     )
@@ -74,7 +74,7 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
     def run(*args: Any) -> Sequence[Any]:
         engine.note_graph_call()
         if not with_gradients and records_gradients(args):
-            # Dynamo may skip the guards of parameters: requires_grad_() on a compiled model can come here.
+            # Dynamo may skip guards on parameters, so requires_grad_() need not cause a recompilation.
             engine.bypass(gradient_refusal())
             results: Sequence[Any] = graph_module(*args)
             return results

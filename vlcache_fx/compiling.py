@@ -1,7 +1,7 @@
-"""One compilation at a time in a process, unseen by threads that compile nothing; and what compilers lack.
+"""Compilation in processes with several threads, and the tools that a compiler lacks on this machine.
 
-Torch traces and compiles with state of the whole process: two traces at once spoil each other, and while one
-goes on, whatever calls a compiled function in another thread is told that it is being traced itself.
+Torch traces and compiles with state of the whole process. Two traces at once corrupt each other, and during a
+trace, calls of compiled functions in other threads fail because they seem to be traced as well.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, cast
 
-__all__ = ["compiling", "dynamo_settings", "raise_limit_of_function", "what_is_missing"]
+__all__ = ["compiling", "dynamo_settings", "missing_tool", "raise_graph_limit"]
 
 FLAG = "_is_fx_tracing_flag"
-"""A global of torch's tracer that says to all threads that something is traced."""
+"""A global of torch's tracer that is true for all threads while any thread traces."""
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Capture, rewrite, lower and compile in the body: no other thread does meanwhile.
+    """Capture, rewrite, lower and compile in the body, one thread at a time.
 
-    The lock is that of torch's own compiler, so that no two locks can cross; a thread may take it again.
-    Threads that call what is compiled do not wait for it.
+    The lock is that of torch's compiler, so there is no lock order to violate. It is reentrant. Calls of
+    compiled functions do not wait for it.
     """
     from torch._dynamo.convert_frame import compile_lock
 
@@ -37,14 +37,14 @@ def compiling() -> Iterator[None]:
 
 @contextmanager
 def _private_traces() -> Iterator[None]:
-    """Traces in the body leave no mark on the rest of the process. The lock is held."""
+    """Hide traces in the body from other threads. The caller has the lock."""
     import torch._dynamo
     from torch import fx
 
-    shared = fx.Tracer.trace  # Dynamo, once used, has wrapped it
+    shared = fx.Tracer.trace  # wrapped by Dynamo after its first use
     original = inspect.unwrap(shared)
     if not isinstance(original, FunctionType) or FLAG not in original.__globals__:
-        yield  # in a body of this kind, or in a torch that traces in another way
+        yield  # nested, or a version of torch with another tracer
         return
     private = _private(original)
     wrapped = private if shared is original else torch._dynamo.disable(private)  # type: ignore[no-untyped-call]
@@ -56,24 +56,24 @@ def _private_traces() -> Iterator[None]:
 
 
 def _private(trace: FunctionType) -> Any:
-    """``fx.Tracer.trace`` that sets its flag where no other thread looks.
+    """Return ``fx.Tracer.trace`` with a private flag.
 
-    It also replaces the methods by which modules are called, for all threads. ``make_fx`` has no use for
-    that (it traces what reaches the dispatcher), so its traces go without.
+    ``trace`` also patches ``nn.Module.__call__`` and ``__getattr__`` for all threads. ``make_fx`` traces at
+    the dispatcher and needs no patches, so its traces get none.
     """
     from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
-    unseen = _with_globals(trace, {})
-    alone = _with_globals(trace, {"_new_patcher": _no_patches})
+    patching = _with_globals(trace, {})
+    unpatched = _with_globals(trace, {"_new_patcher": _no_patches})
 
     def private(self: Any, root: Any, concrete_args: Any = None) -> Any:
-        return (alone if type(self) is PythonKeyTracer else unseen)(self, root, concrete_args)
+        return (unpatched if type(self) is PythonKeyTracer else patching)(self, root, concrete_args)
 
     return private
 
 
 def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionType:
-    """The same function, with globals of its own."""
+    """Return a copy of ``function`` with its own globals, changed by ``changes``."""
     copy = FunctionType(
         function.__code__,
         {**function.__globals__, **changes},
@@ -86,16 +86,16 @@ def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionTy
 
 
 class _NoPatches:
-    """What ``fx`` patches with, for traces that need nothing patched."""
+    """Stand-in for the patcher of ``torch.fx`` that patches nothing."""
 
     def patch(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def patch_method(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def visit_once(self, _: Any) -> bool:
-        """Nothing is to be looked at."""
+        """Return False: no module needs a visit."""
         return False
 
 
@@ -105,26 +105,24 @@ def _no_patches() -> Iterator[_NoPatches]:
 
 
 def dynamo_settings(changes: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Settings of Dynamo for the body, whichever threads enter and leave it in whatever order.
+    """Return a context manager that changes settings of Dynamo; threads may enter and leave in any order.
 
     Args:
-        changes: settings by name; the same ones in every call. Those that this version of torch has not are
-            left out.
+        changes: settings by name, the same in every call. Names unknown to this version of torch are skipped.
     """
     config: Any = import_module("torch._dynamo.config")
-
     known = {name: value for name, value in changes.items() if name in config._config}
 
     def patch() -> AbstractContextManager[Any]:
         return cast(AbstractContextManager[Any], config.patch(known))
 
-    one = next(iter(config._config.values())).user_override
-    # Each thread has its own in later versions than torch 2.11.
-    return patch() if isinstance(one, ContextVar) else _shared_settings(patch)
+    override = next(iter(config._config.values())).user_override
+    # Settings are per thread after torch 2.11.
+    return patch() if isinstance(override, ContextVar) else _shared_settings(patch)
 
 
 class SharedSettings:
-    """Settings of the whole process: who comes first sets them, who leaves last restores them."""
+    """Settings of the whole process: the first thread to enter sets them, the last to leave restores them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -133,7 +131,7 @@ class SharedSettings:
 
     @contextmanager
     def __call__(self, patch: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-        """``patch()`` is in force in the body."""
+        """Apply ``patch()`` in the body."""
         with self._lock:
             if self._bodies == 0:
                 self._patch = patch()
@@ -148,16 +146,16 @@ class SharedSettings:
                     self._patch.__exit__(None, None, None)
 
 
-_shared_settings = SharedSettings()  # torch's settings are of the process, and so is who uses them
+_shared_settings = SharedSettings()  # per process, like torch's settings
 
 
-def raise_limit_of_function(limit: int) -> None:
-    """Let the function that Dynamo is compiling have ``limit`` graphs, whichever threads call it.
+def raise_graph_limit(limit: int) -> None:
+    """Raise the limit of graphs of the function that Dynamo is compiling, for all threads.
 
-    Called by a backend. Threads that wait while a graph is compiled compile it again, each for itself, and
-    every copy counts: by Dynamo's own limit of 8, eight threads that begin together would be the end of it.
-    Its setting holds for one thread alone, so the limit goes where ``torch.compile(recompile_limit=...)``
-    puts it; one that was given there stays. Does nothing in versions of torch without that argument.
+    For backends. Threads that wait for a compilation compile the graph again, and every copy counts, so eight
+    threads exhaust Dynamo's default of 8. Dynamo's setting is per thread; this function changes the attribute
+    that ``torch.compile(recompile_limit=...)`` sets, unless the user set it. Without effect in versions of
+    torch that lack this argument.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -168,14 +166,14 @@ def raise_limit_of_function(limit: int) -> None:
         frame = frame.f_back
 
 
-def what_is_missing(error: BaseException) -> str | None:
-    """What torch's compiler needs and does not find on this machine, and the remedy, in one line.
+def missing_tool(error: BaseException) -> str | None:
+    """Name the tool that torch's compiler does not find on this machine, and the remedy, in one line.
 
     Args:
-        error: as the compiler raised it, or wrapped any number of times.
+        error: the compiler's error, or an error that wraps it.
 
     Returns:
-        None where the failure is of another kind.
+        None for failures of another kind.
     """
     from torch._inductor import exc
 
@@ -186,22 +184,22 @@ def what_is_missing(error: BaseException) -> str | None:
         "GPUTooOldForTriton": 'this GPU is too old for Triton: use lowering="eager"',
     }
     known = {getattr(exc, name, None): text for name, text in texts.items()}
-    for one in _wrapped_in(error):
-        found = known.get(type(one))
-        if found is None and isinstance(one, PermissionError):
-            found = f"the C++ compiler {one.filename} may not be run: {cxx}"
+    for cause in _causes(error):
+        found = known.get(type(cause))
+        if found is None and isinstance(cause, PermissionError):
+            found = f"no permission to run the C++ compiler {cause.filename}: {cxx}"
         if found is not None:
             return found
     return None
 
 
-def _wrapped_in(error: BaseException) -> Iterator[BaseException]:
-    """The error, and all that it was raised from."""
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and all errors that it wraps."""
     todo: list[BaseException | None] = [error]
     seen: set[int] = set()
     while todo:
-        one = todo.pop()
-        if isinstance(one, BaseException) and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            todo += [one.__cause__, one.__context__, getattr(one, "inner_exception", None)]
+        cause = todo.pop()
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            todo += [cause.__cause__, cause.__context__, getattr(cause, "inner_exception", None)]

@@ -1,24 +1,24 @@
-"""Every error that this package raises on purpose.
+"""The errors that this package raises.
 
 ::
 
     VlcacheError
     ├── OptionError            (also a ValueError)  an option is unknown or has a bad value
     ├── PolicyError            a policy or profile is unknown, malformed, or does not fit the model
-    ├── PlanError              spans or row sets from which no valid plan can be made
-    ├── StoreError             a store, an entry or a key could not be made, read or written
-    │   ├── StoreClosedError        somebody closed the store
-    │   └── UnreadableWeightsError  the bytes of a weight cannot be read, so nothing can be kept under them
-    ├── UnsupportedGraphError  the typed refusal: the graph runs unmodified instead
-    ├── SlotError              (also a ValueError)  a name is not that of a slot
-    ├── PassError              a pass failed; names itself and the passes before it
-    ├── LoweringError          a rewritten graph could not be compiled
-    │   └── NoCompilerError    torch's compiler lacks something on this machine; says what, and the remedy
-    ├── ExportError            a model could not be exported, or an exported one not be read
-    └── CopyError              (also a TypeError)   a compiled model was to be copied or pickled
+    ├── PlanError              no valid plan can be made from the spans or row sets
+    ├── StoreError             a store, an entry or a key cannot be created, read or written
+    │   ├── StoreClosedError        the store is closed
+    │   └── UnreadableWeightsError  the bytes of a weight cannot be read, so keys cannot cover it
+    ├── UnsupportedGraphError  the graph is refused; it runs unmodified instead
+    ├── SlotError              (also a ValueError)  a string is not the name of a slot
+    ├── PassError              a pass failed
+    ├── LoweringError          a rewritten graph cannot be compiled
+    │   └── NoCompilerError    torch's compiler lacks a tool on this machine
+    ├── ExportError            a model cannot be exported, or an exported model cannot be read or run
+    └── CopyError              (also a TypeError)   a compiled model cannot be copied or pickled
 
-A refusal never reaches users unless the option ``strict`` is set: the model then runs as it would without
-this package, and the report says why.
+``UnsupportedGraphError`` reaches users only with the option ``strict``. Otherwise the model runs as it would
+without this package, and the report states the reason.
 """
 
 from __future__ import annotations
@@ -33,41 +33,41 @@ class VlcacheError(Exception):
 
 
 class OptionError(VlcacheError, ValueError):
-    """An option is unknown or has a bad value; the message names the value and what would be valid."""
+    """An option is unknown or has a bad value; the message names the value and the valid ones."""
 
 
 class PolicyError(VlcacheError):
-    """A policy or a profile is unknown, malformed, or does not fit the model it is used with."""
+    """A policy or a profile is unknown, malformed, or does not fit the model."""
 
 
 class PlanError(VlcacheError):
-    """The spans or row sets are not executable (and, in strict mode, when they would need a repair)."""
+    """Spans or row sets make no valid plan or, with the option ``strict``, need a repair."""
 
 
 class SlotError(VlcacheError, ValueError):
-    """A name is not that of a slot: an input that passes add to a program, or rows that donors store."""
+    """A string is not the name of a slot, that is, of an input that passes add or of rows in a donor."""
 
 
 class StoreError(VlcacheError):
-    """A store, an entry or a key could not be made, read or written."""
+    """A store, an entry or a key cannot be created, read or written."""
 
 
 class StoreClosedError(StoreError):
-    """Somebody closed the store; it holds nothing any more."""
+    """The store is closed and empty."""
 
 
 class UnreadableWeightsError(StoreError):
-    """The bytes of a weight cannot be read, so nothing can be kept under them; says which weight and why."""
+    """The bytes of a weight cannot be read, so keys cannot cover it; names the weight and the cause."""
 
 
 class CopyError(VlcacheError, TypeError):
-    """A compiled model was to be copied or pickled; says what to do instead."""
+    """A compiled model cannot be copied or pickled; the message names the alternative."""
 
 
 class Reason(StrEnum):
-    """Why a graph was refused, or a call or a span was not reused.
+    """Reasons for refusing a graph, or for computing a call or a span without reuse.
 
-    Reports and metrics carry the values, which are stable. Calls of a refused graph carry the graph's reason.
+    The values are stable and appear in reports and metrics. Calls of a refused graph have the graph's reason.
 
     Attributes:
         text: the reason in words.
@@ -76,12 +76,12 @@ class Reason(StrEnum):
     text: str
 
     def __new__(cls, value: str, text: str = "") -> Self:
-        """A member with its text."""
+        """Create a member with its text."""
         reason = str.__new__(cls, value)
         reason._value_, reason.text = value, text
         return reason
 
-    # Graphs; the refusal names the node and its source line.
+    # Of graphs. The refusal names the node and its source line.
     NO_ATTENTION = "no_attention", "the graph has no attention"
     NO_MERGE = "no_merge", "no encoder features enter the token embeddings, and no spans are marked"
     NO_STREAM = "no_stream", "no residual stream is found between two attention calls"
@@ -89,66 +89,69 @@ class Reason(StrEnum):
     TOKEN_AXIS_LOST = "token_axis_lost", "an operator merges, flattens or permutes the token dimension away"
     TOKEN_MIXING = "token_mixing", "recurrent layers or convolutions mix tokens outside attention"
     POSITION_IN_STREAM = "position_in_stream", "learned position embeddings are added to the residual stream"
-    BATCHED = "batched", "rows of several samples cannot be taken sample by sample"
+    BATCHED = "batched", "rows cannot be gathered for each sample of a batch"
     MUTATED_INPUTS = "mutated_inputs", "the graph writes to its inputs in a way that cannot be repeated"
-    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and brings nothing to reuse"
+    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and has nothing to reuse"
     ATTENTION_FORM = "attention_form", "an attention cannot be brought to the canonical form"
     MASK_FORM = "mask_form", "an attention mask cannot be cut to rows"
     CAPTURE_FAILED = "capture_failed", "the graph cannot be brought to functional ATen"
-    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values carry none"
+    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values have none"
     LOWERING_FAILED = "lowering_failed", "the rewritten graph did not compile"
     RANDOM = "random", "the graph draws random numbers"
     NO_COMPILER = "no_compiler", "no C++ compiler or Triton: eager kernels run, with reuse"
     DATA_DEPENDENT = "data_dependent", "shapes or control flow depend on tensor values"
     WEIGHTS_UNREADABLE = "weights_unreadable", "the bytes of a weight cannot be read, so keys cannot cover it"
     UNCOMPILED = "uncompiled", "Dynamo ran the call uncompiled: no graph reached the backend"
-    NO_LOGITS = "no_logits", "no result is the logits: there are no shadow runs, but reuse"
+    NO_LOGITS = "no_logits", "no result is the logits: reuse without shadow runs"
 
-    # Calls of graphs that could be reused.
+    # Of calls, where the graph allows reuse.
     NO_SPAN = "no_span", "no media span"
     ONE_TOKEN = "one_token", "a sequence of one token"
     MISMATCH = "mismatch", "placeholders and encoder features do not agree in number or width"
     CANNOT_WRITE = (
         "cannot_write",
-        "an input that is written to shares memory with another, or is not contiguous",
+        "a mutated input shares memory with another input, or is not contiguous",
     )
     TOO_FEW_ROWS = (
         "too_few_rows",
-        "results are made of less than two tokens, in a graph for any number of them",
+        "results need fewer than two tokens, in a graph for any number of tokens",
     )
     GUARDED = "guarded", "shadow runs or the gate turned reuse off for the model"
     NO_PLAN = "no_plan", "the policy's rows make no plan"
     PROGRAM_FAILED = "program_failed", "the rewritten graph did not compile"
 
-    # Spans, and calls of which no span was reused.
+    # Of spans, and of calls without any reused span.
     NEW_ITEM = "new_item", "its content is new"
-    NOT_RECORDED = "not_recorded", "seen before, but not recorded, or not stored any more"
-    OTHER_WEIGHTS = "other_weights", "seen with other weights alone"
+    NOT_RECORDED = "not_recorded", "seen before, but not recorded or no longer stored"
+    OTHER_WEIGHTS = "other_weights", "seen before, but only with other weights"
     TOO_LARGE = "too_large", "its donor is too large for the store"
     STORE_CLOSED = "store_closed", "the store is closed"
     STORE_FAILED = "store_failed", "the store failed"
-    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another form"
-    RECOMPUTED_TO_RECORD = "recomputed_to_record", "it has a donor, but another one is recorded"
+    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another structure"
+    RECOMPUTED_TO_RECORD = (
+        "recomputed_to_record",
+        "it has a donor, but is recomputed to record another context",
+    )
 
 
 LONGEST_DETAIL = 300
-"""Characters of a refusal's detail."""
+"""Limit of a refusal's detail, in characters."""
 
 
 class UnsupportedGraphError(VlcacheError):
-    """A graph that cannot be rewritten: the reason, and where in the user's model it lies.
+    """A graph cannot be rewritten; names the reason and the line of the user's model.
 
     Args:
         reason: the kind of refusal.
-        detail: what was found, in words.
-        node: name of the graph node concerned, if one is.
-        source_line: ``file:line: code`` of the user's model that made the node, if known.
+        detail: the cause, in words.
+        node: name of the graph node that is the cause, or None.
+        source_line: source of the node, ``file:line: code``, or None.
     """
 
     def __init__(
         self, reason: Reason, detail: str, node: str | None = None, source_line: str | None = None
     ) -> None:
-        # One line: errors of a compiler that end up here may list every input of a graph.
+        # One line, and short: a compiler's message may list every input of a graph.
         detail = " ".join(detail.split())
         if len(detail) > LONGEST_DETAIL:
             detail = f"{detail[: LONGEST_DETAIL - 80]} ... {detail[-75:]}"
@@ -159,16 +162,16 @@ class UnsupportedGraphError(VlcacheError):
         self.source_line = source_line
 
     def __str__(self) -> str:
-        where = []
+        parts = []
         if self.node is not None:
-            where.append(f"node {self.node!r}")
+            parts.append(f"node {self.node!r}")
         if self.source_line is not None:
-            where.append(f"from {self.source_line.strip()}")
-        place = f" (at {', '.join(where)})" if where else ""
-        return f"graph not supported [{self.reason.value}]: {self.detail.rstrip('.')}{place}."
+            parts.append(f"from {self.source_line.strip()}")
+        location = f" (at {', '.join(parts)})" if parts else ""
+        return f"graph not supported [{self.reason.value}]: {self.detail.rstrip('.')}{location}."
 
     def as_dict(self) -> dict[str, str | None]:
-        """The refusal as plain, JSON-serialisable data."""
+        """Return the refusal as JSON-serialisable data."""
         return {
             "reason": self.reason.value,
             "detail": self.detail,
@@ -183,7 +186,7 @@ class PassError(VlcacheError):
     Args:
         pass_name: registered name of the failing pass.
         passes_before: names of the passes that had run on this graph, in order.
-        detail: what went wrong.
+        detail: the cause, in words.
     """
 
     def __init__(self, pass_name: str, passes_before: Sequence[str] = (), detail: str = "failed") -> None:
@@ -198,12 +201,12 @@ class PassError(VlcacheError):
 
 
 class LoweringError(VlcacheError):
-    """A rewritten graph could not be compiled or bound to its inputs."""
+    """A rewritten graph cannot be compiled or bound to its inputs."""
 
 
 class NoCompilerError(LoweringError):
-    """Torch's compiler lacks something on this machine (a C++ compiler, Triton); names the remedy."""
+    """Torch's compiler lacks a tool on this machine (a C++ compiler, Triton); names it and the remedy."""
 
 
 class ExportError(VlcacheError):
-    """A model could not be exported, or what was exported cannot be read or run; says which file or value."""
+    """A model cannot be exported, or an exported model cannot be read or run; names the file or value."""

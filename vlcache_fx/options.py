@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 GIB = 1024**3
 
 CUDA_GRAPHS = "triton.cudagraphs"
-"""Inductor's setting of that name."""
+"""Name of the setting in Inductor's configuration."""
 
 LOWERINGS = ("eager", "inductor", "tensorrt")
 
 
 @dataclass(frozen=True)
 class InsertedPass:
-    """A pass of the user in a standard pipeline (see ``vlcache_fx.passes.standard``).
+    """A user's pass and its position in a standard pipeline (see ``vlcache_fx.passes.standard``).
 
     Attributes:
-        step: a ``vlcache_fx.passes.Pass``. Its ``fingerprint`` becomes part of the keys of donors.
-        pipeline: ``"cleanup"``, ``"cold"``, ``"warm"`` or ``"decode"``.
-        before, after: name of the pass before or after which it runs; one of the two.
+        step: a ``vlcache_fx.passes.Pass`` object. Its ``fingerprint`` becomes part of the keys of donors.
+        pipeline: name of the pipeline: ``"cleanup"``, ``"cold"``, ``"warm"`` or ``"decode"``.
+        before, after: name of the pass before or after which ``step`` runs; exactly one of the two.
+
+    Raises:
+        OptionError: ``step`` is not a pass object, or not exactly one of ``before`` and ``after`` is given.
     """
 
     step: Pass
@@ -44,38 +47,59 @@ class InsertedPass:
 
     def __post_init__(self) -> None:
         if isinstance(self.step, type) or not callable(getattr(self.step, "run", None)):
-            raise OptionError(f"option passes: {self.step!r} is not a pass; is it the class, not an object?")
+            raise OptionError(f"option passes: {self.step!r} is not a pass object, an instance of Pass")
         if (self.before is None) == (self.after is None):
-            raise OptionError(f"option passes: say before or after which pass {self.step.name!r} runs")
+            raise OptionError(
+                f"option passes: {self.step.name!r} needs either before= or after= with the name of a pass"
+            )
 
 
 @dataclass(frozen=True)
 class Options:
-    """Checked options. Building one raises ``OptionError`` for any bad value.
+    """Checked options of ``vlcache_fx.compile`` and of the ``vlcache`` backend.
 
     Attributes:
-        policy: name of a registered policy, or a policy object.
-        budget: share in [0, 1] of a span's token-layers that may be recomputed.
-        lowering: how programs are compiled: ``"eager"``, ``"inductor"``, or ``"tensorrt"`` on an NVIDIA GPU.
-        store: a ``Store``, or the URL of one: ``memory://`` (donors stay on the model's device) or ``host://``.
-        capacity_bytes: bound of a store opened from a URL, in bytes.
-        profile: path of a per-layer sensitivity profile (JSON), or None.
-        min_span_tokens: spans shorter than this many tokens are computed, never reused.
-        donor_contexts: a donor becomes the mean over up to this many contexts in which its item was computed
-            exactly; 1 keeps the latest alone.
-        shadow: share in [0, 1] of the warm requests that are computed in full as well, to be compared.
-        shadow_max_kl: a shadow run whose logits have a mean KL divergence above this, in nats, is a
-            violation; with None only those are that give another next token.
-        shadow_max_violations: after this many violations a model goes without reuse.
-        salt: mixed into every key; requests with different salts never share donors.
-        strict: raise refusals and plan repairs instead of falling back.
-        cuda_graphs: on a GPU, replay warm programs as CUDA graphs where sizes come again.
-        dynamic: as in ``torch.compile``: True for symbolic lengths, False for static, None to decide.
-        mode: as in ``torch.compile``, for the lowering ``"inductor"``: ``"reduce-overhead"``,
-            ``"max-autotune"``, ...; what it says of CUDA graphs sets ``cuda_graphs``.
-        passes: passes of the user in the standard pipelines, in the order in which they are inserted.
-        dump_graphs: folder for the graphs before and after each pass, or None. The environment variable
-            ``VLCACHE_DUMP_GRAPHS`` sets it, too.
+        policy: the rule that chooses which rows of a reused span are recomputed: the name of a registered
+            policy (``vlcache policies`` lists them) or a ``Policy`` object. Default: ``"layer_aware"``.
+        budget: share of a span's token-layers that the policy may recompute, a number in [0, 1].
+            Default: 0.02 (2 %).
+        lowering: compiler of the rewritten graphs: ``"inductor"``, ``"eager"`` (no compiler), or
+            ``"tensorrt"`` (needs an NVIDIA GPU). Default: ``"inductor"``.
+        store: store of the donors: ``"memory://"`` (the model's device), ``"host://"`` (pinned host memory),
+            or a ``Store`` object, which several models can share. Default: ``"memory://"``.
+        capacity_bytes: capacity in bytes of a store opened from a URL, a positive integer. The least recently
+            used entries are evicted first. Default: 4 GiB.
+        profile: path of the model's profile for the policies ``layer_aware`` and ``auto`` (JSON, written by
+            ``vlcache calibrate``), or None. Default: None.
+        min_span_tokens: shortest span that is reused, in tokens, a positive integer. Shorter spans are
+            computed. Default: 16.
+        donor_contexts: largest number of contexts over which a donor is averaged (those in which its item
+            was computed exactly), a positive integer. With 1 the latest replaces the donor. Default: 4.
+        shadow: share of the warm requests that are computed in full as well, to compare the logits, a number
+            in [0, 1]. Default: 0.0.
+        shadow_max_kl: largest mean KL divergence of a shadow run's logits that is accepted, in nats, a
+            number >= 0. With None a shadow run is a violation only if the next token differs. Default: 0.1.
+        shadow_max_violations: number of violations after which reuse is turned off for the model, a positive
+            integer. Default: 3.
+        salt: a string that becomes part of every key: requests with different salts never share donors.
+            Default: ``""``.
+        strict: True to raise an error where a graph is refused or a plan needs a repair. False to run the
+            graph unmodified, and to repair the plan. Default: False.
+        cuda_graphs: True to replay warm programs as CUDA graphs when sizes repeat (GPU only).
+            Default: False.
+        dynamic: as in ``torch.compile``: True compiles with symbolic lengths, False with static ones, None
+            starts static and changes to symbolic when a length changes. Default: None.
+        mode: as in ``torch.compile``, for ``lowering="inductor"``: one of torch's modes
+            (``"reduce-overhead"``, ``"max-autotune"``, ...) or None. Modes with CUDA graphs set
+            ``cuda_graphs``. Default: None.
+        passes: ``InsertedPass`` objects, a list or tuple: passes of the user in the standard pipelines,
+            inserted in this order. Default: ``()``.
+        dump_graphs: folder to which the graphs before and after each pass are written, or None. The
+            environment variable ``VLCACHE_DUMP_GRAPHS`` sets the folder where the option is None.
+            Default: None.
+
+    Raises:
+        OptionError: an option has a bad value; the message names the valid ones.
     """
 
     policy: str | Policy = "layer_aware"
@@ -106,24 +130,24 @@ class Options:
 
     @property
     def inductor_config(self) -> dict[str, Any]:
-        """What ``mode`` sets of Inductor's configuration, without its CUDA graphs: ours take their place."""
+        """Inductor settings of ``mode``, without its CUDA graphs, which ``cuda_graphs`` replaces."""
         config = {} if self.mode is None else _modes()[self.mode]
         return {name: value for name, value in config.items() if name != CUDA_GRAPHS}
 
     @functools.cached_property
     def key_salt(self) -> str:
-        """What every key begins with: ``salt``, and what passes of the user do to stored rows."""
+        """First part of every key: ``salt``, and the fingerprints of the user's passes, if any."""
         if not self.passes:
             return self.salt
-        passes = [(one.pipeline, one.before, one.after, one.step.fingerprint()) for one in self.passes]
+        passes = [(item.pipeline, item.before, item.after, item.step.fingerprint()) for item in self.passes]
         return hashlib.sha256(repr((self.salt, passes)).encode()).hexdigest()
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any] | None = None) -> Options:
-        """Options from plain data.
+        """Return the options in ``mapping``, a dictionary of names and values; the others have defaults.
 
         Raises:
-            OptionError: for a name that is not an option (the valid ones are listed) or a bad value.
+            OptionError: an unknown name (the message lists the valid ones) or a bad value.
         """
         given = dict(mapping or {})
         valid = [field.name for field in fields(cls)]
@@ -147,7 +171,7 @@ def _bad(name: str, value: object, wanted: str) -> OptionError:
 
 def _named_or_object(method: str, noun: str) -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> Any:
-        # A class has the method too, but is not an instance: a common slip (policy=Uniform for Uniform()).
+        # A class has the method too: policy=Uniform instead of Uniform() is a common slip.
         is_object = not isinstance(value, type) and callable(getattr(value, method, None))
         if (isinstance(value, str) and value) or is_object:
             return value
@@ -168,7 +192,7 @@ def _optional_bound(name: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) >= 0:
-        raise _bad(name, value, "a number of nats, 0 or more, or None")
+        raise _bad(name, value, "a number of nats >= 0, or None")
     return float(value)
 
 
@@ -181,7 +205,7 @@ def _positive_int(name: str, value: Any) -> int:
 def _lowering(name: str, value: Any) -> str:
     if isinstance(value, str) and value in LOWERINGS:
         return value
-    raise _bad(name, value, " or ".join(repr(item) for item in LOWERINGS))
+    raise _bad(name, value, f"one of {', '.join(map(repr, LOWERINGS))}")
 
 
 def _path(name: str, value: Any) -> str | os.PathLike[str] | None:
@@ -203,13 +227,13 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _inserted(name: str, value: Any) -> tuple[InsertedPass, ...]:
-    if isinstance(value, list | tuple) and all(isinstance(one, InsertedPass) for one in value):
-        return tuple(value)  # a list has no hash
-    raise _bad(name, value, "a list of InsertedPass(step, pipeline, before= or after=)")
+    if isinstance(value, list | tuple) and all(isinstance(item, InsertedPass) for item in value):
+        return tuple(value)  # Options must be hashable
+    raise _bad(name, value, "a list of InsertedPass(step, pipeline, before=...) objects (or after=...)")
 
 
 def _modes() -> dict[str, dict[str, Any]]:
-    from torch._inductor import list_mode_options  # here: options are checked before torch is needed
+    from torch._inductor import list_mode_options  # not at the top: options do not need torch
 
     return list_mode_options()
 
@@ -227,10 +251,10 @@ def _optional_flag(name: str, value: Any) -> bool | None:
 
 
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "policy": _named_or_object("select", "the name of a policy, or a policy object"),
+    "policy": _named_or_object("select", "the name of a policy or a Policy object"),
     "budget": _share,
     "lowering": _lowering,
-    "store": _named_or_object("put", "a store URL such as 'memory://', or a Store object"),
+    "store": _named_or_object("put", "a store URL ('memory://', 'host://') or a Store object"),
     "capacity_bytes": _positive_int,
     "profile": _path,
     "min_span_tokens": _positive_int,

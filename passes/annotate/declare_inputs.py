@@ -1,4 +1,4 @@
-"""Declare the sizes of a program's inputs: symbolic ones for rows and donor tables."""
+"""Declare the sizes of a program's inputs, symbolic for rows and donor tables."""
 
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Ro
 
 
 class DeclareInputs(Pass):
-    """Every placeholder gets a fake value of one fresh shape environment; lowerings propagate from there."""
+    """Gives every placeholder a fake value of one new shape environment, from which lowerings propagate."""
 
     name: ClassVar[str] = "declare_inputs"
     requires: ClassVar[frozenset[str]] = frozenset({"facts"})
@@ -41,11 +41,10 @@ class DeclareInputs(Pass):
 
 
 def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
-    """Sizes that are another one plus a number: an attention has as many values, and columns of its mask, as
-    keys.
+    """Return symbols that equal another symbol plus a number: ``{name: (other name, number)}``.
 
-    Tracers keep attention whole and need not notice; what says how much a cache holds (lengths of its keys,
-    of its values, of a mask over all of them) then has symbols of its own.
+    An attention has as many values, and columns of its mask, as keys. Tracers do not look into attention, so
+    the lengths of a cache's keys, of its values and of a mask over both may have different symbols.
     """
     known: dict[sympy.Basic, tuple[sympy.Basic, int]] = {}
     for site in sites:
@@ -80,7 +79,7 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node
         case Source():
             count = tokens
         case Results():
-            # Under the name that the trace gave it: what follows spells it out, too.
+            # With the symbol of the trace, which later nodes use as well.
             count = fakes.like(program.decoder.tail_rows.num_taken)
         case Rows() | Keep() | Positions():
             count = fakes.size(f"rows_{slot.row_level}")

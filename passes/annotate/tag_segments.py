@@ -1,4 +1,4 @@
-"""Tag every node with the segment it belongs to: ``prelude``, ``layer.<i>`` or ``tail``."""
+"""Tag every node with its segment: ``prelude``, ``layer.<i>`` or ``tail``."""
 
 from typing import ClassVar
 
@@ -7,11 +7,10 @@ from vlcache_fx.passes.base import Pass, Program
 
 
 class TagSegments(Pass):
-    """Lowerings compile each distinct segment structure once, so equal layers must be cut equally.
+    """Sets ``meta["segment"]`` so that equal layers become equal segments, which lowerings compile once.
 
-    Nodes outside the residual stream belong to the prelude, except pure layout ops and sizes that a single
-    layer
-    reads: those move into it, as tracers repeat them per layer.
+    Nodes outside the residual stream belong to the prelude, except layout ops and sizes with a single reading
+    layer: they belong to this layer, since tracers repeat them per layer.
     """
 
     name: ClassVar[str] = "tag_segments"
@@ -19,7 +18,7 @@ class TagSegments(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"segments"})
 
     def run(self, program: Program) -> bool:
-        """Set ``meta["segment"]`` on every node that has none yet."""
+        """Tag every node without a tag."""
         stream = program.layered.stream
         known = {node: f"layer.{index}" for index, members in enumerate(stream.members) for node in members}
         known.update(dict.fromkeys(stream.tail, "tail"))

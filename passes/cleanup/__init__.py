@@ -1,8 +1,8 @@
-"""Lossless clean-up that makes graphs from different tracers look alike."""
+"""Lossless passes that bring graphs of different tracers to one form."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
-from vlcache_fx.passes.cleanup.dense_additions import DenseAdditions
+from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
 from vlcache_fx.passes.cleanup.drop_merge_checks import DropMergeChecks
 from vlcache_fx.passes.cleanup.drop_noops import DropNoops
@@ -13,7 +13,7 @@ from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
 __all__ = [
     "AnchorSizes",
     "CanonicaliseFlex",
-    "DenseAdditions",
+    "DenseDeepstack",
     "DropEmptyCats",
     "DropMergeChecks",
     "DropNoops",

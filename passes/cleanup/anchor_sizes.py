@@ -1,4 +1,4 @@
-"""Read the sizes of inputs from inputs."""
+"""Read sizes from inputs of the graph where possible."""
 
 from typing import ClassVar
 
@@ -14,14 +14,14 @@ SIZE = torch.ops.aten.sym_size.int
 class AnchorSizes(Pass):
     """``sym_size(hidden, 1)`` becomes ``sym_size(tokens, 1)``, where both are the same symbol.
 
-    Tracers ask whatever tensor is at hand for its sizes. One that is cut to some rows later would answer for
-    these, to readers that still mean all.
+    Tracers read a size from any tensor that has it. A tensor that is restricted to rows later would have
+    another size, while the readers need the number of all tokens.
     """
 
     name: ClassVar[str] = "anchor_sizes"
 
     def run(self, program: Program) -> bool:
-        """Point every such node at the first input that has the size."""
+        """Let every such node read the first input with this size."""
         sources: dict[str, tuple[Node, int]] = {}
         for node in program.graph.find_nodes(op="placeholder"):
             for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):

@@ -1,4 +1,4 @@
-"""Turn flex attention into an attention call with a mask."""
+"""Replace flex attention by an attention call with a mask."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,18 +17,24 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, loosen_views
-from vlcache_fx.passes.utility.insert import fake_mode, insert_call, insert_graph, insert_size, without_guards
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, views_to_reshapes
+from vlcache_fx.passes.utility.insert import (
+    fake_mode,
+    insert_call,
+    insert_graph,
+    insert_size,
+    suppress_guards,
+)
 from vlcache_fx.passes.utility.masks import Masks
 
 aten = torch.ops.aten
 
 
 class CanonicaliseFlex(Pass):
-    """The mask is what ``mask_mod`` says of every query and key; ``score_mod`` gives a cap and biases.
+    """Evaluates ``mask_mod`` for all queries and keys as a mask, and ``score_mod`` as a cap and biases.
 
-    Both are functions of one score, which ``torch.vmap`` makes functions of all of them. A mask is
-    [1 or batch, 1 or heads, rows, tokens]; samples and heads that a function does not look at stay 1.
+    Both are functions of one score; ``torch.vmap`` vectorises them. A mask is
+    [1 or batch, 1 or heads, rows, tokens]: the dimension of an unused index stays 1.
     """
 
     name: ClassVar[str] = "canonicalise_flex"
@@ -37,21 +43,21 @@ class CanonicaliseFlex(Pass):
         """Replace every call.
 
         Raises:
-            UnsupportedGraphError: ATTENTION_FORM, naming the call and why there is no such mask.
+            UnsupportedGraphError: ATTENTION_FORM, with the call and the cause, where no such mask exists.
         """
         rewriter = _Rewriter(program)
         calls = list(program.graph.find_nodes(op="call_function", target=FLEX))
         for node in calls:
             try:
                 found = flex_attention(node)
-            except NonCanonicalAttentionError as form:
-                raise refuse(Reason.ATTENTION_FORM, node, f"flex attention: {form}") from form
+            except NonCanonicalAttentionError as error:
+                raise refuse(Reason.ATTENTION_FORM, node, f"flex attention: {error}") from error
             rewriter.replace(found)
         return bool(calls)
 
 
 class _Rewriter:
-    """Layers share what they mask, so every function of the same text is evaluated once."""
+    """Replaces calls; functions with equal code are evaluated once, so layers share masks."""
 
     def __init__(self, program: Program) -> None:
         self._program, self._masks = program, Masks(program)
@@ -65,9 +71,9 @@ class _Rewriter:
             gqa = shape_of(found.query)[1] != shape_of(found.key)[1]
             key, value = found.key, found.value
             target = SDPA if found.softcap is None else ATTEND
-            if gqa and is_grouped_by_writing_out(target, value.meta["val"], mask):
+            if gqa and gqa_needs_math_kernel(target, value.meta["val"], mask):
                 groups = shape_of(found.query)[1] // shape_of(key)[1]
-                key, value = (self._repeated(one, groups, node) for one in (key, value))
+                key, value = (self._repeated(operand, groups, node) for operand in (key, value))
                 gqa = False
             given: tuple[Any, ...] = (found.query, key, value, mask)
             if target is SDPA:
@@ -75,14 +81,14 @@ class _Rewriter:
                 causal = (0.0, True) if is_causal else ()
                 result = insert_call(graph, SDPA, *given, *causal, origin=node, **named)
             else:
-                wide = [self._in_float32(one, node) for one in given[:2]]  # as flex attention computes scores
+                wide = [self._in_float32(operand, node) for operand in given[:2]]  # as in flex attention
                 rest = (None, is_causal, found.scale, found.softcap, gqa)
                 result = insert_call(graph, ATTEND, *wide, *given[2:], *rest, origin=node)
         for taken in found.results:
             taken.replace_all_uses_with(result)
         for user in [*node.users, node]:
             graph.erase_node(user)
-        loosen_views(result)
+        views_to_reshapes(result)
 
     def _repeated(self, node: Node, groups: int, origin: Node) -> Node:
         batch, heads, _, dim = shape_of(node)
@@ -114,22 +120,22 @@ class _Rewriter:
     def _evaluate(
         self, found: FlexAttention, function: Function, results: Sequence[Node], *, has_score: bool
     ) -> list[Node]:
-        """``results`` of ``function`` for every sample, head, query and key."""
+        """Return ``results`` of ``function`` for all samples, heads, queries and keys."""
         module = extract(function.module, results)
         inputs = list(module.graph.find_nodes(op="placeholder"))
-        places, sizes = inputs[has_score : has_score + 4], shape_of(found.query)
+        indices, sizes = inputs[has_score : has_score + 4], shape_of(found.query)
         counts = [
-            sizes[0] if places[0].users else 1,
-            sizes[1] if places[1].users else 1,
+            sizes[0] if indices[0].users else 1,
+            sizes[1] if indices[1].users else 1,
             sizes[2],
             shape_of(found.key)[2],
         ]
         key = (str(module.graph), function.reads, tuple(map(str, counts)), has_score)
         if any(node.op == "get_attr" for node in module.graph.nodes) or key not in self._evaluated:
-            self._evaluated[key] = self._evaluate_anew(found, module, function.reads, counts, has_score)
+            self._evaluated[key] = self._insert(found, module, function.reads, counts, has_score)
         return self._evaluated[key]
 
-    def _evaluate_anew(
+    def _insert(
         self,
         found: FlexAttention,
         module: GraphModule,
@@ -140,32 +146,32 @@ class _Rewriter:
         graph, origin = self._program.graph, found.node
         device = found.query.meta["val"].device
         sizes = [insert_size(graph, count, origin) for count in counts]
-        places = [
+        indices = [
             insert_call(graph, aten.arange.default, size, device=device, origin=origin) for size in sizes
         ]
-        given = [*places, *reads]
-        values = [one.meta["val"] if isinstance(one, Node) else one for one in given]
-        traced = _trace(_of_all(module, len(reads), has_score), values)
+        given = [*indices, *reads]
+        values = [value.meta["val"] if isinstance(value, Node) else value for value in given]
+        traced = _trace(_vectorised(module, len(reads), has_score), values)
         return insert_graph(self._program, traced, given, origin)
 
 
-def _of_all(module: GraphModule, num_reads: int, has_score: bool) -> Callable[..., Any]:
-    """The function of four places, for all of them: [samples, heads, queries, keys]."""
+def _vectorised(module: GraphModule, num_reads: int, has_score: bool) -> Callable[..., Any]:
+    """Vectorise a function of four indices: its results are [samples, heads, queries, keys]."""
 
-    def one(*arguments: Any) -> Any:
+    def scalar(*arguments: Any) -> Any:
         score = [torch.zeros((), device=arguments[0].device)] if has_score else []
         return module(*score, *arguments)
 
-    function: Callable[..., Any] = one
+    function: Callable[..., Any] = scalar
     for dim in (3, 2, 1, 0):
-        over = tuple(0 if place == dim else None for place in range(4))
+        over = tuple(0 if index == dim else None for index in range(4))
         function = torch.vmap(function, in_dims=(*over, *[None] * num_reads))
     return function
 
 
 def _trace(function: Callable[..., Any], values: Sequence[Any]) -> GraphModule:
     mode = fake_mode(values)
-    with torch.no_grad(), mode, without_guards(mode.shape_env):
+    with torch.no_grad(), mode, suppress_guards(mode.shape_env):
         traced = make_fx(function)(*values)
     assert isinstance(traced, GraphModule)
     return traced

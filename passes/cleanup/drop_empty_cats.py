@@ -1,4 +1,4 @@
-"""Drop empty tensors from ``cat``: a fresh KV cache is one, which the first keys are appended to."""
+"""Drop empty tensors from ``cat``, such as a new KV cache to which the first keys are appended."""
 
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ class DropEmptyCats(Pass):
     name: ClassVar[str] = "drop_empty_cats"
 
     def run(self, program: Program) -> bool:
-        """Remove operands that have no element; a cat of one operand is that operand."""
+        """Remove operands without elements; a ``cat`` of one operand becomes that operand."""
         changed = False
         for node in list(program.graph.nodes):
             if node.op != "call_function" or node.target is not CAT:

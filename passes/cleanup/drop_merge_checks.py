@@ -1,4 +1,4 @@
-"""Drop in-graph checks that placeholders and encoder features agree in number."""
+"""Drop assertions that the numbers of placeholders and encoder features are equal."""
 
 from typing import ClassVar
 
@@ -13,16 +13,16 @@ ASSERT = torch.ops.aten._assert_scalar.default
 
 
 class DropMergeChecks(Pass):
-    """Assertions about what flows into a merge read a number from a tensor: no segment should wait for one.
+    """Drops assertions about inputs of a merge, which read a number from a tensor and so synchronise.
 
-    The runtime makes the same comparison before it runs a program, and leaves a call that does not pass it to
-    the unmodified model, which then raises its own error. Other assertions stay.
+    The runtime compares the numbers before it runs a program. Where they differ, the unmodified model runs
+    and raises its own error. Other assertions stay.
     """
 
     name: ClassVar[str] = "drop_merge_checks"
 
     def run(self, program: Program) -> bool:
-        """Erase the assertions; dead-code elimination takes what computed their conditions."""
+        """Erase the assertions; dead-code elimination removes their conditions."""
         inputs: set[Node] = set()
         for node in program.graph.nodes:
             if node.target in MERGE_OPS or node.target is SCATTER_ROWS:

@@ -1,4 +1,4 @@
-"""Drop nodes that compute nothing: metadata assertions, detach, alias, slices that keep everything."""
+"""Drop nodes that compute nothing: metadata assertions, detach, alias, full slices."""
 
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ IDENTITIES = frozenset({aten.detach.default, aten.alias.default, aten.lift_fresh
 
 
 class DropNoops(Pass):
-    """Identities are forwarded; assertions of dtype and device, which capture has resolved, are erased."""
+    """Forwards identities, and erases assertions of dtype and device, which hold since capture."""
 
     name: ClassVar[str] = "drop_noops"
 

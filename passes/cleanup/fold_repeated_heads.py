@@ -1,4 +1,4 @@
-"""Let attention calls read key and value heads as they are, not repeated for every query head."""
+"""Let attention calls read key and value heads unrepeated, with ``enable_gqa``."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -10,41 +10,41 @@ from vlcache_fx.analysis.attention.sites import find_sites
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import COPIES, RESHAPES, packet_of
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out, write_site
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel, update_call
 
 aten = torch.ops.aten
 
 
 class FoldRepeatedHeads(Pass):
-    """Keys and values that are repeated for the call alone are read unrepeated, with ``enable_gqa``.
+    """Removes the repetition of key and value heads where only the attention call reads it.
 
-    Query head h reads key head h // group either way, so this is exact. The warm program has keys and values
-    of every token: repeated, they would be its largest tensors. Left alone where that costs more than it
-    saves (CUDA, with a mask).
+    Query head h reads key head h // group in both cases, so this is exact. The warm program has keys and
+    values of every token: repeated, they would be its largest tensors. Does nothing where ``enable_gqa`` is
+    slower (CUDA with a mask).
     """
 
     name: ClassVar[str] = "fold_repeated_heads"
     requires: ClassVar[frozenset[str]] = frozenset({"attention_fused"})
 
     def run(self, program: Program) -> bool:
-        """Fold where keys and values are repeated equally often."""
+        """Fold where keys and values have the same number of repetitions."""
         changed = False
         for site in find_sites(program.graph):
             key, value = _before_repeat(site.key, site.node), _before_repeat(site.value, site.node)
             if key is None or value is None or shape_of(key)[1] != shape_of(value)[1]:
                 continue
-            if is_grouped_by_writing_out(site.node.target, value.meta["val"], site.mask):
+            if gqa_needs_math_kernel(site.node.target, value.meta["val"], site.mask):
                 continue
-            write_site(replace(site, key=key, value=value, enable_gqa=True))
+            update_call(replace(site, key=key, value=value, enable_gqa=True))
             changed = True
         return changed
 
 
 def _before_repeat(repeated: Node, reader: Node) -> Node | None:
-    """[batch, heads, tokens, dim] of which ``repeated`` holds every head several times, for ``reader`` only.
+    """Return the tensor [batch, heads, tokens, dim] whose heads ``repeated`` repeats for ``reader`` only.
 
-    As ``repeat_interleave`` along the heads: written so, or as an expanded dimension behind them that is
-    joined with them.
+    Matches ``repeat_interleave`` along the heads, and an expanded dimension after the heads that is flattened
+    into them. None for other nodes.
     """
     if list(repeated.users) != [reader] or len(shape_of(repeated)) != 4:
         return None
@@ -75,7 +75,7 @@ def _source(node: Node, through: frozenset[object]) -> Node | None:
 
 
 def _is_joined(between: torch.Size, after: torch.Size) -> bool:
-    """True where the view joins dimensions 1 and 2, which are fixed numbers, and keeps all others."""
+    """Return True for a view that flattens dims 1 and 2, of static sizes, and keeps all others."""
     if not all(isinstance(size, int) for size in (between[1], between[2], after[1])):
         return False
     kept = [str(size) for size in (between[0], *between[3:])] == [

@@ -1,4 +1,4 @@
-"""Make one attention call of products and a softmax."""
+"""Replace products and a softmax by one attention call."""
 
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
 from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.utility.attention import loosen_views
+from vlcache_fx.passes.utility.attention import views_to_reshapes
 from vlcache_fx.passes.utility.insert import insert_call
 from vlcache_fx.passes.utility.masks import Masks
 
@@ -20,23 +20,23 @@ from vlcache_fx.passes.utility.masks import Masks
 class FuseAttention(Pass):
     """``softmax(query @ key.T * scale + mask) @ value`` becomes one call.
 
-    ``aten.scaled_dot_product_attention`` where that expresses it, else ``vlcache.attend`` (capped scores,
-    sinks, a mask or values of another dtype). Results agree within rounding; only a row that reads nothing,
-    for which minus infinity makes the written form give NaN, gives zeros. An attention whose scores or
-    probabilities are read by anything else stays as it is.
+    The call is ``aten.scaled_dot_product_attention`` where possible, else ``vlcache.attend`` (capped scores,
+    sinks, a mask or values of another dtype). Results agree within rounding, except for fully masked rows
+    with the fill value -inf: zeros instead of NaN. An attention with other readers of its scores or
+    probabilities is not changed.
     """
 
     name: ClassVar[str] = "fuse_attention"
     ensures: ClassVar[frozenset[str]] = frozenset({"attention_fused"})
 
     def run(self, program: Program) -> bool:
-        """Replace what ``eager_attention`` finds."""
-        program.graph.eliminate_dead_code()  # a dead reader is none
+        """Replace every match of ``eager_attention``."""
+        program.graph.eliminate_dead_code()  # dead readers do not count
         changed, masks = False, Masks(program)
         for node in list(program.graph.nodes):
             try:
                 found = eager_attention(node)
-            except NonCanonicalAttentionError:  # analysis says so, should it matter
+            except NonCanonicalAttentionError:  # analysis refuses the graph if it matters
                 continue
             if found is not None:
                 _replace(program, found, masks)
@@ -47,13 +47,14 @@ class FuseAttention(Pass):
 def _replace(program: Program, found: EagerAttention, masks: Masks) -> None:
     graph, node = program.graph, found.node
     with graph.inserting_before(node):
-        query, key, value = (_made(program, one, node) for one in (found.query, found.key, found.value))
+        operands = (found.query, found.key, found.value)
+        query, key, value = (_inserted(program, operand, node) for operand in operands)
         mask = masks.joined(found.terms, query.meta["val"].dtype, found.rank, node)
-        sinks = None if found.sinks is None else _made(program, found.sinks, node)
+        sinks = None if found.sinks is None else _inserted(program, found.sinks, node)
         gqa = not equal(found.query.shape[1], found.key.shape[1])
-        given = [one.meta["val"].dtype for one in (query, key, value, mask) if one is not None]
+        dtypes = [operand.meta["val"].dtype for operand in (query, key, value, mask) if operand is not None]
         plain = sinks is None and found.softcap is None
-        if plain and set(given) <= {given[0], torch.bool}:
+        if plain and set(dtypes) <= {dtypes[0], torch.bool}:
             named = {"scale": found.scale, "enable_gqa": gqa}
             result = insert_call(graph, SDPA, query, key, value, mask, origin=node, **named)
         else:
@@ -63,10 +64,10 @@ def _replace(program: Program, found: EagerAttention, masks: Masks) -> None:
             result = insert_call(graph, target, result, *arguments, origin=node)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    loosen_views(result)
+    views_to_reshapes(result)
 
 
-def _made(program: Program, operand: Operand, origin: Node) -> Node:
+def _inserted(program: Program, operand: Operand, origin: Node) -> Node:
     node = operand.node
     for target, arguments in operand.steps:
         node = insert_call(program.graph, target, node, *arguments, origin=origin)

@@ -1,4 +1,4 @@
-"""Write the inverse of a permutation as a sort of it."""
+"""Compute the inverse of a permutation by a sort."""
 
 from typing import Any, ClassVar
 
@@ -16,14 +16,14 @@ aten = torch.ops.aten
 class InvertPermutations(Pass):
     """``x[p] = arange(n)`` for a permutation ``p`` becomes ``argsort(p)``.
 
-    Mixtures of experts bring sorted tokens back in this way. The sort says by itself how many there are, so
-    it still holds when only some rows are computed.
+    Mixtures of experts restore the order of sorted tokens in this way. A sort has no explicit size, so it
+    stays right when only some rows are computed.
     """
 
     name: ClassVar[str] = "invert_permutations"
 
     def run(self, program: Program) -> bool:
-        """Replace every write of counted places to places that a sort gave."""
+        """Replace every write of an ``arange`` to indices from a sort."""
         changed = False
         for node in list(program.graph.nodes):
             if packet_of(node) is not aten.index_put or not _inverts(node):
@@ -61,6 +61,6 @@ def _is_permutation(node: Node) -> bool:
 
 
 def _counts(node: Node, count: Any) -> bool:
-    """True for ``arange(count)``."""
+    """Return True for ``arange(count)``."""
     plain = node.target is aten.arange.default
     return plain and len(shape_of(node)) == 1 and equal(product(shape_of(node)), count)

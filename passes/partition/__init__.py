@@ -1,1 +1,1 @@
-"""Cuts a graph into graphs that run by themselves."""
+"""Functions that split a graph into independent graphs."""

@@ -1,4 +1,4 @@
-"""Cut the encoder out of a graph that holds other things too, so that a hit can skip it."""
+"""Split the encoder from the rest of a graph, so that a cache hit can skip it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,21 +26,22 @@ COMPUTES = frozenset(
     {aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.conv2d, aten.conv3d, aten.convolution}
     | {aten.scaled_dot_product_attention, torch.ops.vlcache.attend}
 )
-"""Ops that make a region worth skipping."""
+"""Operators that make a region worth caching."""
 
 
 @dataclass(frozen=True)
 class SplitEncoder:
-    """An encoder and the decoder that reads its results as inputs.
+    """An encoder, and the decoder with its results as inputs.
 
     Attributes:
-        encoder: from the original graph's inputs to the tensors that the rest reads.
-        inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
-        weights: indices of its weights.
-        computations: per result, a digest of how it is computed from these inputs.
-        decoder: the rest; the encoder's results are data inputs behind the original ones.
-        nodes: from what is left of the graph to the decoder's; from results of the encoder to inputs.
-        computes: False where the region only joins or converts what an encoder outside the graph gave.
+        encoder: graph from the original inputs to the tensors that the rest reads.
+        inputs: indices of the data inputs (tensors and sizes) that the encoder depends on.
+        weights: indices of the encoder's weights.
+        computations: per result, a digest of its computation from these inputs.
+        decoder: the rest; the encoder's results are data inputs after the original ones.
+        nodes: original node -> the decoder's node; a result of the encoder -> the decoder's input.
+        computes: False where the region only concatenates or converts features of an encoder outside the
+            graph.
     """
 
     encoder: fx.GraphModule
@@ -53,9 +54,9 @@ class SplitEncoder:
 
 
 def split_encoder(captured: Captured, encoder: Iterable[Node]) -> SplitEncoder | None:
-    """Split ``captured`` (which stays as it is) along a region of nodes that depend on no other data.
+    """Split ``captured``, which is not changed, at the region ``encoder``, which depends on no other data.
 
-    None where the region is empty: features are graph inputs already.
+    Returns None for an empty region, where features are inputs of the graph.
     """
     region = dict.fromkeys(encoder)
     if not region:
@@ -79,16 +80,16 @@ def split_encoder(captured: Captured, encoder: Iterable[Node]) -> SplitEncoder |
 
 @dataclass(frozen=True)
 class SplitResults:
-    """The two parts of a graph some of whose results an encoder gives.
+    """A graph of an encoder, split into the results of the encoder and all others.
 
     Attributes:
-        encoder: from the graph's inputs to the encoder's results.
-        inputs: indices of the request's data (tensors and sizes) that the encoder depends on.
-        weights: indices of its weights.
-        computations: per result of the encoder, a digest of how it is computed from these inputs.
-        others: from the graph's inputs to the results that are none of the encoder's.
-        encoder_places, other_places: where each part's results stand among the graph's.
-        constants: the graph's results, with None for the computed ones.
+        encoder: graph from the original inputs to the encoder's results.
+        inputs: indices of the data inputs (tensors and sizes) that the encoder depends on.
+        weights: indices of the encoder's weights.
+        computations: per result of the encoder, a digest of its computation from these inputs.
+        others: graph from the original inputs to the other results.
+        encoder_indices, other_indices: output indices of each part's results in the original graph.
+        constants: the original results, with None for computed ones.
     """
 
     encoder: fx.GraphModule
@@ -96,21 +97,21 @@ class SplitResults:
     weights: tuple[int, ...]
     computations: tuple[str, ...]
     others: fx.GraphModule
-    encoder_places: tuple[int, ...]
-    other_places: tuple[int, ...]
+    encoder_indices: tuple[int, ...]
+    other_indices: tuple[int, ...]
     constants: tuple[Any, ...]
 
     def joined(self, encoded: Sequence[Any], others: Sequence[Any]) -> list[Any]:
-        """The graph's results."""
+        """Return the results of the original graph."""
         results = list(self.constants)
-        for places, values in ((self.encoder_places, encoded), (self.other_places, others)):
-            for place, value in zip(places, values, strict=True):
-                results[place] = value
+        for indices, values in ((self.encoder_indices, encoded), (self.other_indices, others)):
+            for index, value in zip(indices, values, strict=True):
+                results[index] = value
         return results
 
 
 def split_results(captured: Captured) -> SplitResults:
-    """Split ``captured`` into what depends on one of its attention calls and what does not."""
+    """Split the results of ``captured`` into those that depend on an attention call and the others."""
     output = captured.graph_module.graph.output_node().args[0]
     assert isinstance(output, tuple | list)
     reached = descendants(site.node for site in find_sites(captured.graph_module.graph))
@@ -124,14 +125,14 @@ def split_results(captured: Captured) -> SplitResults:
         weights=weights,
         computations=_computations(captured, list(encoder.values()), inputs, weights),
         others=extract(captured.graph_module, list(others.values())),
-        encoder_places=tuple(encoder),
-        other_places=tuple(others),
+        encoder_indices=tuple(encoder),
+        other_indices=tuple(others),
         constants=tuple(None if isinstance(value, Node) else value for value in output),
     )
 
 
 def _inputs(captured: Captured, results: Sequence[Node]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Indices of the data and of the weights that ``results`` depend on."""
+    """Return the indices of the data and of the weights that ``results`` depend on."""
     needed = needed_for(results)
     used = [index for index, node in enumerate(captured.placeholders) if node in needed]
     data = tuple(index for index in used if captured.kinds[index] is not InputKind.WEIGHT)
@@ -143,9 +144,9 @@ def _computations(
 ) -> tuple[str, ...]:
     random = next((node for node in needed_for(results) if draws_numbers(node)), None)
     if random is not None:
-        raise refuse(Reason.RANDOM, random, "an encoder that draws random numbers")
-    names = {captured.placeholders[index]: f"input {place}" for place, index in enumerate(inputs)}
-    names |= {captured.placeholders[index]: f"weight {place}" for place, index in enumerate(weights)}
+        raise refuse(Reason.RANDOM, random, "the encoder draws random numbers")
+    names = {captured.placeholders[index]: f"input {number}" for number, index in enumerate(inputs)}
+    names |= {captured.placeholders[index]: f"weight {number}" for number, index in enumerate(weights)}
     return tuple(computation_digest(captured.graph_module, result, names) for result in results)
 
 

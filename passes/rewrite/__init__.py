@@ -1,6 +1,6 @@
-"""Rewrites that record and reuse donors."""
+"""Passes that record donors and reuse them."""
 
-from vlcache_fx.passes.rewrite.carry_rows import CarryRows
+from vlcache_fx.passes.rewrite.gather_cross_layer_values import GatherCrossLayerValues
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
 from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
@@ -14,7 +14,7 @@ from vlcache_fx.passes.rewrite.use_row_positions import UseRowPositions
 from vlcache_fx.passes.rewrite.write_in_place import WriteInPlace
 
 __all__ = [
-    "CarryRows",
+    "GatherCrossLayerValues",
     "HoistLookups",
     "InsertLookups",
     "KvOnlyRows",

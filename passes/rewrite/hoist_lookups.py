@@ -1,4 +1,4 @@
-"""Turn lookups into graph inputs."""
+"""Replace lookups by graph inputs."""
 
 from typing import ClassVar
 
@@ -7,9 +7,9 @@ from vlcache_fx.spec.slots import Donor
 
 
 class HoistLookups(Pass):
-    """The donor tables become placeholders, so that the program is a pure function of tensors.
+    """Makes donor tables inputs, so that the program is a pure function of tensors.
 
-    Compilers, CUDA graphs and exported engines need them there; who runs the program binds them.
+    Compilers, CUDA graphs and exported engines need such a function. The runtime binds the tables.
     """
 
     name: ClassVar[str] = "hoist_lookups"

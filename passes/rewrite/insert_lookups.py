@@ -1,4 +1,4 @@
-"""Insert the cache-lookup nodes: where each layer's stored keys and values come into the graph."""
+"""Insert the lookup nodes, through which stored keys and values enter the graph."""
 
 from typing import ClassVar
 
@@ -10,10 +10,10 @@ from vlcache_fx.spec.slots import Residual, StoredSlot
 
 
 class InsertLookups(Pass):
-    """One ``vlcache.lookup`` at every K and V frontier; one for the last residual if results need all rows.
+    """One ``vlcache.lookup`` at every K and V frontier, and at the last residual if results need all rows.
 
-    A lookup gives the donor table of its slot: the rows of all hit spans, one behind the other, in the form
-    of the frontier. Nothing reads the lookups yet.
+    A lookup returns the donor table of its slot: the concatenated rows of all hit spans, in the layout of the
+    frontier. No node reads the lookups before ``splice_rows``.
     """
 
     name: ClassVar[str] = "insert_lookups"

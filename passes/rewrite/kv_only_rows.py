@@ -1,4 +1,4 @@
-"""At the last layer in which a row is active, only its keys and values are computed."""
+"""Compute only keys and values of a row in its last layer."""
 
 from typing import ClassVar
 
@@ -10,10 +10,10 @@ from vlcache_fx.passes.rewrite.rows import gather, restrict_node
 
 
 class KvOnlyRows(Pass):
-    """Move each residual cut from the end of its layer to the entries of the layer's q part.
+    """Moves each residual cut from the end of its layer to the inputs of the layer's q part.
 
-    The query, attention and MLP of a row that no later layer reads are dead: layer i needs keys and values
-    for rows R_i but everything else only for rows R_{i+1}.
+    Layer i needs keys and values for the rows R_i, and everything else only for the rows R_{i+1}: query,
+    attention and MLP of the other rows are dead.
     """
 
     name: ClassVar[str] = "kv_only_rows"
@@ -53,6 +53,6 @@ def _restrict_q_part(program: Program, index: int) -> None:
 
 
 def _enters(operand: Node, kv_part: dict[Node, None], entering: Node) -> bool:
-    """True for what the q part reads at the layer's rows: kv nodes, and the residual or its first gather."""
+    """Return True for operands with the layer's rows: kv nodes, and the residual or its first gather."""
     gathered = operand.meta.get("gathers", (None,))[0]
     return operand in kv_part or operand is entering or gathered is entering

@@ -1,4 +1,4 @@
-"""Let the cold program return what is stored as a donor."""
+"""Return the tensors that donors store."""
 
 from typing import ClassVar
 
@@ -7,9 +7,9 @@ from vlcache_fx.spec.slots import Residual
 
 
 class RecordDonors(Pass):
-    """Append every K and V frontier to the results (and the last residual, where results need all rows).
+    """Appends every K and V frontier to the results, and the last residual if results need all rows.
 
-    No second computation: these tensors exist in the program anyway.
+    This computes nothing in addition: the program has these tensors already.
     """
 
     name: ClassVar[str] = "record_donors"
@@ -18,7 +18,7 @@ class RecordDonors(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"recorded"})
 
     def run(self, program: Program) -> bool:
-        """Append the outputs; their names are the slots that ``insert_lookups`` reads."""
+        """Append the outputs; their slots are those of ``insert_lookups``."""
         facts = program.decoder
         program.add_outputs((frontier.slot, frontier.node) for frontier in facts.frontiers)
         if facts.tail_rows.selection is None:

@@ -1,4 +1,4 @@
-"""Make masks of the active rows only."""
+"""Compute masks for the active rows only."""
 
 from typing import Any, ClassVar
 
@@ -11,21 +11,21 @@ from vlcache_fx.passes.base import Pass, Program
 aten = torch.ops.aten
 SELECT, TAKE = aten.index_select.default, torch.ops.vlcache.take_rows.default
 UNTAGGED = frozenset({aten._to_copy.default, aten.__and__.Tensor, aten.__or__.Tensor})
-"""Pointwise operators that torch does not tag as such."""
+"""Pointwise operators without torch's tag."""
 
 
 class RestrictMasks(Pass):
-    """A bool mask of all rows over all tokens, of which rows are taken, is made of those rows alone.
+    """Moves a gather of rows of a bool mask [.., tokens, tokens] to the vectors from which it is computed.
 
-    Models compare vectors of places with each other, so the gather moves in front of the comparison, to the
-    vectors: nothing of the size tokens x tokens is made. A mask that comes as it is keeps its gather.
+    Models build masks by comparing vectors of positions, so no tensor of size tokens x tokens is created. A
+    mask that is an input keeps its gather.
     """
 
     name: ClassVar[str] = "restrict_masks"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "kv_only"})
 
     def run(self, program: Program) -> bool:
-        """Rewrite each gather of rows of a mask, and drop the masks that nothing reads any more."""
+        """Rewrite each gather of rows of a mask, and drop unused masks."""
         changed = False
         for gather in list(program.graph.nodes):
             if gather.target not in (SELECT, TAKE):
@@ -53,7 +53,7 @@ def _is_pointwise(node: Node) -> bool:
 
 
 class _Restriction:
-    """What one gather takes rows of, made of these rows, in front of the gather."""
+    """The restriction of a gather's operand to the gathered rows, inserted before the gather."""
 
     def __init__(self, program: Program, gather: Node) -> None:
         self._graph, self._gather = program.graph, gather
@@ -61,13 +61,13 @@ class _Restriction:
         self.mask: Any = gather.args[0]
         self.dim: Any = gather.args[1 if is_select else 2]
         self._index: Any = gather.args[2 if is_select else 1]
-        # Rows of several samples have a dimension over samples as well, which vectors of lower rank lack.
+        # Rows of several samples need a batch dimension, which vectors of lower rank lack.
         value = None if is_select else self._mask_value()
         self._least_rank = 0 if value is None else value.dim()
         self._made: dict[tuple[Node, int], Node] = {}
 
     def pays(self) -> bool:
-        """True for a computed mask [.., rows, tokens] that comes from vectors with one value per row."""
+        """Return True for a mask [.., rows, tokens] computed from vectors with one value per row."""
         value = self._mask_value()
         if value is None or value.dtype != torch.bool:
             return False
@@ -83,29 +83,33 @@ class _Restriction:
         operands = self._operands(node, dim)
         if operands is None:
             value = node.meta["val"]
-            return all(place == dim or _is_one(value, place) for place in range(value.dim()))
+            return all(other == dim or _is_one(value, other) for other in range(value.dim()))
         return all(self._is_thin(*operand) for operand in operands)
 
     def _operands(self, node: Node, dim: int) -> list[tuple[Node, int]] | None:
-        """Operands that run over ``dim`` of ``node``, with their dimension; None where its rows are taken."""
+        """Return the operands with dim ``dim`` of ``node``, and their dim; None if ``node`` is gathered."""
         rank = node.meta["val"].dim()
         if node.target is aten.unsqueeze.default:
-            source, place = node.args[:2]
+            source, added = node.args[:2]
             assert isinstance(source, Node)
-            assert isinstance(place, int)
-            candidates = [(source, dim - (place % rank < dim))]
+            assert isinstance(added, int)
+            candidates = [(source, dim - (added % rank < dim))]
         elif _is_pointwise(node) or node.target is aten.expand.default:
-            values = [(one, one.meta.get("val")) for one in node.all_input_nodes]
+            values = [(operand, operand.meta.get("val")) for operand in node.all_input_nodes]
             candidates = [
-                (one, dim - rank + value.dim()) for one, value in values if isinstance(value, torch.Tensor)
+                (operand, dim - rank + value.dim())
+                for operand, value in values
+                if isinstance(value, torch.Tensor)
             ]
         else:
             return None
-        found = [(one, at) for one, at in candidates if at >= 0 and not _is_one(one.meta["val"], at)]
-        return None if any(one.meta["val"].dim() < self._least_rank for one, _ in found) else found
+        found = [
+            (operand, at) for operand, at in candidates if at >= 0 and not _is_one(operand.meta["val"], at)
+        ]
+        return None if any(operand.meta["val"].dim() < self._least_rank for operand, _ in found) else found
 
     def of(self, node: Node, dim: int) -> Node:
-        """``node`` at the rows, which are its dimension ``dim``."""
+        """Return ``node`` at the gathered rows of its dim ``dim``."""
         if (node, dim) not in self._made:
             self._made[node, dim] = self._restricted(node, dim)
         return self._made[node, dim]
@@ -116,10 +120,10 @@ class _Restriction:
             if self._gather.target is SELECT:
                 return self._call(SELECT, (node, dim, self._index))
             return self._call(TAKE, (node, self._index, dim, self._gather.args[3]))
-        places = dict(operands)
+        dims = dict(operands)
 
-        def moved(one: Node) -> Node:
-            return self.of(one, places[one]) if one in places else one
+        def moved(operand: Node) -> Node:
+            return self.of(operand, dims[operand]) if operand in dims else operand
 
         args: Any = map_arg(node.args, moved)
         if node.target is aten.expand.default:

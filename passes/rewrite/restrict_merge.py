@@ -12,19 +12,18 @@ aten = torch.ops.aten
 
 
 class RestrictMerge(Pass):
-    """``masked_scatter`` over all tokens, of which rows are taken, becomes a gather of those rows.
+    """Replaces a ``masked_scatter`` over all tokens, followed by a gather of rows, by gathers of the rows.
 
-    The k-th place of the mask takes the k-th row of the features, so a running count of the mask tells each
-    row where its features lie. Applies to one sample at a time, and only where nothing else reads the merge.
-    The width of the features is declared to be that of the embeddings, which a trace need not have noticed;
-    the runtime checks it.
+    The k-th True of the mask takes the k-th row of the features, so ``cumsum(mask) - 1`` is the index of each
+    row's features. Only for a single sample, and for merges without other readers. The features are declared
+    to be as wide as the embeddings, which the trace may not know; the runtime checks it.
     """
 
     name: ClassVar[str] = "restrict_merge"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted"})
 
     def run(self, program: Program) -> bool:
-        """Rewrite the merges from the last one back: each leaves a gather of what it merged into."""
+        """Rewrite the merges in reverse order: each rewrite gathers the embeddings, an earlier merge."""
         changed = False
         for merge in reversed(program.decoder.merges):
             readers = list(merge.node.users)
@@ -40,8 +39,8 @@ class RestrictMerge(Pass):
 def _is_plain(merge: Merge) -> bool:
     shape, mask = merge.node.meta["val"].shape, merge.mask.meta["val"]
     three = len(shape) == 3 and mask.dim() == 3 and (shape[0], mask.shape[0]) == (1, 1)
-    known = merge.features.op == "placeholder" or isinstance(merge.features.meta["val"].shape[-1], int)
-    return three and known and isinstance(shape[2], int)
+    has_width = merge.features.op == "placeholder" or isinstance(merge.features.meta["val"].shape[-1], int)
+    return three and has_width and isinstance(shape[2], int)
 
 
 def _declare_width(merge: Merge) -> int:
@@ -69,8 +68,8 @@ def _merge_rows(program: Program, merge: Merge, reader: Node) -> None:
     with program.graph.inserting_before(reader):
         flags = call(aten.select.int, merge.mask, -1, 0)
         count = call(aten.cumsum.default, flags, 1)
-        place = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
-        taken = call(aten.index_select.default, place, 1, rows)
+        index = call(aten.clamp.default, call(aten.sub.Tensor, count, 1), 0)
+        taken = call(aten.index_select.default, index, 1, rows)
         features = call(aten.reshape.default, merge.features, [-1, _declare_width(merge)])
         merged = call(aten.index.Tensor, features, [taken])
         embeddings = call(aten.index_select.default, merge.embeddings, dim, rows)

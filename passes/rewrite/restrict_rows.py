@@ -1,4 +1,4 @@
-"""Run each layer on its active rows only."""
+"""Compute only the active rows of each layer."""
 
 from typing import ClassVar
 
@@ -10,10 +10,10 @@ from vlcache_fx.spec.slots import Keep
 
 
 class RestrictRows(Pass):
-    """Layer i computes rows R_i; the residual is cut to R_{i+1} where it leaves the layer.
+    """Restricts layer i to the rows R_i, and its output to R_{i+1}.
 
-    Everything in a decoder layer but attention works token by token, so this is exact for the rows that stay.
-    Levels whose entry in ``row_inputs`` is None keep all tokens.
+    Decoder layers work token by token except in attention, so the remaining rows are exact. Levels with None
+    in ``row_inputs`` keep all tokens.
     """
 
     name: ClassVar[str] = "restrict_rows"
@@ -21,7 +21,7 @@ class RestrictRows(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"rows_restricted"})
 
     def run(self, program: Program) -> bool:
-        """Gather the embeddings, restrict each layer's kv and q parts, cut the residual behind each layer."""
+        """Gather the embeddings, restrict each layer's kv and q parts, cut the residual after each layer."""
         facts = program.decoder
         axis = facts.tail_rows.axis
         start = facts.stream.boundaries[0]
@@ -41,7 +41,7 @@ class RestrictRows(Pass):
 
 
 def _cut_residual(program: Program, index: int, rows: Node | None) -> None:
-    """Behind layer ``index``: rows R_{index+1} of its result, by their places among R_index."""
+    """Gather the rows R_{index+1} after layer ``index``, by their positions in R_index."""
     boundary = program.decoder.stream.boundaries[index + 1]
     readers = list(boundary.users)
     if not readers:
@@ -60,7 +60,7 @@ def _cut_residual(program: Program, index: int, rows: Node | None) -> None:
 
 
 def keep_input(program: Program, index: int, rows: Node | None) -> Node:
-    """Places of R_{index+1} among R_index: an input, or the rows themselves where R_index is every token."""
+    """Return the positions of R_{index+1} in R_index: an input, or the rows if R_index is all tokens."""
     rows_after = program.row_inputs[index + 1]
     assert rows_after is not None
     return rows_after if rows is None else program.add_input(Keep(index))

@@ -1,4 +1,4 @@
-"""What the rewriting passes share: gathers, and one node restricted to a set of rows."""
+"""Helpers of rewriting passes: gathers of rows, and restriction of a node to rows."""
 
 import operator
 from dataclasses import replace
@@ -14,7 +14,7 @@ from vlcache_fx.analysis.decoder.batch import operand_batch_dim
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.sizes import expressions, quotient
 from vlcache_fx.passes.base import Program
-from vlcache_fx.passes.utility.attention import write_site
+from vlcache_fx.passes.utility.attention import update_call
 
 aten = torch.ops.aten
 
@@ -28,17 +28,17 @@ def gather(
     segment: str,
     batch_dim: int | None = None,
 ) -> Node:
-    """``operand`` at the given rows of ``dim``, inserted before ``before``.
+    """Insert a gather of rows of ``operand`` before the node ``before``.
 
     Args:
-        program: what is rewritten.
-        operand: of the stream, or an operand of it that runs over all tokens.
-        dim: its dimension over tokens.
+        program: the program.
+        operand: a node of the residual stream, or an operand of such a node with all tokens.
+        dim: token dim of ``operand``.
         index: rows, int64 [rows]; [batch, rows] where the program computes several samples.
-        before: where the gather stands.
-        segment: where it belongs.
-        batch_dim: the operand's dimension over samples; by default what analysis found. A negative one says
-            how many dimensions the operand lacks.
+        before: the node after the gather.
+        segment: segment of the gather.
+        batch_dim: batch dim of ``operand``, by default the one that analysis found. -n means that ``operand``
+            lacks n leading dims.
     """
     dims = program.decoder.batch_dims
     with program.graph.inserting_before(before):
@@ -59,7 +59,7 @@ def gather(
 
 
 def sample_dim(program: Program, node: Node) -> int:
-    """The dimension over samples of a node of the stream, or of a gather of one."""
+    """Return the batch dim of a node of the residual stream, or of a gather of such a node."""
     assert program.decoder.batch_dims is not None
     while "gathers" in node.meta:
         node = node.meta["gathers"][0]
@@ -69,11 +69,11 @@ def sample_dim(program: Program, node: Node) -> int:
 def restrict_node(
     program: Program, node: Node, flow: TokenFlow, rows: Node, site: Site, segment: str
 ) -> None:
-    """Make ``node`` compute only ``rows``, whatever rows it was made for before.
+    """Restrict ``node`` to ``rows``, also if it was restricted to other rows before.
 
-    Its operands from the residual stream are expected to hold those rows already. Operands with a full token
-    axis are gathered, a size argument that spells out the number of tokens becomes the number of rows, and an
-    attention that masks later tokens by itself gets the mask rows of its queries.
+    Its operands from the residual stream must have these rows already. Operands with all tokens are gathered,
+    a size argument with the number of tokens becomes the number of rows, and an attention with ``is_causal``
+    gets a mask for its rows.
     """
     dims = program.decoder.batch_dims
     for operand, dim in flow.gathers:
@@ -104,7 +104,7 @@ def _set_size(program: Program, node: Node, flow: TokenFlow, rows: Node, segment
 
     with program.graph.inserting_before(node):
         count = call(aten.sym_size.int, rows, int(program.is_batched))
-        if not isinstance(factor, int):  # samples of an open number are merged with their rows
+        if not isinstance(factor, int):  # a symbolic number of samples is flattened with the rows
             start = program.decoder.stream.boundaries[0]
             factor = quotient(factor, *expressions(shape_of(start)[:1]))
             count = call(operator.mul, count, call(aten.sym_size.int, rows, 0))
@@ -114,9 +114,9 @@ def _set_size(program: Program, node: Node, flow: TokenFlow, rows: Node, segment
 
 
 def _set_row_mask(program: Program, site: Site, rows: Node, segment: str) -> None:
-    """``is_causal`` for a subset of queries: key position <= row position, bool [rows, tokens].
+    """Replace ``is_causal`` by a mask for the rows: key position <= row position.
 
-    Of several samples [batch, 1, rows, tokens].
+    The mask is bool [rows, tokens], or [batch, 1, rows, tokens] for several samples.
     """
     graph = program.graph
     device = site.node.meta["val"].device
@@ -129,8 +129,8 @@ def _set_row_mask(program: Program, site: Site, rows: Node, segment: str) -> Non
             queries = graph.call_function(aten.unsqueeze.default, (queries, 1))
             made.append(queries)
         mask = graph.call_function(aten.le.Tensor, (keys, queries))
-    for one in (*made, mask):
-        one.meta["segment"] = segment
-    now = site_of(site.node)  # its keys and values may have been spliced
-    assert now is not None
-    write_site(replace(now, mask=mask, is_causal=False))
+    for node in (*made, mask):
+        node.meta["segment"] = segment
+    current = site_of(site.node)  # its keys and values may be spliced by now
+    assert current is not None
+    update_call(replace(current, mask=mask, is_causal=False))

@@ -1,4 +1,4 @@
-"""Splice stored and recomputed rows where positions have not entered yet."""
+"""Splice stored and recomputed rows before positions enter."""
 
 from typing import Any, ClassVar
 
@@ -11,10 +11,10 @@ from vlcache_fx.spec.slots import Residual, Source
 
 
 class SpliceRows(Pass):
-    """Behind every frontier, all tokens: the recomputed rows, and the donors' rows for the others.
+    """Completes every frontier to all tokens: recomputed rows, and donor rows for the others.
 
-    What follows the splice (rotary embedding, cache, attention operands) runs on the full sequence, so the
-    graph's own position ops rotate stored keys for the place where the span stands in *this* request.
+    Nodes after the splice (rotary embedding, cache, attention operands) run on the full sequence, so the
+    graph's own operators rotate stored keys to the span's position in the current request.
     """
 
     name: ClassVar[str] = "splice_rows"
@@ -23,7 +23,7 @@ class SpliceRows(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"spliced"})
 
     def run(self, program: Program) -> bool:
-        """Insert ``vlcache.splice_rows`` behind each lookup and let the full part of the layer read it."""
+        """Insert ``vlcache.splice_rows`` after each lookup and let the full part of the layer read it."""
         facts = program.decoder
         lookups = {node.meta["slot"]: node for node in program.graph.nodes if "slot" in node.meta}
         full = {node for layer in facts.layers for node in (*layer.full_part, layer.site.node)}

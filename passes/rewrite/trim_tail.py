@@ -1,4 +1,4 @@
-"""After the last layer, only the rows that the results need."""
+"""Compute only the rows that results need after the last layer."""
 
 from typing import ClassVar
 
@@ -13,10 +13,10 @@ aten = torch.ops.aten
 
 
 class TrimTail(Pass):
-    """Where the results take some tokens (``hidden[:, -1:]``), run what follows the last layer on those.
+    """Restricts the tail to the tokens that results select, as in ``hidden[:, -1:]``.
 
-    Level L then holds exactly the rows of the selection (and perhaps one more, see ``plan``), so the
-    selection itself becomes a gather of their places among them, the input ``results``.
+    Level L then has the rows of the selection (and possibly one more, see ``plan``), so the selection becomes
+    a gather of their positions in level L, the input ``results``.
     """
 
     name: ClassVar[str] = "trim_tail"

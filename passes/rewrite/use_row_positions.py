@@ -1,4 +1,4 @@
-"""Pass the positions of rows to attention on CPUs, in place of a mask that is made of them."""
+"""Pass the positions of rows to attention on CPUs instead of a mask."""
 
 import functools
 from typing import Any, ClassVar
@@ -19,20 +19,20 @@ BOTH = aten.__and__.Tensor
 
 
 class UseRowPositions(Pass):
-    """Attention whose mask asks for ``arange(tokens) <= positions`` becomes a call of ``attend_up_to``.
+    """Attention with the mask ``(arange(tokens) <= positions) & rest`` becomes a call of ``attend_up_to``.
 
-    ``restrict_rows`` gives an attention that hides later tokens by itself a mask of its rows over all tokens.
-    On CPUs, making it in every layer takes longer than the attention: the kernel there compares positions.
-    The mask may ask for more, such as that no padding is read.
+    ``restrict_rows`` replaces ``is_causal`` by such a mask, [rows, tokens]. On CPUs, computing it in every
+    layer takes longer than the attention; the kernel for CPUs compares positions instead. ``rest`` is any
+    other condition, such as the padding mask.
 
-    The Inductor lowering runs it on each segment, because ``attend_up_to`` is no operator: the graph must be
-    traced again afterwards. In the program itself, ``eager`` and exported graphs would lose their mask.
+    The Inductor lowering runs this pass on each segment and traces the result again, because
+    ``attend_up_to`` is not an operator. Programs for ``eager`` and for export keep their masks.
     """
 
     name: ClassVar[str] = "use_row_positions"
 
     def run(self, program: Program) -> bool:
-        """Replace every such call, and drop the masks that nothing reads any more."""
+        """Replace every such call, and drop unused masks."""
         calls = program.graph.find_nodes(op="call_function", target=SDPA)
         replaced = [node for node in calls if _replace(program.graph, node)]
         if replaced:
@@ -46,7 +46,11 @@ def _replace(graph: Graph, node: Node) -> bool:
     compared = next((pair for pair in map(_compared, conditions) if pair is not None), None)
     if compared is None or given.pop("is_causal", False) or given.pop("dropout_p", 0.0):
         return False
-    others = [one for one in conditions if _compared(one) != compared and not _holds_everywhere(one)]
+    others = [
+        condition
+        for condition in conditions
+        if _compared(condition) != compared and not _is_all_true(condition)
+    ]
     with graph.inserting_before(node):
         rest = functools.reduce(lambda a, b: graph.call_function(BOTH, (a, b)), others) if others else None
         call = graph.call_function(attend_up_to, (*node.args[:3], *compared, rest), given)
@@ -57,37 +61,37 @@ def _replace(graph: Graph, node: Node) -> bool:
 
 
 def _conditions(mask: Any) -> list[Node]:
-    """What must hold at once where a mask does; all of it is broadcast from the last dimension on."""
+    """Return the conditions whose conjunction is the mask; they broadcast from the last dim."""
     if not isinstance(mask, Node):
         return []
     if mask.target is BOTH:
-        return [one for part in mask.args for one in _conditions(part)]
+        return [condition for part in mask.args for condition in _conditions(part)]
     return _conditions(mask.args[0]) if mask.target is aten.expand.default else [mask]
 
 
-def _holds_everywhere(mask: Node) -> bool:
-    """True for a single value that says yes to everything."""
+def _is_all_true(mask: Node) -> bool:
+    """Return True for a scalar that is True."""
     return mask.target is aten.new_ones.default and mask.args[1] == []
 
 
 def _compared(mask: Node) -> tuple[Any, Any] | None:
-    """The positions, and the number of tokens, that a condition compares; None for any other condition."""
+    """Return the positions and the number of tokens of ``arange(tokens) <= positions``, else None."""
     if mask.target is not aten.le.Tensor:
         return None
     tokens, positions = mask.args
-    counted = _counted(tokens)
+    counted = _arange(tokens)
     return None if counted is None else (positions, counted[0])
 
 
-def _counted(tokens: Any) -> tuple[Any, int] | None:
-    """How far a tensor counts from 0 along its last dimension, others being 1, and its rank; else None."""
+def _arange(tokens: Any) -> tuple[Any, int] | None:
+    """Return the end and the rank of an ``arange`` from 0 along the last dim (other dims 1), else None."""
     if not isinstance(tokens, Node):
         return None
     if tokens.target is aten.arange.default:
         device: Any = tokens.kwargs.get("device") or "cpu"
         is_counted = tokens.kwargs.get("dtype") in (None, torch.int64)
         return (tokens.args[0], 1) if is_counted and torch.device(device).type == "cpu" else None
-    found = _counted(tokens.args[0]) if tokens.args else None
+    found = _arange(tokens.args[0]) if tokens.args else None
     if found is None:
         return None
     end, rank = found
@@ -113,9 +117,9 @@ def attend_up_to(
     Args:
         query: [batch, heads, rows, dim].
         key, value: [batch, key heads, tokens, dim].
-        positions: of the rows, [rows, 1] or [batch, 1, rows, 1]; anything else makes a mask.
-        tokens: width of the mask: that of ``key``, or 1 for all tokens alike.
-        rest: bool, broadcastable to [batch, heads, rows, tokens], such as what padding hides; or None.
+        positions: positions of the rows, [rows, 1] or [batch, 1, rows, 1]; other shapes use a mask.
+        tokens: width of the mask: the number of keys, or 1.
+        rest: bool, broadcastable to [batch, heads, rows, tokens], such as a padding mask; or None.
         **options: ``scale`` and ``enable_gqa``, as in ``scaled_dot_product_attention``.
     """
     if statically_known_true(tokens == key.shape[-2]):

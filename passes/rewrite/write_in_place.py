@@ -1,4 +1,4 @@
-"""Write rows to the caller's tensors in the graph, in place of returning them."""
+"""Write rows to the caller's tensors in the graph instead of returning them."""
 
 from typing import Any, ClassVar
 
@@ -17,19 +17,19 @@ IN_PLACE: dict[Any, Any] = {
 
 
 class WriteInPlace(Pass):
-    """A key-value cache of fixed size is written where it lies, in the layer that reads it.
+    """Updates a static KV cache in place, in the layer that reads it.
 
-    In a functional graph each layer makes a copy of its cache to write rows to it, and returns the rows,
-    which are written to the cache itself in the end. The results that told the rows and their places become
-    None. What else is written, such as a counter, stays a result, and so do rows that the graph does not
-    read. A program that failed midway may be run again, or another one in its place: it writes to the same
-    places, and none reads what they held.
+    In a functional graph, each layer copies its cache to write rows to it, and returns the rows and their
+    indices, which are written to the cache after the call. This pass makes the layer's write an in-place
+    operator, and the two results None. Other mutations, such as those of a counter, stay results, and so do
+    rows that the graph does not read. After a failure, this program or another may run on the same inputs: it
+    writes the same indices, and no program reads their old values.
     """
 
     name: ClassVar[str] = "write_in_place"
 
     def run(self, program: Program) -> bool:
-        """Rewrite every write of rows that nothing else depends on."""
+        """Rewrite every write of rows to an input without other readers."""
         placeholders = program.graph.find_nodes(op="placeholder")
         output = program.graph.output_node()
         results: Any = output.args[0]
@@ -37,9 +37,9 @@ class WriteInPlace(Pass):
         for write in program.writes:
             if write.positions is None or results[write.value] is None:
                 continue
-            told = (results[write.value], write.dim, results[write.positions])
+            expected = (results[write.value], write.dim, results[write.positions])
             scatter = _only_reader(placeholders[write.input])
-            if scatter is None or scattered_rows(scatter) != told or output in scatter.users:
+            if scatter is None or scattered_rows(scatter) != expected or output in scatter.users:
                 continue
             scatter.target = IN_PLACE[scatter.target]
             results[write.value] = results[write.positions] = None
@@ -50,12 +50,12 @@ class WriteInPlace(Pass):
 
 
 def _only_reader(target: Node) -> Node | None:
-    """What alone reads an input's values; None where there is none or several, or they are not contiguous."""
+    """Return the only reader of an input's values; None for none or several, or a non-contiguous input."""
     readers = list(data_users(target))
     return readers[0] if len(readers) == 1 and target.meta["val"].is_contiguous() else None
 
 
-def first_copy(program: Program) -> Node | None:
-    """What makes a copy of an input to write rows to it, if anything does."""
+def find_copied_input(program: Program) -> Node | None:
+    """Return the first node that copies an input to write rows to it, or None."""
     scatters = (node for node in program.graph.nodes if node.target in IN_PLACE)
     return next((node for node in scatters if node.args[0].op == "placeholder"), None)

@@ -1,1 +1,1 @@
-"""What passes share: insertion of nodes, attention calls and masks. Passes import it."""
+"""Helpers of passes: insertion of nodes, attention calls and masks. Only passes import them."""

@@ -1,4 +1,4 @@
-"""What passes share about attention calls."""
+"""Helpers of passes for attention calls."""
 
 from typing import Any
 
@@ -14,22 +14,27 @@ MOVES = frozenset(
 )
 
 
-def is_grouped_by_writing_out(target: Any, value: Any, mask: Any) -> bool:
-    """True where grouped heads would cost more than repeated ones.
+def gqa_needs_math_kernel(target: Any, value: Any, mask: Any) -> bool:
+    """Return True where ``enable_gqa`` would be slower than repeated key and value heads.
 
-    On CUDA the fused kernels that take a mask take as many key heads as heads; with fewer, PyTorch falls back
-    to one that writes all scores out.
+    On CUDA, the fused kernels with a mask need as many key heads as query heads. With fewer, PyTorch falls
+    back to the math kernel, which materialises all scores.
     """
     return target is SDPA and mask is not None and bool(value.device.type == "cuda")
 
 
-def write_site(site: Site) -> None:
-    """Let the call of ``site`` read what ``site`` says."""
+def update_call(site: Site) -> None:
+    """Set the arguments of the call ``site.node`` to those of ``site``."""
     operands = (site.query, site.key, site.value, site.mask)
     if site.node.target is ATTEND:
         site.node.args = (
-            *operands, site.sinks, site.is_causal, site.scale, site.softcap, site.enable_gqa,
-        )  # fmt: skip
+            *operands,
+            site.sinks,
+            site.is_causal,
+            site.scale,
+            site.softcap,
+            site.enable_gqa,
+        )
         site.node.kwargs = {}
         return
     dropout = site.node.args[4] if len(site.node.args) > 4 else site.node.kwargs.get("dropout_p")
@@ -42,8 +47,8 @@ def write_site(site: Site) -> None:
     }
 
 
-def loosen_views(result: Node) -> None:
-    """Let views of ``result`` copy where they have to: a call may lay out its result in another way."""
+def views_to_reshapes(result: Node) -> None:
+    """Replace views of ``result`` by reshapes, since a call may return another layout."""
     todo, seen = [result], {result}
     while todo:
         for user in todo.pop().users:

@@ -1,4 +1,4 @@
-"""Adds nodes to a graph, each with its fake value and the source line of the node that it stands for."""
+"""Insertion of nodes, each with its fake value and the source line of the node that it replaces."""
 
 import contextlib
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ aten = torch.ops.aten
 
 
 def insert_call(graph: Graph, target: Any, *args: Any, origin: Node, **kwargs: Any) -> Node:
-    """A call at the graph's insertion point, with its fake value, from the source line of ``origin``."""
+    """Insert a call at the graph's insertion point, with its fake value and the source line of ``origin``."""
     node = graph.call_function(target, args, kwargs)
     node.meta = _source_of(origin)
-    given, named = map_arg((args, kwargs), lambda one: one.meta["val"])
-    mode = fake_mode([one.meta["val"] for one in (*node.all_input_nodes, origin)])
-    # The sizes belong to whoever traced the graph: nothing may be assumed about them here.
-    with torch.no_grad(), mode, enable_python_dispatcher(), without_guards(mode.shape_env):
+    given, named = map_arg((args, kwargs), lambda operand: operand.meta["val"])
+    mode = fake_mode([operand.meta["val"] for operand in (*node.all_input_nodes, origin)])
+    # The sizes belong to the tracer of the graph, which must not get guards from here.
+    with torch.no_grad(), mode, enable_python_dispatcher(), suppress_guards(mode.shape_env):
         node.meta["val"] = target(*given, **named)
     return node
 
 
 def insert_size(graph: Graph, size: Any, origin: Node) -> Any:
-    """A size that stays what it is when rows are restricted: a number, or a node at the insertion point.
+    """Return a size as a number, or as a node at the insertion point that row restriction does not change.
 
-    It is read from the first node that has it, which lies before or at the beginning of the residual stream.
+    The node reads the first tensor of that size, which is before or at the start of the residual stream.
     """
     if isinstance(size, int):
         return size
@@ -40,19 +40,19 @@ def insert_size(graph: Graph, size: Any, origin: Node) -> Any:
         if isinstance(value, torch.SymInt) and str(value) == str(size):
             return node
         dims = value.shape if isinstance(value, torch.Tensor) else ()
-        for dim, one in enumerate(dims):
-            if str(one) == str(size):
+        for dim, found in enumerate(dims):
+            if str(found) == str(size):
                 return insert_call(graph, aten.sym_size.int, node, dim, origin=origin)
     raise ValueError(f"no node has the size {size}")
 
 
 def fake_mode(values: Any) -> Any:
-    """The mode of the first fake tensor among ``values``, however nested."""
+    """Return the mode of the first fake tensor in the pytree ``values``."""
     return next(value.fake_mode for value in tree_leaves(values) if isinstance(value, FakeTensor))
 
 
-def without_guards(shape_env: Any) -> Any:
-    """Within it, nothing is assumed about sizes of ``shape_env`` (if there is one)."""
+def suppress_guards(shape_env: Any) -> Any:
+    """Return a context manager in which ``shape_env``, if any, gets no guards."""
     return contextlib.nullcontext() if shape_env is None else shape_env.suppress_guards()
 
 
@@ -61,10 +61,10 @@ def _source_of(origin: Node) -> dict[str, Any]:
 
 
 def insert_graph(program: Program, module: GraphModule, given: Sequence[Any], origin: Node) -> list[Node]:
-    """The nodes of ``module`` at the graph's insertion point, with ``given`` as inputs.
+    """Copy the nodes of ``module`` to the graph's insertion point, with ``given`` as inputs.
 
     Returns:
-        the results of ``module`` that are nodes.
+        The copies of those results of ``module`` that are nodes.
     """
     copies: dict[Node, Any] = {}
     waiting = iter(given)

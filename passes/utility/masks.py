@@ -1,4 +1,4 @@
-"""Make one mask of what hides, shows or biases scores."""
+"""Combine the terms that mask or bias scores into one attention mask."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,12 @@ aten = torch.ops.aten
 
 
 class Masks:
-    """The masks that one pass makes in a program; what several layers share is made once.
+    """Masks that a pass builds in a program. Equal masks are built once.
 
-    One bool term that hides with minus infinity gives a bool mask. Everything else gives one that is added;
-    there, a finite number that hides is the lowest of the scores' dtype, which leaves nothing of a score: a
-    row that reads nothing then reads everything alike, as where its scores are replaced. Layers that each
-    compute the same mask anew share the first one. (Torch's passes share every common expression: layers that
-    read each other's values are no longer equal, and each would be compiled.)
+    A single bool term with the fill value -inf stays a bool mask. All other terms become an additive mask;
+    finite fill values become ``finfo.min`` of the scores' dtype, so a fully masked row attends uniformly, as
+    in the original. Layers that compute equal masks share the first. (Torch's common subexpression passes
+    would share all equal expressions, which makes layers differ, and each would be compiled.)
     """
 
     def __init__(self, program: Program) -> None:
@@ -32,13 +31,13 @@ class Masks:
         self._computed: dict[tuple[object, str], Node] = {}
 
     def joined(self, terms: Sequence[Term], dtype: torch.dtype, rank: int, origin: Node) -> Node | None:
-        """A mask of two or four dimensions for an attention call, or None where there are no terms.
+        """Return a mask of two or four dimensions for an attention call, or None without terms.
 
         Args:
-            terms: first to last.
-            dtype: of the scores.
+            terms: the terms, in the order of application.
+            dtype: dtype of the scores.
             rank: number of dimensions of the scores in the graph.
-            origin: the call's source; a mask is made in front of the first that needs it.
+            origin: source of the call. The mask is inserted before the first call that needs it.
         """
         if not terms:
             return None
@@ -49,7 +48,7 @@ class Masks:
         return self._made[key]
 
     def _first_of(self, node: Node) -> Node:
-        """The first node that computes the same from the same."""
+        """Return the first node with the same operator and equal operands."""
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(
             node.target, "tags", ()
         ):

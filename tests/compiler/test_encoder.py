@@ -25,7 +25,7 @@ def _compiler() -> Iterator[None]:
 def test_match_encoder() -> None:
     found = Encoder.match(traced(Looking(), PIXELS))
     assert found is not None
-    assert found.split.encoder_places == (0,)
+    assert found.split.encoder_indices == (0,)
     assert Encoder.match(traced(tiny_vlm(), PROMPT)) is None
 
 

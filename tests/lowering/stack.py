@@ -1,4 +1,4 @@
-"""A small llama-like stack and its trace to the flat pre-dispatch ATen graph that a lowering takes."""
+"""A small Llama-like stack, and its trace to the flat pre-dispatch ATen graph of lowerings."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.nn import functional as F
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """Rotates the two halves of the last axis."""
+    """Rotate the two halves of the last dim."""
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
 class Norm(nn.Module):
-    """RMS norm over the last axis."""
+    """RMS norm over the last dim."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,8 +64,15 @@ class Layer(nn.Module):
 class Stack(nn.Module):
     """Layers between a RoPE prelude and a norm + head tail."""
 
-    def __init__(self, layers: int = 3, width: int = 64, heads: int = 4, kv_heads: int = 2, inner: int = 96,
-                 vocabulary: int = 50) -> None:  # fmt: skip
+    def __init__(
+        self,
+        layers: int = 3,
+        width: int = 64,
+        heads: int = 4,
+        kv_heads: int = 2,
+        inner: int = 96,
+        vocabulary: int = 50,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(width, heads, kv_heads, inner) for _ in range(layers))
         self.norm = Norm(width)
@@ -88,15 +95,14 @@ class Stack(nn.Module):
 
 
 def splice(donor: torch.Tensor, fresh: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """[D, w] and [n, w] -> [S, w]: donor row `source` where it is not negative, else fresh row `-source -
-    1`."""
+    """[D, w] and [n, w] -> [S, w]: donor row ``source`` if it is >= 0, else fresh row ``-source - 1``."""
     kept = donor.index_select(0, source.clamp(min=0))
     computed = fresh.index_select(0, (-source - 1).clamp(min=0))
     return torch.where((source >= 0)[:, None], kept, computed)
 
 
 class WarmLayer(nn.Module):
-    """A `Layer` on some rows, with the other rows' K and V from donors."""
+    """A ``Layer`` on some rows, with the other rows' K and V from donors."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -130,7 +136,7 @@ class WarmLayer(nn.Module):
 
 
 class Warm(nn.Module):
-    """The layers of a `Stack` on row sets that shrink with depth."""
+    """The layers of a ``Stack`` on row sets that shrink with depth."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -147,7 +153,7 @@ class Warm(nn.Module):
         sources: tuple[torch.Tensor, ...],
         donors: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, ...]:
-        """Per layer the row set, what of it goes on, where K and V come from, and two donors."""
+        """Per layer: the row set, the rows kept for the next layer, the sources of K and V, two donors."""
         caches: list[torch.Tensor] = []
         for i, layer in enumerate(self.layers):
             x, k, v = layer(x, cos, sin, rows[i], keeps[i], sources[i], (donors[2 * i], donors[2 * i + 1]))
@@ -156,7 +162,7 @@ class Warm(nn.Module):
 
 
 def segment_of(node: torch.fx.Node) -> str | None:
-    """The tag of a node by the module it comes from: its stack names `layers.<n>`."""
+    """Return the tag of a node, from the module ``layers.<n>`` in its stack."""
     found: str | None = None
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         match = re.search(r"layers[.']*\[?(\d+)", str(path))
@@ -170,10 +176,9 @@ def segment_of(node: torch.fx.Node) -> str | None:
 def trace(
     model: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]
 ) -> tuple[GraphModule, list[Any]]:
-    """Traces to a flat tagged graph; `dynamic` has, shaped like `inputs`, the symbolic dimensions of each
-    tensor.
+    """Trace to a flat tagged graph; ``dynamic`` has the symbolic dims of each tensor, nested like ``inputs``.
 
-    Returns the graph module and its lifted parameters and buffers, which are to be passed before the inputs.
+    Returns the graph module, and its lifted parameters and buffers, which come before the inputs.
     """
 
     def shape(dims: Any) -> Any:

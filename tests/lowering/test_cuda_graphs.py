@@ -1,4 +1,4 @@
-"""Recording and replaying, with a recorder that works anywhere; on a GPU with the real one."""
+"""``CudaGraphs`` with a fake recorder, and on a GPU with the real one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGE = COPIED_BYTES // 4 + 1
 
 
 class Recorder:
-    """Stands for CUDA graphs: a replay reads the recorded places and overwrites the recorded results."""
+    """A fake of CUDA graphs: a replay reads the recorded buffers and overwrites the recorded results."""
 
     def __init__(self) -> None:
         self.recordings = self.replays = 0
@@ -53,12 +53,12 @@ def call(program: CudaGraphs, small: Tensor, large: Tensor, number: int = 3) -> 
     assert second == number
 
 
-def test_sizes_that_come_again_are_recorded(program: CudaGraphs, recorder: Recorder) -> None:
+def test_record_after_repeated_sizes(program: CudaGraphs, recorder: Recorder) -> None:
     large = torch.ones(LARGE)
     for value in range(5):
         call(program, torch.full((4,), float(value)), large)
     assert (recorder.recordings, recorder.replays) == (1, 3)
-    large += 1  # read where it lies
+    large += 1  # read from its own address
     call(program, torch.ones(4), large)
     assert recorder.replays == 4
 
@@ -74,7 +74,7 @@ def test_sizes_that_come_again_are_recorded(program: CudaGraphs, recorder: Recor
     ],
     ids=["size", "type", "stride", "address of what is large", "number"],
 )
-def test_another_form_is_another_recording(program: CudaGraphs, recorder: Recorder, change: Any) -> None:
+def test_record_per_layout(program: CudaGraphs, recorder: Recorder, change: Any) -> None:
     small, large = torch.ones(4), torch.ones(LARGE)
     for _ in range(3):
         call(program, small, large)
@@ -82,7 +82,7 @@ def test_another_form_is_another_recording(program: CudaGraphs, recorder: Record
     assert (recorder.recordings, recorder.replays) == (1, 1)
 
 
-def test_weights_are_not_copied_however_small(recorder: Recorder) -> None:
+def test_replay_reads_weights_in_place(recorder: Recorder) -> None:
     weight = torch.nn.Parameter(torch.ones(2))
     program = CudaGraphs(lambda args: (args[0] * args[1],), record=recorder, after=1)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_weights_are_not_copied_however_small(recorder: Recorder) -> None:
     assert (recorder.recordings, recorder.replays) == (1, 2)
 
 
-def test_what_is_written_to_is_written_where_it_lies(recorder: Recorder) -> None:
+def test_replay_writes_inputs_in_place(recorder: Recorder) -> None:
     program = CudaGraphs(lambda args: (args[1].fill_(args[0].sum()) + 1, None), record=recorder, in_place=[1])
     cache = torch.zeros(2)
     for value in range(5):
@@ -109,13 +109,13 @@ def test_what_is_written_to_is_written_where_it_lies(recorder: Recorder) -> None
     assert other.tolist() == [2.0, 2.0]
 
 
-def test_results_are_the_callers_own(program: CudaGraphs) -> None:
+def test_replay_returns_new_results(program: CudaGraphs) -> None:
     large = torch.ones(LARGE)
     kept = [program([torch.full((4,), float(value)), large, 3])[0] for value in range(5)]
     assert [int(one[0]) for one in kept] == [value * LARGE for value in range(5)]
 
 
-def test_the_least_recently_used_recording_goes_first(program: CudaGraphs, recorder: Recorder) -> None:
+def test_limit_drops_least_recently_used(program: CudaGraphs, recorder: Recorder) -> None:
     large = torch.ones(LARGE)
     for size in (2, 3, 4):
         for _ in range(3):
@@ -123,21 +123,21 @@ def test_the_least_recently_used_recording_goes_first(program: CudaGraphs, recor
     assert recorder.recordings == 3
     call(program, torch.ones(4), large)
     assert recorder.replays == 4
-    call(program, torch.ones(2), large)  # gone: runs plainly, and is counted anew
+    call(program, torch.ones(2), large)  # dropped: runs without a graph, and is counted from zero
     assert (recorder.recordings, recorder.replays) == (3, 4)
 
 
-def test_what_cannot_be_recorded_runs_plainly(
+def test_record_failure_runs_program(
     program: CudaGraphs, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder.fails = True
     for _ in range(5):
         call(program, torch.ones(4), torch.ones(4))
     assert recorder.recordings == 0
-    assert caplog.text.count("cannot be recorded") == 1
+    assert caplog.text.count("recording failed") == 1
 
 
-def test_arriving_arguments_run_plainly(recorder: Recorder) -> None:
+def test_pending_tensors_run_program(recorder: Recorder) -> None:
     program = CudaGraphs(lambda args: (args[0].get() + 1,), record=recorder)
     for _ in range(4):
         (got,) = program([PendingTensor(torch.zeros(1), lambda: None)])
@@ -146,7 +146,7 @@ def test_arriving_arguments_run_plainly(recorder: Recorder) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_a_replay_gives_what_a_run_gives() -> None:
+def test_replay_equals_run_on_gpu() -> None:
     program = CudaGraphs(lambda args: (torch.relu(args[0] @ args[1]),))
     weight = torch.randn(1024, 1024, device="cuda")
     for seed in range(6):

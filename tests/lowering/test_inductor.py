@@ -46,7 +46,7 @@ def prompt(length: int) -> torch.Tensor:
 
 
 def warm_inputs(total: int, counts: tuple[int, ...], donor: int) -> tuple[Any, ...]:
-    """Random row sets of the given sizes (nested), and donors of `donor` rows."""
+    """Return random nested row sets of the given sizes, and donors of ``donor`` rows."""
     counts = (*counts, counts[-1])
     rows, keeps, sources = [torch.sort(torch.randperm(total)[: counts[0]]).values], [], []
     for layer in range(LAYERS):
@@ -71,7 +71,7 @@ def close(actual: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
         assert got.stride() == want.stride()
 
 
-def test_eager_is_the_model_itself(stack: Stack, cold: Traced) -> None:
+def test_eager_equals_model(stack: Stack, cold: Traced) -> None:
     program, lifted = cold
     run = EagerLowering().lower(program, name="cold")
     x = prompt(50)
@@ -79,9 +79,7 @@ def test_eager_is_the_model_itself(stack: Stack, cold: Traced) -> None:
         assert all(torch.equal(a, b) for a, b in zip(run([*lifted, x]), stack(x), strict=True))
 
 
-def test_every_length_runs_on_one_compilation_per_structure(
-    stack: Stack, cold: Traced, cache: CompileCache
-) -> None:
+def test_lengths_share_compilations(stack: Stack, cold: Traced, cache: CompileCache) -> None:
     program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
     names = [name for name, _ in cache.stats.compilations if name.startswith("cold")]
@@ -96,7 +94,7 @@ def test_every_length_runs_on_one_compilation_per_structure(
     assert not any(cache.stats.conditions.values())
 
 
-def test_another_program_shares_structures(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+def test_programs_share_structures(stack: Stack, cold: Traced, cache: CompileCache) -> None:
     InductorLowering(cache).lower(cold[0], name="one")
     before, hits = len(cache.stats.compilations), cache.stats.hits
     other = Stack(LAYERS + 1).eval()
@@ -105,11 +103,11 @@ def test_another_program_shares_structures(stack: Stack, cold: Traced, cache: Co
     assert len(cache.stats.compilations) == before
     assert cache.stats.hits == hits + LAYERS + 3
     x = prompt(11)
-    with torch.no_grad():  # the weights are inputs: nothing of the first model is left in the code
+    with torch.no_grad():  # weights are inputs, so the code contains nothing of the first model
         close(run([*lifted, x]), other(x))
 
 
-def test_rows_need_no_recompile(stack: Stack, cache: CompileCache) -> None:
+def test_row_counts_share_compilations(stack: Stack, cache: CompileCache) -> None:
     program, lifted = trace(Warm(stack), warm_inputs(41, (23, 17, 11), 37), WARM_DIMS)
     run = InductorLowering(cache).lower(program, name="warm")
     oracle = EagerLowering().lower(program, name="warm")
@@ -127,7 +125,7 @@ def test_rows_need_no_recompile(stack: Stack, cache: CompileCache) -> None:
     assert len(cache.stats.compilations) == before
 
 
-def test_one_row_compiles_a_variant(stack: Stack, cold: Traced) -> None:
+def test_single_row_compiles_variant(stack: Stack, cold: Traced) -> None:
     cache = CompileCache()
     program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
@@ -139,14 +137,14 @@ def test_one_row_compiles_a_variant(stack: Stack, cold: Traced) -> None:
 
 
 class Halves(nn.Module):
-    """Works for even lengths only, and takes another path from 100 on."""
+    """Requires even lengths, and takes another path from length 100 on."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (x.view(2, -1, 4).sum(1), x[:100] * 2)
 
 
 class Counting(nn.Module):
-    """Compares tokens with places, with vectors of sizes, in both of its layers."""
+    """Compares positions of tokens, vectors computed from sizes, in both layers."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         places = torch.arange(x.shape[0], device=x.device) * 2
@@ -155,7 +153,7 @@ class Counting(nn.Module):
         return first, (first * places).cumsum(0) + pairs.sum(0), torch.arange(x.shape[0])
 
 
-def test_vectors_of_sizes_are_made_where_they_are_used() -> None:
+def test_outline_repeats_vectors_of_sizes() -> None:
     program, lifted = trace(Counting(), (torch.randn(36),), ({0},))
     layers = {"mul_1": "layer.0", "add": "layer.0", "mul_2": "layer.1", "add_1": "layer.1"}
     for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.arange.default):
@@ -168,7 +166,7 @@ def test_vectors_of_sizes_are_made_where_they_are_used() -> None:
     arange = torch.ops.aten.arange.default
     counts = [len(segment.module.graph.find_nodes(op="call_function", target=arange)) for segment in segments]
     assert counts == [3, 1, 1]  # one of the three is a result
-    # What comes of a table of tokens x tokens is handed on.
+    # Values computed from a tensor of tokens x tokens cross segments.
     crossing = [[getattr(node, "name", "") for node in segment.outputs] for segment in segments]
     assert crossing[0] == ["sum_1", "sum_2", "arange_2"]
     run = InductorLowering().lower(program, name="counting")
@@ -176,7 +174,7 @@ def test_vectors_of_sizes_are_made_where_they_are_used() -> None:
     close(run([*lifted, x]), Counting()(x))
 
 
-def test_conditions_are_checked_at_run_time() -> None:
+def test_conditions_checked_per_call() -> None:
     cache = CompileCache()
     program, lifted = trace(Halves(), (torch.randn(36, 4),), ({0},))
     run = InductorLowering(cache).lower(program, name="halves")
@@ -187,14 +185,14 @@ def test_conditions_are_checked_at_run_time() -> None:
 
 
 class Aliases(nn.Module):
-    """Returns its input, a view of it, two views of one buffer, and the same value twice."""
+    """Returns its input, a view of it, two views of a buffer, and a value twice."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         z = x * 2 + y
         return x, x.transpose(0, 1), z, z.view(-1), z, y[1:]
 
 
-def test_outputs_may_alias() -> None:
+def test_outputs_alias() -> None:
     program, lifted = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     run = InductorLowering().lower(program, name="aliases")
     x, y = torch.randn(9, 4), torch.randn(9, 4)
@@ -205,7 +203,7 @@ def test_outputs_may_alias() -> None:
     assert found[3].data_ptr() == found[2].data_ptr() == found[4].data_ptr()
 
 
-def test_parameters_that_require_grad_are_fine(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+def test_parameters_require_grad(stack: Stack, cold: Traced, cache: CompileCache) -> None:
     program, lifted = cold
     assert lifted[0].requires_grad
     run = InductorLowering(cache).lower(program, name="cold")
@@ -213,7 +211,7 @@ def test_parameters_that_require_grad_are_fine(stack: Stack, cold: Traced, cache
     assert not any(value.requires_grad for value in run([*lifted, prompt(5)]))
 
 
-def test_inputs_of_another_layout_are_accepted(stack: Stack, cold: Traced, cache: CompileCache) -> None:
+def test_inputs_of_another_layout(stack: Stack, cold: Traced, cache: CompileCache) -> None:
     program, lifted = cold
     run = InductorLowering(cache).lower(program, name="cold")
     x = torch.randn(1, 64, 12).transpose(1, 2)
@@ -222,8 +220,8 @@ def test_inputs_of_another_layout_are_accepted(stack: Stack, cold: Traced, cache
     assert x.shape == (1, 12, 64)
 
 
-def test_numbers_are_inputs_and_outputs() -> None:
-    """Dynamo passes sizes as placeholders, and a program may return sizes."""
+def test_int_inputs_and_outputs() -> None:
+    """Dynamo passes sizes as placeholders, and programs may return sizes."""
     program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     first = next(iter(program.graph.nodes))
     size = first.meta["val"].size(0)
@@ -245,7 +243,7 @@ def test_numbers_are_inputs_and_outputs() -> None:
         run([x, x])
 
 
-def test_a_failure_names_the_segment() -> None:
+def test_failure_names_segment() -> None:
     program, _ = trace(Aliases(), (torch.randn(6, 4), torch.randn(6, 4)), ({0}, {0}))
     lowering = InductorLowering(CompileCache({"config_patches": {"no_such_option": 1}}))
     with pytest.raises(LoweringError, match=r"program 'bad', segment 'prelude'.*no_such_option"):
@@ -256,7 +254,7 @@ def test_a_failure_names_the_segment() -> None:
         InductorLowering().lower(program, name="bare")
 
 
-def test_kernels_are_not_run_while_they_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_not_run_at_compile_time(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     compile_segment = torch._inductor.standalone_compile
 
@@ -272,7 +270,7 @@ def test_kernels_are_not_run_while_they_are_compiled(monkeypatch: pytest.MonkeyP
     assert found
 
 
-def test_decompositions_are_expressed_in_aten() -> None:
+def test_decompositions_applied() -> None:
     with torch.library._scoped_library("vlcache_lowering_test", "DEF") as library:
         library.define("double(Tensor x) -> Tensor")
         library.impl("double", lambda x: x.new_full((), float("nan")), "CPU")

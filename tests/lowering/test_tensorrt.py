@@ -1,4 +1,4 @@
-"""The TensorRT lowering, as far as that goes without a GPU."""
+"""The TensorRT lowering, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlcache_fx.capture.exported import capture_exported
 from vlcache_fx.errors import OptionError
 from vlcache_fx.ir import Captured
 from vlcache_fx.lowering import TensorRtLowering
-from vlcache_fx.lowering.tensorrt import MIN_NODES, dry_run, why_outside
+from vlcache_fx.lowering.tensorrt import MIN_NODES, dry_run, exclusion_reason
 from vlcache_fx.options import Options
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.partition.split_encoder import split_encoder
@@ -39,17 +39,17 @@ def made(build: Callable[[Captured], Program]) -> fx.GraphModule:
 
 @pytest.fixture(scope="module")
 def warm() -> fx.GraphModule:
-    """The warm program of a tiny VLM."""
+    """Return the warm program of a tiny VLM."""
     return made(warm_program)
 
 
 @pytest.fixture(scope="module", params=["warm", "cold"])
 def program(request: pytest.FixtureRequest, warm: fx.GraphModule) -> fx.GraphModule:
-    """A program of a tiny VLM."""
+    """Return a program of a tiny VLM."""
     return warm if request.param == "warm" else made(cold_program)
 
 
-def test_every_call_is_in_one_engine_or_outside_for_a_reason(program: fx.GraphModule) -> None:
+def test_dry_run_covers_all_calls(program: fx.GraphModule) -> None:
     before = str(program.graph)
     run = dry_run(program)
     inside = [name for names in run.engines for name in names]
@@ -61,7 +61,7 @@ def test_every_call_is_in_one_engine_or_outside_for_a_reason(program: fx.GraphMo
     assert str(program.graph) == before
 
 
-def test_engines_hold_most_of_the_work_in_order(program: fx.GraphModule) -> None:
+def test_dry_run_engines_in_order(program: fx.GraphModule) -> None:
     run = dry_run(program)
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
     assert run.engines
@@ -80,7 +80,7 @@ def test_engines_hold_most_of_the_work_in_order(program: fx.GraphModule) -> None
     assert products <= inside
 
 
-def test_cache_operators_stay_outside(warm: fx.GraphModule) -> None:
+def test_dry_run_excludes_cache_operators(warm: fx.GraphModule) -> None:
     run = dry_run(warm)
     ours = {
         node.name
@@ -90,11 +90,11 @@ def test_cache_operators_stay_outside(warm: fx.GraphModule) -> None:
     assert ours
     assert ours <= run.outside.keys()
     for name in ours:
-        assert run.outside[name] == "a cache operator: it reads what the store gave"
+        assert run.outside[name] == "a cache operator: it reads stored rows"
 
 
-def test_engines_can_be_run_one_after_the_other(program: fx.GraphModule) -> None:
-    """No engine needs what a later one gives."""
+def test_dry_run_engines_are_acyclic(program: fx.GraphModule) -> None:
+    """No engine reads results of a later engine."""
     run = dry_run(program)
     engine_of = {name: number for number, names in enumerate(run.engines) for name in names}
     needs: dict[int, set[int]] = {number: set() for number in range(len(run.engines))}
@@ -114,15 +114,15 @@ def graph_of(function: Callable[..., object], *examples: torch.Tensor) -> fx.Gra
     return traced
 
 
-def test_float64_stays_outside() -> None:
+def test_dry_run_excludes_float64() -> None:
     traced = graph_of(lambda x: (x.double() * 2).float() + 1, torch.ones(3))
-    reasons = {node.name: why_outside(node) for node in traced.graph.nodes if node.op == "call_function"}
+    reasons = {node.name: exclusion_reason(node) for node in traced.graph.nodes if node.op == "call_function"}
     assert "TensorRT has no float64" in reasons.values()
     assert None in reasons.values()
     assert dry_run(traced).engines == ()
 
 
-def test_a_region_of_few_nodes_stays_outside() -> None:
+def test_dry_run_excludes_small_regions() -> None:
     traced = graph_of(lambda x: x * 2 + 1, torch.ones(3))
     run = dry_run(traced)
     assert run.engines == ()
@@ -130,23 +130,23 @@ def test_a_region_of_few_nodes_stays_outside() -> None:
     assert len(dry_run(graph_of(lambda x: (x * 2 + 1).tanh(), torch.ones(3))).engines) == 1
 
 
-def test_what_writes_to_an_input_stays_outside() -> None:
+def test_dry_run_excludes_input_mutations() -> None:
     def write(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return (cache.index_copy_(0, torch.arange(2), rows.tanh() * 2 + 1) * 2).tanh() + 1
 
     run = dry_run(graph_of(write, torch.ones(5, 3), torch.ones(2, 3)))
-    assert run.outside["index_copy_"].startswith("it writes to a tensor of the caller")
+    assert run.outside["index_copy_"].startswith("an input mutation")
     assert run.engines
 
 
-def test_placeholders_are_no_calls() -> None:
+def test_exclusion_reason_placeholder() -> None:
     traced = graph_of(lambda x: x * 2, torch.ones(3))
     (placeholder,) = traced.graph.find_nodes(op="placeholder")
-    assert why_outside(placeholder) == "not a call"
+    assert exclusion_reason(placeholder) == "not a call"
 
 
 @without_gpu
-def test_without_a_gpu_the_lowering_is_refused_with_what_works() -> None:
+def test_lowering_without_gpu() -> None:
     for make in (
         TensorRtLowering,
         lambda: vlcache_fx.Engine(Options(lowering="tensorrt")),
@@ -156,15 +156,15 @@ def test_without_a_gpu_the_lowering_is_refused_with_what_works() -> None:
             make()
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lowering_without_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(OptionError, match=r"needs the package torch-tensorrt .*pip install torch-tensorrt"):
         TensorRtLowering()
 
 
-def test_regions_are_compiled_and_the_rest_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another compiler in place of Torch-TensorRT: results are those of the model."""
+def test_lower_compiles_regions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake of Torch-TensorRT, results equal those of the model."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
     compiled: list[set[str]] = []
@@ -189,7 +189,7 @@ def test_regions_are_compiled_and_the_rest_runs_as_it_is(monkeypatch: pytest.Mon
     assert not any("vlcache" in namespaces for namespaces in compiled)
 
 
-def test_lowering_leaves_the_program_as_it_is(warm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_keeps_program(warm: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", ModuleType("torch_tensorrt"))
     parts: list[fx.GraphModule] = []

@@ -1,4 +1,4 @@
-"""The forms of a program's values."""
+"""Metadata of a program's values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vlcache_fx.lowering.values import TensorForm, _Propagation, program_values
+from vlcache_fx.lowering.values import TensorMeta, _Propagation, program_values
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.testing.graphs import captured_graph
@@ -20,20 +20,20 @@ LAYERS = 3
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("rewrite", [cold_program, warm_program])
-def test_repeated_layers_are_asked_once(
+def test_program_values_repeated_layers(
     rewrite: Callable[..., Program], dynamic: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_vlm(num_layers=LAYERS, explicit_mask=True)
     captured, _ = captured_graph(model, tiny_vlm_inputs(3, 2, [(5, 0)]), dynamic=dynamic)
     program = rewrite(captured).graph_module
     asked: list[Node] = []
-    ask = _Propagation._asked
+    ask = _Propagation._propagated
 
     def counted(self: _Propagation, node: Node, *arguments: object) -> object:
         asked.append(node)
         return ask(self, node, *arguments)
 
-    monkeypatch.setattr(_Propagation, "_asked", counted)
+    monkeypatch.setattr(_Propagation, "_propagated", counted)
     values = program_values(program)
     linears = [node for node in asked if node.target is torch.ops.aten.linear.default]
     total = len(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default))
@@ -43,10 +43,10 @@ def test_repeated_layers_are_asked_once(
     one_by_one = program_values(program)
     assert values.examples == one_by_one.examples
     assert values.by_node == one_by_one.by_node
-    assert sum(isinstance(value, TensorForm) for value in values.by_node.values()) > total
+    assert sum(isinstance(value, TensorMeta) for value in values.by_node.values()) > total
 
 
-def test_sizes_from_data_are_different_for_different_tensors() -> None:
+def test_program_values_sizes_from_data() -> None:
     def places(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.nonzero(), y.nonzero()
 
@@ -60,7 +60,7 @@ def test_sizes_from_data_are_different_for_different_tensors() -> None:
     assert first.sizes[1] == second.sizes[1] == 1
 
 
-def test_a_program_needs_values_and_no_modules() -> None:
+def test_program_values_invalid_programs() -> None:
     graph = Graph()
     x = graph.placeholder("x")
     graph.output((x,))

@@ -1,4 +1,4 @@
-"""Programs under test: how to make them, run them, and show them in golden files."""
+"""Build programs for tests, run them, and print them for golden files."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from vlcache_fx.testing.graphs import TracedGraph, captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 PROMPT = tiny_vlm_inputs(3, 2, [(5, 0)])
-"""Ten tokens; those of the image are 3 to 7."""
+"""Ten tokens; the image is at 3 to 7."""
 START, LENGTH, TOKENS = 3, 5, 10
 OTHER = tiny_vlm_inputs(1, 4, [(5, 1)], text_seed=1)
 BOTH = {name: torch.cat([PROMPT[name], OTHER[name]]) for name in PROMPT}
-"""Two samples of ten tokens; the second one's image is at 1 to 5."""
+"""Two samples of ten tokens; the image of the second is at 1 to 5."""
 STARTS = (START, 1)
 LOOKUPS = (InsertLookups(), SpliceRows(), HoistLookups())
-"""How a warm program begins."""
+"""The first passes of the warm pipeline."""
 Donors = Mapping[StoredSlot, Tensor]
 """Donor tables."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A policy that chooses exactly these offsets."""
+    """A policy that chooses the given offsets."""
 
     per_layer: tuple[tuple[int, ...], ...]
     ignores_budget: bool = True
@@ -49,9 +49,9 @@ class Rows:
         return [torch.tensor(rows, dtype=torch.int64) for rows in self.per_layer]
 
 
-@functools.cache  # programs are made of copies, so that tests can share it
+@functools.cache  # programs copy the graph, so tests can share it
 def small(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
-    """A one-layer decoder: captured, as traced, and its unmodified result for ``PROMPT``."""
+    """Return a decoder of one layer: captured, as traced, and its unmodified result for ``PROMPT``."""
     model = tiny_vlm(**{"num_layers": 1, **options})
     captured, graph = captured_graph(model, PROMPT)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def small(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
 
 @functools.cache
 def two_samples(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
-    """The same for ``BOTH``."""
+    """As ``small``, for ``BOTH``."""
     model = tiny_vlm(**{"num_layers": 1, **options})
     captured, graph = captured_graph(model, BOTH)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def two_samples(**options: Any) -> tuple[Captured, TracedGraph, Tensor]:
 
 
 def prepared(captured: Captured, *earlier: Pass, warm: bool = True) -> Program:
-    """A warm (or cold) program on which only ``earlier`` have run."""
+    """Return a warm (or cold) program after the passes ``earlier``."""
     program = (warm_program if warm else cold_program)(captured, Pipeline(()))
     for step in earlier:
         step.run(program)
@@ -77,7 +77,7 @@ def prepared(captured: Captured, *earlier: Pass, warm: bool = True) -> Program:
 
 
 def bare(captured: Captured) -> Program:
-    """A program of a copy of the graph, without facts."""
+    """Return a program of a copy of the graph, without facts."""
     return Program(copy_captured(captured).graph_module)
 
 
@@ -93,14 +93,14 @@ def plan_for(program: Program, num_tokens: int, spans: Sequence[Span], policy: A
 
 
 def everything(captured: Captured) -> Plan:
-    """The plan of ``PROMPT`` in which its image is a hit and all rows are computed all the same."""
+    """Return a plan of ``PROMPT`` whose image is a hit, with all rows recomputed."""
     program = prepared(captured)
     hit = Span(0, START, LENGTH, "key", True)
     return plan_for(program, TOKENS, [hit], Rows((tuple(range(LENGTH)),) * program.decoder.num_layers))
 
 
 def plan_for_both(program: Program, *policies: Any) -> StackedPlan:
-    """Both images of ``BOTH`` are hits, with donors one behind the other; a policy for each, or for all."""
+    """Return a plan of ``BOTH`` in which both images are hits; one policy for all, or one per image."""
     plans = [
         build_plan(
             num_tokens=TOKENS,
@@ -123,7 +123,7 @@ def everything_of_both(program: Program) -> StackedPlan:
 def bind_plan(
     program: Program, plan: Plan | StackedPlan, donors: Donors | None = None
 ) -> list[Tensor | PendingTensor]:
-    """The values of the inputs that passes added, as the runtime binds them."""
+    """Return the values of the inputs that passes added, as the runtime binds them."""
     num_tokens = plan.num_tokens if isinstance(plan, Plan) else plan.plans[0].num_tokens
     positions = program.decoder.tail_rows.positions(num_tokens)
     return bind(tuple(program.slots), plan, positions, lambda: donors or {})
@@ -135,7 +135,7 @@ def run(
     plan: Plan | StackedPlan,
     donors: Donors | None = None,
 ) -> tuple[Any, ...]:
-    """Run a program: its own results, then what it records."""
+    """Run a program; return its results, then the recorded tensors."""
     bound = bind_plan(program, plan, donors)
     program.graph.lint()
     program.graph_module.recompile()
@@ -145,12 +145,12 @@ def run(
 
 @dataclass(frozen=True)
 class PassCase:
-    """A pass under test, in programs on which the passes before it have run.
+    """A pass under test, with the passes around it.
 
     Attributes:
         step: the pass.
         earlier: passes before it.
-        later: passes after it where programs are run.
+        later: passes after it, for programs that are run.
     """
 
     step: Pass
@@ -158,25 +158,25 @@ class PassCase:
     later: tuple[Pass, ...] = ()
 
     def before(self, captured: Captured, *, warm: bool = True) -> Program:
-        """The program on which the pass runs."""
+        """Return the program before the pass."""
         return prepared(captured, *self.earlier, warm=warm)
 
     def program(self, captured: Captured, *, warm: bool = True) -> Program:
-        """The program on which the pass and those after it have run."""
+        """Return the program after the pass and those after it."""
         return prepared(captured, *self.earlier, self.step, *self.later, warm=warm)
 
     def shown(self, captured: Captured, *, warm: bool = True) -> str:
-        """The graph before the pass, and what it changes as a diff: for golden files."""
+        """Return the graph before the pass and its change as a diff, for golden files."""
         return before_and_after(self.step, self.before(captured, warm=warm))
 
     def change(self, captured: Captured) -> str:
-        """What the pass changes as a diff."""
+        """Return the change of the pass as a diff."""
         return what_changes(self.step, self.before(captured))
 
     def check_all_rows(
         self, captured: Captured, graph: TracedGraph, want: Tensor, *, warm: bool = True
     ) -> None:
-        """With all rows computed, the program gives the unmodified model's result, whatever is stored."""
+        """Check that the program with all rows computed equals the unmodified model, whatever is stored."""
         program = self.program(captured, warm=warm)
         plan = everything_of_both(program) if program.is_batched else everything(captured)
         donors = nothing_stored(program) if warm else None
@@ -184,7 +184,7 @@ class PassCase:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
     def leaves_alone(self, captured: Captured, *, warm: bool = True) -> bool:
-        """True where the pass says that it changed nothing, and did not."""
+        """Return True if the pass changes nothing and returns False."""
         return unchanged(self.step, self.before(captured, warm=warm))
 
 
@@ -195,7 +195,7 @@ def results_without_and_with(
     offsets: tuple[int, ...],
     num_tokens: int = TOKENS,
 ) -> list[Tensor]:
-    """What a program gives for a few rows of the image, the others being zeros: as it was, and rewritten."""
+    """Return the results for a few rows of the image, the others zero: without the pass, and with it."""
     results = []
     for more in ((), (case.step,)):
         program = prepared(captured, *case.earlier, *more, TrimTail())
@@ -206,7 +206,7 @@ def results_without_and_with(
 
 
 def nothing_stored(program: Program, rows: int = LENGTH) -> dict[StoredSlot, Tensor]:
-    """Donor tables of NaN: whatever reads one of their rows shows it."""
+    """Return donor tables of NaN, which spread to every result that reads them."""
     facts = program.decoder
     frontiers: dict[StoredSlot, fx.Node] = {Residual(): facts.stream.boundaries[-1]}
     axes: dict[StoredSlot, int] = {Residual(): facts.tail_rows.axis}
@@ -226,7 +226,7 @@ def nothing_stored(program: Program, rows: int = LENGTH) -> dict[StoredSlot, Ten
 def own_donors(
     captured: Captured, args: Sequence[Any], starts: Sequence[int] = STARTS
 ) -> dict[StoredSlot, Tensor]:
-    """Donor tables with the image of each sample as this very call computes it."""
+    """Return donor tables with the image of each sample, from this call."""
     cold = cold_program(captured)
     facts, count = cold.decoder, len(starts)
     plans = [plan_for(cold, TOKENS, [], Rows(())) for _ in starts]
@@ -243,7 +243,7 @@ def own_donors(
 
 
 def text(graph: fx.Graph) -> str:
-    """The graph, one line per node that computes something or is an input that passes added."""
+    """Print the graph: a line per operator, and per input that passes added."""
     lines = []
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -266,13 +266,13 @@ def _argument(value: Any) -> str:
 
 
 def before_and_after(step: Pass, program: Program) -> str:
-    """Run the pass, which must change something: the graph before it, and what it changed as a diff."""
+    """Run the pass, which must change the graph; return the graph before and the change as a diff."""
     before = text(program.graph)
     return f"{before}\n\n{what_changes(step, program)}"
 
 
 def what_changes(step: Pass, program: Program) -> str:
-    """Run the pass, which must change something: the difference that it makes."""
+    """Run the pass, which must change the graph; return the change as a diff."""
     before = text(program.graph)
     assert step.run(program)
     program.graph.lint()
@@ -283,6 +283,6 @@ def what_changes(step: Pass, program: Program) -> str:
 
 
 def unchanged(step: Pass, program: Program) -> bool:
-    """True where the pass says that it changed nothing, and did not."""
+    """Return True if the pass changes nothing and returns False."""
     before = str(program.graph)
     return not step.run(program) and str(program.graph) == before

@@ -1,4 +1,4 @@
-"""Partial recompute of a ``TinyVlm``, written straight down: nothing of the graph rewrite is used."""
+"""Partial recompute of a ``TinyVlm`` in plain torch, without any graph rewrite."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def forward(
     rows: Sequence[Tensor],
     stored: Sequence[KeyValue] | None = None,
 ) -> tuple[Tensor, list[KeyValue]]:
-    """Logits of the rows that are left in the end, and each layer's keys and values without positions.
+    """Return the logits of the last row set, and the keys and values of each layer before positions enter.
 
     Args:
-        model: whose weights to use.
+        model: the model.
         inputs: the prompt.
-        rows: L + 1 sets of token positions; layer i computes keys and values of ``rows[i]``, all else of
-            ``rows[i + 1]``.
-        stored: per layer, keys and values of all tokens, [1, kv_heads, tokens, head_dim]; those of rows that
-            are computed are not read.
+        rows: L + 1 sets of token positions; layer i computes keys and values of ``rows[i]``, and everything
+            else of ``rows[i + 1]``.
+        stored: per layer, keys and values of all tokens, [1, kv_heads, tokens, head_dim]; those of computed
+            rows are not read.
     """
     ids = inputs["input_ids"]
     num_tokens, shape = ids.shape[1], model.decoder.shape
@@ -46,8 +46,8 @@ def forward(
             full_key[:, :, here], full_value[:, :, here] = key, value
             key, value = full_key, full_value
         kept.append((key, value))
-        place = torch.searchsorted(here, after)
-        x, entering, query = x[:, place], entering[:, place], query[:, :, place]
+        kept_rows = torch.searchsorted(here, after)
+        x, entering, query = x[:, kept_rows], entering[:, kept_rows], query[:, :, kept_rows]
         if shape.rotary_dim:
             (cos, sin), turn = rotary, ROTATIONS[shape.rope]
             query, key = turn(query, cos[after], sin[after]), turn(key, cos, sin)
@@ -55,11 +55,11 @@ def forward(
         scores = query @ repeat_heads(key, groups).transpose(2, 3) / shape.head_dim**0.5
         if shape.softcap is not None:
             scores = (scores / shape.softcap).tanh() * shape.softcap
-        behind = after[:, None] - torch.arange(num_tokens)  # of each row, and each key
+        distance = after[:, None] - torch.arange(num_tokens)  # [rows, keys]
         window = shape.window_of(index)
-        hidden = (behind < 0) | (behind >= (num_tokens if window is None else window))
+        hidden = (distance < 0) | (distance >= (num_tokens if window is None else window))
         scores = scores.masked_fill(hidden, float("-inf"))
-        most = scores.amax(-1, keepdim=True)  # taken off, because exp() of large scores is infinite
+        most = scores.amax(-1, keepdim=True)  # subtracted, because exp() of large scores is infinite
         weights = (scores - most).exp()
         total = weights.sum(-1, keepdim=True)
         if shape.sinks:

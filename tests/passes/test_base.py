@@ -1,4 +1,4 @@
-"""Programs: inputs and outputs that passes add."""
+"""``Program``: inputs and outputs that passes add."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def program() -> Program:
     return Program(fx.symbolic_trace(Two()))
 
 
-def test_inputs_come_behind_all_others_in_order() -> None:
+def test_add_input_appends() -> None:
     subject = program()
     rows = subject.add_input(Rows(0))
     keep = subject.add_input(Keep(0))
@@ -28,7 +28,7 @@ def test_inputs_come_behind_all_others_in_order() -> None:
     subject.graph.lint()
 
 
-def test_outputs_come_behind_the_graphs_own() -> None:
+def test_add_outputs_appends() -> None:
     subject = program()
     x = next(iter(subject.graph.nodes))
     subject.add_outputs([(Key(0), x)])

@@ -1,4 +1,4 @@
-"""Pipelines as options change them, through ``vlcache_fx.compile``."""
+"""Pipelines with the options ``passes`` and ``dump_graphs``, through ``vlcache_fx.compile``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIRST, SECOND = tiny_vlm_inputs(5, 6, [(24, 0)]), tiny_vlm_inputs(3, 8, [(24, 0)
 
 @dataclass(frozen=True)
 class Scale(Pass):
-    """Reads donors at another scale."""
+    """Scales donors."""
 
     factor: float
     name: ClassVar[str] = "scale"
@@ -62,10 +62,14 @@ def test_configured_inserts_by_name() -> None:
 @pytest.mark.parametrize(
     ("inserted", "message"),
     [
-        (InsertedPass(Scale(1.0), "hot", after="trim_tail"), "'hot'; there are cleanup, cold, warm, decode"),
+        (
+            InsertedPass(Scale(1.0), "hot", after="trim_tail"),
+            "'hot'; the pipelines are: cleanup, cold, warm, decode",
+        ),
         (
             InsertedPass(Scale(1.0), "decode", before="trim_tail"),
-            "'decode': no pass is named 'trim_tail'; there are write_in_place, tag_segments, declare_inputs",
+            "'decode': no pass is named 'trim_tail'; "
+            "the passes are: write_in_place, tag_segments, declare_inputs",
         ),
     ],
 )
@@ -75,7 +79,7 @@ def test_compile_lists_the_valid_names(inserted: InsertedPass, message: str) -> 
 
 
 def test_compile_with_a_pass_of_the_user() -> None:
-    """The pass changes what is reused, and its donors are not those of other passes."""
+    """The pass changes reused rows, and its donors are separate from those of other passes."""
     store, off = MemoryStore(1 << 30), {}
     for name, passes in (("none", []), ("same", scaling(1.0)), ("zero", scaling(0.0)), ("again", [])):
         pair = with_api(tiny_vlm(num_layers=2), policy="none", store=store, passes=passes)
@@ -87,8 +91,8 @@ def test_compile_with_a_pass_of_the_user() -> None:
     assert abs(off["zero"] - off["none"]) > 1e-3
 
 
-def test_compile_with_a_pass_at_a_wrong_place(caplog: pytest.LogCaptureFixture) -> None:
-    """An order that cannot be is known when a graph is compiled: the model runs unmodified, and says why."""
+def test_compile_with_a_pass_in_wrong_order(caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong order is found when a graph is compiled; the model runs unmodified, with a reason."""
     inserted = [InsertedPass(Scale(1.0), "warm", before="hoist_lookups")]
     pair = with_api(tiny_vlm(num_layers=1), passes=inserted)
     with caplog.at_level(logging.WARNING, "vlcache_fx"):

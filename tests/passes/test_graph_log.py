@@ -1,4 +1,4 @@
-"""Graphs in a folder, in torch's logs and in its structured trace."""
+"""``GraphLog``: graphs in a folder, in torch's logs and in its structured trace."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_show_writes_code(tmp_path: Path) -> None:
     assert "torch.ops.aten.scaled_dot_product_attention.default" in files[0].read_text(encoding="utf-8")
 
 
-def test_show_where_nothing_can_be_written(tmp_path: Path) -> None:
+def test_show_unwritable_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OptionError, match="graphs cannot be dumped to"):
+    with pytest.raises(OptionError, match="option dump_graphs: cannot write to"):
         show(tmp_path / "file")
 
 

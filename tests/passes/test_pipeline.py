@@ -1,4 +1,4 @@
-"""What the pipeline owns: order, checks, dead code, dumps. And what identifies passes of users."""
+"""``Pipeline``: order, checks, dead code and dumps; fingerprints of users' passes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Second(Pass):
     def run(self, program: Program) -> bool:
         output = next(iter(reversed(program.graph.nodes)))
         with program.graph.inserting_before(output):
-            program.graph.call_function(torch.neg, (output.args[0],))  # read by nothing
+            program.graph.call_function(torch.neg, (output.args[0],))  # without readers
         return True
 
 
@@ -62,7 +62,7 @@ class Failing(Pass):
         return True
 
 
-def test_records_and_dead_code(tmp_path: Path) -> None:
+def test_run_records_and_dead_code(tmp_path: Path) -> None:
     subject = program()
     records = Pipeline((First(), Second()), "mine", tmp_path).run(subject)
     assert [(record.name, record.changed) for record in records] == [("first", False), ("second", True)]
@@ -73,13 +73,13 @@ def test_records_and_dead_code(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in dumped] == [
         "0000_mine/00_before.py",
         "0000_mine/02_second.py",
-    ]  # only where something changed
+    ]  # only after a change
     assert "neg" not in dumped[1].read_text(encoding="utf-8")
     assert subject.graph_module(torch.ones(1)).item() == 2
     assert subject.properties == {"prepared"}
 
 
-def test_a_pass_without_what_it_requires_is_named() -> None:
+def test_run_missing_property() -> None:
     with pytest.raises(PassError) as error:
         Pipeline((Failing(action=lambda program: None), Second())).run(program())
     assert error.value.pass_name == "second"
@@ -87,7 +87,7 @@ def test_a_pass_without_what_it_requires_is_named() -> None:
     assert "requires prepared, which no earlier pass ensures" in str(error.value)
 
 
-def test_a_failing_pass_names_itself_and_the_ones_before_it() -> None:
+def test_run_failing_pass() -> None:
     with pytest.raises(PassError) as error:
         Pipeline((First(), Second(), Failing())).run(program())
     assert error.value.pass_name == "failing"
@@ -98,7 +98,7 @@ def test_a_failing_pass_names_itself_and_the_ones_before_it() -> None:
     assert isinstance(error.value.__cause__, ZeroDivisionError)
 
 
-def test_a_malformed_graph_fails_the_pass_that_made_it() -> None:
+def test_run_malformed_graph() -> None:
     def read_before_made(program: Program) -> None:
         mul = next(node for node in program.graph.nodes if node.op == "call_function")
         with program.graph.inserting_after(mul):
@@ -110,7 +110,7 @@ def test_a_malformed_graph_fails_the_pass_that_made_it() -> None:
     assert error.value.passes_before == ("first",)
 
 
-def test_a_refusal_stays_a_refusal() -> None:
+def test_run_refusal() -> None:
     def refuse(program: Program) -> None:
         raise UnsupportedGraphError(Reason.UNKNOWN_OP, "not this one")
 
@@ -129,13 +129,13 @@ def test_inserting_by_name() -> None:
     assert names(pipeline.inserting(mine, after="second")) == ["first", "second", "failing"]
     assert names(pipeline.inserting(mine)) == ["first", "second", "failing"]
     assert names(pipeline) == ["first", "second"]
-    with pytest.raises(PassError, match="no pass is named 'third'; there are first, second"):
+    with pytest.raises(PassError, match="no pass is named 'third'; the passes are: first, second"):
         pipeline.inserting(mine, before="third")
 
 
 @dataclass(frozen=True)
 class ScaleStored(Pass):
-    """A user's pass: donors are kept at another scale."""
+    """A user's pass that scales donors."""
 
     factor: float
     name: ClassVar[str] = "scale_stored"
@@ -153,7 +153,7 @@ class ScaleStored(Pass):
         return True
 
 
-def test_a_user_pass_among_the_standard_ones() -> None:
+def test_inserting_user_pass() -> None:
     captured, graph, want = small()
     pipeline = WARM.inserting(ScaleStored(0.5), after="hoist_lookups")
     subject = warm_program(captured, pipeline)
@@ -162,13 +162,13 @@ def test_a_user_pass_among_the_standard_ones() -> None:
     torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_user_pass_at_the_wrong_place_is_told_what_it_lacks() -> None:
+def test_inserting_user_pass_in_wrong_order() -> None:
     with pytest.raises(PassError, match=r"'scale_stored': requires hoisted.*insert_lookups, splice_rows"):
         warm_program(small()[0], WARM.inserting(ScaleStored(0.5), before="hoist_lookups"))
 
 
 def moved(pipeline: Pipeline, name: str, before: str) -> Pipeline:
-    """A pipeline in another order."""
+    """Return a pipeline in another order."""
     step = next(step for step in pipeline.passes if step.name == name)
     others = replace(pipeline, passes=tuple(one for one in pipeline.passes if one is not step))
     return others.inserting(step, before=before)
@@ -187,7 +187,7 @@ def moved(pipeline: Pipeline, name: str, before: str) -> Pipeline:
         ("restrict_merge", "restrict_rows", "'restrict_merge': requires rows_restricted"),
         ("kv_only_rows", "restrict_rows", "'kv_only_rows': requires rows_restricted"),
         ("trim_tail", "restrict_rows", "'trim_tail': requires rows_restricted"),
-        ("carry_rows", "kv_only_rows", "'carry_rows': requires kv_only"),
+        ("gather_cross_layer_values", "kv_only_rows", "'gather_cross_layer_values': requires kv_only"),
         ("restrict_masks", "kv_only_rows", "'restrict_masks': requires kv_only"),
         ("tag_segments", "write_in_place", r"'write_in_place': must run before tag_segments \(segments\)"),
         ("tag_segments", "insert_lookups", "'insert_lookups': must run before tag_segments"),
@@ -211,18 +211,18 @@ def without(pipeline: Pipeline, name: str) -> Pipeline:
     ("name", "missing"),
     [("tag_segments", "segments"), ("declare_inputs", "inputs_declared"), ("hoist_lookups", "hoisted")],
 )
-def test_check_complete_names_what_lowerings_lack(name: str, missing: str) -> None:
+def test_check_complete_names_missing_properties(name: str, missing: str) -> None:
     subject = warm_program(small()[0], without(WARM, "declare_inputs"))
     assert name in [step.name for step in WARM.passes]
     subject.properties |= {"inputs_declared"}
     subject.check_complete()
     subject.properties -= {missing}
-    with pytest.raises(LoweringError, match=f"no pass of the program ensured {missing}"):
+    with pytest.raises(LoweringError, match=f"no pass of the program ensures {missing}"):
         subject.check_complete()
 
 
-def test_every_property_matters() -> None:
-    """What no pass and no lowering asks for is not declared."""
+def test_standard_passes_use_every_property() -> None:
+    """Every declared property is required or excluded somewhere."""
     passes = [step for pipeline in (CLEANUP, COLD, WARM, DECODE_STEP) for step in pipeline.passes]
     asked = frozenset().union(*(step.requires | step.excludes for step in passes))
     ensured = frozenset().union(*(step.ensures for step in passes))
@@ -230,7 +230,7 @@ def test_every_property_matters() -> None:
     assert ensured - asked == {"hoisted", "inputs_declared"}  # see Program.check_complete
 
 
-def test_fingerprint_tells_code_and_configuration() -> None:
+def test_fingerprint_covers_code_and_configuration() -> None:
     def other_version() -> Pass:
         class ScaleStored(Pass):
             name: ClassVar[str] = "scale_stored"
@@ -251,8 +251,8 @@ def test_fingerprint_without_source() -> None:
     assert scope["Typed"]().fingerprint()
 
 
-def test_compiled_code_is_keyed_by_what_passes_made() -> None:
-    """The text of a segment's graph is in its key, so keys need no word about passes."""
+def test_structure_key_covers_inserted_nodes() -> None:
+    """Keys contain the text of a segment's graph, so they cover inserted nodes."""
 
     def keys(pipeline: Pipeline) -> list[str]:
         program = warm_program(small(num_layers=2)[0], pipeline).graph_module
@@ -269,6 +269,6 @@ def test_compiled_code_is_keyed_by_what_passes_made() -> None:
 
 
 @pytest.mark.parametrize("pipeline", [CLEANUP, COLD, WARM])
-def test_every_standard_pass_lies_in_a_file_of_its_name(pipeline: Pipeline) -> None:
+def test_standard_passes_in_files_of_their_name(pipeline: Pipeline) -> None:
     for step in pipeline.passes:
         assert type(step).__module__.rpartition(".")[2] == step.name

@@ -1,4 +1,4 @@
-"""The standard programs: cold and warm, against the unmodified model and a plain reference."""
+"""The cold and warm programs against the unmodified model and a plain reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @settings(max_examples=6)
 @given(shape=shapes, data=st.data())
-def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
+def test_programs_equal_reference(shape: DecoderShape, data: st.DataObject) -> None:
     model = tiny_vlm(shape, seed=1)
     length, before, donor_before, after = (
         data.draw(st.integers(low, high), label=name)
@@ -81,7 +81,7 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
     donor_logits, *recorded = run(cold, donor_args, plan_for(cold, donor_tokens, [], Rows(())))
     if shape.last_only:
         close(donor_logits, donor_want)
-    else:  # nothing is cut from it
+    else:  # all rows remain
         assert torch.equal(donor_logits, donor_want)
     warm = warm_program(captured)
     tables = {}
@@ -117,11 +117,11 @@ def test_any_small_decoder(shape: DecoderShape, data: st.DataObject) -> None:
         partial, _ = reference.forward(model, call, plan.rows, stored)
     if shape.last_only:
         close(got, partial[:, torch.searchsorted(plan.rows[-1], torch.tensor([num_tokens - 1]))])
-    else:  # rows that left on the way come from the donor's last residual
+    else:  # rows that are not active at the end come from the donor's last residual
         close(got[:, plan.rows[-1]], partial)
 
 
-def test_a_program_is_made_of_a_copy() -> None:
+def test_cold_and_warm_program_copy_graph() -> None:
     captured, graph, want = small()
     before = str(captured.graph_module.graph)
     cold_program(captured)
@@ -134,14 +134,14 @@ def test_a_program_is_made_of_a_copy() -> None:
         assert torch.equal(copy.graph_module(*graph.calls[0])[0], want)
 
 
-def test_making_a_program_twice_gives_the_same() -> None:
+def test_warm_program_is_deterministic() -> None:
     captured, _, _ = small(num_layers=2)
     assert str(warm_program(captured).graph) == str(warm_program(captured).graph)
     assert str(cold_program(captured).graph) == str(cold_program(captured).graph)
 
 
-def test_the_donor_changes_the_result() -> None:
-    """A guard against tests that pass because nothing is reused."""
+def test_warm_program_reads_donor() -> None:
+    """Other tests could pass because nothing is reused."""
     captured, graph, want = small()
     warm = warm_program(captured)
     tables = {slot: torch.zeros_like(table) for slot, table in nothing_stored(warm).items()}
@@ -150,8 +150,8 @@ def test_the_donor_changes_the_result() -> None:
     close(run(warm, graph.calls[0], everything(captured), tables)[0], want)
 
 
-def test_two_images_of_which_one_is_stored() -> None:
-    """The image that is not is computed like text."""
+def test_warm_program_one_of_two_images_stored() -> None:
+    """The other image is computed like text."""
     model = tiny_vlm(num_layers=2, last_only=False)
     call = tiny_vlm_inputs(2, 3, [(3, 0), (4, 1)])
     captured, graph = captured_graph(model, call)
@@ -162,11 +162,11 @@ def test_two_images_of_which_one_is_stored() -> None:
     _, *recorded = run(cold, graph.calls[0], plan_for(cold, 14, [], Rows(())))
     tables = {slot: value[:, 7:11] for slot, value in zip(cold.recorded, recorded, strict=True)}
     got = run(warm, graph.calls[0], plan_for(warm, 14, [span], Rows(((), ()))), tables)[0]
-    close(got, want)  # its own donor in its own place: nothing is lost
+    close(got, want)  # its own donor at its own position: exact
 
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])
-def test_a_graph_that_cannot_be_analysed_is_refused(make: object) -> None:
+def test_cold_and_warm_program_refuse_graph(make: object) -> None:
     captured, _, _ = small(learned_positions=True)
     before = str(captured.graph_module.graph)
     with pytest.raises(UnsupportedGraphError) as refusal:

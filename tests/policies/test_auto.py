@@ -1,4 +1,4 @@
-"""``auto``: the smallest budget under an error bound."""
+"""``auto``: the fewest rows under an error bound."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def profile(values: Sequence[float]) -> Profile:
     st.floats(0, 0.05),
     st.sampled_from([50, 400, 1000]),
 )
-def test_it_is_the_smallest_budget_under_the_bound(values: list[float], bound: float, length: int) -> None:
+def test_auto_smallest_budget_under_bound(values: list[float], bound: float, length: int) -> None:
     model = profile(values)
     chosen = counts(Auto(bound).select(span(length, len(values), model, 0.5)))
     total = sum(chosen)
@@ -42,19 +42,19 @@ def test_it_is_the_smallest_budget_under_the_bound(values: list[float], bound: f
         assert predicted_error(fewer, model, length) > bound - 1e-9
 
 
-def test_points_of_the_curve_are_met_exactly() -> None:
+def test_predicted_error_at_points_of_curve() -> None:
     assert counts(Auto(0.02).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [20] * 3
     assert counts(Auto(0.05).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [0] * 3
     assert counts(Auto(0.0).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [1000] * 3
 
 
 @pytest.mark.parametrize("model", [None, Profile("weights", "float32", (1.0,))])
-def test_it_needs_an_error_curve(model: Profile | None) -> None:
+def test_auto_requires_error_curve(model: Profile | None) -> None:
     with pytest.raises(PolicyError, match="auto needs a profile with an error curve"):
         Auto().select(span(100, 1, model, 0.02))
 
 
 @pytest.mark.parametrize("bound", [-1, float("nan"), float("inf"), "0.1", True])
-def test_bad_bounds(bound: object) -> None:
+def test_auto_bad_max_error(bound: object) -> None:
     with pytest.raises(PolicyError, match="max_error must be a number >= 0"):
         Auto(bound)  # type: ignore[arg-type]

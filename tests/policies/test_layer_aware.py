@@ -1,4 +1,4 @@
-"""The default policy: uniform without a profile, and row counts that follow one."""
+"""``layer_aware``: uniform without a profile, and row counts that follow a profile."""
 
 from collections.abc import Sequence
 
@@ -26,29 +26,29 @@ def profile(values: Sequence[float], curve: tuple[tuple[float, float], ...] = ()
 
 
 @given(budget=st.floats(0, 1), length=st.integers(1, 300), layers=st.integers(1, 30))
-def test_without_a_profile_or_with_a_flat_one_it_is_uniform(budget: float, length: int, layers: int) -> None:
+def test_layer_aware_without_or_with_flat_profile_is_uniform(budget: float, length: int, layers: int) -> None:
     expected = counts(Uniform().select(span(length, layers, None, budget)))
     assert counts(LayerAware().select(span(length, layers, None, budget))) == expected
     assert counts(LayerAware().select(span(length, layers, profile([3.0] * layers), budget))) == expected
 
 
-def test_it_drops_layers_that_do_not_matter() -> None:
-    # 40 token-layers: all of them where it matters.
+def test_layer_aware_drops_insensitive_layers() -> None:
+    # 40 token-layers, all of them in sensitive layers.
     assert counts(LayerAware().select(span(100, 4, profile([1, 1, 0, 0]), 0.1))) == [20, 20, 0, 0]
 
 
-def test_it_is_flat_when_the_late_layers_matter_most() -> None:
+def test_layer_aware_flat_for_sensitive_late_layers() -> None:
     assert counts(LayerAware().select(span(100, 4, profile([0, 0, 1, 2]), 0.1))) == [10] * 4
 
 
-def test_it_follows_falling_sensitivities() -> None:
+def test_layer_aware_follows_falling_sensitivities() -> None:
     chosen = counts(LayerAware().select(span(1000, 4, profile([8, 4, 2, 1]), 0.1)))
     assert sum(chosen) <= 400
     assert chosen[0] > chosen[1] > chosen[2] > chosen[3] > 0
 
 
-def test_a_curve_says_how_many_rows_are_worth_it() -> None:
-    # Behind a tenth of the rows nothing falls any more: the rest goes to the less sensitive layers.
+def test_layer_aware_with_error_curve() -> None:
+    # The error is constant after a tenth of the rows, so the rest goes to less sensitive layers.
     curve = ((0.0, 1.0), (0.1, 0.0), (1.0, 0.0))
     assert counts(LayerAware().select(span(100, 2, profile([9, 1], curve), 0.1))) == [10, 10]
     assert counts(LayerAware().select(span(100, 2, profile([9, 1], curve), 0.05))) == [10, 0]
@@ -56,14 +56,14 @@ def test_a_curve_says_how_many_rows_are_worth_it() -> None:
     assert counts(LayerAware().select(span(100, 2, profile([1, 1], flat), 0.1))) == [10, 10]
 
 
-def test_it_fills_up_at_the_span() -> None:
+def test_layer_aware_budget_one_selects_all_rows() -> None:
     assert counts(LayerAware().select(span(10, 3, profile([8, 1, 1]), 1.0))) == [10, 10, 10]
 
 
-def test_with_nothing_sensitive_it_is_uniform() -> None:
+def test_layer_aware_zero_sensitivities_is_uniform() -> None:
     assert counts(LayerAware().select(span(100, 2, profile([0, 0]), 0.1))) == [10, 10]
 
 
-def test_it_refuses_another_models_profile() -> None:
+def test_layer_aware_rejects_profile_of_other_model() -> None:
     with pytest.raises(PolicyError, match="the profile has 2 layers, the model has 3"):
         LayerAware().select(span(100, 3, profile([1, 2]), 0.1))

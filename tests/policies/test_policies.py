@@ -1,4 +1,4 @@
-"""Every registered policy keeps the contract, and each does what its name says."""
+"""The contract of every registered policy, and the rule of each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,12 +61,12 @@ def profile(values: Sequence[float]) -> Profile:
     ],
     ids=str,
 )
-def test_the_contract_is_kept_and_nothing_is_recommended(policy: Policy) -> None:
+def test_check_policy_registered_policies(policy: Policy) -> None:
     assert check_policy(policy, profiles=[profile([3, 1, 0, 2, 2])]) == []
 
 
-def test_first_k_leaves_the_cut_to_the_plan() -> None:
-    """So the report says that the budget was too small for k."""
+def test_first_k_ignores_budget_in_select() -> None:
+    """The plan cuts the rows, so the report lists the repair."""
     with pytest.raises(AssertionError, match="token-layers, the budget allows"):
         check_policy(FirstK(tokens=32))
 
@@ -75,18 +75,18 @@ def test_first_k_leaves_the_cut_to_the_plan() -> None:
     "policy", [Full(), NoRows(), FirstK(), FirstK(tokens=5), Uniform(), LayerAware(), Auto()]
 )
 @given(values=sensitivities, budget=budgets, length=lengths)
-def test_the_earliest_rows_are_taken(policy: Policy, values: list[float], budget: float, length: int) -> None:
+def test_select_earliest_rows(policy: Policy, values: list[float], budget: float, length: int) -> None:
     for rows in policy.select(span(length, len(values), profile(values), budget)):
         assert torch.equal(rows, torch.arange(len(rows)))
 
 
-def test_full_and_none() -> None:
+def test_select_full_and_none() -> None:
     assert counts(Full().select(span(50, 3, None, 0.0))) == [50] * 3
     assert counts(NoRows().select(span(50, 3, None, 1.0))) == [0] * 3
 
 
 @given(budget=budgets, length=lengths, layers=st.integers(1, 30))
-def test_uniform_spends_the_budget_evenly(budget: float, length: int, layers: int) -> None:
+def test_uniform_spends_budget_evenly(budget: float, length: int, layers: int) -> None:
     assert (
         counts(Uniform().select(span(length, layers, None, budget)))
         == [row_allowance(budget, length)] * layers
@@ -108,7 +108,7 @@ def test_first_k_checks_its_parameters(arguments: dict[str, float]) -> None:
         FirstK(**arguments)  # type: ignore[arg-type]
 
 
-def test_random_rows_follow_the_seed_and_the_budget() -> None:
+def test_random_follows_seed_and_budget() -> None:
     few, many, other = (
         Random(seed).select(span(200, 3, None, budget))[0].tolist()
         for seed, budget in [(0, 0.05), (0, 0.1), (1, 0.05)]
@@ -119,8 +119,8 @@ def test_random_rows_follow_the_seed_and_the_budget() -> None:
     assert few != list(range(10))
 
 
-def test_random_is_fair() -> None:
-    """Each of 20 rows is drawn in a quarter of 400 seeds: 100 times, give or take five deviations."""
+def test_random_is_uniform_over_rows() -> None:
+    """Each of 20 rows is drawn for a quarter of 400 seeds: 100 times, within five standard deviations."""
     drawn = torch.cat([Random(seed).select(span(20, 1, None, 0.25))[0] for seed in range(400)])
     counted = torch.bincount(drawn, minlength=20)
     assert counted.sum() == 400 * 5
@@ -134,18 +134,18 @@ def test_random_checks_its_seed(seed: Any) -> None:
 
 
 @pytest.mark.parametrize(("measure", "expected"), [("value", [1, 4]), ("key", [0, 2]), ("key_value", [0, 4])])
-def test_cacheblend_takes_the_rows_that_deviate_most(measure: Any, expected: list[int]) -> None:
+def test_cacheblend_selects_largest_deviation(measure: Any, expected: list[int]) -> None:
     deviation = Deviation(1, torch.tensor([9.0, 0, 5, 1, 4]), torch.tensor([1.0, 5, 0, 3, 8]))
     chosen = CacheBlend(measure=measure).choose(probed(deviation, 4, 0.4))
     assert [rows.tolist() for rows in chosen] == [[0, 1, 2, 3, 4]] * 2 + [expected] * 2
 
 
-def test_cacheblend_breaks_ties_towards_the_beginning() -> None:
+def test_cacheblend_ties_select_earliest() -> None:
     chosen = CacheBlend().choose(probed(Deviation(1, *torch.ones(2, 50)), 3, 0.1))
     assert chosen[2].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_cacheblend_probes_its_check_layers() -> None:
+def test_cacheblend_probe_layer() -> None:
     policy = CacheBlend(check_layers=3)
     assert policy.probe_layer == 2
     assert counts(policy.select(span(7, 5, None, 0.0))) == [7, 7, 7, 0, 0]

@@ -1,4 +1,4 @@
-"""Profiles: read and written as JSON, checked."""
+"""``Profile``: checks, and JSON files."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from vlcache_fx.errors import PolicyError
 from vlcache_fx.policies import Profile
 
 
-def test_a_profile_is_what_was_saved(tmp_path: Path) -> None:
+def test_profile_save_and_load(tmp_path: Path) -> None:
     profile = Profile("abc", "bfloat16", (0.5, 1.0, 0.0))
     profile.save(tmp_path / "profile.json")
     assert Profile.load(tmp_path / "profile.json") == profile
@@ -31,19 +31,19 @@ def test_a_profile_is_what_was_saved(tmp_path: Path) -> None:
         '{"model_fingerprint": "abc", "dtype": "float32", "sensitivities": [true]}',
     ],
 )
-def test_what_is_no_profile(tmp_path: Path, text: str) -> None:
+def test_profile_load_invalid(tmp_path: Path, text: str) -> None:
     path = tmp_path / "profile.json"
     path.write_text(text)
     with pytest.raises(PolicyError, match="profile"):
         Profile.load(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_profile_load_missing_file(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"nowhere\.json"):
         Profile.load(tmp_path / "nowhere.json")
 
 
-def test_numbers_are_floats_and_the_values_do_not_alias() -> None:
+def test_profile_values_are_floats_without_alias() -> None:
     values: Any = [1, 2]
     profile = Profile("abc", "float32", values)
     values.append(3)

@@ -1,4 +1,4 @@
-"""Discovery through entry points."""
+"""Discovery of policies through entry points."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def with_entries(monkeypatch: pytest.MonkeyPatch, *entries: tuple[str, str]) -> 
     monkeypatch.setattr(registry, "entry_points", lambda group: [e for e in found if e.group == group])
 
 
-def test_file_names_are_the_registered_names() -> None:
+def test_known_policies_match_files() -> None:
     files = {path.stem for path in (ROOT / "policies").glob("*.py")} - {
         "__init__",
         "base",
@@ -34,42 +34,42 @@ def test_file_names_are_the_registered_names() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(known_policies()))
-def test_a_policy_knows_its_name(name: str) -> None:
+def test_get_policy_by_name(name: str) -> None:
     assert get_policy(name).name == name
 
 
-def test_an_object_is_returned_as_it_is() -> None:
+def test_get_policy_returns_object() -> None:
     policy = Uniform()
     assert get_policy(policy) is policy
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
+def test_get_policy_unknown_name() -> None:
     with pytest.raises(
         PolicyError, match=r"unknown policy 'unifrom'; known policies are: auto, cacheblend, .*uniform"
     ):
         get_policy("unifrom")
 
 
-def test_two_policies_of_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_policies_name_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
     with_entries(monkeypatch, ("mine", "a:A"), ("mine", "b:B"))
     with pytest.raises(PolicyError, match="two policies are named 'mine': a:A and b:B"):
         known_policies()
 
 
-def test_one_policy_seen_twice_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_policies_same_entry_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ("mine", "vlcache_fx.policies.uniform:Uniform")
     with_entries(monkeypatch, entry, entry)
     assert get_policy("mine") == Uniform()
 
 
 @pytest.mark.parametrize("value", ["no_such_module:Policy", "json:NoSuchName", "math:pi"])
-def test_a_policy_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_get_policy_load_failure(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     with_entries(monkeypatch, ("broken", value))
     with pytest.raises(PolicyError, match="policy 'broken'"):
         get_policy("broken")
 
 
-def test_something_else_is_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_policy_of_other_object(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PolicyError, match="not a policy"):
         get_policy(3)  # type: ignore[arg-type]
     with_entries(monkeypatch, ("mine", "builtins:dict"))
@@ -78,7 +78,7 @@ def test_something_else_is_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("package", ["policies", "passes"])
-def test_the_folder_is_not_imported_under_its_own_name(package: str) -> None:
+def test_top_level_import_is_refused(package: str) -> None:
     command = [sys.executable, "-c", f"import {package}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -88,7 +88,7 @@ def test_the_folder_is_not_imported_under_its_own_name(package: str) -> None:
 
 @dataclass(frozen=True)
 class Earlier(Uniform):
-    """Written for the interface of several arguments."""
+    """A policy of the earlier interface of several arguments."""
 
     name: ClassVar[str] = "earlier"
 
@@ -98,7 +98,7 @@ class Earlier(Uniform):
 
 @dataclass(frozen=True)
 class EarlierProbing(CacheBlend):
-    """Likewise."""
+    """A probing policy of the earlier interface."""
 
     def choose(self, deviation: Any, num_layers: int, profile: Any, budget: float) -> Any:  # type: ignore[override]
         return ()

@@ -141,7 +141,9 @@ def test_why_cold() -> None:
     assert why_cold([new]) == ("no donor for its spans: its content is new", new)
     text, code = why_cold([left, new, new])
     assert code is new
-    assert text.endswith("1 x it has a donor, but another one is recorded; 2 x its content is new")
+    assert text.endswith(
+        "1 x it has a donor, but is recomputed to record another context; 2 x its content is new"
+    )
     assert one_line("a\n  b\tc ") == "a b c"
 
 

@@ -46,7 +46,7 @@ class Encoder:
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
         split, encoder = self.split, encoder_runner(self.split, engine)
-        if not split.other_places:
+        if not split.other_indices:
             return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], ()))
         others = engine.lower(split.others, name="encoder")
         return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], others(args)))

@@ -17,7 +17,7 @@ from torch._dynamo import eval_frame
 
 from vlcache_fx.capture.dynamo_settings import RECOMPILE_LIMIT
 from vlcache_fx.compiler.engine import Engine
-from vlcache_fx.compiling import raise_limit_of_function
+from vlcache_fx.compiling import raise_graph_limit
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 TORCH_RECOMPILE_LIMIT = 8
@@ -49,7 +49,7 @@ def raise_limits() -> None:
     """Raise Dynamo's limit and that of the function being compiled, unless the user set one."""
     raise_recompile_limit()
     if torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:
-        raise_limit_of_function(RECOMPILE_LIMIT)
+        raise_graph_limit(RECOMPILE_LIMIT)
 
 
 def watch(engine: Engine) -> None:

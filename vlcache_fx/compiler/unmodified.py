@@ -8,7 +8,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.compiler.engine import Engine
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
 from vlcache_fx.ir.copies import copy_module
 
@@ -59,8 +59,8 @@ class DynamoGraph:
                 )
         except (RestartAnalysis, SkipFrame):  # not failures: they tell Dynamo to trace again, or to skip
             raise
-        except Exception as error:  # noqa: BLE001 (Inductor raises many types)
-            missing = what_is_missing(error)
+        except Exception as error:  # noqa: BLE001 (torch raises many kinds here)
+            missing = missing_tool(error)
             if missing is not None:
                 engine.continue_without_compiler(NoCompilerError(missing))
             else:

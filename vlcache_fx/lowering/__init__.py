@@ -1,6 +1,4 @@
-"""Lowerings: a rewritten program graph becomes a callable."""
-
-from __future__ import annotations
+"""Lowerings: from a rewritten program graph to a callable. The compiler imports them."""
 
 from vlcache_fx.lowering.base import Decompositions, Lowering
 from vlcache_fx.lowering.cache import CompileCache, CompileStats

@@ -1,6 +1,4 @@
-"""What every lowering offers: a flat program graph in, a plain callable out."""
-
-from __future__ import annotations
+"""The interface of lowerings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -13,25 +11,25 @@ from vlcache_fx.runtime.programs.lowered import Lowered
 __all__ = ["Decompositions", "Lowering"]
 
 
-# Operators of ours that a compiler should see through: overload -> a function of the same signature in ATen.
+# Overload of one of this package's operators -> a function of the same signature in ATen, for compilers.
 Decompositions: TypeAlias = Mapping[torch._ops.OpOverload, Callable[..., Any]]
 
 
 class Lowering(Protocol):
-    """Turns a pre-dispatch ATen graph, whose inputs are all placeholders, into a callable.
+    """Compiler of pre-dispatch ATen graphs whose inputs are all placeholders.
 
-    The graph is functional but for writes to inputs whose only reader is the write.
+    The graphs are functional, except for input mutations; nothing else reads a mutated input.
     """
 
     @property
     def name(self) -> str:
-        """The registered name, as in `options={"lowering": name}`."""
+        """Name of the lowering, as in ``options={"lowering": name}``."""
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
-        """Lowers one program; `name` appears in logs and errors.
+        """Lower ``program``; ``name`` appears in logs and errors.
 
-        The graph is not changed and may be changed by the caller afterwards.
+        The graph is not changed, and the caller may change it afterwards.
 
         Raises:
-            LoweringError: if the program cannot be lowered; the message names the program and the segment.
+            LoweringError: the program cannot be lowered; names the program and the segment.
         """

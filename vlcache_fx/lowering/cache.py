@@ -1,12 +1,9 @@
-"""Compiles each structure once with Inductor, for all sizes, and keeps the result.
+"""Cache of structures compiled with Inductor, each once for all sizes.
 
-A structure is compiled with symbolic sizes of at least 2. Conditions on sizes that the compiler assumed all
-the same are collected from the shape environment and checked at every call; where one does not hold (or a
-size is 0 or 1, which compilers treat apart), a further *variant* is compiled for sizes like those of the
-call.
+A structure is compiled with symbolic sizes of at least 2. The compiler may assume further conditions on
+sizes; they are collected from the shape environment and checked at every call. Where a condition fails, or a
+size is 0 or 1, which compilers specialise, another *variant* is compiled for sizes like those of the call.
 """
-
-from __future__ import annotations
 
 import logging
 import time
@@ -16,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
@@ -24,20 +21,20 @@ from vlcache_fx.lowering.expressions import compile_expressions
 from vlcache_fx.lowering.fingerprint import Structure
 from vlcache_fx.lowering.variant import CONFIG_PATCHES, Runner, Variant, compile_variant
 
-__all__ = ["CompileCache", "CompileStats", "Compiled"]
+__all__ = ["CompileCache", "CompileStats", "CompiledStructure"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class CompileStats:
-    """What a cache did.
+    """Statistics of a cache.
 
     Attributes:
-        compilations: `(segment, seconds)` of every call of the compiler, variants included.
-        hits: segments that found their structure compiled.
-        variants: compilations that were needed because sizes broke a condition of an earlier one.
-        conditions: per segment compiled, the conditions on sizes beyond "at least 2" that its code assumes.
+        compilations: ``(segment, seconds)`` of every compilation, variants included.
+        hits: number of segments whose structure was compiled before.
+        variants: number of compilations for sizes that broke a condition of an earlier one.
+        conditions: per compiled segment, the conditions on sizes that its code assumes, besides "at least 2".
     """
 
     compilations: list[tuple[str, float]] = field(default_factory=list)
@@ -47,17 +44,17 @@ class CompileStats:
 
     @property
     def seconds(self) -> float:
-        """Time spent in the compiler."""
+        """Total time of the compilations."""
         return sum(seconds for _, seconds in self.compilations)
 
 
 class CompileCache:
-    """Compiled structures, shared by all programs of one backend; safe to use from several threads.
+    """Compiled structures, shared by all programs of one backend. Thread-safe.
 
     Args:
-        options: what `torch._inductor.standalone_compile` takes as `options`, for example
-            `{"config_patches": {"max_autotune": True}}`.
-        max_variants: of one structure; beyond it, sizes that fit none run uncompiled.
+        options: ``options`` of ``torch._inductor.standalone_compile``, such as
+            ``{"config_patches": {"max_autotune": True}}``.
+        max_variants: limit of variants per structure; further sizes run uncompiled.
     """
 
     def __init__(self, options: Mapping[str, Any] | None = None, *, max_variants: int = 8) -> None:
@@ -65,41 +62,42 @@ class CompileCache:
         self.options = {**given, "config_patches": {**CONFIG_PATCHES, **given.get("config_patches", {})}}
         self.max_variants = max_variants
         self.stats = CompileStats()
-        self._compiled: dict[str, Compiled] = {}
+        self._compiled: dict[str, CompiledStructure] = {}
         self._warned: set[str] = set()
 
-    def get(self, structure: Structure, name: str, decompositions: Decompositions | None = None) -> Compiled:
-        """Returns the compiled form of a structure, compiling it at most once.
+    def get(
+        self, structure: Structure, name: str, decompositions: Decompositions | None = None
+    ) -> "CompiledStructure":
+        """Return the compiled structure; it is compiled at most once.
 
         Args:
-            structure: its key must tell the decompositions, if any, and everything else that code depends on.
-            name: for logs and statistics.
-            decompositions: operators to express in ATen first.
+            structure: its key must cover the decompositions and everything else that code depends on.
+            name: name in logs and statistics.
+            decompositions: operators to replace by ATen before compilation.
         """
         with compiling():
             found = self._compiled.get(structure.key)
             if found is None:
-                found = Compiled(self, structure, name, decompositions or {})
+                found = CompiledStructure(self, structure, name, decompositions or {})
                 self._compiled[structure.key] = found
             else:
                 self.stats.hits += 1
             return found
 
     def warn_once(self, text: str) -> None:
-        """Log a warning, unless it was logged before."""
+        """Log a warning the first time."""
         if text not in self._warned:
             self._warned.add(text)
             _log.warning("%s", text)
 
     def clear(self) -> None:
-        """Forgets everything compiled; programs already lowered keep what they use."""
+        """Drop all compiled structures; lowered programs keep theirs."""
         with compiling():
             self._compiled.clear()
 
 
-class Compiled:
-    """One structure and its variants. Calling it takes a list of arguments and returns a sequence of
-    outputs."""
+class CompiledStructure:
+    """A structure and its variants: a function from a list of arguments to a sequence of outputs."""
 
     def __init__(
         self, cache: CompileCache, structure: Structure, name: str, decompositions: Decompositions
@@ -110,7 +108,7 @@ class Compiled:
         try:
             first = self._compile(examples)
         except Exception as error:
-            if examples == structure.examples or what_is_missing(error) is not None:
+            if examples == structure.examples or missing_tool(error) is not None:
                 raise
             first = self._compile(structure.examples)
         self._variants: tuple[Variant, ...] = (first,)
@@ -127,20 +125,20 @@ class Compiled:
 
     def _variant(self, found: tuple[int, ...]) -> Runner:
         with compiling():
-            for variant in self._variants:  # another thread may have been here first
+            for variant in self._variants:  # another thread may have compiled it
                 if variant.holds(found):
                     return variant.run
             sizes = dict(zip(self.structure.symbols, found, strict=True))
             if len(self._variants) >= self.cache.max_variants:
-                _log.warning("%s: too many variants; runs uncompiled for %s", self.name, sizes)
+                _log.warning("vlcache: %s has too many variants, running uncompiled for %s", self.name, sizes)
                 return self._uncompiled(len(found))
-            _log.info("%s: compiling another variant for the sizes %s", self.name, sizes)
+            _log.info("vlcache: compiling another variant of %s for the sizes %s", self.name, sizes)
             try:
                 made = self._compile(sizes)
             except Exception as error:
-                missing = what_is_missing(error)
-                if missing is not None:  # what was compiled came from torch's cache on disk
-                    self.cache.warn_once(f"some sizes run uncompiled: {missing}")
+                missing = missing_tool(error)
+                if missing is not None:  # earlier variants came from torch's cache on disk
+                    self.cache.warn_once(f"vlcache: running some sizes uncompiled: {missing}")
                     return self._uncompiled(len(found))
                 raise LoweringError(f"segment {self.name!r}, sizes {sizes}: {error}") from error
             self.cache.stats.variants += 1

@@ -1,15 +1,12 @@
-"""Replays a program as a CUDA graph for requests whose sizes come again.
+"""Record and replay programs as CUDA graphs, for requests whose sizes repeat.
 
-A warm call computes few rows, so on a fast GPU launching its kernels can take longer than running them. A
-CUDA graph launches them at once, but has fixed sizes and addresses. Sizes are those of the request, not
-padded ones (its key-value cache is handed out), so it pays where prompts of one length ask about one image
-again and again.
+A warm call computes few rows, so on a fast GPU, launching its kernels can take longer than running them. A
+CUDA graph launches all kernels at once, but has fixed sizes and addresses. Sizes are not padded, since the
+caller gets the KV cache. CUDA graphs therefore help where many prompts of equal length ask about an image.
 
-Small inputs are copied to fixed places before each replay. Weights and whatever is large, donors above all,
-are read where they lie, and belong to the key.
+Small inputs are copied to fixed buffers before each replay. Weights and large inputs such as donors are read
+from their own addresses, which are part of the key.
 """
-
-from __future__ import annotations
 
 import logging
 import threading
@@ -28,14 +25,14 @@ __all__ = ["CudaGraphs", "record_cuda_graph"]
 _log = logging.getLogger(__name__)
 
 COPIED_BYTES = 1 << 20
-"""Inputs up to this size are copied; larger ones are read where they lie."""
+"""Largest input that is copied to a fixed buffer; larger inputs are read from their own address."""
 
 Results: TypeAlias = tuple[Any, ...]
 Recorder: TypeAlias = Callable[[Lowered, Sequence[Any]], tuple[Callable[[], object], Results]]
 
 
 def record_cuda_graph(run: Lowered, args: Sequence[Any]) -> tuple[Callable[[], object], Results]:
-    """``run(args)`` as a graph: what replays it, and the results, which every replay overwrites."""
+    """Record ``run(args)``; return the function that replays it, and the results, which replays overwrite."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = run(args)
@@ -44,20 +41,21 @@ def record_cuda_graph(run: Lowered, args: Sequence[Any]) -> tuple[Callable[[], o
 
 @dataclass(frozen=True)
 class _Recording:
-    places: dict[int, Tensor]
+    buffers: dict[int, Tensor]
     replay: Callable[[], object]
     results: Results
 
 
 class CudaGraphs:
-    """A lowered program that records itself where a request's sizes have come ``after`` times.
+    """A lowered program that is recorded once arguments of the same layout have come ``after`` times.
 
     Args:
-        run: the program; safe to run twice with one set of arguments.
-        after: calls of one form that run plainly; at least one, so that everything is compiled and loaded.
-        limit: recordings kept, each with the memory of its results; the least recently used go first.
-        record: makes a recording.
-        in_place: indices of inputs that the program writes to, whatever their size: not to a copy of them.
+        run: the program; two runs with the same arguments must be safe.
+        after: number of calls per layout before recording; at least one, so that all code is compiled.
+        limit: number of recordings kept, each with memory for its results; the least recently used are
+            dropped.
+        record: function that records.
+        in_place: indices of inputs that the program writes to; they are never copied.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class CudaGraphs:
         """See ``Lowered``."""
         if any(isinstance(value, PendingTensor) for value in args):
             return self._run(args)
-        key = (_stream(), *map(self._form, range(len(args)), args))
+        key = (_stream(), *map(self._layout, range(len(args)), args))
         with self._lock:
             if key in self._recordings:
                 self._recordings.move_to_end(key)
@@ -103,9 +101,9 @@ class CudaGraphs:
             and index not in self._in_place
         )
 
-    def _form(self, index: int, value: Any) -> Any:
+    def _layout(self, index: int, value: Any) -> Any:
         if type(value) is torch.nn.Parameter:
-            # Guards fix all else. A model has hundreds, and each further look takes a microsecond.
+            # Guards fix the rest. A model has hundreds of parameters, and each attribute takes a microsecond.
             return value.data_ptr()
         if not isinstance(value, Tensor):
             return value
@@ -113,27 +111,29 @@ class CudaGraphs:
         return (address, value.dtype, value.device, tuple(value.shape), value.stride())
 
     def _recorded(self, args: Sequence[Any]) -> _Recording | None:
-        places = {index: value.clone() for index, value in enumerate(args) if self._is_copied(index, value)}
-        fixed = [places.get(index, value) for index, value in enumerate(args)]
+        buffers = {index: value.clone() for index, value in enumerate(args) if self._is_copied(index, value)}
+        fixed = [buffers.get(index, value) for index, value in enumerate(args)]
         try:
             replay, results = self._record(self._run, fixed)
         except RuntimeError as error:
-            _log.warning("a program cannot be recorded as a CUDA graph, it runs plainly: %s", error)
+            _log.warning("vlcache: running a program without a CUDA graph, recording failed: %s", error)
             return None
-        return _Recording(places, replay, results)
+        return _Recording(buffers, replay, results)
 
     def _replay(self, recording: _Recording | None, args: Sequence[Any]) -> Results:
         if recording is None:
             return self._run(args)
-        _copy([(place, args[index]) for index, place in recording.places.items()])
+        _copy([(buffer, args[index]) for index, buffer in recording.buffers.items()])
         recording.replay()
-        given = [torch.empty_like(one) if isinstance(one, Tensor) else one for one in recording.results]
-        _copy([pair for pair in zip(given, recording.results, strict=True) if isinstance(pair[0], Tensor)])
-        return tuple(given)
+        results = [
+            torch.empty_like(value) if isinstance(value, Tensor) else value for value in recording.results
+        ]
+        _copy([pair for pair in zip(results, recording.results, strict=True) if isinstance(pair[0], Tensor)])
+        return tuple(results)
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensors into the first ones, with a kernel per dtype rather than per tensor."""
+    """Copy the second tensor of each pair to the first, with one kernel per dtype."""
     by_type: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for target, source in pairs:
         by_type[target.dtype].append((target, source))

@@ -1,7 +1,4 @@
-"""The eager lowering: runs the graph with the kernels that the unmodified model would run. It is the
-oracle."""
-
-from __future__ import annotations
+"""The eager lowering: run the graph with the kernels of the unmodified model. Reference for the others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +14,13 @@ __all__ = ["EagerLowering"]
 
 
 class EagerLowering:
-    """Interprets nothing and fuses nothing: the graph becomes Python that calls one operator per node."""
+    """Lowering to Python code that calls one operator per node."""
 
     name = "eager"
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
-        """See `Lowering.lower`. The code that FX generates drops every intermediate after its last use."""
-        with compiling():  # code is made, under names that are counted for all threads
+        """See ``Lowering.lower``. Code from ``torch.fx`` frees intermediate results after their last use."""
+        with compiling():  # torch.fx counts names of generated code for all threads
             return self._lower(program, name)
 
     def _lower(self, program: GraphModule, name: str) -> Lowered:

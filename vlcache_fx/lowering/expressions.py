@@ -1,6 +1,4 @@
-"""Numbers and expressions in lowered programs, and Python code from expressions."""
-
-from __future__ import annotations
+"""Python code from the size expressions of lowered programs."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,21 +12,21 @@ __all__ = ["compile_expressions", "is_scalar"]
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether a node's value is a number, symbolic or not."""
+    """Return True for a number, symbolic or not."""
     return isinstance(value, (bool, int, float, sympy.Expr, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def compile_expressions(
     expressions: Sequence[sympy.Basic | int], sources: Mapping[sympy.Basic, str], argument: str
 ) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """Compiles expressions to one Python function of a sequence; `sources` says where each symbol is found
-    in it.
+    """Compile ``expressions`` to one Python function of a sequence named ``argument``.
 
-    The code is printed from sympy expressions alone, never from text of a user. ``sympy.lambdify`` makes
-    functions of values: reading these first takes as long again, in every call of every segment.
+    ``sources`` maps each symbol to code that reads it from the sequence, such as ``"a[0].size(1)"``. The code
+    contains sympy expressions only, never text from users. Not ``sympy.lambdify``: its functions take values,
+    and reading these first doubles the time of every call of every segment.
 
     Raises:
-        KeyError: an expression has a symbol without a source.
+        KeyError: a symbol has no source.
     """
     names: dict[sympy.Basic, sympy.Symbol] = {}
     lines: list[str] = []

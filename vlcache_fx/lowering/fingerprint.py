@@ -1,11 +1,9 @@
-"""What makes two segments the same compilation: their structure, written as canonical text.
+"""Structure of a segment as canonical text. Segments with equal text share a compilation.
 
-The text names the operators in order, how they are connected, every constant, and per input the kind, dtype,
-device, sizes and strides, with symbols renamed in the order in which they appear. It holds no weights, no
-names and no example sizes: all decoder layers of one shape have one text.
+The text contains the operators in order, their connections, all constants, and the kind, dtype, device, sizes
+and strides of each input, with symbols numbered by first appearance. It contains no weights, names or example
+sizes, so all decoder layers of one shape have the same text.
 """
-
-from __future__ import annotations
 
 import hashlib
 import math
@@ -21,19 +19,19 @@ from vlcache_fx.ir.digest import argument_text, target_text
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.ir.sizes import Size, hint
 from vlcache_fx.lowering.outline import Segment
-from vlcache_fx.lowering.values import ProgramValues, TensorForm
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta
 
 __all__ = ["InputSpec", "Structure", "structure_of"]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input. Expressions are in the canonical symbols of the structure.
+    """An input of a segment, in the canonical symbols of the structure.
 
     Attributes:
-        sizes: of a tensor per dimension; of an int its own expression alone.
-        strides: of a tensor per dimension, else empty.
-        dtype, device: of a tensor; None for an int.
+        sizes: sizes of a tensor, or the expression of an int.
+        strides: strides of a tensor; empty for an int.
+        dtype, device: dtype and device of a tensor; None for an int.
     """
 
     sizes: tuple[Size, ...]
@@ -49,16 +47,16 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Structure:
-    """The shared form of equal segments.
+    """Common structure of equal segments.
 
     Attributes:
-        key: digest of `text`.
-        text: the canonical form.
-        module: the graph of the segment that was seen first.
-        inputs: what it takes.
+        key: digest of ``text``.
+        text: the canonical text.
+        module: graph of the first such segment.
+        inputs: inputs of the segment.
         symbols: the canonical symbols.
-        examples: a value of each symbol that fits the program, should independent primes not fit it.
-        sources: Python code that reads each symbol from the list `a` of arguments.
+        examples: a valid value of each symbol, for structures that independent primes do not fit.
+        sources: Python code that reads each symbol from the list ``a`` of arguments.
     """
 
     key: str
@@ -71,9 +69,12 @@ class Structure:
 
 
 def structure_of(segment: Segment, values: ProgramValues, context: str = "") -> Structure:
-    """Computes the structure of a segment of the program that `values` are of.
+    """Return the structure of a segment.
 
-    `context` adds what else a compilation depends on.
+    Args:
+        segment: a segment of a program.
+        values: values of that program.
+        context: text for everything else that a compilation depends on.
     """
     naming = _Naming(values)
     described = [naming.describe(index, value) for index, value in enumerate(segment.values)]
@@ -89,7 +90,7 @@ def structure_of(segment: Segment, values: ProgramValues, context: str = "") -> 
 
 
 class _Naming:
-    """Renames symbols canonically. What no input tells plainly becomes a symbol of its own."""
+    """Canonical symbols. An expression with symbols that are no size of an input becomes a new symbol."""
 
     def __init__(self, values: ProgramValues) -> None:
         self.values = values
@@ -97,26 +98,26 @@ class _Naming:
         self.symbols: list[sympy.Symbol] = []
         self.examples: dict[sympy.Symbol, int] = {}
         self.sources: dict[sympy.Symbol, str] = {}
-        self.places: dict[sympy.Expr, str] = {}
+        self.expression_sources: dict[sympy.Expr, str] = {}
 
-    def describe(self, index: int, value: TensorForm | Size) -> InputSpec:
-        """Notes the plain symbols of one input; its expressions stay in the program's symbols for now."""
-        if not isinstance(value, TensorForm):
+    def describe(self, index: int, value: TensorMeta | Size) -> InputSpec:
+        """Name the symbols that are sizes of an input; its expressions keep the program's symbols for now."""
+        if not isinstance(value, TensorMeta):
             return InputSpec((self._note(value, f"a[{index}]"),))
         sizes = [self._note(size, f"a[{index}].size({dim})") for dim, size in enumerate(value.sizes)]
         strides: list[Size] = []
         for dim, stride in enumerate(value.strides):
-            if sizes[dim] == 1:  # means nothing, but would differ: make it what a contiguous tensor has
+            if sizes[dim] == 1:  # the stride is arbitrary: use that of a contiguous tensor
                 strides.append(math.prod(sizes[dim + 1 :]))
             else:
                 if not isinstance(stride, int):
-                    self.places.setdefault(stride, f"a[{index}].stride({dim})")
+                    self.expression_sources.setdefault(stride, f"a[{index}].stride({dim})")
                 strides.append(stride)
         return InputSpec(tuple(sizes), tuple(strides), value.dtype, value.device)
 
-    def _note(self, size: Size, place: str) -> Size:
+    def _note(self, size: Size, source: str) -> Size:
         if not isinstance(size, int):
-            self.places.setdefault(size, place)
+            self.expression_sources.setdefault(size, source)
             if isinstance(size, sympy.Symbol) and size not in self.names:
                 self._new(size)
         return size
@@ -124,14 +125,14 @@ class _Naming:
     def _new(self, found: sympy.Expr) -> sympy.Symbol:
         made = sympy.Symbol(f"s{len(self.symbols)}", integer=True, positive=True)
         self.names[found] = made
-        self.sources[made] = self.places[found]
+        self.sources[made] = self.expression_sources[found]
         known = self.values.example(found)
         self.examples[made] = hint(len(self.symbols)) if known is None else known
         self.symbols.append(made)
         return made
 
     def all(self, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
-        """Renames expressions; one with a symbol that no input tells plainly becomes opaque as a whole."""
+        """Rename expressions. An expression with an unnamed symbol becomes a new symbol as a whole."""
         renamed: list[Size] = []
         for size in sizes:
             if isinstance(size, int) or size.is_number:
@@ -146,7 +147,7 @@ class _Naming:
 
 
 def _graph_text(module: GraphModule) -> str:
-    """Every node in the order of the graph: the compiler's code depends on it, unlike what is computed."""
+    """Return the text of all nodes in graph order, on which the compiler's code depends."""
     ids: dict[Node, int] = {}
 
     def leaf(value: Any) -> str:

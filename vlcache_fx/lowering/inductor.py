@@ -1,6 +1,4 @@
-"""The Inductor lowering: segments of one structure share one compilation; weights are inputs."""
-
-from __future__ import annotations
+"""The Inductor lowering: segments of equal structure share a compilation; weights are inputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import sympy
 import torch
 from torch.fx import GraphModule, Node
 
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import LoweringError, NoCompilerError
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.keys.numerics import numerics
@@ -19,18 +17,18 @@ from vlcache_fx.lowering.cache import CompileCache
 from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
-from vlcache_fx.lowering.values import ProgramValues, TensorForm, program_values
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta, program_values
 from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, resolved
 
 __all__ = ["InductorLowering"]
 
 
 class InductorLowering:
-    """Outlines a program and compiles what its segments share.
+    """Lowering that cuts a program into segments and compiles each distinct structure once.
 
     Args:
-        cache: where compilations are kept; give one cache to all lowerings of a backend.
-        decompositions: operators to express in ATen before compilation.
+        cache: cache of the compilations, shared by all lowerings of a backend.
+        decompositions: operators to replace by ATen before compilation.
     """
 
     name = "inductor"
@@ -42,11 +40,11 @@ class InductorLowering:
         self.decompositions = dict(decompositions or {})
 
     def lower(self, program: GraphModule, *, name: str) -> Lowered:
-        """See `Lowering.lower`. Compiles everything now; calls compile only for sizes that break a
-        condition.
+        """See ``Lowering.lower``. Compiles all segments; calls compile only for sizes that break a condition.
 
         Raises:
-            LoweringError: see `Lowering.lower`. NoCompilerError, where the machine has no compiler.
+            LoweringError: see ``Lowering.lower``.
+            NoCompilerError: the machine has no compiler.
         """
         with compiling():
             return self._lower(program, name)
@@ -66,7 +64,7 @@ class InductorLowering:
                 )
                 builder.add(segment, run)
             except Exception as error:
-                missing = what_is_missing(error)
+                missing = missing_tool(error)
                 if missing is not None:
                     raise NoCompilerError(missing) from error
                 raise LoweringError(f"program {name!r}, segment {segment.name!r}: {_brief(error)}") from error
@@ -82,11 +80,15 @@ def _brief(error: Exception) -> str:
 
 
 def _context(cache: CompileCache) -> str:
-    """Global settings that compiled code depends on."""
-    return repr((
-        sorted(cache.options.items(), key=lambda item: item[0]), torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(), numerics("cuda"),
-    ))  # fmt: skip
+    """Return the global settings that compiled code depends on."""
+    return repr(
+        (
+            sorted(cache.options.items(), key=lambda item: item[0]),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+            numerics("cuda"),
+        )
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class _Step:
 
 
 class _Assembler:
-    """Gives every value that crosses a segment a slot, and makes the steps of the program."""
+    """Assigns a slot to every value that crosses a segment, and builds the steps of the program."""
 
     def __init__(self, program: GraphModule, values: ProgramValues) -> None:
         self.program, self.values = program, values
@@ -127,7 +129,7 @@ class _Assembler:
                 self.numbers.append(key)
             else:
                 self.constants.append(key.value)
-        # Constants lie before numbers in the environment of a call.
+        # The environment of a call contains constants before numbers.
         order = [key for key in self.slots if not isinstance(key, sympy.Expr)]
         order += [key for key in self.slots if isinstance(key, sympy.Expr)]
         self.slots = {key: index for index, key in enumerate(order)}
@@ -136,9 +138,14 @@ class _Assembler:
                 self.slots.setdefault(node, len(self.slots))
         steps = self._steps([self.slots[key] for key in returned])
         return _Program(
-            steps, tuple(self.slots[key] for key in returned), tuple(self.constants), len(self.slots),
-            len(self.placeholders), self._numbers(), _layouts(self.values, self.placeholders),
-        )  # fmt: skip
+            steps,
+            tuple(self.slots[key] for key in returned),
+            tuple(self.constants),
+            len(self.slots),
+            len(self.placeholders),
+            self._numbers(),
+            _layouts(self.values, self.placeholders),
+        )
 
     def _key(self, value: Any) -> Any:
         if not isinstance(value, Node):
@@ -154,8 +161,12 @@ class _Assembler:
 
     def _steps(self, returned: list[int]) -> tuple[_Step, ...]:
         last = {self.slots[key]: i for i, (_, inputs, _) in enumerate(self.parts) for key in inputs}
-        last.update((self.slots[node], i) for i, (_, _, outs) in enumerate(self.parts) for node in outs
-                    if self.slots[node] not in last)  # fmt: skip
+        last.update(
+            (self.slots[node], i)
+            for i, (_, _, outs) in enumerate(self.parts)
+            for node in outs
+            if self.slots[node] not in last
+        )
         dead: list[list[int]] = [[] for _ in self.parts]
         for slot, step in last.items():
             if slot not in returned:
@@ -175,7 +186,7 @@ class _Assembler:
             value = self.values[node]
             if isinstance(value, sympy.Expr):
                 sources.setdefault(value, f"a[{index}]")
-            elif isinstance(value, TensorForm):
+            elif isinstance(value, TensorMeta):
                 for dim, size in enumerate(value.sizes):
                     if not isinstance(size, int):
                         sources.setdefault(size, f"a[{index}].size({dim})")
@@ -190,16 +201,16 @@ class _Literal:
 def _layouts(
     values: ProgramValues, placeholders: Sequence[Node]
 ) -> tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]:
-    """Which inputs must be brought to the layout that was compiled: `(input, order, inverse order)`.
+    """Return ``(input, order, inverse order)`` of the inputs that need the layout of the compilation.
 
-    Only inputs with a symbolic size are looked at: weights and the like are what they were at compile time.
+    Only inputs with a symbolic size: all others keep their layout.
     """
     found = []
     for index, node in enumerate(placeholders):
-        form = values[node]
-        if not isinstance(form, TensorForm) or all(isinstance(size, int) for size in form.sizes):
+        meta = values[node]
+        if not isinstance(meta, TensorMeta) or all(isinstance(size, int) for size in meta.sizes):
             continue
-        sizes, strides = ([values.example(one) or 0 for one in part] for part in (form.sizes, form.strides))
+        sizes, strides = ([values.example(size) or 0 for size in part] for part in (meta.sizes, meta.strides))
         order = tuple(sorted(range(len(strides)), key=lambda dim: (-strides[dim], dim)))
         example = torch.empty_strided(sizes, strides, device="meta")
         if example.permute(order).is_contiguous():
@@ -208,18 +219,22 @@ def _layouts(
 
 
 class _Program:
-    """A lowered program: runs its steps on an environment of slots and drops every value in its last use.
+    """A lowered program: runs its steps on an environment of slots and frees values during their last use.
 
-    Code that FX generates drops a value after the call that reads it last: there it would take memory while
-    the segment runs.
+    Code from ``torch.fx`` frees a value after the last call that reads it, so the value would take memory
+    while the segment runs.
     """
 
     def __init__(
-        self, steps: tuple[_Step, ...], returned: tuple[int, ...], constants: tuple[Any, ...], slots: int,
+        self,
+        steps: tuple[_Step, ...],
+        returned: tuple[int, ...],
+        constants: tuple[Any, ...],
+        slots: int,
         inputs: int,
         numbers: Callable[[Sequence[Any]], tuple[Any, ...]] | None,
         layouts: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.steps, self.returned, self.constants = steps, returned, constants
         self.numbers, self.layouts, self.inputs = numbers, layouts, inputs
         self.rest = [None] * slots

@@ -1,17 +1,15 @@
-"""Cuts a flat program graph into its segments, so that equal layers become equal graphs.
+"""Cut a flat program graph into segments, so that equal layers become equal graphs.
 
-Every node carries the name of its segment in `meta["segment"]`: "prelude", "layer.0", "layer.1", ...,
-"tail". The cut is correct for any tags: a node runs in the segment that its tag names, or in a later one
-where it needs a value of a later one (so a chain of segments is never cyclic). A node without a tag runs
-where its last tensor input is computed, in the prelude if it has none.
+``meta["segment"]`` of a node names its segment: "prelude", "layer.0", "layer.1", ..., "tail". The cut is
+correct for any tags: a node runs in the segment of its tag, or in a later segment whose values it needs, so
+segments never depend on each other in a cycle. A node without a tag runs in the segment of its last tensor
+input, or in the prelude if it has none.
 
-Sizes never travel between segments where a tensor input tells them: each use is written anew as sizes of the
-segment's own inputs, so that two layers have the same graph wherever the program happened to read the length.
-Nor do vectors that are made of sizes alone, such as places of tokens: each segment counts for itself, and can
-see that it is counting.
+Sizes cross segments only where no tensor input has them. Each use is rewritten as a size of the segment's own
+inputs, so two layers have equal graphs wherever the program reads the length. Vectors computed from sizes
+alone, such as token positions, do not cross segments either: each segment computes its own ``arange``, which
+lets its compiler recognise it.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
@@ -27,27 +25,31 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from vlcache_fx.lowering.expressions import is_scalar
-from vlcache_fx.lowering.values import ProgramValues, TensorForm
+from vlcache_fx.lowering.values import ProgramValues, TensorMeta
 
 __all__ = ["Segment", "outline"]
 
-_SIZE_READERS = frozenset({
-    torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default,
-    torch.ops.aten.sym_storage_offset.default,
-})  # fmt: skip
+_SIZE_READERS = frozenset(
+    {
+        torch.ops.aten.sym_size.int,
+        torch.ops.aten.sym_stride.int,
+        torch.ops.aten.sym_numel.default,
+        torch.ops.aten.sym_storage_offset.default,
+    }
+)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One part of a program.
+    """A part of a program.
 
     Attributes:
-        name: its tag.
-        module: the graph; takes `inputs` and returns the tuple of `outputs`.
-        inputs: per placeholder the program node (a tensor) or the expression (an int that no tensor input
-        tells).
-        values: per placeholder its form or expression.
-        outputs: the program nodes that other segments or the caller need.
+        name: tag of its nodes.
+        module: graph from ``inputs`` to the tuple of ``outputs``.
+        inputs: per placeholder, the program node (a tensor) or the expression (an int that is no size of a
+            tensor input).
+        values: per placeholder, its ``TensorMeta`` or expression.
+        outputs: program nodes that other segments or the caller read.
     """
 
     name: str
@@ -58,12 +60,11 @@ class Segment:
 
 
 def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
-    """Splits a program, in the order in which its segments run. Nodes that nothing needs are dropped.
+    """Split a program into segments, in the order of execution. Dead nodes are dropped.
 
     Args:
-        program: functional graph, but for writes to inputs that nothing else reads; all tensor inputs
-            placeholders or `get_attr` constants.
-        values: of every node (`values.program_values`).
+        program: a graph as in ``Lowering``; tensor inputs are placeholders or ``get_attr`` constants.
+        values: values of its nodes (``values.program_values``).
 
     Raises:
         ValueError: a size depends on tensor data in a way that cannot cross a segment.
@@ -79,7 +80,7 @@ def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
         needed = max((rank[n] for n in _tensor_sources(node, values) if n in rank), default=0)
         wanted = names.get(node.meta.get("segment", ""), needed)
         source = node.args[0] if node.args else None
-        # The parts of a tuple are taken out where the tuple is made: tuples do not cross segments.
+        # Tuples do not cross segments, so getitem runs in the segment of the tuple.
         is_part = isinstance(source, Node) and isinstance(values[source], (tuple, list))
         rank[node] = needed if is_part else max(needed, wanted)
         members.setdefault(rank[node], []).append(node)
@@ -98,8 +99,7 @@ def outline(program: GraphModule, values: ProgramValues) -> list[Segment]:
 
 
 def _live(graph: Graph) -> list[Node]:
-    """The nodes that an output or a check of values needs, in order. Checks of metadata hold by
-    construction."""
+    """Return the nodes that outputs and checks of values need, in order; checks of metadata are dropped."""
     roots = [n for n in graph.nodes if n.op == "output" or "_assert_async" in str(n.target)]
     seen: set[Node] = set()
     while roots:
@@ -111,41 +111,41 @@ def _live(graph: Graph) -> list[Node]:
 
 
 def _order(tags: Iterable[str]) -> dict[str, int]:
-    """Ranks the tags: the prelude, then families by first appearance and number, then the tail."""
+    """Return the rank of each tag: prelude, then families by first appearance and number, then tail."""
     family: dict[str, int] = {}
     keys: dict[str, tuple[int, int, int]] = {}
     for tag in tags:
         stem, number = tag, 0
         if match := re.fullmatch(r"(.*?)[._]?(\d+)", tag):
             stem, number = match[1], int(match[2])
-        place = {"prelude": 0, "tail": 2}.get(tag, 1)
-        keys[tag] = (place, family.setdefault(stem, len(family)), number)
+        part = {"prelude": 0, "tail": 2}.get(tag, 1)
+        keys[tag] = (part, family.setdefault(stem, len(family)), number)
     keys.setdefault("prelude", (0, 0, 0))
     return {tag: index for index, tag in enumerate(sorted(keys, key=keys.__getitem__))}
 
 
 def _vectors_of_sizes(live: Sequence[Node], values: ProgramValues) -> set[Node]:
-    """The tensors that sizes and numbers tell, of one dimension at most (others being 1)."""
+    """Return the tensors that are computed from sizes and numbers, with at most one dimension above 1."""
     found: set[Node] = set()
     returned = {used for node in live if node.op == "output" for used in node.all_input_nodes}
     for node in live:
-        form = values[node]
-        if node.op != "call_function" or not isinstance(form, TensorForm) or node in returned:
+        meta = values[node]
+        if node.op != "call_function" or not isinstance(meta, TensorMeta) or node in returned:
             continue
         is_drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        is_vector = sum(size != 1 for size in form.sizes) <= 1
+        is_vector = sum(size != 1 for size in meta.sizes) <= 1
         if is_vector and not is_drawn and all(source in found for source in _tensor_sources(node, values)):
             found.add(node)
     return found
 
 
 def _tensor_sources(node: Node, values: ProgramValues) -> list[Node]:
-    """The tensor nodes that a node reads, not counting those of which only the size matters."""
+    """Return the tensor nodes that a node reads."""
     return [n for n in node.all_input_nodes if not is_scalar(values[n])]
 
 
 class _Builder:
-    """Builds the graph of one segment."""
+    """Builder of a segment's graph."""
 
     def __init__(
         self, program: GraphModule, values: ProgramValues, nodes: list[Node], vectors: set[Node]
@@ -180,7 +180,7 @@ class _Builder:
         if node in self.local:
             return
         value = self.values[node]
-        if not isinstance(value, TensorForm):
+        if not isinstance(value, TensorMeta):
             if node.op == "get_attr":  # the body of a higher-order operator
                 name = f"body_{len(list(self.root.children()))}"
                 self.root.add_module(name, self.program.get_submodule(str(node.target)))
@@ -216,7 +216,7 @@ class _Builder:
         return self._size(value, node) if isinstance(value, sympy.Expr) else self._copy(node)
 
     def _size(self, wanted: sympy.Expr, node: Node) -> Any:
-        """Writes a size as sizes of the inputs; else computes it here; else takes it as an int input."""
+        """Express a size by sizes of the inputs; else compute it in the segment; else add an int input."""
         if wanted in self.known:
             return self.known[wanted].node
         if wanted in self.sizes:
@@ -234,7 +234,7 @@ class _Builder:
         return made
 
     def _copy(self, node: Node) -> Node:
-        """Repeats a computation on numbers inside this segment."""
+        """Repeat a computation of a number or vector in this segment."""
         sources = _tensor_sources(node, self.values)
         if node.op != "call_function" or any(n not in self.local and n not in self.vectors for n in sources):
             raise ValueError(f"the number {node.name!r} depends on data of another segment")

@@ -1,10 +1,8 @@
-"""The TensorRT lowering: regions of a program become engines through Torch-TensorRT.
+"""The TensorRT lowering: compile regions of a program to engines with Torch-TensorRT.
 
-Cache operators stay outside. Needs a CUDA GPU and the package ``torch_tensorrt``; what would go into engines
-can be told without either.
+Cache operators stay outside the engines. Needs a CUDA GPU and the package ``torch_tensorrt``; ``dry_run``
+needs neither.
 """
-
-from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -23,16 +21,16 @@ from vlcache_fx.runtime.programs.lowered import Lowered, resolved
 __all__ = ["DryRun", "TensorRtLowering", "dry_run"]
 
 MIN_NODES = 3
-"""A region of fewer nodes is not worth an engine."""
+"""Smallest region that becomes an engine."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What would become of a program.
+    """Partition of a program into engines.
 
     Attributes:
-        engines: per engine, the nodes that it would hold, in order.
-        outside: node -> why it would run as it does now.
+        engines: names of the nodes of each engine, in order.
+        outside: name of each other node -> reason for running it outside.
     """
 
     engines: tuple[tuple[str, ...], ...]
@@ -40,22 +38,22 @@ class DryRun:
 
 
 class _Convertible(OperatorSupportBase):
-    """ATen operators, and the sizes that they need; operators of ours are not TensorRT's matter."""
+    """Nodes that can run in an engine: ATen operators, and the sizes that they need."""
 
     def is_node_supported(self, submodules: Mapping[str, torch.nn.Module], node: fx.Node) -> bool:  # noqa: ARG002
-        return why_outside(node) is None
+        return exclusion_reason(node) is None
 
 
-def why_outside(node: fx.Node) -> str | None:
-    """Why a node cannot go into an engine; None where it can."""
+def exclusion_reason(node: fx.Node) -> str | None:
+    """Return the reason for running a node outside of engines, or None."""
     if node.op != "call_function":
         return "not a call"
     namespace = getattr(node.target, "namespace", None)
     if namespace == "vlcache":
-        return "a cache operator: it reads what the store gave"
+        return "a cache operator: it reads stored rows"
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable:
-        return "it writes to a tensor of the caller: engines are functions"
+        return "an input mutation: engines are functional"
     value = node.meta.get("val")
     if namespace == "aten" and isinstance(value, torch.Tensor) and value.dtype == torch.float64:
         return "TensorRT has no float64"
@@ -70,13 +68,13 @@ def _partitions(program: fx.GraphModule) -> list[Any]:
 
 
 def dry_run(program: fx.GraphModule) -> DryRun:
-    """Which nodes would go into which engine, and which would not, for what reason. Compiles nothing."""
+    """Return the partition of a program into engines, without compiling it."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     groups = [sorted(partition.nodes, key=order.__getitem__) for partition in _partitions(program)]
     groups.sort(key=lambda nodes: order[nodes[0]])
     inside = {node for nodes in groups for node in nodes}
     outside = {
-        node.name: why_outside(node) or f"a region of fewer than {MIN_NODES} nodes"
+        node.name: exclusion_reason(node) or f"a region of fewer than {MIN_NODES} nodes"
         for node in program.graph.nodes
         if node.op == "call_function" and node not in inside
     }
@@ -84,7 +82,7 @@ def dry_run(program: fx.GraphModule) -> DryRun:
 
 
 class TensorRtLowering:
-    """Compiles the regions between cache operators with Torch-TensorRT, each when it first runs.
+    """Lowering that compiles the regions between cache operators, each in its first run.
 
     Raises:
         OptionError: there is no CUDA GPU, or ``torch_tensorrt`` is not installed.
@@ -95,8 +93,8 @@ class TensorRtLowering:
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise OptionError(
-                "lowering='tensorrt' needs an NVIDIA GPU, and torch sees none here: use 'inductor' or "
-                "'eager', or vlcache_fx.export(format='tensorrt') to build engines ahead of time"
+                "lowering='tensorrt' needs an NVIDIA GPU, and torch finds none: use 'inductor' or 'eager', "
+                "or build engines ahead of time with vlcache_fx.export(format='tensorrt')"
             )
         try:
             importlib.import_module("torch_tensorrt")
@@ -106,7 +104,7 @@ class TensorRtLowering:
             ) from error
 
     def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
-        """See `Lowering.lower`."""
+        """See ``Lowering.lower``."""
         copy = copy_module(program)
         partitioner = CapabilityBasedPartitioner(copy, _Convertible(), allows_single_node_partition=True)
         wanted = [part for part in partitioner.propose_partitions() if len(part.nodes) >= MIN_NODES]

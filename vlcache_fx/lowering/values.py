@@ -1,11 +1,8 @@
-"""The form of every value of a program: dtype, device, sizes and strides, in a new environment's symbols.
+"""Metadata of all values of a program: dtype, device, sizes and strides, in symbols of a new environment.
 
-Layers repeat, so an operator is asked for its result once per form of its arguments. All else is arithmetic
-on expressions: a fake tensor is only made where an operator has to be asked, since making one with symbolic
-sizes takes a millisecond.
+Layers repeat, so the fake implementation of an operator runs once per metadata of its arguments. The rest is
+arithmetic on expressions, because creating a fake tensor with symbolic sizes takes a millisecond.
 """
-
-from __future__ import annotations
 
 import functools
 import logging
@@ -23,20 +20,21 @@ from vlcache_fx.ir.fakes import Shapes
 from vlcache_fx.ir.nodes import attribute
 from vlcache_fx.ir.sizes import Size, evaluated, expression, hint
 
-__all__ = ["ProgramValues", "TensorForm", "program_values"]
+__all__ = ["ProgramValues", "TensorMeta", "program_values"]
 
 _log = logging.getLogger(__name__)
 
 FROM_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
-"""Operators that make new symbols."""
+"""Tags of operators that create symbols."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorForm:
-    """What operators see of a tensor.
+class TensorMeta:
+    """Metadata of a tensor.
 
     Attributes:
-        sizes, strides: one per dimension; numbers, or expressions of the program's symbols.
+        sizes, strides: per dimension, a number or an expression of the program's symbols.
+        dtype, device: dtype and device.
     """
 
     sizes: tuple[Size, ...]
@@ -50,8 +48,8 @@ class ProgramValues:
     """The values of a program's nodes.
 
     Attributes:
-        by_node: of a tensor its form, of a symbolic int its expression, of a tuple a tuple; anything else (a
-            number, the body of a higher-order operator, a tensor that has no strides of its own) as it is.
+        by_node: ``TensorMeta`` of a tensor, the expression of a symbolic int, a tuple of these for a tuple;
+            any other value (a number, the body of a higher-order operator, a tensor without strides) itself.
         examples: a value of each symbol that comes from an input.
     """
 
@@ -62,51 +60,51 @@ class ProgramValues:
         return self.by_node[node]
 
     def example(self, size: Size) -> int | None:
-        """What a size is where symbols have their examples; None where one comes from data."""
+        """Return the value of a size at ``examples``; None if a symbol comes from data."""
         return evaluated(size, self.examples)
 
 
 def program_values(program: GraphModule) -> ProgramValues:
-    """Propagates forms through a program, in a new shape environment.
+    """Propagate metadata through a program, in a new shape environment.
 
-    Each symbol of the placeholders' `meta["val"]` becomes a symbol with a prime example. Where these examples
-    contradict a relation between sizes that the program relies on (one symbol is the sum of two others), the
-    examples that the capture had are used instead.
+    Each symbol of the placeholders' ``meta["val"]`` becomes a symbol with a prime example. If these examples
+    contradict a relation of sizes in the program (one symbol is the sum of two others), the examples of the
+    capture are used instead.
 
     Raises:
-        ValueError: a placeholder has no `meta["val"]`, or a layout that has no strides.
-        Exception: whatever an operator's fake implementation raises.
+        ValueError: a placeholder has no ``meta["val"]``, or a layout without strides.
+        Exception: any error of an operator's fake implementation.
     """
     try:
         return _Propagation().run(program)
-    except Exception as error:  # noqa: BLE001 - the second try is the judge
-        _log.debug("sizes that are independent primes do not fit (%s): trying those of the capture", error)
+    except Exception as error:  # noqa: BLE001 - the second try raises
+        _log.debug("vlcache: independent example sizes do not fit (%s), using those of the capture", error)
         return _Propagation(captured=True).run(program)
 
 
 @dataclass
 class _Propagation:
-    """One way through a program.
+    """One pass over a program.
 
     Attributes:
-        captured: symbols have the examples that the capture had.
-        known: symbols of the capture, and what they are here.
-        fakes: the fake tensor of every form that an operator was asked about.
-        results: per operator and arguments, with symbols numbered as they appear, the result in numbers.
-        made: the result per operator and arguments as they are.
+        captured: True to use the examples of the capture.
+        known: symbol of the capture -> symbol of the new environment.
+        fakes: fake tensors by metadata.
+        results: results by operator and arguments, with symbols numbered by first appearance.
+        made: results by operator and arguments, with the program's symbols.
     """
 
     captured: bool = False
     shapes: Shapes = field(default_factory=Shapes)
     examples: dict[sympy.Symbol, int] = field(default_factory=dict)
     known: dict[sympy.Symbol, sympy.Symbol] = field(default_factory=dict)
-    fakes: dict[TensorForm, torch.Tensor] = field(default_factory=dict)
+    fakes: dict[TensorMeta, torch.Tensor] = field(default_factory=dict)
     results: dict[Any, Any] = field(default_factory=dict)
     made: dict[Any, Any] = field(default_factory=dict)
 
     def run(self, program: GraphModule) -> ProgramValues:
         values: dict[Node, Any] = {}
-        # The dispatcher in Python knows symbolic sizes where some C++ kernels insist on plain integers.
+        # The Python dispatcher accepts symbolic sizes; some C++ kernels do not.
         with enable_python_dispatcher(), self.shapes.mode, torch.no_grad():
             for node in program.graph.nodes:
                 match node.op:
@@ -131,7 +129,7 @@ class _Propagation:
             if value.layout != torch.strided:
                 raise ValueError(f"the placeholder {node.name!r} has the layout {value.layout}")
             sizes, strides = (tuple(map(self._translated, part)) for part in (value.size(), value.stride()))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         return self._translated(value) if isinstance(value, torch.SymInt) else value
 
     def _translated(self, value: int | torch.SymInt) -> Size:
@@ -151,20 +149,20 @@ class _Propagation:
         value = attribute(program, node)
         if not isinstance(value, torch.Tensor):
             return value
-        return _form(self.shapes.mode.from_tensor(value, static_shapes=True))
+        return _meta(self.shapes.mode.from_tensor(value, static_shapes=True))
 
     def _call(self, node: Node, args: Any, kwargs: Any) -> Any:
         here = _hashable((node.target, args, kwargs))
         if here is None:
-            return self._asked(node, args, kwargs)
+            return self._propagated(node, args, kwargs)
         if here not in self.made:
             numbers: dict[sympy.Symbol, sympy.Symbol] = {}
             general = _renamed(here, numbers)
             if general not in self.results:
-                value = self._asked(node, args, kwargs)
+                value = self._propagated(node, args, kwargs)
                 try:
                     self.results[general] = _renamed(value, dict(numbers), complete=True)
-                except TypeError:  # it has a size that comes from data, or no form
+                except TypeError:  # a size from data, or a value without metadata
                     return value
                 self.made[here] = value
             else:
@@ -172,15 +170,15 @@ class _Propagation:
                 self.made[here] = _renamed(self.results[general], symbols, complete=True)
         return self.made[here]
 
-    def _asked(self, node: Node, args: Any, kwargs: Any) -> Any:
+    def _propagated(self, node: Node, args: Any, kwargs: Any) -> Any:
         if FROM_DATA & set(getattr(node.target, "tags", ())):
-            self.fakes.clear()  # they remember the symbols made for them; other tensors have others
+            self.fakes.clear()  # fake tensors cache the symbols from data; equal metadata may need others
         args, kwargs = self._fake(args), self._fake(kwargs)
-        return _form(node.target(*args, **kwargs))  # type: ignore[operator]
+        return _meta(node.target(*args, **kwargs))  # type: ignore[operator]
 
     def _fake(self, value: Any) -> Any:
         match value:
-            case TensorForm():
+            case TensorMeta():
                 if value not in self.fakes:
                     sizes, strides = self._fake(value.sizes), self._fake(value.strides)
                     self.fakes[value] = self.shapes.empty(sizes, strides, value.dtype, value.device)
@@ -188,9 +186,9 @@ class _Propagation:
             case sympy.Expr():
                 return self.shapes.size(value, self.examples)
             case tuple() | list():
-                return type(value)(self._fake(one) for one in value)
+                return type(value)(self._fake(part) for part in value)
             case dict():
-                return {name: self._fake(one) for name, one in value.items()}
+                return {name: self._fake(part) for name, part in value.items()}
         return value
 
 
@@ -200,22 +198,22 @@ def _captured_example(value: torch.SymInt, symbol: sympy.Symbol, default: int) -
     return max(2, int(examples.get(symbol, default)))
 
 
-def _form(value: Any) -> Any:
+def _meta(value: Any) -> Any:
     match value:
         case torch.Tensor():
             if value.layout != torch.strided or value.is_conj() or value.is_neg():
                 return value
             sizes, strides = (tuple(map(expression, part)) for part in (value.size(), value.stride()))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         case torch.SymInt():
             return expression(value)
         case tuple() | list():
-            return tuple(map(_form, value))
+            return tuple(map(_meta, value))
     return value
 
 
 def _hashable(value: Any) -> Any:
-    """Arguments as a key; None where one has no form."""
+    """Return arguments as a hashable key, or None if a value has no such key."""
     match value:
         case tuple() | list():
             parts = tuple(map(_hashable, value))
@@ -223,10 +221,10 @@ def _hashable(value: Any) -> Any:
         case dict():
             return _hashable(sorted(value.items()))
         case bool() | int() | float():
-            return (type(value), value)  # 1, 1.0 and True are equal, but not the same argument
+            return (type(value), value)  # 1, 1.0 and True are equal but different arguments
         case None:
             return ()
-        case TensorForm() | sympy.Expr() | str() | torch.dtype() | torch.device() | torch.layout():
+        case TensorMeta() | sympy.Expr() | str() | torch.dtype() | torch.device() | torch.layout():
             return value
         case torch.memory_format() | torch._ops.OpOverload():
             return value
@@ -234,40 +232,40 @@ def _hashable(value: Any) -> Any:
 
 
 def _renamed(value: Any, names: dict[sympy.Symbol, sympy.Symbol], *, complete: bool = False) -> Any:
-    """The same with its symbols renamed; those without a name get the next number.
+    """Return ``value`` with its symbols renamed; symbols without a name get the next number.
 
     Args:
-        value: a key or a form.
-        names: grows.
-        complete: a symbol without a name is an error.
+        value: a key, or a value as in ``ProgramValues``.
+        names: names of symbols; new names are added.
+        complete: True if all symbols must have a name.
 
     Raises:
-        TypeError: such a symbol, or a value that has no form.
+        TypeError: a symbol has no name where it must, or a tensor has no metadata.
     """
 
-    def size(one: Size) -> Size:
-        if isinstance(one, int):
-            return one
-        for symbol in sorted(one.free_symbols, key=str):
+    def renamed(size: Size) -> Size:
+        if isinstance(size, int):
+            return size
+        for symbol in sorted(size.free_symbols, key=str):
             if symbol not in names:
                 if complete:
                     raise TypeError(f"the symbol {symbol} comes from data")
                 names[symbol] = _number(len(names))
-        return one.xreplace(names)
+        return size.xreplace(names)
 
     match value:
-        case TensorForm():
-            sizes, strides = tuple(map(size, value.sizes)), tuple(map(size, value.strides))
-            return TensorForm(sizes, strides, value.dtype, value.device)
+        case TensorMeta():
+            sizes, strides = tuple(map(renamed, value.sizes)), tuple(map(renamed, value.strides))
+            return TensorMeta(sizes, strides, value.dtype, value.device)
         case sympy.Expr():
-            return size(value)
+            return renamed(value)
         case tuple():
             return tuple(_renamed(part, names, complete=complete) for part in value)
         case torch.Tensor():
-            raise TypeError("not a plain tensor")
+            raise TypeError("the tensor has no strides of its own")
     return value
 
 
 @functools.cache
 def _number(index: int) -> sympy.Symbol:
-    return sympy.Symbol(f"place{index}", integer=True, positive=True)
+    return sympy.Symbol(f"number{index}", integer=True, positive=True)

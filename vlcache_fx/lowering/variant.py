@@ -1,6 +1,4 @@
-"""One compilation of a structure with Inductor: for all sizes that meet the conditions which it assumed."""
-
-from __future__ import annotations
+"""Compilation of a structure with Inductor, for all sizes that meet the conditions of its code."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -25,19 +23,18 @@ from vlcache_fx.passes.rewrite.use_row_positions import SDPA, UseRowPositions
 
 __all__ = ["CONFIG_PATCHES", "Runner", "Variant", "compile_variant"]
 
-# A boxed call: takes a list of arguments, which it may empty, and returns the outputs.
+# A boxed call: takes a list of arguments, which it may clear, and returns the outputs.
 Runner: TypeAlias = Callable[[list[Any]], Sequence[Any]]
 
 CONFIG_PATCHES: Mapping[str, Any] = {
-    # Else Triton's kernels are run while they are compiled, on the example sizes. These are independent: a
-    # mask is shorter there than the keys it hides, an index is out of its bounds, and CUDA is lost to the
-    # process. Kernels are tuned in the first call instead.
+    # Tune in the first call: at compile time, Triton's kernels would run on the example sizes. These are
+    # independent of each other, so indices would be out of bounds and CUDA would fail for the process.
     "triton.autotune_at_compile_time": False,
 }
 
 
 FOR_CPUS = Pipeline((UseRowPositions(),), name="segment")
-"""Runs on each segment where attention is decomposed."""
+"""Passes for each segment whose attention is decomposed."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +42,10 @@ class Variant:
     """Compiled code of a structure.
 
     Attributes:
-        holds: whether it serves the sizes of a call, given in the order of the structure's symbols.
-        run: called with the sizes and the arguments.
-        conditions: on sizes, beyond "at least 2", that the code assumes.
+        holds: function of the sizes of a call, in the order of the structure's symbols; True if they meet the
+            conditions.
+        run: function of the sizes and the arguments.
+        conditions: conditions on sizes that the code assumes, besides "at least 2".
     """
 
     holds: Callable[[tuple[int, ...]], bool]
@@ -64,11 +62,11 @@ def compile_variant(
     """Compile a structure.
 
     Args:
-        structure: of a segment.
-        examples: a size for each of its symbols. Sizes of 0 and 1 are compiled as they are, since they change
-            what code means (broadcasts, empty loops); all others stay symbols.
-        decompositions: operators to express in ATen first.
-        options: of `torch._inductor.standalone_compile`.
+        structure: structure of a segment.
+        examples: a size for each of its symbols. Sizes 0 and 1 are compiled as constants, since they change
+            the meaning of code (broadcasts, empty loops); other sizes stay symbolic.
+        decompositions: operators to replace by ATen before compilation.
+        options: ``options`` of ``torch._inductor.standalone_compile``.
     """
     shapes = Shapes()
     made: dict[sympy.Symbol, sympy.Expr] = {
@@ -95,10 +93,10 @@ def _inputs(
     examples: Mapping[sympy.Symbol, int],
     shapes: Shapes,
 ) -> list[Any]:
-    """The sizes, and a fake value for each argument.
+    """Return the sizes, and a fake value for each argument.
 
-    The sizes are inputs of their own, as Dynamo does it: torch's caches on disk tell entries of one graph
-    apart by conditions on int inputs alone, and give the code for other sizes where there are none.
+    The sizes are separate inputs, as in Dynamo: torch's caches on disk distinguish entries of a graph only by
+    conditions on int inputs, and would return code for other sizes without them.
     """
     values = {inner: examples[symbol] for symbol, inner in made.items() if isinstance(inner, sympy.Symbol)}
 
@@ -118,13 +116,13 @@ def _inputs(
 def _module(
     structure: Structure, decompositions: Decompositions, shapes: Shapes, inputs: list[Any]
 ) -> GraphModule:
-    """A copy of the graph that the compiler may take apart, with our own operators expressed in ATen."""
+    """Return a copy of the graph for the compiler, with the decompositions applied."""
     graph = Graph()
     for symbol in structure.symbols:
         graph.placeholder(str(symbol))
     graph.output(graph.graph_copy(structure.module.graph, {}))
     module = GraphModule(structure.module, graph, class_name="Segment")
-    rewritten = SDPA in decompositions and any(one.changed for one in FOR_CPUS.run(Program(module)))
+    rewritten = SDPA in decompositions and any(record.changed for record in FOR_CPUS.run(Program(module)))
     if rewritten or any(node.target in decompositions for node in graph.nodes):
         module.recompile()
         with shapes.mode:
@@ -140,15 +138,15 @@ def _check(
         for symbol, example in examples.items()
     ]
     tests += conditions
-    places = {symbol: f"sizes[{index}]" for index, symbol in enumerate(structure.symbols)}
+    sources = {symbol: f"sizes[{index}]" for index, symbol in enumerate(structure.symbols)}
     function = compile_expressions(
-        [sympy.And(*tests, evaluate=False) if tests else sympy.true], places, "sizes"
+        [sympy.And(*tests, evaluate=False) if tests else sympy.true], sources, "sizes"
     )
     return lambda sizes: bool(function(sizes)[0])
 
 
 def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> list[sympy.Basic]:
-    """The guards of a compilation that do not follow from every symbol being at least 2."""
+    """Return the guards of a compilation that do not follow from all symbols being at least 2."""
     plain = Shapes()
     fresh = {
         inner: plain.symbol(str(symbol), hint(index)) for index, (inner, symbol) in enumerate(back.items())
@@ -164,8 +162,8 @@ def _conditions(shapes: Shapes, back: Mapping[sympy.Symbol, sympy.Symbol]) -> li
 
 
 def _boxed(artifact: Any) -> Runner:
-    """The callable inside an artifact that takes a list, so that inputs can be freed while it runs."""
-    # AOTAutograd wraps it in functions of *args, which add nothing for a graph without parameters of its own.
+    """Return the boxed callable of an artifact, which takes a list so that it can free inputs early."""
+    # AOTAutograd wraps it in functions of *args, which do nothing for a graph without parameters.
     found = getattr(artifact, "_compiled_fn", None)
     while isinstance(found, FunctionType) and found.__code__.co_flags & inspect.CO_VARARGS:
         found = getattr(found, "__wrapped__", None)

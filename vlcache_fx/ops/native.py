@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vlcache_fx.compiling import compiling, what_is_missing
+from vlcache_fx.compiling import compiling, missing_tool
 
 __all__ = ["define_operator", "int64_array", "native_kernel"]
 
@@ -56,7 +56,7 @@ def native_kernel(name: str, argument_types: tuple[Any, ...]) -> Callable[..., N
             library = CppCodeCache.load(source, device_type="cpu")
     except Exception as error:  # noqa: BLE001 (compilers raise any type)
         # The lowering reports a missing compiler, because it needs one too.
-        level = logging.WARNING if what_is_missing(error) is None else logging.DEBUG
+        level = logging.WARNING if missing_tool(error) is None else logging.DEBUG
         text = str(error).partition("\n")[0]
         _log.log(level, "vlcache: cannot build the %s kernel, using PyTorch's: %s", name, text)
         _log.debug("%s", error)

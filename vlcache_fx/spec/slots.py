@@ -19,9 +19,9 @@ slot                name            shape               content
 ==================  ==============  ==================  ===================================================
 
 The first six are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
-others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``carry_rows`` ``Positions``, ``splice_rows``
-``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs`` declares their sizes,
-and ``runtime.programs.bind`` makes their values from a plan and donor tables.
+others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``gather_cross_layer_values`` ``Positions``,
+``splice_rows`` ``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs``
+declares their sizes, and ``runtime.programs.bind`` makes their values from a plan and donor tables.
 
 The last three are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
 program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never

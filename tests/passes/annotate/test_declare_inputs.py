@@ -1,4 +1,4 @@
-"""Every input has a fake value of one environment."""
+"""``declare_inputs``: every input has a fake value of one shape environment."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("declare_inputs", f"before\n{before}\n\nafter\n{declared(warm_program(captured))}")
 
 
-def test_inputs_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    """Rows, places and sources per sample; donor tables for all together."""
+def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    """Rows, positions and sources have a batch dim; donor tables are common to all samples."""
     golden("declare_inputs_two_samples", declared(warm_program(two_samples()[0])))
 
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])
 @pytest.mark.parametrize("last_only", [True, False])
-def test_a_program_of_two_samples_propagates(make: Callable[..., Program], last_only: bool) -> None:
+def test_values_propagate_for_two_samples(make: Callable[..., Program], last_only: bool) -> None:
     captured, graph, want = two_samples(num_layers=2, last_only=last_only)
     program = make(captured)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
@@ -60,7 +60,7 @@ def test_a_program_of_two_samples_propagates(make: Callable[..., Program], last_
 
 @pytest.mark.parametrize("make", [cold_program, warm_program])
 @pytest.mark.parametrize("last_only", [True, False])
-def test_the_program_propagates_from_them(make: Callable[..., Program], last_only: bool) -> None:
+def test_values_propagate(make: Callable[..., Program], last_only: bool) -> None:
     program = make(small(num_layers=2, last_only=last_only)[0])
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
     mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
@@ -69,14 +69,14 @@ def test_the_program_propagates_from_them(make: Callable[..., Program], last_onl
     assert tuple(results[0].shape) == (1, 1 if last_only else 10, 200)
 
 
-def test_numbers_stay() -> None:
+def test_numbers() -> None:
     captured, graph, want = small()
     program = warm_program(captured)
     results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
     torch.testing.assert_close(results[0], want, atol=1e-5, rtol=1e-5)
 
 
-def test_it_wants_facts() -> None:
+def test_requires_facts() -> None:
     program = bare(small()[0])
     before = str(program.graph)
     with pytest.raises(PassError, match=r"declare_inputs.*requires facts"):

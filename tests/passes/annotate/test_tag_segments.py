@@ -1,4 +1,4 @@
-"""Every node knows its segment."""
+"""``tag_segments``: every node has a segment."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_numbers() -> None:
 
 
 @pytest.mark.parametrize("explicit_mask", [True, False])
-def test_equal_layers_have_equal_segments(explicit_mask: bool) -> None:
-    """So that a lowering compiles one of them."""
+def test_equal_layers_equal_segments(explicit_mask: bool) -> None:
+    """Lowerings then compile only one of them."""
     program = warm_program(small(num_layers=3, explicit_mask=explicit_mask)[0])
 
     def targets(segment: str) -> Counter[str]:
@@ -53,8 +53,8 @@ def test_equal_layers_have_equal_segments(explicit_mask: bool) -> None:
     assert targets("layer.0") == targets("layer.1")
 
 
-def test_segments_come_in_order() -> None:
-    """No segment reads what a later one computes."""
+def test_segments_in_order() -> None:
+    """No segment reads values of a later segment."""
     program = warm_program(small(num_layers=2)[0])
     order = ["prelude", "layer.0", "layer.1", "tail"]
     for node in program.graph.nodes:
@@ -64,7 +64,7 @@ def test_segments_come_in_order() -> None:
                     assert order.index(parent.meta["segment"]) <= order.index(node.meta["segment"]), node
 
 
-def test_tags_that_are_there_stay() -> None:
+def test_keeps_existing_tags() -> None:
     program = prepared(small()[0])
     node = program.decoder.layers[0].site.node
     node.meta["segment"] = "mine"
@@ -72,7 +72,7 @@ def test_tags_that_are_there_stay() -> None:
     assert node.meta["segment"] == "mine"
 
 
-def test_it_wants_facts() -> None:
+def test_requires_facts() -> None:
     with pytest.raises(PassError, match=r"tag_segments.*requires facts"):
         Pipeline((TagSegments(),)).run(bare(small()[0]))
     assert "tag_segments" in [step.name for step in WARM.passes]

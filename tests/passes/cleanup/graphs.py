@@ -1,4 +1,4 @@
-"""Small graphs made by hand, for passes that need no model."""
+"""Small graphs of plain functions, for passes that need no model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlcache_fx.passes import Program
 
 
 def program_of(function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Program:
-    """The ATen graph of ``function``, with fake values."""
+    """Return a program with the ATen graph of ``function``, with fake values."""
     module = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
     assert isinstance(module, torch.fx.GraphModule)
     return Program(module)

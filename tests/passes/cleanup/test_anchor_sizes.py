@@ -1,4 +1,4 @@
-"""Sizes come from inputs, so that cutting rows later does not change them."""
+"""``anchor_sizes``: sizes are read from inputs, which later passes do not restrict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = torch.arange(12.0).reshape(1, 6, 2)
 
 
 class Halves(nn.Module):
-    """Asks what it computed for its length."""
+    """Reads the length from a computed tensor."""
 
     def forward(self, x: Tensor) -> Tensor:
         double = x * 2
@@ -34,7 +34,7 @@ def exported() -> Program:
     (size,) = graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
     (double,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)
     double.append(size)
-    size.args = (double, 1)  # tracers differ in which tensor they ask
+    size.args = (double, 1)  # tracers differ in the tensor whose size they read
     return program_
 
 
@@ -53,7 +53,7 @@ def test_numbers() -> None:
         assert torch.equal(got, Halves()(x))
 
 
-def test_static_sizes_and_those_of_inputs_are_left_alone() -> None:
+def test_keeps_static_sizes_and_sizes_of_inputs() -> None:
     assert unchanged(AnchorSizes(), program_of(lambda x: (x.reshape(1, x.shape[1], 2, 1),), X))
     program = exported()
     AnchorSizes().run(program)

@@ -1,4 +1,4 @@
-"""Flex attention becomes an attention call with a mask."""
+"""``canonicalise_flex``: flex attention becomes an attention call with a mask."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ..programs import text, unchanged
 from .graphs import program_of
 
 pytestmark = [
-    # The oracle runs flex attention uncompiled.
+    # The unmodified model runs flex attention uncompiled.
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*:UserWarning"),
-    # What torch does where a mask reads a tensor.
+    # Raised inside torch for masks that read a tensor.
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated.*:DeprecationWarning"),
 ]
 
@@ -93,7 +93,7 @@ def capped(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tens
 
 
 def biased(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """Indexed as models do it that have a mask of four dimensions."""
+    """A padding mask of four dims, as some models index it."""
     return score + bias[b][0][q][k]
 
 
@@ -138,7 +138,9 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     assert CanonicaliseFlex().run(program)
     program.graph.lint()
     program.graph.eliminate_dead_code()
-    golden("canonicalise_flex", text(program.graph))  # before it, kernel options are those of torch's version
+    golden(
+        "canonicalise_flex", text(program.graph)
+    )  # kernel options in the graph before depend on torch's version
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_numbers(mask_mod: Mod | None, score_mod: Mod | None, dynamic: bool | No
 
 @pytest.mark.parametrize("score_mod", [None, capped])
 def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
-    """Flex attention has its scores in float32."""
+    """Flex attention computes scores in float32."""
     model, inputs = Flex(padded, score_mod), call(torch.bfloat16)
     _, got, _ = canonical(model, inputs)
     with torch.no_grad():
@@ -179,8 +181,8 @@ def test_numbers_in_bfloat16(score_mod: Mod | None) -> None:
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
-def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+def test_repeats_heads_where_gqa_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gqa_needs_math_kernel", lambda *given: True)
     model, inputs = Flex(padded), call()
     site, got, _ = canonical(model, inputs, dynamic=True)
     assert not site.enable_gqa
@@ -189,7 +191,7 @@ def test_heads_are_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.Mon
         torch.testing.assert_close(got, model(**inputs), atol=1e-5, rtol=1e-5)
 
 
-def test_masks_are_no_larger_than_they_must_be() -> None:
+def test_mask_shapes_are_minimal() -> None:
     site, _, _ = canonical(Flex(padded), call())
     assert site.mask is not None
     assert (site.mask.meta["val"].dtype, site.mask.meta["val"].shape) == (torch.bool, (1, 1, TOKENS, TOKENS))
@@ -199,7 +201,7 @@ def test_masks_are_no_larger_than_they_must_be() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_calls_of_one_mask_share_it(dynamic: bool | None) -> None:
+def test_calls_share_equal_masks(dynamic: bool | None) -> None:
     class Twice(Flex):
         def forward(self, x: Tensor, padding: Tensor, bias: Tensor) -> Any:
             return super().forward(super().forward(x, padding, bias), padding, bias)
@@ -215,7 +217,7 @@ def test_calls_of_one_mask_share_it(dynamic: bool | None) -> None:
     assert str(program.graph).count("aten.index.Tensor") == 1
 
 
-def test_nodes_know_their_value_and_where_they_come_from() -> None:
+def test_inserted_nodes_have_metadata() -> None:
     _, _, program = canonical(Flex(padded, capped), call(), dynamic=True)
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -251,7 +253,7 @@ def scaled_by_head(bias: Tensor, score: Tensor, b: Tensor, h: Tensor, q: Tensor,
         (scaled_by_head, "scaled by a tensor"),
     ],
 )
-def test_functions_that_are_no_cap_or_bias_are_refused(score_mod: Mod, why: str) -> None:
+def test_refuses_other_score_functions(score_mod: Mod, why: str) -> None:
     with pytest.raises(UnsupportedGraphError, match=why) as refusal:
         canonical(Flex(causal, score_mod), call())
     assert refusal.value.reason is Reason.ATTENTION_FORM
@@ -261,7 +263,7 @@ def test_functions_that_are_no_cap_or_bias_are_refused(score_mod: Mod, why: str)
     assert "flex_attention.py" in refusal.value.source_line
 
 
-def test_sums_of_the_softmax_are_refused() -> None:
+def test_refuses_read_logsumexp() -> None:
     from torch.nn.attention.flex_attention import AuxRequest
 
     class WithSums(nn.Module):
@@ -276,7 +278,7 @@ def test_sums_of_the_softmax_are_refused() -> None:
         CanonicaliseFlex().run(Program(captures[0].graph_module))
 
 
-def test_graphs_without_flex_attention_are_left_alone() -> None:
+def test_keeps_graphs_without_flex() -> None:
     def other(x: Tensor) -> tuple[Tensor]:
         return (nn.functional.scaled_dot_product_attention(x, x, x),)
 

@@ -1,4 +1,4 @@
-"""A fresh KV cache is an empty tensor."""
+"""``drop_empty_cats``: empty tensors, such as a new KV cache, are dropped from ``cat``."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_numbers() -> None:
     assert all(torch.equal(got, want) for got, want in zip(program.graph_module(X), append(X), strict=True))
 
 
-def test_cats_of_values_are_left_alone() -> None:
+def test_keeps_cats_of_values() -> None:
     assert unchanged(DropEmptyCats(), program_of(lambda x: (torch.cat([x, x * 2], 1),), X))
 
 
-def test_a_cat_that_also_converts_stays() -> None:
+def test_keeps_converting_cat() -> None:
     def convert(x: Tensor) -> tuple[Tensor]:
         return (torch.cat([x.new_empty(0, dtype=torch.float64), x]),)
 
@@ -47,7 +47,7 @@ def test_a_cat_that_also_converts_stays() -> None:
     assert torch.equal(got.to(torch.float64), want)
 
 
-def test_only_empty_tensors_stay() -> None:
+def test_keeps_cat_of_empty_tensors() -> None:
     def nothing(x: Tensor) -> tuple[Tensor]:
         return (torch.cat([x.new_empty(0), x.new_empty(0)]),)
 

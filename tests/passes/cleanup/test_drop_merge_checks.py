@@ -1,4 +1,4 @@
-"""Checks that placeholders and features agree in number are the runtime's."""
+"""``drop_merge_checks``: assertions about placeholders and features are dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def checked_merge(*, merges: bool = True, of_merge: bool = True) -> Program:
-    """``x`` merged with ``features``, and an assertion about the mask (or about another input)."""
+    """Return a program with a merge, and an assertion about the mask (or about another input)."""
     graph = fx.Graph()
     x, mask, features, other = (graph.placeholder(name) for name in ("x", "mask", "features", "other"))
     total = graph.call_function(aten.sum.default, (mask if of_merge else other,))
@@ -40,9 +40,9 @@ def test_numbers() -> None:
     Pipeline((DropMergeChecks(),)).run(program)
     merged, _ = program.graph_module(*INPUTS)
     assert merged.tolist() == [0, 1, 1, 0]
-    assert "local_scalar" not in str(program.graph)  # nothing waits for a number any more
+    assert "local_scalar" not in str(program.graph)  # no number is read from a tensor
 
 
-def test_other_checks_are_left_alone() -> None:
+def test_keeps_other_checks() -> None:
     assert unchanged(DropMergeChecks(), checked_merge(of_merge=False))
     assert unchanged(DropMergeChecks(), checked_merge(merges=False))

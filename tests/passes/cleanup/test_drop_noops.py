@@ -1,4 +1,4 @@
-"""Nodes that compute nothing go."""
+"""``drop_noops``: nodes that compute nothing are dropped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_numbers() -> None:
     assert torch.equal(program.graph_module(X)[0], identities(X)[0])
 
 
-def test_nodes_that_compute_are_left_alone() -> None:
+def test_keeps_computing_nodes() -> None:
     def computing(x: Tensor) -> tuple[Tensor]:
         return (x[1:].clone() + x[::2] + x[:-1],)
 

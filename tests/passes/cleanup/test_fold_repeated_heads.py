@@ -1,4 +1,4 @@
-"""Repeated key and value heads are read unrepeated."""
+"""``fold_repeated_heads``: attention reads key and value heads unrepeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA, find_sites
 from vlcache_fx.passes.cleanup import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup import fold_repeated_heads as module
-from vlcache_fx.passes.utility.attention import is_grouped_by_writing_out
+from vlcache_fx.passes.utility.attention import gqa_needs_math_kernel
 
 from ..programs import before_and_after, unchanged
 from .graphs import program_of
@@ -71,7 +71,7 @@ def of_the_operator(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
     return (torch.ops.vlcache.attend(query, key, value, *arguments),)
 
 
-def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
+def test_folds_vlcache_attend() -> None:
     program = program_of(of_the_operator, *operands())
     assert FoldRepeatedHeads().run(program)
     program.graph_module.recompile()
@@ -81,14 +81,14 @@ def test_the_operator_for_caps_and_sinks_is_folded_too() -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
 
 
-def test_heads_stay_repeated_where_grouped_ones_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keeps_repeated_heads_where_gqa_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda, on_cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
     mask = object()
-    assert is_grouped_by_writing_out(SDPA, on_cuda, mask)
-    assert not is_grouped_by_writing_out(SDPA, on_cuda, None)
-    assert not is_grouped_by_writing_out(SDPA, on_cpu, mask)
-    assert not is_grouped_by_writing_out(ATTEND, on_cuda, mask)
-    monkeypatch.setattr(module, "is_grouped_by_writing_out", lambda *given: True)
+    assert gqa_needs_math_kernel(SDPA, on_cuda, mask)
+    assert not gqa_needs_math_kernel(SDPA, on_cuda, None)
+    assert not gqa_needs_math_kernel(SDPA, on_cpu, mask)
+    assert not gqa_needs_math_kernel(ATTEND, on_cuda, mask)
+    monkeypatch.setattr(module, "gqa_needs_math_kernel", lambda *given: True)
     assert unchanged(FoldRepeatedHeads(), program_of(attention(expanded), *operands()))
 
 
@@ -113,11 +113,11 @@ def not_repeated(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...
 
 
 @pytest.mark.parametrize("function", [returned, in_another_order, keys_alone, not_repeated])
-def test_others_are_left_alone(function: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_keeps_other_operands(function: Callable[..., tuple[Tensor, ...]]) -> None:
     assert unchanged(FoldRepeatedHeads(), program_of(function, *operands()))
 
 
-def test_dropout_stays() -> None:
+def test_keeps_dropout() -> None:
     def dropped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         return (F.scaled_dot_product_attention(query, expanded(key), expanded(value), dropout_p=1.0),)
 

@@ -1,4 +1,4 @@
-"""Products and a softmax become one attention call."""
+"""``fuse_attention``: products and a softmax become one attention call."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .graphs import program_of
 from .written import DIM, HEADS, ROWS, Written, one_result, operands
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
-"""In bfloat16 the written form rounds its scores, and its weights before they are summed."""
+"""In bfloat16, separate operators round the scores, and the weights before the sum."""
 
 
 def fused(function: Callable[..., Any], *inputs: Tensor) -> tuple[list[Site], Any]:
-    """The attention calls that become of ``function``, and what the graph then gives."""
+    """Return the attention calls after the pass, and the result of the graph."""
     program = program_of(function, *inputs)
     Pipeline((FuseAttention(), FoldRepeatedHeads())).run(program)
     program.graph.eliminate_dead_code()
@@ -57,7 +57,7 @@ def test_numbers(product: Any, mask: Any) -> None:
     (site,), (got,) = fused(one_result(form), *inputs)
     assert (site.softcap, site.sinks) == (None, None)
     assert site.scale == pytest.approx(1 / 3)
-    if product not in ("bmm", "baddbmm", "einsum"):  # there, layout lies between repeat and product
+    if product not in ("bmm", "baddbmm", "einsum"):  # there, layout operators are between repeat and product
         assert site.enable_gqa
         assert site.key.meta["val"].shape == (1, form.key_heads, ROWS, DIM)
     torch.testing.assert_close(got, form(*inputs), atol=1e-5, rtol=1e-5)
@@ -78,13 +78,13 @@ def test_numbers(product: Any, mask: Any) -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=120)
-def test_every_form_is_one_call(form: Written, dtype: torch.dtype, seed: int) -> None:
+def test_every_form_becomes_one_call(form: Written, dtype: torch.dtype, seed: int) -> None:
     inputs = operands(form.key_heads, dtype, seed)
     (site,), (got,) = fused(one_result(form), *inputs)
     assert site.softcap == form.softcap
     assert (site.sinks is None) == (form.sinks == "none")
     assert (site.mask is None) == (form.mask == "none")
-    if form.product == "matmul":  # in an einsum, layout lies between
+    if form.product == "matmul":  # in an einsum, layout operators are between
         assert site.scale == pytest.approx(1 / 3)
         assert site.enable_gqa == (form.key_heads < HEADS)
         assert site.key.meta["val"].shape[1] == form.key_heads
@@ -94,7 +94,7 @@ def test_every_form_is_one_call(form: Written, dtype: torch.dtype, seed: int) ->
 
 
 @pytest.mark.parametrize("mask", ["added", "filled lowest", "where"])
-def test_a_row_that_reads_nothing_reads_everything_alike_as_before(mask: Any) -> None:
+def test_fully_masked_row_attends_uniformly(mask: Any) -> None:
     form = Written(mask=mask)
     query, key, value, shown, sinks = operands()
     shown[3] = False
@@ -103,7 +103,7 @@ def test_a_row_that_reads_nothing_reads_everything_alike_as_before(mask: Any) ->
     torch.testing.assert_close(got[:, ::2, 3], value.mean(2), atol=1e-5, rtol=1e-5)
 
 
-def test_layers_share_one_mask() -> None:
+def test_layers_share_mask() -> None:
     form = Written(mask="where")
 
     def two(query: Tensor, *rest: Tensor) -> tuple[Tensor]:
@@ -113,7 +113,7 @@ def test_layers_share_one_mask() -> None:
     assert first.mask is second.mask
 
 
-def test_a_constant_tensor_that_hides() -> None:
+def test_constant_tensor_as_fill_value() -> None:
     """Under Dynamo, ``torch.tensor(-1e9)`` is a constant of the graph."""
 
     class Hiding(torch.nn.Module):
@@ -130,8 +130,8 @@ def test_a_constant_tensor_that_hides() -> None:
     torch.testing.assert_close(got, Hiding()(**call), atol=1e-5, rtol=1e-5)
 
 
-def test_a_view_of_the_result_may_copy() -> None:
-    """A product is contiguous; the result of a call need not be."""
+def test_views_of_result_become_reshapes() -> None:
+    """The result of a product is contiguous, that of a call may not be."""
 
     def viewed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
         weights = (query @ key.transpose(-1, -2)).softmax(-1)
@@ -142,7 +142,7 @@ def test_a_view_of_the_result_may_copy() -> None:
     torch.testing.assert_close(got, viewed(*heads_last)[0], atol=1e-5, rtol=1e-5)
 
 
-# What is left alone -----------------------------------------------------------------------------------------
+# Unchanged graphs -------------------------------------------------------------------------------------------
 
 
 def scores(query: Tensor, key: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ LEFT_ALONE = [
 
 
 @pytest.mark.parametrize("function", LEFT_ALONE)
-def test_other_forms_are_left_alone(function: Callable[..., tuple[Tensor, ...]]) -> None:
+def test_keeps_other_forms(function: Callable[..., tuple[Tensor, ...]]) -> None:
     program = program_of(function, *operands(HEADS)[:3])
     assert unchanged(FuseAttention(), program)
     assert find_sites(program.graph) == ()

@@ -1,4 +1,4 @@
-"""The inverse of a permutation is a sort of it."""
+"""``invert_permutations``: the inverse of a permutation becomes a sort."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KEYS = torch.tensor([2, 0, 1, 2, 0, 1, 1])
 
 
 def by_sort(keys: Tensor) -> tuple[Tensor, ...]:
-    """As mixtures of experts bring tokens back; the permutation and the base have other readers."""
+    """Restore the order of tokens as in mixtures of experts; permutation and base have other readers."""
     _, order = keys.sort()
     base = order.new_empty(7)
     inverse = torch.index_put(base, [order], torch.arange(7))
@@ -75,5 +75,5 @@ OTHERS: dict[str, Callable[[Tensor], tuple[Tensor]]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_writes_are_left_alone(name: str) -> None:
+def test_keeps_other_writes(name: str) -> None:
     assert unchanged(InvertPermutations(), program_of(OTHERS[name], KEYS))

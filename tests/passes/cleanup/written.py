@@ -18,16 +18,16 @@ Mask = Literal["none", "added", "two added", "filled", "filled lowest", "where",
 
 @dataclass(frozen=True)
 class Written:
-    """Attention of [1, heads, rows, dim] to [1, key heads, rows, dim], written out.
+    """Attention of [1, heads, rows, dim] to [1, key heads, rows, dim] as separate operators.
 
     Attributes:
-        product: what multiplies.
-        scale: where 1/3 stands.
-        mask: how the mask [rows, rows], True where a row reads a token, enters.
-        softcap: bound of the scores.
-        sinks: which end of a row they are put at, and the largest logit subtracted before the softmax.
-        key_heads: key heads.
-        wide: scores are float32 from the product on.
+        product: operator of the products.
+        scale: operand of the scale 1/3.
+        mask: application of the mask [rows, rows], which is True where a row reads a token.
+        softcap: bound of the scores, or None.
+        sinks: end of the row with the sinks, after the subtraction of the largest logit.
+        key_heads: number of key heads.
+        wide: True for float32 scores.
     """
 
     product: Product = "matmul"
@@ -60,7 +60,7 @@ class Written:
 
     @property
     def repeats(self) -> bool:
-        """Key heads are repeated for the product."""
+        """Return key heads repeated for the product."""
         return self.product in ("matmul", "bmm", "baddbmm", "einsum") and self.key_heads < HEADS
 
     def _repeated(self, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Written:
 def operands(
     key_heads: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Query, key, value, a causal mask and sinks."""
+    """Return query, key, value, a causal mask and sinks."""
     generator = torch.Generator().manual_seed(seed)
 
     def one(heads: int) -> Tensor:
@@ -143,5 +143,5 @@ def operands(
 
 
 def one_result(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
-    """The function as a graph has it: it returns a tuple."""
+    """Return the function with a tuple of results, as in graphs."""
     return lambda *arguments: (function(*arguments),)

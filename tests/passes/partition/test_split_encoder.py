@@ -1,4 +1,4 @@
-"""The encoder is cut out of a graph that has it together with the decoder."""
+"""``split_encoder`` and ``split_results``: the encoder is split from the rest of a graph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_numbers() -> None:
     with torch.no_grad():
         features = split.encoder(*args)
         assert torch.equal(split.decoder.graph_module(*args, *features)[0], want)
-        # The encoder depends on nothing but what is said, and the decoder on no pixels.
+        # The encoder depends on ``inputs`` and ``weights`` only, and the decoder not on pixels.
         other = [arg if index in (*split.inputs, *split.weights) else None for index, arg in enumerate(args)]
         assert torch.equal(split.encoder(*other)[0], features[0])
         args = [arg if index not in split.inputs else None for index, arg in enumerate(args)]
@@ -48,7 +48,7 @@ def test_numbers() -> None:
     assert split.decoder.kinds == (*captured.kinds, InputKind.DATA)
 
 
-def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
+def test_split_encoder_decoder_analyses() -> None:
     captured, _, _ = small()
     split = split_encoder(captured, analyze(captured).encoder)
     assert split is not None
@@ -60,7 +60,7 @@ def test_the_rest_can_be_analysed_and_has_no_encoder() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"last_only": True}])
-def test_without_encoder_equals_analysis_of_the_rest(options: dict[str, bool], dynamic: bool | None) -> None:
+def test_split_encoder_facts_of_decoder(options: dict[str, bool], dynamic: bool | None) -> None:
     captured, _ = captured_graph(tiny_vlm(num_layers=2, **options), PROMPT, dynamic=dynamic)
     facts = analyze(captured)
     split = split_encoder(captured, facts.encoder)
@@ -68,7 +68,7 @@ def test_without_encoder_equals_analysis_of_the_rest(options: dict[str, bool], d
     assert facts.without_encoder(split.nodes) == analyze(split.decoder)
 
 
-def test_features_that_are_inputs_are_left_alone() -> None:
+def test_split_encoder_features_as_inputs() -> None:
     features = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
     call = {"input_ids": PROMPT["input_ids"], "features": features}
     captured, _ = captured_graph(tiny_vlm(num_layers=1), call)
@@ -77,7 +77,7 @@ def test_features_that_are_inputs_are_left_alone() -> None:
     assert str(captured.graph_module.graph) == before
 
 
-def test_conversions_alone_are_not_worth_a_cache() -> None:
+def test_split_encoder_conversions_only() -> None:
     model = tiny_vlm(num_layers=1)
 
     class Outside(torch.nn.Module):
@@ -111,14 +111,14 @@ class TextBesidePixels(torch.nn.Module):
         return self.embed(ids), torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
 
 
-def test_results_beside_an_encoder_are_computed_without_it() -> None:
+def test_split_results() -> None:
     call = {"ids": torch.tensor([[1, 2, 3]]), "pixels": torch.randn(1, 5, 4)}
     captured, graph = captured_graph(TextBesidePixels(), call)
     args = graph.calls[0]
     split = split_results(captured)
     with torch.no_grad():
         want = captured.graph_module(*args)
-        assert (split.other_places, split.encoder_places) == ((0,), (1,))
+        assert (split.other_indices, split.encoder_indices) == ((0,), (1,))
         own = {*split.inputs, *split.weights}
         encoded = split.encoder(*[arg if index in own else None for index, arg in enumerate(args)])
         others = split.others(*[None if index in split.inputs else arg for index, arg in enumerate(args)])

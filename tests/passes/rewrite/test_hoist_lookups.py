@@ -1,4 +1,4 @@
-"""Lookups become inputs."""
+"""``hoist_lookups``: lookups become inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("hoist_lookups", CASE.shown(small(rope="none")[0]))
 
 
-def test_tables_are_arguments() -> None:
+def test_tables_become_arguments() -> None:
     captured, graph, want = small()
     program = CASE.program(captured)
     results = run(program, graph.calls[0], everything(captured), nothing_stored(program))
@@ -27,5 +27,5 @@ def test_tables_are_arguments() -> None:
     assert [slot for slot in program.slots if isinstance(slot, Donor)] == [Donor(Key(0)), Donor(Value(0))]
 
 
-def test_a_program_without_lookups_is_left_alone() -> None:
+def test_keeps_program_without_lookups() -> None:
     assert unchanged(HoistLookups(), prepared(small()[0]))

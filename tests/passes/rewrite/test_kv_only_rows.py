@@ -1,4 +1,4 @@
-"""A row's last layer computes its keys and values alone."""
+"""``kv_only_rows``: a row's last layer computes only its keys and values."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     [{}, {"num_layers": 2, "explicit_mask": True}, {"parallel": True, "num_layers": 2}, {"fused_qkv": True}],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_all_rows_is_the_unmodified_model(options: dict[str, object]) -> None:
+def test_all_rows_equal_model(options: dict[str, object]) -> None:
     CASE.check_all_rows(*small(**options))
 
 
-def test_the_attention_of_the_last_layer_has_the_rows_of_the_results() -> None:
+def test_last_attention_has_rows_of_results() -> None:
     captured, graph, want = small()
     program = CASE.program(captured)
     seen: list[torch.Size] = []
@@ -60,6 +60,6 @@ def test_the_attention_of_the_last_layer_has_the_rows_of_the_results() -> None:
     assert [shape[2] for shape in seen] == [2]  # of ten tokens
 
 
-def test_layers_that_keep_all_rows_are_left_alone() -> None:
+def test_keeps_layers_with_all_rows() -> None:
     program = prepared(small(last_only=False)[0], RestrictRows(), warm=False)
     assert unchanged(KvOnlyRows(), program)

@@ -1,4 +1,4 @@
-"""The cold program returns what is stored as a donor."""
+"""``record_donors``: the program returns the tensors that donors store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("record_donors", before_and_after(RecordDonors(), program))
 
 
-def test_results_stay_and_the_records_are_the_projections() -> None:
+def test_records_projections_after_results() -> None:
     model = tiny_vlm(num_layers=1)
     captured, graph = captured_graph(model, PROMPT)
     program = prepared(captured, RecordDonors(), warm=False)
@@ -38,7 +38,7 @@ def test_results_stay_and_the_records_are_the_projections() -> None:
     assert program.recorded == [Key(0), Value(0)]
 
 
-def test_the_residual_is_recorded_where_results_need_all_rows() -> None:
+def test_records_residual_if_results_need_all_rows() -> None:
     captured, graph, want = small(last_only=False)
     program = prepared(captured, RecordDonors(), warm=False)
     results = run(program, graph.calls[0], everything(captured))
@@ -47,7 +47,7 @@ def test_the_residual_is_recorded_where_results_need_all_rows() -> None:
     assert results[3].shape == (1, 10, 16)
 
 
-def test_a_decoding_step_records_nothing() -> None:
+def test_decoding_step_records_nothing() -> None:
     class Step(torch.nn.Module):
         def forward(self, query: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
             keys = torch.cat([past, query], dim=2)

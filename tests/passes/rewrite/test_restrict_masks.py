@@ -1,4 +1,4 @@
-"""Masks are made of the active rows only."""
+"""``restrict_masks``: masks are computed for the active rows only."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("restrict_masks", CASE.shown(small(**MASKED)[0]))
 
 
-def test_all_rows_is_the_unmodified_model() -> None:
+def test_all_rows_equal_model() -> None:
     case = PassCase(RestrictMasks(), (*CASE.earlier, TrimTail()))
     case.check_all_rows(*small(**MASKED))
 
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
-def test_rows_see_what_they_saw(offsets: tuple[int, ...]) -> None:
-    """Bit by bit what a gather of the whole mask gives."""
+def test_some_rows_equal_unrestricted_masks(offsets: tuple[int, ...]) -> None:
+    """Bitwise equal to a gather of the whole mask."""
     captured, graph, _ = small(**MASKED)
     results = results_without_and_with(CASE, captured, graph.calls[0], offsets)
     assert torch.equal(*results)
 
 
-def test_without_masks_nothing_changes() -> None:
+def test_keeps_graph_without_masks() -> None:
     assert CASE.leaves_alone(small(rope="none")[0])
 
 
@@ -55,7 +55,7 @@ def places(count: int) -> tuple[Tensor, Tensor]:
 
 
 def padded(tokens: int, seen: Tensor) -> Tensor:
-    """As transformers writes it: causal, and only tokens that the caller shows."""
+    """As in transformers: causal, without padding."""
     row, key = places(tokens)
     allowed = (key <= row) & seen[:, None, None, :]
     return allowed.expand(seen.shape[0], -1, tokens, tokens)
@@ -67,17 +67,17 @@ def windowed(tokens: int, seen: Tensor) -> Tensor:
 
 
 def broadcast(tokens: int, seen: Tensor) -> Tensor:
-    """Every row sees the same."""
+    """All rows read the same tokens."""
     return seen[:, None, None, :].expand(-1, 1, tokens, tokens)
 
 
 def table(tokens: int, seen: Tensor) -> Tensor:
-    """Cut out of a square, which no operator on single values does."""
+    """A slice of a square mask, which is not pointwise."""
     return torch.tril(torch.ones(tokens, tokens, dtype=torch.bool))[None, None] & seen[:, None, None, :]
 
 
 def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """A graph that takes rows of a mask, and arguments for it: rows, and which tokens are seen."""
+    """Return a graph that gathers rows of a mask, and its arguments: rows and visible tokens."""
     seen = torch.rand(samples, 12, generator=torch.Generator().manual_seed(0)) < 0.8
     rows = torch.tensor([[0, 3, 7], [2, 5, 11]])[:samples]
 
@@ -94,7 +94,7 @@ def traced(mask: Callable[[int, Tensor], Tensor], samples: int) -> tuple[Any, tu
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("mask", [padded, windowed, broadcast])
-def test_masks_that_models_write(mask: Callable[[int, Tensor], Tensor], samples: int) -> None:
+def test_masks_of_models(mask: Callable[[int, Tensor], Tensor], samples: int) -> None:
     module, args = traced(mask, samples)
     want = module(*args)
     program: Any = SimpleNamespace(graph=module.graph)
@@ -112,7 +112,7 @@ def is_mask(node: Any) -> bool:
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_mask_that_is_no_comparison_keeps_its_gather(samples: int) -> None:
+def test_keeps_gather_of_other_masks(samples: int) -> None:
     module, _ = traced(table, samples)
     before = str(module.graph)
     program: Any = SimpleNamespace(graph=module.graph)

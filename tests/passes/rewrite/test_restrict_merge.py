@@ -1,4 +1,4 @@
-"""Encoder features go to the active rows only."""
+"""``restrict_merge``: encoder features are merged into the active rows only."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("restrict_merge", CASE.shown(small(rope="none")[0]))
 
 
-def test_all_rows_is_the_unmodified_model() -> None:
+def test_all_rows_equal_model() -> None:
     captured, graph, want = small()
     program = CASE.program(captured)
     assert not program.graph.find_nodes(op="call_function", target=MERGE)
@@ -43,8 +43,8 @@ def test_all_rows_is_the_unmodified_model() -> None:
 
 
 @pytest.mark.parametrize("offsets", [(), (0,), (0, 2), (1, 3, 4)], ids=str)
-def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
-    """Bit by bit what the merge over all tokens gives, two images and text in between included."""
+def test_some_rows_equal_unrestricted_merge(offsets: tuple[int, ...]) -> None:
+    """Bitwise equal to the merge over all tokens, for two images with text between them."""
     call = tiny_vlm_inputs(3, 2, [(LENGTH, 0), (4, 1)])
     captured, graph = captured_graph(tiny_vlm(num_layers=1), call)
     tokens = call["input_ids"].shape[1]
@@ -52,15 +52,15 @@ def test_rows_take_their_own_features(offsets: tuple[int, ...]) -> None:
     assert torch.equal(*results)
 
 
-def test_a_merge_with_another_reader_stays() -> None:
+def test_keeps_merge_with_other_reader() -> None:
     program = CASE.before(small()[0])
     (merge,) = program.graph.find_nodes(op="call_function", target=MERGE)
     program.add_outputs([(Residual(), merge)])
     assert unchanged(RestrictMerge(), program)
 
 
-def test_features_of_unnoticed_width_get_that_of_the_embeddings() -> None:
-    """With every size symbolic, nothing in a trace says how wide the features are."""
+def test_declares_width_of_features() -> None:
+    """If all sizes are symbolic, the trace does not know the width of the features."""
     ids = tiny_vlm_inputs(3, 2, [(LENGTH, 0)])["input_ids"]
     call = {"input_ids": ids, "features": torch.randn(LENGTH, 16)}
     captured, _ = captured_graph(tiny_vlm(num_layers=1), call, dynamic=True)

@@ -1,4 +1,4 @@
-"""Each layer runs on its active rows."""
+"""``restrict_rows``: each layer computes its active rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("restrict_rows", CASE.shown(small()[0]))
 
 
-def test_graph_with_a_mask_of_its_own(golden: Callable[[str, str], None]) -> None:
+def test_graph_with_explicit_mask(golden: Callable[[str, str], None]) -> None:
     golden("restrict_rows_explicit_mask", CASE.shown(small(explicit_mask=True, rope="none")[0]))
 
 
@@ -45,12 +45,12 @@ def test_graph_with_a_mask_of_its_own(golden: Callable[[str, str], None]) -> Non
     [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"last_only": False}],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_all_rows_is_the_unmodified_model(options: dict[str, object]) -> None:
+def test_all_rows_equal_model(options: dict[str, object]) -> None:
     CASE.check_all_rows(*small(**options))
 
 
-def test_layers_run_on_their_rows_only() -> None:
-    """What a layer's nodes give has as many tokens as the layer has rows."""
+def test_layers_compute_active_rows() -> None:
+    """Tensors of a layer have as many tokens as the layer has rows."""
     captured, graph, _ = small(num_layers=2)
     program = CASE.program(captured)
     plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], Rows(((0, 2), (0,))))
@@ -78,7 +78,7 @@ def test_layers_run_on_their_rows_only() -> None:
 
 @pytest.mark.parametrize("explicit_mask", [False, True])
 def test_graph_of_two_samples(explicit_mask: bool, golden: Callable[[str, str], None]) -> None:
-    """Tables without a place for samples get one; masks have their own rows in each."""
+    """Tables without a batch dim get one; masks have rows per sample."""
     name = "restrict_rows_two_samples" + "_explicit_mask" * explicit_mask
     golden(name, CASE.change(two_samples(explicit_mask=explicit_mask)[0]))
 
@@ -88,11 +88,11 @@ BATCHED = [{}, {"explicit_mask": True}, {"num_layers": 2, "parallel": True}, {"f
 
 @pytest.mark.parametrize("options", BATCHED, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("last_only", [True, False])
-def test_two_samples(options: dict[str, object], last_only: bool) -> None:
+def test_all_rows_of_two_samples_equal_model(options: dict[str, object], last_only: bool) -> None:
     captured, graph, want = two_samples(**options, last_only=last_only)
     CASE.check_all_rows(captured, graph, want)
     program = CASE.program(captured)
-    # With donors of their own, whatever rows each of them computes.
+    # With its own donors, every sample equals the model, whatever rows it computes.
     layers = program.decoder.num_layers
     plan = plan_for_both(program, Rows(((0, 2),) * layers), Rows(((),) * layers))
     assert plan.rows_per_layer[0] == 7
@@ -104,5 +104,5 @@ def test_two_samples(options: dict[str, object], last_only: bool) -> None:
             torch.testing.assert_close(got[sample, rows], want[sample, rows], atol=1e-5, rtol=1e-5)
 
 
-def test_rows_that_are_all_tokens_change_nothing() -> None:
+def test_keeps_levels_with_all_rows() -> None:
     assert unchanged(RestrictRows(), prepared(small(last_only=False)[0], warm=False))

@@ -1,4 +1,4 @@
-"""Stored and recomputed rows come together before positions enter."""
+"""``splice_rows``: stored and recomputed rows are joined before positions enter."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("last_only", [True, False])
-def test_all_rows_computed_is_the_unmodified_model(last_only: bool) -> None:
+def test_all_rows_equal_model(last_only: bool) -> None:
     captured, graph, want = small(last_only=last_only)
     program = CASE.program(captured)
-    with bind_donors(nothing_stored(program)):  # NaN, should any row of it be read
+    with bind_donors(nothing_stored(program)):  # NaN if any of its rows is read
         assert torch.equal(run(program, graph.calls[0], everything(captured))[0], want)
 
 
-def test_stored_rows_are_read_for_the_others() -> None:
-    """With its own keys and values as the donor, an image need not be computed."""
+def test_reads_stored_rows() -> None:
+    """With its own keys and values as donor, an image is not recomputed."""
     captured, graph, want = small()
     program = CASE.program(captured)
     hit = Span(0, START, LENGTH, "key", True)
@@ -56,7 +56,7 @@ def test_stored_rows_are_read_for_the_others() -> None:
     cold = prepared(captured, RecordDonors(), warm=False)
     _, key, value = run(cold, graph.calls[0], plan)
     donors = {Key(0): key[:, START : START + LENGTH], Value(0): value[:, START : START + LENGTH]}
-    # The rows are not restricted yet, so computed row j of the plan stands at its own position.
+    # Rows are not restricted yet, so computed row j is at its own position.
     source = torch.where(plan.source[0] >= 0, plan.source[0], -1 - torch.arange(TOKENS))
     program.graph_module.recompile()
     with torch.no_grad(), bind_donors(donors):
@@ -72,14 +72,14 @@ def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
 
 
 @pytest.mark.parametrize("last_only", [True, False])
-def test_all_rows_of_two_samples_are_the_unmodified_model(last_only: bool) -> None:
+def test_all_rows_of_two_samples_equal_model(last_only: bool) -> None:
     captured, graph, want = two_samples(last_only=last_only)
     program = CASE.program(captured)
     with bind_donors(nothing_stored(program)):
         assert torch.equal(run(program, graph.calls[0], everything_of_both(program))[0], want)
 
 
-def test_each_sample_reads_its_own_part_of_the_table() -> None:
+def test_reads_stored_rows_per_sample() -> None:
     captured, graph, want = two_samples()
     program = CASE.program(captured)
     plan = plan_for_both(program, Rows(((),)))
@@ -97,7 +97,7 @@ def test_each_sample_reads_its_own_part_of_the_table() -> None:
     assert (got - want).flatten(1).abs().amax(1).min() > 1e-3
 
 
-def test_without_lookups_it_does_not_run() -> None:
+def test_requires_lookups() -> None:
     program = prepared(small()[0])
     before = str(program.graph)
     with pytest.raises(PassError, match=r"splice_rows.*requires lookups") as error:

@@ -1,4 +1,4 @@
-"""Behind the last layer, only what results need."""
+"""``trim_tail``: only the rows that results need are computed after the last layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_numbers_of_two_samples(warm: bool) -> None:
 
 
 @pytest.mark.parametrize("explicit_mask", [True, False])
-def test_samples_with_other_rows_have_their_own_results(explicit_mask: bool) -> None:
+def test_numbers_per_sample(explicit_mask: bool) -> None:
     captured, graph, want = two_samples(num_layers=2, explicit_mask=explicit_mask)
     program = CASE.program(captured)
     plan = plan_for_both(program, Rows(((0, 3), (3,))), Rows(((), ())))
@@ -62,10 +62,10 @@ def test_samples_with_other_rows_have_their_own_results(explicit_mask: bool) -> 
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_results_of_all_rows_are_left_alone() -> None:
+def test_keeps_results_of_all_rows() -> None:
     assert unchanged(TrimTail(), prepared(small(last_only=False)[0], RestrictRows()))
 
 
-def test_it_wants_restricted_rows() -> None:
+def test_requires_rows_restricted() -> None:
     with pytest.raises(PassError, match=r"trim_tail.*requires rows_restricted"):
         Pipeline((TrimTail(),)).run(prepared(small()[0]))

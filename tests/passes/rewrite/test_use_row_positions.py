@@ -1,4 +1,4 @@
-"""Attention gets the positions of its rows where its mask is made of them."""
+"""``use_row_positions``: attention gets positions of rows instead of a mask."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def samples(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def padded(rows: Tensor, key: Tensor) -> Tensor:
-    """As models make it where they are given an ``attention_mask``; the first three tokens are padding."""
+    """As in models with an ``attention_mask``; the first three tokens are padding."""
     places = (torch.arange(key.shape[2]) + 0).unsqueeze(0).unsqueeze(1).unsqueeze(2)
     whole = places.new_ones([], dtype=torch.bool)
     allowed = whole & (places <= rows.unsqueeze(0).unsqueeze(1).unsqueeze(3)) & (key[:1, :1, :, 0] > -9)
@@ -53,7 +53,7 @@ def window(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def operands(dtype: torch.dtype, batched: bool) -> tuple[Tensor, ...]:
-    """Query, key and value of one or two samples, and places of the rows; one row reads nothing."""
+    """Return query, key and value of one or two samples, and positions of rows; one row is fully masked."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 if batched else 1
     query, key, value = (
@@ -83,7 +83,7 @@ def close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("batched", [False, True])
 @DTYPES
-def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
+def test_removes_row_masks(dtype: torch.dtype, batched: bool) -> None:
     args = operands(dtype, batched)
     module = traced(attend(samples if batched else one_sample, enable_gqa=True, scale=0.3), args)
     want = module(*args)
@@ -96,7 +96,7 @@ def test_masks_of_rows_are_not_made(dtype: torch.dtype, batched: bool) -> None:
 
 
 @DTYPES
-def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtype) -> None:
+def test_traced_graph_accepts_any_sizes(dtype: torch.dtype) -> None:
     query, key, value, rows = operands(dtype, False)
     module = traced(attend(one_sample, enable_gqa=True), (query, key, value, rows))
     use_positions(module)
@@ -109,9 +109,7 @@ def test_any_number_of_rows_and_tokens_runs_on_what_was_traced(dtype: torch.dtyp
 
 @pytest.mark.parametrize("mask", [padded, window])
 @DTYPES
-def test_what_else_a_mask_asks_for_stays_a_mask(
-    mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
-) -> None:
+def test_keeps_other_conditions_as_mask(mask: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> None:
     args = operands(dtype, False)
     module = traced(attend(mask, enable_gqa=True), args)
     want = module(*args)
@@ -125,13 +123,13 @@ def test_what_else_a_mask_asks_for_stays_a_mask(
 
 
 def heads(rows: Tensor, key: Tensor) -> Tensor:
-    """Places that differ from head to head."""
+    """Positions per head."""
     shifted = rows + torch.arange(4).unsqueeze(1)
     return torch.arange(key.shape[2]) <= shifted.unsqueeze(0).unsqueeze(3)
 
 
 def tokens(rows: Tensor, key: Tensor) -> Tensor:
-    """Not places of rows: each token is compared with a number of its own."""
+    """Not positions of rows: each token is compared with its own number."""
     return torch.arange(key.shape[2]) <= torch.cat([rows] * 8).unsqueeze(0).expand(ROWS, -1)
 
 
@@ -147,8 +145,8 @@ COMPARED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor],
 
 @pytest.mark.parametrize("name", COMPARED)
 @DTYPES
-def test_whatever_is_compared_gives_what_its_mask_gives(name: str, dtype: torch.dtype) -> None:
-    """Masks that models write themselves compare any numbers, of any shape."""
+def test_numbers_for_any_comparison(name: str, dtype: torch.dtype) -> None:
+    """Masks of models compare any numbers, of any shape."""
     mask, change = COMPARED[name]
     query, key, value, _ = operands(dtype, True)
     args = (query, key, value, change(operands(dtype, False)[3]))
@@ -175,7 +173,7 @@ OTHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_masks_stay(name: str) -> None:
+def test_keeps_other_masks(name: str) -> None:
     args = operands(torch.float32, False)
     module = traced(attend(OTHERS[name], enable_gqa=True), args)
     before = str(module.graph)
@@ -183,8 +181,8 @@ def test_other_masks_stay(name: str) -> None:
     assert str(module.graph) == before
 
 
-def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
-    """It is broadcast: rows at 0 or behind read everything."""
+def test_mask_of_one_column() -> None:
+    """It broadcasts: rows at position 0 or later read all tokens."""
     query, key, value, rows = operands(torch.float32, False)
     places = (rows - 1).unsqueeze(1)
     got = attend_up_to(query, key, value, places, 1, None, enable_gqa=True)
@@ -197,7 +195,7 @@ def test_a_mask_of_one_column_holds_for_all_tokens() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a processor with AVX-512 BF16")
-def test_warm_programs_tell_the_kernel_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_program_passes_positions_to_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     real, seen = kernel._kernel(), []
     assert real is not None
     monkeypatch.setattr(kernel, "_kernel", lambda: lambda *args: (seen.append(args), real(*args)))
@@ -210,5 +208,5 @@ def test_warm_programs_tell_the_kernel_places(monkeypatch: pytest.MonkeyPatch) -
             seen.clear()
             pair.both(**inputs)
             assert pair.report["mode"] == mode
-    # It takes query, key, value, mask, result, sizes, strides, is_causal, places, scale.
+    # Its arguments: query, key, value, mask, result, sizes, strides, is_causal, positions, scale.
     assert [(one[3] is None, one[8] is None) for one in seen] == [(True, False)] * 2

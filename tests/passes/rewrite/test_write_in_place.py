@@ -1,4 +1,4 @@
-"""Rows of caches of fixed size are written where they lie."""
+"""``write_in_place``: static KV caches are updated in place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assigned(cache: Tensor, places: Tensor, rows: Tensor) -> Tensor:
 
 
 class Step(nn.Module):
-    """One layer of a step: writes a key, a value and how many there are, and attends to all of them."""
+    """A layer of a decoding step: writes a key, a value and their count, and attends to all of them."""
 
     def __init__(self, write: Callable[[Tensor, Tensor, Tensor], Tensor] = scattered) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def inputs(count: int = 3) -> dict[str, Tensor]:
 
 
 def program_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[Captured, Program, list[Any]]:
-    """The captured graph, its program on which no pass has run, and arguments: those of ``given``."""
+    """Return the captured graph, its program before all passes, and the arguments ``given``."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         captured, graph = captured_graph(model, given)
@@ -72,9 +72,9 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 @pytest.mark.parametrize("write", [scattered, assigned])
 @pytest.mark.parametrize("count", [1, 4, 5])
-def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor], count: int) -> None:
+def test_caches_and_results_equal_model(write: Callable[..., Tensor], count: int) -> None:
     model, mine, theirs = Step(write), inputs(count - 1), inputs(count)
-    captured, program, args = program_of(model, mine)  # tracing takes a step, too
+    captured, program, args = program_of(model, mine)  # tracing runs a step
     mine["keys"].copy_(theirs["keys"])
     mine["values"].copy_(theirs["values"])
     assert WriteInPlace().run(program)
@@ -86,7 +86,7 @@ def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor],
     assert [outputs[write.value] is None for write in captured.writes] == [
         write not in counts for write in captured.writes
     ]
-    assert torch.equal(mine["keys"], theirs["keys"])  # before anything is delivered
+    assert torch.equal(mine["keys"], theirs["keys"])  # before mutations are applied
     (result,) = apply_input_mutations(captured.writes, args, outputs, captured.num_results)
     assert torch.equal(result, want)
     for name in ("keys", "values", "count"):
@@ -94,7 +94,7 @@ def test_caches_and_results_are_those_of_the_model(write: Callable[..., Tensor],
 
 
 @pytest.mark.parametrize("is_written", [True, False])
-def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
+def test_keeps_unread_rows(is_written: bool) -> None:
     class Attending(Step):
         def forward(self, embeds: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
             query, key, value = self.qkv(embeds).unsqueeze(1).chunk(3, -1)
@@ -109,7 +109,7 @@ def test_without_rows_that_are_read_nothing_changes(is_written: bool) -> None:
     assert unchanged(WriteInPlace(), program)
 
 
-def test_a_second_time_nothing_changes() -> None:
+def test_second_run_changes_nothing() -> None:
     program = program_of(Step(), inputs())[1]
     assert WriteInPlace().run(program)
     assert unchanged(WriteInPlace(), program)
@@ -135,8 +135,8 @@ def as_it_is(given: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("write", "change"), [(read_before, as_it_is), (twice, as_it_is), (scattered, another_layout)]
 )
-def test_caches_of_which_more_is_wanted_are_copied(write: Callable[..., Tensor], change: Any) -> None:
-    """No cache is written twice, or before it is read: a prompt's program copies it, a step is refused."""
+def test_copies_caches_with_other_readers(write: Callable[..., Tensor], change: Any) -> None:
+    """Caches are not written twice, or before a read: prefills copy them, decoding steps are refused."""
     model, given = Step(write), inputs()
     change(given)
     captured, program, _ = program_of(model, given)

@@ -1,4 +1,4 @@
-"""Write additions at masked places as additions to all places."""
+"""Rewrite deepstack additions at masked tokens as additions to all tokens."""
 
 from typing import ClassVar
 
@@ -13,20 +13,20 @@ from vlcache_fx.passes.base import Pass, Program
 aten = torch.ops.aten
 
 
-class DenseAdditions(Pass):
+class DenseDeepstack(Pass):
     """``x[mask] = x[mask] + features`` becomes ``where(mask, x + scatter_rows(features, mask), x)``.
 
-    So features enter the residual stream of a layer ("deepstack") token by token, without a size that depends
-    on data; which rows they are for is said by one node.
+    Deepstack features then enter the residual stream token by token, without a size that depends on data, and
+    a single node maps features to rows.
     """
 
-    name: ClassVar[str] = "dense_additions"
+    name: ClassVar[str] = "dense_deepstack"
 
     def run(self, program: Program) -> bool:
-        """Replace every write of a sum back to the places that it was read from."""
+        """Replace every write of a sum to the tokens from which it was read."""
         changed = False
         for node in list(program.graph.nodes):
-            parts = _addition(node)
+            parts = _deepstack(node)
             if parts is None:
                 continue
             stream, mask, read, features = parts
@@ -34,24 +34,28 @@ class DenseAdditions(Pass):
             with program.graph.inserting_before(node):
                 dense = call(SCATTER_ROWS, (features, mask))
                 total = call(aten.add.Tensor, (stream, dense))
-                places = call(aten.unsqueeze.default, (mask, -1))
-                result = call(aten.where.self, (places, total, stream))
+                rows = call(aten.unsqueeze.default, (mask, -1))
+                result = call(aten.where.self, (rows, total, stream))
             with values.fake_mode:
                 dense.meta["val"] = features.meta["val"].new_empty(values.shape)
-                places.meta["val"] = mask.meta["val"].unsqueeze(-1)
+                rows.meta["val"] = mask.meta["val"].unsqueeze(-1)
             total.meta["val"] = result.meta["val"] = values
-            for made in (dense, total, places, result):
+            for made in (dense, total, rows, result):
                 made.meta["stack_trace"] = node.meta.get("stack_trace")
             node.replace_all_uses_with(result)
             program.graph.erase_node(node)
             for reader in [user for user in read.users if user.target is aten.sym_size.int]:
-                reader.replace_input_with(read, features)  # as many rows: they were added
+                reader.replace_input_with(read, features)  # the number of rows is the same
             changed = True
         return changed
 
 
-def _addition(node: Node) -> tuple[Node, Node, Node, Node] | None:
-    """``(x, mask, index(x, [mask]), features)`` of ``index_put(x, [mask], index(x, [mask]) + features)``."""
+def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
+    """Match ``index_put(x, [mask], read + features)`` with ``read = index(x, [mask])``.
+
+    Returns:
+        ``(x, mask, read, features)``, or None.
+    """
     if packet_of(node) is not aten.index_put:
         return None
     if node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False):
@@ -79,7 +83,7 @@ def _only_mask(indices: object) -> Node | None:
 
 
 def _fits(stream: object, features: Node) -> bool:
-    """True for features with a row for each place, of the stream's width and dtype."""
+    """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False
     same_width = str(shape_of(stream)[-1]) == str(shape_of(features)[-1])

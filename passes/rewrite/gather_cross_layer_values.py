@@ -1,4 +1,4 @@
-"""Bring values that flow around the residual to the rows of the layer that reads them."""
+"""Gather values of earlier layers at the rows of the layer that reads them."""
 
 from typing import ClassVar
 
@@ -10,24 +10,25 @@ from vlcache_fx.passes.rewrite.rows import gather
 from vlcache_fx.spec.slots import Positions
 
 
-class CarryRows(Pass):
-    """A value of layer i that layer j reads has rows of level i, of which those of level j are taken.
+class GatherCrossLayerValues(Pass):
+    """Gathers a value of layer i, which layer j reads outside the residual stream, at the rows of layer j.
 
-    The sets are nested, so none is missing. It is the last of the passes that give rows to nodes.
+    The value has the rows of level i. Row sets are nested, so it contains all rows of level j. Runs after the
+    other passes that restrict rows.
     """
 
-    name: ClassVar[str] = "carry_rows"
+    name: ClassVar[str] = "gather_cross_layer_values"
     requires: ClassVar[frozenset[str]] = frozenset({"facts", "rows_restricted", "kv_only"})
 
     def run(self, program: Program) -> bool:
-        """Insert a gather in front of every such read whose two levels differ."""
+        """Insert a gather before every such read with two different levels."""
         changed = False
         for carried in program.decoder.carried:
-            changed |= _carry(program, carried)
+            changed |= _gather(program, carried)
         return changed
 
 
-def _carry(program: Program, carried: Carried) -> bool:
+def _gather(program: Program, carried: Carried) -> bool:
     index = _index(program, carried.made_at, carried.read_at)
     if index is None:
         return False
@@ -43,7 +44,7 @@ def _carry(program: Program, carried: Carried) -> bool:
 
 
 def _index(program: Program, made_at: int, read_at: int) -> Node | None:
-    """Places of the later level's rows among the earlier one's; None where both are the same."""
+    """Return the positions of the later level's rows among those of the earlier level; None if equal."""
     before, after = program.row_inputs[made_at], program.row_inputs[read_at]
     if after is None or made_at == read_at:
         return None

@@ -1,4 +1,4 @@
-"""Arguments that are still on their way are waited for where they are first read."""
+"""Lowered programs wait for pending tensors where they first read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlcache_fx.lowering.inductor import _Program, _Step
 
 
 class Late:
-    """A tensor that holds NaN until somebody waits for it."""
+    """A tensor of NaN until the program waits for it."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.tensor, self.waits = value, torch.full_like(value, float("nan")), 0
@@ -37,7 +37,7 @@ def two_layers() -> torch.fx.GraphModule:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize("lowering", [EagerLowering(), InductorLowering()], ids=lambda one: one.name)
-def test_values_are_there_when_they_are_read(lowering: Lowering) -> None:
+def test_pending_tensors_awaited_before_read(lowering: Lowering) -> None:
     late = [Late(torch.arange(4.0)), Late(torch.full((4,), 3.0))]
     run = lowering.lower(two_layers(), name="test")
     (result,) = run([torch.ones(4), *(PendingTensor(one.tensor, one.arrive) for one in late)])
@@ -45,7 +45,7 @@ def test_values_are_there_when_they_are_read(lowering: Lowering) -> None:
     assert [one.waits for one in late] == [1, 1]
 
 
-def test_a_later_layer_is_not_waited_for_before_an_earlier_one_runs() -> None:
+def test_pending_tensors_awaited_layer_by_layer() -> None:
     order: list[str] = []
     late = [
         PendingTensor(torch.ones(2), lambda name=name: order.append(name)) for name in ("donor 0", "donor 1")

@@ -1,4 +1,4 @@
-"""What flows around the residual is brought to the rows of the layer that reads it."""
+"""``gather_cross_layer_values``: values of earlier layers are gathered at the rows of the reading layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlcache_fx.errors import PassError
 from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.rewrite import (
-    CarryRows,
+    GatherCrossLayerValues,
     KvOnlyRows,
     RestrictRows,
     TrimTail,
@@ -43,9 +43,9 @@ from ..programs import (
     unchanged,
 )
 
-CASE = PassCase(CarryRows(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
+CASE = PassCase(GatherCrossLayerValues(), (*LOOKUPS, RestrictRows(), KvOnlyRows()), (TrimTail(),))
 SHRINKING = Rows(((0, 1, 3), (1, 3), (3,)))
-"""Other rows at every level: a gather by a wrong level's places takes other rows, or none."""
+"""Other rows at every level, so that a gather with the positions of a wrong level fails."""
 
 
 @functools.cache
@@ -63,21 +63,21 @@ def close(got: Tensor, want: Tensor) -> None:
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("carry_rows", CASE.change(captured_wired("side")[0]))
+    golden("gather_cross_layer_values", CASE.change(captured_wired("side")[0]))
 
 
 def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
-    golden("carry_rows_two_samples", CASE.change(captured_wired("side", 2)[0]))
+    golden("gather_cross_layer_values_two_samples", CASE.change(captured_wired("side", 2)[0]))
 
 
 @pytest.mark.parametrize("kind", ["side", "skip"])
 @pytest.mark.parametrize("last_only", [True, False])
-def test_all_rows_is_the_unmodified_model(kind: str, last_only: bool) -> None:
+def test_all_rows_equal_model(kind: str, last_only: bool) -> None:
     CASE.check_all_rows(*captured_wired(kind, last_only=last_only))
 
 
 @pytest.mark.parametrize("kind", ["side", "skip", "shared", "shared values", "residual values"])
-def test_some_rows_with_their_own_donors_lose_nothing(kind: str) -> None:
+def test_some_rows_with_own_donors_equal_model(kind: str) -> None:
     captured, graph, want = captured_wired(kind)
     program = warm_program(captured)
     plan = plan_for(program, TOKENS, [Span(0, START, LENGTH, "key", True)], SHRINKING)
@@ -95,7 +95,7 @@ def test_samples_carry_rows_of_their_own(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["side", "skip"])
-def test_the_cold_program_carries_to_the_rows_of_the_results(kind: str) -> None:
+def test_cold_program_gathers_rows_of_results(kind: str) -> None:
     captured, graph, want = captured_wired(kind)
     program = cold_program(captured)
     close(run(program, graph.calls[0], plan_for(program, TOKENS, [], Rows(())))[0], want)
@@ -105,10 +105,10 @@ def gathers(program: Program) -> list[Any]:
     return [node for node in program.graph.nodes if "gathers" in node.meta]
 
 
-def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
+def test_gathers_per_reader() -> None:
     program = CASE.before(captured_wired("side")[0])
     before = set(gathers(program))
-    assert CarryRows().run(program)
+    assert GatherCrossLayerValues().run(program)
     carried = [node for node in gathers(program) if node not in before]
     assert [node.meta["segment"] for node in carried] == ["layer.1", "layer.2"]
     assert [node.args[2] for node in carried] == [
@@ -117,17 +117,17 @@ def test_an_operand_that_is_read_twice_is_gathered_for_each_reader() -> None:
     ]
 
 
-def test_where_nothing_is_carried_nothing_changes() -> None:
+def test_keeps_graph_without_cross_layer_values() -> None:
     assert CASE.leaves_alone(small()[0])
     assert CASE.leaves_alone(captured_wired("shared")[0])
 
 
-def test_levels_with_all_rows_are_left_alone() -> None:
+def test_keeps_levels_with_all_rows() -> None:
     program = prepared(captured_wired("side", last_only=False)[0], RestrictRows(), KvOnlyRows(), warm=False)
     assert program.decoder.carried
-    assert unchanged(CarryRows(), program)
+    assert unchanged(GatherCrossLayerValues(), program)
 
 
-def test_it_wants_rows_restricted() -> None:
-    with pytest.raises(PassError, match=r"carry_rows.*requires kv_only, rows_restricted"):
-        Pipeline((CarryRows(),)).run(prepared(small()[0]))
+def test_requires_rows_restricted() -> None:
+    with pytest.raises(PassError, match=r"gather_cross_layer_values.*requires kv_only, rows_restricted"):
+        Pipeline((GatherCrossLayerValues(),)).run(prepared(small()[0]))

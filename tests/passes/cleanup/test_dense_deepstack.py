@@ -1,4 +1,4 @@
-"""Features that are added at masked places become additions at all places."""
+"""``dense_deepstack``: features added at masked tokens become additions to all tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.cleanup import DenseAdditions
+from vlcache_fx.passes.cleanup import DenseDeepstack
 
 from ..programs import before_and_after, unchanged
 
@@ -37,7 +37,7 @@ def inputs(rows: int = 4, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 
 
 def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
-    """``x[mask] = x[mask] + features``, with what ``change`` says in the place of an operand."""
+    """Return a program of ``x[mask] = x[mask] + features``; ``change`` replaces operands."""
     call, graph = inputs() if call is None else call, fx.Graph()
     mode = FakeTensorMode()
     nodes = {}
@@ -72,14 +72,14 @@ def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("dense_additions", before_and_after(DenseAdditions(), added()))
+    golden("dense_deepstack", before_and_after(DenseDeepstack(), added()))
 
 
 @pytest.mark.parametrize("change", [{}, {"order": -1}, {"accumulate": (False,)}, {"more": [None]}], ids=str)
 def test_numbers(change: dict[str, Any]) -> None:
     program, call = added(**change), inputs()
     (want,) = program.graph_module(**call)
-    assert DenseAdditions().run(program)
+    assert DenseDeepstack().run(program)
     program.graph.lint()
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -90,11 +90,11 @@ def test_numbers(change: dict[str, Any]) -> None:
 
 
 @given(st.lists(st.booleans(), min_size=8, max_size=8).filter(any))
-def test_any_mask(places: list[bool]) -> None:
+def test_numbers_for_any_mask(places: list[bool]) -> None:
     mask = torch.tensor(places).view(2, 4)
     program, call = added(), inputs(rows=int(mask.sum())) | {"mask": mask}
     (want,) = program.graph_module(**call)
-    DenseAdditions().run(program)
+    DenseDeepstack().run(program)
     program.graph_module.recompile()
     assert torch.equal(program.graph_module(**call)[0], want)
 
@@ -114,9 +114,9 @@ def test_any_mask(places: list[bool]) -> None:
     ],
     ids=str,
 )
-def test_other_writes_are_left_alone(change: dict[str, Any]) -> None:
-    assert unchanged(DenseAdditions(), added(**change))
+def test_keeps_other_writes(change: dict[str, Any]) -> None:
+    assert unchanged(DenseDeepstack(), added(**change))
 
 
-def test_features_of_another_dtype_are_left_alone() -> None:
-    assert unchanged(DenseAdditions(), added(inputs(dtype=torch.float64)))
+def test_keeps_features_of_another_dtype() -> None:
+    assert unchanged(DenseDeepstack(), added(inputs(dtype=torch.float64)))
