@@ -1,4 +1,4 @@
-"""``vlcache calibrate``: what it refuses. ``tests/fidelity/test_reference.py`` runs it."""
+"""Errors of ``vlcache calibrate``; ``tests/fidelity/test_reference.py`` runs it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""``vlcache export``: what it refuses. ``tests/deploy/`` tests the exporter."""
+"""Errors of ``vlcache export``; ``tests/deploy/`` tests the exporter."""
 
 from pathlib import Path
 
