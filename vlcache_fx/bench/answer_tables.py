@@ -1,4 +1,4 @@
-"""The reference model's answers as tables for people."""
+"""Tables of the reference model's answers."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from vlcache_fx.bench.answers import Asked, FamilyScore
 
 
 def percent(part: float, whole: float = 1.0) -> str:
-    """``part`` of ``whole`` in percent."""
+    """Format ``part`` of ``whole`` in percent."""
     return f"{100 * part / whole:.0f} %"
 
 
 def answers_table(scores: Sequence[FamilyScore]) -> Table:
-    """Answers per family of questions."""
+    """Create a table of answers per family of questions."""
     table = Table(title="Answers about scanned digits", title_style="bold")
     table.add_column("question")
     for heading in (
-        "new picture\nright",
-        "reused (warm)\nright",
-        "full recompute\nright",
+        "new picture\ncorrect",
+        "reused (warm)\ncorrect",
+        "full recompute\ncorrect",
         "reused = full\nsame answer",
         "recomputed\nshare",
         "encoder\nskipped",
@@ -42,18 +42,18 @@ def answers_table(scores: Sequence[FamilyScore]) -> Table:
 
 
 def example_panel(asked: Sequence[Asked]) -> Panel:
-    """One picture's first question and what was asked about it later."""
+    """Show the first question about a picture, and later questions about it."""
     parts = []
     for number, one in enumerate(asked):
-        heading = "First, the picture is new" if number == 0 else "Then again, behind another prompt"
+        heading = "First question, new picture" if number == 0 else "Later question, after another prompt"
         found = "reused" if one.hit else "computed"
-        places = ", ".join(map(str, one.starts))
+        positions = ", ".join(map(str, one.starts))
         parts.append(
-            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, begins at token {places}"
+            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, starts at token {positions}"
             f" of {one.num_tokens}, {100 * one.token_layer_fraction:.1f} % of it recomputed\n"
             f"  system prompt  {one.system_prompt or '(none)'}\n"
             f"  question       {one.text}\n"
             f"  answer         {one.mode} [bold]{one.answer}[/bold], full recompute [bold]{one.full}[/bold],"
-            f" right {one.right}"
+            f" correct {one.right}"
         )
     return Panel("\n\n".join(parts), title="One example", title_align="left")
