@@ -1,4 +1,4 @@
-"""A start in closed form for the heads that look for a place: linear probes of hidden states."""
+"""Closed-form initialisation of search heads: linear probes of hidden states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one training step of the photo VLM sees, and its losses."""
+"""Data and losses of a training step of the photo VLM."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Packed:
     reused: bool
 
     def to(self, device: torch.device) -> Packed:
-        """The same with its tensors on ``device``."""
+        """Copy the tensors to ``device``."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
@@ -83,7 +83,7 @@ class Packed:
 
 
 class SequenceMaker:
-    """Draws training sequences, the same ones for the same seed."""
+    """Draws training sequences, deterministic by seed."""
 
     def __init__(self, tokenizer: Any, photos: Photos, seed: int) -> None:
         self.tokenizer, self.photos = tokenizer, photos
@@ -130,7 +130,7 @@ class SequenceMaker:
             ValueError: an answer is not one token, or ``reused`` where the pictures precede the questions.
         """
         if reused and not question_first:
-            raise ValueError("reused=True is for questions in front of their pictures")
+            raise ValueError("reused=True is for questions before their pictures")
         asked = [*asked, *asked] if reused else asked
         tokens = TILE_TOKENS * photos[0].size
         whole = [
