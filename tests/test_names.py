@@ -60,8 +60,6 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/analysis/tokens/routing_rules.py": {"places"},
     "vlcache_fx/capture/mutations.py": {"deliver"},
     "vlcache_fx/capture/wrapped.py": {"forms"},
-    "vlcache_fx/deploy/facts.py": {"form"},
-    "vlcache_fx/deploy/sample_calls.py": {"form"},
     "vlcache_fx/integrations/stages.py": {"told"},
     "vlcache_fx/ir/captured.py": {"places"},
     "vlcache_fx/ir/fakes.py": {"known"},
@@ -84,7 +82,6 @@ NOT_YET: dict[str, set[str]] = {
     "vlcache_fx/runtime/requests/on_cpu.py": {"is_whole"},
     "vlcache_fx/runtime/requests/request.py": {"is_whole", "known", "runs", "together", "unseen"},
     "vlcache_fx/runtime/requests/spans.py": {"runs"},
-    "vlcache_fx/testing/prompts.py": {"runs"},
 }
 
 
