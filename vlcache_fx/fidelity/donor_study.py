@@ -72,14 +72,17 @@ def study(
     for start in progress(range(0, pictures, batch)):
         family = families[(start // batch) % len(families)]
         first = source.make_questions("test", family, min(batch, pictures - start), seed=seed + 1 + start)
-        contexts = [[_another(source, one, rng) for one in first] for _ in range(CONTEXTS)]
-        asked = [_another(source, one, rng) for one in first]
+        contexts = [[_another(source, question, rng) for question in first] for _ in range(CONTEXTS)]
+        asked = [_another(source, question, rng) for question in first]
         donors = [_record(subject, source, context) for context in contexts]
-        short = [dataclasses.replace(one, system_prompt=TYPICAL, question_first=False) for one in contexts[0]]
+        short = [
+            dataclasses.replace(question, system_prompt=TYPICAL, question_first=False)
+            for question in contexts[0]
+        ]
         typical = _record(subject, source, short)
         truth = _record(subject, source, asked)
-        question = subject.prepare([make_prompt(source, one) for one in asked])
-        exact = subject.exact(question)
+        prepared = subject.prepare([make_prompt(source, question) for question in asked])
+        exact = subject.exact(prepared)
         for kind in KINDS:
             subject.engine.clear()
             for index, new in enumerate(asked):
@@ -90,7 +93,7 @@ def study(
                     donor = _donor(kind, kept, near, typical[index][key], truth[index][key], budget)
                     subject.engine.store.put(key, donor)
             with subject.engine.using(policy="uniform", budget=budget):
-                found[kind] += compare(exact, subject.answer(question), question.answers)
+                found[kind] += compare(exact, subject.answer(prepared), prepared.answers)
             subject.recomputed()  # raises if a donor was not reused
     return found
 
@@ -131,14 +134,14 @@ def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Tabl
     """Create a table with one row per kind of donor."""
     table = Table("donor", "prompts", "KL (nats)", "median", "agreement", "correct", title=title)
     for kind, comparisons in found.items():
-        kl = average([one.kl for one in comparisons])
-        agreement = proportion([one.agrees for one in comparisons])
-        right = proportion([one.right for one in comparisons])
+        kl = average([comparison.kl for comparison in comparisons])
+        agreement = proportion([comparison.agrees for comparison in comparisons])
+        right = proportion([comparison.right for comparison in comparisons])
         table.add_row(
             kind,
             f"{len(comparisons):,}",
             nats(kl),
-            f"{median(one.kl for one in comparisons):.2g}",
+            f"{median(comparison.kl for comparison in comparisons):.2g}",
             percent(agreement),
             percent(right),
         )

@@ -124,8 +124,8 @@ def _score(setting: Setting, family: str, found: _Found) -> Score:
         family=family,
         prompts=len(found.comparisons),
         recomputed=fmean(found.recomputed),
-        accuracy=proportion([one.right for one in found.comparisons]),
-        exact_accuracy=proportion([one.right for one in found.exact]),
-        agreement=proportion([one.agrees for one in found.comparisons]),
-        kl=average([one.kl for one in found.comparisons]),
+        accuracy=proportion([comparison.right for comparison in found.comparisons]),
+        exact_accuracy=proportion([comparison.right for comparison in found.exact]),
+        agreement=proportion([comparison.agrees for comparison in found.comparisons]),
+        kl=average([comparison.kl for comparison in found.comparisons]),
     )
