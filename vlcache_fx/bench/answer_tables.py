@@ -27,16 +27,16 @@ def answers_table(scores: Sequence[FamilyScore]) -> Table:
         "picture\nmoved",
     ):
         table.add_column(heading, justify="right")
-    for one in scores:
+    for score in scores:
         table.add_row(
-            one.family,
-            f"{one.cold_right}/{one.cold}",
-            f"{one.warm_right}/{one.warm}",
-            f"{one.full_right}/{one.warm}",
-            percent(one.agree, one.warm),
-            f"{100 * one.fraction:.1f} %",
-            f"{one.encoder_hits}/{one.warm}",
-            f"{one.moved}/{one.warm}",
+            score.family,
+            f"{score.cold_right}/{score.cold}",
+            f"{score.warm_right}/{score.warm}",
+            f"{score.full_right}/{score.warm}",
+            percent(score.agree, score.warm),
+            f"{100 * score.fraction:.1f} %",
+            f"{score.encoder_hits}/{score.warm}",
+            f"{score.moved}/{score.warm}",
         )
     return table
 
@@ -44,16 +44,16 @@ def answers_table(scores: Sequence[FamilyScore]) -> Table:
 def example_panel(asked: Sequence[Asked]) -> Panel:
     """Show the first question about a picture, and later questions about it."""
     parts = []
-    for number, one in enumerate(asked):
+    for number, question in enumerate(asked):
         heading = "First question, new picture" if number == 0 else "Later question, after another prompt"
-        found = "reused" if one.hit else "computed"
-        positions = ", ".join(map(str, one.starts))
+        found = "reused" if question.hit else "computed"
+        positions = ", ".join(map(str, question.starts))
         parts.append(
-            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, starts at token {positions}"
-            f" of {one.num_tokens}, {100 * one.token_layer_fraction:.1f} % of it recomputed\n"
-            f"  system prompt  {one.system_prompt or '(none)'}\n"
-            f"  question       {one.text}\n"
-            f"  answer         {one.mode} [bold]{one.answer}[/bold], full recompute [bold]{one.full}[/bold],"
-            f" correct {one.right}"
+            f"[bold]{heading}[/bold]: {question.mode}, picture {found}, starts at token {positions}"
+            f" of {question.num_tokens}, {100 * question.token_layer_fraction:.1f} % of it recomputed\n"
+            f"  system prompt  {question.system_prompt or '(none)'}\n"
+            f"  question       {question.text}\n"
+            f"  answer         {question.mode} [bold]{question.answer}[/bold],"
+            f" full recompute [bold]{question.full}[/bold], correct {question.right}"
         )
     return Panel("\n\n".join(parts), title="One example", title_align="left")

@@ -124,16 +124,16 @@ def _plot_times(axes: Axes, result: BenchResult) -> None:
     point = result.points[0].point
     timed = {name: Summary.of(seconds) for name, seconds in point.seconds.items() if seconds}
     colors = [COLORS.get(name, WARM_COLORS[0]) for name in timed]
-    medians = [1e3 * one.median for one in timed.values()]
-    below = [1e3 * (one.median - one.low) for one in timed.values()]
-    above = [1e3 * (one.high - one.median) for one in timed.values()]
+    medians = [1e3 * summary.median for summary in timed.values()]
+    below = [1e3 * (summary.median - summary.low) for summary in timed.values()]
+    above = [1e3 * (summary.high - summary.median) for summary in timed.values()]
     axes.bar(range(len(timed)), medians, 0.65, color=colors, yerr=[below, above], capsize=4)
     for index, seconds in enumerate(timed.values()):
         top = (index, 1e3 * seconds.high)
         text = f"{1e3 * seconds.median:,.0f} ms"
         axes.annotate(text, top, (0, 6), textcoords="offset points", ha="center", weight="bold")
     axes.set_yscale("log")
-    axes.set_ylim(top=max(1e3 * one.high for one in timed.values()) * 2)
+    axes.set_ylim(top=max(1e3 * summary.high for summary in timed.values()) * 2)
     labels = [re.sub(r"[,:] | (?=\()", "\n", system_name(name)) for name in timed]
     axes.set_xticks(range(len(timed)), labels, fontsize=9)
     axes.set_ylabel("time to first token, ms (log scale; median, lowest to highest)")

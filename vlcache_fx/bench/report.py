@@ -169,7 +169,7 @@ def step_table(result: BenchResult) -> Table:
 
 def cost_table(result: BenchResult) -> Table:
     """Create a table of skipped encoder times and overheads, per image size."""
-    encoder = {one.vision_tokens: one.seconds for one in result.encoder}
+    encoder = {time.vision_tokens: time.seconds for time in result.encoder}
     table = Table(title="Costs besides rows", title_style="bold")
     table.add_column("requests")
     for heading in ("encoder, skipped", "digest of one image's features", "digest rate", "splices, unfused"):
@@ -196,10 +196,10 @@ def compile_table(result: BenchResult) -> Table:
     table.add_column("system")
     for heading in ("layers", "process", "seconds"):
         table.add_column(heading, justify="right")
-    for one in result.compile_times:
-        name = "torch.compile" if one.system == "plain" else "vlcache, cold and warm"
-        suffix = "" if one.not_reused is None else f" (not reused: {first_line(one.not_reused)})"
-        table.add_row(name + suffix, str(one.layers), one.process, f"{one.seconds:.1f}")
+    for compiled in result.compile_times:
+        name = "torch.compile" if compiled.system == "plain" else "vlcache, cold and warm"
+        suffix = "" if compiled.not_reused is None else f" (not reused: {first_line(compiled.not_reused)})"
+        table.add_row(name + suffix, str(compiled.layers), compiled.process, f"{compiled.seconds:.1f}")
     return table
 
 
@@ -208,8 +208,10 @@ def lookup_table(result: BenchResult) -> Table:
     table = Table(title="Lookup in a memory store", title_style="bold")
     for heading in ("entries", "median", "99th percentile"):
         table.add_column(heading, justify="right")
-    for one in result.lookups:
+    for lookup in result.lookups:
         table.add_row(
-            f"{one.entries:,}", f"{1e6 * one.median_seconds:.2f} µs", f"{1e6 * one.p99_seconds:.2f} µs"
+            f"{lookup.entries:,}",
+            f"{1e6 * lookup.median_seconds:.2f} µs",
+            f"{1e6 * lookup.p99_seconds:.2f} µs",
         )
     return table

@@ -164,7 +164,7 @@ def _encoder(
 ) -> list[EncoderTime]:
     if not settings.encoder:
         return []
-    sizes = list(dict.fromkeys(one.point.shape.vision_tokens for one in points))
+    sizes = list(dict.fromkeys(measured.point.shape.vision_tokens for measured in points))
     steps = itertools.count(1)
     progress("timing the encoder", 0, len(sizes))
     return measure_encoder(

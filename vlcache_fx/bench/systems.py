@@ -62,16 +62,16 @@ class Systems:
         torch._dynamo.reset()
         self.variants = tuple(variants)
         self._options = {
-            one: Options(
-                policy=one.policy,
-                budget=one.budget,
-                store=one.store,
+            variant: Options(
+                policy=variant.policy,
+                budget=variant.budget,
+                store=variant.store,
                 lowering=lowering,
                 capacity_bytes=capacity_bytes,
                 cuda_graphs=cuda_graphs,
                 dynamic=True,
             )
-            for one in variants
+            for variant in variants
         }
         self.plain = model
         self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
@@ -82,7 +82,8 @@ class Systems:
         )
         self._cold_options, self._cold_store = own, self.engine.store
         self._stores: dict[str, Store] = {
-            url: open_store(url, capacity_bytes) for url in dict.fromkeys(one.store for one in variants)
+            url: open_store(url, capacity_bytes)
+            for url in dict.fromkeys(variant.store for variant in variants)
         }
         self.device = next(model.parameters()).device
         self.synchronize = synchronizer(self.device)
