@@ -103,7 +103,7 @@ def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:
 def main(
     preset: Annotated[str, typer.Option(help="model shape, see vlcache bench --help")] = "cpu",
     vision_tokens: Annotated[
-        list[int] | None, typer.Option(help="vision tokens of the photo [default: 1024, 4096]")
+        list[int] | None, typer.Option(help="vision tokens of the photo (default: 1024, 4096)")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     opset: Annotated[int, typer.Option(help="opset of the graphs")] = 22,

@@ -16,27 +16,27 @@ def bench(
         Path | None, typer.Option(help="config.json of another model, instead of a preset")
     ] = None,
     model_class: Annotated[
-        str | None, typer.Option(help="class of that model in transformers [default: its architecture]")
+        str | None, typer.Option(help="class of that model in transformers (default: its architecture)")
     ] = None,
     layers: Annotated[
-        int | None, typer.Option(help="number of decoder layers [default: the model's]")
+        int | None, typer.Option(help="number of decoder layers (default: the model's)")
     ] = None,
     vision_tokens: Annotated[
-        list[int] | None, typer.Option(help="tokens per image [default: the preset's]")
+        list[int] | None, typer.Option(help="tokens per image (default: the preset's)")
     ] = None,
-    images: Annotated[list[int] | None, typer.Option(help="images per sample [default: 1]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="samples per call [default: 1]")] = None,
+    images: Annotated[list[int] | None, typer.Option(help="images per sample (default: 1)")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="samples per call (default: 1)")] = None,
     text_before: Annotated[int, typer.Option(help="text tokens before new images")] = 20,
     text_after: Annotated[
         int, typer.Option(help="text tokens after new images; swapped when the images recur")
     ] = 40,
     policy: Annotated[
-        list[str] | None, typer.Option(help="policies, see vlcache policies [default: layer_aware]")
+        list[str] | None, typer.Option(help="policies, see vlcache policies (default: layer_aware)")
     ] = None,
     budget: Annotated[
-        list[float] | None, typer.Option(help="share of token-layers to recompute [default: 0.02]")
+        list[float] | None, typer.Option(help="share of token-layers to recompute (default: 0.02)")
     ] = None,
-    store: Annotated[list[str] | None, typer.Option(help="store URLs [default: memory://]")] = None,
+    store: Annotated[list[str] | None, typer.Option(help="store URLs (default: memory://)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:<number>")] = "auto",
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "inductor",
@@ -46,10 +46,10 @@ def bench(
     encoder: Annotated[bool, typer.Option(help="time the vision encoder")] = True,
     compile_time: Annotated[bool, typer.Option(help="time compilation, in separate processes")] = True,
     compile_layers: Annotated[
-        list[int] | None, typer.Option(help="numbers of layers for compile times [default: the model's]")
+        list[int] | None, typer.Option(help="numbers of layers for compile times (default: the model's)")
     ] = None,
     store_entries: Annotated[
-        list[int] | None, typer.Option(help="store sizes for lookup times [default: 100 to 100,000]")
+        list[int] | None, typer.Option(help="store sizes for lookup times (default: 100 to 100,000)")
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path(
         "bench-output"

@@ -14,7 +14,7 @@ from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
 def calibrate(
     model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
     data: Annotated[Path | None, DATA] = None,
-    family: Annotated[list[str] | None, typer.Option(help="families of questions [default: all]")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 30,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int, POSITIONS] = 1,

@@ -42,10 +42,10 @@ def export(
         list[str] | None, typer.Option(help="GPUs for engines of tensorrt_rtx, such as sm86")
     ] = None,
     package: Annotated[
-        str | None, typer.Option(help="tensorrt, tensorrt_rtx [default: the installed package]")
+        str | None, typer.Option(help="tensorrt, tensorrt_rtx (default: the installed package)")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="maximum prompt length of engines [default: 8192]")
+        int | None, typer.Option(help="maximum prompt length of engines (default: 8192)")
     ] = None,
 ) -> None:
     """Export encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""

@@ -23,14 +23,14 @@ POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
 def fidelity(
     model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
     data: Annotated[Path | None, DATA] = None,
-    family: Annotated[list[str] | None, typer.Option(help="families of questions [default: all]")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 100,
     policy: Annotated[
-        list[str] | None, typer.Option(help="policies, see vlcache policies [default: all with a budget]")
+        list[str] | None, typer.Option(help="policies, see vlcache policies (default: all with a budget)")
     ] = None,
     budget: Annotated[
         list[float] | None,
-        typer.Option(help="shares of token-layers to recompute [default: 0 0.01 0.02 0.05 0.1 0.2 1]"),
+        typer.Option(help="shares of token-layers to recompute (default: 0 0.01 0.02 0.05 0.1 0.2 1)"),
     ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="profile of this model, from vlcache calibrate")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 DATA = typer.Option(
     help="prompts, one JSON object per line: images (paths), prompt, answer; repeated images are reused "
-    "[default: the model's own questions]"
+    "(default: the model's own questions)"
 )
 POSITIONS = typer.Option(help="maximum number of answer tokens to compare")
 
