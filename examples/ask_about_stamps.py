@@ -1,10 +1,10 @@
-"""Ask the photo VLM about pictures unlike those that it was trained on: captioned stamps of Tux Paint.
+"""Ask the photo VLM about pictures unlike its training data: captioned stamps of Tux Paint.
 
     python examples/ask_about_stamps.py --stamps /usr/share/tuxpaint/stamps
 
-Debian's package tuxpaint-stamps-default has them: cut-out photographs and drawings with captions in many
-languages. They are GPL-2, so none is shipped here, and none was trained on. Each stamp of a known kind is put
-into one cell of a board of 2 x 2, other stamps into the others, and the model is asked what that cell shows.
+Debian's package tuxpaint-stamps-default contains them: cut-out photographs and drawings with captions in many
+languages. They are GPL-2, so none is shipped here or used in training. Each stamp of a known kind fills one
+cell of a 2 x 2 board, other stamps fill the rest, and the model is asked what that cell shows.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ NAMES: dict[str, tuple[str, ...]] = {
     "ship": ("ship", "boat", "sailboat"),
     "truck": ("truck",),
 }
-"""Per kind, folders and words of captions that say it. The folder of cats has lions and tigers, too."""
+"""Per kind, its folders and words of captions. The folder of cats contains lions and tigers, too."""
 
 NOT_PHOTOS = {"cartoon", "toys", "symbols"}
 GRID = 2
 
 
 def kind_of(path: Path, caption: str) -> str | None:
-    """The kind of a stamp ``path`` (relative to the folder of all) with its English ``caption``, or None."""
+    """Return the kind of a stamp from its relative path and English caption; None if it is unknown."""
     folders = set(path.parts[:-1])
     if folders & NOT_PHOTOS:
         return None
-    said = folders | {word.strip(".,!").lower() for word in caption.split()}
-    kinds = [kind for kind in CLASSES if said & set(NAMES[kind])]
+    words = folders | {word.strip(".,!").lower() for word in caption.split()}
+    kinds = [kind for kind in CLASSES if words & set(NAMES[kind])]
     return kinds[0] if len(kinds) == 1 else None
 
 
 def read_stamp(path: Path) -> ByteArray:
-    """A stamp on a white square, as small as the photographs are: ``[32, 32, 3]``."""
+    """Read a stamp on a white square, resized like the photographs: ``[32, 32, 3]``."""
     with Image.open(path) as opened:
         stamp = opened.convert("RGBA")
     side = max(stamp.size)
@@ -62,10 +62,10 @@ def read_stamp(path: Path) -> ByteArray:
 
 
 def find_stamps(folder: Path) -> list[tuple[str, ByteArray]]:
-    """Kinds and pictures of the stamps under ``folder`` whose kind is known.
+    """Return kinds and pictures of the stamps of known kinds under ``folder``.
 
     Raises:
-        SystemExit: there are too few to fill a board.
+        SystemExit: too few stamps for a board.
     """
     found = []
     for path in sorted(folder.rglob("*.png")):
@@ -76,30 +76,30 @@ def find_stamps(folder: Path) -> list[tuple[str, ByteArray]]:
             found.append((kind, read_stamp(path)))
     if len(found) < GRID**2:
         raise SystemExit(
-            f"{folder} has {len(found)} stamps of known kinds (PNG with a caption beside it); "
+            f"{folder} has {len(found)} stamps of known kinds (PNG files with captions); "
             f"at least {GRID**2} are needed"
         )
     return found
 
 
 def ask_about(stamps: Sequence[tuple[str, ByteArray]], seed: int) -> list[Question]:
-    """One question about each stamp, behind a board on which three others lie beside it."""
+    """Ask one question about each stamp, on a board with three others."""
     rng = np.random.default_rng(seed)
     questions = []
     for index, (kind, _) in enumerate(stamps):
         others = rng.choice(np.delete(np.arange(len(stamps)), index), size=GRID**2 - 1, replace=False)
-        place = int(rng.integers(GRID**2))
-        chosen = np.insert(others, place, index).reshape(GRID, GRID)
-        board = np.array([[stamps[one][1] for one in line] for line in chosen])
+        cell = int(rng.integers(GRID**2))
+        chosen = np.insert(others, cell, index).reshape(GRID, GRID)
+        board = np.array([[stamps[stamp][1] for stamp in line] for line in chosen])
         questions.append(
             Question(
                 family="cell",
                 question_first=False,
                 system_prompt="You are a helpful assistant.",
-                text=f"What is in {cell_name(*divmod(place, GRID))}?",
+                text=f"What is in {cell_name(*divmod(cell, GRID))}?",
                 images=(board_image(board),),
                 answer=kind,
-                boards=(np.array([[CLASSES.index(stamps[one][0]) for one in line] for line in chosen]),),
+                boards=(np.array([[CLASSES.index(stamps[stamp][0]) for stamp in line] for line in chosen]),),
                 photo_ids=(chosen.astype(np.int64),),
             )
         )
@@ -107,16 +107,16 @@ def ask_about(stamps: Sequence[tuple[str, ByteArray]], seed: int) -> list[Questi
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-    """Ask and print; returns per kind, and for ``"all"``, how many answers were right, and of how many."""
+    """Ask and print; return ``(correct, asked)`` per kind, and for ``"all"``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--stamps", type=Path, required=True, help="folder of PNG pictures with captions")
-    parser.add_argument("--seed", type=int, default=0, help="of the boards")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the boards")
     options = parser.parse_args(argv)
     questions = ask_about(find_stamps(options.stamps), options.seed)
     words = next_words(load_model(), load_processor(), questions)
-    table, counts = Table("stamps", "right", "of"), {}
+    table, counts = Table("stamps", "correct", "of"), {}
     for kind in (*CLASSES, "all"):
-        of_kind = [i for i, one in enumerate(questions) if kind in ("all", one.answer)]
+        of_kind = [i for i, question in enumerate(questions) if kind in ("all", question.answer)]
         asked = [questions[i] for i in of_kind]
         right = round(accuracy([words[i] for i in of_kind], asked) * len(asked)) if asked else 0
         counts[kind] = (right, len(asked))

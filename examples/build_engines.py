@@ -1,4 +1,4 @@
-"""Build TensorRT engines of the reference model; no GPU is needed for it with ``tensorrt_rtx``."""
+"""Build TensorRT engines of the reference model; ``tensorrt_rtx`` needs no GPU."""
 
 import sys
 import tempfile
@@ -9,7 +9,7 @@ from vlcache_fx.testing import reference_vlm
 
 
 def main(directory: Path, package: str | None = None) -> list[str]:
-    """Build into ``directory``; one line per engine."""
+    """Build into ``directory``; return one line per engine."""
     model, processor = reference_vlm.load_model(), reference_vlm.load_processor()
     example = dict(reference_vlm.prepare(processor, reference_vlm.make_questions(count=1)))
     report = vlcache_fx.export(

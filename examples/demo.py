@@ -1,7 +1,7 @@
-"""What reuse does to the answers and to the time to first token. Run it: ``make demo``.
+"""Effects of reuse on answers and on time to first token. Run it: ``make demo``.
 
-It asks the reference model about scanned digits, and times a larger decoder with random weights on a photo.
-It prints tables and writes ``demo.png`` and ``demo.json``.
+Asks the reference model about scanned digits, and times a larger decoder with random weights on a photo.
+Prints tables, and writes ``demo.png`` and ``demo.json``.
 """
 
 import argparse
@@ -29,17 +29,17 @@ CPU = Settings(vision_tokens=(2668,), eager_rounds=2, encoder=False, store_entri
 TINY = Settings(
     vision_tokens=(120,), rounds=2, eager_rounds=1, lowering="eager", encoder=False, store_entries=()
 )
-"""Runs in seconds; its times mean nothing."""
+"""Runs in seconds; its times are not meaningful."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output-dir", type=Path, default=Path(), help="where demo.png and demo.json go")
+    parser.add_argument("--output-dir", type=Path, default=Path(), help="folder for demo.png and demo.json")
     parser.add_argument("--questions", type=int, default=10, help="sets of pictures per family")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--rounds", type=int, help="rounds of timing")
-    parser.add_argument("--tiny", action="store_true", help="time a toy decoder, to try the demo out")
+    parser.add_argument("--rounds", type=int, help="timing rounds")
+    parser.add_argument("--tiny", action="store_true", help="time a toy decoder, to test the demo")
     return parser.parse_args(arguments)
 
 
@@ -73,19 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "warm" not in point.warm:
         raise MeasurementError(f"the photo was not reused: {point.not_reused}")
     console.print(answers_table(scores))
-    console.print("The compiled model ran with lowering 'eager' (it is tiny), the unmodified one eagerly.\n")
+    console.print("The compiled model ran with lowering 'eager', the unmodified model eagerly.\n")
     console.print(example_panel(results[0]))
     console.print(time_table(times.points[0]))
-    console.print(
-        "The photo's encoder output is given to all systems.", describe_warm(point), highlight=False
-    )
+    console.print("All systems receive the photo's encoder output.", describe_warm(point), highlight=False)
     console.print(ratio_table(times))
     console.print(headline(times), highlight=False)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     plot_demo(scores, times, options.output_dir / "demo.png")
     record = {
-        "scores": [dataclasses.asdict(one) for one in scores],
-        "answers": [[dataclasses.asdict(one) for one in asked] for asked in results],
+        "scores": [dataclasses.asdict(family) for family in scores],
+        "answers": [[dataclasses.asdict(question) for question in asked] for asked in results],
         "bench": dataclasses.asdict(times),
     }
     (options.output_dir / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Export the reference model and ask about a picture twice on ONNX Runtime: then it is reused."""
+"""Export the reference model, and ask about a picture twice on ONNX Runtime: the second call reuses it."""
 
 import sys
 import tempfile
@@ -14,20 +14,20 @@ PROMPTS = ("you are a helpful assistant .", "look at the picture with care .")
 
 
 def prompt_inputs(model: Any, processor: Any, question: Any) -> dict[str, Any]:
-    """What the graphs take: token ids, pixels, grids and positions."""
+    """Return the graphs' inputs: token ids, pixels, grids and positions."""
     inputs = dict(reference_vlm.prepare(processor, [question]))
     return {**inputs, "position_ids": prompt_positions(model, inputs)}
 
 
 def main(directory: Path) -> list[str]:
-    """Export into ``directory`` and ask; the mode, the recomputed share and the answer of each call."""
+    """Export into ``directory`` and ask; return mode, recomputed share and answer of each call."""
     model, processor = reference_vlm.load_model(), reference_vlm.load_processor()
     question = reference_vlm.make_questions(count=1)[0]
     asked = [prompt_inputs(model, processor, replace(question, system_prompt=prompt)) for prompt in PROMPTS]
     report = vlcache_fx.export(model, asked[0], directory)
     lines = [f"exported {report.size_bytes / 1e6:.1f} MB, {len(report.lookups)} lookups"]
 
-    session = vlcache_fx.OnnxSession(directory)  # the model itself is not needed any more
+    session = vlcache_fx.OnnxSession(directory)  # needs no model
     for inputs in asked:
         answer = session.generate(3, processor.tokenizer.eos_token_id, **inputs)
         last = session.vlcache.last_report

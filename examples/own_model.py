@@ -1,11 +1,11 @@
-"""A vision-language model in plain torch, through ``torch.compile(backend="vlcache")`` alone.
+"""A vision-language model in plain torch with ``torch.compile(backend="vlcache")``.
 
     python examples/own_model.py
 
-Nothing here is known to vlcache_fx: no library, no names. Two ways to bring an image into a prompt:
+vlcache_fx needs no library and no names of modules. Two ways to insert an image into a prompt:
 
-- placeholders that ``masked_scatter`` fills: the merge is found in the traced graph;
-- embeddings that the caller joins himself: he says which rows are an image, with ``mark_spans``.
+- ``masked_scatter`` fills placeholders: analysis finds the merge in the traced graph;
+- the caller concatenates embeddings, and marks the rows of an image with ``mark_spans``.
 """
 
 import torch
@@ -20,7 +20,7 @@ OPTIONS = {"lowering": "eager", "budget": 0.1}
 
 
 class Block(nn.Module):
-    """Attention with rotary positions and an MLP, in parallel on one norm."""
+    """Parallel attention with rotary positions and MLP, with a shared norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        """[1, tokens, width] -> the same."""
+        """[1, tokens, width] -> [1, tokens, width]."""
         normed = self.norm(x)
         parts = self.project(normed).chunk(3, -1)
         query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotary embedding with complex numbers: [1, heads, tokens, dim] by [tokens, dim / 2]."""
+    """Apply rotary embedding with complex numbers: [1, heads, tokens, dim] by [tokens, dim / 2]."""
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn
     return torch.view_as_real(turned).flatten(-2)
 
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, embeds: Tensor) -> Tensor:
-        """See the class."""
+        """[1, tokens, width] -> [1, 1, vocabulary]."""
         steps = torch.arange(embeds.shape[1], device=embeds.device)
         speeds = 100.0 ** -torch.linspace(0, 1, WIDTH // HEADS // 2, device=embeds.device)
         turn = torch.polar(torch.ones(()), steps[:, None] * speeds)
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
 
 
 class Vlm(nn.Module):
-    """Pixels [1, 3, 32, 32] become 64 rows of features, which fill the placeholders of a prompt."""
+    """Encodes pixels [1, 3, 32, 32] to 64 rows of features, which fill the placeholders of a prompt."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,52 +73,52 @@ class Vlm(nn.Module):
         self.decoder = Decoder()
 
     def features(self, pixels: Tensor) -> Tensor:
-        """[rows, width]."""
+        """Encode pixels to features [rows, width]."""
         return self.see(pixels).flatten(2).transpose(1, 2)[0]
 
     def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
         """Logits of the next token."""
         embeds = self.embed(ids)
-        places = (ids == PLACEHOLDER)[..., None].expand_as(embeds)
-        return self.decoder(embeds.masked_scatter(places, self.features(pixels)))
+        mask = (ids == PLACEHOLDER)[..., None].expand_as(embeds)
+        return self.decoder(embeds.masked_scatter(mask, self.features(pixels)))
 
 
-def report_line(what: str, report: dict[str, object] | None) -> str:
-    """What the last call did."""
+def report_line(name: str, report: dict[str, object] | None) -> str:
+    """Format the report of the last call."""
     assert report is not None
     hits = [span["hit"] for span in report["spans"]]  # type: ignore[attr-defined]
     rows = report["rows_per_layer"]
-    return f"{what}: {report['mode']}, hits {hits}, {rows[0]} of {report['num_tokens']} rows"  # type: ignore[index]
+    return f"{name}: {report['mode']}, hits {hits}, {rows[0]} of {report['num_tokens']} rows"  # type: ignore[index]
 
 
 def merged_in_the_graph(model: Vlm, image: Tensor) -> list[str]:
-    """The same image behind two prompts: the graph says where it enters."""
+    """Run one image after two prompts; the graph contains the merge."""
     compiled = torch.compile(model, backend="vlcache", options=OPTIONS, dynamic=True)
     lines = []
-    for what, before, after in (("new image", 5, 7), ("same image, moved", 12, 6)):
+    for name, before, after in (("new image", 5, 7), ("same image, moved", 12, 6)):
         text = torch.randint(0, PLACEHOLDER, (1, before + after))
-        image_run = torch.full((1, 64), PLACEHOLDER)
-        compiled(torch.cat([text[:, :before], image_run, text[:, before:]], 1), image)
-        lines.append(report_line(what, engine_for(OPTIONS).last_report))
+        image_ids = torch.full((1, 64), PLACEHOLDER)
+        compiled(torch.cat([text[:, :before], image_ids, text[:, before:]], 1), image)
+        lines.append(report_line(name, engine_for(OPTIONS).last_report))
     return lines
 
 
 def marked_by_the_caller(model: Vlm, image: Tensor) -> list[str]:
-    """The decoder alone, given embeddings: the caller marks the image's rows."""
+    """Run the decoder with embeddings; the caller marks the image's rows."""
     options = OPTIONS | {"salt": "marked"}
     compiled = torch.compile(model.decoder, backend="vlcache", options=options, dynamic=True)
     features = model.features(image)[None]
     lines = []
-    for what, before, after in (("new image", 5, 7), ("same image, moved", 12, 6)):
+    for name, before, after in (("new image", 5, 7), ("same image, moved", 12, 6)):
         text = model.embed(torch.randint(0, PLACEHOLDER, (1, before + after)))
         embeds = torch.cat([text[:, :before], features, text[:, before:]], 1)
         compiled(vlcache_fx.mark_spans(embeds, [(0, before, 64)]))
-        lines.append(report_line(f"marked, {what}", engine_for(options).last_report))
+        lines.append(report_line(f"marked, {name}", engine_for(options).last_report))
     return lines
 
 
 def main() -> list[str]:
-    """Run both; the lines that it prints."""
+    """Run both; print and return the reports."""
     torch.manual_seed(0)
     model, image = Vlm().eval(), torch.randn(1, 3, 32, 32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Ask about a picture twice, behind two system prompts: the second time it is reused."""
+"""Ask about a picture twice, after two system prompts: the second call reuses it."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from vlcache_fx.testing import reference_vlm
 
 
 def main(**options: Any) -> list[str]:
-    """Ask twice; the mode and the answer of each call. ``options`` are those of ``vlcache_fx.compile``."""
+    """Ask twice; return mode and answer of each call. ``options``: see ``vlcache_fx.compile``."""
     model = vlcache_fx.compile(reference_vlm.load_model(), **options)
     processor = reference_vlm.load_processor()
     question = reference_vlm.make_questions(count=1)[0]

@@ -1,8 +1,8 @@
-"""How a server without PyTorch wires requests: numpy, ONNX Runtime and the manifest, nothing else.
+"""Run an exported folder without PyTorch: with numpy, ONNX Runtime and the manifest.
 
-A sketch of what ``OnnxSession`` does, for one picture per prompt and a policy of the first rows. What a real
-server adds: a store with a bound, complete keys (salt, positions, fingerprint; see ``wiring`` in the
-manifest), several pictures, checks.
+A sketch of ``OnnxSession`` for one picture per prompt and a policy of the first rows. A real server adds a
+bounded store, complete keys (salt, positions, fingerprint; see ``wiring`` in the manifest), several pictures,
+and checks.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ import onnxruntime
 
 
 class Server:
-    """Graphs of one exported folder, and what is kept of pictures.
+    """Graphs of an exported folder, encoder outputs and donors.
 
     Args:
-        directory: what ``vlcache_fx.export`` wrote.
-        budget: share of a picture's rows that is computed again.
+        directory: a folder that ``vlcache_fx.export`` wrote.
+        budget: share of a picture's rows to recompute.
     """
 
     def __init__(self, directory: Path, budget: float = 0.02) -> None:
@@ -35,16 +35,16 @@ class Server:
         }
 
     def run(self, graph: str, given: dict[str, Any]) -> dict[str, Any]:
-        """Outputs of a graph by name; it is given those of ``given`` that it takes."""
+        """Run a graph on its inputs among ``given``; return its outputs by name."""
         spec = self.manifest["graphs"][graph]
         inputs = {name: given[name] for name in spec["inputs"]}
         return dict(zip(spec["outputs"], self._graphs[graph].run(None, inputs), strict=True))
 
     def prefill(self, input_ids: Any, position_ids: Any, pixel_values: Any) -> tuple[str, dict[str, Any]]:
-        """``(cold or warm, results)`` of one prompt."""
+        """Run one prompt; return its mode (cold or warm) and results."""
         key = hashlib.blake2b(pixel_values.tobytes()).hexdigest()
         encoder = self.manifest["encoders"][0]
-        if key not in self.features:  # else the encoder is skipped
+        if key not in self.features:  # otherwise skip the encoder
             outputs = self.run(encoder["graph"], {"pixel_values": pixel_values})
             self.features[key] = [outputs[name] for name in encoder["features"]]
         given = {"input_ids": input_ids, "position_ids": position_ids}
@@ -55,7 +55,7 @@ class Server:
         given |= self.plan(input_ids.shape[1], span, self.donors.get(key))
         mode = "warm" if key in self.donors else "cold"
         results = self.run(f"prefill_{mode}", given)
-        if mode == "cold":  # exact rows, without positions: good for any later prompt
+        if mode == "cold":  # exact rows, without positions: valid in any later prompt
             self.donors[key] = {
                 slot: np.take(results[f"recorded.{slot}"], span, row["dim"])
                 for slot, row in self.manifest["decoder"]["rows"].items()
@@ -63,14 +63,14 @@ class Server:
         return mode, results
 
     def plan(self, num_tokens: int, span: Any, donor: dict[str, Any] | None) -> dict[str, Any]:
-        """The inputs beside the request's own: which rows are computed, and where the others come from."""
-        again = max(1, int(self.budget * len(span))) if donor else len(span)
-        is_reused = np.isin(np.arange(num_tokens), span[again:])
+        """Return the plan's inputs: the rows to compute, and the sources of all tokens."""
+        recomputed = max(1, int(self.budget * len(span))) if donor else len(span)
+        is_reused = np.isin(np.arange(num_tokens), span[recomputed:])
         rows = np.flatnonzero(~is_reused)
         source = np.zeros(num_tokens, dtype=np.int64)
         source[span] = np.arange(len(span))  # v >= 0: row v of the donor
         source[rows] = -1 - np.arange(len(rows))  # -1 - j: computed row j
-        tail = rows[-2:]  # logits are needed for the last token; graphs compute two rows at least
+        tail = rows[-2:]  # only the last token needs logits, but graphs compute at least two rows
         groups = range(len(self.manifest["decoder"]["layer_groups"]))
         inputs = {"rows.tail": tail, "results": np.array([1])}
         for group in groups:
@@ -81,13 +81,13 @@ class Server:
 
 
 def main(directory: Path) -> list[str]:
-    """Serve two prompts about one picture, and compare them with the model; a line for each.
+    """Run two prompts about one picture, and compare them with the model; return a line for each.
 
-    Where ``directory`` holds no export yet, one is made there.
+    Exports the model first, unless ``directory`` contains an export.
     """
     from dataclasses import replace
 
-    import torch  # only to export and to compare
+    import torch  # for export and comparison
     from export_onnx import PROMPTS, prompt_inputs
 
     import vlcache_fx
@@ -104,7 +104,7 @@ def main(directory: Path) -> list[str]:
         mode, results = server.prefill(**named)
         with torch.no_grad():
             exact = model(**inputs, logits_to_keep=1).logits[0, -1].numpy()
-        words = [processor.decode([int(np.argmax(one))]) for one in (results["logits"][0, -1], exact)]
+        words = [processor.decode([int(np.argmax(logits))]) for logits in (results["logits"][0, -1], exact)]
         lines.append(f"{mode}: {words[0]}, the model alone: {words[1]}")
     return lines
 

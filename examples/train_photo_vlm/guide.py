@@ -1,4 +1,4 @@
-"""Heads that are told where to look while the photo VLM is trained."""
+"""Attention guidance of a few heads during the training of the photo VLM."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from examples.train_photo_vlm.training import Packed
 
 READING, SEARCHING = (2,), (5, 7)
 NAMING, FINDING = (4, 8), (12, 18)
-"""Layers in which two heads are told where to look, from a naming word and from where the answer begins."""
+"""Layers with two guided heads, one for naming words, one for the start of the answer."""
 
 
 class Guide:
-    """Tells a few heads where to look before they answer.
+    """Guides a few heads to the relevant tokens before they answer.
 
-    The question has two words that name a place. In early layers the second one looks for the first one, then
-    for the vision tokens that hold the answer; where the answer begins, heads look for both words, then for
-    the vision tokens. Only training uses it, less and less: finding all that by the answer's loss alone takes
-    far longer.
+    The question has two words that name a cell. In early layers the second word attends to the first, then to
+    the vision tokens with the answer; the start of the answer attends to both words, then to the vision
+    tokens. Guidance fades out during training; training without it takes far longer.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -45,7 +44,7 @@ class Guide:
         naming = [self._loss(layer, sequence, rows, named) for layer in NAMING]
         finding = [self._loss(layer, sequence, rows, both) for layer in FINDING]
         words = named[1].int().argmax(-1)
-        if bool(sequence.mask[words][wanted].all()):  # The pictures stand before the question.
+        if bool(sequence.mask[words][wanted].all()):  # The pictures precede the question.
             first = torch.stack([named[0], named[0]])
             naming += [self._loss(layer, sequence, words, first) for layer in READING]
             for layer, chosen in zip(SEARCHING, (sequence.by_row, ~sequence.by_row), strict=True):
@@ -57,7 +56,7 @@ class Guide:
         module, hidden = self.modules[layer], self.hidden[layer][0]
         size, group = module.head_dim, module.num_key_value_groups
         cos, sin = (part[0] for part in self.rotary(hidden, sequence.positions[None]))
-        # The first head of the first two groups: they share no keys.
+        # The first heads of the first two groups: they share no keys.
         query = module.q_proj(hidden[rows]).unflatten(-1, (-1, size))[:, [0, group]].transpose(0, 1)
         key = module.k_proj(hidden).unflatten(-1, (-1, size))[:, :2].transpose(0, 1)
         query = query * cos[rows] + turn(query) * sin[rows]

@@ -1,4 +1,4 @@
-"""A start in closed form for the heads that look for a place: linear probes of hidden states."""
+"""Closed-form initialisation of search heads: linear probes of hidden states."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vlcache_fx.testing.photo_vlm.adapter import TILE_TOKENS, UPDATE_SCALE
 from vlcache_fx.testing.photo_vlm.words import CLASSES, MAX_CELLS
 
 SLOW = slice(16, 32)
-"""Dimensions of a head that rotary embedding turns little in a few hundred positions; as many as the rank."""
+"""Dimensions of a head that rotary embedding rotates slowly; as many as the rank."""
 
 STRENGTH = (11.0, 5.0)
-"""By how much each layer's queries and keys are scaled; more makes the probes' errors louder, too."""
+"""Scale of each layer's queries and keys; larger values amplify the probes' errors."""
 
 QUESTIONS, CELLS, SYSTEM_WORDS = 12, (12, 30), 30
 
@@ -31,12 +31,12 @@ def start_search(
     updates: Mapping[str, LowRank],
     sequences: int = 24,
 ) -> None:
-    """Set the updates of queries and keys of the ``SEARCHING`` layers by two linear probes each.
+    """Initialise the updates of queries and keys of the ``SEARCHING`` layers with two linear probes each.
 
-    One probe reads from the second naming word which place is named, the other from vision tokens where they
-    lie and what they show. Both write it into the same slow dimensions of the guided heads, so that a query
-    and a key that agree have a large product. The first layer matches column and row, the second column and
-    kind. Training alone comes to this much later.
+    One probe reads the named cell from the second naming word, the other reads position and kind from vision
+    tokens. Both write to the same slow dimensions of the guided heads: matching queries and keys have large
+    products. The first layer matches column and row, the second column and kind. Training finds this much
+    later.
     """
     for layer, strength, family in zip(SEARCHING, STRENGTH, ("cell", "where"), strict=True):
         module = decoder.model.layers[layer].self_attn

@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 
 def world() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+    """Return this process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def agreed(value: float) -> float:
-    """The first process's ``value``, in all processes."""
+    """Broadcast the first process's ``value``."""
     if dist.is_initialized():
         shared = torch.tensor([value])
         dist.broadcast(shared, 0)
@@ -47,5 +47,5 @@ def schedule(step: int, total: int) -> float:
 
 
 def schedule_of(spent: float, step: int) -> float:
-    """The same, from the share (0..1) of the training that is done."""
+    """Share of the peak learning rate, from the finished share (0..1) of the training."""
     return min(1.0, (step + 1) / 20) * (0.02 + 0.49 * (1.0 + math.cos(math.pi * spent)))

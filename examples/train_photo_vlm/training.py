@@ -1,4 +1,4 @@
-"""What one training step of the photo VLM sees, and its losses."""
+"""Data and losses of a training step of the photo VLM."""
 
 from __future__ import annotations
 
@@ -48,18 +48,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Packed:
-    """Several questions about the same pictures in one sequence; each sees the prefix and itself alone.
+    """Several questions about the same pictures in one sequence; each attends to the prefix and itself.
 
-    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` says what a row may attend to; ``photos`` are the ids
-    of the photographs at each board of picture tokens, in order; ``asking [n]`` the rows before the answers
-    ``answers [n]`` and turn ends; ``wanted [n, s]`` marks the vision tokens that hold an answer, and
-    ``named [2, n, s]`` the two words of the question that say where to look; ``by_row [n / 2]`` says of each
-    question whether its second word names a row.
+    ``ids [s]`` and ``positions [s]``; ``mask [s, s]`` is the attention mask; ``photos`` are the ids of the
+    photographs of each board, in order; ``asking [n]`` are the rows before the answers ``answers [n]`` and
+    turn ends; ``wanted [n, s]`` marks the vision tokens with an answer, and ``named [2, n, s]`` the two words
+    of the question that name a cell; ``by_row [n / 2]`` is True for questions whose second word names a row.
 
-    ``reused``: the second half of the questions are those of the first half again, but there the pictures
-    behind a question saw another one, or none: what a model reads whose pictures come from a cache. Training
-    with it makes pictures and questions independent of each other, as Block-Attention (arXiv 2409.15355) does
-    for retrieved passages.
+    ``reused``: the second half of the questions repeats the first half, but with pictures that attended to
+    another question or to none, like donors. Training with it makes pictures and questions independent of
+    each other, as Block-Attention (arXiv 2409.15355) does for retrieved passages.
     """
 
     ids: Tensor
@@ -74,7 +72,7 @@ class Packed:
     reused: bool
 
     def to(self, device: torch.device) -> Packed:
-        """The same with its tensors on ``device``."""
+        """Copy the tensors to ``device``."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
@@ -83,7 +81,7 @@ class Packed:
 
 
 class SequenceMaker:
-    """Draws training sequences, the same ones for the same seed."""
+    """Draws training sequences, deterministic by seed."""
 
     def __init__(self, tokenizer: Any, photos: Photos, seed: int) -> None:
         self.tokenizer, self.photos = tokenizer, photos
@@ -124,13 +122,13 @@ class SequenceMaker:
         question_first: bool,
         reused: bool = False,
     ) -> Packed:
-        """Lay questions about the same pictures out behind what they share.
+        """Pack questions about the same pictures after their common prefix.
 
         Raises:
             ValueError: an answer is not one token, or ``reused`` where the pictures precede the questions.
         """
         if reused and not question_first:
-            raise ValueError("reused=True is for questions in front of their pictures")
+            raise ValueError("reused=True is for questions before their pictures")
         asked = [*asked, *asked] if reused else asked
         tokens = TILE_TOKENS * photos[0].size
         whole = [

@@ -26,7 +26,7 @@ class LowRank(nn.Module):
 
 
 def add_updates(decoder: nn.Module) -> dict[str, LowRank]:
-    """Wrap the linear maps of ``decoder``'s layers; returns the wrappers by name."""
+    """Wrap the linear maps of ``decoder``'s layers; return the wrappers by name."""
     wrapped = {}
     for name, module, key in adapted_maps(decoder):
         wrapped[name] = LowRank(getattr(module, key), RANKS[key])
@@ -35,6 +35,6 @@ def add_updates(decoder: nn.Module) -> dict[str, LowRank]:
 
 
 def updates_of(wrapped: dict[str, LowRank]) -> dict[str, Tensor]:
-    """The factors of all updates, as they are saved."""
+    """Return the factors of all updates for saving."""
     factors: dict[str, Tensor] = {f"{name}.down": one.down for name, one in wrapped.items()}
     return factors | {f"{name}.up": one.up for name, one in wrapped.items()}

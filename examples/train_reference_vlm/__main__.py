@@ -2,13 +2,13 @@
 
     python -m examples.train_reference_vlm --output /tmp/reference
 
-1. The vision tower learns that each of its tokens is the sum of three fixed codes: those of the digit, the
-   row and the column that the token shows. It is frozen then.
-2. The decoder learns to answer on grids of 2 to 5 rows, where sequences are short. One attention head is also
-   told where to look.
-3. Grids grow to 10 to 12 rows, which is 100 to 120 vision tokens a picture; the telling fades out.
+1. Train the vision encoder to return the sum of three fixed codes per token: of digit, row and column. Then
+   freeze it.
+2. Train the decoder to answer on grids of 2 to 5 rows, with short sequences. One attention head is also
+   guided to the relevant tokens.
+3. Grids grow to 10 to 12 rows, which is 100 to 120 vision tokens per picture; the guidance fades out.
 
-Only the train scans are used; the evaluation uses the test scans alone.
+Training uses the train scans, the evaluation the test scans.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ STAGES = (
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the options."""
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--output", type=Path, required=True, help="folder for weights, processor and evaluation.json"
     )
     parser.add_argument("--steps", type=int, default=6500, help="steps of the decoder")
     parser.add_argument(
-        "--encoder-steps", type=int, default=None, help="steps of the vision tower (3/13 of --steps)"
+        "--encoder-steps", type=int, default=None, help="steps of the vision encoder (3/13 of --steps)"
     )
     parser.add_argument(
         "--questions", type=int, default=None, help="evaluation questions per kind (400, or --steps)"
     )
     parser.add_argument(
-        "--resume", type=Path, default=None, help="go on from this folder's model, on full grids"
+        "--resume", type=Path, default=None, help="continue from this folder's model, on full grids"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of the decoder")
@@ -126,7 +126,7 @@ class Trainer:
             optimizer.step()
 
     def train_encoder(self, steps: Iterable[int], total: int) -> None:
-        """Teach the vision tower what each of its tokens shows, then freeze it."""
+        """Train the vision encoder to encode the content of each token, then freeze it."""
         tower = self.model.model.visual
         codes = token_codes(self.seed).to(self.device)
         optimizer = torch.optim.AdamW(tower.parameters(), lr=2e-3, weight_decay=0.05)
@@ -138,7 +138,7 @@ class Trainer:
         tower.requires_grad_(False)
 
     def train_decoder(self, steps: Iterable[int], total: int) -> None:
-        """Teach the decoder to answer: small grids first, with guidance that fades out on full grids."""
+        """Train the decoder to answer: small grids first, with guidance that fades out on full grids."""
         named = [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
         matrices = [weight for name, weight in named if weight.ndim == 2 and "layers" in name]
         others = [weight for name, weight in named if weight.ndim != 2 or "layers" not in name]
@@ -197,7 +197,7 @@ def evaluate(model: Any, questions: int) -> dict[str, dict[str, float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Train, save, evaluate; returns what ``evaluation.json`` holds."""
+    """Train, save and evaluate; return the content of ``evaluation.json``."""
     options, started = parse(argv), time.perf_counter()
     encoder_steps = options.encoder_steps or max(1, options.steps * 3 // 13)
     questions = options.questions or min(400, options.steps)
@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def machine(device: torch.device) -> str:
-    """What the training ran on, in words."""
+    """Describe the machine of the training."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,8 +1,8 @@
-"""Training batches: many questions about one picture in one sequence, each as if it were alone.
+"""Training batches: independent questions about one picture, packed into one sequence.
 
-A row is ``prefix, slot, slot, ...``. The prefix (system prompt, pictures and what stands before them) is seen
-by every slot, a slot (the rest of one question's turn, and its answer) only by itself, and every slot's
-positions go on where the prefix ends. So each question gets exactly the logits of its own conversation.
+A row is ``prefix, slot, slot, ...``. All slots attend to the prefix (system prompt, pictures and preceding
+text). A slot (the rest of a question's turn, and its answer) attends only to itself and the prefix, and its
+positions continue those of the prefix: each question has exactly the logits of its own conversation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Token ids of one row, before padding: a shared prefix and the slots that hang on it.
+    """Token ids of one row, before padding: a shared prefix and its slots.
 
-    ``sources`` gives, per slot, the prefix tokens that a guided head should look at, and how much.
+    ``sources``: per slot, prefix token -> attention target of a guided head.
     """
 
     prefix: list[int]

@@ -1,4 +1,4 @@
-"""What one training step of the reference model sees, and its two losses."""
+"""Data and losses of a training step of the reference model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def augment(rng: np.random.Generator, ink: FloatArray) -> FloatArray:
 
 
 class BatchMaker:
-    """Draws training batches from the train scans, the same ones for the same seed."""
+    """Draws training batches from the train scans, deterministic by seed."""
 
     def __init__(self, words: dict[str, int], seed: int) -> None:
         self.words = words
@@ -119,7 +119,7 @@ class BatchMaker:
 
 
 class Guide:
-    """Tells one attention head where to look: the cross-entropy of its weights against the answer's cells.
+    """Guides one attention head: cross-entropy of its weights against the answer's cells.
 
     Only training uses it, and only at first: finding the cell by the answer's loss alone takes far longer.
     """
@@ -135,7 +135,7 @@ class Guide:
         self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
     def remove(self) -> None:
-        """Stop listening to the model."""
+        """Remove the hook from the model."""
         self.handle.remove()
 
     def rotate(self, vectors: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

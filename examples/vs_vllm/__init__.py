@@ -1,1 +1,1 @@
-"""The same photo and prompts through this library and vLLM: ``python -m examples.vs_vllm``."""
+"""Compares this library with vLLM on the same photos and prompts: ``python -m examples.vs_vllm``."""

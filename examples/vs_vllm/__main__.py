@@ -1,4 +1,4 @@
-"""Time to first token beside vLLM. Run it: ``python -m examples.vs_vllm --output vs_vllm.json``."""
+"""Compare times to first token with vLLM. Run it: ``python -m examples.vs_vllm --output vs_vllm.json``."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ CONSOLE_WIDTH = 160
 
 
 def default_folder() -> Path:
-    """The user's cache folder, and in it one of this comparison."""
+    """Return this comparison's folder in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlcache_fx" / "peers"
 
 
 def own_cores(threads: int) -> list[int]:
-    """The first ``threads`` processors that this process may use; 0 for all of them."""
+    """Return the first ``threads`` processors available to this process; 0 for all."""
     cores = (
         sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -41,18 +41,18 @@ def own_cores(threads: int) -> list[int]:
 
 
 def main(
-    environment: Annotated[Path | None, typer.Option(help="Where vLLM, model and photos are kept.")] = None,
+    environment: Annotated[Path | None, typer.Option(help="Folder for vLLM, model and photos.")] = None,
     vision_tokens: Annotated[int, typer.Option(help="Vision tokens of the photo.")] = 4096,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, each with a photo of its own.")] = 5,
-    threads: Annotated[int, typer.Option(min=0, help="Threads of every library; 0: one per core.")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each has a new photo.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads per library; 0 for one per core.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
 ) -> None:
-    """Ask the same model about the same photos through this library, vLLM and transformers."""
+    """Time one model on the same photos with this library, vLLM and transformers."""
     console = Console() if Console().is_terminal else Console(width=CONSOLE_WIDTH)
     kept = Environment((environment or default_folder()).absolute())
     try:
-        photo_grid(vision_tokens)  # before minutes are spent on the environment
-        kept.make(lambda step: console.print(f"making vLLM's environment: {step}", highlight=False))
+        photo_grid(vision_tokens)  # fail before the environment is built, which takes minutes
+        kept.make(lambda step: console.print(f"building vLLM's environment: {step}", highlight=False))
         record, result = _measure(kept, vision_tokens, rounds, own_cores(threads), console)
     except (PeerError, ValueError) as error:
         console.print(f"error: {error}", highlight=False, markup=False)
@@ -81,7 +81,7 @@ def _measure(
         script = Script(vision_tokens, shape.vocabulary, 0, photos)
         settings = engine_settings(kept.checkpoint, shape.dtype, script.round(0).cases["first"].num_tokens)
         script = dataclasses.replace(script, others=other_photos(settings, vision_tokens))
-        console.print("starting vLLM (it compiles; minutes the first time)")
+        console.print("starting vLLM (the first start compiles for minutes)")
         with VllmPeer(kept, settings, cores) as vllm, torch.no_grad():
             from examples.vs_vllm.local import CompiledPeer, LocalPeer, VlcachePeer  # slow to import
 
@@ -108,7 +108,7 @@ def _measure(
 
 
 def describe(machine: Machine, vllm: Mapping[str, Any]) -> str:
-    """The machine and the libraries in one line."""
+    """Describe the machine and the libraries in one line."""
     return (
         f"{machine.processor}, {machine.cores} cores; {machine.threads} threads, torch {machine.torch},"
         f" transformers {machine.transformers}; vLLM {vllm['vllm']} with {vllm['threads']} threads, torch"

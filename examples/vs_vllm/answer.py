@@ -1,4 +1,4 @@
-"""What a library is asked and answers, whichever it is."""
+"""Common interface of the compared libraries."""
 
 import dataclasses
 from typing import Protocol
@@ -13,16 +13,15 @@ FloatArray = NDArray[np.float32]
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One request, answered.
+    """The answer to a request.
 
     Attributes:
-        seconds: from the photo's pixels (bytes) and the ids to the first token.
-        model_seconds: of these, from the patches to the first token: without cutting the photo up, and with
-            vLLM without its queue.
-        num_tokens: length of the prompt, vision tokens included.
+        seconds: time from the photo's pixels (bytes) and the ids to the first token.
+        model_seconds: time from the patches to the first token, without vLLM's queue.
+        num_tokens: length of the prompt, with vision tokens.
         computed_tokens: rows that the first decoder layer computed; the others came from a cache.
-        encoder_runs: how often the vision tower ran.
-        reuse: in words, how what was not computed relates to computing it.
+        encoder_runs: number of runs of the vision encoder.
+        reuse: whether the result is exact, in words.
     """
 
     seconds: float
@@ -38,13 +37,13 @@ class Peer(Protocol):
 
     @property
     def keeps(self) -> bool:
-        """Whether it keeps anything between requests."""
+        """Whether it caches anything between requests."""
 
     def ask(self, request: Request) -> Answer:
-        """Answer with one token. Raises ``PeerError`` where it cannot."""
+        """Generate one token. Raises ``PeerError`` on failure."""
 
     def logprobs(self, request: Request) -> FloatArray:
-        """The same, but the natural logarithms of the first token's probabilities ``[vocabulary]``."""
+        """Return the natural logarithms of the first token's probabilities ``[vocabulary]``."""
 
     def close(self) -> None:
         """Release the model."""

@@ -1,4 +1,4 @@
-"""What is asked: four requests per round about one photo, and other photos that pass in between."""
+"""Requests of the comparison: four per round about one photo, with other photos in between."""
 
 import dataclasses
 import math
@@ -11,17 +11,17 @@ from examples.vs_vllm.checkpoint import IMAGE, MERGE, PATCH, VISION_END, VISION_
 
 CASES = {
     "first": "first time",
-    "same": "very same prompt again",
+    "same": "identical prompt",
     "moved": "other system prompt",
     "evicted": "same start, other question, encoder entry evicted",
 }
-"""In the order in which a round asks them; before the last one, the other photos pass."""
+"""In the order of a round; the other photos are requested before the last case."""
 
 SHORT, LONG = 48, 80
-"""Tokens of text before and after the photo; the other way round in ``moved``. So the photo moves there, and
-all requests are equally long (with 4,096 vision tokens: 4,226)."""
+"""Text tokens before and after the photo; swapped in ``moved``, which moves the photo and keeps the length
+(4,226 tokens with 4,096 vision tokens)."""
 
-MOST_ROUNDS, MOST_OTHERS = 10_000, 256
+MAX_ROUNDS, MAX_OTHERS = 10_000, 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Request:
 
     Attributes:
         before, after: ids of the text around the photo.
-        photo: file of its pixels (``.npy``, bytes ``[height, width, 3]``).
-        vision_tokens: how many the photo makes.
+        photo: file of the photo's pixels (``.npy``, bytes ``[height, width, 3]``).
+        vision_tokens: number of the photo's tokens.
     """
 
     before: tuple[int, ...]
@@ -40,18 +40,18 @@ class Request:
     vision_tokens: int
 
     def ids(self, placeholders: int) -> list[int]:
-        """The ids with ``placeholders`` in the photo's place: vLLM takes one and widens it itself."""
+        """Return the ids with ``placeholders`` image tokens; vLLM expects one and expands it."""
         return [*self.before, VISION_START, *[IMAGE] * placeholders, VISION_END, *self.after]
 
     @property
     def num_tokens(self) -> int:
-        """Length of the prompt, vision tokens included."""
+        """Length of the prompt, with vision tokens."""
         return len(self.ids(self.vision_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """The requests per case, and the other photos' requests."""
+    """Requests per case, and requests about other photos."""
 
     cases: dict[str, Request]
     others: tuple[Request, ...]
@@ -59,13 +59,13 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """Makes rounds; the same ones for the same arguments, each with photos and texts of its own.
+    """Creates rounds, deterministically; each has new photos and texts.
 
     Attributes:
-        vision_tokens: per photo.
-        vocabulary: of the model.
-        others: other photos per round.
-        folder: where photos are written.
+        vision_tokens: tokens per photo.
+        vocabulary: size of the model's vocabulary.
+        others: number of other photos per round.
+        folder: folder for photos.
     """
 
     vision_tokens: int
@@ -74,10 +74,10 @@ class Script:
     folder: Path
 
     def round(self, number: int) -> Round:
-        """Round ``number``, from 0.
+        """Create round ``number``, from 0.
 
         Raises:
-            ValueError: the number of vision tokens makes no reasonable photo, or the round's is too large.
+            ValueError: no photo has this number of vision tokens, or ``number`` is too large.
         """
         draw = np.random.default_rng(number)
         photo = self._write_photo(number, 0)
@@ -86,7 +86,7 @@ class Script:
         cases = {
             "first": self._request(system, question, photo),
             "same": self._request(system, question, photo),
-            # Its question is the beginning of the first one's, so that all of the prompt's parts recur.
+            # Its question is a prefix of the first request's: all parts of the prompt recur.
             "moved": self._request(other_system, question[:SHORT], photo),
             "evicted": self._request(system, other_question, photo),
         }
@@ -110,31 +110,33 @@ class Script:
 
 
 def photo_grid(vision_tokens: int) -> tuple[int, int]:
-    """Rows and columns of vision tokens, as near to a square as the number allows.
+    """Return rows and columns of the most square grid of vision tokens.
 
     Raises:
-        ValueError: only a strip of more than 4 : 1 has that many.
+        ValueError: all grids are longer than 4 : 1.
     """
     rows = next((n for n in range(math.isqrt(max(vision_tokens, 0)), 0, -1) if vision_tokens % n == 0), 0)
     if rows == 0 or vision_tokens > 4 * rows**2:
-        raise ValueError(f"{vision_tokens} vision tokens make no grid of at most 4 : 1; try a square number")
+        raise ValueError(
+            f"vision_tokens={vision_tokens}: no grid has a ratio of at most 4 : 1; try a square number"
+        )
     return rows, vision_tokens // rows
 
 
 def varied_photo(grid: tuple[int, int], number: int, index: int) -> NDArray[np.uint8]:
-    """A real photo ``[height, width, 3]`` that fills ``grid``; another one for every round and index.
+    """Return a real photo ``[height, width, 3]`` that fills ``grid``, different for every round and index.
 
-    They are one photo, shifted across its left and right edge, so that nearly every patch differs; the first
-    pixel holds the two numbers, so that no two are equal even where shifts agree.
+    All are cyclic shifts of one photo, so that nearly every patch differs; the first pixel encodes both
+    numbers, so that photos differ even for equal shifts.
 
     Raises:
-        ValueError: there are too many rounds or photos to make all of them different.
+        ValueError: too many rounds or photos.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    if not 0 <= number < MOST_ROUNDS or not 0 <= index < MOST_OTHERS:
-        raise ValueError(f"round {number}, photo {index}: at most {MOST_ROUNDS} and {MOST_OTHERS}")
+    if not 0 <= number < MAX_ROUNDS or not 0 <= index < MAX_OTHERS:
+        raise ValueError(f"round {number}, photo {index}: at most {MAX_ROUNDS} and {MAX_OTHERS}")
     side = PATCH * MERGE
     photo = Image.fromarray(load_sample_image("china.jpg")).resize((grid[1] * side, grid[0] * side))
     shifted = np.roll(

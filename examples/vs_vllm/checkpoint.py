@@ -1,4 +1,4 @@
-"""One model with seeded random weights, written once and loaded by every library."""
+"""Writes one model with seeded random weights for all libraries."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from vlcache_fx.bench.presets import qwen2_5_vl_config
 
 PATCH, MERGE, TEMPORAL_PATCH = 14, 2, 2
 PAD, END, IMAGE, VIDEO, VISION_START, VISION_END, WORDS = range(7)
-"""The special tokens of ``qwen2_5_vl_config``, and the first id of an ordinary one."""
+"""Special tokens of ``qwen2_5_vl_config``, and the first ordinary id."""
 
 SPECIAL = {
     "<|pad|>": PAD,
@@ -22,7 +22,7 @@ SPECIAL = {
     "<|vision_end|>": VISION_END,
 }
 TAG = "shape.json"
-"""Written last: a folder that has it holds a whole checkpoint, of the shape that it names."""
+"""Written last: marks a complete checkpoint, and contains its shape."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class PeerShape:
     """A Qwen2.5-VL with heads of 64 values. The defaults make 247 M parameters.
 
     Attributes:
-        vision_depth: blocks of the vision tower; the last one attends to all patches, the others to windows.
-        dtype: of the saved weights and of all computation, a name in ``torch``.
-        seed: of the weights.
+        vision_depth: layers of the vision encoder; the last attends to all patches, the others to windows.
+        dtype: dtype of weights and computation, a name in ``torch``.
+        seed: seed of the weights.
     """
 
     hidden: int = 1024
@@ -50,11 +50,11 @@ class PeerShape:
 
 
 TINY = PeerShape(128, 2, 256, 2, 1, 128, 2, 64, 128, 1, dtype="float32")
-"""Built in a moment; for tests."""
+"""A tiny model for tests."""
 
 
 def model_config(shape: PeerShape) -> Any:
-    """The transformers configuration of ``shape``."""
+    """Return the transformers configuration of ``shape``."""
     from transformers import Qwen2_5_VLConfig
 
     config = qwen2_5_vl_config(shape.hidden, shape.layers, shape.heads, shape.vocabulary)
@@ -73,12 +73,12 @@ def model_config(shape: PeerShape) -> Any:
 
 
 def write_checkpoint(shape: PeerShape, vision_tokens: int, folder: Path) -> None:
-    """Write weights, configuration, tokenizer and processor settings; keep weights that are there already.
+    """Write weights, configuration, tokenizer and processor settings; keep existing weights.
 
     Args:
         shape: the model.
-        vision_tokens: of the largest photo that will be asked about. Peers size caches and warm up by it.
-        folder: where to; made if needed.
+        vision_tokens: tokens of the largest photo; determines cache sizes and warm-up of the libraries.
+        folder: created if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write_processors(vision_tokens, folder)
@@ -97,7 +97,7 @@ def write_checkpoint(shape: PeerShape, vision_tokens: int, folder: Path) -> None
 
 
 def read_model(folder: Path) -> Any:
-    """The model in ``folder``, in the dtype that it was saved in, ready for inference.
+    """Load the model in ``folder`` in its saved dtype, in eval mode.
 
     Raises:
         OSError: there is no checkpoint.
@@ -112,7 +112,7 @@ def read_model(folder: Path) -> Any:
 
 
 def _write_tokenizer(vocabulary: int, folder: Path) -> None:
-    """One word per id. Prompts are given as ids, but loading a model asks for a tokenizer."""
+    """Write a tokenizer of one word per id: models need it to load, although prompts are ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -125,10 +125,10 @@ def _write_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 def _write_processors(vision_tokens: int, folder: Path) -> None:
-    """By hand: the classes that write these files need torchvision.
+    """Write processor settings without their classes, which need torchvision.
 
-    Mean and deviation map bytes to -1..1, as ``ReferenceImageProcessor`` does, so that every library sees the
-    same patches. A photo of ``vision_tokens`` is just within the bounds, so none is resized.
+    Mean and deviation map bytes to -1..1, like ``ReferenceImageProcessor``: all libraries receive the same
+    patches. ``vision_tokens`` is the upper bound: no photo is resized.
     """
     side = PATCH * MERGE
     common = {

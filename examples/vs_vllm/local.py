@@ -1,4 +1,4 @@
-"""The libraries that run in this process: this one, and transformers without it."""
+"""Libraries in this process: vlcache_fx, and transformers without it."""
 
 import functools
 import time
@@ -21,7 +21,7 @@ from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor
 
 
 class LocalPeer:
-    """``generate()`` of a transformers model, as it is."""
+    """``generate()`` of an unmodified transformers model."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.model: Any = read_model(checkpoint)
@@ -62,7 +62,7 @@ class LocalPeer:
         return Answer(end - start, end - ready, num_tokens, computed, runs, reuse)
 
     def _describe(self, num_tokens: int) -> tuple[int, str]:
-        """Rows computed at the first layer, and what became of the others."""
+        """Return the rows that the first layer computed, and whether the result is exact."""
         return num_tokens, "exact"
 
     def logprobs(self, request: Request) -> FloatArray:
@@ -78,7 +78,7 @@ class LocalPeer:
 
 
 class CompiledPeer(LocalPeer):
-    """The same with plain ``torch.compile``, under the settings of Dynamo that ``vlcache_fx.compile`` has."""
+    """``generate()`` with plain ``torch.compile``, with the Dynamo settings of ``vlcache_fx.compile``."""
 
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint)
@@ -94,11 +94,11 @@ class CompiledPeer(LocalPeer):
 
 
 class VlcachePeer(LocalPeer):
-    """This library; ``options`` are those of ``vlcache_fx.compile``."""
+    """vlcache_fx; ``options``: see ``vlcache_fx.compile``."""
 
     def __init__(self, checkpoint: Path, **options: Any) -> None:
         super().__init__(checkpoint)
-        self._processor = CachedImageProcessor(self._processor)  # vLLM keeps processed photos as well
+        self._processor = CachedImageProcessor(self._processor)  # vLLM caches processed photos, too
         self.model = vlcache_fx.compile(self.model, dynamic=True, **options)
 
     @property

@@ -1,4 +1,4 @@
-"""vLLM, in a process and an environment of its own."""
+"""vLLM, in a separate process and environment."""
 
 import contextlib
 import json
@@ -21,12 +21,12 @@ KV_CACHE_GIB = 4
 
 
 def engine_settings(checkpoint: Path, dtype: str, num_tokens: int) -> dict[str, Any]:
-    """Keywords of ``vllm.LLM``: its defaults, and what this comparison needs.
+    """Return keyword arguments of ``vllm.LLM``: defaults, and settings for this comparison.
 
     Args:
         checkpoint: the model.
-        dtype: of its weights and of all computation.
-        num_tokens: length of the prompts. A whole one is computed in one step.
+        dtype: dtype of weights and computation.
+        num_tokens: length of the prompts; a step computes a complete prompt.
     """
     room = 1 << num_tokens.bit_length()
     return {
@@ -37,17 +37,17 @@ def engine_settings(checkpoint: Path, dtype: str, num_tokens: int) -> dict[str, 
         "max_num_seqs": 2,
         "enable_prefix_caching": True,
         "limit_mm_per_prompt": {"image": 1, "video": 0},
-        "disable_log_stats": False,  # without them answers have no times
+        "disable_log_stats": False,  # needed for times
         "max_logprobs": -1,
         "seed": 0,
     }
 
 
 def other_photos(settings: Mapping[str, Any], vision_tokens: int) -> int:
-    """How many other photos push a photo out of vLLM's encoder cache.
+    """Return the number of other photos that evict a photo from vLLM's encoder cache.
 
-    By default it holds as many vision tokens as a step may have tokens. The photo itself fills part of it, so
-    as many more as fit without it are one too many.
+    By default its capacity is the maximum number of tokens of a step. The photo fills part of it: as many
+    others as fit without it exceed the capacity.
     """
     return int(max(settings["max_num_batched_tokens"], vision_tokens) // vision_tokens)
 
@@ -55,20 +55,20 @@ def other_photos(settings: Mapping[str, Any], vision_tokens: int) -> int:
 def worker_variables(
     environment: Environment, cores: Sequence[int], base: Mapping[str, str]
 ) -> dict[str, str]:
-    """The environment variables of the worker.
+    """Return the environment variables of the worker.
 
     Args:
-        environment: where vLLM lies.
-        cores: processor numbers; one thread on each.
-        base: the variables of this process. What would lead its Python to other packages is left out.
+        environment: vLLM's environment.
+        cores: processor numbers; one thread each.
+        base: variables of this process; those that select Python packages are dropped.
     """
     kept = {name: value for name, value in base.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     wanted = {
-        "PYTHONSAFEPATH": "1",  # the worker's folder has modules with names as common as "cases"
+        "PYTHONSAFEPATH": "1",  # the worker's folder has modules with common names
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "OMP_NUM_THREADS": str(len(cores)),
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB),
-        # The engine in the worker itself: no patches between processes, and its vision tower can be watched.
+        # The engine runs in the worker: no patches between processes, and hooks on its vision encoder.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CACHE_ROOT": str(environment.folder / "vllm-cache"),
         "VLLM_NO_USAGE_STATS": "1",
@@ -83,10 +83,10 @@ class VllmPeer:
     """A running worker. Use it as a context manager.
 
     Attributes:
-        facts: versions and threads, as the worker says.
+        facts: versions and threads, reported by the worker.
 
     Raises:
-        PeerError: it does not start; the message names the log.
+        PeerError: vLLM does not start; the message names the log.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class VllmPeer:
         photo, target = str(request.photo.resolve()), None if logprobs is None else str(logprobs.resolve())
         reply = self._send({"ids": request.ids(1), "photo": photo, "logprobs": target})
         if reply["num_tokens"] != request.num_tokens:
-            raise PeerError(f"vLLM made {reply['num_tokens']} tokens of a prompt of {request.num_tokens}")
+            raise PeerError(f"vLLM counted {reply['num_tokens']} tokens in a prompt of {request.num_tokens}")
         computed = reply["num_tokens"] - reply["cached_tokens"]
         return Answer(
             reply["seconds"],
@@ -167,7 +167,7 @@ class VllmPeer:
         except OSError:
             line = ""
         if not line:
-            raise PeerError(f"vLLM has stopped; what it said is in {self._environment.log}")
+            raise PeerError(f"vLLM has stopped; its output is in {self._environment.log}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise PeerError(f"vLLM failed: {reply['error']} (more in {self._environment.log})")
@@ -176,7 +176,7 @@ class VllmPeer:
     def close(self) -> None:
         """End the worker."""
         if self._worker.stdin is not None and not self._worker.stdin.closed:
-            with contextlib.suppress(OSError):  # it has gone already, with a request unread
+            with contextlib.suppress(OSError):  # the worker has ended, with a request unread
                 self._worker.stdin.close()
         try:
             self._worker.wait(timeout=60)

@@ -1,4 +1,4 @@
-"""The comparison as a table for people."""
+"""Table of the comparison."""
 
 from rich.table import Table
 
@@ -16,25 +16,25 @@ LABELS = {
 HEADINGS = (
     "first token",
     "lowest-highest",
-    "vLLM / it",
+    "vLLM / library",
     "rows computed",
     "encoder",
-    "logprobs off by",
+    "logprob difference",
 )
 
 
 def milliseconds(seconds: float) -> str:
-    """Rounded, with thousands apart."""
+    """Format seconds as milliseconds, such as ``1,234 ms``."""
     return f"{1e3 * seconds:,.0f} ms"
 
 
 def comparison_table(result: Comparison, parameters: int, dtype: str) -> Table:
-    """One line per case and library.
+    """Create a table with one line per case and library.
 
     Args:
-        result: what was measured.
-        parameters: of the model.
-        dtype: name of the weights' type.
+        result: the comparison.
+        parameters: number of the model's weights.
+        dtype: name of the weights' dtype.
     """
     rounds = len(result.answers["first"][VLLM])
     table = Table(
@@ -73,13 +73,13 @@ def _cells(result: Comparison, case: str, name: str, answers: list[Answer]) -> l
 
 
 def notes(result: Comparison) -> str:
-    """How to read the table."""
+    """Explain the table."""
     return (
-        "First token: from the photo's bytes and the prompt's ids. Ratios are medians of those within each"
-        " round. Libraries that keep nothing compute every case as the first. Before the last case other"
-        " photos pass, the same ones for all, until vLLM's encoder cache has dropped the photo.\n"
-        "Logprobs off by: largest difference of the first token's log-probabilities from transformers', in"
-        f" nats; another photo in the same prompt makes {result.other_photo.largest:.3f}, another system"
-        f" prompt {result.other_system.largest:.3f}. The weights are random: that tells whether the same"
-        " thing is computed, not how well an approximation answers.\n"
+        "First token: from the photo's bytes and the prompt's ids. Ratios are medians of the ratios within"
+        " each round. Libraries without caches compute every case like the first. Before the last case, all"
+        " libraries receive other photos, until vLLM's encoder cache evicts the photo.\n"
+        "Logprob difference: largest difference of the first token's log-probabilities from transformers', in"
+        f" nats; for another photo in the same prompt it is {result.other_photo.largest:.3f}, for another"
+        f" system prompt {result.other_system.largest:.3f}. The weights are random: the difference shows"
+        " whether computations agree, not the quality of approximate answers.\n"
     )

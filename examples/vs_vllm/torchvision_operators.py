@@ -1,9 +1,9 @@
 """Stand-ins for the two operators that torchvision's Python half expects of its compiled half.
 
-The published torchvision is compiled against the CUDA build of torch: its library cannot be loaded into the
-CPU build, and ``import torchvision`` fails. vLLM needs the import alone; it calls neither operator for this
-model. This file is copied into the peer's environment, where a ``.pth`` line imports it at every start: vLLM
-inspects models in processes of its own.
+The published torchvision is compiled against the CUDA build of torch: the CPU build cannot load its library,
+and ``import torchvision`` fails. vLLM only needs the import; it does not call these operators for this model.
+This file is copied into vLLM's environment, where a ``.pth`` line imports it at every start: vLLM inspects
+models in child processes.
 """
 
 import importlib.abc
@@ -11,11 +11,11 @@ import sys
 from typing import Any
 
 OPERATORS = ("nms", "qnms")
-_libraries: list[Any] = []  # an operator lives as long as the library object that defined it
+_libraries: list[Any] = []  # operators live as long as their library object
 
 
 class DefineOperators(importlib.abc.MetaPathFinder):
-    """Finds no module; defines the operators when torchvision is looked for (importing torch is slow)."""
+    """Finds no module; defines the operators when torchvision is imported (importing torch is slow)."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:  # noqa: ARG002
         """Part of the protocol of ``sys.meta_path``."""

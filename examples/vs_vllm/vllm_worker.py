@@ -1,11 +1,11 @@
-"""vLLM behind a pipe. Run by the Python of its own environment, by path: nothing of this project is imported.
+"""Runs vLLM, controlled over pipes. Started by path in vLLM's environment; imports nothing of this project.
 
-Reads one JSON object per line from standard input and answers each with one line on standard output. The
-first one holds the keywords of ``vllm.LLM``; the others are requests::
+Reads one JSON object per line from standard input, and writes one line per object to standard output. The
+first object contains keyword arguments of ``vllm.LLM``; the others are requests::
 
     {"ids": [...], "photo": "photo.npy", "logprobs": null | "file.npy"}
 
-Answers hold seconds, counts of tokens and encoder runs; or ``{"error": "..."}``.
+Answers contain seconds, counts of tokens and encoder runs; or ``{"error": "..."}``.
 """
 
 import json
@@ -18,10 +18,10 @@ import numpy as np
 
 
 class Worker:
-    """An engine in this very process, and how often its vision tower ran."""
+    """An engine in this process, and the number of runs of its vision encoder."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        from vllm import LLM  # type: ignore[import-not-found]  # in an environment of its own
+        from vllm import LLM  # type: ignore[import-not-found]  # in its own environment
 
         self.llm = LLM(**settings)
         self.encoder_runs = 0
@@ -61,8 +61,8 @@ class Worker:
 
 
 def main() -> None:
-    """Serve until standard input ends."""
-    # vLLM and its libraries print: standard output is for answers alone, whatever they do.
+    """Answer requests until standard input ends."""
+    # vLLM and its libraries print: redirect their output, and keep standard output for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker: Worker | None = None
@@ -83,7 +83,7 @@ def main() -> None:
                 }
             else:
                 reply = worker.ask(**message)
-        except Exception as error:  # noqa: BLE001 - whatever it was, the other end has to know
+        except Exception as error:  # noqa: BLE001 - report any error to the parent
             reply = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()

@@ -6,7 +6,7 @@ def asked(answer: str, full: str, starts: tuple[int, ...], fraction: float = 1.0
     return Asked("cell", "", "?", "7", answer, full, mode, hit, hit, fraction, 100, starts)
 
 
-def test_scores_count_cold_and_warm_apart() -> None:
+def test_score_cold_and_warm() -> None:
     results = [
         [asked("7", "7", (9,), hit=False), asked("7", "7", (20,), 0.01), asked("1", "7", (9,), 0.03)],
         [asked("2", "7", (9,), hit=False), asked("3", "3", (30,), 0.02), asked("7", "7", (31,), 0.02)],

@@ -18,7 +18,7 @@ def finished(returncode: int, stdout: str = "", stderr: str = "") -> Any:
     return subprocess.CompletedProcess([], returncode, stdout, stderr)
 
 
-def test_every_system_gets_an_empty_cache_and_then_a_filled_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_compile_time_first_and_second_process(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[tuple[str, int, str]] = []
 
     def child(command: list[str], *, input: str, env: dict[str, str], **_: Any) -> Any:  # noqa: A002
@@ -42,14 +42,14 @@ def test_every_system_gets_an_empty_cache_and_then_a_filled_one(monkeypatch: pyt
     assert len(set(caches)) == 4
 
 
-def test_a_child_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_compile_time_failed_child(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_time.subprocess, "run", lambda *_, **__: finished(1, stderr="out of luck"))
-    with pytest.raises(MeasurementError, match="compiling plain in another process failed: out of luck"):
+    with pytest.raises(MeasurementError, match="compiling plain in a child process failed: out of luck"):
         measure_compile_time(TASK, [1])
 
 
 @pytest.mark.parametrize("system", ["plain", "vlcache"])
-def test_a_process_compiles_its_system(system: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_main_compiles_the_system(system: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     task = dataclasses.replace(TASK, system=system)
     monkeypatch.setattr("sys.stdin.read", lambda: json.dumps(dataclasses.asdict(task)), raising=False)
     compile_time.main()

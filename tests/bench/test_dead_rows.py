@@ -1,4 +1,4 @@
-"""Both programs run and differ in the last layer's rows alone. Times mean nothing here."""
+"""Both programs run, and differ only in the last layer's rows. Times are not checked."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 
-def test_both_programs_are_timed() -> None:
+def test_measure_dead_rows() -> None:
     model = build_model(find_preset("tiny").with_feature_tower(), torch.float32, torch.device("cpu"))
     found = measure_dead_rows(model, RequestShape(120), 3, Engine(Options(lowering="eager")))
     assert set(found.seconds) == {"all rows", "needed rows"}
@@ -23,13 +23,15 @@ def test_both_programs_are_timed() -> None:
     assert found.num_tokens > 120
 
 
-def test_only_one_of_them_cuts() -> None:
+def test_everything_keeps_all_rows() -> None:
     captured, _ = captured_graph(tiny_vlm(), tiny_vlm_inputs(3, 2, [(20, 0)]), dynamic=True)
     assert [str(slot) for slot in cold_program(captured).slots] == ["rows.2", "results"]
     assert not everything(captured).slots
 
 
-def test_the_command_prints_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_both_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(dead_rows, "Engine", lambda: Engine(Options(lowering="eager")))
     main("tiny", 120, 1)
     printed = capsys.readouterr().out

@@ -7,13 +7,13 @@ from vlcache_fx.errors import OptionError
 CPU = torch.device("cpu")
 
 
-def test_auto_is_what_this_machine_has() -> None:
+def test_resolve_device_auto() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolve_dtype("auto", CPU, 8, 8) in (torch.float32, torch.bfloat16)
     assert resolve_dtype("auto", torch.device("cuda"), 8, 8) == torch.bfloat16
 
 
-def test_names_are_taken() -> None:
+def test_resolve_device_and_dtype_names() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_dtype("float16", CPU, 8, 8) == torch.float16
     assert dtype_name(torch.float16) == "float16"
@@ -22,17 +22,17 @@ def test_names_are_taken() -> None:
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", "mps", ""])
-def test_other_devices_are_refused_with_the_valid_ones(name: str) -> None:
+def test_resolve_device_unknown_type(name: str) -> None:
     with pytest.raises(OptionError, match=r"device='.*' is not valid: it must be 'auto', 'cpu', 'cuda'"):
         resolve_device(name)
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(OptionError, match="device='cuda:99' is not there: torch sees"):
+def test_resolve_device_missing_gpu() -> None:
+    with pytest.raises(OptionError, match="device='cuda:99' does not exist: torch finds"):
         resolve_device("cuda:99")
 
 
-def test_other_dtypes_are_refused_with_the_valid_ones() -> None:
+def test_resolve_dtype_unknown() -> None:
     with pytest.raises(
         OptionError, match="dtype='int8' is not valid: it must be 'auto', 'float32', 'bfloat16'"
     ):

@@ -1,4 +1,4 @@
-"""The check of a GPU, on a tiny model and whatever device there is. Times mean nothing here."""
+"""The GPU check with a tiny model on any device. Times are not checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_time_is_taken(tmp_path: Path) -> None:
+def test_gpu_check_times_every_system(tmp_path: Path) -> None:
     steps = gpu_check("tiny", tmp_path, **TINY)
     assert [step.error for step in steps] == [None] * len(steps)
     kinds = [
@@ -53,9 +53,7 @@ def test_every_time_is_taken(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([RESULT, TABLE])
 
 
-def test_a_step_that_fails_is_noted_and_the_rest_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_check_continues_after_failed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **options: object) -> None:
         raise MeasurementError(f"out of\norder {options}")
 
@@ -71,7 +69,7 @@ def test_a_step_that_fails_is_noted_and_the_rest_goes_on(
     assert [step.error for step in record.steps] == ["MeasurementError: out of order {}", None]
 
 
-def test_a_check_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
+def test_record_survives_interruption(tmp_path: Path) -> None:
     record = Record(tmp_path / "new", {"torch": torch.__version__})
     check = Check(record, 3, 60, 60)
     check.step("one", 4096, lambda: {"seconds": (0.5, 0.7), "notes": {"rows": 3}})
@@ -88,7 +86,7 @@ def test_a_check_that_is_stopped_keeps_what_it_has(tmp_path: Path) -> None:
     ).read_text(encoding="utf-8")
 
 
-def test_no_step_begins_when_time_is_up_and_rounds_end_before(tmp_path: Path) -> None:
+def test_check_time_limits(tmp_path: Path) -> None:
     now = [0.0]
 
     def passes() -> None:
@@ -102,22 +100,22 @@ def test_no_step_begins_when_time_is_up_and_rounds_end_before(tmp_path: Path) ->
     assert check.left_seconds == 40.0
     now[0] = 131.0
     assert not check.step("too late", 1, dict)
-    assert record.steps[-1] == Step("too late", 1, error="left out: the check's time is up")
+    assert record.steps[-1] == Step("too late", 1, error="skipped: the check's time is up")
 
 
-def test_a_step_is_stopped_when_its_time_is_up() -> None:
-    def goes_on_for_good() -> None:
+def test_at_most_stops_the_step() -> None:
+    def never_ends() -> None:
         with at_most(0.01):
             while True:
                 pass
 
     with pytest.raises(checked.TooLong, match="stopped after 0 s"):
-        goes_on_for_good()
+        never_ends()
     with at_most(60):
         pass
 
 
-def test_tests_are_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_tests_in_child_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
     def ran(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
@@ -131,7 +129,7 @@ def test_tests_are_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch
         run_tests(5.0)
 
 
-def test_values_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_gpu_check_bad_values(tmp_path: Path) -> None:
     for wrong in ({"rounds": 0}, {"vision_tokens": ()}, {"step_seconds": 0.0}, {"total_seconds": -1.0}):
         with pytest.raises(OptionError, match=next(iter(wrong))):
             gpu_check("tiny", tmp_path, **{**TINY, **wrong})
@@ -139,7 +137,7 @@ def test_values_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         gpu_check("huge", tmp_path)
 
 
-def test_the_command_fails_where_a_step_did(
+def test_main_fails_with_a_failed_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(checked, "gpu_check", lambda *_, **__: [Step("one", 1), Step("two", 1, error="?")])

@@ -14,19 +14,19 @@ def fill() -> None:
     torch.ones(SIZE, dtype=torch.uint8)
 
 
-def test_the_peak_shows_what_a_call_held() -> None:
+def test_peak_memory_of_a_call() -> None:
     fill()
     peak = peak_memory(fill, CPU)
     if peak is None:
         pytest.skip("this system does not tell")
     assert peak.peak_bytes - peak.before_bytes > 0.9 * SIZE
-    # Looked at anew for every call: the last peak is not seen again.
+    # Each call resets the peak.
     again = peak_memory(lambda: None, CPU)
     assert again is not None
     assert again.peak_bytes - again.before_bytes < 0.5 * SIZE
 
 
-def test_where_the_system_cannot_tell_the_call_is_made_all_the_same(
+def test_peak_memory_unsupported_system_runs_the_call(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(memory, "CLEAR", tmp_path / "nowhere" / "clear_refs")
@@ -36,7 +36,7 @@ def test_where_the_system_cannot_tell_the_call_is_made_all_the_same(
 
 
 @pytest.mark.gpu
-def test_the_peak_on_a_gpu() -> None:
+def test_peak_memory_on_gpu() -> None:
     device = torch.device("cuda")
     peak = peak_memory(lambda: torch.ones(SIZE, dtype=torch.uint8, device=device), device)
     assert peak is not None

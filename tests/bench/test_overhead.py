@@ -8,13 +8,13 @@ from vlcache_fx.bench.overhead import hash_cost, lookup_costs, splice_cost
 SIZE = DecoderSize(3, 8, 4, 2, 2, 16, 100, 10, 4, False, 200)
 
 
-def test_the_digest_is_of_all_bytes() -> None:
+def test_hash_cost_counts_all_bytes() -> None:
     cost = hash_cost(torch.zeros(10, 16, dtype=torch.bfloat16))
     assert cost.nbytes == 320
     assert cost.bytes_per_second == pytest.approx(320 / cost.seconds)
 
 
-def test_the_splice_has_the_shape_of_a_warm_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splice_cost_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def once(run: object, *_: object) -> float:
@@ -28,7 +28,7 @@ def test_the_splice_has_the_shape_of_a_warm_run(monkeypatch: pytest.MonkeyPatch)
     assert [tuple(one.shape) for one in seen] == [(1, 14, 4)]
 
 
-def test_lookups_are_timed_at_every_size() -> None:
+def test_lookup_costs_every_size() -> None:
     sizes: list[int] = []
     costs = lookup_costs([3, 10], lookups=5, after_size=lambda: sizes.append(1))
     assert [cost.entries for cost in costs] == [3, 10]

@@ -1,4 +1,4 @@
-"""A point on a tiny model: what ran, and what was noted about it. Times mean nothing here."""
+"""A point of a tiny model: systems, modes and records. Times are not checked."""
 
 import json
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def measured(model: Any) -> tuple[Point, int]:
     return measure_point(systems, workload, 2, 1, lambda: runs.append(1)), len(runs)
 
 
-def test_every_system_is_timed(measured: tuple[Point, int]) -> None:
+def test_measure_point_every_system(measured: tuple[Point, int]) -> None:
     point, runs = measured
     warm = [f"warm {variant.label}" for variant in VARIANTS]
     assert {"eager", "plain", "cold", *warm} <= set(point.seconds)
@@ -41,7 +41,7 @@ def test_every_system_is_timed(measured: tuple[Point, int]) -> None:
     assert set(point.peak_memory) == set(point.seconds)
 
 
-def test_warm_runs_did_what_their_names_say(measured: tuple[Point, int]) -> None:
+def test_measure_point_warm_runs(measured: tuple[Point, int]) -> None:
     point, _ = measured
     for variant, run in zip(VARIANTS, point.warm.values(), strict=True):
         assert run.variant == variant
@@ -52,25 +52,25 @@ def test_warm_runs_did_what_their_names_say(measured: tuple[Point, int]) -> None
         assert {"identify", "lookup", "plan", "run", "other"} <= set(run.step_ms)
 
 
-def test_the_floor_computes_as_many_rows(measured: tuple[Point, int]) -> None:
+def test_measure_point_rows_of_the_floor(measured: tuple[Point, int]) -> None:
     point, _ = measured
     for run in point.warm.values():
         assert point.floor_rows[run.floor] == run.report["rows_per_layer"][0]
-    assert len(point.floor_rows) == 2  # two variants of one budget share theirs
+    assert len(point.floor_rows) == 2  # two variants of equal budgets share a prefix hit
 
 
-def test_cold_is_the_unmodified_model(measured: tuple[Point, int]) -> None:
+def test_measure_point_cold_equals_unmodified_model(measured: tuple[Point, int]) -> None:
     point, _ = measured
     assert point.cold_difference is not None
     assert point.cold_difference < 1e-5
     assert point.cold_rows[0] == point.num_tokens
 
 
-def test_the_record_is_json(measured: tuple[Point, int]) -> None:
+def test_measure_point_is_json(measured: tuple[Point, int]) -> None:
     assert json.loads(json.dumps(asdict(measured[0])))["vision_tokens"] == 120
 
 
-def test_a_batch_is_measured_or_says_why_not(model: Any) -> None:
+def test_measure_point_batch(model: Any) -> None:
     workload = make_workload(model, RequestShape(24, batch=2))
     point = measure_point(Systems(model, "eager", [Variant()]), workload, 1, 1)
     assert point.seconds["plain"]
@@ -82,7 +82,7 @@ def test_a_batch_is_measured_or_says_why_not(model: Any) -> None:
         assert point.seconds["warm"]
 
 
-def test_a_run_that_is_not_warm_stops_the_measurement(model: Any) -> None:
+def test_measure_point_lost_donors(model: Any) -> None:
     systems = Systems(model, "eager", [Variant()])
     workload = make_workload(model, RequestShape(24))
     prepare = systems.prepare_warm

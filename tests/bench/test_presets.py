@@ -10,7 +10,7 @@ from vlcache_fx.errors import OptionError
 
 
 @pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS.keys())
-def test_transformers_takes_the_configuration(spec: ModelSpec) -> None:
+def test_presets_are_valid_configurations(spec: ModelSpec) -> None:
     model_class = getattr(transformers, spec.model_class)
     for one in (spec, spec.with_feature_tower()):
         config = model_class.config_class.from_dict(dict(one.config))
@@ -22,7 +22,7 @@ def test_transformers_takes_the_configuration(spec: ModelSpec) -> None:
 @pytest.mark.parametrize(
     ("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77)]
 )
-def test_published_shapes_have_the_published_number_of_weights(name: str, billions: float) -> None:
+def test_presets_number_of_weights(name: str, billions: float) -> None:
     spec = find_preset(name)
     model_class = getattr(transformers, spec.model_class)
     with torch.device("meta"):
@@ -30,7 +30,7 @@ def test_published_shapes_have_the_published_number_of_weights(name: str, billio
     assert sum(weight.numel() for weight in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
-def test_layers_can_be_taken_away_without_changing_the_preset() -> None:
+def test_with_layers_keeps_the_preset() -> None:
     spec = find_preset("qwen3-vl-8b")
     assert spec.with_layers(2).config["text_config"]["num_hidden_layers"] == 2
     assert spec.with_layers(None) is spec
@@ -39,17 +39,17 @@ def test_layers_can_be_taken_away_without_changing_the_preset() -> None:
         spec.with_layers(0)
 
 
-def test_a_list_of_layer_types_is_cut_with_the_layers() -> None:
+def test_with_layers_cuts_layer_types() -> None:
     spec = ModelSpec("x", "X", {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]})
     assert spec.with_layers(2).config == {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+def test_find_preset_unknown() -> None:
     with pytest.raises(OptionError, match=r"preset='gpt' is not valid.*tiny, cpu, cpu-28, qwen2\.5-vl-3b"):
         find_preset("gpt")
 
 
-def test_a_configuration_names_its_class(tmp_path: Path) -> None:
+def test_read_spec_class(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"architectures": ["A"], "hidden_size": 8}))
     assert read_spec(path).model_class == "A"
@@ -61,13 +61,13 @@ def test_a_configuration_names_its_class(tmp_path: Path) -> None:
     ("text", "message"),
     [("{", "cannot be read as JSON"), ("[]", "JSON object, not list"), ("{}", "names no architecture")],
 )
-def test_a_configuration_that_cannot_be_used_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_read_spec_unusable_configuration(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(OptionError, match=message):
         read_spec(path)
 
 
-def test_a_configuration_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_read_spec_missing_file(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be read"):
         read_spec(tmp_path / "nowhere.json")

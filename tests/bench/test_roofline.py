@@ -25,7 +25,7 @@ SIZE = DecoderSize(
 )
 COMPUTE, MEMORY = Rates(1.0, 1e30, 1.0), Rates(1e30, 1.0, 1.0)
 TEXT = [0, 1, 6, 7]
-"""Around four vision tokens at 2 to 5."""
+"""Text around four vision tokens at 2 to 5."""
 
 
 def found(rates: Rates, rows: list[int], batch: int = 1) -> Bound:
@@ -34,7 +34,7 @@ def found(rates: Rates, rows: list[int], batch: int = 1) -> Bound:
     return result
 
 
-def test_operations_of_full_rows_are_counted_by_hand() -> None:
+def test_bound_flops_of_full_rows() -> None:
     projections = 2 * LAYERS * 8 * (KV_WEIGHTS + OTHER_WEIGHTS)
     attention = LAYERS * 4 * HEADS * HEAD_DIM * sum(range(1, 9))
     result = found(COMPUTE, [8, 8, 8])
@@ -43,7 +43,7 @@ def test_operations_of_full_rows_are_counted_by_hand() -> None:
     assert result.limited_by == "compute"
 
 
-def test_keys_and_values_are_computed_for_a_layers_rows_and_the_rest_for_the_next_ones() -> None:
+def test_bound_rows_of_keys_and_queries() -> None:
     # Layer 0: K/V of 5 rows, the rest of the same (text, first vision token). Layer 1: 5, and 1.
     projections = 2 * (KV_WEIGHTS * (5 + 5) + OTHER_WEIGHTS * (5 + 1))
     pairs = (1 + 2 + 3 + 7 + 8) + 8
@@ -51,29 +51,29 @@ def test_keys_and_values_are_computed_for_a_layers_rows_and_the_rest_for_the_nex
     assert result.flops == projections + 4 * HEADS * HEAD_DIM * pairs + 2 * SIZE.head_weights
 
 
-def test_bytes_are_weights_and_keys_and_values_of_all_tokens() -> None:
+def test_bound_bytes() -> None:
     result = found(MEMORY, [5, 5, 1])
     assert result.nbytes == 2 * (SIZE.layer_weights + 128) + 8 * LAYERS * 2 * KV_HEADS * HEAD_DIM * 2
     assert result.limited_by == "memory"
     assert result.seconds == result.nbytes
 
 
-def test_samples_share_the_weights_alone() -> None:
+def test_bound_batch_shares_weights() -> None:
     one, two = found(MEMORY, [8, 8, 1]), found(MEMORY, [8, 8, 1], batch=2)
     assert two.flops == 2 * one.flops
     assert two.nbytes - one.nbytes == 8 * SIZE.kv_bytes_per_token
 
 
-def test_no_bound_is_claimed_for_experts() -> None:
+def test_bound_none_for_experts() -> None:
     assert bound(dataclasses.replace(SIZE, experts=True), COMPUTE, [8, 8, 1], 8, TEXT) is None
 
 
-def test_the_machine_has_rates() -> None:
+def test_measure_rates_positive() -> None:
     rates = measure_rates(torch.float32, torch.device("cpu"), width=16, size_bytes=4096)
     assert min(dataclasses.astuple(rates)) > 0
 
 
-def test_fewer_rows_never_have_a_larger_bound() -> None:
+def test_bound_is_monotonic_in_rows() -> None:
     seconds = [found(COMPUTE, [rows, rows, 1]).seconds for rows in range(4, 9)]
     assert seconds == sorted(seconds)
     assert seconds[0] < seconds[-1]

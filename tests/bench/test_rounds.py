@@ -9,7 +9,7 @@ def logged(log: list[str], text: str) -> Callable[[], None]:
     return lambda: log.append(text)
 
 
-def test_systems_take_turns() -> None:
+def test_interleave_order() -> None:
     log: list[str] = []
     systems = {name: System(logged(log, name)) for name in ("a", "b")}
     seconds = interleave(systems, 3)
@@ -17,7 +17,7 @@ def test_systems_take_turns() -> None:
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_a_system_can_sit_rounds_out() -> None:
+def test_interleave_fewer_rounds() -> None:
     log: list[str] = []
     systems = {"a": System(logged(log, "a"), rounds=1), "b": System(logged(log, "b"))}
     seconds = interleave(systems, 2, logged(log, "."))
@@ -25,14 +25,14 @@ def test_a_system_can_sit_rounds_out() -> None:
     assert len(seconds["a"]) == 1
 
 
-def test_a_run_is_prepared_and_checked() -> None:
+def test_time_once_prepares_and_checks() -> None:
     log: list[str] = []
     seconds = time_once(System(logged(log, "run"), logged(log, "prepare"), logged(log, "check")))
     assert log == ["prepare", "run", "check"]
     assert seconds >= 0
 
 
-def test_a_failed_check_stops_the_measurement() -> None:
+def test_time_once_failed_check() -> None:
     def check() -> None:
         raise RuntimeError("not warm")
 
@@ -40,7 +40,7 @@ def test_a_failed_check_stops_the_measurement() -> None:
         interleave({"a": System(lambda: None, check=check)}, 1)
 
 
-def test_preparation_and_check_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_once_excludes_preparation_and_check(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
     def spend(seconds: float) -> Callable[[], None]:
@@ -53,20 +53,20 @@ def test_preparation_and_check_are_not_timed(monkeypatch: pytest.MonkeyPatch) ->
     assert time_once(System(spend(2), spend(10), spend(10))) == 2
 
 
-def test_summary_is_median_and_range() -> None:
+def test_summary_of_values() -> None:
     assert Summary.of([5, 1, 3]) == Summary(3, 1, 5)
 
 
-def test_ratios_are_taken_within_rounds() -> None:
-    # Each round is slower than the one before, as on a busy machine; the ratio is 2 in all of them.
+def test_paired_ratio_within_rounds() -> None:
+    # Each round is slower than the previous round, as on a busy machine; the ratio is always 2.
     assert paired_ratio([2, 20, 200], [1, 10, 100]) == Summary(2, 2, 2)
 
 
-def test_ratio_with_a_system_that_sat_rounds_out() -> None:
+def test_paired_ratio_fewer_rounds() -> None:
     assert paired_ratio([4], [1, 100]) == Summary(4, 4, 4)
 
 
-def test_the_fastest_run_counts_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fastest_seconds_ignores_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 0.0, 5.0, 0.0, 3.0, 0.0, 4.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     assert fastest_seconds(lambda: None, 3) == 3.0

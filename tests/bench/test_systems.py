@@ -18,7 +18,7 @@ def model() -> Any:
     return build_model(find_preset("tiny"), torch.float32, torch.device("cpu"))
 
 
-def test_one_compiled_model_serves_all_variants(model: Any) -> None:
+def test_systems_share_one_compiled_model(model: Any) -> None:
     systems = Systems(model, "eager", TWO)
     systems.prepare_warm(TWO[0])
     first = systems.engine.store
@@ -32,13 +32,13 @@ def test_one_compiled_model_serves_all_variants(model: Any) -> None:
     systems.close()
 
 
-def test_a_report_that_is_not_there_is_an_error(model: Any) -> None:
+def test_report_missing(model: Any) -> None:
     systems = Systems(model, "eager", [Variant()])
-    with pytest.raises(MeasurementError, match="without its engine"):
+    with pytest.raises(MeasurementError, match="did not call its engine"):
         systems.report()
 
 
-def test_a_variant_that_cannot_be_is_refused(model: Any) -> None:
+def test_systems_bad_variant(model: Any) -> None:
     with pytest.raises(PolicyError, match="nobody"):
         Systems(model, "eager", [Variant("nobody")])
     with pytest.raises(OptionError, match="budget"):
@@ -47,11 +47,11 @@ def test_a_variant_that_cannot_be_is_refused(model: Any) -> None:
         Systems(model, "eager", [Variant(store="ftp://")])
 
 
-def test_labels_tell_variants_apart() -> None:
+def test_variant_labels_are_unique() -> None:
     assert TWO[0].label == "first_k 25 % memory://"
 
 
-def test_only_stores_with_a_place_outlive_the_process() -> None:
+def test_outlives_process_by_url() -> None:
     assert outlives_process("file:///donors")
     assert not outlives_process("memory://")
     assert not outlives_process("host://")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.floor import PrefixHitBaseline
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
 from vlcache_fx.bench.workload import RequestShape, has_grids, make_workload
@@ -19,7 +19,7 @@ def model() -> Any:
     return build_model(find_preset("tiny"), torch.float32, torch.device("cpu"))
 
 
-def test_the_image_moves_and_its_features_stay(model: Any) -> None:
+def test_make_workload_moves_the_image(model: Any) -> None:
     workload = make_workload(model, RequestShape(24, text_before=5, text_after=9))
     image_token = model.config.image_token_id
     assert workload.starts == (6, 10)
@@ -34,7 +34,7 @@ def test_the_image_moves_and_its_features_stay(model: Any) -> None:
     assert len(workload.text_positions) == workload.num_tokens - 24
 
 
-def test_several_images_and_samples_hold_different_photos(model: Any) -> None:
+def test_make_workload_several_images_and_samples(model: Any) -> None:
     workload = make_workload(model, RequestShape(24, images=2, batch=2))
     assert workload.first["input_ids"].shape[0] == 2
     assert workload.vision_tokens == 48
@@ -46,7 +46,7 @@ def test_several_images_and_samples_hold_different_photos(model: Any) -> None:
 
 
 def without_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give ``model`` a ``forward`` like that of transformers 5.17, which takes no encoder outputs."""
+    """Replace ``forward`` by that of transformers 5.17, without encoder outputs."""
     whole = model.forward
 
     def forward(
@@ -61,9 +61,7 @@ def without_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "forward", forward)
 
 
-def test_where_forward_takes_no_encoder_outputs_marked_embeddings_hold_them(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_make_workload_with_marked_embeddings(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = RequestShape(24, images=2, batch=2)
     usual = make_workload(model, shape)
     with torch.no_grad():
@@ -72,29 +70,27 @@ def test_where_forward_takes_no_encoder_outputs_marked_embeddings_hold_them(
     workload = make_workload(model, shape)
     assert "input_ids" not in workload.second
     start = usual.starts[1]
-    # Between two images lie the marks of the first one's end and the second one's start.
+    # Two images are separated by the end token of the first and the start token of the second.
     wanted = [(sample, start + place, 24) for sample in range(2) for place in (0, 26)]
     assert list(marked_spans(workload.second["inputs_embeds"])) == wanted
     assert (workload.starts, workload.text_positions) == (usual.starts, usual.text_positions)
     with torch.no_grad():
         assert torch.equal(model(**workload.second).logits, expected)
-        floor = Floor(model, workload, 5)
+        floor = PrefixHitBaseline(model, workload, 5)
         floor.prepare()
         torch.testing.assert_close(floor.run().logits, expected)
         floor.check()
 
 
-def test_features_of_inner_layers_need_a_forward_that_takes_them(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_make_workload_deepstack_without_encoder_outputs(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     without_outputs(model, monkeypatch)
     features = SimpleNamespace(pooler_output=[torch.zeros(24, 128)], deepstack_features=[])
     monkeypatch.setattr("vlcache_fx.bench.workload.encode", lambda *_: features)
-    with pytest.raises(OptionError, match="takes no encoder outputs, and its inner layers want some"):
+    with pytest.raises(OptionError, match="does not accept encoder outputs, which its deepstack layers need"):
         make_workload(model, RequestShape(24))
 
 
-def test_an_encoder_without_grids_gives_images_its_own_number_of_tokens() -> None:
+def test_make_workload_without_grids() -> None:
     model = tiny_llava()
     workload = make_workload(model, RequestShape(1000, images=2, text_before=5, text_after=9))
     assert workload.shape.vision_tokens == LLAVA_IMAGE_TOKENS
@@ -109,7 +105,7 @@ def encoder(method: Any) -> Any:
     return SimpleNamespace(base_model=SimpleNamespace(get_image_features=method))
 
 
-def test_encoders_that_want_something_else_are_refused() -> None:
+def test_has_grids_unsupported_encoder() -> None:
     assert has_grids(encoder(lambda pixel_values, image_grid_thw: None))
     assert not has_grids(encoder(lambda pixel_values, strategy=None, **others: None))
     with pytest.raises(OptionError, match="pixel_values, input_ids"):
@@ -119,11 +115,11 @@ def test_encoders_that_want_something_else_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["vision_tokens", "images", "batch", "text_before", "text_after"])
-def test_nothing_of_a_kind_is_refused(name: str) -> None:
+def test_request_shape_zero(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name}=0 is not valid"):
         RequestShape(**{"vision_tokens": 8, name: 0})
 
 
-def test_images_that_would_not_move_are_refused() -> None:
+def test_request_shape_equal_texts() -> None:
     with pytest.raises(OptionError, match="both 7"):
         RequestShape(8, text_before=7, text_after=7)

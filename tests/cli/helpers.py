@@ -1,4 +1,4 @@
-"""The console script, called as people call it."""
+"""Runs the console script."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from vlcache_fx.cli import app
 
 
 def run(*arguments: str) -> str:
-    """The output of a command that succeeds."""
+    """Run a command that must succeed; return its output."""
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def failure(*arguments: str) -> str:
-    """The output of a command that fails with a message."""
+    """Run a command that must fail with a message; return its output."""
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1, result.output
     return result.output

@@ -1,4 +1,4 @@
-"""``vlcache bench``, as people call it."""
+"""``vlcache bench``."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_bench_tables_record_and_picture(tmp_path: Path) -> None:
         (("--store", "tape://"), "store='tape://' is not valid"),
         (("--lowering", "magic"), "lowering='magic' is not valid"),
         (("--rounds", "0"), "rounds=0 must be positive"),
-        (("--model-class", "Thing"), "needs a config"),
+        (("--model-class", "Thing"), "needs config"),
         (("--layers", "0"), "layers=0 is not valid"),
         (("--text-before", "40"), "must differ"),
         (("--images", "0"), "images=0 is not valid"),

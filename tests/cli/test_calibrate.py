@@ -1,4 +1,4 @@
-"""``vlcache calibrate``: what it refuses. ``tests/fidelity/test_reference.py`` runs it."""
+"""Errors of ``vlcache calibrate``; ``tests/fidelity/test_reference.py`` runs it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def test_calibrate_missing_prompts() -> None:
 def test_calibrate_folder_without_a_model(tmp_path: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     output = failure("calibrate", str(tmp_path))
-    assert "has no questions of its own: give prompts with --data" in output
+    assert "has no questions: pass prompts with --data" in output
     data.write_text("")
     output = failure("calibrate", str(tmp_path), "--data", str(data))
-    assert "no two prompts are about the same images" in output
+    assert "no two prompts have the same images" in output

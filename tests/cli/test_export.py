@@ -1,4 +1,4 @@
-"""``vlcache export``: what it refuses. ``tests/deploy/`` tests the exporter."""
+"""Errors of ``vlcache export``; ``tests/deploy/`` tests the exporter."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .helpers import failure
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no model 'nowhere': give one of reference, photo, or a folder"),
+        (["nowhere"], "no model 'nowhere': it must be one of reference, photo, or a folder"),
         (
             ["reference", "--dtype", "int3"],
             "dtype 'int3' is not valid: it must be one of float32, float16, bfloat16",

@@ -1,4 +1,4 @@
-"""``vlcache fidelity``: what it refuses. ``tests/fidelity/test_reference.py`` runs it."""
+"""Errors of ``vlcache fidelity``; ``tests/fidelity/test_reference.py`` runs it."""
 
 import pytest
 
@@ -8,10 +8,10 @@ from .helpers import failure
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no model 'nowhere': give one of reference, photo, or a folder"),
+        (["nowhere"], "no model 'nowhere': it must be one of reference, photo, or a folder"),
         (["reference", "--policy", "best"], "unknown policy 'best'"),
-        (["reference", "--budget", "2"], "must be a share in [0, 1], not 2.0"),
-        (["reference", "--family", "two"], "unknown family 'two'"),
+        (["reference", "--budget", "2"], "budget=2.0 is not valid: it must be in [0, 1]"),
+        (["reference", "--family", "two"], "family='two' is not valid"),
         (["reference", "--profile", "no.json"], "cannot read the profile 'no.json'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Exports that tests share. Each takes seconds, so one process makes it and the others of a run read it."""
+"""Exports shared by tests. Each takes seconds: one process writes it, and the others read it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm
 from .helpers import Exported, tiny_shapes
 
 LAYERS = 3
-"""Of models in plain torch. Those of the transformers library have one less: each takes seconds."""
+"""Kinds of plain torch models. Models of the transformers library have one less: each takes seconds."""
 
 EXPORTS = frozenset(
     [
@@ -42,7 +42,7 @@ Maker = Callable[..., Exported]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of exports are slow: the first of each waits for it."""
+    """Mark tests of exports as slow: the first test of an export waits for it."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents and EXPORTS & set(getattr(item, "fixturenames", ())):
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Maker:
-    """Exports a model, or finds the export that another process of this run made."""
+    """Export a model once per test run, for all processes."""
     for package in ("onnx", "onnxscript", "pydantic"):
         pytest.importorskip(package, reason="exports need the extra onnx")
     root = tmp_path_factory.getbasetemp()
@@ -86,7 +86,7 @@ def qwen(exported_once: Maker) -> Exported:
 
 @pytest.fixture(scope="session")
 def half(exported_once: Maker) -> Exported:
-    """In float16, and with an encoder that cannot be traced: it decides by a value."""
+    """A model in float16 with an untraceable encoder: its control flow depends on a value."""
     model: Any = tiny_llava(1).to(torch.float16)
     encode = model.model.get_image_features
 
@@ -104,7 +104,7 @@ def tiny(exported_once: Maker) -> Exported:
 
 @pytest.fixture(scope="session")
 def tiny_blended(exported_once: Maker) -> Exported:
-    """Made for a policy that chooses rows of its own for every layer."""
+    """An export for a policy with different rows in every layer."""
     return exported_once(
         "blended", "tiny", tiny_vlm(num_layers=LAYERS), dynamic_shapes=tiny_shapes(), policy="cacheblend"
     )
@@ -112,7 +112,7 @@ def tiny_blended(exported_once: Maker) -> Exported:
 
 @pytest.fixture(scope="session")
 def tiny_profile(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A profile that says that the first layer matters most."""
+    """A profile in which the first layer matters most."""
     path = tmp_path_factory.mktemp("profile") / "profile.json"
     fingerprint = tiny.manifest.decoder.model_fingerprint
     Profile(fingerprint, "float32", (4.0, 1.0, 1.0), ((0.0, 1.0), (0.5, 0.1), (1.0, 0.0))).save(path)
@@ -121,7 +121,7 @@ def tiny_profile(tiny: Exported, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
-    """Made with a profile, with attention as one node, and with engines where something builds them."""
+    """An export with a profile, attention nodes, and engines if a package can build them."""
     engine = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
     package = importlib.util.find_spec("tensorrt_rtx")
     return exported_once(
@@ -139,7 +139,7 @@ def tiny_profiled(exported_once: Maker, tiny_profile: Path) -> Exported:
 
 @pytest.fixture(scope="session")
 def qwen_engines(qwen: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The same with engines for one GPU, built without one."""
+    """The export ``qwen`` with engines, built without a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
     folder = qwen.copied(tmp_path_factory.mktemp("engines") / "exported")
     options = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
@@ -149,6 +149,6 @@ def qwen_engines(qwen: Exported, tmp_path_factory: pytest.TempPathFactory) -> Ex
 
 @pytest.fixture
 def any_export(request: pytest.FixtureRequest) -> Exported:
-    """The export that a test's parameter names."""
+    """The export named by the test's parameter."""
     found: Exported = request.getfixturevalue(request.param)
     return found

@@ -1,4 +1,4 @@
-"""Exported models beside the models, prompts for them, and what a session's results are compared with."""
+"""Exported models with their originals, prompts, and expected results of sessions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs
 
 ATOL, RTOL = 2e-5, 1e-4
-"""Of float32 results: ONNX Runtime adds up in another order than torch."""
+"""Tolerance of float32 results: ONNX Runtime sums in another order than torch."""
 
 GRIDS = ((8, 8), (4, 8))
-"""Of the two images of a Qwen prompt."""
+"""Grids of the two images of a Qwen prompt."""
 
 TINY_LENGTHS = (20, 24)
 """Tokens of the two images of a ``TinyVlm`` prompt."""
@@ -35,7 +35,7 @@ TINY_LENGTHS = (20, 24)
 
 @dataclass(frozen=True)
 class Exported:
-    """A model and what became of it.
+    """A model and its export.
 
     Attributes:
         kind: ``llava``, ``half``, ``qwen`` or ``tiny``: which prompts it takes.
@@ -51,24 +51,24 @@ class Exported:
 
     @property
     def atol(self) -> float:
-        """Of its results, absolute."""
+        """Absolute tolerance of results."""
         return 2e-3 if self.kind == "half" else ATOL
 
     @property
     def manifest(self) -> Manifest:
-        """As it is on disk."""
+        """The manifest on disk."""
         return Manifest.load(self.folder)
 
     def session(self, **options: Any) -> OnnxSession:
-        """On ONNX Runtime, strict, and with images of any length unless said otherwise."""
+        """Create a session on ONNX Runtime; by default strict, with spans of any length."""
         return OnnxSession(self.folder, **{"strict": True, "min_span_tokens": 4, **options})
 
     def copied(self, target: Path) -> Path:
-        """A copy of the folder that a test may change."""
+        """Copy the folder."""
         return Path(shutil.copytree(self.folder, target))
 
     def inputs(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
-        """What the model takes, for a prompt with its images 0 and 1 in this order.
+        """Inputs of the model for a prompt with the given images.
 
         Args:
             images: which of them.
@@ -77,20 +77,20 @@ class Exported:
         return PROMPTS[self.kind](images, text)
 
     def given(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
-        """What a session takes for the same prompt: with the model's positions, unless they are counted."""
+        """Inputs of a session for the same prompt, with the model's positions unless they are trivial."""
         inputs = self.inputs(images, text)
         with torch.no_grad():
             positions = EncodersFirst(self.model)((), dict(inputs))[1].get("position_ids")
         return inputs if positions is None else {**inputs, "position_ids": positions}
 
     def expected(self, images: Sequence[int], text: int = 0) -> dict[str, Tensor]:
-        """What the unmodified model computes, under the names of the graphs' outputs."""
+        """Results of the unmodified model, by the names of the graphs' outputs."""
         with torch.no_grad():
             return named_results(self.kind, self.model, self.inputs(images, text))
 
 
 def named_results(kind: str, model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Results of a model, unmodified or with reuse on the torch path, as sessions name them."""
+    """Results of an unmodified or compiled model, by their names in sessions."""
     if kind == "tiny":
         return {"result.0": model(**inputs)}
     result = model(**inputs, use_cache=True, logits_to_keep=1)
@@ -103,7 +103,7 @@ def named_results(kind: str, model: Any, inputs: dict[str, Tensor]) -> dict[str,
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = ATOL) -> None:
-    """The same results under the same names."""
+    """Compare results by name."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
@@ -112,7 +112,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: floa
 
 
 def report_of(session: Session) -> dict[str, Any]:
-    """Of its last prefill."""
+    """Report of the last prefill."""
     report = session.vlcache.last_report
     assert report is not None
     return report
@@ -149,7 +149,7 @@ def tiny_shapes() -> dict[str, Any]:
 
 
 def bare_manifest(**changes: Any) -> Manifest:
-    """A small valid manifest of no model, with whatever a test is about."""
+    """Create a small valid manifest with changes."""
     program = ProgramGraph("prefill_cold", ("input_ids",), ("logits",), ProgramSpec((), ()))
     graph = GraphSpec(
         "prefill_cold.onnx",
@@ -173,5 +173,5 @@ def bare_manifest(**changes: Any) -> Manifest:
 
 
 def encoder(graph: str, modality: str, **fixed: tuple[int, ...]) -> EncoderGraph:
-    """An encoder that gives one tensor of features."""
+    """An encoder with one output."""
     return EncoderGraph(graph, modality, fixed, (f"{modality or 'all'}.features",))

@@ -1,4 +1,4 @@
-"""What the runtime knows of a decoder, by way of the manifest."""
+"""Specs of exported decoders survive the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def found(request: pytest.FixtureRequest) -> ExportInput:
 
 @pytest.fixture(scope="module")
 def described(found: ExportInput) -> tuple[DecoderSpec, DecoderSpec]:
-    """Of the graph, and as a manifest holds it."""
+    """The spec of the graph, and after a round trip through JSON."""
     recorded = cold_program(found.decoder).recorded
     before = describe_decoder(found.decoder, found.facts, recorded, (1, 1)).spec
     adapter = TypeAdapter(DecoderSpec)
@@ -54,7 +54,7 @@ def test_describe_export_survives_the_manifest(
     for name in ("num_layers", "num_outputs", "tail", "rows", "layer_groups", "dtype"):
         assert getattr(after, name) == getattr(before, name)
     assert after.computation == before.computation
-    assert after.layout.startswith(before.layout)  # and says which other weights there are
+    assert after.layout.startswith(before.layout)  # plus the digest of other weights
     assert len(after.layout) > len(before.layout)
     assert (before.model_fingerprint, len(after.model_fingerprint or "")) == (None, 64)
     assert before.weights
@@ -62,7 +62,7 @@ def test_describe_export_survives_the_manifest(
     assert after.positions(9).tolist() == before.positions(9).tolist() == [8]  # type: ignore[union-attr]
 
 
-def test_spans_are_found_without_the_graph(
+def test_describe_export_spans_without_the_graph(
     found: ExportInput, described: tuple[DecoderSpec, DecoderSpec]
 ) -> None:
     kept = [index for index, name in enumerate(found.inputs) if name]
@@ -88,7 +88,7 @@ def test_spans_are_found_without_the_graph(
     assert identifier.media_spans([short[name] for name in names(found)]) is None
 
 
-def test_masks_are_looked_at_without_the_graph(
+def test_describe_export_masks_without_the_graph(
     found: ExportInput, described: tuple[DecoderSpec, DecoderSpec]
 ) -> None:
     before, after = (spec.masks for spec in described)

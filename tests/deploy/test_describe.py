@@ -1,4 +1,4 @@
-"""What an export says that it did."""
+"""Reports of exports, and their wiring."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ EXPORTS = ["llava", "qwen", "tiny", "tiny_blended", "tiny_profiled"]
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_a_report_is_that_of_the_manifest(any_export: Exported) -> None:
+def test_report_of_the_manifest(any_export: Exported) -> None:
     report = ExportReport.of(any_export.manifest, any_export.folder)
     assert json.loads(json.dumps(report.as_dict())) == any_export.report
     assert any_export.report["directory"] == str(any_export.folder)
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_files_have_the_sizes_that_they_have_on_disk(any_export: Exported) -> None:
+def test_report_file_sizes(any_export: Exported) -> None:
     sizes = {path.name: path.stat().st_size for path in any_export.folder.iterdir() if path.name != MANIFEST}
     assert any_export.report["files"] == sizes
     assert any_export.report["size_bytes"] == sum(sizes.values())
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_every_layers_keys_and_values_are_lookups(any_export: Exported) -> None:
+def test_report_lookups_of_every_layer(any_export: Exported) -> None:
     manifest, lookups = any_export.manifest, any_export.report["lookups"]
     layers = range(manifest.decoder.num_layers)
     assert [one["slot"] for one in lookups] == [f"{layer}.{part}" for layer in layers for part in "kv"]
@@ -49,7 +49,7 @@ def test_every_layers_keys_and_values_are_lookups(any_export: Exported) -> None:
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_what_was_hoisted_are_the_inputs_that_the_warm_graph_has_beside_the_requests(
+def test_report_hoisted_inputs_of_the_warm_graph(
     any_export: Exported,
 ) -> None:
     manifest, hoisted = any_export.manifest, any_export.report["hoisted"]
@@ -64,14 +64,14 @@ def test_what_was_hoisted_are_the_inputs_that_the_warm_graph_has_beside_the_requ
     [("tiny", {"0", "tail"}), ("tiny_blended", {"0", "1", "2", "tail"})],
     indirect=["any_export"],
 )
-def test_there_is_one_input_of_rows_for_each_group_of_layers(any_export: Exported, rows: set[str]) -> None:
+def test_one_rows_input_per_layer_group(any_export: Exported, rows: set[str]) -> None:
     hoisted = any_export.report["hoisted"]
     assert {name.removeprefix("rows.") for name in hoisted if name.startswith("rows.")} == rows
     assert {name.removeprefix("source.") for name in hoisted if name.startswith("source.")} == rows - {"tail"}
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_layers_run_on_the_chosen_rows(any_export: Exported) -> None:
+def test_report_restricted_nodes(any_export: Exported) -> None:
     restricted = any_export.report["restricted"]
     assert [one["layer"] for one in restricted] == list(range(any_export.manifest.decoder.num_layers))
     for one in restricted:
@@ -79,16 +79,16 @@ def test_layers_run_on_the_chosen_rows(any_export: Exported) -> None:
         assert one["query_rows"] > one["all_tokens"]
 
 
-def test_a_plain_torch_model_has_no_decoding_step_and_says_why(tiny: Exported) -> None:
+def test_plain_torch_model_reports_no_decoding_step(tiny: Exported) -> None:
     assert tiny.report["refused"] == [
-        {"graph": "decode", "reason": "only models of the transformers library have a known cache"}
+        {"graph": "decode", "reason": "the KV cache is known only for models of the transformers library"}
     ]
     assert not (tiny.folder / "decode.onnx").exists()
     assert tiny.manifest.decode is None
     assert tiny.manifest.wiring == wiring(False)
 
 
-def test_a_model_of_the_library_is_exported_whole(llava: Exported, qwen: Exported) -> None:
+def test_transformers_model_is_exported_completely(llava: Exported, qwen: Exported) -> None:
     for exported in (llava, qwen):
         assert exported.report["refused"] == []
         assert exported.manifest.decode == "decode"
@@ -98,7 +98,7 @@ def test_a_model_of_the_library_is_exported_whole(llava: Exported, qwen: Exporte
     assert grids == [(1, 8, 8), (1, 4, 8)]
 
 
-def test_the_wiring_names_every_step() -> None:
+def test_wiring_names_every_step() -> None:
     steps = [step.partition(":")[0] for step in wiring(True)]
     assert [step for step in steps if " " not in step] == [
         "encoder",
@@ -110,7 +110,7 @@ def test_the_wiring_names_every_step() -> None:
     assert wiring(True)[:-1] == wiring(False)
 
 
-def test_engines_have_their_size_and_the_time_they_took() -> None:
+def test_report_engines() -> None:
     engine = EngineSpec("decode.engine", "tensorrt 10", ("sm90",), {}, {}, 1.25)
     manifest = bare_manifest(engines={"decode": engine}, files={"decode.engine": FileSpec(7, "")})
     report = ExportReport.of(manifest, Path("here"))

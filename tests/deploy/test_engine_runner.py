@@ -1,4 +1,4 @@
-"""Engines on a GPU, as far as that can be told without one."""
+"""Engines on a GPU: checks without a GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MANIFEST = bare_manifest(graphs={"prefill_cold": GRAPH}, engines={"prefill_cold"
 
 
 class Context:
-    """An execution context that notes what it is told, and writes ones to its outputs when it runs."""
+    """An execution context that records its bindings, and writes ones to its outputs."""
 
     def __init__(self, works: bool = True) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -70,7 +70,7 @@ class Context:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *contexts: Context | None, version: str = "10.9.0") -> list[bytes]:
-    """``tensorrt`` on a GPU that is none; the plans that were loaded."""
+    """Install a fake ``tensorrt``; return the list of loaded plans."""
     loaded: list[bytes] = []
     waiting = list(contexts)
 
@@ -102,55 +102,55 @@ def given(tokens: int = 5, rows: int = 3) -> dict[str, Tensor]:
     return {"input_ids": torch.arange(tokens)[None], "features": torch.ones(rows, 4, dtype=torch.float16)}
 
 
-def test_an_export_without_engines_has_no_engine_session(tmp_path: Path) -> None:
+def test_engine_session_without_engines(tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
     bare_manifest().save(tmp_path)
-    with pytest.raises(ExportError, match=f"{tmp_path} holds no engines: export with format='tensorrt'"):
+    with pytest.raises(ExportError, match=f"{tmp_path} contains no engines: export with format='tensorrt'"):
         EngineSession(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_there_is_no_engine_session(tmp_path: Path) -> None:
+def test_engine_session_without_gpu(tmp_path: Path) -> None:
     pytest.importorskip("pydantic")
     MANIFEST.save(tmp_path)
-    with pytest.raises(ExportError, match="run on an NVIDIA GPU, and torch sees none here: use OnnxSession"):
+    with pytest.raises(ExportError, match="need an NVIDIA GPU, and torch finds none: use OnnxSession"):
         EngineSession(tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_engines_that_were_built_ahead_of_time_do_not_run(qwen_engines: Exported) -> None:
-    with pytest.raises(ExportError, match="torch sees none here"):
+def test_engine_session_ahead_of_time_without_gpu(qwen_engines: Exported) -> None:
+    with pytest.raises(ExportError, match="torch finds none"):
         vlcache_fx.EngineSession(qwen_engines.folder)
 
 
-def test_engines_are_run_by_the_package_that_built_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_engines_package_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
     assert check_engines(MANIFEST, "sm86").__version__ == "10.9.0"
     assert check_engines(MANIFEST, "sm80").__version__ == "10.9.0"
 
 
-def test_engines_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_engines_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, version="10.10.0")
     with pytest.raises(
-        ExportError, match=r"built by tensorrt 10\.9\.0; 10\.10\.0 is installed: build them again"
+        ExportError, match=r"built by tensorrt 10\.9\.0, but 10\.10\.0 is installed: build them again"
     ):
         check_engines(MANIFEST, "sm86")
 
 
-def test_engines_of_another_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_engines_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
-    with pytest.raises(ExportError, match="built for sm80, sm86; this GPU is sm90: build them again"):
+    with pytest.raises(ExportError, match="built for sm80, sm86, but this GPU is sm90: build them again"):
         check_engines(MANIFEST, "sm90")
 
 
-def test_engines_of_a_package_that_is_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_engines_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(ExportError, match="tensorrt is not installed"):
         check_engines(MANIFEST, "sm86")
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(2, 1), (16, 8), (7, 3)])
-def test_sizes_from_the_smallest_to_the_largest_are_taken(tokens: int, rows: int) -> None:
+def test_check_shapes_within_the_profile(tokens: int, rows: int) -> None:
     check_shapes("prefill_cold", ENGINE, {**given(tokens, rows), "not an input": torch.ones(99)})
     check_shapes("prefill_cold", ENGINE, {"input_ids": given(tokens)["input_ids"]})
 
@@ -158,19 +158,19 @@ def test_sizes_from_the_smallest_to_the_largest_are_taken(tokens: int, rows: int
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (given(1), r"'input_ids' of prefill_cold has the shape \[1, 1\]; .* \[1, 2\] to \[1, 16\]: export"),
-        (given(17), r"'input_ids' of prefill_cold has the shape \[1, 17\]"),
-        (given(5, 9), r"'features' of prefill_cold has the shape \[9, 4\]"),
-        ({"features": torch.ones(3, 5)}, r"'features' of prefill_cold has the shape \[3, 5\]"),
-        ({"input_ids": torch.arange(5)}, r"'input_ids' of prefill_cold has the shape \[5\]"),
+        (given(1), r"'input_ids' of prefill_cold has shape \[1, 1\]; .* \[1, 2\] to \[1, 16\]: export"),
+        (given(17), r"'input_ids' of prefill_cold has shape \[1, 17\]"),
+        (given(5, 9), r"'features' of prefill_cold has shape \[9, 4\]"),
+        ({"features": torch.ones(3, 5)}, r"'features' of prefill_cold has shape \[3, 5\]"),
+        ({"input_ids": torch.arange(5)}, r"'input_ids' of prefill_cold has shape \[5\]"),
     ],
 )
-def test_other_sizes_are_refused_by_name(inputs: dict[str, Tensor], message: str) -> None:
+def test_check_shapes_outside_the_profile(inputs: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         check_shapes("prefill_cold", ENGINE, inputs)
 
 
-def test_an_engine_reads_and_writes_tensors_where_they_lie() -> None:
+def test_bind_without_copies() -> None:
     context, inputs = Context(), given()
     made, kept = bind(context, ENGINE, inputs, GRAPH.outputs, CPU)
     assert context.shapes == {"input_ids": (1, 5), "features": (3, 4)}
@@ -187,7 +187,7 @@ def test_an_engine_reads_and_writes_tensors_where_they_lie() -> None:
     assert [value.data_ptr() for value in kept] == [value.data_ptr() for value in inputs.values()]
 
 
-def test_inputs_are_brought_into_the_form_that_the_engine_takes() -> None:
+def test_bind_converts_inputs() -> None:
     context = Context()
     features = torch.arange(12.0).reshape(4, 3).mT  # float32, not contiguous
     _, kept = bind(context, ENGINE, {**given(), "features": features}, GRAPH.outputs, CPU)
@@ -197,9 +197,7 @@ def test_inputs_are_brought_into_the_form_that_the_engine_takes() -> None:
     assert context.addresses["features"] == brought.data_ptr()
 
 
-def test_a_graph_is_loaded_once_and_runs_on_the_current_stream(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_loads_once_and_uses_the_current_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ENGINE.file).write_bytes(b"plan")
     context = Context()
     loaded = fake(monkeypatch, context)
@@ -213,7 +211,7 @@ def test_a_graph_is_loaded_once_and_runs_on_the_current_stream(
     assert context.streams == [77, 77]
 
 
-def test_what_an_engine_cannot_do_is_an_export_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ENGINE.file).write_bytes(b"plan")
     fake(monkeypatch, None, Context(works=False))
     runner = EngineRunner(tmp_path, MANIFEST, "cpu")
@@ -221,24 +219,22 @@ def test_what_an_engine_cannot_do_is_an_export_error(tmp_path: Path, monkeypatch
         runner.run("prefill_cold", given())
     with pytest.raises(ExportError, match="TensorRT cannot run prefill_cold"):
         runner.run("prefill_cold", given())
-    with pytest.raises(ExportError, match="inputs of prefill_cold are missing: features"):
+    with pytest.raises(ExportError, match="prefill_cold lacks inputs: features"):
         runner.run("prefill_cold", {"input_ids": given()["input_ids"]})
-    with pytest.raises(ExportError, match=r"'input_ids' of prefill_cold has the shape \[1, 30\]"):
+    with pytest.raises(ExportError, match=r"'input_ids' of prefill_cold has shape \[1, 30\]"):
         runner.run("prefill_cold", given(30))
-    with pytest.raises(ExportError, match=r"'input_ids' of prefill_cold has the shape \[1, 30\]"):
+    with pytest.raises(ExportError, match=r"'input_ids' of prefill_cold has shape \[1, 30\]"):
         runner.check("prefill_cold", given(30))
 
 
-def test_a_runner_checks_gpu_and_version_when_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_runner_checks_gpu_and_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, version="11.0")
     with pytest.raises(ExportError, match="build them again"):
         EngineRunner(tmp_path, MANIFEST, "cpu")
 
 
 class Computing:
-    """An execution context that reads and writes memory as an engine does, and computes with ONNX Runtime."""
+    """An execution context that reads and writes memory like an engine, and computes with ONNX Runtime."""
 
     def __init__(self, path: Path, spec: EngineSpec) -> None:
         import onnxruntime
@@ -280,7 +276,7 @@ class Computing:
 
 @pytest.fixture
 def on_engines(qwen_engines: Exported, monkeypatch: pytest.MonkeyPatch) -> Callable[..., EngineSession]:
-    """Makes sessions on a stand-in that takes sizes and memory as TensorRT does."""
+    """Create sessions on a fake TensorRT with its rules for sizes and memory."""
     manifest, folder = qwen_engines.manifest, qwen_engines.folder
     fake(monkeypatch, version=manifest.engines["decode"].builder.split()[1])
     package = engine_runner.find_package("")
@@ -298,7 +294,7 @@ def on_engines(qwen_engines: Exported, monkeypatch: pytest.MonkeyPatch) -> Calla
 STEPS = (([0], "cold"), ([0], "warm"), ([1, 0], "warm"))
 
 
-def test_a_session_on_engines_equals_the_unmodified_model(
+def test_engine_session_equals_unmodified_model(
     qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
     session = on_engines(policy="full")
@@ -311,7 +307,7 @@ def test_a_session_on_engines_equals_the_unmodified_model(
     assert session.generate(3, **given).tolist() == whole.tolist()
 
 
-def test_a_session_on_engines_reuses_what_one_on_onnx_runtime_reuses(
+def test_engine_session_reuses_like_onnx_session(
     qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
     session, other = on_engines(), qwen_engines.session()
@@ -323,20 +319,18 @@ def test_a_session_on_engines_reuses_what_one_on_onnx_runtime_reuses(
         assert report_of(session)["mode"] == mode
 
 
-def test_a_session_on_engines_answers_text_alone(
-    qwen_engines: Exported, on_engines: Callable[..., EngineSession]
-) -> None:
+def test_engine_session_text_only(qwen_engines: Exported, on_engines: Callable[..., EngineSession]) -> None:
     found = on_engines().prefill(**qwen_engines.given([], 3))
     assert_close(found, qwen_engines.expected([], 3), qwen_engines.atol)
 
 
-def test_a_prompt_that_the_engines_were_not_built_for_costs_later_ones_nothing(
+def test_engine_session_recovers_after_unsupported_sizes(
     qwen_engines: Exported, on_engines: Callable[..., EngineSession]
 ) -> None:
     session, given = on_engines(policy="full"), qwen_engines.given([0], 0)
     long = {**given, "input_ids": torch.zeros(1, 9000, dtype=torch.int64)}
     long["position_ids"] = given["position_ids"][..., :1].expand(-1, -1, 9000)
-    with pytest.raises(ExportError, match=r"'input_ids' of \w+ has the shape \[1, 9000\]; the engine takes"):
+    with pytest.raises(ExportError, match=r"'input_ids' of \w+ has shape \[1, 9000\]; the engine accepts"):
         session.prefill(**long)
     for text, mode in ((0, "cold"), (1, "warm")):
         session.prefill(**qwen_engines.given([0], text))
@@ -344,7 +338,7 @@ def test_a_prompt_that_the_engines_were_not_built_for_costs_later_ones_nothing(
 
 
 @pytest.mark.gpu
-def test_engines_equal_the_unmodified_model(tmp_path: Path, qwen: Exported) -> None:
+def test_engines_equal_unmodified_model(tmp_path: Path, qwen: Exported) -> None:
     pytest.importorskip("tensorrt", reason="it builds engines for the GPU that is there")
     report = vlcache_fx.export(
         qwen.model, qwen.inputs([0, 1]), tmp_path / "engines", "tensorrt", engine=EngineOptions("tensorrt")

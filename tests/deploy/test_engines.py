@@ -22,9 +22,9 @@ from onnx import TensorProto, helper
 from vlcache_fx.deploy import engines
 from vlcache_fx.deploy.engines import (
     AHEAD_OF_TIME,
-    TIMINGS,
-    USUAL_TAIL,
-    USUAL_TOKENS,
+    DEFAULT_TAIL,
+    DEFAULT_TOKENS,
+    TIMING_CACHE,
     EngineOptions,
     build_engines,
     find_package,
@@ -40,11 +40,11 @@ FOR_ONE = EngineOptions(package="tensorrt_rtx", compute_capabilities=("sm86",))
 
 @pytest.fixture
 def rtx() -> Any:
-    """The package that builds without a GPU."""
+    """``tensorrt_rtx``, which builds without a GPU."""
     return pytest.importorskip("tensorrt_rtx", reason="it is what builds engines ahead of time")
 
 
-def test_every_graph_has_an_engine(qwen_engines: Exported) -> None:
+def test_build_engines_every_graph(qwen_engines: Exported) -> None:
     manifest = qwen_engines.manifest
     assert manifest.engines.keys() == manifest.graphs.keys()
     assert {"prefill_cold", "prefill_warm", "decode", "encoder", "spans"} <= manifest.engines.keys()
@@ -57,7 +57,7 @@ def test_every_graph_has_an_engine(qwen_engines: Exported) -> None:
         assert engine.build_seconds > 0
 
 
-def test_engines_say_what_built_them_and_what_they_take(qwen_engines: Exported, rtx: Any) -> None:
+def test_engine_spec_names_builder_and_shapes(qwen_engines: Exported, rtx: Any) -> None:
     manifest = qwen_engines.manifest
     for name, engine in manifest.engines.items():
         graph = manifest.graphs[name]
@@ -72,7 +72,7 @@ def test_engines_say_what_built_them_and_what_they_take(qwen_engines: Exported, 
                 assert isinstance(form, str) or low == high == form
 
 
-def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(qwen_engines: Exported) -> None:
+def test_engine_accepts_shapes_of_several_prompts(qwen_engines: Exported) -> None:
     manifest = qwen_engines.manifest
     for images, text in (([0, 1], 0), ([0], 3), ([1, 0], 5), ([], 2)):
         given = qwen_engines.given(images, text)
@@ -91,7 +91,7 @@ def test_engines_take_the_shapes_of_the_example_and_of_other_prompts(qwen_engine
 
 
 @pytest.mark.thorough
-def test_engines_in_float16_keep_their_dtype(half: Exported, tmp_path: Path, rtx: Any) -> None:
+def test_build_engines_float16(half: Exported, tmp_path: Path, rtx: Any) -> None:
     manifest = build_engines(half.manifest, half.copied(tmp_path / "copy"), FOR_ONE)
     assert manifest.dtype == "float16"
     assert manifest.engines.keys() == manifest.graphs.keys() >= {"prefill_cold", "prefill_warm", "decode"}
@@ -101,7 +101,7 @@ def test_engines_in_float16_keep_their_dtype(half: Exported, tmp_path: Path, rtx
     }  # fmt: skip
 
 
-def test_engines_are_built_while_exporting_also_of_attention_nodes(tiny_profiled: Exported, rtx: Any) -> None:
+def test_export_builds_engines_with_attention_nodes(tiny_profiled: Exported, rtx: Any) -> None:
     manifest, report = tiny_profiled.manifest, tiny_profiled.report
     assert manifest.opset == 23
     assert manifest.engines.keys() == manifest.graphs.keys() == report["engines"].keys()
@@ -112,7 +112,7 @@ def test_engines_are_built_while_exporting_also_of_attention_nodes(tiny_profiled
         assert report["files"][engine.file] == size
 
 
-def test_engines_of_several_gpus_are_one_file(tmp_path: Path, rtx: Any) -> None:
+def test_build_engines_several_gpus_in_one_file(tmp_path: Path, rtx: Any) -> None:
     manifest = build_engines(
         written(tmp_path, prefill_cold="Add"),
         tmp_path,
@@ -123,7 +123,7 @@ def test_engines_of_several_gpus_are_one_file(tmp_path: Path, rtx: Any) -> None:
 
 
 def written(folder: Path, **operators: str) -> Manifest:
-    """A folder of small graphs, each with one operator; ``Add``, or one of a domain that nobody knows."""
+    """Write small graphs of one operator each: ``Add``, or an operator of an unknown domain."""
     graphs = {}
     for name, operator in operators.items():
         form = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 4])
@@ -141,13 +141,13 @@ def written(folder: Path, **operators: str) -> Manifest:
 
 
 @pytest.mark.parametrize("name", ["prefill_cold", "prefill_warm"])
-def test_a_prefill_graph_that_cannot_be_parsed_is_an_error(tmp_path: Path, name: str, rtx: Any) -> None:
+def test_build_engines_unparsable_prefill(tmp_path: Path, name: str, rtx: Any) -> None:
     with pytest.raises(ExportError, match=rf"^tensorrt_rtx cannot parse {name}\.onnx: .*(?s:.)*Mystery"):
         build_engines(written(tmp_path, **{name: "Mystery"}), tmp_path, FOR_ONE)
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_another_graph_that_cannot_be_parsed_is_left_out_with_its_reason(tmp_path: Path, rtx: Any) -> None:
+def test_build_engines_reports_other_unparsable_graphs(tmp_path: Path, rtx: Any) -> None:
     before = written(tmp_path, decode="Mystery", prefill_cold="Add")
     manifest = build_engines(before, tmp_path, FOR_ONE)
     assert list(manifest.engines) == ["prefill_cold"]
@@ -158,15 +158,15 @@ def test_another_graph_that_cannot_be_parsed_is_left_out_with_its_reason(tmp_pat
     assert before.report["refused"] == []
 
 
-def test_sizes_are_those_that_were_asked_for(tmp_path: Path, rtx: Any) -> None:
+def test_build_engines_sizes(tmp_path: Path, rtx: Any) -> None:
     options = EngineOptions("tensorrt_rtx", ("sm86",), {"tokens": (3, 5, 7)})
     manifest = build_engines(written(tmp_path, prefill_cold="Add"), tmp_path, options)
     assert manifest.engines["prefill_cold"].profile == {"x": ((3, 4), (5, 4), (7, 4))}
 
 
-def test_sizes_of_an_unknown_name_are_refused_with_those_that_there_are(tmp_path: Path, rtx: Any) -> None:
+def test_build_engines_unknown_size_name(tmp_path: Path, rtx: Any) -> None:
     options = EngineOptions("tensorrt_rtx", ("sm86",), {"tokesn": (1, 2, 3)})
-    with pytest.raises(OptionError, match=r"no size is named 'tokesn'; these graphs have tokens"):
+    with pytest.raises(OptionError, match=r"these graphs have no size 'tokesn'; they have tokens"):
         build_engines(written(tmp_path, prefill_cold="Add"), tmp_path, options)
     assert not list(tmp_path.glob("*.engine"))
 
@@ -175,67 +175,76 @@ def test_sizes_of_an_unknown_name_are_refused_with_those_that_there_are(tmp_path
     ("options", "message"),
     [
         ({"package": "openvino"}, "package='openvino' is not valid: it must be tensorrt or tensorrt_rtx"),
-        ({"compute_capabilities": ("sm86", "sm90")}, "'sm90' cannot be built for ahead of time.*'tensorrt'"),
-        ({"compute_capabilities": ("86",)}, "'86' cannot be built for ahead of time: valid are sm75, "),
+        (
+            {"compute_capabilities": ("sm86", "sm90")},
+            "no engine for 'sm90' can be built ahead of time; .*'tensorrt'",
+        ),
+        (
+            {"compute_capabilities": ("86",)},
+            "no engine for '86' can be built ahead of time; valid compute capabilities are sm75, ",
+        ),
         ({"compute_capabilities": ()}, "compute_capabilities is empty"),
-        ({"sizes": {"tokens": (1, 9, 8)}}, r"sizes\['tokens'\]=\(1, 9, 8\) must be three numbers"),
+        (
+            {"sizes": {"tokens": (1, 9, 8)}},
+            r"sizes\['tokens'\]=\(1, 9, 8\) must be \(minimum, optimum, maximum\)",
+        ),
         ({"sizes": {"tokens": (9, 8, 10)}}, r"sizes\['tokens'\]"),
         ({"sizes": {"tokens": (0, 8, 10)}}, r"sizes\['tokens'\]"),
         ({"sizes": {"tokens": (1, 8)}}, r"sizes\['tokens'\]"),
         ({"sizes": {"tokens": (1, 8.5, 9)}}, r"sizes\['tokens'\]"),
-        ({"sizes": {"tokens": 512}}, r"sizes\['tokens'\]=512 must be three numbers"),
+        ({"sizes": {"tokens": 512}}, r"sizes\['tokens'\]=512 must be \(minimum, optimum, maximum\)"),
     ],
 )
-def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], message: str) -> None:
+def test_engine_options_bad_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         EngineOptions(**options)
 
 
-def test_usual_sizes_reach_as_far_as_tokens_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_sizes_follow_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
     shape = ("tokens", "image_tokens", "rows_tail", "past_tokens", 64)
     graph = GraphSpec("prefill_cold.onnx", {"x": TensorSpec("float", shape)}, {})
-    for sizes, reach in (({}, USUAL_TOKENS), ({"tokens": (2, 100, 200)}, (2, 100, 200))):
+    for sizes, reach in (({}, DEFAULT_TOKENS), ({"tokens": (2, 100, 200)}, (2, 100, 200))):
         engine = build_engines(
             bare_manifest(graphs={"prefill_cold": graph}), tmp_path, EngineOptions(sizes=sizes)
         ).engines["prefill_cold"]
         low, usual, high = engine.profile["x"]
-        assert low == (reach[0], 1, USUAL_TAIL[0], 1, 64)
-        assert usual == (reach[1], reach[1], USUAL_TAIL[1], reach[1], 64)
-        assert high == (reach[2], reach[2], USUAL_TAIL[2], reach[2], 64)
+        assert low == (reach[0], 1, DEFAULT_TAIL[0], 1, 64)
+        assert usual == (reach[1], reach[1], DEFAULT_TAIL[1], reach[1], 64)
+        assert high == (reach[2], reach[2], DEFAULT_TAIL[2], reach[2], 64)
 
 
-def test_gpus_that_can_be_built_for_are_those_of_the_package(rtx: Any) -> None:
+def test_ahead_of_time_gpus_of_the_package(rtx: Any) -> None:
     known = {name.lower() for name in dir(rtx.ComputeCapability) if re.fullmatch(r"SM\d+", name)}
     assert set(AHEAD_OF_TIME) <= known
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_package_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(
-        ExportError, match=r"^tensorrt is not installed; pip install 'vlcache_fx\[tensorrt\]'"
+        ExportError, match=r"^tensorrt is not installed: pip install 'vlcache_fx\[tensorrt\]'"
     ):
         find_package("tensorrt")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     for name in (None, "tensorrt_rtx"):
         with pytest.raises(
-            ExportError, match=r"^tensorrt-rtx is not installed; .*vlcache_fx\[tensorrt-rtx\]"
+            ExportError, match=r"^tensorrt-rtx is not installed: .*vlcache_fx\[tensorrt-rtx\]"
         ):
             find_package(name)
 
 
-def test_a_package_whose_libraries_cannot_be_loaded_is_named_with_the_reason(
+def test_find_package_broken_libraries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(name: str) -> ModuleType:
         raise OSError("libnvinfer.so.10: cannot open shared object file")
 
     monkeypatch.setattr(engines.importlib, "import_module", fail)
-    with pytest.raises(ExportError, match=r"^tensorrt is not installed; .*libnvinfer\.so\.10"):
+    with pytest.raises(ExportError, match=r"^tensorrt is not installed: .*libnvinfer\.so\.10"):
         find_package("tensorrt")
 
 
-def test_by_default_the_first_package_that_is_installed_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_package_first_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = ModuleType("tensorrt"), ModuleType("tensorrt_rtx")
     monkeypatch.setitem(sys.modules, "tensorrt", first)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", second)
@@ -246,7 +255,7 @@ def test_by_default_the_first_package_that_is_installed_builds(monkeypatch: pyte
 
 
 class Network:
-    """What a fake builder is given."""
+    """The network of a fake builder."""
 
     num_layers = 0
 
@@ -255,7 +264,7 @@ class Network:
 
 
 class Cache:
-    """A timing cache: the bytes that it was made of, and what a build adds."""
+    """A timing cache: its initial bytes, and a suffix from the build."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
@@ -265,14 +274,14 @@ class Cache:
 
 
 class Fake:
-    """``tensorrt`` as far as engines need it: builds for the GPU that is there, and keeps timings."""
+    """The part of ``tensorrt`` that engines use: builds for the local GPU, with a timing cache."""
 
     __name__ = "tensorrt"
     __version__ = "10.9.0"
     NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
 
     class ILogger:
-        """As the package has it."""
+        """Base class of loggers."""
 
         Severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
 
@@ -332,7 +341,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, plan: bytes | None = b"plan") -> Fake:
     return made
 
 
-def test_tensorrt_builds_for_the_gpu_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_builds_for_the_local_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = fake(monkeypatch)
     manifest = build_engines(written(tmp_path, prefill_cold="Add", decode="Add"), tmp_path)
     for name in ("prefill_cold", "decode"):
@@ -344,16 +353,14 @@ def test_tensorrt_builds_for_the_gpu_that_is_there(tmp_path: Path, monkeypatch: 
     assert package.profiles == [{"x": ((2, 4), (1024, 4), (8192, 4))}] * 2
 
 
-def test_tensorrt_goes_on_with_the_timings_of_earlier_engines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorrt_continues_the_timing_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = fake(monkeypatch)
     build_engines(written(tmp_path, prefill_cold="Add", decode="Add"), tmp_path)
     assert package.caches == [b"", b"+"]
-    assert (tmp_path / TIMINGS).read_bytes() == b"++"
+    assert (tmp_path / TIMING_CACHE).read_bytes() == b"++"
 
 
-def test_an_engine_that_cannot_be_built_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_engines_reason_of_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, None)
     message = "^tensorrt cannot build prefill_cold: no implementation for this node$"
     with pytest.raises(ExportError, match=message):

@@ -1,4 +1,4 @@
-"""``vlcache_fx.export``: what it takes, what it refuses, and what it leaves behind."""
+"""``vlcache_fx.export``: arguments, errors and side effects."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ EXAMPLE = tiny_vlm_inputs(5, 4, [(20, 0)])
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """Where nothing is yet, in a folder of its own."""
+    """A path that does not exist, in a folder of its own."""
     (tmp_path / "place").mkdir()
     return tmp_path / "place" / "exported"
 
 
 def export(target: Path, model: nn.Module | None = None, example: Any = None, **options: Any) -> Any:
-    """Of a tiny model, unless another one is given."""
+    """Export ``model``, by default a tiny model."""
     if model is None:
         model, options = tiny_vlm(num_layers=1), {"dynamic_shapes": tiny_shapes(), **options}
     return vlcache_fx.export(model, EXAMPLE if example is None else example, target, **options)
 
 
-def assert_nothing_is_left(target: Path) -> None:
+def assert_no_files(target: Path) -> None:
     assert not target.exists()
     assert list(target.parent.iterdir()) == []
 
 
 @pytest.fixture
 def without_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Exports write one file and a manifest, at once; the folders in which they did."""
+    """Replace the writing of graphs by that of one file; return the folders that were written to."""
     folders: list[Path] = []
 
     def write(model: nn.Module, example: Any, folder: Path, *_: Any) -> Manifest:
@@ -74,7 +74,7 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     ("options", "message"),
     [
         ({"format": "openvino"}, "format='openvino' is not valid: it must be 'onnx' or 'tensorrt'"),
-        ({"opset": 17}, "opset=17 is not valid: it must be a whole number from 18 to 23"),
+        ({"opset": 17}, "opset=17 is not valid: it must be an integer from 18 to 23"),
         ({"opset": 24}, "opset=24 is not valid"),
         ({"opset": True}, "opset=True is not valid"),
         ({"opset": "20"}, "opset='20' is not valid"),
@@ -85,29 +85,29 @@ def without_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         ({"policy": ""}, "policy='' is not valid"),
     ],
 )
-def test_a_bad_argument_is_refused(target: Path, options: dict[str, Any], message: str) -> None:
+def test_export_bad_argument(target: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         export(target, **options)
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_an_unknown_policy_is_refused(target: Path) -> None:
+def test_export_unknown_policy(target: Path) -> None:
     with pytest.raises(PolicyError, match="no_such_policy"):
         export(target, policy="no_such_policy")
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
 @pytest.mark.parametrize("what", ["a missing file", "another model's"])
-def test_a_profile_that_does_not_fit_is_refused(target: Path, tmp_path: Path, what: str) -> None:
+def test_export_mismatched_profile(target: Path, tmp_path: Path, what: str) -> None:
     path = tmp_path / "profile.json"
     if what == "another model's":
         Profile("another model", "float32", (1.0,)).save(path)
     with pytest.raises(PolicyError, match=r"cannot read the profile|another model"):
         export(target, profile=path)
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_a_directory_that_is_not_empty_is_kept_as_it_is(target: Path) -> None:
+def test_export_keeps_nonempty_directory(target: Path) -> None:
     target.mkdir()
     (target / "precious").write_text("data", encoding="utf-8")
     with pytest.raises(ExportError, match=f"{target} exists and is not an empty directory"):
@@ -116,43 +116,39 @@ def test_a_directory_that_is_not_empty_is_kept_as_it_is(target: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_a_file_in_place_of_the_directory_is_kept(target: Path) -> None:
+def test_export_keeps_file_at_the_target(target: Path) -> None:
     target.write_text("data", encoding="utf-8")
     with pytest.raises(ExportError, match=f"{target} exists and is not an empty directory"):
         export(target)
     assert target.read_text(encoding="utf-8") == "data"
 
 
-def test_a_file_in_place_of_a_parent_is_named(tmp_path: Path) -> None:
+def test_export_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=f"cannot write to {tmp_path / 'file'}: "):
         export(tmp_path / "file" / "exported")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "pydantic"])
-def test_a_missing_package_is_named_with_its_extra(
-    target: Path, package: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_missing_package(target: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ExportError, match=rf"^{package} is not installed; .*'vlcache_fx\[onnx\]'"):
+    with pytest.raises(ExportError, match=rf"^{package} is not installed: .*'vlcache_fx\[onnx\]'"):
         export(target)
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_a_missing_tensorrt_is_named_before_anything_is_traced(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_missing_tensorrt_before_tracing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, package, None)
     no_model = nn.Identity()
-    with pytest.raises(ExportError, match=r"tensorrt-rtx is not installed; .*'vlcache_fx\[tensorrt-rtx\]'"):
+    with pytest.raises(ExportError, match=r"tensorrt-rtx is not installed: .*'vlcache_fx\[tensorrt-rtx\]'"):
         export(target, no_model, format="tensorrt")
-    with pytest.raises(ExportError, match=r"^tensorrt is not installed; .*'vlcache_fx\[tensorrt\]'"):
+    with pytest.raises(ExportError, match=r"^tensorrt is not installed: .*'vlcache_fx\[tensorrt\]'"):
         export(target, no_model, format="tensorrt", engine=EngineOptions(package="tensorrt"))
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_extras_that_messages_name_exist() -> None:
+def test_extras_in_messages_exist() -> None:
     import tomllib
 
     root = Path(__file__).parents[2]
@@ -184,19 +180,19 @@ def twice(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
     ids=["two prompts", "padding", "no image", "no tokens"],
 )
-def test_an_example_that_does_not_do_is_refused(
+def test_export_unsuitable_example(
     target: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str
 ) -> None:
     with pytest.raises(ExportError, match=message):
         export(target, tiny_llava(1), change(llava_inputs(5, 4, [0])))
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_two_prompts_for_a_plain_torch_model_are_refused(target: Path) -> None:
+def test_export_batch_of_plain_torch_model(target: Path) -> None:
     shapes = {"input_ids": None, "pixel_values": None}
     with pytest.raises((ExportError, UnsupportedGraphError)):
         export(target, tiny_vlm(num_layers=1), twice(EXAMPLE), dynamic_shapes=shapes)
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
 @pytest.mark.parametrize(
@@ -208,35 +204,33 @@ def test_two_prompts_for_a_plain_torch_model_are_refused(target: Path) -> None:
     ],
     ids=["no merge", "positions", "no attention"],
 )
-def test_a_model_that_cannot_be_rewritten_is_refused(
-    target: Path, model: nn.Module, example: Any, reason: Reason
-) -> None:
+def test_export_unsupported_model(target: Path, model: nn.Module, example: Any, reason: Reason) -> None:
     with pytest.raises(UnsupportedGraphError) as refusal:
         export(target, model, example)
     assert refusal.value.reason is reason
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
 class Deciding(nn.Module):
-    """Python decides by a value."""
+    """Control flow depends on a value."""
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return input_ids if int(input_ids.sum()) else -input_ids
 
 
-def test_a_model_that_cannot_be_traced_is_refused(target: Path) -> None:
+def test_export_untraceable_model(target: Path) -> None:
     with pytest.raises(ExportError, match=r"^torch cannot trace this Deciding: \w+: "):
         export(target, Deciding(), {"input_ids": EXAMPLE["input_ids"]})
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
 class Stopped(BaseException):
-    """What a test raises in the middle of an export."""
+    """Raised in the middle of an export."""
 
 
 @pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("is_there", [True, False], ids=["an empty directory", "no directory"])
-def test_what_is_raised_in_the_middle_leaves_nothing_behind(
+def test_export_interrupted_leaves_no_files(
     target: Path, is_there: bool, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = []
@@ -256,7 +250,7 @@ def test_what_is_raised_in_the_middle_leaves_nothing_behind(
     assert not is_there or list(target.iterdir()) == []
 
 
-def test_a_failing_engine_leaves_nothing_behind(
+def test_export_failed_engine_leaves_no_files(
     target: Path, without_graphs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(manifest: Manifest, folder: Path, options: EngineOptions | None) -> Manifest:
@@ -268,10 +262,10 @@ def test_a_failing_engine_leaves_nothing_behind(
     with pytest.raises(ExportError, match="no such engine"):
         export(target, format="tensorrt")
     assert without_graphs
-    assert_nothing_is_left(target)
+    assert_no_files(target)
 
 
-def test_a_failed_export_leaves_the_model_as_it_was(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_export_keeps_the_model(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = tiny_llava(1)
     before = copy.deepcopy(model.state_dict())
 
@@ -281,10 +275,10 @@ def test_a_failed_export_leaves_the_model_as_it_was(target: Path, monkeypatch: p
     monkeypatch.setattr(writer.GraphWriter, "program", stop)
     with pytest.raises(Stopped):
         export(target, model, llava_inputs(5, 4, [0]))
-    assert_as_it_was(model, before)
+    assert_unchanged(model, before)
 
 
-def assert_as_it_was(model: Any, before: dict[str, Tensor]) -> None:
+def assert_unchanged(model: Any, before: dict[str, Tensor]) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -294,16 +288,14 @@ def assert_as_it_was(model: Any, before: dict[str, Tensor]) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_export_leaves_the_model_as_it_was(llava: Exported, qwen: Exported, tiny: Exported) -> None:
+def test_export_keeps_the_model(llava: Exported, qwen: Exported, tiny: Exported) -> None:
     fresh = {"llava": tiny_llava(2), "qwen": tiny_qwen2_5_vl(2), "tiny": tiny_vlm(num_layers=3)}
     for exported in (llava, qwen, tiny):
-        assert_as_it_was(exported.model, fresh[exported.kind].state_dict())
+        assert_unchanged(exported.model, fresh[exported.kind].state_dict())
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_every_part_of_the_model_trains_as_before(
-    target: Path, without_graphs: list[Path], fails: bool
-) -> None:
+def test_export_restores_training_mode(target: Path, without_graphs: list[Path], fails: bool) -> None:
     model = tiny_vlm(num_layers=1).train()
     model.encoder.eval()  # frozen
     before = {name: module.training for name, module in model.named_modules()}
@@ -314,9 +306,7 @@ def test_every_part_of_the_model_trains_as_before(
     assert {name: module.training for name, module in model.named_modules()} == before
 
 
-def test_parents_are_made_and_the_folder_can_be_read_by_all(
-    tmp_path: Path, without_graphs: list[Path]
-) -> None:
+def test_export_creates_parents_and_readable_folder(tmp_path: Path, without_graphs: list[Path]) -> None:
     target = tmp_path / "some" / "where" / "exported"
     report = export(target)
     assert sorted(path.name for path in target.iterdir()) == [MANIFEST, "weights.bin"]
@@ -328,7 +318,7 @@ def test_parents_are_made_and_the_folder_can_be_read_by_all(
 
 
 @pytest.mark.parametrize("name", ["exported", "./exported", "."])
-def test_an_empty_directory_is_filled_by_any_name(
+def test_export_into_empty_directory(
     tmp_path: Path, without_graphs: list[Path], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -339,22 +329,22 @@ def test_an_empty_directory_is_filled_by_any_name(
     assert sorted(path.name for path in where.iterdir()) == [MANIFEST, "weights.bin"]
 
 
-def test_a_directory_may_be_a_string(target: Path, without_graphs: list[Path]) -> None:
+def test_export_directory_as_string(target: Path, without_graphs: list[Path]) -> None:
     vlcache_fx.export(tiny_vlm(num_layers=1), EXAMPLE, str(target))
     assert (target / MANIFEST).exists()
 
 
-def test_an_encoder_that_cannot_be_traced_is_left_out_with_its_reason(half: Exported) -> None:
+def test_export_reports_untraceable_encoder(half: Exported) -> None:
     (refused,) = half.report["refused"]
     assert refused["graph"] == "encoder"
     assert refused["reason"].startswith("torch cannot trace this")
     assert not (half.folder / "encoder.onnx").exists()
     assert half.manifest.encoders == ()
-    with pytest.raises(ExportError, match="pixel_values are given, but this export holds no encoder"):
+    with pytest.raises(ExportError, match="'pixel_values': this export has no image encoder"):
         OnnxSession(half.folder).prefill(**half.given([0]))
 
 
-def test_where_the_encoder_was_left_out_features_are_given(half: Exported) -> None:
+def test_session_without_encoder_needs_features(half: Exported) -> None:
     session = half.session(policy="full")
     (name,) = (name for name in session.manifest.inputs if name != "input_ids")
     for text, mode in ((0, "cold"), (1, "warm")):
@@ -365,5 +355,5 @@ def test_where_the_encoder_was_left_out_features_are_given(half: Exported) -> No
         assert report_of(session)["mode"] == mode
 
 
-def test_where_the_encoder_was_left_out_text_alone_needs_nothing(half: Exported) -> None:
+def test_session_without_encoder_text_only(half: Exported) -> None:
     assert_close(half.session().prefill(**half.given([], 1)), half.expected([], 1), half.atol)

@@ -1,4 +1,4 @@
-"""From programs to graphs of named tensors."""
+"""Programs as graphs of named tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def placeholders(graph: fx.GraphModule) -> int:
     return len(graph.graph.find_nodes(op="placeholder"))
 
 
-def test_weights_are_put_inside_and_inputs_keep_their_order() -> None:
+def test_flatten_weights_and_order_of_inputs() -> None:
     found = flat(
         lambda w, a, b: (a * w - b, a + w), (WEIGHT, X, Y), [None, "a", "b"], ["first", "second"],
         weights={0: ("layer.weight", WEIGHT)},
@@ -53,7 +53,7 @@ def test_weights_are_put_inside_and_inputs_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_inputs_keep_their_order_where_there_are_no_weights(count: int) -> None:
+def test_flatten_order_of_inputs_without_weights(count: int) -> None:
     examples = [X, Y, X * Y][:count]
     names = [f"input.{index}" for index in range(count)]
     found = flat(lambda *args: (torch.stack(args),), examples, names, ["all"])
@@ -61,26 +61,26 @@ def test_inputs_keep_their_order_where_there_are_no_weights(count: int) -> None:
     assert torch.equal(found.module(*examples)[0], torch.stack(examples))
 
 
-def test_weights_that_need_gradients_are_constants() -> None:
+def test_flatten_weights_that_require_grad() -> None:
     weight = torch.nn.Parameter(WEIGHT)
     found = flat(lambda w, a: (a * w,), (WEIGHT, X), [None, "a"], ["x"], weights={0: ("w", weight)})
     assert not found.module(X)[0].requires_grad
     assert weight.requires_grad
 
 
-def test_inputs_of_one_name_are_one() -> None:
+def test_flatten_merges_inputs_of_equal_names() -> None:
     found = flat(lambda a, b, c: (a + 2 * b - c,), (X, X.clone(), Y), ["same", "same", "other"], ["sum"])
     assert dict(found.inputs) == {"same": 0, "other": 2}
     assert placeholders(found.module) == 2
 
 
-def test_an_input_that_nothing_reads_is_left_out() -> None:
+def test_flatten_drops_unused_inputs() -> None:
     found = flat(lambda a, b: (a + 1,), (X, Y), ["a", "b"], ["x"])
     assert dict(found.inputs) == {"a": 0}
     assert torch.equal(found.module(X)[0], X + 1)
 
 
-def test_a_gather_by_an_index_that_does_nothing_is_left_out() -> None:
+def test_flatten_drops_identity_gathers() -> None:
     def function(a: Tensor, keep: Tensor, other: Tensor) -> tuple[Tensor, ...]:
         kept = a.index_select(0, keep)
         return (kept.index_select(0, other) * 2,)
@@ -92,7 +92,7 @@ def test_a_gather_by_an_index_that_does_nothing_is_left_out() -> None:
     assert torch.equal(found.module(X, torch.tensor([1]))[0], X[1:] * 2)
 
 
-def test_a_tensor_that_is_returned_twice_has_the_first_name() -> None:
+def test_flatten_tensor_returned_twice() -> None:
     def function(a: Tensor) -> tuple[Tensor, ...]:
         doubled = a * 2
         return doubled, a + 1, doubled
@@ -103,7 +103,7 @@ def test_a_tensor_that_is_returned_twice_has_the_first_name() -> None:
     assert [value.tolist() for value in found.module(X)] == [(X * 2).tolist(), (X + 1).tolist()]
 
 
-def test_a_result_that_is_no_tensor_has_no_name() -> None:
+def test_flatten_constant_result() -> None:
     traced = make_fx(lambda a: (a + 1,))(X)
     output = traced.graph.output_node()
     output.args = ((output.args[0][0], None, 7),)  # type: ignore[index]
@@ -113,24 +113,24 @@ def test_a_result_that_is_no_tensor_has_no_name() -> None:
     assert len(found.module(X)) == 1
 
 
-def test_a_result_that_is_an_input_is_an_output() -> None:
+def test_flatten_input_as_result() -> None:
     found = flat(lambda a, b: (a, a + b), (X, Y), ["a", "b"], ["same", "sum"])
     assert [value.tolist() for value in found.module(X, Y)] == [X.tolist(), (X + Y).tolist()]
 
 
-def test_operators_are_replaced() -> None:
+def test_flatten_replaces_operators() -> None:
     found = flat(
         lambda a, b: (a * b,), (X, Y), ["a", "b"], ["x"], replacements={aten.mul.Tensor: aten.add.Tensor}
     )
     assert torch.equal(found.module(X, Y)[0], X + Y)
 
 
-def test_constants_of_the_program_come_along() -> None:
+def test_flatten_copies_constants() -> None:
     found = flat(lambda a: (a + WEIGHT,), (X,), ["a"], ["x"])
     assert torch.equal(found.module(X)[0], X + WEIGHT)
 
 
-def test_checks_of_the_model_are_left_out() -> None:
+def test_flatten_drops_assertions() -> None:
     def function(a: Tensor) -> tuple[Tensor, ...]:
         torch._assert_async((a >= 0).all(), "negative")
         return (a + 1,)
@@ -146,7 +146,7 @@ def test_checks_of_the_model_are_left_out() -> None:
     ("level", "groups", "name"),
     [(0, (3,), "0"), (2, (3,), "0"), (3, (3,), TAIL), (0, (1, 2), "0"), (1, (1, 2), "1"), (2, (1, 2), "1")],
 )
-def test_a_level_belongs_to_the_group_of_its_layer(level: int, groups: tuple[int, ...], name: str) -> None:
+def test_group_of_levels(level: int, groups: tuple[int, ...], name: str) -> None:
     assert group_of(level, groups) == name
 
 
@@ -169,5 +169,5 @@ def test_a_level_belongs_to_the_group_of_its_layer(level: int, groups: tuple[int
         ("place.0.3", (3,), "place.0.tail"),
     ],
 )
-def test_slots_of_one_group_are_one_input(slot: str, groups: tuple[int, ...], name: str | None) -> None:
+def test_slot_name_of_groups(slot: str, groups: tuple[int, ...], name: str | None) -> None:
     assert slot_name(InputSlot.parse(slot), groups) == name

@@ -1,4 +1,4 @@
-"""Weights of graphs lie in their folder."""
+"""Checks of external weights and of references in a manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = {"weights.bin": FileSpec(64, "0" * 64)}
 
 
 def graph(folder: Path, nested: bool = False, **said: str) -> Path:
-    """A graph with one weight outside of it."""
+    """Write a graph with one external weight."""
     weight = onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT, dims=[4])
     weight.data_location = onnx.TensorProto.EXTERNAL
     for key, value in said.items():
@@ -36,7 +36,7 @@ def graph(folder: Path, nested: bool = False, **said: str) -> Path:
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_lies_in_the_folder_is_read(tmp_path: Path, nested: bool) -> None:
+def test_check_external_data_inside_the_folder(tmp_path: Path, nested: bool) -> None:
     check_external_data(graph(tmp_path, nested, location="weights.bin", offset="48", length="16"), FILES)
 
 
@@ -54,17 +54,19 @@ def test_what_lies_in_the_folder_is_read(tmp_path: Path, nested: bool) -> None:
         ({"location": "weights.bin", "length": str(1 << 70)}, "at most the file's 64 bytes"),
     ],
 )
-def test_other_places_are_refused(tmp_path: Path, nested: bool, said: dict[str, str], message: str) -> None:
+def test_check_external_data_outside_the_folder(
+    tmp_path: Path, nested: bool, said: dict[str, str], message: str
+) -> None:
     with pytest.raises(ExportError, match=message):
         check_external_data(graph(tmp_path, nested, **said), FILES)
 
 
-def test_what_is_no_graph_is_left_to_whoever_loads_it(tmp_path: Path) -> None:
+def test_check_external_data_ignores_invalid_graphs(tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(b"\xff\xff no graph")
     check_external_data(tmp_path / "graph.onnx", FILES)
 
 
-def test_what_is_called_by_name_is_there() -> None:
+def test_check_references_missing_graph() -> None:
     files = {"prefill_cold.onnx": FileSpec(1, "0" * 64)}
     whole = bare_manifest(files=files)
     check_references(whole)

@@ -1,4 +1,4 @@
-"""Which encoder graph each item of a request goes through."""
+"""Encoder graphs of a request's items."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def grids(*sizes: tuple[int, int, int]) -> Tensor:
     return torch.tensor(sizes)
 
 
-def test_each_item_goes_to_the_encoder_of_its_grid() -> None:
+def test_encoder_inputs_by_grid() -> None:
     found = calls(
         SMALL, LARGE, pixel_values=PIXELS, image_grid_thw=grids((2, 2, 2), (1, 2, 2)), input_ids=PIXELS
     )
@@ -41,12 +41,12 @@ def test_each_item_goes_to_the_encoder_of_its_grid() -> None:
     assert torch.equal(found[1].values[0], PIXELS[8:])
 
 
-def test_where_there_are_no_grids_each_row_is_an_item() -> None:
+def test_encoder_inputs_without_grids() -> None:
     found = calls(encoder("encoder", "image"), pixel_values=PIXELS[:3])
     assert [call.values[0].tolist() for call in found] == [[row] for row in PIXELS[:3].tolist()]
 
 
-def test_images_and_videos_have_encoders_of_their_own() -> None:
+def test_encoder_inputs_images_and_videos() -> None:
     found = calls(
         encoder("eye", "image", image_grid_thw=(1, 2, 2)),
         encoder("film", "video", video_grid_thw=(2, 2, 2)),
@@ -58,7 +58,7 @@ def test_images_and_videos_have_encoders_of_their_own() -> None:
     assert [call.spec.graph for call in found] == ["eye", "film"]
 
 
-def test_an_encoder_of_no_modality_takes_the_requests_inputs_as_they_are() -> None:
+def test_encoder_inputs_without_modality() -> None:
     everything = encoder("encoder", "")
     (call,) = calls(everything, scale=PIXELS[0], pixels=PIXELS, other=1)
     assert torch.equal(call.values[0], PIXELS)
@@ -67,12 +67,12 @@ def test_an_encoder_of_no_modality_takes_the_requests_inputs_as_they_are() -> No
 
 
 @pytest.mark.parametrize("name", ["image", ""])
-def test_no_encoder_runs_where_features_are_given(name: str) -> None:
+def test_encoder_inputs_given_features(name: str) -> None:
     given = {f"{name or 'all'}.features": PIXELS, "pixel_values": PIXELS, "pixels": PIXELS, "scale": PIXELS}
     assert calls(encoder("encoder", name), **given) == []
 
 
-def test_text_alone_needs_no_encoder() -> None:
+def test_encoder_inputs_text_only() -> None:
     assert calls(encoder("encoder", "image"), input_ids=PIXELS, pixel_values=None) == []
     assert calls(input_ids=PIXELS) == []
 
@@ -87,16 +87,16 @@ def test_text_alone_needs_no_encoder() -> None:
         ),
         (
             {"pixel_values": PIXELS, "image_grid_thw": grids((1, 3, 4))},
-            "no encoder was exported for the image image_grid_thw 1x3x4; .*1x2x2.*2x2x2.*image.features",
+            "for image items with image_grid_thw 1x3x4, .*1x2x2.*2x2x2.*image.features",
         ),
-        ({"pixel_values_videos": PIXELS}, "pixel_values_videos are given, .* no encoder for a video"),
+        ({"pixel_values_videos": PIXELS}, "'pixel_values_videos': this export has no video encoder"),
     ],
 )
-def test_pixels_without_an_encoder_are_refused(inputs: dict[str, Tensor], message: str) -> None:
+def test_encoder_inputs_unsupported_pixels(inputs: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         calls(SMALL, LARGE, **inputs)
 
 
-def test_pixels_for_an_export_without_encoders_are_refused() -> None:
-    with pytest.raises(ExportError, match="pixel_values are given, but this export holds no encoder"):
+def test_encoder_inputs_export_without_encoders() -> None:
+    with pytest.raises(ExportError, match="'pixel_values': this export has no image encoder"):
         calls(pixel_values=PIXELS)

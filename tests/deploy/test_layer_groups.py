@@ -1,4 +1,4 @@
-"""Which layers compute the same rows."""
+"""Groups of layers that compute the same rows."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Chosen(Policy):
 
 
 @pytest.mark.parametrize("name", ["layer_aware", "uniform", "first_k", "full", "none", "random"])
-def test_without_a_profile_all_layers_are_one_group(name: str) -> None:
+def test_layer_groups_without_profile(name: str) -> None:
     assert layer_groups(get_policy(name), LAYERS, None, 0.02) == (LAYERS,)
 
 
-def test_a_profile_in_which_late_layers_do_not_matter_makes_groups() -> None:
+def test_layer_groups_of_uneven_profile() -> None:
     groups = layer_groups(get_policy("layer_aware"), LAYERS, profile(8, 4, 2, 1, 0, 0), 0.1)
     assert len(groups) > 1
     assert sum(groups) == LAYERS
@@ -46,15 +46,15 @@ def test_a_profile_in_which_late_layers_do_not_matter_makes_groups() -> None:
     assert groups[-1] >= 2
 
 
-def test_a_profile_of_equal_layers_makes_one_group() -> None:
+def test_layer_groups_of_flat_profile() -> None:
     assert layer_groups(get_policy("layer_aware"), LAYERS, profile(*[2.0] * LAYERS), 0.1) == (LAYERS,)
 
 
-def test_each_layer_of_cacheblend_is_a_group() -> None:
+def test_layer_groups_of_cacheblend() -> None:
     assert layer_groups(get_policy("cacheblend"), LAYERS, None, 0.02) == (1,) * LAYERS
 
 
-def test_layers_are_one_group_only_where_they_have_the_same_rows_at_every_length() -> None:
+def test_layer_groups_compare_every_length() -> None:
     def choice(length: int) -> list[Tensor]:
         few, many = torch.arange(1), torch.arange(length)
         return [many, many if length == PROBED_LENGTHS[-1] else few, few.clone()]
@@ -65,6 +65,6 @@ def test_layers_are_one_group_only_where_they_have_the_same_rows_at_every_length
     ) == (1, 2)
 
 
-def test_a_profile_of_another_number_of_layers_is_refused() -> None:
+def test_layer_groups_mismatched_profile() -> None:
     with pytest.raises(PolicyError, match="2 layers, the model has 6"):
         layer_groups(get_policy("layer_aware"), LAYERS, profile(1, 2), 0.02)

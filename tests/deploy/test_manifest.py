@@ -1,4 +1,4 @@
-"""What a folder says of itself, and how a folder that is not what was written is refused."""
+"""Manifests: round trip, and errors for folders that are damaged or malicious."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the manifest as one would by hand."""
+    """Edit the manifest, but not its digest."""
     path = folder / MANIFEST
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
@@ -57,7 +57,7 @@ def refusal(folder: Path, **options: Any) -> str:
     return str(refused.value)
 
 
-def test_what_is_saved_is_loaded(folder: Path) -> None:
+def test_load_after_save(folder: Path) -> None:
     saved = bare_manifest(engines={"prefill_cold": ENGINE}, profile_fingerprint="f", wiring=("one", "two"))
     written = saved.save(folder)
     assert Manifest.load(folder) == Manifest.load(str(folder)) == written
@@ -67,34 +67,34 @@ def test_what_is_saved_is_loaded(folder: Path) -> None:
     assert len(written.digest) == 64
 
 
-def test_a_manifest_that_is_saved_again_is_the_same(folder: Path) -> None:
+def test_save_twice(folder: Path) -> None:
     before = (folder / MANIFEST).read_bytes()
     Manifest.load(folder).save(folder)
     assert (folder / MANIFEST).read_bytes() == before
 
 
-def test_an_empty_file_is_a_file(folder: Path) -> None:
+def test_load_empty_file(folder: Path) -> None:
     (folder / "empty.bin").touch()
     bare_manifest().save(folder)
     assert Manifest.load(folder).files["empty.bin"].size_bytes == 0
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_load_missing_folder(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
-    assert f"{nowhere} is no exported folder" in refusal(nowhere)
+    assert f"{nowhere} is not an exported folder" in refusal(nowhere)
 
 
-def test_a_folder_without_a_manifest_is_named(tmp_path: Path) -> None:
-    assert f"{tmp_path} is no exported folder: manifest.json cannot be read" in refusal(tmp_path)
+def test_load_missing_manifest(tmp_path: Path) -> None:
+    assert f"{tmp_path} is not an exported folder: cannot read manifest.json" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
-def test_a_file_that_is_no_manifest_is_named(folder: Path, content: bytes) -> None:
+def test_load_invalid_json(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
     assert str(folder / MANIFEST) in refusal(folder)
 
 
-def test_a_file_that_ends_too_early_is_named(folder: Path) -> None:
+def test_load_truncated_manifest(folder: Path) -> None:
     path = folder / MANIFEST
     path.write_bytes(path.read_bytes()[:-100])
     assert str(path) in refusal(folder)
@@ -113,16 +113,14 @@ def test_a_file_that_ends_too_early_is_named(folder: Path) -> None:
         (lambda m: m["files"].update({"weights.bin": "big"}), "files.weights.bin"),
     ],
 )
-def test_a_field_that_is_unknown_missing_or_of_another_type_is_named(
-    folder: Path, change: Callable[[dict[str, Any]], object], place: str
-) -> None:
+def test_load_bad_field(folder: Path, change: Callable[[dict[str, Any]], object], place: str) -> None:
     changed(folder, change)
     message = refusal(folder)
     assert str(folder / MANIFEST) in message
     assert place in message
 
 
-def test_another_format_is_named_with_the_one_that_is_read(folder: Path) -> None:
+def test_load_another_format(folder: Path) -> None:
     changed(folder, lambda m: m.update(format=FORMAT + 1))
     message = refusal(folder)
     assert str(folder / MANIFEST) in message
@@ -141,64 +139,60 @@ def test_another_format_is_named_with_the_one_that_is_read(folder: Path) -> None
         lambda m: m.update(digest=""),
     ],
 )
-def test_a_value_that_was_changed_by_hand_is_refused(
-    folder: Path, change: Callable[[dict[str, Any]], object]
-) -> None:
+def test_load_changed_value(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     changed(folder, change)
-    assert refusal(folder).startswith(f"{folder / MANIFEST} was changed after it was written")
+    assert refusal(folder).startswith(f"{folder / MANIFEST} was changed after the export")
 
 
-def test_a_missing_file_is_named(folder: Path) -> None:
+def test_load_missing_file(folder: Path) -> None:
     (folder / "weights.bin").unlink()
-    assert refusal(folder) == f"{folder / 'weights.bin'} is missing: the manifest lists it"
+    assert refusal(folder) == f"{folder / 'weights.bin'} is missing, but the manifest lists it"
 
 
 @pytest.mark.parametrize("content", [bytes(999), bytes(1001)])
 @pytest.mark.parametrize("verify", ["files", "sizes"])
-def test_a_file_of_another_size_is_named(folder: Path, content: bytes, verify: str) -> None:
+def test_load_file_of_another_size(folder: Path, content: bytes, verify: str) -> None:
     (folder / "weights.bin").write_bytes(content)
     message = refusal(folder, verify=verify)
-    assert message.startswith(f"{folder / 'weights.bin'} is not the file that was exported")
+    assert message.startswith(f"{folder / 'weights.bin'} was changed after the export")
 
 
-def test_sizes_alone_are_compared_where_that_is_asked_for(folder: Path) -> None:
+def test_load_verify_sizes(folder: Path) -> None:
     (folder / "weights.bin").write_bytes(b"1" * 1000)
     assert Manifest.load(folder, verify="sizes").files["weights.bin"].size_bytes == 1000
-    assert refusal(folder).startswith(f"{folder / 'weights.bin'} is not the file that was exported")
+    assert refusal(folder).startswith(f"{folder / 'weights.bin'} was changed after the export")
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "prefill_warm.onnx", "prefill_cold.onnx", "encoder.onnx"])
-def test_one_changed_byte_of_an_export_is_refused(tiny: Exported, tmp_path: Path, name: str) -> None:
+def test_load_one_changed_byte(tiny: Exported, tmp_path: Path, name: str) -> None:
     path = tiny.copied(tmp_path / "copy") / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
-    assert refusal(path.parent).startswith(f"{path} is not the file that was exported")
+    assert refusal(path.parent).startswith(f"{path} was changed after the export")
 
 
-def test_a_session_of_a_changed_folder_is_refused(tiny: Exported, tmp_path: Path) -> None:
+def test_session_of_changed_folder(tiny: Exported, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from vlcache_fx.deploy.sessions import OnnxSession
 
     path = tiny.copied(tmp_path / "copy") / "weights.bin"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(ExportError, match=r"weights\.bin is not the file that was exported"):
+    with pytest.raises(ExportError, match=r"weights\.bin was changed after the export"):
         OnnxSession(path.parent)
-    with pytest.raises(ExportError, match="is no exported folder"):
+    with pytest.raises(ExportError, match="is not an exported folder"):
         OnnxSession(tmp_path)
 
 
-def test_the_manifest_of_another_export_is_refused(
-    tiny: Exported, tiny_blended: Exported, tmp_path: Path
-) -> None:
+def test_load_manifest_of_another_export(tiny: Exported, tiny_blended: Exported, tmp_path: Path) -> None:
     folder = tiny.copied(tmp_path / "copy")
     (folder / MANIFEST).write_bytes((tiny_blended.folder / MANIFEST).read_bytes())
     message = refusal(folder)
     assert message.startswith(str(folder))
-    assert "is not the file that was exported" in message
+    assert "was changed after the export" in message
 
 
-def test_an_export_describes_its_model(tiny: Exported) -> None:
+def test_manifest_of_an_export(tiny: Exported) -> None:
     manifest = tiny.manifest
     assert (manifest.format, manifest.model, manifest.dtype) == (FORMAT, "TinyVlm", "float32")
     assert (manifest.opset, manifest.policy, manifest.budget) == (22, "layer_aware", 0.02)
@@ -213,7 +207,7 @@ def test_an_export_describes_its_model(tiny: Exported) -> None:
     assert (tiny.folder / MANIFEST).read_bytes().endswith(b"}\n")
 
 
-def test_dtypes_of_graphs_are_those_of_torch() -> None:
+def test_torch_dtype_names() -> None:
     assert torch_dtype(TensorSpec("float16", ())) is torch.float16
     assert torch_dtype(TensorSpec("float", (1, "tokens"))) is torch.float32
     with pytest.raises(ExportError, match="'float8e5m2' is not one of float, "):
@@ -221,22 +215,22 @@ def test_dtypes_of_graphs_are_those_of_torch() -> None:
     assert all(isinstance(dtype, torch.dtype) for dtype in TORCH_DTYPES.values())
 
 
-def test_a_missing_package_is_named_with_the_extra_that_brings_it() -> None:
+def test_missing_names_the_extra() -> None:
     error = missing("onnxscript", "onnx")
     assert isinstance(error, ExportError)
-    assert str(error) == "onnxscript is not installed; pip install 'vlcache_fx[onnx]' brings it"
+    assert str(error) == "onnxscript is not installed: pip install 'vlcache_fx[onnx]'"
 
 
-def test_without_pydantic_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_without_pydantic(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydantic", None)
-    with pytest.raises(ExportError, match=r"pydantic is not installed; pip install 'vlcache_fx\[onnx\]'"):
+    with pytest.raises(ExportError, match=r"pydantic is not installed: pip install 'vlcache_fx\[onnx\]'"):
         Manifest.load(folder)
     with pytest.raises(ExportError, match="pydantic is not installed"):
         bare_manifest().save(folder)
 
 
-def made_anew(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Edit the manifest and give it the digest that fits, as someone with bad intentions would."""
+def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit the manifest and its digest, as an attacker would."""
     import blake3
     from pydantic import TypeAdapter
 
@@ -259,18 +253,18 @@ OUTSIDE = ["../outside.bin", "/etc/hostname", "sub/file", "..", ".", "", "..\\ou
         ("engines.prefill_cold.file", lambda m, name: m["engines"]["prefill_cold"].update(file=name)),
     ],
 )
-def test_files_outside_of_the_folder_are_refused_unopened(
+def test_load_does_not_open_files_outside_the_folder(
     folder: Path, monkeypatch: pytest.MonkeyPatch, field: str, change: Any, name: str
 ) -> None:
     (folder.parent / "outside.bin").write_bytes(b"abc")
-    made_anew(folder, lambda m: change(m, name))
+    forge(folder, lambda m: change(m, name))
     monkeypatch.setattr("vlcache_fx.deploy.manifest.file_spec", lambda path: pytest.fail(f"opened {path}"))
     message = refusal(folder)
     assert message.startswith(f"the manifest's {field}")
     assert "is not the name of a file in its folder" in message
 
 
-def test_links_out_of_the_folder_are_refused(folder: Path) -> None:
+def test_load_link_out_of_the_folder(folder: Path) -> None:
     outside = folder.parent / "outside.bin"
     outside.write_bytes(bytes(1000))
     (folder / "weights.bin").unlink()
@@ -324,7 +318,7 @@ MINUS_AN_INPUT = {"constant": 0, "sizes": [{"factor": -1, "input": 4}]}
         ("decoder.tail", {"bounds": [MINUS_AN_INPUT, None, None]}),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(folder: Path, field: str, value: Any) -> None:
+def test_load_impossible_number(folder: Path, field: str, value: Any) -> None:
     *path, last = (name.replace("/", ".") for name in field.split("."))
 
     def change(content: dict[str, Any]) -> None:
@@ -332,7 +326,7 @@ def test_numbers_that_cannot_be_are_refused(folder: Path, field: str, value: Any
             content = content[name]
         content[last] = value
 
-    made_anew(folder, change)
+    forge(folder, change)
     assert refusal(folder).startswith(f"the manifest's {field.replace('/', '.')} is ")
 
 
@@ -340,8 +334,8 @@ def test_numbers_that_cannot_be_are_refused(folder: Path, field: str, value: Any
     ("field", "rows"),
     [("dim", row(3, "float32", 1)), ("sizes", row(1, "float32", -1)), ("dtype", row(1, "load", 1))],
 )
-def test_rows_that_cannot_be_are_refused(folder: Path, field: str, rows: dict[str, Any]) -> None:
-    made_anew(folder, lambda m: m["decoder"].update(rows=rows))
+def test_load_impossible_row(folder: Path, field: str, rows: dict[str, Any]) -> None:
+    forge(folder, lambda m: m["decoder"].update(rows=rows))
     assert refusal(folder).startswith(f"the manifest's decoder.rows.0.k.{field} is ")
 
 
@@ -366,11 +360,11 @@ def test_check_manifest_of_no_slot(folder: Path, field: str, change: Callable[[A
     )
 
 
-def test_a_manifest_made_anew_for_nothing_is_read(folder: Path) -> None:
-    made_anew(folder, lambda m: m.update(model="Another"))
+def test_load_valid_forged_digest(folder: Path) -> None:
+    forge(folder, lambda m: m.update(model="Another"))
     assert Manifest.load(folder).model == "Another"
 
 
-def test_a_size_is_that_of_the_file(folder: Path) -> None:
-    made_anew(folder, lambda m: m["files"]["weights.bin"].update(size_bytes=1 << 62))
-    assert refusal(folder).startswith(f"{folder / 'weights.bin'} is not the file that was exported")
+def test_load_size_of_file(folder: Path) -> None:
+    forge(folder, lambda m: m["files"]["weights.bin"].update(size_bytes=1 << 62))
+    assert refusal(folder).startswith(f"{folder / 'weights.bin'} was changed after the export")

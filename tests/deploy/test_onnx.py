@@ -1,4 +1,4 @@
-"""Conversion to ONNX, and weights that graphs share."""
+"""Conversion to ONNX, and shared weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def operators(model: onnx.ModelProto) -> Counter[str]:
 
 
 def references(model: onnx.ModelProto) -> dict[tuple[int, int], str]:
-    """Place and length in the shared file, and whose they are."""
+    """(Offset, length) in the shared file -> initialiser."""
     found = {}
     for weight in model.graph.initializer:
         entries = {entry.key: entry.value for entry in weight.external_data}
@@ -49,7 +49,7 @@ def references(model: onnx.ModelProto) -> dict[tuple[int, int], str]:
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_prefill_graphs_hold_what_every_importer_knows(any_export: Exported) -> None:
+def test_prefill_graphs_have_portable_operators(any_export: Exported) -> None:
     for name in PREFILL:
         model = graph_of(any_export, name)
         assert {entry.domain for entry in model.opset_import} == {""}
@@ -60,7 +60,7 @@ def test_prefill_graphs_hold_what_every_importer_knows(any_export: Exported) -> 
 
 
 @pytest.mark.parametrize("any_export", EXPORTS[:-1], indirect=True)
-def test_attention_is_written_out_up_to_opset_22(any_export: Exported) -> None:
+def test_attention_decomposed_up_to_opset_22(any_export: Exported) -> None:
     for name in PREFILL:
         model = graph_of(any_export, name)
         assert [entry.version for entry in model.opset_import] == [22]
@@ -68,7 +68,7 @@ def test_attention_is_written_out_up_to_opset_22(any_export: Exported) -> None:
         assert "Attention" not in operators(model)
 
 
-def test_attention_is_one_node_from_opset_23_on(tiny_profiled: Exported) -> None:
+def test_attention_node_from_opset_23(tiny_profiled: Exported) -> None:
     for name in PREFILL:
         model = graph_of(tiny_profiled, name)
         assert [entry.version for entry in model.opset_import] == [23]
@@ -77,7 +77,7 @@ def test_attention_is_one_node_from_opset_23_on(tiny_profiled: Exported) -> None
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_graphs_share_their_weights(any_export: Exported) -> None:
+def test_prefill_graphs_share_weights(any_export: Exported) -> None:
     cold, warm = (references(graph_of(any_export, name)) for name in PREFILL)
     assert cold
     assert cold.keys() == warm.keys()
@@ -92,13 +92,13 @@ def test_graphs_share_their_weights(any_export: Exported) -> None:
 
 
 @pytest.mark.parametrize("any_export", ["llava", "qwen"], indirect=True)
-def test_a_decoding_step_shares_the_weights_of_the_prefill(any_export: Exported) -> None:
+def test_decoding_step_shares_weights_of_the_prefill(any_export: Exported) -> None:
     cold, decode = (references(graph_of(any_export, name)) for name in ("prefill_cold", "decode"))
     assert cold.keys() == decode.keys()
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_graphs_take_and_give_what_the_manifest_says(any_export: Exported) -> None:
+def test_graph_inputs_and_outputs_match_the_manifest(any_export: Exported) -> None:
     for name, spec in any_export.manifest.graphs.items():
         model = graph_of(any_export, name)
         for values, specs in ((model.graph.input, spec.inputs), (model.graph.output, spec.outputs)):
@@ -111,7 +111,7 @@ def test_graphs_take_and_give_what_the_manifest_says(any_export: Exported) -> No
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)
-def test_graphs_say_nothing_of_the_machine_that_made_them(any_export: Exported) -> None:
+def test_graphs_without_paths_of_the_machine(any_export: Exported) -> None:
     import vlcache_fx
 
     here = [str(Path(module.__file__).parents[1]).encode() for module in (torch, vlcache_fx)]
@@ -120,7 +120,7 @@ def test_graphs_say_nothing_of_the_machine_that_made_them(any_export: Exported) 
 
 
 class Scale(nn.Module):
-    """A weight that is shared, and one that is too small for it."""
+    """A large weight, which is shared, and a small one, which is not."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def converted(module: nn.Module, opset: int = 22) -> Any:
     return to_onnx(module, examples, ({0: "rows"}, {0: "rows"}), ["first", "second"], opset)
 
 
-def test_names_sizes_and_weights_are_those_that_were_asked_for(tmp_path: Path) -> None:
+def test_to_onnx_names_sizes_and_weights(tmp_path: Path) -> None:
     with SharedWeights(tmp_path / "weights.bin") as weights:
         spec = weights.save(converted(Scale()), tmp_path / "scale.onnx", {"large": "layer.scale"})
     assert spec.file == "scale.onnx"
@@ -154,7 +154,7 @@ def test_names_sizes_and_weights_are_those_that_were_asked_for(tmp_path: Path) -
     assert (tmp_path / "weights.bin").stat().st_size == SHARED_FROM_BYTES
 
 
-def test_equal_weights_of_two_graphs_are_written_once(tmp_path: Path) -> None:
+def test_shared_weights_deduplicates(tmp_path: Path) -> None:
     found = []
     with SharedWeights(tmp_path / "weights.bin") as weights:
         for name, seed in (("one", 0), ("two", 1), ("three", 0)):
@@ -166,39 +166,39 @@ def test_equal_weights_of_two_graphs_are_written_once(tmp_path: Path) -> None:
 
 
 class Untraceable(nn.Module):
-    """Python decides by a value."""
+    """Control flow depends on a value."""
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return (x, y) if float(x.sum()) > 0 else (y, x)
 
 
 class Unconvertible(nn.Module):
-    """ONNX has no such operator."""
+    """An operator that ONNX lacks."""
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return torch.special.airy_ai(x), y
 
 
 @pytest.mark.parametrize("module", [Untraceable(), Unconvertible()])
-def test_what_cannot_be_converted_is_refused_in_one_line(module: nn.Module) -> None:
+def test_to_onnx_error_in_one_line(module: nn.Module) -> None:
     with pytest.raises(ExportError, match=r"^torch cannot convert the graph to ONNX: \w+: .+") as refused:
         converted(module)
     assert "\n" not in str(refused.value)
     assert refused.value.__cause__ is not None
 
 
-def test_a_graph_that_is_not_valid_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
+def test_save_invalid_graph_leaves_no_file(tmp_path: Path) -> None:
     model = converted(Scale())
     model.graph[0].op_type = "NoSuchOperator"
     with (
         SharedWeights(tmp_path / "weights.bin") as weights,
-        pytest.raises(ExportError, match=r"^scale\.onnx is no valid ONNX model: .*NoSuchOperator"),
+        pytest.raises(ExportError, match=r"^scale\.onnx is not a valid ONNX model: .*NoSuchOperator"),
     ):
         weights.save(model, tmp_path / "scale.onnx", {})
     assert not (tmp_path / "scale.onnx").exists()
 
 
-def test_loggers_are_as_loud_as_before() -> None:
+def test_to_onnx_restores_log_levels() -> None:
     loggers = [logging.getLogger(name) for name in NOISY]
     before = [logger.level for logger in loggers]
     converted(Scale())

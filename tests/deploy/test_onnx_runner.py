@@ -1,4 +1,4 @@
-"""Graphs on ONNX Runtime."""
+"""Running graphs with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .helpers import bare_manifest
 CPU = ("CPUExecutionProvider",)
 
 
-class Look(nn.Module):
-    """Rows of a table, and a product."""
+class Lookup(nn.Module):
+    """Index rows of a table, and multiply."""
 
     def forward(self, table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         return table[index], table.mT @ table
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One graph with two results."""
     path = tmp_path_factory.mktemp("graphs")
     examples = {"table": torch.ones(4, 3), "index": torch.tensor([1, 0])}
-    model = to_onnx(Look(), examples, ({0: "rows"}, {0: "count"}), ["rows", "product"], 22)
+    model = to_onnx(Lookup(), examples, ({0: "rows"}, {0: "count"}), ["rows", "product"], 22)
     with SharedWeights(path / "weights.bin") as weights:
         spec = weights.save(model, path / "look.onnx", {})
     bare_manifest(graphs={"look": spec}).save(path)
@@ -49,7 +49,7 @@ def runner(folder: Path) -> OnnxRunner:
     return OnnxRunner(folder, Manifest.load(folder), CPU)
 
 
-def test_results_have_their_names_at_any_size(runner: OnnxRunner) -> None:
+def test_run_results_by_name_at_any_size(runner: OnnxRunner) -> None:
     for rows in (2, 7):
         table = torch.arange(3.0 * rows).reshape(rows, 3)
         index = torch.tensor([1, 1, 0])
@@ -59,23 +59,23 @@ def test_results_have_their_names_at_any_size(runner: OnnxRunner) -> None:
         torch.testing.assert_close(found["product"], table.mT @ table)
 
 
-def test_results_may_be_written_to(runner: OnnxRunner) -> None:
+def test_run_results_are_writable(runner: OnnxRunner) -> None:
     found = runner.run("look", {"table": torch.ones(2, 3), "index": torch.tensor([0])})
     found["rows"] += 1
     assert found["rows"].tolist() == [[2.0, 2.0, 2.0]]
 
 
-def test_inputs_need_not_be_contiguous(runner: OnnxRunner) -> None:
+def test_run_noncontiguous_inputs(runner: OnnxRunner) -> None:
     table = torch.arange(12.0).reshape(3, 4).mT
     found = runner.run("look", {"table": table, "index": torch.tensor([3, 2])})
     assert torch.equal(found["rows"], table[[3, 2]])
 
 
-def test_any_size_is_allowed(runner: OnnxRunner) -> None:
+def test_check_any_size(runner: OnnxRunner) -> None:
     runner.check("look", {"table": torch.ones(100_000, 3), "index": torch.tensor([0])})
 
 
-def test_a_graph_is_loaded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_loads_a_graph_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     loaded = []
@@ -90,33 +90,33 @@ def test_a_graph_is_loaded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert loaded == [(str(folder / "look.onnx"),)]
 
 
-def test_what_onnx_runtime_refuses_is_an_export_error(runner: OnnxRunner) -> None:
+def test_run_errors_of_onnx_runtime(runner: OnnxRunner) -> None:
     with pytest.raises(ExportError, match="ONNX Runtime cannot run look: "):
         runner.run("look", {"table": torch.ones(2, 4), "index": torch.tensor([0])})
     with pytest.raises(ExportError, match="ONNX Runtime cannot run look: "):
         runner.run("look", {"table": torch.ones(2, 3)})
 
 
-def test_a_file_that_is_no_graph_is_named(folder: Path, tmp_path: Path) -> None:
+def test_run_invalid_graph_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "look.onnx").write_bytes(b"no graph")
     runner = OnnxRunner(tmp_path, Manifest.load(folder), CPU)
     with pytest.raises(ExportError, match=r"ONNX Runtime cannot load look\.onnx: "):
         runner.run("look", {})
 
 
-def test_an_unknown_provider_is_refused_with_those_that_there_are(folder: Path) -> None:
-    with pytest.raises(ExportError, match=r"no provider 'NpuExecutionProvider' here; there are .*CPUExec"):
+def test_onnx_runner_unknown_provider(folder: Path) -> None:
+    with pytest.raises(ExportError, match=r"no provider 'NpuExecutionProvider'; available are .*CPUExec"):
         OnnxRunner(folder, Manifest.load(folder), ("NpuExecutionProvider", *CPU))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8e4m3fn"])
-def test_a_dtype_that_cannot_be_handed_over_is_refused(tmp_path: Path, dtype: str) -> None:
+def test_onnx_runner_unsupported_dtype(tmp_path: Path, dtype: str) -> None:
     graph = GraphSpec("look.onnx", {"table": TensorSpec(dtype, (2,))}, {})
-    with pytest.raises(ExportError, match=f"these graphs take {dtype}, .*: export the model in float32"):
+    with pytest.raises(ExportError, match=f"does not accept {dtype} inputs .*: export the model in float32"):
         OnnxRunner(tmp_path, bare_manifest(graphs={"look": graph}), CPU)
 
 
-def test_without_onnx_runtime_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_runner_without_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ExportError, match=r"onnxruntime is not installed; .*vlcache_fx\[onnx\]"):
+    with pytest.raises(ExportError, match=r"onnxruntime is not installed: .*vlcache_fx\[onnx\]"):
         OnnxRunner(tmp_path, bare_manifest(), CPU)

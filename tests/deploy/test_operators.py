@@ -1,4 +1,4 @@
-"""Operators that every importer knows, against those that they stand for."""
+"""Portable operators against the operators that they replace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTH = 3
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.integers(0, 2))
-def test_merging_equals_a_masked_scatter(flags: list[bool], spare: int) -> None:
+def test_merge_equals_masked_scatter(flags: list[bool], spare: int) -> None:
     embeddings = noise(0, 1, len(flags), WIDTH)
     features = noise(1, max(1, sum(flags) + spare), WIDTH)
     mask = torch.tensor(flags)[None, :, None]
@@ -31,7 +31,7 @@ def test_merging_equals_a_masked_scatter(flags: list[bool], spare: int) -> None:
     assert torch.equal(merge(embeddings, mask.expand_as(embeddings), features), expected)
 
 
-def test_features_of_several_items_are_merged_in_order() -> None:
+def test_merge_several_items_in_order() -> None:
     embeddings, features = noise(0, 1, 6, WIDTH), noise(1, 2, 2, WIDTH)
     mask = torch.tensor([1, 1, 0, 1, 1, 0], dtype=torch.bool)[None, :, None]
     merged = merge(embeddings, mask, features)
@@ -56,7 +56,7 @@ def masks(rows: int, tokens: int) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive", "bias"])
 @pytest.mark.parametrize("rows", [5, 7])
-def test_attention_equals_that_of_torch(kind: str, kv_heads: int, rows: int) -> None:
+def test_attention_equals_torch(kind: str, kv_heads: int, rows: int) -> None:
     query, key, value = heads(4, rows), heads(kv_heads, 7, seed=1), heads(kv_heads, 7, seed=2)
     mask = masks(rows, 7)[kind]
     expected = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
@@ -65,7 +65,7 @@ def test_attention_equals_that_of_torch(kind: str, kv_heads: int, rows: int) -> 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_causal_attention_equals_that_of_torch(kv_heads: int, scale: float | None) -> None:
+def test_attention_causal_equals_torch(kv_heads: int, scale: float | None) -> None:
     query, key, value = heads(4, 6), heads(kv_heads, 6, seed=1), heads(kv_heads, 6, seed=2)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     torch.testing.assert_close(
@@ -73,7 +73,7 @@ def test_causal_attention_equals_that_of_torch(kv_heads: int, scale: float | Non
     )
 
 
-def test_attention_keeps_the_width_of_values_and_the_dtype() -> None:
+def test_attention_keeps_value_width_and_dtype() -> None:
     query, key = heads(2, 4, torch.float16), heads(2, 4, torch.float16, 1)
     value = noise(2, 1, 2, 4, 3).half()
     found = attention(query, key, value, masks(4, 4)["bool"])
@@ -82,13 +82,13 @@ def test_attention_keeps_the_width_of_values_and_the_dtype() -> None:
     torch.testing.assert_close(found.float(), expected, atol=2e-3, rtol=2e-3)
 
 
-def test_causal_attention_stays_where_its_operands_are() -> None:
+def test_attention_causal_keeps_the_device() -> None:
     query = heads(2, 4).to("meta")
     assert attention(query, query, query, is_causal=True).device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
-def test_the_one_node_form_equals_the_other(kind: str) -> None:
+def test_attention_node_equals_attention(kind: str) -> None:
     query, key, value = heads(4, 5), heads(2, 7, seed=1), heads(2, 7, seed=2)
     mask = masks(5, 7)[kind]
     torch.testing.assert_close(
@@ -97,13 +97,13 @@ def test_the_one_node_form_equals_the_other(kind: str) -> None:
     )
 
 
-def test_attention_is_one_node_from_its_opset_on() -> None:
+def test_plain_operators_attention_by_opset() -> None:
     site = torch.ops.aten.scaled_dot_product_attention.default
     assert plain_operators(ATTENTION_OPSET - 1)[site] is attention
     assert plain_operators(ATTENTION_OPSET)[site] is attention_node
 
 
-def test_no_operator_of_ours_is_left() -> None:
+def test_plain_operators_replace_all_vlcache_operators() -> None:
     ours = {target for target in plain_operators(22) if target.namespace == "vlcache"}
     named = ("attend", "splice_rows", "scatter_rows", "take_rows")
     assert ours == {getattr(torch.ops.vlcache, name).default for name in named}

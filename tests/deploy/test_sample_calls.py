@@ -1,4 +1,4 @@
-"""Values for every input of the two programs."""
+"""Sample inputs of both prefill programs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def calls(
 
 
 @pytest.mark.parametrize("groups", [(2,), (1, 1)])
-def test_both_programs_have_values_for_all_their_inputs(
+def test_example_calls_fill_all_inputs(
     found: ExportInput, programs: tuple[Program, Program], groups: tuple[int, ...]
 ) -> None:
     for call, program in zip(calls(found, programs, groups), programs, strict=True):
@@ -54,7 +54,7 @@ def test_both_programs_have_values_for_all_their_inputs(
             assert (value.dtype, value.dim()) == (form.dtype, form.dim())
 
 
-def test_the_cold_call_computes_what_the_model_computes(
+def test_example_calls_cold_equals_model(
     model: TinyVlm, found: ExportInput, programs: tuple[Program, Program]
 ) -> None:
     cold, _ = calls(found, programs)
@@ -62,7 +62,7 @@ def test_the_cold_call_computes_what_the_model_computes(
         torch.testing.assert_close(cold.results[0], model(**EXAMPLE))
 
 
-def test_the_warm_call_reuses_half_of_the_image(
+def test_example_calls_warm_reuses_half_of_the_image(
     found: ExportInput, programs: tuple[Program, Program]
 ) -> None:
     _, warm = calls(found, programs)
@@ -78,21 +78,17 @@ def changed(found: ExportInput, image_tokens: int) -> ExportInput:
     return dataclasses.replace(found, values={**found.values, "input_ids": inputs["input_ids"]})
 
 
-def test_placeholders_and_features_that_do_not_agree_are_refused(
-    found: ExportInput, programs: tuple[Program, Program]
-) -> None:
+def test_example_calls_mismatched_placeholders(found: ExportInput, programs: tuple[Program, Program]) -> None:
     with pytest.raises(ExportError, match="placeholders and encoder features do not agree in number"):
         calls(changed(found, 19), programs)
 
 
-def test_an_example_without_an_image_is_refused(
-    found: ExportInput, programs: tuple[Program, Program]
-) -> None:
+def test_example_calls_without_image(found: ExportInput, programs: tuple[Program, Program]) -> None:
     empty = {"input_ids": EXAMPLE["input_ids"].clamp(max=100), "pixel_values": torch.zeros(0, 6)}
-    with pytest.raises(ExportError, match="example_inputs hold no image"):
+    with pytest.raises(ExportError, match="example_inputs contain neither an image"):
         calls(dataclasses.replace(found, values=empty), programs)
 
 
-def test_results_of_the_split_off_encoder_are_the_features(found: ExportInput) -> None:
+def test_features_of_split_encoder(found: ExportInput) -> None:
     assert found.split is not None
     assert len(features_of(found.split)) == 1

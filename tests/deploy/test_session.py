@@ -1,4 +1,4 @@
-"""Sessions on ONNX Runtime against the unmodified models, and what they refuse."""
+"""Sessions on ONNX Runtime against the unmodified models, and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .helpers import Exported, assert_close, named_results, report_of, tiny_shap
 
 FAMILIES = ["llava", "qwen"]
 OPSETS = ["tiny", "tiny_profiled"]
-"""Attention written out, and as one node."""
+"""Exports with decomposed attention, and with attention nodes."""
 
 STEPS: list[tuple[list[int], str, bool | None]] = [
     ([0], "cold", False),
@@ -38,17 +38,17 @@ STEPS: list[tuple[list[int], str, bool | None]] = [
     ([0, 1], "warm", True),
     ([], "bypass", None),
 ]
-"""Images of one prompt after the other, each behind another text: mode and whether no encoder ran."""
+"""Images of consecutive prompts, each after another text: mode, and whether all encoder calls hit."""
 
 
 def features_of(exported: Exported, session: OnnxSession, images: list[int]) -> dict[str, Tensor]:
-    """Right features of a prompt's images, by the session's own encoders."""
+    """Features of a prompt's images, from the session's encoders."""
     found, _ = session._features(exported.inputs(images))
     return found
 
 
 @pytest.mark.parametrize("any_export", FAMILIES, indirect=True)
-def test_cold_and_warm_equal_the_unmodified_model_at_any_shape(any_export: Exported) -> None:
+def test_prefill_equals_unmodified_model_at_any_shape(any_export: Exported) -> None:
     session = any_export.session(policy="full")
     for text, (images, mode, encoder_hit) in enumerate(STEPS):
         given = any_export.given(images, text)
@@ -63,7 +63,7 @@ def test_cold_and_warm_equal_the_unmodified_model_at_any_shape(any_export: Expor
 
 
 @pytest.mark.parametrize("any_export", OPSETS, indirect=True)
-def test_a_plain_torch_model_equals_itself_cold_and_warm(any_export: Exported) -> None:
+def test_prefill_of_plain_torch_model(any_export: Exported) -> None:
     session = any_export.session(policy="full")
     for text, images, mode in ((0, [0], "cold"), (1, [0], "warm"), (2, [1], "cold"), (9, [1], "warm")):
         given = any_export.given(images, text)
@@ -77,7 +77,7 @@ def test_a_plain_torch_model_equals_itself_cold_and_warm(any_export: Exported) -
         assert report_of(session)["mode"] in ("cold", "warm")
 
 
-def test_a_plain_torch_model_answers_a_prompt_of_text_alone(tiny: Exported) -> None:
+def test_prefill_of_plain_torch_model_text_only(tiny: Exported) -> None:
     session, text = tiny.session(policy="full"), tiny.inputs([], 3)
     with torch.no_grad():
         expected = {"result.0": tiny.model(**text)}
@@ -86,7 +86,7 @@ def test_a_plain_torch_model_answers_a_prompt_of_text_alone(tiny: Exported) -> N
 
 
 @pytest.mark.parametrize("any_export", FAMILIES, indirect=True)
-def test_a_greedy_answer_is_that_of_the_model(any_export: Exported) -> None:
+def test_generate_equals_unmodified_model(any_export: Exported) -> None:
     session = any_export.session(policy="full")
     for text, images, mode in ((0, [0], "cold"), (1, [0], "warm"), (2, [1, 0], "warm")):
         assert answer(any_export, session, images, text) == greedy(any_export, images, text)
@@ -94,7 +94,7 @@ def test_a_greedy_answer_is_that_of_the_model(any_export: Exported) -> None:
 
 
 @pytest.mark.parametrize("any_export", FAMILIES, indirect=True)
-def test_a_greedy_answer_to_text_alone_is_that_of_the_model(any_export: Exported) -> None:
+def test_generate_text_only(any_export: Exported) -> None:
     session = any_export.session()
     assert answer(any_export, session, [], 1) == greedy(any_export, [], 1)
     assert report_of(session)["reason"] == "no media span"
@@ -113,7 +113,7 @@ def greedy(exported: Exported, images: list[int], text: int) -> list[int]:
     return tokens
 
 
-def test_an_answer_ends_with_its_last_token(llava: Exported) -> None:
+def test_generate_stops_at_eos(llava: Exported) -> None:
     session, given = llava.session(policy="full"), llava.given([0])
     whole = session.generate(6, **given).tolist()
     end = next(index for index in range(1, 6) if whole[index] not in whole[:index])
@@ -121,7 +121,7 @@ def test_an_answer_ends_with_its_last_token(llava: Exported) -> None:
     assert session.generate(1, **given).tolist() == whole[:1]
 
 
-def test_a_decoding_step_goes_on_where_the_prefill_ended(qwen: Exported) -> None:
+def test_decode_continues_the_prefill(qwen: Exported) -> None:
     session, given = qwen.session(policy="full"), qwen.given([1, 0], 2)
     state = session.prefill(**given)
     token, place = state["logits"].argmax(-1), given["position_ids"][..., -1:] + 1
@@ -138,8 +138,8 @@ def test_a_decoding_step_goes_on_where_the_prefill_ended(qwen: Exported) -> None
     assert_close(step, {"logits": result.logits, **caches})
 
 
-def on_the_torch_path(exported: Exported, **options: Any) -> Any:
-    """From a prompt's images and text to results and report, without any exported graph."""
+def compiled_model(exported: Exported, **options: Any) -> Any:
+    """Compile the model: a prompt's images and text -> results and report."""
     options = {"lowering": "eager", "strict": True, "min_span_tokens": 4, **options}
     if exported.kind == "tiny":
         program = torch.export.export(
@@ -172,10 +172,8 @@ FIRST_K = {"policy": "first_k", "budget": 0.2}
     indirect=["any_export"],
     ids=["qwen", "tiny", "tiny-first_k"],
 )
-def test_what_is_reused_within_a_budget_is_what_the_torch_path_reuses(
-    any_export: Exported, options: dict[str, Any]
-) -> None:
-    session, torch_path = any_export.session(**options), on_the_torch_path(any_export, **options)
+def test_prefill_reuses_like_compiled_model(any_export: Exported, options: dict[str, Any]) -> None:
+    session, torch_path = any_export.session(**options), compiled_model(any_export, **options)
     for text, mode in ((0, "cold"), (2, "warm"), (4, "warm")):
         given = any_export.given([0], text)
         same = given
@@ -191,7 +189,7 @@ def test_what_is_reused_within_a_budget_is_what_the_torch_path_reuses(
     assert report_of(session)["token_layer_fraction"] < 0.5
 
 
-def test_the_default_budget_reuses_what_a_compiled_model_reuses(llava: Exported) -> None:
+def test_prefill_default_budget_reuses_like_compiled_model(llava: Exported) -> None:
     session = llava.session()
     compiled = vlcache_fx.compile(copy.deepcopy(llava.model), lowering="eager", strict=True, dynamic=True)
     for text, images in ((0, [0]), (3, [0]), (1, [1, 0])):
@@ -204,14 +202,14 @@ def test_the_default_budget_reuses_what_a_compiled_model_reuses(llava: Exported)
     assert report["mode"] == "warm"
 
 
-def test_reuse_within_a_budget_is_no_exact_result(llava: Exported) -> None:
+def test_prefill_within_budget_is_inexact(llava: Exported) -> None:
     session = llava.session()
     session.prefill(**llava.given([0]))
     got = session.prefill(**llava.given([0], 2))
     assert float((got["logits"] - llava.expected([0], 2)["logits"]).abs().max()) > 1e-3
 
 
-def test_an_identical_prompt_is_reused_exactly(llava: Exported) -> None:
+def test_prefill_identical_prompt_is_exact(llava: Exported) -> None:
     session = llava.session()
     given = llava.given([0])
     first = session.prefill(**given)
@@ -222,9 +220,7 @@ def test_an_identical_prompt_is_reused_exactly(llava: Exported) -> None:
     assert sum(report["rows_per_layer"]) < 20
 
 
-def test_policy_and_budget_are_those_of_the_export_unless_given(
-    tiny: Exported, tiny_blended: Exported
-) -> None:
+def test_session_defaults_of_policy_and_budget(tiny: Exported, tiny_blended: Exported) -> None:
     plain, blended = tiny.session(), tiny_blended.session()
     assert (plain.vlcache.options.policy, plain.vlcache.options.budget) == ("layer_aware", 0.02)
     assert (blended.vlcache.options.policy, blended.vlcache.options.budget) == ("cacheblend", 0.02)
@@ -232,14 +228,12 @@ def test_policy_and_budget_are_those_of_the_export_unless_given(
     assert (other.policy, other.budget) == ("full", 0.5)
 
 
-def test_layers_of_an_export_with_a_profile_have_the_rows_that_the_profile_asks_for(
-    tiny_profiled: Exported, tiny_profile: Path
-) -> None:
+def test_session_with_profile_computes_its_rows(tiny_profiled: Exported, tiny_profile: Path) -> None:
     manifest = tiny_profiled.manifest
     assert (manifest.decoder.layer_groups, manifest.budget) == ((1, 2), 0.3)
     assert manifest.profile_fingerprint == manifest.decoder.model_fingerprint
     options = {"profile": tiny_profile, "budget": 0.3}
-    session, torch_path = tiny_profiled.session(**options), on_the_torch_path(tiny_profiled, **options)
+    session, torch_path = tiny_profiled.session(**options), compiled_model(tiny_profiled, **options)
     for text, mode in ((0, "cold"), (2, "warm")):
         given = tiny_profiled.given([0], text)
         expected, plan = torch_path(given)
@@ -251,9 +245,7 @@ def test_layers_of_an_export_with_a_profile_have_the_rows_that_the_profile_asks_
     assert report_of(session)["explanations"] == ()
 
 
-def test_layers_of_one_group_have_the_same_rows_whatever_the_policy_chose(
-    tiny: Exported, tiny_profile: Path
-) -> None:
+def test_session_groups_share_rows_under_any_policy(tiny: Exported, tiny_profile: Path) -> None:
     session = tiny.session(profile=tiny_profile, budget=0.3)
     assert session.manifest.decoder.layer_groups == (3,)
     session.prefill(**tiny.given([0]))
@@ -264,11 +256,11 @@ def test_layers_of_one_group_have_the_same_rows_whatever_the_policy_chose(
     assert any("each group of layers has one set" in note for note in report["explanations"])
 
 
-def test_an_export_for_cacheblend_runs_it(tiny_blended: Exported) -> None:
+def test_session_cacheblend(tiny_blended: Exported) -> None:
     assert tiny_blended.manifest.decoder.layer_groups == (1, 1, 1)
     options = {"budget": 0.2}
     session = tiny_blended.session(**options)
-    torch_path = on_the_torch_path(tiny_blended, policy="cacheblend", **options)
+    torch_path = compiled_model(tiny_blended, policy="cacheblend", **options)
     for text, mode in ((0, "cold"), (2, "warm")):
         given = tiny_blended.given([0], text)
         expected, plan = torch_path(given)
@@ -281,7 +273,7 @@ def test_an_export_for_cacheblend_runs_it(tiny_blended: Exported) -> None:
     assert report["timings_ms"]["probe"] > 0
 
 
-def test_cacheblend_is_refused_where_layers_share_rows(tiny: Exported) -> None:
+def test_session_cacheblend_with_shared_rows(tiny: Exported) -> None:
     session = tiny.session(policy="cacheblend")
     with pytest.raises(PlanError, match=r"'cacheblend' needs rows of its own.*groups of \[3\] layers"):
         session.prefill(**tiny.given([0]))
@@ -293,7 +285,7 @@ def test_cacheblend_is_refused_where_layers_share_rows(tiny: Exported) -> None:
     assert lenient.vlcache.stats()["plan_failures"] == 2
 
 
-def test_shadow_runs_compare_and_give_exact_results(llava: Exported) -> None:
+def test_session_shadow_runs(llava: Exported) -> None:
     session = llava.session(shadow=1.0)
     session.prefill(**llava.given([0]))
     assert_close(session.prefill(**llava.given([0], 2)), llava.expected([0], 2))
@@ -301,7 +293,7 @@ def test_shadow_runs_compare_and_give_exact_results(llava: Exported) -> None:
     assert report_of(session)["shadow_kl"] > 0
 
 
-def test_sessions_with_one_store_share_donors_unless_their_salts_differ(llava: Exported) -> None:
+def test_sessions_share_donors_by_store_and_salt(llava: Exported) -> None:
     store = MemoryStore(1 << 28)
     llava.session(store=store).prefill(**llava.given([0]))
     for salt, mode in (("", "warm"), ("another tenant", "cold")):
@@ -310,7 +302,7 @@ def test_sessions_with_one_store_share_donors_unless_their_salts_differ(llava: E
         assert report_of(session)["mode"] == mode
 
 
-def test_another_policy_for_one_call_needs_no_other_session(llava: Exported) -> None:
+def test_session_policy_of_one_call(llava: Exported) -> None:
     session = llava.session(policy="none", budget=0.0)
     session.prefill(**llava.given([0]))
     with session.vlcache.using(policy="full"):
@@ -320,7 +312,7 @@ def test_another_policy_for_one_call_needs_no_other_session(llava: Exported) -> 
     assert report_of(session)["token_layer_fraction"] < 0.1
 
 
-def test_features_are_taken_in_place_of_pixels(qwen: Exported) -> None:
+def test_prefill_with_features(qwen: Exported) -> None:
     session = qwen.session(policy="full")
     given = qwen.given([1, 0], 1)
     features = features_of(qwen, session, [1, 0])
@@ -330,7 +322,7 @@ def test_features_are_taken_in_place_of_pixels(qwen: Exported) -> None:
     assert report_of(session)["encoder_hit"] is None
 
 
-def test_features_without_positions_are_refused_where_positions_are_more_than_a_count(qwen: Exported) -> None:
+def test_prefill_features_without_required_positions(qwen: Exported) -> None:
     session = qwen.session()
     with pytest.raises(ExportError, match="position_ids"):
         session.prefill(input_ids=qwen.inputs([0])["input_ids"], **features_of(qwen, session, [0]))
@@ -341,25 +333,23 @@ REFUSED: list[tuple[dict[str, Tensor | None], str]] = [
     ({"input_ids": None}, "'input_ids' is missing"),
     ({"position_ids": None}, "'position_ids' is missing"),
     ({"image_grid_thw": None}, "'image_grid_thw' is missing"),
-    ({"input_ids": IDS[0]}, r"'input_ids' has the shape \[8\]"),
-    ({"input_ids": IDS.expand(2, 8)}, r"'input_ids' has the shape \[2, 8\]"),
-    ({"position_ids": IDS.expand(2, 1, 8)}, r"'position_ids' has the shape \[2, 1, 8\]"),
-    ({"input_ids": IDS.int()}, "'input_ids' is torch.int32"),
+    ({"input_ids": IDS[0]}, r"'input_ids' has shape \[8\]"),
+    ({"input_ids": IDS.expand(2, 8)}, r"'input_ids' has shape \[2, 8\]"),
+    ({"position_ids": IDS.expand(2, 1, 8)}, r"'position_ids' has shape \[2, 1, 8\]"),
+    ({"input_ids": IDS.int()}, "'input_ids' has dtype torch.int32"),
     ({"image_grid_thw": torch.tensor([[1, 2, 2]])}, "asks for 4 rows of pixels, 64 are given"),
     (
         {"pixel_values": PIXELS, "image_grid_thw": torch.tensor([[1, 4, 4]])},
         "no encoder was exported .*1x4x4.*1x8x8.*1x4x8",
     ),
-    ({"pixel_values_videos": PIXELS}, "pixel_values_videos are given.* no encoder for a video"),
-    ({"attention_mask": torch.zeros(1, 27)}, "attention_mask hides tokens"),
+    ({"pixel_values_videos": PIXELS}, "'pixel_values_videos': .* no video encoder"),
+    ({"attention_mask": torch.zeros(1, 27)}, "attention_mask contains zeros"),
     ({"pixel_valeus": PIXELS}, "'pixel_valeus' is unknown"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=["-".join(change) for change, _ in REFUSED])
-def test_inputs_that_do_not_fit_are_refused_by_name(
-    qwen: Exported, change: dict[str, Tensor | None], message: str
-) -> None:
+def test_prefill_bad_inputs(qwen: Exported, change: dict[str, Tensor | None], message: str) -> None:
     session = qwen.session()
     given = {name: value for name, value in {**qwen.given([0]), **change}.items() if value is not None}
     with pytest.raises(ExportError, match=message):
@@ -375,9 +365,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
 @pytest.mark.parametrize("change", BAD.values(), ids=BAD.keys())
-def test_a_bad_request_is_refused_and_costs_later_ones_nothing(
-    qwen: Exported, change: dict[str, Any], strict: bool
-) -> None:
+def test_prefill_recovers_after_bad_request(qwen: Exported, change: dict[str, Any], strict: bool) -> None:
     session = qwen.session(policy="full", strict=strict)
     with pytest.raises(ExportError):
         session.prefill(**{**qwen.given([0]), **change})
@@ -389,9 +377,7 @@ def test_a_bad_request_is_refused_and_costs_later_ones_nothing(
 
 @pytest.mark.parametrize("rows", [20, 40], ids=["too few", "too many"])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
-def test_features_that_do_not_fill_the_placeholders_are_refused_and_cost_later_requests_nothing(
-    llava: Exported, rows: int, strict: bool
-) -> None:
+def test_prefill_recovers_after_mismatched_features(llava: Exported, rows: int, strict: bool) -> None:
     session = llava.session(policy="full", strict=strict)
     (name,) = session.manifest.encoders[0].features
     with pytest.raises(ExportError, match=r"placeholders|features"):
@@ -400,36 +386,34 @@ def test_features_that_do_not_fill_the_placeholders_are_refused_and_cost_later_r
     assert report_of(session)["mode"] == "cold"
 
 
-def test_a_decoding_step_without_a_cache_is_refused(llava: Exported) -> None:
+def test_decode_without_cache(llava: Exported) -> None:
     with pytest.raises(ExportError, match=r"past\.0\.key|present\.0\.key"):
         llava.session().decode(torch.tensor([[3]]), torch.tensor([[5]]), {})
 
 
-def test_an_export_without_a_decoding_step_says_so(tiny: Exported) -> None:
+def test_decode_without_graph(tiny: Exported) -> None:
     session = tiny.session()
     token = torch.tensor([[3]])
-    with pytest.raises(ExportError, match=r"no decoding step; .*\['refused'\] says why"):
+    with pytest.raises(ExportError, match=r"no decoding step: .*\['refused'\] states the reason"):
         session.decode(token, token, {})
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lowering": "eager"}, "'lowering' says nothing about exported graphs"),
-        ({"dynamic": True}, "'dynamic' says nothing"),
-        ({"cuda_graphs": True}, "'cuda_graphs' says nothing"),
+        ({"lowering": "eager"}, "'lowering' does not apply to exported graphs"),
+        ({"dynamic": True}, "'dynamic' does not apply"),
+        ({"cuda_graphs": True}, "'cuda_graphs' does not apply"),
         ({"budgte": 0.1}, "'budgte' .did you mean 'budget'"),
         ({"budget": 2}, "budget=2 is not valid"),
     ],
 )
-def test_options_that_sessions_do_not_have_are_refused(
-    tiny: Exported, options: dict[str, Any], message: str
-) -> None:
+def test_session_bad_options(tiny: Exported, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         OnnxSession(tiny.folder, **options)
 
 
-def test_a_prompt_of_one_token_is_answered(llava: Exported) -> None:
+def test_prefill_one_token(llava: Exported) -> None:
     session, ids = llava.session(), torch.tensor([[7]])
     with torch.no_grad():
         expected = llava.model(input_ids=ids).logits
@@ -437,7 +421,7 @@ def test_a_prompt_of_one_token_is_answered(llava: Exported) -> None:
     assert report_of(session)["mode"] == "bypass"
 
 
-def test_short_images_are_computed_but_their_encoder_is_skipped(tiny: Exported) -> None:
+def test_prefill_short_images_reuse_the_encoder_only(tiny: Exported) -> None:
     session = tiny.session(min_span_tokens=16)
     for text, hit in ((0, False), (1, True)):
         inputs = tiny_vlm_inputs(5 + text, 4, [(6, 0)], text_seed=text)

@@ -1,4 +1,4 @@
-"""What there is to export of a model."""
+"""Traced models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def found(model: TinyVlm) -> ExportInput:
     return capture_for_export(model, EXAMPLE, tiny_shapes())
 
 
-def test_inputs_have_the_names_of_the_arguments(found: ExportInput) -> None:
+def test_capture_names_of_inputs(found: ExportInput) -> None:
     assert [name for name in found.inputs if name] == ["input_ids", "pixel_values", "features.0"]
     assert found.values.keys() == {"input_ids", "pixel_values"}
     assert torch.equal(found.values["pixel_values"], EXAMPLE["pixel_values"])
@@ -37,7 +37,7 @@ def test_inputs_have_the_names_of_the_arguments(found: ExportInput) -> None:
     assert found.stages is None
 
 
-def test_weights_have_the_names_of_the_model(model: TinyVlm, found: ExportInput) -> None:
+def test_capture_names_of_weights(model: TinyVlm, found: ExportInput) -> None:
     state = model.state_dict()
     for index, (name, tensor) in found.weights.items():
         assert found.inputs[index] is None
@@ -47,7 +47,7 @@ def test_weights_have_the_names_of_the_model(model: TinyVlm, found: ExportInput)
     assert sorted(found.weights) == unnamed
 
 
-def test_the_encoder_is_cut_out_of_the_graph(model: TinyVlm, found: ExportInput) -> None:
+def test_capture_splits_the_encoder_off(model: TinyVlm, found: ExportInput) -> None:
     assert found.split is not None
     args = [
         found.weights[index][1] if name is None else found.values[name]
@@ -60,24 +60,24 @@ def test_the_encoder_is_cut_out_of_the_graph(model: TinyVlm, found: ExportInput)
     assert found.facts.num_layers == 1
 
 
-def test_sizes_that_vary_are_named(found: ExportInput) -> None:
+def test_capture_names_of_dynamic_sizes(found: ExportInput) -> None:
     assert found.dynamic["input_ids"] == {1: "tokens"}
     assert found.dynamic["pixel_values"] == {0: "pixel_values_0"}
     assert list(found.dynamic["features.0"]) == [0]
 
 
 @pytest.mark.parametrize("kind", ["keywords", "positional"])
-def test_by_default_every_size_that_the_model_does_not_fix_varies(model: TinyVlm, kind: str) -> None:
+def test_capture_default_dynamic_sizes(model: TinyVlm, kind: str) -> None:
     example: Any = EXAMPLE if kind == "keywords" else tuple(EXAMPLE.values())
     names = list(EXAMPLE) if kind == "keywords" else ["argument.0", "argument.1"]
     found = capture_for_export(model, example, None)
     assert [name for name in found.inputs if name] == [*names, "features.0"]
     assert found.dynamic[names[0]] == {1: "tokens"}
-    assert list(found.dynamic[names[1]]) == [0]  # the model fixes the width of patches
+    assert list(found.dynamic[names[1]]) == [0]  # the width of patches is static
     assert found.values[names[1]].shape == (20, PATCH_WIDTH)
 
 
-def test_names_of_nested_arguments_say_where_they_are() -> None:
+def test_capture_names_of_nested_arguments() -> None:
     class Nested(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -94,7 +94,7 @@ def test_names_of_nested_arguments_say_where_they_are() -> None:
 
 
 class Scaled(nn.Module):
-    """Takes a number."""
+    """An argument is a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,19 +105,19 @@ class Scaled(nn.Module):
         return logits
 
 
-def test_numbers_that_vary_are_no_inputs() -> None:
+def test_capture_rejects_numbers_as_inputs() -> None:
     shapes = {**tiny_shapes(), "scale": Dim.DYNAMIC}
     with pytest.raises(ExportError, match="example_inputs must be tensors"):
         capture_for_export(Scaled(), {**EXAMPLE, "scale": 3}, shapes)
 
 
-def test_numbers_that_do_not_vary_are_constants() -> None:
+def test_capture_constant_numbers() -> None:
     found = capture_for_export(Scaled(), {**EXAMPLE, "scale": 2.0}, {**tiny_shapes(), "scale": None})
     assert [name for name in found.inputs if name] == ["input_ids", "pixel_values", "features.0"]
 
 
 class Writing(nn.Module):
-    """Keeps what it saw."""
+    """Mutates a buffer."""
 
     seen: Tensor
 
@@ -132,14 +132,14 @@ class Writing(nn.Module):
         return logits
 
 
-def test_a_model_that_writes_is_refused() -> None:
+def test_capture_rejects_input_mutations() -> None:
     with pytest.raises(UnsupportedGraphError) as refusal:
         capture_for_export(Writing().eval(), EXAMPLE, tiny_shapes())
     assert refusal.value.reason is Reason.MUTATED_INPUTS
 
 
 class Grid(nn.Module):
-    """Loops over values of a constant, as encoders do."""
+    """Loops over the values of a constant, like encoders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,14 +151,14 @@ class Grid(nn.Module):
 
 
 class Outside(nn.Module):
-    """Leaves torch on the way."""
+    """Computes with numpy."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         return (torch.from_numpy(pixels.numpy() * 2),)
 
 
 class Deciding(nn.Module):
-    """Python decides by a value."""
+    """Control flow depends on a value."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor]:
         return (pixels if bool(pixels.any()) else pixels + 1,)
@@ -168,19 +168,19 @@ def stage(module: nn.Module) -> Stage:
     return Stage(module, {"pixels": torch.arange(12.0).reshape(6, 2)}, ("features",), {"pixels": {}})
 
 
-def test_what_depends_on_constants_is_unrolled() -> None:
+def test_unrolled_loop_over_constants() -> None:
     traced = unrolled(stage(Grid()))
     pixels = torch.randn(6, 2)
     assert torch.equal(traced(pixels)[0], Grid()(pixels)[0])
 
 
 @pytest.mark.parametrize("module", [Deciding(), Outside()])
-def test_what_depends_on_pixels_in_a_way_that_graphs_cannot_hold_is_refused(module: nn.Module) -> None:
+def test_unrolled_data_dependent_module(module: nn.Module) -> None:
     with pytest.raises(ExportError, match=f"torch cannot trace this {type(module).__name__}: "):
         unrolled(stage(module))
 
 
-def test_a_stage_is_traced_with_the_sizes_that_vary() -> None:
+def test_trace_dynamic_sizes() -> None:
     class Double(nn.Module):
         def forward(self, pixels: Tensor) -> tuple[Tensor]:
             return (pixels * 2,)

@@ -1,4 +1,4 @@
-"""Packages of ``examples/`` can be imported. Last in the path: ``vlcache_fx`` is what is installed."""
+"""Makes packages of ``examples/`` importable, last in the path: ``vlcache_fx`` is the installed package."""
 
 import sys
 from pathlib import Path

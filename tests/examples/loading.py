@@ -1,4 +1,4 @@
-"""Examples are scripts: loaded by path."""
+"""Loads examples, which are scripts, by path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name: str) -> ModuleType:
-    """The module of ``examples/<name>.py``."""
+    """Load ``examples/<name>.py`` as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Stamps are told apart by folder and caption, laid on boards, and counted."""
+"""Stamps are classified by folder and caption, placed on boards, and counted."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def stamps(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_stamp_of_a_known_kind_is_asked_about(
+def test_main_asks_about_known_kinds(
     stamps: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example = load("ask_about_stamps")
@@ -62,7 +62,7 @@ def test_each_stamp_of_a_known_kind_is_asked_about(
         assert len(set(question.photo_ids[0].flatten().tolist())) == 4
 
 
-def test_a_stamp_lies_on_white(stamps: Path) -> None:
+def test_read_stamp_on_white(stamps: Path) -> None:
     example = load("ask_about_stamps")
     wide = example.read_stamp(stamps / "animals/birds/owl.png")  # 20 x 10 pixels
     assert wide.shape == (32, 32, 3)
@@ -70,6 +70,6 @@ def test_a_stamp_lies_on_white(stamps: Path) -> None:
     assert (wide[9:23] == np.array([200, 0, 0])).all()
 
 
-def test_too_few_stamps(tmp_path: Path) -> None:
+def test_find_stamps_too_few(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="has 0 stamps of known kinds"):
         load("ask_about_stamps").main(["--stamps", str(tmp_path)])

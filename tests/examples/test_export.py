@@ -1,4 +1,4 @@
-"""Exported graphs are served with reuse: by the session, by numpy alone, and as engines."""
+"""Examples of exports: with a session, with numpy, and as engines."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
 @pytest.fixture(autouse=True)
 def as_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They import each other."""
+    """Let examples import each other."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first example that needs an export leaves it, and the next one finds it."""
+    """Folder of an export that examples share."""
     return tmp_path_factory.mktemp("examples") / "export"
 
 
 @pytest.mark.slow
-def test_an_exported_model_reuses_the_picture(folder: Path) -> None:
+def test_export_onnx_reuses_the_picture(folder: Path) -> None:
     exported, first, second = load("export_onnx").main(folder)
     assert exported.endswith("12 lookups")
     assert first.startswith("cold, 100.0 % computed: ")
@@ -37,7 +37,7 @@ def test_an_exported_model_reuses_the_picture(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_torch_gives_the_models_answers(folder: Path) -> None:
+def test_wire_request_equals_model(folder: Path) -> None:
     lines = load("wire_request").main(folder)
     assert [line.partition(":")[0] for line in lines] == ["cold", "warm"]
     for line in lines:
@@ -46,9 +46,9 @@ def test_a_server_without_torch_gives_the_models_answers(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engines_are_built_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_engines_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    # One layer: an export takes seconds for each, and nothing is asked.
+    # One layer: an export takes seconds per layer.
     model: Any = reference_vlm.load_model()
     model.model.language_model.layers = model.model.language_model.layers[:1]
     model.config.text_config.num_hidden_layers = 1

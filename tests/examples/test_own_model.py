@@ -1,9 +1,9 @@
-"""A model in plain torch is reused, with a merge in its graph and with marked spans."""
+"""A model in plain torch, with a merge in its graph and with marked spans."""
 
 from .loading import load
 
 
-def test_both_ways_are_reused() -> None:
+def test_own_model_reuses_both_ways() -> None:
     assert load("own_model").main() == [
         "new image: cold, hits [False], 76 of 76 rows",
         "same image, moved: warm, hits [True], 24 of 82 rows",

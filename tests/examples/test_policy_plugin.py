@@ -1,4 +1,4 @@
-"""The example of a policy in a package of its own, installed into an environment of its own."""
+"""The example of a policy in a separate package, installed into a separate environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(*command: str | Path) -> str:
 
 
 def new_environment(directory: Path, visible: Sequence[str]) -> Path:
-    """The interpreter of a new environment that sees what is installed in ``visible``, without network.
+    """Create an environment that sees the packages in ``visible``; return its interpreter. Needs no network.
 
     Without pip: what would come with it (an old setuptools) would hide what is visible.
     """
@@ -38,14 +38,14 @@ def new_environment(directory: Path, visible: Sequence[str]) -> Path:
 
 
 @pytest.mark.slow
-def test_the_policy_is_installed_found_and_used(tmp_path: Path) -> None:
+def test_policy_plugin_installed_and_used(tmp_path: Path) -> None:
     assert "every_row_start" not in known_policies()
     source = tmp_path / "policy_plugin"
     shutil.copytree(PLUGIN, source, ignore=shutil.ignore_patterns("__pycache__", "build", "*.egg-info"))
     python = new_environment(tmp_path / "environment", site.getsitepackages())
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, source)
-    shutil.rmtree(source / "src")  # what is tested is what was installed
+    shutil.rmtree(source / "src")  # the test must import the installed package
 
     tests = ["-p", "no:cacheprovider", "-q", "-c", PLUGIN / "pyproject.toml", source / "tests"]
     assert "7 passed" in run(python, "-m", "pytest", *tests)

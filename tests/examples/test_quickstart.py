@@ -4,8 +4,8 @@ from .loading import load
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # third-party ones; here the output matters
-def test_the_second_time_the_picture_is_reused() -> None:
+@pytest.mark.filterwarnings("ignore")  # warnings of third parties; the test is about output
+def test_quickstart_reuses_the_picture() -> None:
     first, second = load("quickstart").main(lowering="eager", dynamic=True)
     assert first.startswith("cold: ")
     assert second.startswith("warm: ")

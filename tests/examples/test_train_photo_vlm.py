@@ -40,7 +40,7 @@ def processor() -> Any:
     return load_processor()
 
 
-def test_an_update_that_is_merged_computes_the_same() -> None:
+def test_merge_updates_equals_updates() -> None:
     torch.manual_seed(0)
     layer = torch.nn.Module()
     layer.q_proj = torch.nn.Linear(8, 8)
@@ -70,7 +70,7 @@ def small_archive(path: Path) -> Path:
     return path
 
 
-def test_the_archive_is_read_and_others_are_refused(tmp_path: Path) -> None:
+def test_read_archive(tmp_path: Path) -> None:
     photos = read_archive(small_archive(tmp_path / "a.tgz"), "train", 12)
     assert (photos.pixels == load_pictures("train").pixels[:12]).all()
     with pytest.raises(FileNotFoundError, match=r"b\.tgz"):
@@ -79,7 +79,7 @@ def test_the_archive_is_read_and_others_are_refused(tmp_path: Path) -> None:
         read_archive(small_archive(tmp_path / "c.tgz"), "test", 12)
 
 
-def test_a_probe_reads_what_was_written() -> None:
+def test_probe_recovers_codes() -> None:
     torch.manual_seed(0)
     codes = torch.randint(4, (200, 2))
     places, kinds = torch.randn(4, 32), torch.randn(4, 32)
@@ -93,7 +93,7 @@ def test_a_probe_reads_what_was_written() -> None:
 
 @needs_parts
 @pytest.mark.parametrize("question_first", [False, True])
-def test_packed_questions_are_the_prompts_that_are_asked(processor: Any, question_first: bool) -> None:
+def test_pack_equals_prompts(processor: Any, question_first: bool) -> None:
     maker = SequenceMaker(processor.tokenizer, load_pictures("train"), 0)
     question = make_questions("train", "cell", 1, question_first=question_first, grid=2)[0]
     rng = np.random.default_rng(0)
@@ -112,7 +112,7 @@ def test_packed_questions_are_the_prompts_that_are_asked(processor: Any, questio
 
 
 @needs_parts
-def test_pictures_of_repeated_questions_saw_another_question_or_none(processor: Any) -> None:
+def test_pack_pictures_of_repeated_questions(processor: Any) -> None:
     maker = SequenceMaker(processor.tokenizer, load_pictures("train"), 0)
     question = make_questions("train", "cell", 1, question_first=True, grid=2)[0]
     rng = np.random.default_rng(0)
@@ -141,7 +141,7 @@ def test_pictures_of_repeated_questions_saw_another_question_or_none(processor: 
         else:
             saw_none += 1
     assert 0 < saw_none < 12
-    with pytest.raises(ValueError, match="in front of their pictures"):
+    with pytest.raises(ValueError, match="before their pictures"):
         maker.pack(question.system_prompt, asked, question.photo_ids, False, reused=True)
 
 
@@ -170,7 +170,7 @@ def tiny_decoder() -> Any:
     return LlamaForCausalLM(LlamaConfig(num_attention_heads=9, num_key_value_heads=3, **sizes))
 
 
-def test_agreement_under_reuse_is_weighted() -> None:
+def test_answer_loss_reuse_weight() -> None:
     decoder, projector, features = tiny_decoder(), Projector(), torch.randn(2, 4, FEATURES)
 
     def loss(reused: bool, weight: float) -> float:
@@ -183,7 +183,7 @@ def test_agreement_under_reuse_is_weighted() -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_of_training_on_a_gpu() -> None:
+def test_training_step_on_gpu() -> None:
     device = torch.device("cuda")
     decoder, projector = tiny_decoder().to(device), Projector().to(device)
     packed = tiny_packed(True).to(device)
@@ -195,7 +195,7 @@ def test_a_step_of_training_on_a_gpu() -> None:
 
 @pytest.mark.slow
 @needs_parts
-def test_training_runs_with_tiny_settings(tmp_path: Path) -> None:
+def test_training_tiny_settings(tmp_path: Path) -> None:
     from examples.train_photo_vlm.__main__ import main as train
 
     archive = str(small_archive(tmp_path / "cifar.tgz"))

@@ -56,7 +56,7 @@ def test_packed_training_rows_equal_single_questions(processor: Any, first: bool
     torch.testing.assert_close(packed_logits(model, question, asked)[-1:], single, atol=1e-3, rtol=1e-3)
 
 
-def test_guide_reads_the_attention_that_the_model_computes(model: Any) -> None:
+def test_guide_equals_model_attention(model: Any) -> None:
     guide = Guide(model)
     try:
         batch = BatchMaker(vocabulary(), 0).batch(Recipe(("cell",), False, 1, 1, rows=(2, 2), system_words=3))
@@ -72,7 +72,7 @@ def test_guide_reads_the_attention_that_the_model_computes(model: Any) -> None:
         guide.remove()
 
 
-def test_training_script_runs(tmp_path: Path) -> None:
+def test_training_tiny_settings(tmp_path: Path) -> None:
     from examples.train_reference_vlm.__main__ import main
 
     report = main(["--steps", "2", "--device", "cpu", "--output", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""A profile out of measured errors."""
+"""Profiles from measured errors."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SPAN = 400
 
 
 def error(counts: Sequence[int]) -> float:
-    """A model of which the profile is known: layers differ, rows are worth less and less."""
+    """Errors of a known profile: layers differ, and the worth of rows declines."""
     worth = [math.log1p(count) / math.log1p(SPAN) for count in counts]
     return 0.05 * (1 - sum(s * w for s, w in zip(TRUE_SENSITIVITIES, worth, strict=True)))
 
@@ -28,7 +28,7 @@ def measured(policy: UpTo) -> float:
     return error([len(rows) for rows in policy.select(span(len(TRUE_SENSITIVITIES)))])
 
 
-def test_a_measured_profile_beats_equal_counts() -> None:
+def test_profile_beats_equal_counts() -> None:
     depths = range(len(TRUE_SENSITIVITIES) + 1)
     found = sensitivities(depths, [measured(UpTo(0.05, depth)) for depth in depths])
     assert found == pytest.approx(TRUE_SENSITIVITIES)
@@ -42,7 +42,7 @@ def test_a_measured_profile_beats_equal_counts() -> None:
         assert solved < equal
 
 
-def test_noise_makes_no_negative_sensitivity() -> None:
+def test_sensitivities_of_noise_are_not_negative() -> None:
     assert sensitivities([0, 1, 2, 3], [1.0, 1.1, 0.4, 0.4]) == pytest.approx((0.0, 1.0, 0.0))
     assert sensitivities([0, 2, 4], [1.0, 0.5, 0.0]) == pytest.approx((0.25,) * 4)
     assert sensitivities([0, 1, 2], [1.0, 1.0, 1.0]) == (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Donors of several contexts, on tensors whose best combination is known."""
+"""Donors of several contexts, for tensors with a known best combination."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def blend(entries: list[Entry], name: str, weights: list[float]) -> Tensor:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """``[length, width]``; a view where it can be, else a copy."""
+    """Return rows ``[length, width]``, a view if possible."""
     return tensor.movedim(tensor.shape.index(LENGTH), 0).flatten(1)
 
 
@@ -38,18 +38,18 @@ def off(donor: Entry, exact: Entry, rows: slice = slice(None)) -> float:
     return sum(float(part.square().sum()) for part in parts)
 
 
-def test_a_fit_finds_other_weights_for_keys_and_values(contexts: list[Entry]) -> None:
+def test_fitted_weights_per_slot(contexts: list[Entry]) -> None:
     exact = entry(
         blend(contexts, "key", [1.5, -0.5, 0.0, 0.0]), blend(contexts, "value", [0.0, 0.1, 0.2, 0.7])
     )
     donor = fitted(contexts, exact, rows=4)
-    # Four rows tell the weights; all others follow. The ridge keeps a fit from being exact.
+    # Four rows determine the weights. The ridge makes the fit inexact.
     assert off(donor, exact, slice(4, None)) < 0.001 * off(mean(contexts), exact, slice(4, None))
     assert donor.info["contexts"] == [f"context {index}" for index in range(4)]
     assert donor.tensors["key"].dtype == torch.float32
 
 
-def test_a_fit_sees_the_first_rows_only(contexts: list[Entry]) -> None:
+def test_fitted_uses_only_the_first_rows(contexts: list[Entry]) -> None:
     exact = contexts[1]
     noisy = entry(*(tensor.clone() for tensor in exact.tensors.values()))
     for tensor in noisy.tensors.values():
@@ -59,7 +59,7 @@ def test_a_fit_sees_the_first_rows_only(contexts: list[Entry]) -> None:
     assert off(fitted(contexts, exact, rows=3), exact) < 0.01 * off(mean(contexts), exact)
 
 
-def test_contexts_that_agree_leave_nothing_to_fit(contexts: list[Entry]) -> None:
+def test_fitted_equal_contexts(contexts: list[Entry]) -> None:
     alike = [
         entry(contexts[0].tensors["key"], contexts[0].tensors["value"], f"again {index}")
         for index in range(4)
@@ -68,7 +68,7 @@ def test_contexts_that_agree_leave_nothing_to_fit(contexts: list[Entry]) -> None
     torch.testing.assert_close(dict(donor.tensors), dict(alike[0].tensors))
 
 
-def test_a_patch_of_more_rank_is_closer(contexts: list[Entry]) -> None:
+def test_patched_improves_with_rank(contexts: list[Entry]) -> None:
     *kept, exact = contexts
     errors = [off(patched(kept, exact, rank), exact) for rank in (0, 1, 8, 16)]
     assert errors == sorted(errors, reverse=True)
@@ -76,7 +76,7 @@ def test_a_patch_of_more_rank_is_closer(contexts: list[Entry]) -> None:
     assert errors[-1] < 1e-10
 
 
-def test_a_patch_restores_a_difference_of_its_rank(contexts: list[Entry]) -> None:
+def test_patched_restores_differences_of_its_rank(contexts: list[Entry]) -> None:
     middle = mean(contexts)
     shape = middle.tensors["key"].shape
     rows = torch.linspace(-1, 1, LENGTH)[:, None]
@@ -86,12 +86,12 @@ def test_a_patch_restores_a_difference_of_its_rank(contexts: list[Entry]) -> Non
     assert off(patched(contexts, exact, 1), exact) < 1e-6 * off(middle, exact)
 
 
-def test_rows_that_cannot_be_told_from_heads() -> None:
+def test_fitted_ambiguous_dimension() -> None:
     square = torch.zeros(LENGTH, LENGTH)
     with pytest.raises(StoreError, match="2 dimensions"):
         patched([entry(square, square)], entry(square, square), 1)
 
 
-def test_the_nearest_prompt_shares_most_words() -> None:
+def test_nearest_by_shared_words() -> None:
     assert nearest(["", "a b c", "b c d e"], "c b e") == 2
     assert nearest(["", "a"], "") == 0

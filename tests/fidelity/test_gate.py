@@ -1,4 +1,4 @@
-"""The gate sets the smallest budget that passes, or ends reuse."""
+"""The gate sets the smallest budget that passes, or turns reuse off."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def vlm(compiled: Pair) -> Iterator[Pair]:
     return compiled
 
 
-def test_the_smallest_budget_that_passes_is_set(vlm: Pair) -> None:
+def test_check_sets_the_smallest_passing_budget(vlm: Pair) -> None:
     runs = vlm.engine.stats()["shadow"]["runs"]
     report = check(vlm.model, iter(TRAFFIC), max_kl=1e-9, budgets=(1.0, 0.0, 0.1))
     assert (report.passed, report.budget) == (True, 1.0)
@@ -59,20 +59,20 @@ def test_the_smallest_budget_that_passes_is_set(vlm: Pair) -> None:
     assert some.token_layer_fraction == pytest.approx(0.1, abs=0.03)
     assert json.loads(json.dumps(report.as_dict()))["trials"][1]["budget"] == 0.1
     assert vlm.engine.options.budget == 1.0
-    assert vlm.engine.stats()["shadow"]["runs"] == runs  # shadow runs would have hidden what reuse does
-    # The donors of the replay are kept.
+    assert vlm.engine.stats()["shadow"]["runs"] == runs  # shadow runs would hide the effects of reuse
+    # The donors of the replay remain.
     assert vlm.run(**prompt(0, 9))[1]["mode"] == "warm"
 
 
-def test_a_model_that_does_not_pass_goes_without_reuse(vlm: Pair) -> None:
+def test_check_failed_bypasses_the_model(vlm: Pair) -> None:
     report = vlcache_fx.gate(vlm.model, TRAFFIC, max_kl=1e-9, budgets=(0.0, 0.1))
     assert (report.passed, report.budget) == (False, None)
     assert vlm.engine.options.budget == 0.3
     assert len(vlm.engine.store) == 0
     off, called = vlm.run(**prompt(0, 9))
     assert (called["mode"], off) == ("bypass", 0.0)
-    assert "the gate passed none of the budgets 0, 0.1" in called["reason"]
-    # A later gate may find otherwise, and lifts it then.
+    assert "no budget of 0, 0.1 passed the gate" in called["reason"]
+    # A later gate that passes lifts the bypass.
     assert check(vlm.model, TRAFFIC, min_agreement=0.0, budgets=(0.1,)).passed
     assert vlm.run(**prompt(0, 9))[1]["mode"] == "warm"
 
@@ -81,11 +81,11 @@ def test_a_model_that_does_not_pass_goes_without_reuse(vlm: Pair) -> None:
     ("prompts", "message"),
     [
         ([], "none of the 0 prompts .*there were none"),
-        ([prompt(0, 0), prompt(1, 1)], "none of the 2 prompts .*2 cold .*at least twice"),
-        ([prompt(0, 0)] * 2, r"1 warm\)"),  # the same beginning: exact anyway
+        ([prompt(0, 0), prompt(1, 1)], "none of the 2 prompts .*2 cold .*at least one image twice"),
+        ([prompt(0, 0)] * 2, r"1 warm\)"),  # the same beginning: exact
     ],
 )
-def test_traffic_without_reuse_says_nothing(vlm: Pair, prompts: Any, message: str) -> None:
+def test_check_traffic_without_reuse(vlm: Pair, prompts: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         check(vlm.model, prompts)
     assert vlm.engine.options.budget == 0.3
@@ -96,17 +96,17 @@ def test_traffic_without_reuse_says_nothing(vlm: Pair, prompts: Any, message: st
     [{"min_agreement": 1.1}, {"max_kl": -1.0}, {"budgets": ()}, {"budgets": (0.1, 2)}],
     ids=lambda bad: next(iter(bad)),
 )
-def test_bad_arguments_are_named(vlm: Pair, bad: dict[str, Any]) -> None:
+def test_check_bad_arguments(vlm: Pair, bad: dict[str, Any]) -> None:
     (name,) = bad
     with pytest.raises(OptionError, match=name):
         check(vlm.model, TRAFFIC, **bad)
 
 
-def test_other_models_have_no_gate() -> None:
+def test_check_model_without_engine() -> None:
     with pytest.raises(OptionError, match="TinyVlm has no engine"):
         check(tiny_vlm(), TRAFFIC)
 
 
-def test_a_model_must_return_logits(vlm: Pair) -> None:
+def test_check_model_without_logits(vlm: Pair) -> None:
     with pytest.raises(OptionError, match=r"\[batch, tokens, vocabulary\], not \(1, 7\)"):
         check(lambda **_: torch.zeros(1, 7), TRAFFIC, engine=vlm.engine)

@@ -1,4 +1,4 @@
-"""Prompts out of files."""
+"""Prompts from files."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write(folder: Path, *lines: str) -> Path:
     return path
 
 
-def test_lines_about_the_same_images_reuse_the_first(folder: Path) -> None:
+def test_read_cases_groups_by_images(folder: Path) -> None:
     path = write(
         folder, line("a.png"), line("b.png"), "", line("a.png", prompt="and ?"), line("a.png", answer="no")
     )
@@ -46,25 +46,25 @@ def test_lines_about_the_same_images_reuse_the_first(folder: Path) -> None:
         (["{"], r"prompts\.jsonl:1: not JSON"),
         (["[]"], "expected an object with exactly answer, images, prompt"),
         ([line("a.png", more=1)], "exactly answer, images, prompt"),
-        ([line("a.png", answer="")], "strings that say something"),
+        ([line("a.png", answer="")], "must be nonempty strings"),
         ([line()], "images must be a list of paths"),
         ([line("a.png"), line("c.png")], r"prompts\.jsonl:2: cannot read an image.*c\.png"),
-        ([line("a.png"), line("b.png")], "no two prompts are about the same images"),
+        ([line("a.png"), line("b.png")], "no two prompts have the same images"),
     ],
 )
-def test_bad_files(folder: Path, lines: list[str], message: str) -> None:
+def test_read_cases_bad_file(folder: Path, lines: list[str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         read_cases(write(folder, *lines))
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
+def test_read_cases_missing_file(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"cannot read the prompts .*nowhere\.jsonl"):
         read_cases(tmp_path / "nowhere.jsonl")
 
 
-def test_batches_hold_one_family() -> None:
+def test_batches_of_one_family() -> None:
     prompt = Prompt("?", (), "!")
     cases = [Case(family, prompt, prompt) for family in "abab" + "b"]
     assert [[case.family for case in own] for own in batches(cases, 2)] == [["a", "a"], ["b", "b"], ["b"]]
-    with pytest.raises(OptionError, match="at least one prompt, not 0"):
+    with pytest.raises(OptionError, match="batch=0 is not valid"):
         batches(cases, 0)

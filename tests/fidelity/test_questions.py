@@ -1,4 +1,4 @@
-"""Every family of cases is what its name says."""
+"""Properties of every family of cases."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ def system_words(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str) -> None:
+def test_make_cases_families(family: str) -> None:
     cases = make_cases(reference_vlm, family, 4)
     assert len(cases) == 4
     for case in cases:
@@ -33,12 +33,14 @@ def test_families(family: str) -> None:
     assert [case.asked.text for case in again] == [case.asked.text for case in cases]
 
 
-def test_an_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(OptionError, match=r"unknown family 'two_hop'; known are: single_hop, .*asked_again"):
+def test_make_cases_unknown_family() -> None:
+    with pytest.raises(
+        OptionError, match=r"family='two_hop' is not valid: it must be one of single_hop, .*asked_again"
+    ):
         make_cases(reference_vlm, "two_hop", 1)
 
 
-def test_an_answer_is_what_the_model_writes() -> None:
+def test_make_prompt_answer_format() -> None:
     source = SimpleNamespace(
         build_prompt=lambda question: question.text, answer_text=lambda answer: f" {answer}"
     )

@@ -1,4 +1,4 @@
-"""The reference model, compared and calibrated: in one file, so that it is compiled once."""
+"""Comparison and calibration of the reference model, in one file to compile it once."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def subject() -> Subject:
     return Subject("reference", model, reference_vlm.load_processor(), positions=1)
 
 
-def test_scores_of_the_reference_model(subject: Subject, tmp_path: Path) -> None:
+def test_run_reference_model(subject: Subject, tmp_path: Path) -> None:
     cases = [
         case for family in ("system_prompt", "multi_hop") for case in make_cases(reference_vlm, family, 3)
     ]
@@ -44,7 +44,7 @@ def test_scores_of_the_reference_model(subject: Subject, tmp_path: Path) -> None
     by_policy = {one.policy: one for one in scores if one.family == ALL}
     assert by_policy["none"].kl.mean > 0
     assert by_policy["none"].recomputed == 0.0
-    # As the unmodified model, token by token; only the shapes of the kernels may differ.
+    # Equal to the unmodified model at every token; only shapes of kernels may differ.
     assert by_policy["full"].kl.mean < 1e-9
     assert by_policy["full"].agreement.mean == 1.0
     assert 0.05 < by_policy["uniform"].recomputed < 0.1 + 1e-9
@@ -53,14 +53,14 @@ def test_scores_of_the_reference_model(subject: Subject, tmp_path: Path) -> None
     assert (tmp_path / "scores.png").stat().st_size > 10_000
 
 
-def test_the_unmodified_model_is_the_oracle(subject: Subject) -> None:
+def test_subject_exact_equals_unmodified_model(subject: Subject) -> None:
     question = subject.prepare([make_cases(reference_vlm, "single_hop", 1)[0].asked])
     with torch.no_grad():
         plain = reference_vlm.load_model()(**question.inputs).logits[:, -2:-1]
     torch.testing.assert_close(subject.exact(question), plain)
 
 
-def test_an_answer_that_cannot_be_compared(subject: Subject) -> None:
+def test_prepare_bad_answer(subject: Subject) -> None:
     prompt = make_cases(reference_vlm, "single_hop", 1)[0].asked
     with pytest.raises(OptionError, match="has 2 tokens: it must have 1 to 1"):
         subject.prepare([dataclasses.replace(prompt, answer="yes no")])
@@ -68,14 +68,14 @@ def test_an_answer_that_cannot_be_compared(subject: Subject) -> None:
         subject.prepare([Prompt(prompt.text, prompt.images, "")])
 
 
-def test_nothing_to_compare(subject: Subject) -> None:
+def test_run_nothing_to_compare(subject: Subject) -> None:
     with pytest.raises(OptionError, match="0 cases, 1 settings"):
         run(subject, [], [Setting("none", 0.0)])
     with pytest.raises(OptionError, match=r"Linear was not compiled with vlcache_fx\.compile"):
         Subject("linear", nn.Linear(1, 1), None)
 
 
-def test_the_reference_model_is_calibrated(subject: Subject) -> None:
+def test_calibrate_reference_model(subject: Subject) -> None:
     cases = make_cases(reference_vlm, "system_prompt", 6, split="train")
     found = calibrate(subject, cases, batch=4)
     profile = found.profile
@@ -91,15 +91,17 @@ def test_the_reference_model_is_calibrated(subject: Subject) -> None:
     assert found.is_flat == (len(set(profile.sensitivities)) == 1)
 
 
-def test_what_cannot_be_calibrated(subject: Subject) -> None:
+def test_calibrate_bad_arguments(subject: Subject) -> None:
     cases = make_cases(reference_vlm, "single_hop", 3)
     with pytest.raises(OptionError, match="at least 3 cases, not 2"):
         calibrate(subject, cases[:2])
-    with pytest.raises(OptionError, match="depth_share must be between 0 and 1, not 2"):
+    with pytest.raises(OptionError, match="depth_share=2 is not valid"):
         calibrate(subject, cases, depth_share=2)
 
 
-def test_calibrated_then_compared(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_calibrate_then_fidelity(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "vlcache_fx.fidelity.models.load_subject", lambda *_: subject
     )  # compiled once for this file
@@ -123,11 +125,11 @@ def test_calibrated_then_compared(subject: Subject, tmp_path: Path, monkeypatch:
     assert (output / "fidelity.md").read_text().count("| layer_aware |") == 2
 
 
-def test_donors_of_more_contexts_are_compared(subject: Subject) -> None:
+def test_study_every_kind_of_donor(subject: Subject) -> None:
     found = study(subject, reference_vlm, 4, batch=4)
     assert list(found) == list(KINDS)
     assert {kind: len(comparisons) for kind, comparisons in found.items()} == dict.fromkeys(KINDS, 4)
-    # Other donors, other errors: were one of them not put in place, two kinds would be equal.
+    # Errors differ: a donor that was not stored would make two kinds equal.
     errors = [tuple(one.kl for one in found[kind]) for kind in ("one", "mean of 2", "mean of 4", "typical")]
     assert len(set(errors)) == 4
     first, second = (sum(one.kl for one in found[f"rank {rank} patch"]) for rank in (1, 8))

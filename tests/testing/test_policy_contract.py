@@ -1,4 +1,4 @@
-"""The contract test finds each way in which a policy can break the interface, and says which."""
+"""The contract test reports every violation of the interface."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first(length: int, layers: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Asked(Policy):
-    """Does what a test says."""
+    """Returns the test's answer."""
 
     name: ClassVar[str] = "asked"
     ignores_budget: ClassVar[bool] = True
@@ -33,38 +33,38 @@ class Asked(Policy):
         return self.answer(span.length, span.num_layers)
 
 
-def test_a_good_policy_passes() -> None:
+def test_check_policy_valid() -> None:
     assert check_policy(Asked()) == []
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda n, layers: None, "want a sequence of tensors, got NoneType"),
+        (lambda n, layers: None, "expected a sequence of tensors, got NoneType"),
         (lambda n, layers: [torch.arange(1)] * (layers + 1), "tensors for these layers"),
-        (lambda n, layers: [[0]] * layers, "layer 0: want a tensor, got list"),
+        (lambda n, layers: [[0]] * layers, "layer 0: expected a tensor, got list"),
         (
             lambda n, layers: [torch.zeros(1)] * layers,
-            "want int64 offsets of one dimension, got torch.float32",
+            r"expected int64 offsets \[rows\], got torch.float32",
         ),
         (lambda n, layers: [torch.zeros(1, 1, dtype=torch.int64)] * layers, r"of shape \(1, 1\)"),
-        (lambda n, layers: [torch.tensor([n])] * layers, r"rows \[\d+\] are outside of the span"),
-        (lambda n, layers: [torch.tensor([-1])] * layers, r"rows \[-1\] are outside of the span"),
-        (lambda n, layers: [torch.tensor([0, 0])] * layers, "not sorted, or some come twice"),
+        (lambda n, layers: [torch.tensor([n])] * layers, r"rows \[\d+\] are outside the span"),
+        (lambda n, layers: [torch.tensor([-1])] * layers, r"rows \[-1\] are outside the span"),
+        (lambda n, layers: [torch.tensor([0, 0])] * layers, "not sorted and unique"),
         (lambda n, layers: [torch.arange(n).flip(0)] * layers, "not sorted"),
         (lambda n, layers: [torch.arange(min(n, 1 + i)) for i in range(layers)], "shrink with depth"),
-        (lambda n, layers: [torch.randperm(n)[:1]] * layers, "asked twice, it gave two answers"),
+        (lambda n, layers: [torch.randperm(n)[:1]] * layers, "two calls gave different answers"),
     ],
 )
-def test_bad_answers_are_found(answer: Any, message: str) -> None:
+def test_check_policy_bad_answers(answer: Any, message: str) -> None:
     with pytest.raises(AssertionError, match=rf"Asked\.select\(length=\d+, num_layers=.*{message}"):
         check_policy(Asked(answer))
 
 
-def test_a_broken_budget_is_found() -> None:
+def test_check_policy_exceeded_budget() -> None:
     @dataclass(frozen=True)
     class Dear(Asked):
-        """The first row, whatever it may cost."""
+        """Recompute the first row despite the budget."""
 
         ignores_budget: ClassVar[bool] = False
 
@@ -76,8 +76,8 @@ def refuse(*_: int) -> Any:
     raise PolicyError("not today")
 
 
-def test_a_profile_may_be_refused_but_not_every_profile() -> None:
-    with pytest.raises(AssertionError, match="refused, whatever the profile: not today"):
+def test_check_policy_rejected_profiles() -> None:
+    with pytest.raises(AssertionError, match="rejected for every profile: not today"):
         check_policy(Asked(refuse))
 
     @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def test_a_profile_may_be_refused_but_not_every_profile() -> None:
     assert check_policy(Measured()) == []
 
 
-def test_recommendations() -> None:
+def test_check_policy_recommendations() -> None:
     @dataclass(frozen=True)
     class Plain(Asked):
         more: int = field(kw_only=True)
@@ -100,13 +100,13 @@ def test_recommendations() -> None:
 
     assert [text.partition(" ")[2] for text in check_policy(Plain(more=1))] == [
         "has no docstring; `vlcache policies` shows its first paragraph",
-        "has fields without defaults, so it cannot be asked for by name",
-        "gives equal layers different tensors; planning is faster if they share one",
+        "has fields without defaults: it cannot be looked up by name",
+        "returns different tensors for equal layers; planning is faster if they share one",
     ]
 
 
 def made(**changes: Any) -> Any:
-    """A policy class whose ``dataclass`` arguments, or attributes, are not as they should be."""
+    """Create an invalid policy with changed ``dataclass`` arguments or attributes."""
     arguments = {"frozen": True} | changes.pop("arguments", {})
     bases = changes.pop("bases", (Policy,))
     own = {"__doc__": "Odd.", "name": "odd", "select": lambda self, span: first(span.length, span.num_layers)}
@@ -125,14 +125,14 @@ def made(**changes: Any) -> Any:
         ({"bases": (ProbingPolicy,), "choose": None, "probe_layer": -1}, "probe_layer must be an index"),
     ],
 )
-def test_odd_objects_are_found(changes: dict[str, Any], message: str) -> None:
+def test_check_policy_bad_objects(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_policy(made(**changes))
 
 
 @dataclass(frozen=True)
 class Probing(ProbingPolicy):
-    """Chooses as a test says."""
+    """Returns the test's choice."""
 
     name: ClassVar[str] = "probing"
 
@@ -152,16 +152,16 @@ def all_rows(deviation: Any, layers: int) -> list[Tensor]:
     return [torch.arange(len(deviation.key))] * layers
 
 
-def test_what_probing_policies_choose_is_checked() -> None:
+def test_check_policy_probing() -> None:
     with pytest.raises(AssertionError, match=r"Probing\.choose.*the budget allows"):
         check_policy(Probing(all_rows))
-    with pytest.raises(AssertionError, match="changed the deviation's tensors in place"):
+    with pytest.raises(AssertionError, match="the policy changed the deviation's tensors in place"):
         check_policy(Probing(lambda found, layers: [found.key.sub_(1).long()[:0]] * layers))
     with pytest.raises(AssertionError, match="layer 2: the probe needs all rows up to layer 2"):
         check_policy(Probing(probed=2))
 
 
-def test_profiles_of_ones_own_are_asked_with() -> None:
+def test_check_policy_additional_profiles() -> None:
     with pytest.raises(AssertionError, match=r"sensitivities=\(7\.0, 7\.5\)"):
         check_policy(Picky(), profiles=[Profile("mine", "float32", (7, 7.5))])
     assert check_policy(Picky()) == []

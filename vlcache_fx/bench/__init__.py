@@ -1,1 +1,1 @@
-"""Measurements: answers with and without reuse, time to first token, and how to show both."""
+"""Measurements of time to first token, memory and answers, with and without reuse -> tables and figures."""

@@ -1,4 +1,4 @@
-"""The reference model's answers as tables for people."""
+"""Tables of the reference model's answers."""
 
 from collections.abc import Sequence
 
@@ -9,51 +9,51 @@ from vlcache_fx.bench.answers import Asked, FamilyScore
 
 
 def percent(part: float, whole: float = 1.0) -> str:
-    """``part`` of ``whole`` in percent."""
+    """Format ``part`` of ``whole`` in percent."""
     return f"{100 * part / whole:.0f} %"
 
 
 def answers_table(scores: Sequence[FamilyScore]) -> Table:
-    """Answers per family of questions."""
+    """Create a table of answers per family of questions."""
     table = Table(title="Answers about scanned digits", title_style="bold")
     table.add_column("question")
     for heading in (
-        "new picture\nright",
-        "reused (warm)\nright",
-        "full recompute\nright",
+        "new picture\ncorrect",
+        "reused (warm)\ncorrect",
+        "full recompute\ncorrect",
         "reused = full\nsame answer",
         "recomputed\nshare",
         "encoder\nskipped",
         "picture\nmoved",
     ):
         table.add_column(heading, justify="right")
-    for one in scores:
+    for score in scores:
         table.add_row(
-            one.family,
-            f"{one.cold_right}/{one.cold}",
-            f"{one.warm_right}/{one.warm}",
-            f"{one.full_right}/{one.warm}",
-            percent(one.agree, one.warm),
-            f"{100 * one.fraction:.1f} %",
-            f"{one.encoder_hits}/{one.warm}",
-            f"{one.moved}/{one.warm}",
+            score.family,
+            f"{score.cold_right}/{score.cold}",
+            f"{score.warm_right}/{score.warm}",
+            f"{score.full_right}/{score.warm}",
+            percent(score.agree, score.warm),
+            f"{100 * score.fraction:.1f} %",
+            f"{score.encoder_hits}/{score.warm}",
+            f"{score.moved}/{score.warm}",
         )
     return table
 
 
 def example_panel(asked: Sequence[Asked]) -> Panel:
-    """One picture's first question and what was asked about it later."""
+    """Show the first question about a picture, and later questions about it."""
     parts = []
-    for number, one in enumerate(asked):
-        heading = "First, the picture is new" if number == 0 else "Then again, behind another prompt"
-        found = "reused" if one.hit else "computed"
-        places = ", ".join(map(str, one.starts))
+    for number, question in enumerate(asked):
+        heading = "First question, new picture" if number == 0 else "Later question, after another prompt"
+        found = "reused" if question.hit else "computed"
+        positions = ", ".join(map(str, question.starts))
         parts.append(
-            f"[bold]{heading}[/bold]: {one.mode}, picture {found}, begins at token {places}"
-            f" of {one.num_tokens}, {100 * one.token_layer_fraction:.1f} % of it recomputed\n"
-            f"  system prompt  {one.system_prompt or '(none)'}\n"
-            f"  question       {one.text}\n"
-            f"  answer         {one.mode} [bold]{one.answer}[/bold], full recompute [bold]{one.full}[/bold],"
-            f" right {one.right}"
+            f"[bold]{heading}[/bold]: {question.mode}, picture {found}, starts at token {positions}"
+            f" of {question.num_tokens}, {100 * question.token_layer_fraction:.1f} % of it recomputed\n"
+            f"  system prompt  {question.system_prompt or '(none)'}\n"
+            f"  question       {question.text}\n"
+            f"  answer         {question.mode} [bold]{question.answer}[/bold],"
+            f" full recompute [bold]{question.full}[/bold], correct {question.right}"
         )
     return Panel("\n\n".join(parts), title="One example", title_align="left")

@@ -1,4 +1,4 @@
-"""Answers of the reference model: cold, with reuse, and from the unmodified model."""
+"""Answers of the reference model: cold, warm, and unmodified."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +12,14 @@ from vlcache_fx.testing import reference_vlm
 from vlcache_fx.testing.reference_vlm import Question
 
 RETURNS = (False, True)
-"""How pictures come back: with the question behind them, then with the question before them."""
+"""Order of each warm question: whether it stands before the pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """One question, its answers, and what the engine reported.
+    """One question, its answers, and figures of the engine's report.
 
-    ``full`` is the unmodified model's answer; ``starts`` are the token positions where the pictures begin.
+    ``full`` is the unmodified model's answer; ``starts`` are the positions of the pictures' first tokens.
     """
 
     family: str
@@ -41,13 +41,13 @@ class FamilyScore:
     """Counts for one family of questions.
 
     Attributes:
-        cold: questions about new pictures, of which ``cold_right`` were answered right.
-        warm: questions about pictures that came back, of which ``warm_right`` were answered right with reuse
-            and ``full_right`` by the unmodified model.
-        agree: warm questions to which both gave the same answer.
-        encoder_hits: warm questions for which no picture was encoded again.
-        moved: warm questions in which a picture began at another position than at first.
-        fraction: recomputed share of the pictures' token-layers, mean over the warm questions.
+        cold: questions about new pictures; ``cold_right`` were answered correctly.
+        warm: questions about recurring pictures; ``warm_right`` were answered correctly with reuse, and
+            ``full_right`` by the unmodified model.
+        agree: warm questions with equal answers of both.
+        encoder_hits: warm questions without an encoder run.
+        moved: warm questions with a picture at another position than before.
+        fraction: recomputed share of the pictures' token-layers, mean over warm questions.
     """
 
     family: str
@@ -63,7 +63,7 @@ class FamilyScore:
 
 
 class AnswerBench:
-    """The reference model twice, compiled for reuse and unmodified (run eagerly).
+    """The reference model twice: compiled for reuse, and unmodified (eager).
 
     Args:
         budget: share of the pictures' token-layers that may be recomputed.
@@ -73,23 +73,23 @@ class AnswerBench:
     def __init__(self, budget: float = 0.02, lowering: str = "eager") -> None:
         self.processor = reference_vlm.load_processor()
         self.unmodified = reference_vlm.load_model()
-        # Lengths are symbolic from the start: every question has another one.
+        # dynamic=True: every question has another length.
         self.model: Any = vlcache_fx.compile(
             reference_vlm.load_model(), budget=budget, lowering=lowering, dynamic=True
         )
 
     def ask(self, question: Question) -> Asked:
-        """Put ``question`` to both models.
+        """Ask both models.
 
         Raises:
-            RuntimeError: the question was answered without the engine.
+            RuntimeError: the compiled model did not call its engine.
         """
         inputs = reference_vlm.prepare(self.processor, [question])
         engine = self.model.vlcache
         before = sum(engine.stats()["calls"].values())
         answer = self._generate(self.model, inputs)
         if sum(engine.stats()["calls"].values()) != before + 1:
-            raise RuntimeError("the compiled model answered without its engine")
+            raise RuntimeError("the compiled model did not call its engine")
         report = engine.last_report
         return Asked(
             family=question.family,
@@ -116,7 +116,7 @@ class AnswerBench:
 def run_answers(
     bench: AnswerBench, families: Sequence[str], pictures: int, after_ask: Callable[[], None] = lambda: None
 ) -> list[list[Asked]]:
-    """Ask about ``pictures`` sets of pictures per family; one list per set, its first question cold."""
+    """Ask about ``pictures`` sets of pictures per family; return one list per set, cold question first."""
     results = []
     for family in families:
         for first in reference_vlm.make_questions("test", family, pictures):
@@ -129,7 +129,7 @@ def run_answers(
 
 
 def _returns(first: Question) -> Iterator[Question]:
-    """Other questions about the pictures of ``first``, behind other system prompts."""
+    """Yield other questions about the pictures of ``first``, after other system prompts."""
     rng = np.random.default_rng(first.scan_ids[0].reshape(-1))
     for question_first in RETURNS:
         yield reference_vlm.ask_again(first, rng, question_first=question_first)
@@ -146,14 +146,14 @@ def score(results: Sequence[Sequence[Asked]]) -> list[FamilyScore]:
             FamilyScore(
                 family=family,
                 cold=len(cold),
-                cold_right=sum(one.answer == one.right for one in cold),
+                cold_right=sum(question.answer == question.right for question in cold),
                 warm=len(warm),
-                warm_right=sum(one.answer == one.right for one in warm),
-                full_right=sum(one.full == one.right for one in warm),
-                agree=sum(one.answer == one.full for one in warm),
-                encoder_hits=sum(one.encoder_hit for one in warm),
-                moved=sum(one.starts != asked[0].starts for asked in sets for one in asked[1:]),
-                fraction=sum(one.token_layer_fraction for one in warm) / len(warm),
+                warm_right=sum(question.answer == question.right for question in warm),
+                full_right=sum(question.full == question.right for question in warm),
+                agree=sum(question.answer == question.full for question in warm),
+                encoder_hits=sum(question.encoder_hit for question in warm),
+                moved=sum(question.starts != asked[0].starts for asked in sets for question in asked[1:]),
+                fraction=sum(question.token_layer_fraction for question in warm) / len(warm),
             )
         )
     return scores

@@ -1,4 +1,4 @@
-"""What ``vlcache bench`` does: choose, measure with a progress bar, print, write."""
+"""Implementation of ``vlcache bench``: choose a model, measure, print tables, write files."""
 
 import dataclasses
 import itertools
@@ -19,46 +19,46 @@ from vlcache_fx.bench.systems import Variant
 from vlcache_fx.errors import OptionError
 
 WIDTH = 140
-"""Of what is printed into a file or a pipe, in characters."""
+"""Characters per line of output to files and pipes."""
 
 
 def choose_model(preset: str, config: Path | None, model_class: str | None, layers: int | None) -> ModelSpec:
-    """The model of the preset, or of the configuration where there is one.
+    """Return the preset's model, or the configuration's if given.
 
     Raises:
-        OptionError: no such preset, or the configuration cannot be used.
+        OptionError: no such preset, or an unusable configuration.
     """
     if config is not None:
         return read_spec(config, model_class).with_layers(layers)
     if model_class is not None:
-        raise OptionError(f"model_class={model_class!r} needs a config: a preset has its own class")
+        raise OptionError(f"model_class={model_class!r} needs config: presets have their own class")
     return find_preset(preset).with_layers(layers)
 
 
 def combine(
     policies: Sequence[str] | None, budgets: Sequence[float] | None, stores: Sequence[str] | None
 ) -> tuple[Variant, ...]:
-    """Every combination; a list that is missing has the default alone."""
+    """Return every combination; a missing list means its default."""
     default = Variant()
     lists = policies or [default.policy], budgets or [default.budget], stores or [default.store]
-    return tuple(dict.fromkeys(Variant(*one) for one in itertools.product(*lists)))
+    return tuple(dict.fromkeys(Variant(*values) for values in itertools.product(*lists)))
 
 
 def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: Any) -> None:
     """Measure, print tables, write ``bench.json`` and ``bench.png``.
 
-    Each point is printed, and added to ``points.jsonl``, when it is measured: a run that is interrupted keeps
-    what it has.
+    Each point is printed and appended to ``points.jsonl`` when it is measured: an interrupted run keeps its
+    points.
 
     Args:
         spec: the model.
-        output_dir: is made where it does not exist.
-        compile_time: time compilation, at the model's own depth where ``compile_layers`` names none.
+        output_dir: created if it does not exist.
+        compile_time: time compilation, at the model's depth unless ``compile_layers`` is given.
         **settings: see ``Settings``.
 
     Raises:
         OptionError, PolicyError: a setting is not valid.
-        MeasurementError: a run did not do what its name says.
+        MeasurementError: a run had another mode than expected.
     """
     require_packages()
     if not compile_time:
@@ -70,7 +70,7 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"output_dir={str(output_dir)!r} cannot be made: {error}") from error
+        raise OptionError(f"output_dir={str(output_dir)!r} cannot be created: {error}") from error
     points = output_dir / "points.jsonl"
     points.unlink(missing_ok=True)
     console = Console() if Console().is_terminal else Console(width=WIDTH)
@@ -114,7 +114,7 @@ def _write(result: BenchResult, output_dir: Path, console: Console) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the libraries say on the way, which would tear the progress bar apart."""
+    """Silence logs and progress bars of libraries, which would break ours."""
     from transformers.utils import logging as untyped
 
     transformers_logging: Any = untyped

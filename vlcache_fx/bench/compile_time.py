@@ -1,7 +1,7 @@
-"""How long compilation takes, in a process of its own: ``python -m vlcache_fx.bench.compile_time``.
+"""Compile times, measured in a child process: ``python -m vlcache_fx.bench.compile_time``.
 
 The child reads a ``Task`` as JSON from its standard input and prints the seconds as the last line. The parent
-runs it twice on one cache directory, empty at first: as the first and the second process of a deployment.
+runs it twice with one cache directory, first empty, then filled, like two processes of a deployment.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ PROCESSES = ("first", "second")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a child compiles: a model, a request for it, and ``plain`` or ``vlcache`` (cold and warm)."""
+    """A child's task: a model, a request, and the system ``plain`` or ``vlcache`` (cold and warm)."""
 
     system: str
     spec: ModelSpec
@@ -44,11 +44,11 @@ class CompileTime:
     """Seconds until a system is ready.
 
     Attributes:
-        system: ``plain`` or ``vlcache``, the latter with both of its programs.
-        layers: of the decoder.
-        process: ``first`` with an empty compilation cache, ``second`` with what the first one left.
-        seconds: first calls minus usual calls; the model's own construction is not part of it.
-        not_reused: why this version runs the model unmodified; None where it does not.
+        system: ``plain`` or ``vlcache`` (cold and warm program).
+        layers: number of decoder layers.
+        process: ``first`` with an empty compile cache, ``second`` with a filled one.
+        seconds: first calls minus later calls; without the construction of the model.
+        not_reused: why the model runs unmodified; None if it does not.
     """
 
     system: str
@@ -64,8 +64,8 @@ def measure_compile_time(
     """Compile with each system at each depth, twice.
 
     Args:
-        task: its ``system`` and the depth of its ``spec`` are replaced.
-        layers: depths of the decoder.
+        task: the task; ``system`` and the depth of ``spec`` are replaced.
+        layers: numbers of decoder layers.
         after_process: called ``4 * len(layers)`` times.
 
     Raises:
@@ -98,19 +98,19 @@ def _run_child(task: Task, cache: str) -> dict[str, Any]:
         check=False,
     )
     if done.returncode != 0:
-        raise MeasurementError(f"compiling {task.system} in another process failed: {done.stderr[-2000:]}")
+        raise MeasurementError(f"compiling {task.system} in a child process failed: {done.stderr[-2000:]}")
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 
 def compile_seconds(task: Task) -> dict[str, Any]:
-    """Compile in this process; ``seconds``, and why nothing is reused (None where it is)."""
+    """Compile in this process; return ``seconds``, and ``not_reused`` as in ``CompileTime``."""
     device = torch.device(task.device)
     model = build_model(task.spec.with_feature_tower(), getattr(torch, task.dtype), device)
     systems = Systems(model, task.lowering, [Variant()])
     workload = make_workload(model, task.shape)
     with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
-        # So that what torch loads at its first use is not counted as compilation.
+        # Torch loads libraries at its first use: do not count this as compilation.
         model(**workload.second)
         if task.system == "plain":
             return {
@@ -128,14 +128,14 @@ def compile_seconds(task: Task) -> dict[str, Any]:
 
 
 def _extra(systems: Systems, run: Callable[[], object], prepare: Callable[[], None] = do_nothing) -> float:
-    """Seconds by which the first call is longer than the quicker one of two usual ones."""
+    """Seconds of the first call minus those of the faster of two later calls."""
     system = System(run, prepare, synchronize=systems.synchronize)
     first = time_once(system)
     return first - min(time_once(system) for _ in range(2))
 
 
 def main() -> None:
-    """The child."""
+    """Run the child process."""
     given = json.loads(sys.stdin.read())
     spec, shape = ModelSpec(**given.pop("spec")), RequestShape(**given.pop("shape"))
     answer = compile_seconds(Task(spec=spec, shape=shape, **given))

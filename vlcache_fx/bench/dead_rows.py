@@ -1,6 +1,6 @@
-"""What cutting the last layer's dead rows saves in a cold run: ``python -m vlcache_fx.bench.dead_rows``.
+"""Time that a cold run saves without the last layer's dead rows: ``python -m vlcache_fx.bench.dead_rows``.
 
-Two cold programs of one graph, both lowered the same way: with the cut, and without. They take turns.
+Compares two cold programs of one graph, with and without these rows, in turn.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from vlcache_fx.testing.graphs import captured_graph
 
 @dataclasses.dataclass(frozen=True)
 class DeadRows:
-    """Seconds of both programs, and the ratio (without the cut to with it) within each round."""
+    """Seconds of both programs, and the ratio (all rows / needed rows) within each round."""
 
     num_tokens: int
     seconds: dict[str, Summary]
@@ -64,7 +64,7 @@ def measure_dead_rows(model: Any, shape: RequestShape, rounds: int, engine: Engi
 
 
 def everything(captured: Captured) -> Program:
-    """The cold program in which the last layer computes all rows."""
+    """Build the cold program whose last layer computes all rows."""
     own = copy_captured(captured)
     program = Program(own.graph_module, analyze(own))
     program.row_inputs = (None,) * (program.decoder.num_layers + 1)
@@ -89,8 +89,8 @@ def _runner(
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
-    vision_tokens: Annotated[int, typer.Option(help="of the photo")] = 4096,
+    preset: Annotated[str, typer.Option(help="model shape, see vlcache bench --help")] = "cpu",
+    vision_tokens: Annotated[int, typer.Option(help="vision tokens of the photo")] = 4096,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     """Print times and ratio."""

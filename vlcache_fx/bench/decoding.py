@@ -1,4 +1,4 @@
-"""How long a step takes that decodes behind a photo: ``python -m vlcache_fx.bench.decoding``."""
+"""Time of a decoding step after a photo: ``python -m vlcache_fx.bench.decoding``."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.floor import PrefixHitBaseline
 from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
@@ -32,17 +32,17 @@ class Decoding:
 def measure_decoding(
     model: Any, shape: RequestShape, rounds: int, lowering: str = "inductor", room: int = 0
 ) -> Decoding:
-    """Time the last token of a prompt behind a cache that holds all others.
+    """Time the last token of a prompt, with all others in the KV cache.
 
     Args:
         model: in eval mode, on its device.
-        shape: of the prompt.
-        rounds: in each, every system takes one step.
+        shape: the prompt's shape.
+        rounds: number of rounds; each runs one step per system.
         lowering: see ``Systems``.
-        room: tokens that a cache of fixed size has room for beside the prompt's; 0 for a cache that grows.
+        room: free tokens of a static cache after the prompt; 0 for a dynamic cache.
 
     Raises:
-        MeasurementError: a system computed something else.
+        MeasurementError: a system left another number of tokens in the cache.
     """
     systems = Systems(model, lowering, [Variant()])
     with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
@@ -57,18 +57,18 @@ def measure_decoding(
 
 
 def decoding_systems(systems: Systems, workload: Workload, room: int = 0) -> dict[str, System]:
-    """The last step of a workload's second request, per system; ``room`` as in ``measure_decoding``."""
+    """Return the last step of the second request, per system; ``room`` as in ``measure_decoding``."""
     runs = {EAGER: systems.plain, PLAIN: systems.compiled, VLCACHE: systems.reusing}
     timed = {}
     for name, run in runs.items():
-        new_cache = _fixed_size(systems.plain, workload.num_tokens + room) if room else None
-        step = Floor(run, workload, 1, new_cache)
+        new_cache = _static_cache(systems.plain, workload.num_tokens + room) if room else None
+        step = PrefixHitBaseline(run, workload, 1, new_cache)
         timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
     return timed
 
 
-def _fixed_size(model: Any, capacity_tokens: int) -> Callable[[], Any]:
-    """Empties one cache again and again: compiled code depends on where it lies."""
+def _static_cache(model: Any, capacity_tokens: int) -> Callable[[], Any]:
+    """Return a function that resets and returns one cache: compiled code depends on its address."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=capacity_tokens)
@@ -81,13 +81,13 @@ def _fixed_size(model: Any, capacity_tokens: int) -> Callable[[], Any]:
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
-    vision_tokens: Annotated[int, typer.Option(help="of the photo")] = 4096,
+    preset: Annotated[str, typer.Option(help="model shape, see vlcache bench --help")] = "cpu",
+    vision_tokens: Annotated[int, typer.Option(help="vision tokens of the photo")] = 4096,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     lowering: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
     room: Annotated[
         int,
-        typer.Option(min=0, help="a cache of fixed size, with room for as many tokens more than the prompt"),
+        typer.Option(min=0, help="use a static cache with room for this many tokens after the prompt"),
     ] = 0,
 ) -> None:
     """Print times and ratio."""
@@ -98,8 +98,8 @@ def main(
         typer.echo(f"{name}: {seconds.milliseconds(1)}")
     typer.echo(f"torch.compile / vlcache: {found.ratio.text(2)}")
     machine = describe_machine()
-    cache = f", a cache of fixed size, room for {room} more" if room else ""
-    typer.echo(f"one token behind {found.num_tokens - 1}{cache}; {preset}, bfloat16; {machine.processor}, "
+    cache = f", static cache with room for {room} more" if room else ""
+    typer.echo(f"one token after {found.num_tokens - 1}{cache}; {preset}, bfloat16; {machine.processor}, "
                f"{machine.cores} cores, torch {machine.torch}")  # fmt: skip
 
 

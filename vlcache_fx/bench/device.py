@@ -1,4 +1,4 @@
-"""Which device and dtype a benchmark runs on, and how to wait for the device."""
+"""Device and dtype of a benchmark, and synchronisation with the device."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ DEVICES = "'auto', 'cpu', 'cuda' or 'cuda:<number>'"
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; ``auto`` is a GPU where there is one.
+    """Return the device; ``auto`` is a GPU if there is one.
 
     Raises:
-        OptionError: no such kind of device, or this machine has none.
+        OptionError: an unknown type of device, or this machine lacks it.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,19 +28,18 @@ def resolve_device(name: str) -> torch.device:
         raise OptionError(f"device={name!r} is not valid: it must be {DEVICES}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(
-            f"device={name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices here"
+            f"device={name!r} does not exist: torch finds {torch.cuda.device_count()} CUDA devices"
         )
     return device
 
 
 def resolve_dtype(name: str, device: torch.device, rows: int, width: int) -> torch.dtype:
-    """The dtype of that name; ``auto`` is bfloat16 on a GPU, and on a CPU what multiplies faster there.
+    """Return the dtype; ``auto`` is bfloat16 on a GPU, and the faster of float32 and bfloat16 on a CPU.
 
     Args:
         name: one of ``DTYPES``, or ``auto``.
-        device: where the model will run.
-        rows: of the product that ``auto`` times on a CPU.
-        width: the same product's other sizes.
+        device: the model's device.
+        rows, width: ``auto`` times a product ``[rows, width] @ [width, width]`` on a CPU.
 
     Raises:
         OptionError: no such dtype.
@@ -53,17 +52,17 @@ def resolve_dtype(name: str, device: torch.device, rows: int, width: int) -> tor
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as ``bfloat16``."""
+    """Return the name without ``torch.``, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits for all work on ``device``; does nothing for a CPU."""
+    """Return a function that waits for all work on ``device``; it does nothing for a CPU."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return do_nothing
 
 
 def device_name(device: torch.device, processor: str) -> str:
-    """The GPU's name, or ``processor``."""
+    """Return the GPU's name, or ``processor``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor

@@ -1,4 +1,4 @@
-"""What the vision encoder takes, which reuse skips."""
+"""Time of the vision encoder, which reuse skips."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from vlcache_fx.bench.workload import encode, make_pixels
 
 @dataclasses.dataclass(frozen=True)
 class EncoderTime:
-    """Seconds to encode one image of ``vision_tokens`` with the model's own vision tower, eagerly."""
+    """Seconds to encode one image of ``vision_tokens`` with the model's full vision encoder, eagerly."""
 
     vision_tokens: int
     seconds: Summary
@@ -28,13 +28,13 @@ def measure_encoder(
     rounds: int = 3,
     after_size: Callable[[], None] = do_nothing,
 ) -> list[EncoderTime]:
-    """Time the whole vision tower of ``spec`` at each size of image.
+    """Time the full vision encoder of ``spec`` at each image size.
 
     Args:
-        spec: whose decoder is left out but for a layer.
-        vision_tokens: per image.
-        dtype, device: of the tower.
-        rounds: runs that count, after one that does not.
+        spec: the model; only one decoder layer is built.
+        vision_tokens: tokens per image.
+        dtype, device: dtype and device of the encoder.
+        rounds: timed runs, after one warm-up run.
         after_size: called after each size.
     """
     model = build_model(spec.with_layers(1), dtype, device)

@@ -1,4 +1,4 @@
-"""Results as pictures: time to first token over vision tokens, or at one point beside answers."""
+"""Figures: time to first token over vision tokens, or at one point next to answers."""
 
 import re
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ WARM_COLORS = ("#1e8e3e", "#e37400", "#00838f", "#c2185b", "#795548", "#5c6bc0")
 
 
 def plot_bench(result: BenchResult, path: Path) -> None:
-    """Write a PNG: a panel per number of images and batch, both axes logarithmic."""
+    """Write a PNG: one log-log panel per number of images and batch size."""
     panels: dict[tuple[int, int], list[MeasuredPoint]] = {}
     for measured in result.points:
         shape = measured.point.shape
         panels.setdefault((shape.images, shape.batch), []).append(measured)
     figure = Figure(figsize=(2 + 6 * len(panels), 6.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-    for one, ((images, batch), points) in zip(axes, panels.items(), strict=True):
-        _plot_panel(one, sorted(points, key=lambda measured: measured.point.vision_tokens))
-        one.set_title(f"{images} image{'s' * (images > 1)}, batch {batch}")
+    for panel, ((images, batch), points) in zip(axes, panels.items(), strict=True):
+        _plot_panel(panel, sorted(points, key=lambda measured: measured.point.vision_tokens))
+        panel.set_title(f"{images} image{'s' * (images > 1)}, batch {batch}")
     axes[0].set_ylabel("time to first token, ms (median, lowest to highest)")
     figure.suptitle(
         f"{result.model}, {result.size.layers} layers, {result.dtype}, {result.settings.lowering}"
@@ -74,9 +74,9 @@ def _plot_system(axes: Axes, points: Sequence[MeasuredPoint], name: str, color: 
     medians = [1e3 * summary.median for _, summary in found]
     below = [1e3 * (summary.median - summary.low) for _, summary in found]
     above = [1e3 * (summary.high - summary.median) for _, summary in found]
-    places = [tokens for tokens, _ in found]
+    tokens = [number for number, _ in found]
     axes.errorbar(
-        places, medians, [below, above], marker="o", capsize=3, color=color, label=system_name(name)
+        tokens, medians, [below, above], marker="o", capsize=3, color=color, label=system_name(name)
     )
 
 
@@ -89,7 +89,7 @@ def _plot_bound(axes: Axes, points: Sequence[MeasuredPoint], name: str, color: s
 
 
 def plot_demo(scores: Sequence[FamilyScore], result: BenchResult, path: Path) -> None:
-    """Write a PNG: answers on the left, time to first token at the first point on the right."""
+    """Write a PNG: answers on the left, times to first token of the first point on the right."""
     figure = Figure(figsize=(14, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
     _plot_answers(left, scores)
@@ -100,15 +100,15 @@ def plot_demo(scores: Sequence[FamilyScore], result: BenchResult, path: Path) ->
 
 def _plot_answers(axes: Axes, scores: Sequence[FamilyScore]) -> None:
     bars = {
-        "new picture: right": ([s.cold_right / s.cold for s in scores], COLORS["cold"]),
-        "picture reused: right": ([s.warm_right / s.warm for s in scores], WARM_COLORS[0]),
-        "full recompute: right": ([s.full_right / s.warm for s in scores], COLORS["plain"]),
+        "new picture: correct": ([s.cold_right / s.cold for s in scores], COLORS["cold"]),
+        "picture reused: correct": ([s.warm_right / s.warm for s in scores], WARM_COLORS[0]),
+        "full recompute: correct": ([s.full_right / s.warm for s in scores], COLORS["plain"]),
         "reused agrees with full recompute": ([s.agree / s.warm for s in scores], COLORS["eager"]),
     }
     width = 0.8 / len(bars)
     for number, (label, (shares, color)) in enumerate(bars.items()):
-        places = [family + (number - (len(bars) - 1) / 2) * width for family in range(len(scores))]
-        drawn = axes.bar(places, [100 * share for share in shares], width, label=label, color=color)
+        centers = [family + (number - (len(bars) - 1) / 2) * width for family in range(len(scores))]
+        drawn = axes.bar(centers, [100 * share for share in shares], width, label=label, color=color)
         axes.bar_label(drawn, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(scores)), [score.family for score in scores])
     axes.set_ylim(0, 118)
@@ -124,22 +124,22 @@ def _plot_times(axes: Axes, result: BenchResult) -> None:
     point = result.points[0].point
     timed = {name: Summary.of(seconds) for name, seconds in point.seconds.items() if seconds}
     colors = [COLORS.get(name, WARM_COLORS[0]) for name in timed]
-    medians = [1e3 * one.median for one in timed.values()]
-    below = [1e3 * (one.median - one.low) for one in timed.values()]
-    above = [1e3 * (one.high - one.median) for one in timed.values()]
+    medians = [1e3 * summary.median for summary in timed.values()]
+    below = [1e3 * (summary.median - summary.low) for summary in timed.values()]
+    above = [1e3 * (summary.high - summary.median) for summary in timed.values()]
     axes.bar(range(len(timed)), medians, 0.65, color=colors, yerr=[below, above], capsize=4)
-    for place, one in enumerate(timed.values()):
-        top = (place, 1e3 * one.high)
-        text = f"{1e3 * one.median:,.0f} ms"
+    for index, seconds in enumerate(timed.values()):
+        top = (index, 1e3 * seconds.high)
+        text = f"{1e3 * seconds.median:,.0f} ms"
         axes.annotate(text, top, (0, 6), textcoords="offset points", ha="center", weight="bold")
     axes.set_yscale("log")
-    axes.set_ylim(top=max(1e3 * one.high for one in timed.values()) * 2)
+    axes.set_ylim(top=max(1e3 * summary.high for summary in timed.values()) * 2)
     labels = [re.sub(r"[,:] | (?=\()", "\n", system_name(name)) for name in timed]
     axes.set_xticks(range(len(timed)), labels, fontsize=9)
     axes.set_ylabel("time to first token, ms (log scale; median, lowest to highest)")
     faster = point.ratios["plain / warm"].median
     axes.set_title(
         f"Photo of {point.vision_tokens} tokens, {result.size.parameters / 1e6:.0f} M parameters:"
-        f" {faster:.1f}x faster than torch.compile\nwhen it was seen before"
+        f" {faster:.1f}x faster than torch.compile\nwhen it recurs"
     )
     axes.spines[["top", "right"]].set_visible(False)

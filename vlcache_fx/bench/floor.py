@@ -1,4 +1,4 @@
-"""What a warm run is held against: a lossless prefix hit that computes as many rows, plainly compiled."""
+"""Baseline of a warm run: a lossless prefix hit with as many rows, under plain ``torch.compile``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +10,14 @@ from vlcache_fx.bench.workload import Workload
 from vlcache_fx.integrations.transformers import OUTPUTS
 
 
-class Floor:
-    """The last rows of the second request, behind a key-value cache that holds all other tokens.
+class PrefixHitBaseline:
+    """The last rows of the second request, with all other tokens in the KV cache.
 
     Args:
-        compiled: the plainly compiled model; must have been run under ``torch.no_grad()``.
-        workload: whose second request it is.
-        rows: how many are computed.
-        new_cache: gives an empty cache for each run; None makes a dynamic one.
+        compiled: the model under plain ``torch.compile``, after a run under ``torch.no_grad()``.
+        workload: source of the request.
+        rows: number of computed rows.
+        new_cache: returns an empty cache for each run; None for dynamic caches.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Floor:
         self._inputs: dict[str, Any] = given
 
     def prepare(self) -> None:
-        """A cache of its own for the next run, which grows it."""
+        """Fill a new cache: each run extends it."""
         from transformers import DynamicCache
 
         cache = DynamicCache() if self._new_cache is None else self._new_cache()
@@ -47,15 +47,15 @@ class Floor:
         self._inputs["past_key_values"] = cache
 
     def run(self) -> Any:
-        """The rows alone."""
+        """Compute the rows."""
         return self._compiled(**self._inputs)
 
     def check(self) -> None:
-        """The cache must hold all tokens now.
+        """Check that the cache contains all tokens.
 
         Raises:
-            MeasurementError: it does not, so something else was computed.
+            MeasurementError: it contains another number of tokens.
         """
-        held = self._inputs["past_key_values"].get_seq_length()
-        if held != self._num_tokens:
-            raise MeasurementError(f"the prefix hit left {held} of {self._num_tokens} tokens in the cache")
+        length = self._inputs["past_key_values"].get_seq_length()
+        if length != self._num_tokens:
+            raise MeasurementError(f"the prefix hit left {length} of {self._num_tokens} tokens in the cache")

@@ -1,8 +1,7 @@
-"""A quick look at everything on a GPU: ``make gpu-check``, or ``python -m vlcache_fx.bench.gpu_check``.
+"""A quick check of tests and times on a GPU: ``make gpu-check``, or ``python -m vlcache_fx.bench.gpu_check``.
 
-The tests marked ``gpu``, then the times that matter, each a step of its own. What is known is written after
-every step, so a check that is stopped keeps what it has; a step that fails, or takes too long, is noted, and
-the next one begins.
+Runs the tests marked ``gpu``, then the main timings, one step each. Results are written after every step: an
+interrupted check keeps them. A step that fails or exceeds its time is recorded, and the next step starts.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import typer
 
 from vlcache_fx.bench.decoding import decoding_systems
 from vlcache_fx.bench.device import device_name, dtype_name
-from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.floor import PrefixHitBaseline
 from vlcache_fx.bench.machine import describe_machine
 from vlcache_fx.bench.model import build_model
 from vlcache_fx.bench.presets import find_preset
@@ -40,23 +39,23 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.version import VERSION
 
 RESULT, TABLE = "gpu_check.json", "gpu_check.md"
-"""Files of the result, and of the table for people."""
+"""Files of the result, and of its table in Markdown."""
 
 DEVICE_TIER, HOST_TIER = Variant(), Variant(store="host://")
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one step found.
+    """Result of one step.
 
     Attributes:
         name: what was timed.
-        vision_tokens: of the image; None for tests.
-        seconds: one value per round; fewer than asked for where time was up.
-        first_seconds: of the first call, compilation included.
-        took_seconds: of the whole step.
-        error: why it failed or was left out, on one line; None where it did not.
-        notes: what it did beside its times.
+        vision_tokens: tokens of the image; None for tests.
+        seconds: one value per round; fewer rounds if the time was up.
+        first_seconds: duration of the first call, with compilation.
+        took_seconds: duration of the step.
+        error: why it failed or was skipped, on one line; None on success.
+        notes: other results.
     """
 
     name: str
@@ -69,11 +68,11 @@ class Step:
 
 
 class Record:
-    """The result so far; written anew, as a whole, after every step.
+    """The result so far; both files are rewritten after every step.
 
     Args:
-        folder: of the result and the table; made where it is not there.
-        facts: of the machine and the model.
+        folder: folder of both files; created if it does not exist.
+        facts: description of the machine and the model.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
@@ -82,7 +81,7 @@ class Record:
         self.write()
 
     def add(self, step: Step) -> None:
-        """Keep a step, and print its line."""
+        """Add a step, and print its line."""
         self.steps.append(step)
         self.write()
         typer.echo(_line(step))
@@ -90,22 +89,22 @@ class Record:
     def write(self, *, is_finished: bool = False) -> None:
         """Write both files."""
         steps = [dataclasses.asdict(step) for step in self.steps]
-        whole = {**self._facts, "is_finished": is_finished, "steps": steps}
-        replace_file(self._folder / RESULT, json.dumps(whole, indent=2) + "\n")
+        result = {**self._facts, "is_finished": is_finished, "steps": steps}
+        replace_file(self._folder / RESULT, json.dumps(result, indent=2) + "\n")
         replace_file(self._folder / TABLE, table(self._facts, self.steps))
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file atomically."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 
 def table(facts: dict[str, Any], steps: Sequence[Step]) -> str:
-    """The result in Markdown."""
+    """Format the result in Markdown."""
     lines = [f"{name}: {value}  " for name, value in facts.items()]
-    lines += ["", "| vision tokens | what | median | lowest to highest | rounds | first call | |"]
+    lines += ["", "| vision tokens | step | median | lowest to highest | rounds | first call | |"]
     lines += ["|---:|---|---:|---:|---:|---:|---|"]
     return "\n".join([*lines, *map(_line, steps)]) + "\n"
 
@@ -130,9 +129,9 @@ class TooLong(Exception):  # noqa: N818 - not an error of ours
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises ``TooLong`` in the body when its time is up, as soon as Python gets to it.
+    """Raise ``TooLong`` in the body when its time is up, at the next Python instruction.
 
-    Only in the main thread of a system with timers; elsewhere the body takes as long as it takes.
+    Works in the main thread of systems with timers; elsewhere there is no limit.
     """
     can_stop = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not can_stop:
@@ -152,14 +151,14 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 class Check:
-    """Runs steps one after the other.
+    """Runs steps in sequence.
 
     Args:
-        record: takes what they find.
-        rounds: of timing.
-        step_seconds: each step may take so long.
-        total_seconds: none begins after that.
-        clock: seconds that go on.
+        record: receives the results.
+        rounds: timing rounds.
+        step_seconds: time limit of each step.
+        total_seconds: no step starts after this time.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -175,20 +174,20 @@ class Check:
 
     @property
     def left_seconds(self) -> float:
-        """Until no step begins."""
+        """Time until no further step starts."""
         return self._end - self._clock()
 
     def step(self, name: str, vision_tokens: int | None, body: Callable[[], dict[str, Any]]) -> bool:
-        """Run one step; ``body`` returns fields of ``Step``. True where it did what it should."""
+        """Run one step; ``body`` returns fields of ``Step``. Return True on success."""
         start, found = self._clock(), Step(name, vision_tokens)
         allowed = min(self._step_seconds, self.left_seconds)
         if allowed <= 0:
-            self._record.add(dataclasses.replace(found, error="left out: the check's time is up"))
+            self._record.add(dataclasses.replace(found, error="skipped: the check's time is up"))
             return False
         try:
             with at_most(allowed):
                 found = dataclasses.replace(found, **body())
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next step is run
+        except Exception as error:  # noqa: BLE001 - the next step runs in any case
             text = " ".join(f"{type(error).__name__}: {error}".split())
             found = dataclasses.replace(found, error=text[:500])
         self._record.add(dataclasses.replace(found, took_seconds=round(self._clock() - start, 3)))
@@ -197,12 +196,12 @@ class Check:
     def time(
         self, name: str, vision_tokens: int, make: Callable[[], tuple[System, Callable[[], dict[str, Any]]]]
     ) -> bool:
-        """Time a system: once to compile, once more, then in rounds while there is time.
+        """Time a system: once to compile, once to warm up, then in rounds while there is time.
 
         Args:
             name: see ``Step``.
             vision_tokens: see ``Step``.
-            make: the system, and what gives notes behind its last run.
+            make: returns the system, and a function that returns notes after its last run.
         """
 
         def body() -> dict[str, Any]:
@@ -221,14 +220,14 @@ class Check:
 
 
 def run_tests(seconds: float) -> dict[str, Any]:
-    """The tests marked ``gpu``, in a process of their own."""
+    """Run the tests marked ``gpu`` in a child process."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(  # noqa: S603 - our own tests
         command, cwd=root, capture_output=True, text=True, timeout=max(seconds, 1.0), check=False
     )
     lines = (done.stdout.strip() or done.stderr.strip() or "nothing was printed").splitlines()
-    if done.returncode not in (0, 5):  # 5: none was collected
+    if done.returncode not in (0, 5):  # 5: no tests collected
         raise MeasurementError(f"pytest returned {done.returncode}: {' / '.join(lines[-8:])}")
     return {"notes": {"pytest": lines[-1]}}
 
@@ -236,14 +235,14 @@ def run_tests(seconds: float) -> dict[str, Any]:
 def times(
     check: Check, model: Any, vision_tokens: Sequence[int], lowering: str, *, cuda_graphs: bool
 ) -> None:
-    """All times of one compiled model.
+    """Time all systems of one model.
 
     Args:
         check: runs the steps.
         model: in eval mode, on its device.
-        vision_tokens: of the images.
-        lowering: of the compiled models.
-        cuda_graphs: warm runs alone, with that option.
+        vision_tokens: tokens of each image.
+        lowering: lowering of the compiled models.
+        cuda_graphs: time only warm runs, with CUDA graphs.
     """
     capacity = max(4 * GIB, 2 * max(vision_tokens) * _bytes_per_token(model))
     systems = Systems(model, lowering, [DEVICE_TIER, HOST_TIER], capacity, cuda_graphs=cuda_graphs)
@@ -283,7 +282,7 @@ def _times_of(check: Check, systems: Systems, workload: Workload, *, cuda_graphs
 
     def warm(variant: Variant) -> tuple[System, Callable[[], dict[str, Any]]]:
         systems.prepare_warm(variant)
-        systems.reusing(**workload.first)  # leaves the donors
+        systems.reusing(**workload.first)  # records donors
 
         def notes() -> dict[str, Any]:
             report = systems.report()
@@ -302,8 +301,8 @@ def _times_of(check: Check, systems: Systems, workload: Workload, *, cuda_graphs
 
     def floor() -> tuple[System, Callable[[], dict[str, Any]]]:
         if not rows:
-            raise MeasurementError("no warm run says how many rows it computes")
-        hit = Floor(systems.compiled, workload, rows[0])
+            raise MeasurementError("no warm run reported its number of rows")
+        hit = PrefixHitBaseline(systems.compiled, workload, rows[0])
         run = System(hit.run, hit.prepare, hit.check, synchronize=systems.synchronize)
         return run, lambda: {"rows": hit.rows}
 
@@ -334,7 +333,7 @@ def _expect(systems: Systems, mode: str) -> None:
 
 
 def _bytes_per_token(model: Any) -> int:
-    """Of a donor: keys and values of all layers, and the last state."""
+    """Bytes of a donor per token: keys and values of all layers, and the last state."""
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -343,7 +342,7 @@ def _bytes_per_token(model: Any) -> int:
 
 
 def describe(preset: str, dtype: torch.dtype, device: torch.device, lowering: str) -> dict[str, Any]:
-    """The machine, the versions, the commit and the model."""
+    """Describe machine, versions, commit and model."""
     machine = describe_machine()
     root = Path(__file__).resolve().parents[2]
     try:
@@ -408,25 +407,23 @@ def gpu_check(
         for cuda_graphs in (False, True):
             try:
                 times(check, built[0], vision_tokens, lowering, cuda_graphs=cuda_graphs)
-            except Exception as error:  # noqa: BLE001 - the other way may do
+            except Exception as error:  # noqa: BLE001 - the other mode may work
                 record.add(Step("times", None, error=" ".join(f"{type(error).__name__}: {error}".split())))
     record.write(is_finished=True)
     return record.steps
 
 
 def main(
-    preset: Annotated[
-        str, typer.Option(help="shape of the model, see vlcache bench --help")
-    ] = "qwen2.5-vl-7b",
+    preset: Annotated[str, typer.Option(help="model shape, see vlcache bench --help")] = "qwen2.5-vl-7b",
     output: Annotated[Path, typer.Option(help="folder of the result")] = Path("gpu_check"),
-    vision_tokens: Annotated[str, typer.Option(help="of the images, with commas")] = "4096,16384",
-    rounds: Annotated[int, typer.Option(min=1, help="of timing")] = 5,
+    vision_tokens: Annotated[str, typer.Option(help="tokens of each image, comma-separated")] = "4096,16384",
+    rounds: Annotated[int, typer.Option(min=1, help="timing rounds")] = 5,
     lowering: Annotated[str, typer.Option(help="inductor or eager")] = "inductor",
-    step_seconds: Annotated[float, typer.Option(help="each step may take so long")] = 120.0,
-    total_seconds: Annotated[float, typer.Option(help="no step begins after that")] = 570.0,
+    step_seconds: Annotated[float, typer.Option(help="time limit of each step")] = 120.0,
+    total_seconds: Annotated[float, typer.Option(help="no step starts after this time")] = 570.0,
     tests: Annotated[bool, typer.Option(help="run the tests marked gpu first")] = True,
 ) -> None:
-    """Write gpu_check.json and a table as they come; fails where a step did."""
+    """Write gpu_check.json and a table after every step; fail if a step fails."""
     sizes = tuple(int(size) for size in vision_tokens.split(","))
     steps = gpu_check(
         preset, output, vision_tokens=sizes, rounds=rounds, lowering=lowering, step_seconds=step_seconds,

@@ -1,4 +1,4 @@
-"""Where a measurement was taken."""
+"""Description of the machine that runs a measurement."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ from vlcache_fx.bench.rounds import System, time_once
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, its cores that this process may use, threads of torch, and versions."""
+    """Processor, usable cores, threads of torch, and versions."""
 
     processor: str
     cores: int
@@ -23,7 +23,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """Look at the machine that this process runs on."""
+    """Describe the machine of this process."""
     import transformers
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -32,7 +32,7 @@ def describe_machine() -> Machine:
 
 
 def machine_line(machine: Machine) -> str:
-    """The machine in one line."""
+    """Format the description in one line."""
     return (
         f"{machine.processor}, {machine.cores} cores, {machine.threads} threads, torch {machine.torch},"
         f" transformers {machine.transformers}"
@@ -50,7 +50,7 @@ def _processor() -> str:
 
 
 def faster_dtype(rows: int, width: int) -> torch.dtype:
-    """float32 or bfloat16: in which a product of ``[rows, width]`` and ``[width, width]`` is quicker here."""
+    """Return float32 or bfloat16: the dtype with the faster product ``[rows, width] @ [width, width]``."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(rows, width, dtype=dtype), torch.randn(width, width, dtype=dtype)

@@ -10,14 +10,14 @@ import torch
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-"""What, written to ``clear_refs``, makes Linux count the peak anew (see proc(5))."""
+"""Resets the peak when written to ``clear_refs``, see proc(5)."""
 
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes in use at the peak of a call (weights and stores included), and before it.
+    """Bytes in use at the peak of a call (with weights and stores), and before the call.
 
-    On a CPU the resident set of the process; on a GPU what torch has allocated there.
+    On a CPU the resident set of the process; on a GPU torch's allocations.
     """
 
     peak_bytes: int
@@ -25,14 +25,14 @@ class PeakMemory:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> PeakMemory | None:
-    """Run once and look; None where this system cannot tell (the run is made all the same)."""
+    """Run once and return the peak; None if the system cannot measure it."""
     if device.type == "cuda":
         return _on_cuda(run, device)
     _release_freed_memory()
     try:
         CLEAR.write_text(RESET_PEAK, encoding="ascii")
         before = _kibibytes("VmRSS")
-    except OSError:  # another system than Linux, or a container that forbids it
+    except OSError:  # not Linux, or forbidden in a container
         run()
         return None
     run()
@@ -58,7 +58,7 @@ def _kibibytes(field: str) -> int:
 
 
 def _release_freed_memory() -> None:
-    """Give freed memory back, or what an earlier call left in the C library's pools would hide a part."""
+    """Return freed memory to the system: the C library's pools would hide part of the peak."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,4 +1,4 @@
-"""Builds the benchmarked models, and says how large their decoders are."""
+"""Builds the benchmarked models, and measures the sizes of their decoders."""
 
 import copy
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from vlcache_fx.errors import OptionError
 
 @dataclass(frozen=True)
 class DecoderSize:
-    """What the lower bounds of a decoder's time follow from.
+    """Sizes of a decoder that determine the lower bound of its time.
 
     Attributes:
         layers, hidden, heads, kv_heads, head_dim, vocabulary: as in the configuration.
-        layer_weights: weights of all decoder layers together.
-        head_weights: weights of the output projection.
+        layer_weights: number of weights of all decoder layers.
+        head_weights: number of weights of the output projection.
         item_bytes: bytes of one weight, and of one value of K or V.
-        experts: whether only a part of the weights is used for a token.
-        parameters: of the whole model, its vision tower as built.
+        experts: whether the model is a mixture of experts.
+        parameters: number of weights of the model as built.
     """
 
     layers: int
@@ -38,46 +38,46 @@ class DecoderSize:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of the keys and values of one token, all layers together."""
+        """Bytes of the keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.item_bytes
 
 
 def build_model(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model with random weights, the same ones in every call, in eval mode on ``device``.
+    """Build a model with random weights (fixed seed), in eval mode on ``device``.
 
     Raises:
-        OptionError: transformers has no such class, or the class refuses the configuration.
+        OptionError: transformers has no such class, or the class rejects the configuration.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError  # what configurations raise
+    from huggingface_hub.errors import StrictDataclassError  # raised by configurations
 
     model_class: Any = getattr(transformers, spec.model_class, None)
     if model_class is None or not hasattr(model_class, "config_class"):
         raise OptionError(
             f"model_class={spec.model_class!r} is not valid: transformers {transformers.__version__} has no"
-            " such model (want a name such as 'Qwen2_5_VLForConditionalGeneration')"
+            " such model (example: 'Qwen2_5_VLForConditionalGeneration')"
         )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), device:
         torch.manual_seed(0)
         try:
             config = model_class.config_class.from_dict(copy.deepcopy(dict(spec.config)))
-            # Not `.to(dtype)` afterwards, which would round the rotary frequencies too.
+            # `.to(dtype)` would round the rotary frequencies, too.
             model = model_class._from_config(config, dtype=dtype)
         except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise OptionError(f"{spec.model_class} refuses the configuration: {error}") from error
+            raise OptionError(f"{spec.model_class} rejects the configuration: {error}") from error
     model.requires_grad_(requires_grad=False)
     return model.eval()
 
 
 def share_weights(model: nn.Module) -> Any:
-    """Another module of the same structure, with the very same parameters and buffers."""
+    """Copy a module; the copy shares its parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def decoder_size(model: Any) -> DecoderSize:
-    """Look at a model of the transformers library."""
+    """Measure a model of the transformers library."""
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -98,7 +98,7 @@ def decoder_size(model: Any) -> DecoderSize:
 
 
 def _decoder_layers(model: nn.Module, layers: int) -> nn.Module:
-    """The list of as many modules as there are layers; a vision tower as deep is the smaller one."""
+    """Return the list of decoder layers: the largest list of ``layers`` modules."""
     lists = [
         module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers
     ]

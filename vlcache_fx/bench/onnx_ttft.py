@@ -1,7 +1,7 @@
 """Cold and warm prefill of an exported model on ONNX Runtime: ``python -m vlcache_fx.bench.onnx_ttft``.
 
-The encoder's output is given in all cases. Cold computes every token, warm reuses a photo that was seen
-behind another text, at another position. They take turns.
+Requests contain encoder outputs. The cold run computes all tokens; the warm run reuses a photo that was seen
+after another text, at another position. Both are timed in turn.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ EXAMPLE_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True)
 class OnnxTimes:
-    """Seconds of both, and their ratio within each round."""
+    """Seconds of cold and warm runs, and their ratio within each round."""
 
     vision_tokens: int
     num_tokens: int
@@ -45,7 +45,7 @@ class OnnxTimes:
 
 
 def export_preset(model: Any, directory: Path, opset: int) -> ExportReport:
-    """Export a model of a preset; the example is a small photo."""
+    """Export a preset's model; the example contains a small photo."""
     work = make_workload(model, RequestShape(EXAMPLE_TOKENS))
     pixels = make_pixels(model, 1, EXAMPLE_TOKENS)
     ids = work.first["input_ids"]
@@ -55,7 +55,7 @@ def export_preset(model: Any, directory: Path, opset: int) -> ExportReport:
 
 
 def inputs_of(request: dict[str, Any]) -> dict[str, Tensor]:
-    """What a session takes, of a request as the model takes it."""
+    """Convert the model's inputs to those of a session."""
     (features,) = request[OUTPUTS].values()
     return {**_text(request), "image.pooler_output.0": torch.cat(tuple(features.pooler_output))}
 
@@ -65,28 +65,28 @@ def _text(request: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:
-    """Time both.
+    """Time cold and warm runs.
 
     Raises:
-        MeasurementError: a run was not what it should be.
+        MeasurementError: a run had another mode.
     """
     first, second = inputs_of(work.first), inputs_of(work.second)
 
     def check(mode: str) -> Any:
-        def is_as_named() -> None:
+        def check_mode() -> None:
             report = session.vlcache.last_report
             if report is None or report["mode"] != mode:
-                raise MeasurementError(f"a {mode} run was none: {report}")
+                raise MeasurementError(f"expected a {mode} run: {report}")
 
-        return is_as_named
+        return check_mode
 
-    def seen() -> None:
+    def record_donors() -> None:
         session.vlcache.clear()
         session.prefill(**first)
 
     systems = {
         "cold": System(lambda: session.prefill(**second), session.vlcache.clear, check("cold")),
-        "warm": System(lambda: session.prefill(**second), seen, check("warm")),
+        "warm": System(lambda: session.prefill(**second), record_donors, check("warm")),
     }
     for system in systems.values():
         time_once(system)  # loads the graph
@@ -101,12 +101,12 @@ def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="shape of the model, see vlcache bench --help")] = "cpu",
+    preset: Annotated[str, typer.Option(help="model shape, see vlcache bench --help")] = "cpu",
     vision_tokens: Annotated[
-        list[int] | None, typer.Option(help="of the photo [default: 1024, 4096]")
+        list[int] | None, typer.Option(help="vision tokens of the photo (default: 1024, 4096)")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
-    opset: Annotated[int, typer.Option(help="of the graphs")] = 22,
+    opset: Annotated[int, typer.Option(help="opset of the graphs")] = 22,
 ) -> None:
     """Print times and ratios."""
     model = build_model(find_preset(preset).with_feature_tower(), torch.float32, torch.device("cpu"))

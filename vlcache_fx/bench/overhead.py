@@ -1,4 +1,4 @@
-"""What reuse costs beside the rows: hashing, splicing, looking up."""
+"""Overheads of reuse: digests, splices, lookups."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -29,19 +29,19 @@ class HashCost:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the digest."""
+        """Throughput of the digest."""
         return self.nbytes / self.seconds
 
 
 @dataclass(frozen=True)
 class SpliceCost:
-    """Stored and recomputed rows put together, as calls of the operator by itself.
+    """Time to splice stored and recomputed rows with calls of the bare operator.
 
-    Compiled programs fuse it with what surrounds it, so this is more than it costs there.
+    An upper bound: compiled programs fuse the splice with neighbouring operators.
 
     Attributes:
-        seconds: of one call, for K or V of one layer.
-        calls: per prefill.
+        seconds: duration of one call, for K or V of one layer.
+        calls: number of calls per prefill.
     """
 
     seconds: float
@@ -50,7 +50,7 @@ class SpliceCost:
 
 @dataclass(frozen=True)
 class LookupCost:
-    """Seconds of a lookup in a store with that many entries: median and 99th percentile."""
+    """Seconds of a lookup in a store of ``entries`` entries: median and 99th percentile."""
 
     entries: int
     median_seconds: float
@@ -58,7 +58,7 @@ class LookupCost:
 
 
 def hash_cost(features: Tensor) -> HashCost:
-    """Time the digest of a run's rows, which the key of a donor is made of."""
+    """Time the digest of a span's features, which is part of a donor's key."""
     seconds = median_seconds(lambda: content_digest([features]), 5, synchronizer(features.device))
     return HashCost(features.numel() * features.element_size(), seconds)
 
@@ -74,11 +74,11 @@ def splice_cost(
     """Time ``torch.ops.vlcache.splice_rows`` at the shape of a warm run.
 
     Args:
-        size: of the decoder.
-        vision_tokens: stored rows.
-        text_tokens: rows behind them that are computed anyway.
-        rows: computed rows, text included.
-        dtype, device: of the rows.
+        size: sizes of the decoder.
+        vision_tokens: number of stored rows.
+        text_tokens: number of computed text rows after them.
+        rows: number of computed rows, with text.
+        dtype, device: dtype and device of the rows.
     """
     width = size.kv_heads * size.head_dim
     donor = torch.zeros(1, vision_tokens, width, dtype=dtype, device=device)
@@ -97,16 +97,16 @@ def splice_cost(
 def lookup_costs(
     entries: Sequence[int], lookups: int = LOOKUPS, after_size: Callable[[], None] = lambda: None
 ) -> list[LookupCost]:
-    """Time ``MemoryStore.get`` of known keys, at each of these numbers of entries.
+    """Time ``MemoryStore.get`` of existing keys at each number of entries.
 
     Args:
         entries: sizes of the store, ascending.
-        lookups: timed at each size, of keys drawn at random.
+        lookups: number of timed lookups of random keys per size.
         after_size: called after each size.
     """
     store = MemoryStore(2 * ENTRY_BYTES * max(entries))
     keys: list[str] = []
-    draw = random.Random(0)  # noqa: S311 - which keys are looked up is no secret
+    draw = random.Random(0)  # noqa: S311 - not a secret
     found = []
     for number in entries:
         for index in range(len(keys), number):

@@ -1,4 +1,4 @@
-"""Real photos, as large as a request wants them."""
+"""Real photos, resized to a number of vision tokens."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.testing.reference_vlm.processor import ReferenceImageProcessor
 
 NEAR_ASPECT = 1.5
-"""A grid may be this much taller or flatter than the photo, to hold just as many tokens as asked for."""
+"""Maximum distortion of a photo, to reach the requested number of tokens."""
 
 
 @dataclass(frozen=True)
 class Patches:
-    """How a vision tower with grids cuts a picture: sizes in pixels, patches and frames."""
+    """Patches of a vision encoder with grids: sizes in pixels, patches and frames."""
 
     size: int
     merge: int
@@ -25,7 +25,7 @@ class Patches:
 
 
 def load_photos() -> list[Any]:
-    """Photos that scikit-learn and scikit-image bring along, as ``PIL`` images."""
+    """Load the sample photos of scikit-learn and scikit-image as ``PIL`` images."""
     from PIL import Image
     from skimage import data as untyped
     from sklearn.datasets import load_sample_image
@@ -37,7 +37,7 @@ def load_photos() -> list[Any]:
 
 
 def take_photos(count: int) -> list[Any]:
-    """``count`` different pictures: the photos, then their left halves, and so on smaller."""
+    """Return ``count`` different pictures: the photos, then their left halves, left thirds, ..."""
     photos = load_photos()
     taken = []
     for number in range(count):
@@ -48,7 +48,7 @@ def take_photos(count: int) -> list[Any]:
 
 
 def grid_of(tokens: int, aspect: float) -> tuple[int, int]:
-    """Rows and columns of as nearly ``tokens`` cells as a grid of about ``aspect`` (width / height) has.
+    """Return rows and columns of a grid of about ``tokens`` cells and ``aspect`` (width / height).
 
     Raises:
         OptionError: fewer than one token.
@@ -62,7 +62,7 @@ def grid_of(tokens: int, aspect: float) -> tuple[int, int]:
 
 
 def patches_of(photos: list[Any], grid: tuple[int, int], patches: Patches) -> tuple[Tensor, Tensor]:
-    """Photos resized to ``grid`` vision tokens each.
+    """Resize photos to ``grid`` vision tokens each.
 
     Returns:
         Patches ``[photos * patches, values]``, float32, and grids ``[photos, 3]``.
@@ -76,6 +76,6 @@ def patches_of(photos: list[Any], grid: tuple[int, int], patches: Patches) -> tu
 
 
 def squares_of(photos: list[Any], side: int) -> Tensor:
-    """Photos resized to squares of ``side`` pixels, float32 ``[photos, 3, side, side]`` in -1..1."""
+    """Resize photos to squares of ``side`` pixels, float32 ``[photos, 3, side, side]`` in -1..1."""
     resized = np.stack([np.asarray(photo.resize((side, side))) for photo in photos])
     return torch.from_numpy(resized).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -1,4 +1,4 @@
-"""All systems on one workload: a point of every curve."""
+"""Measures all systems on one workload."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcache_fx.bench.floor import Floor
+from vlcache_fx.bench.floor import PrefixHitBaseline
 from vlcache_fx.bench.memory import PeakMemory, peak_memory
 from vlcache_fx.bench.rounds import (
     MeasurementError,
@@ -27,14 +27,14 @@ from vlcache_fx.compiling import dynamo_settings
 
 @dataclasses.dataclass(frozen=True)
 class WarmRun:
-    """What a variant did.
+    """Results of a variant.
 
     Attributes:
         variant: policy, budget and store.
-        floor: name of the prefix hit that computes as many rows.
-        report: the engine's, of the last timed run.
-        step_ms: milliseconds per step of a call as the engine reports them; ``other`` is the rest of the
-            call (guards, the model's Python, and on a GPU what was launched and not yet done).
+        floor: name of the prefix hit with as many rows.
+        report: the engine's report of the last timed run.
+        step_ms: milliseconds per step of a call, from the engine's reports; ``other`` is the rest of the
+            call (guards, the model's Python, and on a GPU the kernels still running).
     """
 
     variant: Variant
@@ -44,28 +44,28 @@ class WarmRun:
 
     @property
     def tier(self) -> str:
-        """Where the donors were found."""
+        """Tier of the donors."""
         return ", ".join(sorted({str(span["donor_tier"]) for span in self.report["spans"]}))
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Seconds per system on one workload, and what was measured.
+    """Results of all systems on one workload.
 
     Attributes:
-        shape: of the requests.
-        vision_tokens, num_tokens: per sample, all images together.
+        shape: the requests' shape.
+        vision_tokens, num_tokens: tokens per sample, with all images.
         starts: position of the first image's first token in the first and in the second request.
-        seconds: per system, one value per round.
-        first_call_seconds: per compiled system, how much longer its first call at this point took than a
-            usual one: its compilation, where no point before has caused it.
+        seconds: system -> seconds per round.
+        first_call_seconds: compiled system -> seconds of its first call at this point minus those of a later
+            call: compilation, unless an earlier point caused it.
         ratios: ``"a / b"`` within each round.
-        cold_rows: rows per layer of the cold run; empty where there was none.
+        cold_rows: rows per layer of the cold run; empty if there was none.
         cold_difference: largest difference of the logits, cold against plain, over their largest value.
-        warm: per variant, by the name of its system.
-        floor_rows: rows of each prefix hit, by the name of its system.
-        not_reused: systems that this version runs unmodified, and why.
-        peak_memory: per system, of a run that was not timed.
+        warm: system -> results of its variant.
+        floor_rows: prefix hit -> number of rows.
+        not_reused: system that runs unmodified -> reason.
+        peak_memory: system -> peak of a run that was not timed.
     """
 
     shape: RequestShape
@@ -90,17 +90,17 @@ def measure_point(
     eager_rounds: int,
     after_run: Callable[[], None] = do_nothing,
 ) -> Point:
-    """Warm up, time all systems in turn, then look at the peak memory of each.
+    """Warm up, time all systems in turn, then measure the peak memory of each.
 
     Args:
-        systems: what is compared.
-        workload: requests for them.
-        rounds: of timing; at least one.
-        eager_rounds: of them with the unmodified eager model.
+        systems: the systems to compare.
+        workload: their requests.
+        rounds: timing rounds; at least one.
+        eager_rounds: rounds with the unmodified eager model.
         after_run: called after each timed run, at most ``runs_of_point`` times.
 
     Raises:
-        MeasurementError: a run did not do what its name says.
+        MeasurementError: a run had another mode than expected.
     """
     with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         point = _PointBench(systems, workload, eager_rounds)
@@ -112,7 +112,7 @@ def measure_point(
 
 
 def runs_of_point(variants: Sequence[Variant], rounds: int, eager_rounds: int) -> int:
-    """How many runs are timed, at most: every variant may have a prefix hit of its own."""
+    """Return the maximum number of timed runs: each variant may have its own prefix hit."""
     return (2 + 2 * len(variants)) * rounds + min(rounds, eager_rounds)
 
 
@@ -121,7 +121,7 @@ class _PointBench:
         self._bench, self._workload, self._eager_rounds = systems, workload, eager_rounds
         self.systems: dict[str, System] = {}
         self._variants: dict[str, Variant] = {}
-        self._floors: dict[str, Floor] = {}
+        self._floors: dict[str, PrefixHitBaseline] = {}
         self._floor_of: dict[str, str] = {}
         self._reports: dict[str, list[dict[str, Any]]] = {}
         self._first_calls: dict[str, float] = {}
@@ -131,7 +131,7 @@ class _PointBench:
         self._graphs: int | None = None
 
     def warm_up(self) -> None:
-        """Compile everything, make the donors and the ready caches, and run everything once more."""
+        """Compile all systems, record donors, fill caches, and run all systems twice more."""
         bench, request = self._bench, self._workload.second
         self._add("eager", lambda: bench.plain(**request), rounds=self._eager_rounds)
         self._add("plain", lambda: bench.compiled(**request))
@@ -155,12 +155,12 @@ class _PointBench:
         def checked() -> None:
             check()
             if self._graphs is not None and self._bench.graphs_compiled() != self._graphs:
-                raise MeasurementError(f"{name}: something was compiled during a timed run")
+                raise MeasurementError(f"{name}: a timed run compiled a graph")
 
         self.systems[name] = System(run, check=checked, synchronize=self._bench.synchronize, **options)
 
     def _add_cold(self) -> bool:
-        """True where cold runs record donors, else why not is noted and the call timed as it is."""
+        """Return True if cold runs record donors; otherwise store the reason and time the unmodified call."""
         bench, request = self._bench, self._workload.first
         bench.prepare_cold()
         run = System(lambda: bench.reusing(**request), synchronize=bench.synchronize)
@@ -193,7 +193,7 @@ class _PointBench:
     def _add_warm(self, name: str, variant: Variant) -> None:
         bench, request = self._bench, self._workload.second
         bench.prepare_warm(variant)
-        bench.reusing(**self._workload.first)  # leaves the donors, where they are not there already
+        bench.reusing(**self._workload.first)  # records donors, if they are missing
         check = self._check_warm(name)
         run = System(lambda: bench.reusing(**request), lambda: bench.prepare_warm(variant))
         self._first_calls[name] = time_once(run)
@@ -215,18 +215,18 @@ class _PointBench:
         return check
 
     def _add_floors(self) -> None:
-        """One for each number of rows, in the place behind the first variant that computes as many."""
+        """Add one prefix hit per number of rows."""
         numbers = {name: reports[0]["rows_per_layer"][0] for name, reports in self._reports.items()}
         single = len(set(numbers.values())) == 1
         for name, rows in numbers.items():
             self._floor_of[name] = floor_name = "floor" if single else f"floor of {rows} rows"
             if floor_name not in self._floors:
-                floor = Floor(self._bench.compiled, self._workload, rows)
+                floor = PrefixHitBaseline(self._bench.compiled, self._workload, rows)
                 self._floors[floor_name] = floor
                 self._add(floor_name, floor.run, prepare=floor.prepare, check=floor.check)
 
     def peak(self, name: str) -> PeakMemory | None:
-        """Peak memory of one run of a system."""
+        """Measure the peak memory of one run of a system."""
         system = self.systems[name]
         system.prepare()
         peak = peak_memory(system.run, self._bench.device)
@@ -234,7 +234,7 @@ class _PointBench:
         return peak
 
     def result(self, seconds: dict[str, list[float]], peaks: dict[str, PeakMemory | None]) -> Point:
-        """Everything that was found."""
+        """Return the point."""
         usual = {name: median(values) for name, values in seconds.items() if values}
         pairs = [("cold", "plain"), ("not reused", "plain")]
         for name in self._variants:
@@ -261,7 +261,7 @@ class _PointBench:
 
     def _warm_run(self, name: str, seconds: list[float]) -> WarmRun:
         steps: dict[str, list[float]] = {}
-        timed = self._reports[name][: len(seconds)]  # behind them is the run for peak memory
+        timed = self._reports[name][: len(seconds)]  # the last report is of the run for peak memory
         for report, total in zip(timed, seconds, strict=True):
             timings = report["timings_ms"]
             for step, milliseconds in timings.items():

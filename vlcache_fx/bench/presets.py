@@ -1,4 +1,4 @@
-"""The models that a benchmark can run: published shapes, scaled-down ones, or any class and configuration."""
+"""Models of a benchmark: published shapes, scaled-down shapes, or any class and configuration."""
 
 import copy
 import dataclasses
@@ -17,17 +17,16 @@ SMALL_WINDOWED_TOWER: Config = {**SMALL_TOWER, "fullatt_block_indexes": []}
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A model to be built with random weights. Plain data, JSON-serialisable.
+    """A model to build with random weights. Plain data, JSON-serialisable.
 
     Attributes:
-        name: for people.
+        name: label in tables.
         model_class: name of a class of the transformers library.
         config: its configuration, as in ``config.json``.
-        vision_tokens: per image, where the command line names none.
-        feature_tower: changes of ``vision_config`` for the tower that makes the features which all systems
-            are given. What the features say does not change their times, and a full tower takes minutes on
-            large pictures; encoder times are measured with the full one. None where it is small anyway, or
-            nothing is known about it.
+        vision_tokens: default tokens per image.
+        feature_tower: changes of ``vision_config`` for a small encoder that computes the features of all
+            systems. Times do not depend on the features' values, and a full encoder takes minutes on large
+            pictures; encoder times are measured with the full encoder. None to use the full encoder.
     """
 
     name: str
@@ -37,7 +36,7 @@ class ModelSpec:
     feature_tower: Config | None = None
 
     def with_layers(self, layers: int | None) -> "ModelSpec":
-        """The same with that many decoder layers; None changes nothing.
+        """Return a copy with another number of decoder layers; None changes nothing.
 
         Raises:
             OptionError: fewer than one layer.
@@ -54,7 +53,7 @@ class ModelSpec:
         return dataclasses.replace(self, config=config)
 
     def with_feature_tower(self) -> "ModelSpec":
-        """The same with the small vision tower, where there is one."""
+        """Return a copy with the small vision encoder, if there is one."""
         if self.feature_tower is None:
             return self
         vision = {**self.config["vision_config"], **self.feature_tower}
@@ -62,7 +61,7 @@ class ModelSpec:
 
 
 def qwen2_5_vl_config(hidden: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
-    """A scaled-down Qwen2.5-VL with heads of 64 values, two K/V heads and a small vision tower."""
+    """Return a scaled-down Qwen2.5-VL with heads of 64 values, two K/V heads and a small vision encoder."""
     return {
         "text_config": {
             "vocab_size": vocabulary,
@@ -166,7 +165,7 @@ def _presets() -> dict[str, ModelSpec]:
     }
     config_3b = _published_qwen2_5_vl(shape_3b, tied=True)
     config_7b = _published_qwen2_5_vl(shape_7b, tied=False)
-    # Qwen3-VL takes features from several depths of its tower, so the small one keeps as many blocks.
+    # Qwen3-VL reads features at three depths of its encoder: the small encoder keeps three blocks.
     tower_8b = {**SMALL_TOWER, "depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
     specs = (
         ModelSpec("tiny", qwen2_5, qwen2_5_vl_config(128, 2, 2, 64), (120,)),
@@ -183,10 +182,10 @@ PRESETS: Mapping[str, ModelSpec] = _presets()
 
 
 def find_preset(name: str) -> ModelSpec:
-    """The preset of that name.
+    """Return a preset.
 
     Raises:
-        OptionError: no such preset; the message lists them.
+        OptionError: no such preset; the message lists all.
     """
     if name not in PRESETS:
         raise OptionError(f"preset={name!r} is not valid: it must be one of {', '.join(PRESETS)}")
@@ -194,23 +193,23 @@ def find_preset(name: str) -> ModelSpec:
 
 
 def read_spec(path: Path, model_class: str | None = None) -> ModelSpec:
-    """A model of the ``config.json`` at ``path``.
+    """Read a model's ``config.json``.
 
     Args:
         path: a JSON file.
-        model_class: name of a class of transformers; by default what the file's ``architectures`` names.
+        model_class: name of a class of transformers; by default the first of the file's ``architectures``.
 
     Raises:
-        OptionError: the file cannot be read, or no class is named.
+        OptionError: the file cannot be read, or there is no class.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OptionError(f"config={str(path)!r} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise OptionError(f"config={str(path)!r} must hold a JSON object, not {type(config).__name__}")
+        raise OptionError(f"config={str(path)!r} must contain a JSON object, not {type(config).__name__}")
     architectures = config.get("architectures") or [None]
     name = model_class or architectures[0]
     if not isinstance(name, str):
-        raise OptionError(f"config={str(path)!r} names no architecture: say which class with model_class")
+        raise OptionError(f"config={str(path)!r} names no architecture: pass model_class")
     return ModelSpec(path.stem, name, config, vision_tokens=(1024,))

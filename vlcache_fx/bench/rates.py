@@ -1,4 +1,4 @@
-"""What this machine can do: matrix products, copies and reads per second."""
+"""Rates of this machine: matrix products, copies and reads per second."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ REPEATS = 15
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates: the highest that were seen, since bounds are made of them.
+    """Measured rates: the highest of all runs, for use in lower bounds.
 
     Attributes:
         matmul_flops: floating-point operations per second of a square product in the benchmark's dtype.
         copy_bytes: bytes read and written per second by a copy on the device.
-        read_bytes: bytes per second of a sum over values in host memory, where features are hashed.
+        read_bytes: bytes per second of a sum over host memory, the reference for digests.
     """
 
     matmul_flops: float
@@ -29,13 +29,13 @@ class Rates:
 def measure_rates(
     dtype: torch.dtype, device: torch.device, width: int | None = None, size_bytes: int | None = None
 ) -> Rates:
-    """Measure; on an idle machine, with the threads that torch has now.
+    """Measure the rates; needs an idle machine.
 
     Args:
-        dtype: of the product.
-        device: of the product and the copy.
-        width: of the square product; by default large enough to keep the device busy.
-        size_bytes: of what is copied and read; by default more than caches hold.
+        dtype: dtype of the product.
+        device: device of the product and the copy.
+        width: width of the square product; by default large enough to keep the device busy.
+        size_bytes: size of the copied and read tensors; by default larger than caches.
     """
     on_gpu = device.type == "cuda"
     width = width or (8192 if on_gpu else 2048)

@@ -1,4 +1,4 @@
-"""A benchmark's results as tables for people."""
+"""Tables of a benchmark's results."""
 
 from collections.abc import Iterator
 
@@ -13,30 +13,30 @@ NAMES = {
     "eager": "unmodified, eager",
     "plain": "unmodified, torch.compile",
     "cold": "vlcache, new image (cold)",
-    "not reused": "vlcache, runs unmodified",
+    "not reused": "vlcache, unmodified",
 }
 READINGS = {
-    "plain / warm": "times faster than torch.compile when the image was seen before",
-    "eager / warm": "times faster than the eager model when the image was seen before",
-    "warm / floor": "times a prefix hit",
-    "cold / plain": "times torch.compile when the image is new",
+    "plain / warm": "speedup over torch.compile, image seen before",
+    "eager / warm": "speedup over the eager model, image seen before",
+    "warm / floor": "time relative to a prefix hit",
+    "cold / plain": "time relative to torch.compile, new image",
 }
 GIGA, MIB = 1e9, 2**20
 
 
 def milliseconds(seconds: float) -> str:
-    """Such as ``1,234 ms`` or ``0.05 ms``."""
+    """Format seconds, such as ``1,234 ms`` or ``0.05 ms``."""
     value = 1e3 * seconds
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.3g} ms"
 
 
 def first_line(reason: str) -> str:
-    """Of a reason; the record has the rest."""
+    """Return the first line of a reason."""
     return reason.partition("\n")[0]
 
 
 def system_name(name: str) -> str:
-    """A system's name in a point, for people."""
+    """Return the label of a system of a point."""
     if name in NAMES:
         return NAMES[name]
     if name.startswith("warm"):
@@ -45,7 +45,7 @@ def system_name(name: str) -> str:
 
 
 def tables(result: BenchResult) -> Iterator[Table]:
-    """What follows the points' own tables (``time_table``), in the order in which it is read."""
+    """Yield the tables that follow the points' ``time_table``."""
     if any(measured.point.ratios for measured in result.points):
         yield ratio_table(result)
     if any(measured.point.warm for measured in result.points):
@@ -58,7 +58,7 @@ def tables(result: BenchResult) -> Iterator[Table]:
 
 
 def headline(result: BenchResult) -> str:
-    """The model, where it ran, and what that machine can do."""
+    """Describe the model, its device, and the machine's rates."""
     size, rates = result.size, result.rates
     graphs = ", warm programs as CUDA graphs" if result.settings.cuda_graphs else ""
     return (
@@ -73,7 +73,7 @@ def headline(result: BenchResult) -> str:
 
 
 def describe(point: Point) -> str:
-    """The requests of a point in words."""
+    """Describe the requests of a point."""
     shape = point.shape
     images = "image" if shape.images == 1 else "images"
     samples = "" if shape.batch == 1 else f", batch {shape.batch}"
@@ -81,7 +81,7 @@ def describe(point: Point) -> str:
 
 
 def describe_warm(point: Point, name: str = "warm") -> str:
-    """Where the images were, and what a warm run computed, in words."""
+    """Describe the images' positions, and the rows of a warm run."""
     run, (first, second) = point.warm[name], point.starts
     difference = (
         ""
@@ -92,15 +92,15 @@ def describe_warm(point: Point, name: str = "warm") -> str:
         )
     )
     return (
-        f"The image began at token {first} when it was new and at {second} when it came back. The warm run"
+        f"The image starts at token {first} in the first request and at {second} in the second. The warm run"
         f" computed {point.floor_rows[run.floor]} of {point.num_tokens} rows"
         f" ({100 * run.report['token_layer_fraction']:.1f} % of the image's token-layers); the prefix hit"
-        f" computes as many on a cache that holds all others.{difference}"
+        f" computes as many, with all others in the KV cache.{difference}"
     )
 
 
 def time_table(measured: MeasuredPoint) -> Table:
-    """Time to first token of every system at one point."""
+    """Create a table of the times to first token of all systems at one point."""
     point = measured.point
     table = Table(title=f"Time to first token: {describe(point)}", title_style="bold")
     table.add_column("system")
@@ -130,13 +130,13 @@ def time_table(measured: MeasuredPoint) -> Table:
 
 
 def ratio_table(result: BenchResult) -> Table:
-    """Ratios within each round, all points."""
+    """Create a table of the ratios within each round, for all points."""
     table = Table(title="Compared within each round", title_style="bold")
     table.add_column("requests")
     table.add_column("ratio")
     for heading in ("median", "lowest", "highest"):
         table.add_column(heading, justify="right")
-    table.add_column("which reads as")
+    table.add_column("meaning")
     for measured in result.points:
         for name, ratio in measured.point.ratios.items():
             values = (f"{value:.2f}" for value in (ratio.median, ratio.low, ratio.high))
@@ -145,7 +145,7 @@ def ratio_table(result: BenchResult) -> Table:
 
 
 def step_table(result: BenchResult) -> Table:
-    """Milliseconds per step of warm calls."""
+    """Create a table of milliseconds per step of warm calls."""
     runs = [
         (measured.point, name, run) for measured in result.points for name, run in measured.point.warm.items()
     ]
@@ -168,11 +168,11 @@ def step_table(result: BenchResult) -> Table:
 
 
 def cost_table(result: BenchResult) -> Table:
-    """What reuse saves and costs beside the rows, per image size."""
-    encoder = {one.vision_tokens: one.seconds for one in result.encoder}
-    table = Table(title="Beside the rows", title_style="bold")
+    """Create a table of skipped encoder times and overheads, per image size."""
+    encoder = {time.vision_tokens: time.seconds for time in result.encoder}
+    table = Table(title="Costs besides rows", title_style="bold")
     table.add_column("requests")
-    for heading in ("encoder, skipped", "digest of one image's features", "its rate", "splices, unfused"):
+    for heading in ("encoder, skipped", "digest of one image's features", "digest rate", "splices, unfused"):
         table.add_column(heading, justify="right")
     for measured in result.points:
         seconds, cost, splice = (
@@ -191,25 +191,27 @@ def cost_table(result: BenchResult) -> Table:
 
 
 def compile_table(result: BenchResult) -> Table:
-    """Seconds until compiled, per depth."""
-    table = Table(title="Seconds of compilation until ready", title_style="bold")
+    """Create a table of compile times per depth."""
+    table = Table(title="Compile time", title_style="bold")
     table.add_column("system")
     for heading in ("layers", "process", "seconds"):
         table.add_column(heading, justify="right")
-    for one in result.compile_times:
-        name = "torch.compile" if one.system == "plain" else "vlcache, cold and warm"
-        unless = "" if one.not_reused is None else f" (not reused: {first_line(one.not_reused)})"
-        table.add_row(name + unless, str(one.layers), one.process, f"{one.seconds:.1f}")
+    for compiled in result.compile_times:
+        name = "torch.compile" if compiled.system == "plain" else "vlcache, cold and warm"
+        suffix = "" if compiled.not_reused is None else f" (not reused: {first_line(compiled.not_reused)})"
+        table.add_row(name + suffix, str(compiled.layers), compiled.process, f"{compiled.seconds:.1f}")
     return table
 
 
 def lookup_table(result: BenchResult) -> Table:
-    """Microseconds of a lookup over the store's size."""
-    table = Table(title="Lookup in a store in memory", title_style="bold")
+    """Create a table of lookup times per store size."""
+    table = Table(title="Lookup in a memory store", title_style="bold")
     for heading in ("entries", "median", "99th percentile"):
         table.add_column(heading, justify="right")
-    for one in result.lookups:
+    for lookup in result.lookups:
         table.add_row(
-            f"{one.entries:,}", f"{1e6 * one.median_seconds:.2f} µs", f"{1e6 * one.p99_seconds:.2f} µs"
+            f"{lookup.entries:,}",
+            f"{1e6 * lookup.median_seconds:.2f} µs",
+            f"{1e6 * lookup.p99_seconds:.2f} µs",
         )
     return table

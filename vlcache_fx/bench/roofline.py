@@ -1,4 +1,4 @@
-"""A bound that no implementation of the same rows can beat on this machine."""
+"""Roofline: a lower bound of the time for given rows on this machine."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class Bound:
     Attributes:
         flops: operations of the rows: projections, attention, MLP, output of the last token.
         nbytes: weights of the decoder and the output, keys and values of all tokens, read once.
-        seconds: the longer one of both at the measured rates.
-        limited_by: which one it is.
+        seconds: the longer time of both at the measured rates.
+        limited_by: the longer time's resource.
     """
 
     flops: float
@@ -33,16 +33,16 @@ def bound(
     text_positions: Sequence[int],
     batch: int = 1,
 ) -> Bound | None:
-    """The bound of computing these rows; None for decoders with experts, which do not use all weights.
+    """Compute the bound for given rows; None for mixtures of experts, which do not use all weights.
 
     Args:
-        size: of the decoder.
-        rates: of the machine.
-        rows_per_layer: as in the engine's report, and so one more than there are layers: K and V are computed
-            for the rows of a layer, the rest of it for the rows of the next.
-        num_tokens: per sample.
-        text_positions: positions that are not vision tokens, sorted.
-        batch: samples.
+        size: sizes of the decoder.
+        rates: rates of the machine.
+        rows_per_layer: as in the engine's report, ``num_layers + 1`` numbers: a layer computes K and V for
+            its rows, and the rest for the next layer's rows.
+        num_tokens: tokens per sample.
+        text_positions: positions of text tokens, sorted.
+        batch: number of samples.
     """
     if size.experts:
         return None
@@ -64,10 +64,10 @@ def bound(
 
 
 def _attended(queries: int, text: Sequence[int], vision: Sequence[int]) -> int:
-    """Pairs of a query and a key at or before it, for the cheapest rows that it can be.
+    """Count pairs of a query and a key at or before it, for the cheapest choice of rows.
 
-    These are all text rows and the earliest vision rows; where there are fewer rows than text, the last
-    ones, as behind the last layer.
+    These are all text rows and the first vision rows; for fewer rows than text, the last text rows, as after
+    the last layer.
     """
     positions = (
         [*text, *vision[: queries - len(text)]] if queries >= len(text) else text[len(text) - queries :]

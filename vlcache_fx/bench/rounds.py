@@ -1,4 +1,4 @@
-"""Timing several systems in turn, so that whatever else the machine does hits them all alike."""
+"""Times several systems in turn: disturbances of the machine affect all of them."""
 
 import gc
 import time
@@ -10,22 +10,22 @@ from vlcache_fx.errors import VlcacheError
 
 
 class MeasurementError(VlcacheError):
-    """A run was not what its name says, so its time means nothing."""
+    """A run had another mode than expected: its time is meaningless."""
 
 
 def do_nothing() -> None:
-    """The default of every callback here."""
+    """Default of all callbacks."""
 
 
 @dataclass(frozen=True)
 class System:
-    """Something to time.
+    """A function to time.
 
     Attributes:
-        run: what is timed.
+        run: the timed function.
         prepare: called before every run, not timed.
-        check: called after every run, not timed; raises where the run did not do what its name says.
-        rounds: how many rounds it takes part in; None for all.
+        check: called after every run, not timed; raises if the run had another mode than expected.
+        rounds: number of rounds; None for all.
         synchronize: waits for the device; called before the clock starts and before it stops.
     """
 
@@ -50,17 +50,17 @@ class Summary:
         return cls(median(values), min(values), max(values))
 
     def text(self, digits: int) -> str:
-        """Such as ``3.54 (3.03 to 4.50)``."""
+        """Format the summary, such as ``3.54 (3.03 to 4.50)``."""
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
     def milliseconds(self, digits: int = 0) -> str:
-        """Of seconds: such as ``1,948 ms (1,803 to 2,240)``."""
-        middle, low, high = (f"{1e3 * one:,.{digits}f}" for one in (self.median, self.low, self.high))
+        """Format seconds, such as ``1,948 ms (1,803 to 2,240)``."""
+        middle, low, high = (f"{1e3 * value:,.{digits}f}" for value in (self.median, self.low, self.high))
         return f"{middle} ms ({low} to {high})"
 
 
 def time_once(system: System) -> float:
-    """Prepare, run and check ``system`` once; the seconds of the run."""
+    """Prepare, run and check ``system`` once; return the seconds of the run."""
     system.prepare()
     gc.collect()
     system.synchronize()
@@ -76,14 +76,14 @@ def time_once(system: System) -> float:
 def median_seconds(
     run: Callable[[], object], repeats: int = 5, synchronize: Callable[[], None] = do_nothing
 ) -> float:
-    """Median seconds of ``run`` over ``repeats`` runs, after one that does not count."""
+    """Return the median seconds of ``repeats`` runs, after one warm-up run."""
     return median(_repeated(run, repeats, synchronize))
 
 
 def fastest_seconds(
     run: Callable[[], object], repeats: int, synchronize: Callable[[], None] = do_nothing
 ) -> float:
-    """The least of ``repeats`` runs, after one that does not count."""
+    """Return the minimum seconds of ``repeats`` runs, after one warm-up run."""
     return min(_repeated(run, repeats, synchronize))
 
 
@@ -96,7 +96,7 @@ def _repeated(run: Callable[[], object], repeats: int, synchronize: Callable[[],
 def interleave(
     systems: Mapping[str, System], rounds: int, after_run: Callable[[], None] = do_nothing
 ) -> dict[str, list[float]]:
-    """Time every system once per round, in the given order; seconds per system, round by round."""
+    """Time every system once per round, in the given order; return seconds per system and round."""
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for number in range(rounds):
         for name, system in systems.items():
@@ -107,5 +107,5 @@ def interleave(
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Summary:
-    """Summary of the ratios within each round; a system that sat rounds out is compared in its own."""
+    """Summarise the ratios within each round; only rounds of both systems count."""
     return Summary.of([above / below for above, below in zip(numerator, denominator, strict=False)])

@@ -1,4 +1,4 @@
-"""The whole benchmark: every point, and what is measured beside them. ``vlcache bench`` calls it."""
+"""The complete benchmark: points, encoder times, compile times and lookups. ``vlcache bench`` calls it."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ from vlcache_fx.bench.workload import RequestShape, Workload, has_grids, make_wo
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredPoint:
-    """A point, the bounds of its systems (by name; None where no bound is known) and its overheads."""
+    """A point, the bounds of its systems (by name; None without a bound) and its overheads."""
 
     point: Point
     bounds: dict[str, Bound | None]
@@ -33,7 +33,7 @@ class MeasuredPoint:
 
 @dataclasses.dataclass(frozen=True)
 class BenchResult:
-    """Everything that was found; see the parts."""
+    """All results of a benchmark."""
 
     machine: Machine
     device: str
@@ -51,7 +51,7 @@ class BenchResult:
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the steps done and all steps."""
+"""Called with a description, the number of finished steps, and the number of all steps."""
 
 
 def run_bench(
@@ -60,31 +60,31 @@ def run_bench(
     progress: Progress = lambda *_: None,
     after_point: Callable[[MeasuredPoint], None] = lambda _: None,
 ) -> BenchResult:
-    """Measure ``spec`` with random weights on real photos; ``after_point`` is given each point at once.
+    """Measure ``spec`` with random weights on real photos; call ``after_point`` after each point.
 
     Raises:
-        OptionError, PolicyError: a setting does not fit this machine or model.
-        MeasurementError: a run did not do what its name says.
+        OptionError, PolicyError: a setting is not valid for this machine or model.
+        MeasurementError: a run had another mode than expected.
     """
     require_packages()
-    asked = settings.shapes(settings.vision_tokens or spec.vision_tokens)
+    shapes = settings.shapes(settings.vision_tokens or spec.vision_tokens)
     device = resolve_device(settings.device)
     progress("building the model", 0, 1)
     width = spec.config.get("text_config", spec.config).get("hidden_size", 1024)
-    dtype = resolve_dtype(settings.dtype, device, max(shape.vision_tokens for shape in asked), width)
+    dtype = resolve_dtype(settings.dtype, device, max(shape.vision_tokens for shape in shapes), width)
     model = build_model(spec.with_feature_tower(), dtype, device)
     notes = _notes(spec, settings, device)
     if not has_grids(model):
-        asked = settings.shapes((1,))
-        notes.append("This encoder gives every image the same number of tokens.")
+        shapes = settings.shapes((1,))
+        notes.append("This encoder returns the same number of tokens for every image.")
     size = decoder_size(model)
-    largest = max(shape.vision_tokens * shape.images * shape.batch for shape in asked)
-    # Room for the donors of two points: those of the last one may still be there.
+    largest = max(shape.vision_tokens * shape.images * shape.batch for shape in shapes)
+    # Room for the donors of two points: the previous point's donors may remain.
     capacity = max(4 * GIB, 2 * largest * (size.kv_bytes_per_token + size.hidden * size.item_bytes))
     systems = Systems(model, settings.lowering, settings.variants, capacity, cuda_graphs=settings.cuda_graphs)
     progress("measuring the machine", 0, 1)
     rates = measure_rates(dtype, device)
-    points = _points(systems, asked, settings, size, rates, dtype, progress, after_point)
+    points = _points(systems, shapes, settings, size, rates, dtype, progress, after_point)
     systems.close()
     del systems, model
     return BenchResult(
@@ -98,7 +98,7 @@ def run_bench(
         rates=rates,
         points=points,
         encoder=_encoder(spec, settings, points, dtype, device, progress),
-        compile_times=_compile_times(spec, settings, asked[0], dtype, device, progress),
+        compile_times=_compile_times(spec, settings, shapes[0], dtype, device, progress),
         lookups=_lookups(settings, progress),
         notes=notes,
     )
@@ -164,7 +164,7 @@ def _encoder(
 ) -> list[EncoderTime]:
     if not settings.encoder:
         return []
-    sizes = list(dict.fromkeys(one.point.shape.vision_tokens for one in points))
+    sizes = list(dict.fromkeys(measured.point.shape.vision_tokens for measured in points))
     steps = itertools.count(1)
     progress("timing the encoder", 0, len(sizes))
     return measure_encoder(
@@ -188,11 +188,11 @@ def _compile_times(
         return []
     task = Task("plain", spec, shape, settings.lowering, dtype_name(dtype), str(device))
     steps, total = itertools.count(1), 4 * len(settings.compile_layers)
-    progress("compiling in other processes", 0, total)
+    progress("compiling in child processes", 0, total)
     return measure_compile_time(
         task,
         settings.compile_layers,
-        after_process=lambda: progress("compiling in other processes", next(steps), total),
+        after_process=lambda: progress("compiling in child processes", next(steps), total),
     )
 
 
@@ -204,13 +204,13 @@ def _lookups(settings: Settings, progress: Progress) -> list[LookupCost]:
 
 
 def _notes(spec: ModelSpec, settings: Settings, device: torch.device) -> list[str]:
-    notes = ["The encoder's output is given to all systems; first tokens are timed behind it."]
+    notes = ["Times to first token exclude the encoder: all systems receive its output."]
     if spec.feature_tower is not None:
         notes.append(
-            "That output was made by a reduced vision tower; the encoder's times are the full one's."
+            "This output is from a reduced vision encoder; encoder times are those of the full encoder."
         )
     if device.type == "cuda":
-        notes.append("On a GPU, the step 'run' is the time to launch it; the device's time is in 'other'.")
+        notes.append("On a GPU, the step 'run' is the launch time; the device's time is in 'other'.")
     if any(outlives_process(variant.store) for variant in settings.variants):
-        notes.append("Stores that outlive the process were opened anew before every run.")
+        notes.append("Stores that outlive the process were reopened before every run.")
     return notes

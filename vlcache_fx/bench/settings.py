@@ -1,4 +1,4 @@
-"""What a benchmark is asked to measure."""
+"""Settings of a benchmark."""
 
 import dataclasses
 import importlib.util
@@ -17,25 +17,25 @@ PACKAGES = {
     "skimage": "scikit-image",
     "matplotlib": "matplotlib",
 }
-"""Optional packages that a benchmark needs: by the name that is imported, the name to install."""
+"""Optional packages that a benchmark needs: imported name -> name to install."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is measured.
+    """Settings of a benchmark.
 
     Attributes:
-        vision_tokens: per image; empty for those of the model's preset.
+        vision_tokens: tokens per image; empty for the preset's.
         images, batch: every combination with every number of vision tokens is a point.
-        text_before, text_after: tokens; see ``RequestShape``.
-        variants: ways to reuse; at least one.
+        text_before, text_after: text tokens; see ``RequestShape``.
+        variants: policies, budgets and stores; at least one.
         dtype, device: names, or ``auto``.
-        rounds: of timing at each point; ``eager_rounds`` of them with the eager model.
-        lowering: of both compiled models.
-        cuda_graphs: option of the model compiled for reuse; nothing without a GPU.
-        encoder: time the model's own vision tower.
-        compile_layers: depths at which compilation is timed in processes of their own; empty for none.
-        store_entries: sizes of a store at which lookups are timed, ascending; empty for none.
+        rounds: timing rounds per point; ``eager_rounds`` of them with the eager model.
+        lowering: lowering of both compiled models.
+        cuda_graphs: option of the model compiled for reuse; no effect without a GPU.
+        encoder: time the vision encoder.
+        compile_layers: numbers of layers for compile times; empty for none.
+        store_entries: store sizes for lookup times, ascending; empty for none.
 
     Raises:
         OptionError, PolicyError: a value is not valid.
@@ -72,7 +72,7 @@ class Settings:
                 raise OptionError(f"compile_layers={depth} is not valid: it must be a positive integer")
 
     def shapes(self, vision_tokens: tuple[int, ...]) -> list[RequestShape]:
-        """The requests of all points."""
+        """Return the request shapes of all points."""
         return [
             RequestShape(tokens, images, batch, self.text_before, self.text_after)
             for images, batch, tokens in itertools.product(self.images, self.batch, vision_tokens)
@@ -80,7 +80,7 @@ class Settings:
 
 
 def require_packages() -> None:
-    """Find out before anything is built.
+    """Check that optional packages are installed.
 
     Raises:
         OptionError: an optional package is not installed; the message names it.

@@ -1,4 +1,4 @@
-"""The systems that are compared: one model, unmodified and with reuse, sharing its weights."""
+"""The compared systems: one model, unmodified and with reuse, with shared weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One way to reuse: a policy, its budget (share of the span's token-layers), and the URL of a store."""
+    """A policy, its budget (share of the span's token-layers), and the URL of a store."""
 
     policy: str = "layer_aware"
     budget: float = 0.02
@@ -26,28 +26,28 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Label in tables."""
         return f"{self.policy} {100 * self.budget:g} % {self.store}"
 
 
 class Systems:
-    """One model in four forms: eager, plainly compiled, and compiled for reuse, cold and warm.
+    """One model as four systems: eager, plain ``torch.compile``, and compiled for reuse, cold and warm.
 
-    Programs do not depend on policy, budget or store, so one compiled model serves all variants: ``use``
-    exchanges what its engine holds. Cold runs have a store of their own.
+    Programs do not depend on policy, budget or store: one compiled model runs all variants, and
+    ``prepare_warm`` replaces its engine's options and store. Cold runs use a separate store.
 
-    Dynamo is reset first: what else this process compiled would count towards its limits. Call all systems
-    with the settings of ``capture.dynamo_settings``: they are those of the model compiled for reuse.
+    Dynamo is reset first: earlier compilations of this process would count towards its limits. Call all
+    systems with the settings of ``capture.dynamo_settings``, as the model compiled for reuse does.
 
     Args:
         model: in eval mode, on its device.
-        lowering: of the compiled model; the plain ``torch.compile`` gets the backend of that name.
+        lowering: lowering of the model compiled for reuse, and backend of the plain ``torch.compile``.
         variants: at least one.
-        capacity_bytes: of each store.
+        capacity_bytes: capacity of each store.
         cuda_graphs: option of the model compiled for reuse.
 
     Raises:
-        OptionError, PolicyError: a variant or the lowering names something that does not exist.
+        OptionError, PolicyError: the policy, store or lowering of a variant does not exist.
     """
 
     def __init__(
@@ -62,16 +62,16 @@ class Systems:
         torch._dynamo.reset()
         self.variants = tuple(variants)
         self._options = {
-            one: Options(
-                policy=one.policy,
-                budget=one.budget,
-                store=one.store,
+            variant: Options(
+                policy=variant.policy,
+                budget=variant.budget,
+                store=variant.store,
                 lowering=lowering,
                 capacity_bytes=capacity_bytes,
                 cuda_graphs=cuda_graphs,
                 dynamic=True,
             )
-            for one in variants
+            for variant in variants
         }
         self.plain = model
         self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
@@ -82,7 +82,8 @@ class Systems:
         )
         self._cold_options, self._cold_store = own, self.engine.store
         self._stores: dict[str, Store] = {
-            url: open_store(url, capacity_bytes) for url in dict.fromkeys(one.store for one in variants)
+            url: open_store(url, capacity_bytes)
+            for url in dict.fromkeys(variant.store for variant in variants)
         }
         self.device = next(model.parameters()).device
         self.synchronize = synchronizer(self.device)
@@ -93,16 +94,15 @@ class Systems:
         return self.reusing.vlcache
 
     def prepare_cold(self) -> None:
-        """The next run finds an empty store of its own."""
+        """Use an empty, separate store in the next run."""
         self.engine.store = self._cold_store
         self.engine.set_options(self._cold_options)
         self.engine.clear()
 
     def prepare_warm(self, variant: Variant) -> None:
-        """The next run uses this policy, budget and store.
+        """Use this policy, budget and store in the next run.
 
-        A store that outlives the process is opened anew, so that the run does not find its donor in a faster
-        tier above it.
+        A store that outlives the process is reopened: its donors must not be found in a faster tier.
         """
         if outlives_process(variant.store):
             self._stores[variant.store].close()
@@ -111,30 +111,30 @@ class Systems:
         self.engine.set_options(self._options[variant])
 
     def forget_donors(self) -> None:
-        """Empty the stores of this process; donors elsewhere stay for the next one."""
+        """Clear the stores in memory; other stores keep their donors."""
         self._cold_store.clear()
         for url, store in self._stores.items():
             if not outlives_process(url):
                 store.clear()
 
     def graphs_compiled(self) -> int:
-        """Graphs that Dynamo captured and programs that the engine compiled, so far."""
+        """Return the number of graphs that Dynamo captured plus programs that the engine compiled."""
         captured = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return int(captured + self.engine.stats()["compilations"])
 
     def report(self) -> dict[str, Any]:
-        """What the engine says about its last call.
+        """Return the engine's report of its last call.
 
         Raises:
             MeasurementError: the engine was not called.
         """
         report: dict[str, Any] | None = self.engine.last_report
         if report is None:
-            raise MeasurementError("the compiled model ran without its engine")
+            raise MeasurementError("the compiled model did not call its engine")
         return report
 
     def why_not_reused(self) -> str:
-        """The reason of the last call, and of every graph of the model that was refused."""
+        """Return the reasons of the last call and of all refused graphs."""
         reasons = [str(self.report()["reason"]), *(str(refusal) for refusal in self.engine.refusals)]
         return "; ".join(dict.fromkeys(reasons))
 
@@ -145,5 +145,5 @@ class Systems:
 
 
 def outlives_process(url: str) -> bool:
-    """True for a store with a place (``file:///donors``), False for one in memory (``memory://``)."""
+    """Return True for a store with a path (``file:///donors``), False for a memory store (``memory://``)."""
     return bool(url.partition("://")[2])

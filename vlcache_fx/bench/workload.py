@@ -1,4 +1,4 @@
-"""Two requests about the same pictures: behind another text, at another position."""
+"""Two requests about the same pictures, after different texts and at different positions."""
 
 import inspect
 from dataclasses import dataclass
@@ -16,18 +16,17 @@ from vlcache_fx.runtime.requests.media_spans import flagged_positions
 
 @dataclass(frozen=True)
 class RequestShape:
-    """What a request holds, in tokens and pictures.
+    """Numbers of tokens, images and samples of a request.
 
     Attributes:
-        vision_tokens: of each image.
+        vision_tokens: tokens of each image.
         images: images per sample.
-        batch: samples, each with images of its own.
-        text_before, text_after: tokens of text before the first image and behind the last one in the first
-            request, and the other way round in the second. So the images move, and both requests are
-            equally long.
+        batch: number of samples; each has other images.
+        text_before, text_after: text tokens before the first and after the last image in the first request;
+            swapped in the second request, which moves the images and keeps the length.
 
     Raises:
-        OptionError: a number is not positive, or the images would stay where they are.
+        OptionError: a number is not positive, or the images would not move.
     """
 
     vision_tokens: int
@@ -49,12 +48,12 @@ class RequestShape:
 
 @dataclass(frozen=True)
 class Workload:
-    """Keyword arguments of two calls of the model, and what they hold.
+    """Keyword arguments of two calls of the model, and their layout.
 
     Attributes:
-        shape: as asked for, with the vision tokens that the images have in fact.
-        first, second: the requests; all systems are given the encoder's output, or, where the library's
-            ``forward`` takes none, embeddings with its rows in place.
+        shape: the requested shape, with the actual number of vision tokens.
+        first, second: the requests, with encoder outputs; or with merged embeddings, if ``forward`` of this
+            transformers version does not accept encoder outputs.
         num_tokens: tokens per sample.
         starts: position of the first image's first token in the first and in the second request.
         text_positions: positions of text tokens in the second request.
@@ -71,34 +70,36 @@ class Workload:
 
     @property
     def vision_tokens(self) -> int:
-        """Vision tokens per sample, all of its images together."""
+        """Vision tokens of all images of a sample."""
         return self.shape.vision_tokens * self.shape.images
 
 
 def has_grids(model: Any) -> bool:
-    """True where the encoder takes pictures of any size (patches and grids), False for squares of one size.
+    """Return True for encoders of any image size (patches and grids), False for fixed squares.
 
     Raises:
-        OptionError: the encoder wants something else.
+        OptionError: the encoder has other inputs.
     """
     encode = getattr(model.base_model, "get_image_features", None)
     if encode is None:
-        raise OptionError(f"{type(model).__name__} has no get_image_features: nothing to reuse images of")
+        raise OptionError(f"{type(model).__name__} has no get_image_features: there is no encoder")
     parameters = inspect.signature(encode).parameters
     needed = {
-        name for name, one in parameters.items() if one.default is one.empty and one.kind < one.VAR_POSITIONAL
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind < parameter.VAR_POSITIONAL
     }
     unknown = needed - {"pixel_values", "image_grid_thw"}
     if unknown or "pixel_values" not in parameters:
         raise OptionError(
-            f"the encoder of {type(model).__name__} wants {', '.join(parameters)}; this benchmark gives"
-            " pixel_values, alone or with image_grid_thw"
+            f"the encoder of {type(model).__name__} has the inputs {', '.join(parameters)}; this benchmark"
+            " supports pixel_values, with or without image_grid_thw"
         )
     return "image_grid_thw" in parameters
 
 
 def make_pixels(model: Any, count: int, vision_tokens: int) -> dict[str, Tensor]:
-    """Arguments of the encoder for ``count`` photos of nearly ``vision_tokens`` each."""
+    """Return the encoder's arguments for ``count`` photos of about ``vision_tokens`` each."""
     photos, vision = take_photos(count), model.config.vision_config
     if has_grids(model):
         patches = Patches(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
@@ -111,31 +112,33 @@ def make_pixels(model: Any, count: int, vision_tokens: int) -> dict[str, Tensor]
 
 
 def encode(model: Any, pixels: dict[str, Tensor]) -> Any:
-    """The encoder's output for ``make_pixels``, without gradients."""
+    """Encode pixels without gradients."""
     with torch.no_grad():
         return model.base_model.get_image_features(**pixels)
 
 
 def make_workload(model: Any, shape: RequestShape) -> Workload:
-    """Photos, their features and both requests, on the model's device.
+    """Build both requests on the model's device.
 
     Raises:
-        OptionError: the model's encoder or its vocabulary cannot serve the shape.
+        OptionError: the model's encoder or configuration does not support the shape.
     """
     pixels = make_pixels(model, shape.images * shape.batch, shape.vision_tokens)
     features = encode(model, pixels)
-    one = features.pooler_output[0]
-    tokens = one.shape[-2]
+    first_image = features.pooler_output[0]
+    tokens = first_image.shape[-2]
     shape = RequestShape(tokens, shape.images, shape.batch, shape.text_before, shape.text_after)
     maker = _Maker(model, shape, features, pixels.get("image_grid_thw"))
     first, start, _ = maker.request(shape.text_before, shape.text_after, seed=1)
     second, moved, ids = maker.request(shape.text_after, shape.text_before, seed=2)
     text = (ids != maker.image_token).nonzero().flatten().tolist()
-    return Workload(shape, first, second, ids.shape[0], (start, moved), tuple(text), one.reshape(tokens, -1))
+    return Workload(
+        shape, first, second, ids.shape[0], (start, moved), tuple(text), first_image.reshape(tokens, -1)
+    )
 
 
 class _Maker:
-    """Puts requests together for one model and its features."""
+    """Builds requests for one model and its features."""
 
     def __init__(self, model: Any, shape: RequestShape, features: Any, grids: Tensor | None) -> None:
         config = model.config
@@ -153,15 +156,15 @@ class _Maker:
         self._takes_outputs = OUTPUTS in parameters
         if not self._takes_outputs and getattr(features, "deepstack_features", None) is not None:
             raise OptionError(
-                f"{type(model).__name__} of this transformers takes no encoder outputs, and its inner layers"
-                " want some: use transformers 5.23 or later"
+                f"{type(model).__name__} in this version of transformers does not accept encoder outputs,"
+                " which its deepstack layers need: use transformers 5.23 or later"
             )
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
 
     def request(self, before: int, after: int, seed: int) -> tuple[dict[str, Any], int, Tensor]:
-        """A request, where its first image begins, and the token ids of its first sample."""
+        """Return a request, the start of its first image, and the token ids of its first sample."""
         draw = torch.Generator().manual_seed(seed)
         start, end = ([] if mark is None else [mark] for mark in self._marks)
         image = [*start, *[self.image_token] * self._shape.vision_tokens, *end] * self._shape.images
@@ -172,7 +175,7 @@ class _Maker:
             rows.append([*text[:before], *image, *text[before:]])
         ids = torch.tensor(rows, device=self._model.device)
         inputs = {**self._given(ids), **self._options}
-        # Given, because a model that computes them in forward breaks the graph there.
+        # Passed explicitly: computing positions in forward causes a graph break.
         if hasattr(self._model.base_model, "get_rope_index"):
             kinds = (ids == self.image_token).int()
             inputs["position_ids"], _ = self._model.base_model.get_rope_index(
@@ -181,21 +184,21 @@ class _Maker:
         return inputs, before + len(start), ids[0]
 
     def _given(self, ids: Tensor) -> dict[str, Any]:
-        """The text and the encoder's output, in the form that this library's ``forward`` takes."""
+        """Return token ids and encoder output, or merged embeddings, as ``forward`` accepts them."""
         if self._takes_outputs:
             return {"input_ids": ids, OUTPUTS: {"image": self._features}}
         images = ids == self.image_token
         with torch.no_grad():
             embeds = self._model.get_input_embeddings()(ids)
-            rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in self._features.pooler_output])
+            rows = torch.cat([image.reshape(-1, image.shape[-1]) for image in self._features.pooler_output])
             embeds = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
         length = self._shape.vision_tokens
-        places = flagged_positions(images)[::length].tolist()
-        spans = [(*divmod(place, ids.shape[1]), length) for place in places]
+        starts = flagged_positions(images)[::length].tolist()
+        spans = [(*divmod(start, ids.shape[1]), length) for start in starts]
         return {"inputs_embeds": mark_spans(embeds, spans)}
 
 
 def _special_ids(config: Any) -> list[int]:
     values = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
-    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-    return [one for one in flat if isinstance(one, int)]
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if isinstance(item, int)]

@@ -1,6 +1,6 @@
-"""The console script ``vlcache``, one file per command: from arguments to tables and files.
+"""The console script ``vlcache``, one file per command: arguments -> tables and files.
 
-Nothing imports this package. Its modules import torch in functions only, so that ``vlcache --help`` is quick.
+No other package imports this one. Its modules import torch inside functions: ``vlcache --help`` is fast.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import typer
 from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, version
 
 app = typer.Typer(
-    help="Reuse of vision encoder outputs and KV caches for vision-language models.",
+    help="Reuse vision encoder outputs and KV caches of vision-language models.",
     no_args_is_help=True,
     add_completion=False,
 )

@@ -1,4 +1,4 @@
-"""``vlcache bench``; ``vlcache_fx.bench.command`` measures."""
+"""``vlcache bench``: options of ``vlcache_fx.bench.command``."""
 
 from __future__ import annotations
 
@@ -11,44 +11,54 @@ from vlcache_fx.cli.errors import readable_errors
 
 
 def bench(
-    preset: Annotated[str, typer.Option(help="shape of the model, see below")] = "cpu",
+    preset: Annotated[str, typer.Option(help="model shape, see below")] = "cpu",
     config: Annotated[
-        Path | None, typer.Option(help="config.json of another model, in place of a preset")
+        Path | None, typer.Option(help="config.json of another model, instead of a preset")
     ] = None,
     model_class: Annotated[
-        str | None, typer.Option(help="its class in transformers [default: the file's architecture]")
+        str | None, typer.Option(help="class of that model in transformers (default: its architecture)")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="decoder layers, in place of the model's")] = None,
-    vision_tokens: Annotated[list[int] | None, typer.Option(help="per image [default: the preset's]")] = None,
-    images: Annotated[list[int] | None, typer.Option(help="per sample [default: 1]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="samples per call [default: 1]")] = None,
-    text_before: Annotated[int, typer.Option(help="tokens before the images when they are new")] = 20,
-    text_after: Annotated[int, typer.Option(help="tokens after them; swapped when they are back")] = 40,
+    layers: Annotated[
+        int | None, typer.Option(help="number of decoder layers (default: the model's)")
+    ] = None,
+    vision_tokens: Annotated[
+        list[int] | None, typer.Option(help="tokens per image (default: the preset's)")
+    ] = None,
+    images: Annotated[list[int] | None, typer.Option(help="images per sample (default: 1)")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="samples per call (default: 1)")] = None,
+    text_before: Annotated[int, typer.Option(help="text tokens before new images")] = 20,
+    text_after: Annotated[
+        int, typer.Option(help="text tokens after new images; swapped when the images recur")
+    ] = 40,
     policy: Annotated[
-        list[str] | None, typer.Option(help="see vlcache policies [default: layer_aware]")
+        list[str] | None, typer.Option(help="policies, see vlcache policies (default: layer_aware)")
     ] = None,
-    budget: Annotated[list[float] | None, typer.Option(help="share recomputed [default: 0.02]")] = None,
-    store: Annotated[list[str] | None, typer.Option(help="URL [default: memory://]")] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="share of token-layers to recompute (default: 0.02)")
+    ] = None,
+    store: Annotated[list[str] | None, typer.Option(help="store URLs (default: memory://)")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:<number>")] = "auto",
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "inductor",
-    cuda_graphs: Annotated[bool, typer.Option(help="on a GPU, the option of that name")] = False,
-    rounds: Annotated[int, typer.Option(help="of timing; systems take turns in each")] = 5,
-    eager_rounds: Annotated[int, typer.Option(help="of them with the eager model")] = 1,
-    encoder: Annotated[bool, typer.Option(help="time the model's vision tower")] = True,
-    compile_time: Annotated[bool, typer.Option(help="time compilation, in processes of their own")] = True,
+    cuda_graphs: Annotated[bool, typer.Option(help="use CUDA graphs on a GPU")] = False,
+    rounds: Annotated[int, typer.Option(help="timing rounds; each times all systems in turn")] = 5,
+    eager_rounds: Annotated[int, typer.Option(help="timing rounds with the eager model")] = 1,
+    encoder: Annotated[bool, typer.Option(help="time the vision encoder")] = True,
+    compile_time: Annotated[bool, typer.Option(help="time compilation, in separate processes")] = True,
     compile_layers: Annotated[
-        list[int] | None, typer.Option(help="depths for that [default: the model's]")
+        list[int] | None, typer.Option(help="numbers of layers for compile times (default: the model's)")
     ] = None,
     store_entries: Annotated[
-        list[int] | None, typer.Option(help="sizes for lookups [default: 100 to 100,000]")
+        list[int] | None, typer.Option(help="store sizes for lookup times (default: 100 to 100,000)")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="for bench.json and bench.png")] = Path("bench-output"),
+    output_dir: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path(
+        "bench-output"
+    ),
 ) -> None:
-    """Time to first token with and without reuse, of a model with random weights on real photos.
+    """Measure time to first token with and without reuse, for a model with random weights and real photos.
 
-    Presets: tiny, cpu, cpu-28, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b. Options that have a list of values
-    are given several times; every combination is measured.
+    Presets: tiny, cpu, cpu-28, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b. Repeat an option to pass several
+    values; every combination is measured.
     """
     given = {
         "vision_tokens": vision_tokens,
@@ -58,7 +68,7 @@ def bench(
         "store_entries": store_entries,
     }
     with readable_errors():
-        from vlcache_fx.bench import command  # here: torch takes a second to import
+        from vlcache_fx.bench import command  # deferred: importing torch takes a second
 
         command.bench(
             command.choose_model(preset, config, model_class, layers),

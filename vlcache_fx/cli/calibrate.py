@@ -12,28 +12,26 @@ from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
     data: Annotated[Path | None, DATA] = None,
-    family: Annotated[list[str] | None, typer.Option(help="of the model's questions [default: all]")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 30,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int, POSITIONS] = 1,
-    depth_share: Annotated[
-        float, typer.Option(help="share of the rows that is stopped at each depth")
-    ] = 0.05,
-    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    depth_share: Annotated[float, typer.Option(help="share of rows that stop at each depth")] = 0.05,
+    seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
-    output: Annotated[Path, typer.Option(help="the profile")] = Path("profile.json"),
+    output: Annotated[Path, typer.Option(help="file for the profile")] = Path("profile.json"),
 ) -> None:
-    """Measure what recomputing is worth in each layer of a model; write its profile."""
+    """Measure the worth of recomputing in each layer of a model; write the profile."""
     with readable_errors():
-        # here: torch takes a second to import
+        # deferred: importing torch takes a second
         from vlcache_fx.bench.machine import describe_machine, machine_line
         from vlcache_fx.fidelity import table
         from vlcache_fx.fidelity.calibrate import calibrate as measure
         from vlcache_fx.fidelity.models import load_cases, load_subject
 
-        # Not the prompts of `vlcache fidelity`: those are of the split "test".
+        # `vlcache fidelity` uses the split "test": the prompts must differ.
         cases = load_cases(model, data, tuple(family or ()), count, split="train", seed=seed)
         subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
         console = wide_console()
@@ -42,7 +40,7 @@ def calibrate(
         console.print(table.calibration_table(found))
         if found.is_flat:
             console.print(
-                "On held-out prompts equal counts were no worse: the profile says that all layers are equal."
+                "Equal counts were no worse on held-out prompts: the profile treats all layers alike."
             )
         output.parent.mkdir(parents=True, exist_ok=True)
         found.profile.save(output)

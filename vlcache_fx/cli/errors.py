@@ -1,4 +1,4 @@
-"""Errors for people at a terminal."""
+"""Errors on the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlcache_fx.errors import VlcacheError
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Errors of this package as one line, without a traceback, and exit status 1."""
+    """Print errors of this package without a traceback, and exit with status 1."""
     try:
         yield
     except VlcacheError as error:

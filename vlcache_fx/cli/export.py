@@ -22,24 +22,33 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
-    directory: Annotated[Path, typer.Argument(help="where to write; must not exist, or be empty")],
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
+    directory: Annotated[Path, typer.Argument(help="output folder; must not exist, or be empty")],
     data: Annotated[
-        Path | None, typer.Option(help="prompts as for fidelity; the first reuse of them is the example")
+        Path | None,
+        typer.Option(help="prompts as for fidelity; the first prompt with a recurring image is the example"),
     ] = None,
     output_format: Annotated[str, typer.Option("--format", help="onnx, tensorrt")] = "onnx",
-    opset: Annotated[int, typer.Option(help="18 to 23; from 23 on attention is one node")] = 22,
+    opset: Annotated[int, typer.Option(help="18 to 23; attention is one node in 23, decomposed below")] = 22,
     dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16")] = "float32",
-    policy: Annotated[str, typer.Option(help="decides which layers share their rows")] = "layer_aware",
-    budget: Annotated[float, typer.Option(help="share recomputed")] = 0.02,
-    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
-    compute_capability: Annotated[
-        list[str] | None, typer.Option(help="GPUs of engines that tensorrt_rtx builds, such as sm86")
+    policy: Annotated[
+        str, typer.Option(help="policy that decides which layers share their rows")
+    ] = "layer_aware",
+    budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
+    profile: Annotated[
+        Path | None, typer.Option(help="profile of this model, from vlcache calibrate")
     ] = None,
-    package: Annotated[str | None, typer.Option(help="tensorrt, tensorrt_rtx [default: installed]")] = None,
-    tokens: Annotated[int | None, typer.Option(help="longest prompt of engines [default: 8192]")] = None,
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="GPUs for engines of tensorrt_rtx, such as sm86")
+    ] = None,
+    package: Annotated[
+        str | None, typer.Option(help="tensorrt, tensorrt_rtx (default: the installed package)")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="maximum prompt length of engines (default: 8192)")
+    ] = None,
 ) -> None:
-    """Write encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""
+    """Export encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""
     with readable_errors():
         if dtype not in DTYPES:
             raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
@@ -62,7 +71,7 @@ def export(
 
 
 def _example(model: str, data: Path | None, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """The model, and the inputs of its first prompt."""
+    """Load the model, and the inputs of its example prompt."""
     import torch
 
     from vlcache_fx.fidelity.models import load_cases, load_model
@@ -99,7 +108,7 @@ def _show(report: ExportReport) -> None:
     console.print(table)
     console.print(
         f"{len(report.lookups)} lookups in {len(report.restricted)} layers; "
-        f"the warm graph has {len(report.hoisted)} inputs for them and for the plan"
+        f"the warm graph has {len(report.hoisted)} inputs for donors and plan"
     )
     for part in report.refused:
         console.print(f"not exported: {part['graph']}: {part['reason']}")

@@ -21,28 +21,31 @@ POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
 
 
 def fidelity(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder that transformers can load")],
+    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
     data: Annotated[Path | None, DATA] = None,
-    family: Annotated[list[str] | None, typer.Option(help="of the model's questions [default: all]")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 100,
     policy: Annotated[
-        list[str] | None, typer.Option(help="see vlcache policies [default: all that take a budget]")
+        list[str] | None, typer.Option(help="policies, see vlcache policies (default: all with a budget)")
     ] = None,
     budget: Annotated[
-        list[float] | None, typer.Option(help="share recomputed [default: 0 0.01 0.02 0.05 0.1 0.2 1]")
+        list[float] | None,
+        typer.Option(help="shares of token-layers to recompute (default: 0 0.01 0.02 0.05 0.1 0.2 1)"),
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="of this model, from vlcache calibrate")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="profile of this model, from vlcache calibrate")
+    ] = None,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int, POSITIONS] = 1,
-    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
-    output_dir: Annotated[Path, typer.Option(help="for fidelity.json, .md and .png")] = Path(
+    output_dir: Annotated[Path, typer.Option(help="folder for fidelity.json, .md and .png")] = Path(
         "fidelity-output"
     ),
 ) -> None:
-    """Accuracy, agreement and divergence of policies and budgets, against the unmodified model."""
+    """Measure accuracy, agreement and divergence of policies and budgets against the unmodified model."""
     with readable_errors():
-        # here: torch takes a second to import
+        # deferred: importing torch takes a second
         from vlcache_fx.fidelity.models import load_cases, load_subject
         from vlcache_fx.fidelity.run import BUDGETS, run, settings
         from vlcache_fx.policies import Profile, get_policy
@@ -50,7 +53,7 @@ def fidelity(
         budgets = budget or BUDGETS
         bad = [share for share in budgets if not 0 <= share <= 1]
         if bad:
-            raise OptionError(f"a budget must be a share in [0, 1], not {bad[0]}")
+            raise OptionError(f"budget={bad[0]} is not valid: it must be in [0, 1]")
         compared = settings(
             [get_policy(name) for name in policy or POLICIES],
             sorted(set(budgets)),

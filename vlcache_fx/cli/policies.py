@@ -9,10 +9,10 @@ from vlcache_fx.cli.errors import readable_errors
 
 
 def policies() -> None:
-    """List the policies that are installed."""
-    from vlcache_fx.policies import get_policy, known_policies  # here: torch takes a second to import
+    """List the installed policies."""
+    from vlcache_fx.policies import get_policy, known_policies  # deferred: importing torch takes a second
 
-    table = Table("policy", "implementation", "what it recomputes")
+    table = Table("policy", "implementation", "recomputes")
     with readable_errors():
         for name, entry in known_policies().items():
             summary = (type(get_policy(name)).__doc__ or "").strip().partition("\n\n")[0]

@@ -1,4 +1,4 @@
-"""What ``vlcache fidelity`` and ``vlcache calibrate`` share: options about prompts, and a progress bar."""
+"""Shared by ``vlcache fidelity`` and ``vlcache calibrate``: options for prompts, and a progress bar."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 DATA = typer.Option(
-    help="prompts, one JSON object a line: images (paths), prompt, answer; lines about the same images "
-    "reuse them [default: the model's own questions]"
+    help="prompts, one JSON object per line: images (paths), prompt, answer; repeated images are reused "
+    "(default: the model's own questions)"
 )
-POSITIONS = typer.Option(help="answer tokens compared at most")
+POSITIONS = typer.Option(help="maximum number of answer tokens to compare")
 
 
 def wide_console() -> Console:
-    """The terminal, or 120 characters where output goes to a file or a pipe."""
+    """Return a console; 120 characters wide for files and pipes."""
     return Console() if Console().is_terminal else Console(width=120)
 
 
 @contextmanager
 def progress(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that is gone at the end; the function that it yields advances it."""
+    """Show a transient progress bar; yield the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)

@@ -1,1 +1,1 @@
-"""Exported graphs: ONNX, TensorRT engines, and sessions that run them with reuse."""
+"""A model -> a folder of ONNX graphs and TensorRT engines with a manifest; sessions run it with reuse."""

@@ -1,4 +1,4 @@
-"""The description of an exported decoder: by named inputs, with fingerprints of the weights inside it."""
+"""Spec of an exported decoder: inputs by name, weights inside the graph and in fingerprints."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from vlcache_fx.spec.slots import StoredSlot
 
 
 def describe_export(found: ExportInput, recorded: Sequence[StoredSlot], groups: tuple[int, ...]) -> Decoder:
-    """The decoder by its named inputs; weights are none of them.
+    """Describe the decoder by its named inputs, without weights.
 
     Args:
-        found: what is exported.
+        found: the traced model.
         recorded: donor slots that its programs record.
-        groups: number of layers in each run of layers that compute the same rows.
+        groups: number of layers in each group of consecutive layers that compute the same rows.
     """
     named = [
         node for node, name in zip(found.decoder.placeholders, found.inputs, strict=True) if name is not None
     ]
     decoder = describe_decoder(found.decoder, found.facts, recorded, groups, named)
-    spec, others = decoder.spec, _fingerprint(found, decoder.computation.weights)
+    spec, weights = decoder.spec, _fingerprint(found, decoder.computation.weights)
     sites = tuple(
-        # Exported prefills begin with an empty cache: key i is that of token i.
+        # An exported prefill starts with an empty cache: key i belongs to token i.
         replace(site, source_line=without_folders(site.source_line), key_moves=())
         for site in spec.masks.sites
     )
@@ -39,7 +39,7 @@ def describe_export(found: ExportInput, recorded: Sequence[StoredSlot], groups: 
             host_inputs=(),
             tail_varies=False,
             has_past=False,
-            layout=f"{spec.layout} {others}",
+            layout=f"{spec.layout} {weights}",
             model_fingerprint=_fingerprint(found, found.facts.weights),
             masks=replace(spec.masks, sites=sites),
         ),

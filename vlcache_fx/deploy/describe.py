@@ -1,4 +1,4 @@
-"""What an export did, and how its graphs are wired."""
+"""Report of an export, and the steps that connect its graphs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from vlcache_fx.spec.slots import Donor
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was exported.
+    """Result of an export.
 
     Attributes:
-        directory: where it lies.
-        size_bytes: of all files.
+        directory: the exported folder.
+        size_bytes: total size of its files.
         files: name -> bytes.
-        lookups: per donor slot, the graph node whose rows it holds and where that comes from.
-        restricted: per layer, how many nodes run on the chosen rows, on rows that need keys and values alone,
-            and on all tokens.
-        hoisted: inputs of the warm graph that lookups and plans became.
-        refused: graphs that could not be exported, and why.
-        engines: name -> bytes and seconds.
+        lookups: per donor slot, the graph node whose rows it contains and the node's source line.
+        restricted: per layer, the number of nodes that run on the chosen rows, on rows that only need keys
+            and values, and on all tokens.
+        hoisted: inputs of the warm graph that replace lookups and plans.
+        refused: graphs that could not be exported, with reasons.
+        engines: name -> bytes and seconds of the build.
     """
 
     directory: str
@@ -42,7 +42,7 @@ class ExportReport:
 
     @classmethod
     def of(cls, manifest: Manifest, directory: Path) -> ExportReport:
-        """Of a manifest."""
+        """Create the report of a manifest."""
         files = {name: spec.size_bytes for name, spec in manifest.files.items()}
         return cls(
             directory=str(directory),
@@ -59,15 +59,15 @@ class ExportReport:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+        """Return a JSON-serialisable dict."""
         return asdict(self)
 
 
 def describe(
     facts: DecoderFacts, warm: Program, spec: ProgramGraph, refused: list[dict[str, str]]
 ) -> dict[str, Any]:
-    """The part of a manifest that says what became of the graph."""
-    places = Counter(node.meta.get("segment") for node in warm.graph.nodes)
+    """Return the manifest's ``report``."""
+    segments = Counter(node.meta.get("segment") for node in warm.graph.nodes)
     restricted = []
     for index, layer in enumerate(facts.layers):
         restricted.append(
@@ -76,46 +76,46 @@ def describe(
                 "query_rows": len(layer.q_part),
                 "key_value_rows": len(layer.kv_part),
                 "all_tokens": len(layer.full_part),
-                "in_warm_graph": places[f"layer.{index}"],
+                "in_warm_graph": segments[f"layer.{index}"],
             }
         )
     data = len(spec.inputs) - len(spec.program.slots)
     return {
         "lookups": [
             {
-                "slot": str(one.slot),
-                "layer": one.layer,
-                "node": one.node.name,
-                "source_line": without_folders(source_line(one.node)),
-                "input": str(Donor(one.slot)),
+                "slot": str(frontier.slot),
+                "layer": frontier.layer,
+                "node": frontier.node.name,
+                "source_line": without_folders(source_line(frontier.node)),
+                "input": str(Donor(frontier.slot)),
             }
-            for one in facts.frontiers
+            for frontier in facts.frontiers
         ],
         "restricted": restricted,
         "hoisted": list(dict.fromkeys(name for name in spec.inputs[data:] if name is not None)),
-        "refused": [{name: without_folders(text) for name, text in one.items()} for one in refused],
+        "refused": [{name: without_folders(text) for name, text in graph.items()} for graph in refused],
     }
 
 
 def wiring(has_decode: bool) -> tuple[str, ...]:
-    """The steps of one request."""
+    """Describe the steps of one request."""
     steps = [
-        "encoder: run it for each item whose pixels are new; keep what it gives under the pixels' digest. "
-        "Its outputs, items one behind the other, are inputs of the prefill graphs under the same names.",
-        "spans: tells which tokens the items fill. The key of a donor is the digest of its feature rows, of "
-        "what decoder.leaves are at its tokens (positions relative to the first one), of what masks let them "
-        "see, of decoder.model_fingerprint, decoder.computation and decoder.layout, and of a salt.",
-        "prefill_cold: for a prompt none of whose items has a donor. recorded.<layer>.k and .v, cut to an "
-        "item's tokens, are its donor. rows.tail and results say which tokens logits are needed for.",
+        "encoder: run it for each item with new pixels; store its outputs under the pixels' digest. "
+        "The outputs of all items, concatenated, are inputs of the prefill graphs under the same names.",
+        "spans: returns the tokens that the items fill. A donor's key is the digest of its feature rows, the "
+        "values of decoder.leaves at its tokens (positions relative to the first token), the masks of its "
+        "tokens, decoder.model_fingerprint, decoder.computation, decoder.layout, and a salt.",
+        "prefill_cold: for a prompt without donors. recorded.<layer>.k and .v, cut to an item's tokens, are "
+        "its donor. rows.tail and results select the tokens that need logits.",
         "prefill_warm: rows.<group> are the tokens that the layers of a group compute, sorted: text, new "
-        "items, and what the policy chose. donor.<layer>.k and .v are the stored rows of all known items in "
+        "items, and the policy's rows. donor.<layer>.k and .v are the donor rows of all reused items in "
         "order. source.<group> has, per token, v >= 0 for row v of the donors or -1 - j for computed row j. "
-        "keep.<a>.<b> are the places of the rows of group b among those of group a.",
-        "Both prefill graphs give logits and, for all tokens, the keys and values that decoding goes on "
-        "with. What prefill_warm records is never stored, unless all it reused was an identical prefix.",
+        "keep.<a>.<b> are the indices of the rows of group b among those of group a.",
+        "Both prefill graphs return logits and, for all tokens, the keys and values for decoding. Never "
+        "store what prefill_warm records, unless it reused nothing but an identical prefix.",
     ]
     if has_decode:
         steps.append(
-            "decode: one token, its position and past.<layer>.key and .value (present.* of the step before)."
+            "decode: one token, its position, past.<layer>.key and .value (present.* of the previous step)."
         )
     return tuple(steps)

@@ -1,7 +1,7 @@
-"""TensorRT engines of exported graphs, built by ``tensorrt`` or by ``tensorrt_rtx``, whose APIs are alike.
+"""TensorRT engines of exported graphs, built by ``tensorrt`` or by ``tensorrt_rtx`` (similar APIs).
 
-``tensorrt`` builds for the GPU that is there. ``tensorrt_rtx`` builds ahead of time, without a GPU, for those
-that ``AHEAD_OF_TIME`` lists.
+``tensorrt`` builds for the GPU of this machine. ``tensorrt_rtx`` builds ahead of time, without a GPU, for the
+GPUs in ``AHEAD_OF_TIME``.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from vlcache_fx.errors import ExportError, OptionError
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
 AHEAD_OF_TIME = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
-"""GPUs that ``tensorrt_rtx`` can build for without having one. Data-centre GPUs from sm90 on are not among
-them: build there, with ``tensorrt``."""
+"""GPUs that ``tensorrt_rtx`` can build for ahead of time. It does not support data-centre GPUs from sm90 on:
+build on these with ``tensorrt``."""
 
-TIMINGS = "timing.cache"
-NEEDED = (COLD, WARM)
+TIMING_CACHE = "timing.cache"
+REQUIRED = (COLD, WARM)
 
 Shape = tuple[int, ...]
 Range = tuple[int, int, int]
-"""Smallest, usual and largest size."""
+"""Minimum, optimal and maximum size."""
 
-USUAL_TOKENS: Range = (2, 1024, 8192)
-USUAL_TAIL: Range = (1, 2, 2)
+DEFAULT_TOKENS: Range = (2, 1024, 8192)
+DEFAULT_TAIL: Range = (1, 2, 2)
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What engines are built for.
+    """GPUs and sizes of engines.
 
     Attributes:
         package: ``tensorrt`` or ``tensorrt_rtx``; by default the first that is installed.
-        compute_capabilities: of the GPUs, such as ``("sm86", "sm89")``, for ``tensorrt_rtx``. ``tensorrt``
-            builds for the GPU that is there.
-        sizes: per name of a size that varies (``tokens``, ``image_tokens``, ``donor_rows``, ``rows_0``,
-            ``past_tokens``, ...) the smallest, usual and largest. Those that are not named reach as far as
-            ``tokens`` do: 8,192 by default.
+        compute_capabilities: GPUs for ``tensorrt_rtx``, such as ``("sm86", "sm89")``. ``tensorrt`` builds for
+            the GPU of this machine.
+        sizes: minimum, optimum and maximum of each dynamic size (``tokens``, ``image_tokens``,
+            ``donor_rows``, ``rows_0``, ``past_tokens``, ...). The others default to the maximum of
+            ``tokens``, which is 8,192 by default.
 
     Raises:
-        OptionError: an unknown package or GPU, or sizes that do not rise.
+        OptionError: an unknown package or GPU, or sizes that are not sorted.
     """
 
     package: str | None = None
@@ -60,8 +60,8 @@ class EngineOptions:
         for name in self.compute_capabilities:
             if name not in AHEAD_OF_TIME:
                 raise OptionError(
-                    f"compute capability {name!r} cannot be built for ahead of time: valid are "
-                    f"{', '.join(AHEAD_OF_TIME)}; build for others where they are, with package='tensorrt'"
+                    f"no engine for {name!r} can be built ahead of time; valid compute capabilities are "
+                    f"{', '.join(AHEAD_OF_TIME)}: for other GPUs, build on the GPU with package='tensorrt'"
                 )
         if not self.compute_capabilities:
             raise OptionError("compute_capabilities is empty: name at least one")
@@ -73,17 +73,17 @@ class EngineOptions:
                 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]
             ):
                 raise OptionError(
-                    f"sizes[{name!r}]={sizes!r} must be three numbers from 1 on that do not fall"
+                    f"sizes[{name!r}]={sizes!r} must be (minimum, optimum, maximum): sorted positive integers"
                 )
 
 
 def build_engines(manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> Manifest:
-    """Build an engine of every graph in ``folder``; returns the manifest with them.
+    """Build an engine of every graph in ``folder``; return the manifest with them.
 
     Raises:
-        ExportError: no such package, or a prefill graph that it cannot build. Other graphs are left out, with
-            the reason in the report.
-        OptionError: ``sizes`` for names that the graphs do not have.
+        ExportError: no such package, or it cannot build a prefill graph. Other graphs may fail; the report
+            states the reason.
+        OptionError: a name in ``sizes`` that no graph has.
     """
     options = options or EngineOptions()
     names = {
@@ -92,7 +92,7 @@ def build_engines(manifest: Manifest, folder: Path, options: EngineOptions | Non
     known = sorted(size for size in names if isinstance(size, str))
     for name in options.sizes:
         if name not in known:
-            raise OptionError(f"no size is named {name!r}; these graphs have {', '.join(known)}")
+            raise OptionError(f"sizes: these graphs have no size {name!r}; they have {', '.join(known)}")
     builder = _Builder(options, manifest.opset, folder)
     refused = list(manifest.report["refused"])
     engines: dict[str, EngineSpec] = {}
@@ -100,17 +100,17 @@ def build_engines(manifest: Manifest, folder: Path, options: EngineOptions | Non
         try:
             engines[name] = builder.build(name, graph)
         except ExportError as error:
-            if name in NEEDED:
+            if name in REQUIRED:
                 raise
             refused.append({"graph": f"{name} (engine)", "reason": str(error)})
     return replace(manifest, engines=engines, report={**manifest.report, "refused": refused})
 
 
 def find_package(name: str | None = None) -> Any:
-    """The module ``tensorrt`` or ``tensorrt_rtx``.
+    """Import ``tensorrt`` or ``tensorrt_rtx``.
 
     Raises:
-        ExportError: it is not installed, or its libraries cannot be loaded.
+        ExportError: the package is not installed, or its libraries cannot be loaded.
     """
     failed: ImportError | OSError | None = None
     for candidate in PACKAGES if name is None else (name,):
@@ -131,10 +131,10 @@ class _Builder:
 
     def build(self, name: str, graph: GraphSpec) -> EngineSpec:
         started = time.perf_counter()
-        network = self._parsed(graph)
+        network = self._parse(graph)
         config = self._builder.create_builder_config()
-        capabilities = self._aim(config)
-        cache = self._timings(config)
+        capabilities = self._set_capabilities(config)
+        cache = self._timing_cache(config)
         profile = {key: _range(spec, self._options.sizes) for key, spec in graph.inputs.items()}
         shapes = self._builder.create_optimization_profile()
         for key, (low, usual, high) in profile.items():
@@ -147,7 +147,7 @@ class _Builder:
         file = f"{name}.engine"
         (self._folder / file).write_bytes(bytes(plan))
         if cache is not None:
-            (self._folder / TIMINGS).write_bytes(bytes(config.get_timing_cache().serialize()))
+            (self._folder / TIMING_CACHE).write_bytes(bytes(config.get_timing_cache().serialize()))
         return EngineSpec(
             file=file,
             builder=f"{self._trt.__name__} {self._trt.__version__}",
@@ -157,7 +157,7 @@ class _Builder:
             build_seconds=round(time.perf_counter() - started, 2),
         )
 
-    def _parsed(self, graph: GraphSpec) -> Any:
+    def _parse(self, graph: GraphSpec) -> Any:
         flag = getattr(self._trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = self._builder.create_network(0 if flag is None else 1 << int(flag))
         parser = self._trt.OnnxParser(network, self._log)
@@ -168,8 +168,8 @@ class _Builder:
             _allow_decomposition(self._trt, network)
         return network
 
-    def _aim(self, config: Any) -> tuple[str, ...]:
-        """Set the GPUs; returns their names."""
+    def _set_capabilities(self, config: Any) -> tuple[str, ...]:
+        """Set the GPUs; return their compute capabilities."""
         if not hasattr(config, "set_compute_capability"):
             import torch
 
@@ -180,43 +180,43 @@ class _Builder:
             config.set_compute_capability(getattr(self._trt.ComputeCapability, name.upper()), number)
         return names
 
-    def _timings(self, config: Any) -> Any:
-        """The timings of kernels that earlier engines of this folder took; tensorrt_rtx takes none."""
+    def _timing_cache(self, config: Any) -> Any:
+        """Kernel timings of the folder's earlier engines; None for tensorrt_rtx, which has no such cache."""
         if self._trt.__name__ != "tensorrt":
             return None
-        path = self._folder / TIMINGS
+        path = self._folder / TIMING_CACHE
         cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
         return cache
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
-    """Attention in float32 has no fused kernel: without this, such a network is refused."""
+    """Let TensorRT decompose attention: float32 has no fused kernel, and the build would fail."""
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer  # how this API casts a layer to its kind
+            layer.__class__ = trt.IAttentionInputLayer  # the API's way to cast a layer
             layer.attention.decomposable = True
 
 
 def _range(spec: TensorSpec, sizes: Mapping[str, Range]) -> tuple[Shape, Shape, Shape]:
-    tokens = sizes.get("tokens", USUAL_TOKENS)
-    defaults = {"tokens": tokens, "rows_tail": USUAL_TAIL}
+    tokens = sizes.get("tokens", DEFAULT_TOKENS)
+    defaults = {"tokens": tokens, "rows_tail": DEFAULT_TAIL}
     ranges = [
         (size, size, size) if isinstance(size, int) else sizes.get(size, defaults.get(size, (1, *tokens[1:])))
         for size in spec.shape
     ]
-    low, usual, high = (tuple(one[which] for one in ranges) for which in range(3))
+    low, usual, high = (tuple(size[index] for size in ranges) for index in range(3))
     return low, usual, high
 
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps the last error, which the builder does not return."""
+        """Keeps the last error; the builder does not return it."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = "it gave no reason"
+            self.last = "no reason was logged"
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):

@@ -1,8 +1,8 @@
-"""``vlcache_fx.export``: the rewritten graphs as files.
+"""``vlcache_fx.export``: writes the rewritten graphs to files.
 
 ::
 
-    trace -> clean up, analyse -> [cut the encoder off] -> rewrite -> flatten -> ONNX -> [engines] -> manifest
+    trace -> clean up, analyse -> [split encoder off] -> rewrite -> flatten -> ONNX -> [engines] -> manifest
 """
 
 from __future__ import annotations
@@ -54,33 +54,34 @@ def export(
     """Write a model's encoder, cold and warm prefill and decoding step as graphs, with a manifest.
 
     Args:
-        model: a vision-language model of the transformers library, or any that ``torch.export`` takes and
-            that merges encoder features into its token embeddings. In eval mode; it is left as it is.
-        example_inputs: keyword arguments of one prompt with an image (a mapping), or positional ones (a
-            tuple). Lengths and numbers of images may differ later; the grids of images with grids may not.
-        directory: where to write; must not exist, or be empty. Nothing is left there when something fails.
-        format: ``"onnx"``, or ``"tensorrt"`` for engines of the same graphs as well.
-        opset: version of ONNX's default domain: up to 22 attention is written out, from 23 on it is one node.
-        dynamic_shapes: as ``torch.export.export`` takes it, for models that are not of that library.
-        engine: GPUs and sizes that engines are built for.
+        model: a vision-language model of the transformers library, or any model that ``torch.export`` can
+            trace and that merges encoder features into its token embeddings. Traced in eval mode; unchanged.
+        example_inputs: arguments of one prompt with an image: a mapping of keyword arguments, or a tuple of
+            positional arguments. Later requests may differ in length and number of images, but not in the
+            grids of images.
+        directory: must not exist, or be empty. Removed if the export fails.
+        format: ``"onnx"``, or ``"tensorrt"`` to build engines of the same graphs as well.
+        opset: version of ONNX's default domain: attention is decomposed up to 22, one node from 23 on.
+        dynamic_shapes: see ``torch.export.export``; for models of other libraries.
+        engine: GPUs and sizes of the engines.
         **options: ``policy``, ``budget`` and ``profile`` (see ``Options``) decide which layers share their
-            rows; sessions may choose others within that.
+            rows; sessions may use others that keep these groups.
 
     Raises:
-        OptionError, PolicyError: an option or argument has a bad value, or the profile is another model's.
-        ExportError: the directory is taken, a package is missing, or the model cannot be exported.
-        UnsupportedGraphError: a graph that cannot be rewritten.
+        OptionError, PolicyError: a bad value of an option or argument, or a profile of another model.
+        ExportError: the directory is not empty, a package is missing, or the model cannot be exported.
+        UnsupportedGraphError: a graph cannot be rewritten.
     """
-    parsed = _checked(format, opset, options)
+    parsed = _parse_options(format, opset, options)
     if engine is not None and format != "tensorrt":
-        raise OptionError(f"engine is given, but format={format!r} builds none: it must be 'tensorrt'")
-    target = _free(Path(directory))
+        raise OptionError(f"engine needs format='tensorrt', not {format!r}")
+    target = _empty_target(Path(directory))
     if format == "tensorrt":
         find_package(None if engine is None else engine.package)  # before minutes of tracing
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with _whole(target) as folder, hooked_placeholder_check(model), compiling():
+        with _atomic_directory(target) as folder, hooked_placeholder_check(model), compiling():
             manifest = _write(model, example_inputs, folder, opset, dynamic_shapes, parsed)
             if format == "tensorrt":
                 manifest = build_engines(manifest, folder, engine)
@@ -91,12 +92,12 @@ def export(
     return ExportReport.of(manifest, target)
 
 
-def _checked(format: str, opset: int, options: dict[str, Any]) -> Options:  # noqa: A002
+def _parse_options(format: str, opset: int, options: dict[str, Any]) -> Options:  # noqa: A002
     if format not in FORMATS:
         raise OptionError(f"format={format!r} is not valid: it must be {' or '.join(map(repr, FORMATS))}")
     if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
         raise OptionError(
-            f"opset={opset!r} is not valid: it must be a whole number from {MIN_OPSET} to {MAX_OPSET}"
+            f"opset={opset!r} is not valid: it must be an integer from {MIN_OPSET} to {MAX_OPSET}"
         )
     known = ("policy", "budget", "profile")
     unknown = [name for name in options if name not in known]
@@ -110,18 +111,18 @@ def _checked(format: str, opset: int, options: dict[str, Any]) -> Options:  # no
     return Options.parse(options)
 
 
-def _free(directory: Path) -> Path:
+def _empty_target(directory: Path) -> Path:
     directory = directory.resolve()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ExportError(
-            f"{directory} exists and is not an empty directory: choose another one, or remove it"
+            f"{directory} exists and is not an empty directory: choose another path, or remove it"
         )
     return directory
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place when all is written, and goes away otherwise."""
+def _atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to ``target``; rename it to ``target``, or remove it on failure."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -150,9 +151,9 @@ def _write(
     warm = warm_program(found.decoder, pipelines.warm, found.facts)
     decoder = describe_export(found, cold.recorded, groups)
     spec = decoder.spec
-    misfit = None if profile is None else profile.misfits(str(spec.model_fingerprint), spec.dtype)
-    if misfit is not None:
-        raise PolicyError(misfit)
+    mismatch = None if profile is None else profile.misfits(str(spec.model_fingerprint), spec.dtype)
+    if mismatch is not None:
+        raise PolicyError(mismatch)
     cold_call, warm_call = example_calls(found, decoder, cold, warm)
     refused: list[dict[str, str]] = []
     graphs: dict[str, GraphSpec] = {}
@@ -167,7 +168,7 @@ def _write(
         decode = writer.stage(DECODE, found.stages.decode, refused) if found.stages else None
     if found.stages is None:
         refused.append(
-            {"graph": DECODE, "reason": "only models of the transformers library have a known cache"}
+            {"graph": DECODE, "reason": "the KV cache is known only for models of the transformers library"}
         )
     return Manifest(
         format=FORMAT,

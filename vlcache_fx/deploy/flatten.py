@@ -1,4 +1,4 @@
-"""From a program to a module that ``torch.export`` takes: weights inside, shared inputs joined."""
+"""A program as a module for ``torch.export``: weights as buffers, inputs of equal names merged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKS = frozenset(
         aten.sym_constrain_range_for_size.default,
     }
 )
-"""What models check on the way. Exported graphs have no place for it; the session checks inputs itself."""
+"""Assertions of the model. ONNX has no operator for them; the session checks inputs instead."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class FlatGraph:
     """A graph of named tensors.
 
     Attributes:
-        module: takes the inputs in order, returns the outputs in order.
-        inputs: name -> index of the program's input that it takes.
+        module: inputs in order -> outputs in order.
+        inputs: name -> index of the program's input.
         outputs: names.
-        results: per result of the program, the name of the output that it is; None for a constant.
+        results: per result of the program, the name of its output; None for a constant.
     """
 
     module: fx.GraphModule
@@ -52,15 +52,15 @@ def flatten(
     results: Sequence[str],
     replacements: Mapping[Any, Callable[..., Any]],
 ) -> FlatGraph:
-    """Copy a program; it stays as it is.
+    """Copy a program with its weights as buffers.
 
     Args:
-        program: flat graph whose inputs are all placeholders.
-        inputs: per placeholder its name; inputs of one name are one. None for weights, and for an index whose
-            gather does nothing.
-        weights: placeholder -> name and tensor of what is put inside.
-        results: names of what it returns; a tensor that is returned twice has the first name.
-        replacements: operator -> function to call instead.
+        program: flat graph whose inputs are all placeholders; unchanged.
+        inputs: name of each placeholder; equal names become one input. None for weights, and for the index of
+            a gather that changes nothing.
+        weights: index of a placeholder -> name and tensor.
+        results: name of each result; a tensor that is returned twice gets the first name.
+        replacements: operator -> replacement function.
     """
     root = torch.nn.Module()
     graph = fx.Graph()
@@ -85,27 +85,29 @@ def flatten(
     for node in program.graph.nodes:
         if node.op == "placeholder" or node is output or node.target in CHECKS:
             continue
-        gathers = node.target is aten.index_select.default and node.args[2] in idle
-        copies[node] = copies[node.args[0]] if gathers else graph.node_copy(node, copies.__getitem__)
+        is_identity = node.target is aten.index_select.default and node.args[2] in idle
+        copies[node] = copies[node.args[0]] if is_identity else graph.node_copy(node, copies.__getitem__)
         if copies[node].target in replacements:
             copies[node].target = replacements[copies[node].target]
-    places: dict[fx.Node, str] = {}
+    output_names: dict[fx.Node, str] = {}
     for value, name in zip(returned, results, strict=True):
         if isinstance(value, fx.Node):
-            places.setdefault(value, name)
-    graph.output(tuple(copies[value] for value in places))
-    _first_placeholders(graph)
+            output_names.setdefault(value, name)
+    graph.output(tuple(copies[value] for value in output_names))
+    _move_placeholders_first(graph)
     for node in graph.find_nodes(op="get_attr"):
         if not str(node.target).startswith("weight_"):
             root.register_buffer(str(node.target), getattr(program, str(node.target)))
     graph.eliminate_dead_code()
     module = fx.GraphModule(root, graph)
-    found = tuple(places.get(value) if isinstance(value, fx.Node) else None for value in returned)
-    return FlatGraph(module, used, tuple(places.values()), found)
+    result_names = tuple(
+        output_names.get(value) if isinstance(value, fx.Node) else None for value in returned
+    )
+    return FlatGraph(module, used, tuple(output_names.values()), result_names)
 
 
-def _first_placeholders(graph: fx.Graph) -> None:
-    """Placeholders stand in front of everything, in the order in which they were made."""
+def _move_placeholders_first(graph: fx.Graph) -> None:
+    """Move placeholders before all other nodes; keep their order."""
     for node in reversed(list(graph.find_nodes(op="placeholder"))):
         first = next(iter(graph.nodes))
         if node is not first:
@@ -113,17 +115,17 @@ def _first_placeholders(graph: fx.Graph) -> None:
 
 
 def group_of(level: int, groups: Sequence[int]) -> str:
-    """The group that a level of rows belongs to: a number, or ``tail`` behind the last layer."""
+    """Return the group of a level of rows: a number, or ``tail`` after the last layer."""
     ends = list(accumulate(groups))
     return next((str(number) for number, end in enumerate(ends) if level < end), TAIL)
 
 
 def slot_name(slot: InputSlot, groups: Sequence[int]) -> str | None:
-    """The name of an input that passes added, the same for all levels of a group; None where it does nothing.
+    """Name an input that passes added; levels of a group share it. None for a gather that changes nothing.
 
     Args:
-        slot: of the program.
-        groups: number of layers in each run of layers that compute the same rows.
+        slot: the program's slot.
+        groups: number of layers in each group of consecutive layers that compute the same rows.
     """
     match slot:
         case Rows(level) | Source(level):

@@ -1,6 +1,6 @@
-"""What a manifest may say of its folder, looked at before any file of it is opened.
+"""Checks of a manifest before any of its folder's files is opened.
 
-A digest tells that a manifest is whole, not who wrote it: anyone can make one anew.
+A digest proves that a manifest is intact, not who wrote it: anyone can compute a new digest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from vlcache_fx.plan.selection import InputPositions, SizeSum
 if TYPE_CHECKING:
     from vlcache_fx.deploy.manifest import Manifest
 
-MOST = 1 << 40
-"""No size of a tensor, and no number of its values, is larger."""
+MAX_SIZE = 1 << 40
+"""Upper bound of a tensor's sizes, and of its number of values."""
 
-MOST_LAYERS = 1 << 14
+MAX_LAYERS = 1 << 14
 
 BUILDERS = ("tensorrt", "tensorrt_rtx")
-"""Packages that build and run engines: no other module is imported because a manifest names it."""
+"""Packages that build and run engines: the only modules that a manifest can make us import."""
 
 
 def check_manifest(manifest: Manifest, directory: Path) -> None:
-    """Raises ExportError for names, sizes or numbers that no export writes, naming field and value."""
+    """Raise ExportError for names, sizes or numbers that no export writes; name the field and its value."""
     for name, file in manifest.files.items():
         _check_name(f"files.{name}", name, directory)
         _check(file.size_bytes >= 0, f"files.{name}.size_bytes", file.size_bytes, "a number of bytes")
@@ -52,7 +52,7 @@ def check_manifest(manifest: Manifest, directory: Path) -> None:
 
 
 def check_references(manifest: Manifest) -> None:
-    """Raises ExportError where a graph or a file that is called by name is not listed."""
+    """Raise ExportError if the manifest refers to a graph or a file that it does not list."""
     graphs = {"cold.graph": manifest.cold.graph, "warm.graph": manifest.warm.graph}
     graphs |= {f"encoders.{i}.graph": encoder.graph for i, encoder in enumerate(manifest.encoders)}
     graphs |= {"decode": manifest.decode} if manifest.decode is not None else {}
@@ -70,34 +70,34 @@ def check_references(manifest: Manifest) -> None:
 
 
 def check_external_data(path: Path, files: Mapping[str, Any]) -> None:
-    """Weights of an ONNX graph lie in files of its folder, inside of them.
+    """Check that an ONNX graph reads its weights from listed files of its folder, within their sizes.
 
     Args:
-        path: of the graph.
-        files: the folder's files that the manifest lists, which were compared with it.
+        path: the graph.
+        files: the files that the manifest lists; already checked.
 
     Raises:
-        ExportError: another place, or a size that does not fit.
+        ExportError: another file, or a range beyond its size.
     """
     try:
         import onnx
-    except ImportError:  # ONNX Runtime itself refuses files outside of a graph's folder
+    except ImportError:  # ONNX Runtime itself rejects files outside the graph's folder
         return
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception:  # noqa: BLE001 - no graph at all: whoever loads it says so
+    except Exception:  # noqa: BLE001 - not a graph: loading it fails with a reason
         return
     for tensor in _tensors(model.graph):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
-        said = {entry.key: entry.value for entry in tensor.external_data}
+        entries = {entry.key: entry.value for entry in tensor.external_data}
         field = f"{path.name}: external_data of {tensor.name}"
-        location = said.get("location", "")
+        location = entries.get("location", "")
         _check_name(f"{field}: location", location, path.parent)
         _check(location in files, f"{field}: location", location, "a file that the manifest lists")
         bounds = {}
         for key in ("offset", "length"):
-            value = said.get(key, "0")
+            value = entries.get(key, "0")
             _check(value.isascii() and value.isdigit(), f"{field}: {key}", value, "a number of bytes")
             bounds[key] = int(value)
         size = files[location].size_bytes
@@ -106,7 +106,7 @@ def check_external_data(path: Path, files: Mapping[str, Any]) -> None:
 
 
 def _tensors(graph: Any) -> Iterable[Any]:
-    """Every tensor in a graph: initializers and attributes of nodes, subgraphs included."""
+    """Yield the tensors of a graph: initializers and attributes of nodes, with subgraphs."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
@@ -118,8 +118,8 @@ def _tensors(graph: Any) -> Iterable[Any]:
                     yield from _tensors(inner)
 
 
-def _check(holds: bool, field: str, value: object, wanted: str) -> None:
-    if not holds:
+def _check(is_valid: bool, field: str, value: object, wanted: str) -> None:
+    if not is_valid:
         raise ExportError(f"the manifest's {field} is {value!r:.200}, which is not {wanted}")
 
 
@@ -145,10 +145,13 @@ def _check_tensor(field: str, spec: TensorSpec) -> None:
     for size in spec.shape:
         is_named = isinstance(size, str) and bool(size)
         _check(
-            is_named or (isinstance(size, int) and 0 <= size <= MOST), f"{field}.shape", spec.shape, "a shape"
+            is_named or (isinstance(size, int) and 0 <= size <= MAX_SIZE),
+            f"{field}.shape",
+            spec.shape,
+            "a shape",
         )
         values *= size if isinstance(size, int) else 1
-    _check(values <= MOST, f"{field}.shape", spec.shape, f"a shape of at most {MOST} values")
+    _check(values <= MAX_SIZE, f"{field}.shape", spec.shape, f"a shape of at most {MAX_SIZE} values")
 
 
 def _check_engine(field: str, engine: EngineSpec) -> None:
@@ -158,9 +161,10 @@ def _check_engine(field: str, engine: EngineSpec) -> None:
     for name, shapes in engine.profile.items():
         low, usual, high = shapes
         fits = len(low) == len(usual) == len(high) and all(
-            0 <= least <= one <= most <= MOST for least, one, most in zip(low, usual, high, strict=True)
+            0 <= least <= middle <= most <= MAX_SIZE
+            for least, middle, most in zip(low, usual, high, strict=True)
         )
-        _check(fits, f"{field}.profile.{name}", shapes, "a smallest, usual and largest shape")
+        _check(fits, f"{field}.profile.{name}", shapes, "a minimum, optimal and maximum shape")
     for name, dtype in engine.dtypes.items():
         _check(dtype in TORCH_DTYPES, f"{field}.dtypes.{name}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
@@ -168,14 +172,19 @@ def _check_engine(field: str, engine: EngineSpec) -> None:
 def _check_decoder(manifest: Manifest) -> None:
     spec = manifest.decoder
     layers, groups = spec.num_layers, spec.layer_groups
-    _check(1 <= layers <= MOST_LAYERS, "decoder.num_layers", layers, f"in 1 to {MOST_LAYERS}")
+    _check(1 <= layers <= MAX_LAYERS, "decoder.num_layers", layers, f"in 1 to {MAX_LAYERS}")
     adds_up = not groups or (sum(groups) == layers and min(groups) >= 1)
     _check(adds_up, "decoder.layer_groups", groups, f"groups of the {layers} layers")
-    _check(0 <= spec.num_outputs <= MOST_LAYERS * 8, "decoder.num_outputs", spec.num_outputs, "a number")
+    _check(0 <= spec.num_outputs <= MAX_LAYERS * 8, "decoder.num_outputs", spec.num_outputs, "a number")
     same = spec.num_results == spec.num_outputs
     _check(same, "decoder.num_results", spec.num_results, f"that of its {spec.num_outputs} outputs")
     for name in ("writes", "host_inputs", "weights", "other_weights"):
-        _check(not getattr(spec, name), f"decoder.{name}", getattr(spec, name), "empty: graphs are functions")
+        _check(
+            not getattr(spec, name),
+            f"decoder.{name}",
+            getattr(spec, name),
+            "empty: exported graphs have no side effects",
+        )
     _check(not spec.has_past, "decoder.has_past", spec.has_past, "that of a prefill with an empty cache")
     _check_prologue(manifest)
     indices = {"data": spec.data, "spans.features": spec.spans.features, "masks.inputs": spec.masks.inputs}
@@ -185,23 +194,26 @@ def _check_decoder(manifest: Manifest) -> None:
     count = len(manifest.inputs)
     for name, given in indices.items():
         inside = all(0 <= index < count for index in given)
-        _check(inside, f"decoder.{name}", given, f"made of indices of the {count} inputs")
+        _check(inside, f"decoder.{name}", given, f"indices of the {count} inputs")
     for slot, row in spec.rows.items():
         field = f"decoder.rows.{slot}"
         _check(0 <= row.dim < len(row.sizes), f"{field}.dim", row.dim, f"a dimension of {row.sizes}")
         _check(
-            all(size is None or 1 <= size <= MOST for size in row.sizes), f"{field}.sizes", row.sizes, "sizes"
+            all(size is None or 1 <= size <= MAX_SIZE for size in row.sizes),
+            f"{field}.sizes",
+            row.sizes,
+            "sizes",
         )
         is_dtype = isinstance(getattr(torch, row.dtype, None), torch.dtype)
         _check(is_dtype, f"{field}.dtype", row.dtype, "a dtype of torch")
 
 
 def _check_prologue(manifest: Manifest) -> None:
-    """What the small graphs give is what the decoder's description says."""
+    """Check that the outputs of the prologue's graphs agree with the decoder's spec."""
     spans, masks, prologue = manifest.decoder.spans, manifest.decoder.masks, manifest.prologue
     merges, width = spans.num_merges, spans.width
     _check(0 <= merges <= len(spans.features), "decoder.spans.num_merges", merges, "that of its merges")
-    _check(width is None or 1 <= width <= MOST, "decoder.spans.width", width, "a width")
+    _check(width is None or 1 <= width <= MAX_SIZE, "decoder.spans.width", width, "a width")
     made = sum(leaf.input is None for leaf in manifest.decoder.leaves)
     outputs = prologue.input_values
     _check(made == len(outputs), "prologue.input_values", outputs, f"{made} names")
@@ -210,7 +222,7 @@ def _check_prologue(manifest: Manifest) -> None:
         all(site is None or 0 <= site < kinds for site in masks.site_of_layer),
         "decoder.masks.site_of_layer",
         masks.site_of_layer,
-        f"made of indices of the {kinds} sites",
+        f"indices of the {kinds} sites",
     )
     moves = [move for site in masks.sites for move in site.key_moves]
     _check(not moves, "decoder.masks.sites", moves, "that of a prefill with an empty cache")

@@ -1,4 +1,4 @@
-"""Which encoder graph each item of a request goes through."""
+"""Assigns an encoder graph to each item of a request."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from vlcache_fx.integrations.stages import split_pixels
 
 @dataclass(frozen=True)
 class EncoderCall:
-    """One call of an encoder: the graph's inputs in order."""
+    """One call of an encoder: the graph, and its inputs in order."""
 
     spec: EncoderGraph
     values: tuple[Tensor, ...]
 
 
 def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[EncoderCall]:
-    """The calls that a request needs, items in order. None where features are given.
+    """Yield the encoder calls of a request, in the order of its items; none if the request has features.
 
     Raises:
-        ExportError: pixels for which there is no encoder, or of a kind for which there is none.
+        ExportError: no encoder was exported for an item's modality or grid.
     """
     for modality in dict.fromkeys(spec.modality for spec in manifest.encoders):
         specs = [spec for spec in manifest.encoders if spec.modality == modality]
@@ -44,9 +44,9 @@ def encoder_inputs(manifest: Manifest, inputs: Mapping[str, Any]) -> Iterator[En
             continue
         missing = [name for name in specs[0].fixed if not isinstance(inputs.get(name), Tensor)]
         if missing:
-            raise ExportError(f"input {missing[0]!r} is missing: the encoder is told it of every item")
-        told = {name: inputs[name] for name in specs[0].fixed}
-        for part, fixed in split_pixels(values, told, grids):
+            raise ExportError(f"input {missing[0]!r} is missing: the encoder needs it for each item")
+        fixed_inputs = {name: inputs[name] for name in specs[0].fixed}
+        for part, fixed in split_pixels(values, fixed_inputs, grids):
             yield EncoderCall(_encoder_for(specs, fixed, modality), (part,))
     _check_modalities(manifest, inputs)
 
@@ -57,23 +57,20 @@ def _encoder_for(specs: list[EncoderGraph], fixed: Mapping[str, Tensor], modalit
         if spec.fixed == given:
             return spec
     raise ExportError(
-        f"no encoder was exported for the {modality} {_shown(given)}; there are some for "
-        f"{'; '.join(_shown(spec.fixed) for spec in specs)}: export with an example that holds such an "
-        f"item, or give its features ({', '.join(specs[0].features)})"
+        f"no encoder was exported for {modality} items with {_format(given)}, only for "
+        f"{'; '.join(_format(spec.fixed) for spec in specs)}: export with an example that contains such an "
+        f"item, or pass its features ({', '.join(specs[0].features)})"
     )
 
 
-def _shown(fixed: Mapping[str, tuple[int, ...]]) -> str:
+def _format(fixed: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {'x'.join(map(str, value))}" for name, value in fixed.items())
 
 
 def _check_modalities(manifest: Manifest, inputs: Mapping[str, Any]) -> None:
-    known = {spec.modality for spec in manifest.encoders}
-    if "" in known:
+    exported = {spec.modality for spec in manifest.encoders}
+    if "" in exported:
         return
     for modality, (pixels, _) in PIXELS.items():
-        if isinstance(inputs.get(pixels), Tensor) and modality not in known:
-            article = "an" if modality[0] in "aeiou" else "a"
-            raise ExportError(
-                f"{pixels} are given, but this export holds no encoder for {article} {modality}"
-            )
+        if isinstance(inputs.get(pixels), Tensor) and modality not in exported:
+            raise ExportError(f"input {pixels!r}: this export has no {modality} encoder")

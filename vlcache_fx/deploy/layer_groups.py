@@ -1,4 +1,4 @@
-"""Which layers of an exported decoder compute the same rows."""
+"""Groups of consecutive layers of an exported decoder that compute the same rows."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlcache_fx.policies.base import Policy, ProbingPolicy, SpanContext
 from vlcache_fx.policies.profile import Profile
 
 PROBED_LENGTHS = (64, 400, 2048, 8192)
-"""Span lengths at which the policy is asked which layers have the same rows."""
+"""Span lengths for which the policy's rows are compared between layers."""
 
 
 def layer_groups(policy: Policy, num_layers: int, profile: Profile | None, budget: float) -> tuple[int, ...]:
-    """Number of layers in each run of layers for which the policy chooses the same rows, at any length.
+    """Return the number of layers in each group for which the policy chooses the same rows at any length.
 
-    A policy that looks at the request may choose anything: each of its layers is a group.
+    The choice of a probing policy depends on the request: each layer is a group.
     """
     if isinstance(policy, ProbingPolicy):
         return (1,) * num_layers

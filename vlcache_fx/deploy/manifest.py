@@ -1,4 +1,4 @@
-"""``manifest.json``: what an exported folder holds, and how one request is wired through it."""
+"""``manifest.json``: the contents of an exported folder, and the steps of a request."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about an exported folder.
+    """Description of an exported folder.
 
     Attributes:
-        format: version of this description.
-        library_version: of vlcache_fx that wrote it.
+        format: version of the manifest's format.
+        library_version: version of vlcache_fx that wrote it.
         model: class of the model.
-        dtype: of its donors.
-        opset: of the graphs.
-        policy, budget: that the layer groups were made for; sessions take them as defaults.
-        profile_fingerprint: of the profile that was used, if any.
-        graphs: by name.
+        dtype: dtype of donors.
+        opset: ONNX opset of the graphs.
+        policy, budget: basis of the layer groups, and defaults of sessions.
+        profile_fingerprint: fingerprint of the profile's model; None without a profile.
+        graphs: name -> graph.
         cold, warm: the two prefill programs.
-        encoders: tried in order.
-        inputs: of the prefill graphs, by name, in the order of the decoder's indices.
+        encoders: the first match encodes an item.
+        inputs: names of the prefill graphs' inputs; the decoder's indices refer to them.
         prologue: the graphs that run before the decoder.
-        decoder: facts for the runtime.
-        decode: name of the graph of one decoding step; None where there is none.
-        engines: by name of the graph.
-        wiring: the steps of one request, in words.
-        report: which nodes became lookups, what is restricted, what was hoisted, what was not exported.
-        files: everything else in the folder.
+        decoder: the decoder's spec.
+        decode: name of the graph of a decoding step; None if there is none.
+        engines: name of a graph -> its engine.
+        wiring: the steps of a request, in words.
+        report: see ``ExportReport``.
+        files: name -> size and digest of every other file.
         digest: BLAKE3 of all of the above.
     """
 
@@ -73,26 +73,26 @@ class Manifest:
     digest: str = ""
 
     def save(self, directory: Path) -> Manifest:
-        """Write it, with the digests of the folder's files; returns what was written."""
+        """Write the manifest with the digests of the folder's files; return it."""
         files = {path.name: file_spec(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST}
         plain = replace(self, files=files, digest="")
-        whole = replace(plain, digest=blake3.blake3(_adapter().dump_json(plain)).hexdigest())
-        (directory / MANIFEST).write_bytes(_adapter().dump_json(whole, indent=2) + b"\n")
-        return whole
+        signed = replace(plain, digest=blake3.blake3(_adapter().dump_json(plain)).hexdigest())
+        (directory / MANIFEST).write_bytes(_adapter().dump_json(signed, indent=2) + b"\n")
+        return signed
 
     @staticmethod
     def load(directory: str | Path, *, verify: Literal["files", "sizes"] = "files") -> Manifest:
         """Read and check a folder.
 
         Args:
-            directory: what ``export`` wrote.
-            verify: whether the bytes of all files are read and compared, or their sizes alone.
+            directory: a folder that ``export`` wrote.
+            verify: compare the content of all files, or only their sizes.
 
         Raises:
-            ExportError: no such folder or manifest, one of another format, names of files outside of the
-                folder or sizes that cannot be, or files and manifest that are not those that were written.
+            ExportError: the folder or manifest is missing, has another format, contains bad names or sizes,
+                or changed after the export.
         """
-        adapter = _adapter()  # says so where pydantic is missing
+        adapter = _adapter()  # first: raises a clear error without pydantic
         from pydantic import ValidationError
 
         path = Path(directory) / MANIFEST
@@ -100,21 +100,21 @@ class Manifest:
             content = path.read_bytes()
         except OSError as error:
             raise ExportError(
-                f"{directory} is no exported folder: {path.name} cannot be read ({error})"
+                f"{directory} is not an exported folder: cannot read {path.name} ({error})"
             ) from error
         try:
             manifest: Manifest = adapter.validate_json(content, extra="forbid")
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the file"
-            raise ExportError(f"{path} is no manifest of this version: {place}: {first['msg']}") from error
+            field = ".".join(map(str, first["loc"])) or "the file"
+            raise ExportError(f"{path} is not a valid manifest: {field}: {first['msg']}") from error
         if manifest.format != FORMAT:
             raise ExportError(
                 f"{path} has format {manifest.format}; this version reads {FORMAT}: export again"
             )
         expected = blake3.blake3(adapter.dump_json(replace(manifest, digest=""))).hexdigest()
         if manifest.digest != expected:
-            raise ExportError(f"{path} was changed after it was written (its digest does not fit)")
+            raise ExportError(f"{path} was changed after the export: its digest does not match")
         check_manifest(manifest, path.parent)
         for name, spec in manifest.files.items():
             _check_file(path.parent / name, spec, verify)
@@ -123,13 +123,13 @@ class Manifest:
 
 def _check_file(path: Path, spec: FileSpec, verify: str) -> None:
     if not path.is_file():
-        raise ExportError(f"{path} is missing: the manifest lists it")
+        raise ExportError(f"{path} is missing, but the manifest lists it")
     if path.stat().st_size != spec.size_bytes or (verify == "files" and file_spec(path) != spec):
-        raise ExportError(f"{path} is not the file that was exported: its content does not fit the manifest")
+        raise ExportError(f"{path} was changed after the export: its content does not match the manifest")
 
 
 def file_spec(path: Path) -> FileSpec:
-    """Size and digest of a file."""
+    """Return size and digest of a file."""
     return FileSpec(path.stat().st_size, blake3.blake3().update_mmap(path).hexdigest())
 
 
@@ -142,5 +142,5 @@ def _adapter() -> Any:
 
 
 def missing(package: str, extra: str) -> ExportError:
-    """The error for a package that is not installed."""
-    return ExportError(f"{package} is not installed; pip install 'vlcache_fx[{extra}]' brings it")
+    """Create the error for a package that is not installed."""
+    return ExportError(f"{package} is not installed: pip install 'vlcache_fx[{extra}]'")

@@ -1,4 +1,4 @@
-"""One flat graph as an ONNX model; weights of several models in one file."""
+"""Converts flat graphs to ONNX models that share one file of weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlcache_fx.deploy.specs import GraphSpec, TensorSpec
 from vlcache_fx.errors import ExportError
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 18, 23, 22
-"""Of the default domain. Up to 22 attention is written out, which every importer takes; from 23 on it is one
-``Attention`` node. 22 is the first in which convolutions take bfloat16."""
+"""Opsets of the default domain. Up to 22, attention is decomposed, for all importers; from 23 on it is one
+``Attention`` node. 22 is the first opset whose convolutions support bfloat16."""
 
 NOISY = ("torch.onnx", "onnxscript", "onnx_ir")
 
@@ -36,10 +36,9 @@ def to_onnx(
     """Convert a module.
 
     Args:
-        module: takes the tensors of ``examples`` in order and returns a tuple.
+        module: the tensors of ``examples`` in order -> a tuple.
         examples: input name -> value.
-        dynamic_shapes: per parameter of the module, the dimensions that vary, by name; equal names are equal
-            sizes.
+        dynamic_shapes: per parameter of the module, dynamic dimension -> name; equal names are equal sizes.
         outputs: names of the results.
         opset: version of the default domain.
 
@@ -47,13 +46,13 @@ def to_onnx(
         ``onnx_ir.Model``.
 
     Raises:
-        ExportError: torch's converter cannot; with the first line of its reason.
+        ExportError: torch's converter fails; with the first line of its reason.
     """
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
                 module,
-                # Of its own each: the exporter makes one input of a tensor that is given twice.
+                # Cloned: the exporter would merge two inputs that are the same tensor.
                 tuple(value.clone() for value in examples.values()),
                 input_names=list(examples),
                 output_names=list(outputs),
@@ -62,11 +61,11 @@ def to_onnx(
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # the converter raises many kinds
+    except Exception as error:  # the converter raises many types
         raise ExportError(f"torch cannot convert the graph to ONNX: {_reason(error)}") from error
     assert program is not None
     _simplify_sizes(program.model)
-    for node in program.model.graph:  # where each came from: megabytes, and paths of this machine
+    for node in program.model.graph:  # origins of nodes: megabytes, and paths of this machine
         node.metadata_props.clear()
     return program.model
 
@@ -81,7 +80,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The converter warns of packages that it could use, of its own deprecations, and of shared sizes."""
+    """Silence the converter: it warns of optional packages, of its own deprecations and of shared sizes."""
     loggers = {name: logging.getLogger(name) for name in NOISY}
     before = {name: logger.level for name, logger in loggers.items()}
     for logger in loggers.values():
@@ -96,7 +95,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _simplify_sizes(model: Any) -> None:
-    """``((2*tokens)//tokens)`` is 2: what tracers leave in shapes that they need not know."""
+    """Simplify sizes that the tracer left, such as ``((2*tokens)//tokens)``, which is 2."""
     import onnx_ir
     import sympy
 
@@ -113,10 +112,10 @@ def _simplify_sizes(model: Any) -> None:
 
 
 class SharedWeights:
-    """A file for the weights of several graphs; equal bytes are written once.
+    """A file with the weights of several graphs; equal bytes are written once.
 
     Args:
-        path: of the file, which is made; graphs that refer to it lie beside it.
+        path: the new file; graphs that refer to it are in the same folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,15 +129,15 @@ class SharedWeights:
         self._file.close()
 
     def save(self, model: Any, path: Path, names: Mapping[str, str]) -> GraphSpec:
-        """Write a model whose large weights are references into the file, and check it.
+        """Write a model with its large weights in the shared file, and check it.
 
         Args:
-            model: ``onnx_ir.Model``; changed.
-            path: of the graph.
+            model: ``onnx_ir.Model``; modified.
+            path: the graph's file.
             names: initialiser -> its name in the file.
 
         Raises:
-            ExportError: the checker of ONNX objects.
+            ExportError: ONNX's checker rejects the model.
         """
         import onnx
         import onnx_ir
@@ -161,7 +160,7 @@ class SharedWeights:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             path.unlink()
-            raise ExportError(f"{path.name} is no valid ONNX model: {error}") from error
+            raise ExportError(f"{path.name} is not a valid ONNX model: {error}") from error
         return GraphSpec(
             path.name,
             {value.name: _spec(value) for value in model.graph.inputs},

@@ -1,4 +1,4 @@
-"""Graphs on ONNX Runtime."""
+"""Runs graphs with ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NUMPY_DTYPES = frozenset({"float", "float16", "double", "int64", "int32", "bool"
 
 
 class OnnxRunner:
-    """Runs the graphs of one folder on the host, each loaded when first used.
+    """Runs the graphs of one folder on the CPU; loads each at its first use.
 
     Args:
-        directory: of the graphs.
-        manifest: its description.
+        directory: the folder.
+        manifest: its manifest.
         providers: execution providers, in order.
 
     Raises:
-        ExportError: ONNX Runtime is not installed, has no such provider, or the graphs hold a dtype that
-            cannot be handed over.
+        ExportError: ONNX Runtime is not installed, has no such provider, or the graphs have an input dtype
+            that numpy lacks.
     """
 
     device = torch.device("cpu")
@@ -36,27 +36,29 @@ class OnnxRunner:
             import onnxruntime
         except ImportError as error:
             raise missing("onnxruntime", "onnx") from error
-        known = onnxruntime.get_available_providers()
+        available = onnxruntime.get_available_providers()
         for name in providers:
-            if name not in known:
-                raise ExportError(f"ONNX Runtime has no provider {name!r} here; there are {', '.join(known)}")
+            if name not in available:
+                raise ExportError(
+                    f"ONNX Runtime has no provider {name!r}; available are {', '.join(available)}"
+                )
         used = {spec.dtype for graph in manifest.graphs.values() for spec in graph.inputs.values()}
         for dtype in sorted(used - NUMPY_DTYPES):
             raise ExportError(
-                f"these graphs take {dtype}, which ONNX Runtime cannot be given from Python: export the "
-                "model in float32 or float16"
+                f"ONNX Runtime does not accept {dtype} inputs from Python: export the model in float32 or "
+                "float16"
             )
         self._directory, self._manifest, self._providers = directory, manifest, list(providers)
         self._loaded: dict[str, Any] = {}
 
     def check(self, graph: str, inputs: Mapping[str, Tensor]) -> None:
-        """ONNX Runtime takes any sizes."""
+        """Accept any sizes, as ONNX Runtime does."""
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of a graph by name.
+        """Run a graph; return its outputs by name.
 
         Raises:
-            ExportError: ONNX Runtime refuses the graph or the inputs.
+            ExportError: ONNX Runtime rejects the graph or the inputs.
         """
         import onnxruntime
 
@@ -65,7 +67,7 @@ class OnnxRunner:
             check_external_data(path, self._manifest.files)
             try:
                 self._loaded[graph] = onnxruntime.InferenceSession(str(path), providers=self._providers)
-            except Exception as error:  # its exceptions have no common class but Exception
+            except Exception as error:  # its exceptions have no common base class but Exception
                 raise ExportError(f"ONNX Runtime cannot load {path.name}: {error}") from error
         names = list(self._manifest.graphs[graph].outputs)
         feeds = {name: value.contiguous().numpy() for name, value in inputs.items()}

@@ -1,4 +1,4 @@
-"""Operators of programs in terms that every ONNX importer knows: no NonZero, no masked scatter."""
+"""Operators of programs, decomposed for all ONNX importers: no NonZero, no masked scatter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from vlcache_fx.ops import (
 aten = torch.ops.aten
 
 ATTENTION_OPSET = 23
-"""The first with an operator for attention."""
+"""The first opset with an operator for attention."""
 
 
 def merge(embeddings: Tensor, mask: Tensor, features: Tensor) -> Tensor:
-    """``embeddings.masked_scatter(mask, features)`` for masks over whole tokens.
+    """Compute ``embeddings.masked_scatter(mask, features)`` for masks over whole tokens.
 
     Args:
         embeddings: [1, tokens, width].
-        mask: bool, broadcastable to it, the same for all values of a token.
-        features: rows of ``width`` values, as many as the mask has tokens.
+        mask: bool, broadcastable to ``embeddings``; equal for all values of a token.
+        features: one row of ``width`` values per token of the mask.
     """
     flags = mask[..., 0].expand(embeddings.shape[:-1])
-    place = (flags.cumsum(-1) - 1).clamp(min=0)
+    index = (flags.cumsum(-1) - 1).clamp(min=0)
     rows = features.reshape(-1, embeddings.shape[-1])
-    return torch.where(flags.unsqueeze(-1), rows[place], embeddings)
+    return torch.where(flags.unsqueeze(-1), rows[index], embeddings)
 
 
 def attention(
@@ -46,9 +46,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``aten.scaled_dot_product_attention`` as products and a softmax; key heads are not repeated.
+    """Compute ``aten.scaled_dot_product_attention`` with products and a softmax, without repeating key heads.
 
-    Shapes as in ``vlcache_fx.ops.attend``. Every row reads at least one token.
+    Shapes as in ``vlcache_fx.ops.attend``. Every row must attend to at least one token.
     """
     batch, heads, rows, dim = query.shape
     tokens = key.shape[-2]
@@ -79,18 +79,18 @@ def attention_node(
     is_causal: bool = False,
     *,
     scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: ARG001 (ONNX sees it by the number of heads)
+    enable_gqa: bool = False,  # noqa: ARG001 (ONNX infers it from the number of heads)
 ) -> Tensor:
-    """The same as one node ``Attention`` of ONNX."""
+    """Compute ``aten.scaled_dot_product_attention`` with ONNX's ``Attention`` node."""
     result: Tensor = torch.onnx.ops.attention(query, key, value, mask, is_causal=is_causal, scale=scale)[0]
     return result
 
 
 def plain_operators(opset: int) -> Mapping[Any, Callable[..., Any]]:
-    """What to call in place of operators that importers do not know."""
+    """Return replacements for operators that ONNX importers lack."""
     plain: dict[Any, Callable[..., Any]] = {
         aten.masked_scatter.default: merge,
-        aten.view.default: aten.reshape.default,  # replaced operators may lay their results out otherwise
+        aten.view.default: aten.reshape.default,  # replaced operators may return other strides
         torch.ops.vlcache.attend.default: attend_reference,
         torch.ops.vlcache.splice_rows.default: splice_rows_reference,
         torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,

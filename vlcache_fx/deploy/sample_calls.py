@@ -1,4 +1,4 @@
-"""Values for every input of the two programs: the example prompt, cold, and again with its spans reused."""
+"""Sample inputs of both prefill programs: the example prompt without donors, and with all spans reused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXAMPLE_BUDGET = 0.5
 
 @dataclass(frozen=True)
 class ExampleCall:
-    """Inputs of one program, request data and slots, and what it makes of them."""
+    """Inputs of one program (request data, then slots) and its results."""
 
     inputs: tuple[Any, ...]
     results: tuple[Any, ...]
@@ -41,7 +41,7 @@ def example_calls(
     """Run both programs eagerly on the example.
 
     Raises:
-        ExportError: the example's placeholders and features do not agree, or hold no span.
+        ExportError: placeholders and features do not agree in number, or the example has no span.
     """
     args, spec = _arguments(found), decoder.spec
     engine = ServingEngine()
@@ -51,7 +51,7 @@ def example_calls(
         raise ExportError("example_inputs: placeholders and encoder features do not agree in number")
     _, num_tokens, spans = identified
     if not spans:
-        raise ExportError("example_inputs hold no image, and no span is marked in them")
+        raise ExportError("example_inputs contain neither an image nor a marked span")
     positions = spec.positions(num_tokens, named)
 
     def call(
@@ -71,7 +71,7 @@ def example_calls(
     recorded = dict(zip(cold.recorded, first.results[spec.num_outputs :], strict=True))
     marked = [Span(0, run.start, run.length, "example", True) for run in spans]
     tables: dict[StoredSlot, Tensor | PendingTensor] = {
-        slot: torch.cat([recorded[slot].narrow(row.dim, one.start, one.length) for one in marked], row.dim)
+        slot: torch.cat([recorded[slot].narrow(row.dim, span.start, span.length) for span in marked], row.dim)
         for slot, row in spec.rows.items()
     }
     plan = build_plan(
@@ -93,6 +93,6 @@ def _arguments(found: ExportInput) -> list[Any]:
 
 
 def features_of(split: SplitEncoder) -> Sequence[Any]:
-    """The results of a split-off encoder."""
+    """Return the results of a split-off encoder."""
     results: Any = split.encoder.graph.output_node().args[0]
     return tuple(results)

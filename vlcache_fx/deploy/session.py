@@ -1,4 +1,4 @@
-"""Runs an exported folder with reuse: the same store, policies, plans and reports as the torch path."""
+"""Runs an exported folder with reuse: store, policies, plans and reports of the ``torch.compile`` backend."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.spans import Identifier
 from vlcache_fx.spec.program import EncoderSpec
 
-OWN_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
-"""Options of the torch path that say nothing about exported graphs."""
+COMPILE_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
+"""Options of the backend that do not apply to exported graphs."""
 
 
 class GraphRunner(Protocol):
     """Runs the graphs of one exported folder."""
 
     device: torch.device
-    """Where inputs are and outputs will be."""
+    """Device of inputs and outputs."""
 
     def check(self, graph: str, inputs: Mapping[str, Tensor]) -> None:
-        """Raises ExportError for sizes that it was not built for."""
+        """Raise ExportError for unsupported sizes."""
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs of a graph by name."""
+        """Run a graph; return its outputs by name."""
 
 
 class Session:
     """An exported model with reuse.
 
     Args:
-        manifest: of the folder.
+        manifest: the folder's manifest.
         runner: runs its graphs.
-        options: see ``Options``; policy and budget are those of the export unless given.
+        options: see ``Options``; policy and budget default to those of the export.
 
     Attributes:
-        vlcache: the engine: reports, statistics, store, other settings.
-        manifest: of the folder.
+        vlcache: the engine: reports, statistics, store, settings.
+        manifest: the folder's manifest.
     """
 
     def __init__(self, manifest: Manifest, runner: GraphRunner, options: Mapping[str, Any]) -> None:
@@ -86,21 +86,21 @@ class Session:
         """Run one prompt.
 
         Args:
-            **inputs: token ids and whatever else the graphs take, and for each item its pixels (and grid) or
-                its features.
+            **inputs: token ids, other inputs of the graphs, and for each item its pixels (and grid) or its
+                features.
 
         Returns:
             Results by name: ``logits`` of the last token and ``present.<layer>.key`` and ``.value`` of all
             tokens, [1, heads, tokens, dim], for models of the transformers library.
 
         Raises:
-            ExportError: an input is missing, unknown or of another form than the graphs take.
+            ExportError: an input is missing, unknown, or has another dtype or shape.
         """
         features, context = self._features(inputs)
         args = decoder_inputs(self.manifest, inputs, features, self._runner.device)
         named = dict(zip(self.manifest.inputs, map(with_a_row, args), strict=True))
         for program in (self.manifest.cold, self.manifest.warm):
-            # Before anything is looked up: a program that fails later is not tried again.
+            # Before the lookup: a program that fails later is disabled.
             self._runner.check(program.graph, named)
         with torch.no_grad():
             results = self._decoder(args, context)
@@ -114,35 +114,35 @@ class Session:
     def decode(
         self, input_ids: Tensor, position_ids: Tensor, cache: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """One more token.
+        """Run one decoding step.
 
         Args:
             input_ids: int64 [1, 1].
-            position_ids: its position, in the form of the prefill's.
-            cache: results of ``prefill`` or of the step before; everything but ``present.*`` is ignored.
+            position_ids: its position, with the prefill's layout.
+            cache: results of ``prefill`` or of the previous step; only ``present.*`` is used.
 
         Returns:
-            ``logits`` and the cache with the token.
+            ``logits`` and the extended cache.
 
         Raises:
-            ExportError: the export holds no decoding step.
+            ExportError: the export has no decoding step, or ``cache`` is incomplete.
         """
         graph = self._decoding_graph()
         past = {
             name.replace("present", "past", 1): value for name, value in cache.items() if "present." in name
         }
         given = {"input_ids": input_ids, "position_ids": position_ids, **past}
-        known = self.manifest.graphs[graph].inputs
-        for name in known:
+        names = self.manifest.graphs[graph].inputs
+        for name in names:
             if name not in given:
-                raise ExportError(f"{name!r} is missing in the cache")
-        return self._runner.run(graph, {name: given[name] for name in known})
+                raise ExportError(f"the cache lacks {name!r}")
+        return self._runner.run(graph, {name: given[name] for name in names})
 
     def generate(self, max_new_tokens: int, eos_token_id: int | None = None, **inputs: Any) -> Tensor:
-        """Greedy answer to one prompt: int64 [new tokens].
+        """Return the greedy answer to one prompt: int64 [new tokens].
 
         Args:
-            max_new_tokens: at most so many.
+            max_new_tokens: limit of its length.
             eos_token_id: ends the answer.
             **inputs: see ``prefill``.
         """
@@ -150,8 +150,8 @@ class Session:
         state = self.prefill(**inputs)
         position = inputs.get("position_ids")
         if position is None:
-            form = self.manifest.graphs[graph].inputs["position_ids"].shape
-            position = torch.full([int(size) for size in form], inputs["input_ids"].shape[1] - 1)
+            shape = self.manifest.graphs[graph].inputs["position_ids"].shape
+            position = torch.full([int(size) for size in shape], inputs["input_ids"].shape[1] - 1)
         answer: list[int] = []
         for step in range(1, max_new_tokens + 1):
             answer.append(int(state["logits"][0, -1].argmax()))
@@ -167,17 +167,19 @@ class Session:
         if "logits" in self.manifest.cold.results:
             return self.manifest.cold.results.index("logits")
         self.vlcache.refuse_shadow(
-            UnsupportedGraphError(Reason.NO_LOGITS, "no result of these graphs is called logits")
+            UnsupportedGraphError(Reason.NO_LOGITS, "these graphs have no result named logits")
         )
         return None
 
     def _decoding_graph(self) -> str:
         if self.manifest.decode is None:
-            raise ExportError("this export holds no decoding step; manifest.report['refused'] says why")
+            raise ExportError(
+                "this export has no decoding step: manifest.report['refused'] states the reason"
+            )
         return self.manifest.decode
 
     def _features(self, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], CallContext]:
-        """Features of all items, and what the decoder's call is told of them."""
+        """Encode all items; return their features by name, and the context of the decoder's call."""
         found: dict[str, list[Tensor]] = {}
         hits: list[bool] = []
         for item in encoder_inputs(self.manifest, inputs):
@@ -193,7 +195,7 @@ class Session:
         return features, context
 
     def _outputs(self, graph: str, outputs: Sequence[str]) -> Any:
-        """From the decoder's inputs to the outputs of one of the small graphs."""
+        """Return a function: the decoder's inputs -> outputs of a graph of the prologue."""
 
         def run(*args: Any) -> list[Tensor]:
             if not outputs:
@@ -247,8 +249,8 @@ class Session:
 
 
 def _options(manifest: Manifest, given: Mapping[str, Any]) -> Options:
-    for name in OWN_OPTIONS:
+    for name in COMPILE_OPTIONS:
         if name in given:
-            raise OptionError(f"option {name!r} says nothing about exported graphs")
+            raise OptionError(f"option {name!r} does not apply to exported graphs")
     defaults = {"policy": manifest.policy, "budget": manifest.budget, "lowering": "eager"}
     return Options.parse({**defaults, **given})

@@ -1,4 +1,4 @@
-"""Sessions by runtime."""
+"""Sessions on ONNX Runtime and TensorRT."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class OnnxSession(Session):
     """An exported folder on ONNX Runtime.
 
     Args:
-        directory: what ``vlcache_fx.export`` wrote.
+        directory: a folder that ``vlcache_fx.export`` wrote.
         providers: execution providers of ONNX Runtime, in order.
         **options: see ``Options``.
 
     Raises:
-        ExportError: no such folder, files that are not those that were exported, or a package is missing.
+        ExportError: the folder is missing or was changed, or a package is missing.
         OptionError, PolicyError: a bad option.
     """
 
@@ -40,15 +40,15 @@ class OnnxSession(Session):
 
 
 class EngineSession(Session):
-    """An exported folder on TensorRT: tensors stay on the GPU, and all runs on torch's current stream.
+    """An exported folder on TensorRT: tensors stay on the GPU; graphs run on torch's current stream.
 
     Args:
-        directory: what ``vlcache_fx.export(format="tensorrt")`` wrote.
-        device: a GPU that the engines were built for.
+        directory: a folder that ``vlcache_fx.export(format="tensorrt")`` wrote.
+        device: a GPU of a compute capability that the engines were built for.
         **options: see ``Options``.
 
     Raises:
-        ExportError: as for ``OnnxSession``; no GPU, no engines, or engines of another GPU or version.
+        ExportError: see ``OnnxSession``; or no GPU, no engines, or engines of another GPU or version.
         OptionError, PolicyError: a bad option.
     """
 

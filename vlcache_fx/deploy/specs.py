@@ -1,4 +1,4 @@
-"""The parts of a manifest: plain data."""
+"""Plain data in a manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlcache_fx.spec.program import ProgramSpec
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output: ONNX's name of its dtype in lower case; sizes, named where they vary."""
+    """An input or output: ONNX's name of its dtype in lower case, and its sizes (names for dynamic sizes)."""
 
     dtype: str
     shape: tuple[int | str, ...]
@@ -23,7 +23,7 @@ SPANS, MASKS, INPUT_VALUES = "spans", "masks", "leaves"
 """Names of graphs."""
 
 WEIGHTS = "weights.bin"
-"""The file of the weights that graphs share."""
+"""File of the weights that graphs share."""
 
 TORCH_DTYPES = {
     "float": torch.float32,
@@ -37,10 +37,10 @@ TORCH_DTYPES = {
 
 
 def torch_dtype(spec: TensorSpec) -> torch.dtype:
-    """The dtype of a tensor.
+    """Return the torch dtype of a tensor.
 
     Raises:
-        ExportError: one that no graph of ours has.
+        ExportError: a dtype that no exported graph has.
     """
     if spec.dtype not in TORCH_DTYPES:
         raise ExportError(f"dtype {spec.dtype!r} is not one of {', '.join(TORCH_DTYPES)}")
@@ -58,15 +58,14 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class ProgramGraph:
-    """How a program's graph is called.
+    """A prefill program, and the names of its graph's inputs and outputs.
 
     Attributes:
         graph: name of its graph.
-        inputs: name of each input of the runtime's call, request data first, then the program's slots; None
-            where the graph does not need it.
-        results: output of each result, those recorded included; None for what the traced code returned as a
-            constant.
-        program: the runtime's description of it.
+        inputs: per input of the runtime's call (request data, then the program's slots), the graph's input;
+            None for an unused input.
+        results: per result (recorded tensors included), the graph's output; None for a constant.
+        program: the runtime's spec of the program.
     """
 
     graph: str
@@ -81,10 +80,9 @@ class EncoderGraph:
 
     Attributes:
         graph: name of its graph.
-        modality: ``image``, ``video``, or empty for one that takes the request's inputs as they are.
-        fixed: what an item must be like: inputs beside its pixels (its grid) with their values, which
-            are constants of the graph.
-        features: outputs, which are inputs of the prefill graphs under the same names.
+        modality: ``image``, ``video``, or empty for an encoder of the request's unmodified inputs.
+        fixed: required values of an item's other inputs (its grid); they are constants of the graph.
+        features: names of its outputs, and of the prefill graphs' inputs.
     """
 
     graph: str
@@ -95,7 +93,7 @@ class EncoderGraph:
 
 @dataclass(frozen=True)
 class PrologueGraphs:
-    """The graphs that run before a decoder: outputs of each, in order; empty where there is no such graph.
+    """Outputs of the graphs that run before a decoder, in order; empty for a graph that does not exist.
 
     Attributes:
         spans, masks, input_values: see ``Prologue``.
@@ -111,12 +109,12 @@ class EngineSpec:
     """A TensorRT engine of one graph.
 
     Attributes:
-        file: its plan.
-        builder: package and version that built it, and that must run it.
-        compute_capabilities: of the GPUs that it runs on.
-        profile: input -> smallest, usual and largest shape.
+        file: the serialised engine.
+        builder: package and version that built the engine; required to run it.
+        compute_capabilities: supported GPUs.
+        profile: input -> minimum, optimal and maximum shape.
         dtypes: input or output -> dtype.
-        build_seconds: how long that took.
+        build_seconds: duration of the build.
     """
 
     file: str

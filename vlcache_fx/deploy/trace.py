@@ -1,4 +1,4 @@
-"""A model's decoder as one captured graph with named inputs and results, and its encoders."""
+"""Traces a model: its decoder as one captured graph with named inputs and results, and its encoders."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ from vlcache_fx.passes.standard import CLEANUP
 
 @dataclass(frozen=True)
 class ExportInput:
-    """What there is to export.
+    """A traced model.
 
     Attributes:
-        decoder: the graph; encoder features are inputs.
+        decoder: the prefill graph; encoder features are inputs.
         facts: its analysis.
-        inputs: name per placeholder; None for weights.
-        weights: placeholder -> name and tensor.
-        values: example per named input; features that are computed in the same graph have none yet.
-        dynamic: per named input the dimensions that vary, by name.
-        results: names of what the traced code returns.
-        split: the encoder that was cut out of the graph, if any.
-        stages: of a model of the transformers library, whose encoder and decoding step are graphs of their
-            own.
+        inputs: name of each placeholder; None for weights.
+        weights: index of a placeholder -> name and tensor.
+        values: named input -> example; without the outputs of a split-off encoder.
+        dynamic: named input -> dynamic dimension -> name.
+        results: names of the traced code's results.
+        split: the encoder that was split off the graph, if any.
+        stages: encoder, prefill and decoding step of a model of the transformers library.
     """
 
     decoder: Captured
@@ -55,14 +54,14 @@ def capture_for_export(model: nn.Module, example: Any, dynamic_shapes: Any) -> E
     """Trace a model.
 
     Args:
-        model: of the transformers library, or any that ``torch.export`` takes.
-        example: keyword arguments, or a tuple of positional ones.
-        dynamic_shapes: as ``torch.export.export`` takes it, for models that are not of that library; by
-            default every dimension that the model does not fix.
+        model: a model of the transformers library, or any model that ``torch.export`` can trace.
+        example: keyword arguments, or a tuple of positional arguments.
+        dynamic_shapes: see ``torch.export.export``; for models of other libraries. By default every
+            dimension that the model does not fix.
 
     Raises:
-        ExportError: torch cannot export the model, or the example does not do.
-        UnsupportedGraphError: a graph that cannot be rewritten.
+        ExportError: torch cannot export the model, or the example is unsuitable.
+        UnsupportedGraphError: the graph cannot be rewritten.
     """
     stages = generation_stages(model, example) if isinstance(example, Mapping) else None
     if stages is not None:
@@ -81,9 +80,9 @@ def capture_for_export(model: nn.Module, example: Any, dynamic_shapes: Any) -> E
         results = None
     captured = capture_exported(program)
     if captured.writes:
-        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "exported graphs are functions; this one writes")
+        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "exported graphs cannot contain input mutations")
     if InputKind.SIZE in captured.kinds or not all(isinstance(value, Tensor) for value in given):
-        raise ExportError("example_inputs must be tensors: numbers cannot be inputs of an exported graph")
+        raise ExportError("example_inputs must be tensors: exported graphs have no scalar inputs")
     CLEANUP.run(Program(captured.graph_module))
     return _split(captured, program, list(names), list(given), results, stages)
 
@@ -98,25 +97,25 @@ def _split(
 ) -> ExportInput:
     facts = analyze(captured)
     if facts.batch_dims is not None:
-        raise UnsupportedGraphError(Reason.BATCHED, "exported graphs take one prompt at a time")
+        raise UnsupportedGraphError(Reason.BATCHED, "exported graphs do not support batches")
     if not facts.merges and facts.stream.boundaries[0].op != "placeholder":
         raise UnsupportedGraphError(Reason.NO_MERGE, "no encoder features enter the token embeddings")
     split = split_encoder(captured, facts.encoder)
     decoder = captured if split is None else split.decoder
-    waiting = iter(names)
+    unassigned = iter(names)
     inputs: list[str | None] = []
     weights: dict[int, tuple[str, Tensor]] = {}
     signature = program.graph_signature.input_specs
     specs = [spec for spec in signature if not isinstance(spec.arg, ConstantArgument)]
     for index, (tensor, spec) in enumerate(zip(bound_tensors(program), specs, strict=True)):
-        inputs.append(next(waiting) if tensor is None else None)
+        inputs.append(next(unassigned) if tensor is None else None)
         if tensor is not None:
             weights[index] = (str(spec.target), tensor)
     inputs += [f"features.{number}" for number in range(len(decoder.kinds) - len(inputs))]
     dynamic = {} if stages is None else {k: dict(v) for k, v in stages.prefill.dynamic.items()}
     for name, node in zip(inputs, decoder.placeholders, strict=True):
         if name is not None and name not in dynamic:
-            dynamic[name] = _open_dims(name, node, facts)
+            dynamic[name] = _dynamic_dims(name, node, facts)
     count = decoder.num_results
     return ExportInput(
         decoder=decoder,
@@ -131,29 +130,29 @@ def _split(
     )
 
 
-def _open_dims(name: str, node: fx.Node, facts: DecoderFacts) -> dict[int, str]:
+def _dynamic_dims(name: str, node: fx.Node, facts: DecoderFacts) -> dict[int, str]:
     tokens = str(facts.stream.boundaries[0].meta["val"].shape[1])
     shape = node.meta["val"].shape
     return {
         dim: "tokens" if str(size) == tokens else f"{name}_{dim}".replace(".", "_")
         for dim, size in enumerate(shape)
-        if is_open(size)
+        if is_dynamic(size)
     }
 
 
-def is_open(size: Any) -> bool:
-    """True for a size that varies: torch may know that a symbol stands for one number."""
+def is_dynamic(size: Any) -> bool:
+    """Return True for a dynamic size; torch may have specialised a symbol to a number."""
     return isinstance(size, torch.SymInt) and not size.node.expr.is_number
 
 
 def _path_name(path: Any) -> str:
-    """``(1, 'input_ids')`` of the arguments' tree as ``input_ids``."""
+    """Name a path in the arguments' tree: ``input_ids`` for ``(1, 'input_ids')``."""
     parts = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
     return ".".join(parts[1:]) if parts[0] == "1" else "argument." + ".".join(parts[1:])
 
 
 def trace(stage: Stage) -> ExportedProgram:
-    """A stage's module with its varying dimensions.
+    """Trace a stage with its dynamic dimensions.
 
     Raises:
         ExportError: torch cannot trace it.
@@ -162,9 +161,9 @@ def trace(stage: Stage) -> ExportedProgram:
 
 
 def unrolled(stage: Stage) -> fx.GraphModule:
-    """A stage of fixed sizes as it runs for its example: what depends on constants alone is constant.
+    """Trace a stage of fixed sizes with its example: loops are unrolled and constants folded.
 
-    Encoders that loop over the grids of their items can be traced in no other way.
+    Encoders that loop over the grids of their items cannot be traced otherwise.
 
     Raises:
         ExportError: torch cannot trace it.
@@ -172,18 +171,18 @@ def unrolled(stage: Stage) -> fx.GraphModule:
     try:
         with torch.no_grad():
             traced = make_fx(stage.module, tracing_mode="real", pre_dispatch=True)(*stage.inputs.values())
-            # Tracing sees torch alone: what went through numpy became a constant, too.
+            # Tracing records only torch operators: results of numpy became constants.
             others = [
                 value.flip(0) / 2 if value.is_floating_point() else value for value in stage.inputs.values()
             ]
             got, want = traced(*others), stage.module(*others)
-    except Exception as error:  # torch raises many kinds; the caller needs its words
-        raise _untraceable(stage.module, error) from error
-    for one, other in zip(got, want, strict=True):
-        if not torch.allclose(one, other, rtol=1e-2, atol=1e-3):
+    except Exception as error:  # torch raises many types; the caller needs the reason
+        raise _trace_error(stage.module, error) from error
+    for actual, expected in zip(got, want, strict=True):
+        if not torch.allclose(actual, expected, rtol=1e-2, atol=1e-3):
             name = type(stage.module).__name__
             raise ExportError(
-                f"torch cannot trace this {name}: its result depends on more than torch's operators"
+                f"torch cannot trace this {name}: its result depends on operations outside torch"
             )
     return traced
 
@@ -199,10 +198,10 @@ def _exported(
     try:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    except Exception as error:  # torch raises many kinds; the caller needs its words
-        raise _untraceable(model, error) from error
+    except Exception as error:  # torch raises many types; the caller needs the reason
+        raise _trace_error(model, error) from error
 
 
-def _untraceable(model: nn.Module, error: Exception) -> ExportError:
+def _trace_error(model: nn.Module, error: Exception) -> ExportError:
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return ExportError(f"torch cannot trace this {type(model).__name__}: {type(error).__name__}: {first}")

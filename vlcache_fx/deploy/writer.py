@@ -1,4 +1,4 @@
-"""Programs, masks, encoders and other stages as ONNX files."""
+"""Writes programs, prologue, encoders and other stages as ONNX files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlcache_fx.deploy.specs import (
     ProgramGraph,
     PrologueGraphs,
 )
-from vlcache_fx.deploy.trace import ExportInput, is_open, unrolled
+from vlcache_fx.deploy.trace import ExportInput, is_dynamic, unrolled
 from vlcache_fx.errors import ExportError
 from vlcache_fx.integrations.stages import Stage
 from vlcache_fx.ir.subgraph import extract
@@ -34,12 +34,12 @@ class GraphWriter:
     """Writes the graphs of one export.
 
     Args:
-        found: what there is to export.
-        groups: number of layers in each run of layers that compute the same rows.
-        opset: of the graphs.
-        folder: for them.
-        weights: the file that they share.
-        graphs: takes the description of each.
+        found: the traced model.
+        groups: number of layers in each group of consecutive layers that compute the same rows.
+        opset: ONNX opset of the graphs.
+        folder: the export's folder.
+        weights: the file of shared weights.
+        graphs: receives the spec of each graph.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GraphWriter:
         self._folder, self._weights, self._graphs = folder, weights, graphs
 
     def program(self, name: str, program: Program, call: ExampleCall) -> ProgramGraph:
-        """One of the two prefill programs."""
+        """Write one of the two prefill programs."""
         found = self._found
         slots = [slot_name(slot, self._groups) for slot in program.slots]
         results = [*found.results, *(f"recorded.{slot}" for slot in program.recorded)]
@@ -63,7 +63,8 @@ class GraphWriter:
         placeholders = program.graph_module.graph.find_nodes(op="placeholder")
         slot_of = dict(zip(placeholders[len(found.inputs) :], program.slots, strict=True))
         dynamic = {
-            key: found.dynamic.get(key) or self._open(slot_of.get(placeholders[index]), placeholders[index])
+            key: found.dynamic.get(key)
+            or self._dynamic_dims(slot_of.get(placeholders[index]), placeholders[index])
             for key, index in flat.inputs.items()
         }
         examples = {key: call.inputs[index] for key, index in flat.inputs.items()}
@@ -72,8 +73,8 @@ class GraphWriter:
         kept = [key if key in flat.inputs else None for key in (*data, *slots)]
         return ProgramGraph(name, tuple(kept), flat.results, program_spec(program))
 
-    def _open(self, slot: InputSlot | None, node: fx.Node) -> dict[int, str]:
-        """Names of the sizes that vary, of an input that passes added."""
+    def _dynamic_dims(self, slot: InputSlot | None, node: fx.Node) -> dict[int, str]:
+        """Name the dynamic dimensions of an input that passes added."""
         match slot:
             case Donor():
                 size = "donor_rows"
@@ -84,19 +85,19 @@ class GraphWriter:
             case _:
                 return {}
         shape = node.meta["val"].shape
-        return {dim: size for dim, length in enumerate(shape) if is_open(length)}
+        return {dim: size for dim, length in enumerate(shape) if is_dynamic(length)}
 
     def prologue(self, decoder: Decoder) -> PrologueGraphs:
-        """The graphs that run before the decoder."""
+        """Write the graphs that run before the decoder."""
         nodes = decoder.prologue_nodes()
         return PrologueGraphs(
-            spans=self._values(SPANS, nodes.spans),
-            masks=self._values(MASKS, nodes.masks),
-            input_values=self._values(INPUT_VALUES, nodes.input_values),
+            spans=self._output_graph(SPANS, nodes.spans),
+            masks=self._output_graph(MASKS, nodes.masks),
+            input_values=self._output_graph(INPUT_VALUES, nodes.input_values),
         )
 
-    def _values(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
-        """A graph that gives values; the names of its outputs, per node."""
+    def _output_graph(self, name: str, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+        """Write a graph that computes ``nodes``; return the name of each output."""
         found = self._found
         if not nodes:
             return ()
@@ -107,7 +108,7 @@ class GraphWriter:
         return tuple(str(result) for result in flat.results)
 
     def encoders(self, refused: list[dict[str, str]]) -> list[EncoderGraph]:
-        """The encoders, as far as torch can export them."""
+        """Write the encoders that torch can export."""
         found = self._found
         if found.split is not None and found.stages is None:
             count = len(found.inputs) - len(features_of(found.split))
@@ -124,7 +125,7 @@ class GraphWriter:
         return made
 
     def stage(self, name: str, stage: Stage, refused: list[dict[str, str]]) -> bool:
-        """A stage that is exported as it is; False, with a reason in ``refused``, where that cannot be."""
+        """Write an unmodified stage; on failure return False and append the reason to ``refused``."""
         try:
             is_fixed = not any(stage.dynamic.values())
             module = unrolled(stage) if is_fixed else stage.module

@@ -1,5 +1,5 @@
-"""Does reuse change the answers? Measured against the unmodified model, and turned into profiles.
+"""Measurements of how reuse changes answers, against the unmodified model -> scores and profiles.
 
-``run.py`` compares policies and budgets, ``calibrate.py`` measures the profile of a model. Both take prompts
-in pairs: one that makes the donors, one that reuses them.
+``run.py`` compares policies and budgets, ``calibrate.py`` measures a model's profile. Both use pairs of
+prompts: the first records donors, the second reuses them.
 """

@@ -1,13 +1,12 @@
-"""Measures a model's profile: what recomputing is worth in each layer, and how the error falls with rows.
+"""Measures a model's profile: the worth of recomputing in each layer, and the error as a function of rows.
 
-1. *Error curve.* The error (mean KL divergence from the unmodified model over the answers' tokens) with a
-   rising share of a span's earliest rows recomputed in all layers.
-2. *Depth.* A share of the earliest rows recomputed up to a depth d only, for some depths. Of what the
-   same rows gain through all layers, h(d) is the part that they gain up to d; h is made monotone (isotonic
-   regression), and linear between the depths measured. The sensitivity of layer l is h(l + 1) - h(l).
-3. *Check.* Measured sensitivities are noisy. On prompts that were not used so far, the row counts that
-   ``vlcache_fx.plan.allocate`` makes of them are tried against equal counts, at several budgets; unless they
-   are better, the profile says that all layers are equal.
+1. *Error curve.* The error (mean KL divergence from the unmodified model over the answers' tokens) for rising
+   shares of a span's first rows, recomputed in all layers.
+2. *Depth.* A share of the first rows is recomputed up to depth d, for several d. h(d) is the gain up to d as
+   a share of the gain in all layers; it is made monotone (isotonic regression), and linear between measured
+   depths. The sensitivity of layer l is h(l + 1) - h(l).
+3. *Check.* Measured sensitivities are noisy. On held-out prompts and at several budgets, row counts from
+   ``vlcache_fx.plan.allocate`` compete with equal counts; unless they are better, the profile is flat.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ MAX_DEPTHS = 10
 
 @dataclass(frozen=True)
 class UpTo(Policy):
-    """The earliest rows, recomputed in the first layers only. For calibration.
+    """Recompute the first rows in the first layers. For calibration.
 
     Attributes:
-        share: of a span's rows.
-        depth: layers; None for all.
+        share: share of a span's rows.
+        depth: number of layers; None for all.
     """
 
     name: ClassVar[str] = "up_to"
@@ -60,15 +59,15 @@ class UpTo(Policy):
 
 @dataclass(frozen=True)
 class Calibration:
-    """A profile and what it was made of.
+    """A profile and its measurements.
 
     Attributes:
-        profile: to be saved.
-        by_depth: ``(depth, error)`` with ``depth_share`` of the rows recomputed up to that depth.
-        depth_share: that share.
-        checked: per budget ``(budget, error of equal counts, error of the solved ones)``, on other prompts.
-        is_flat: True where the check did not confirm the sensitivities.
-        prompts: that were measured and checked.
+        profile: the result.
+        by_depth: ``(depth, error)`` with ``depth_share`` of the rows recomputed up to ``depth``.
+        depth_share: share of rows.
+        checked: ``(budget, error of equal counts, error of solved counts)`` on held-out prompts.
+        is_flat: whether the check rejected the sensitivities.
+        prompts: numbers of prompts for measurements and check.
     """
 
     profile: Profile
@@ -87,15 +86,15 @@ def calibrate(
     depth_share: float = 0.05,
     after_batch: Callable[[int], None] | None = None,
 ) -> Calibration:
-    """Measure the profile of ``subject`` on ``cases``; every third is kept for the check.
+    """Measure the profile of ``subject`` on ``cases``; every third case is held out for the check.
 
     Raises:
-        OptionError: too few cases, or reuse is refused for this model.
+        OptionError: too few cases, or this model is not reused.
     """
     if len(cases) < 3:
         raise OptionError(f"calibration needs at least 3 cases, not {len(cases)}")
     if not 0 < depth_share < 1:
-        raise OptionError(f"depth_share must be between 0 and 1, not {depth_share!r}")
+        raise OptionError(f"depth_share={depth_share!r} is not valid: it must be between 0 and 1")
     held_out = [case for index, case in enumerate(cases) if index % 3 == 2]
     measured = [case for index, case in enumerate(cases) if index % 3 != 2]
     subject.record(measured[:1])
@@ -127,7 +126,7 @@ def calibrate(
 
 
 def _identity(subject: Subject) -> tuple[str, str, int]:
-    """Fingerprint, dtype of keys and values, and number of layers."""
+    """Return fingerprint, dtype of keys and values, and number of layers."""
     report = subject.report
     entry = subject.engine.store.get(report["spans"][0]["key"])
     assert entry is not None
@@ -136,17 +135,17 @@ def _identity(subject: Subject) -> tuple[str, str, int]:
 
 
 def _depths(num_layers: int) -> list[int]:
-    """At most ``MAX_DEPTHS`` steps from 0 to all layers, as even as they can be."""
+    """Return depths from 0 to all layers in at most ``MAX_DEPTHS`` even steps."""
     steps = min(MAX_DEPTHS, num_layers)
     return [round(step * num_layers / steps) for step in range(steps + 1)]
 
 
 def sensitivities(depths: Sequence[int], errors: Sequence[float]) -> tuple[float, ...]:
-    """Per layer, the share of the gain that lies in it.
+    """Compute the share of the gain in each layer.
 
     Args:
         depths: rising, from 0 to the number of layers.
-        errors: with rows recomputed up to each of them.
+        errors: error with rows recomputed up to each depth.
     """
     gained = errors[0] - errors[-1]
     if gained <= 0:
@@ -158,6 +157,6 @@ def sensitivities(depths: Sequence[int], errors: Sequence[float]) -> tuple[float
 
 
 def falling(curve: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The closest curve that never rises: more rows are worth no less."""
+    """Return the closest curve that never rises: more rows cannot increase the error."""
     errors = [mean for mean, size in pools([error for _, error in curve]) for _ in range(size)]
     return tuple((share, error) for (share, _), error in zip(curve, errors, strict=True))

@@ -1,4 +1,4 @@
-"""What two models say about the same prompts, compared."""
+"""Compares the predictions of two models for the same prompts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one prompt.
+    """Comparison for one prompt.
 
     Attributes:
-        kl: mean over the answer's tokens of the KL divergence of the next token, exact against reused, nats.
-        agrees: True where the likeliest token is the same at each of them.
-        right: True where the likeliest tokens are the answer.
+        kl: KL divergence of the next token, exact against reused, in nats; mean over the answer's tokens.
+        agrees: whether both predict the same tokens.
+        right: whether the predicted tokens are the answer.
     """
 
     kl: float
@@ -32,10 +32,10 @@ class Comparison:
 
 
 def compare(exact: Tensor, reused: Tensor, answers: Sequence[Tensor]) -> list[Comparison]:
-    """Compare prompt by prompt.
+    """Compare the logits of each prompt.
 
     Args:
-        exact, reused: scores float32 [prompts, positions, vocabulary]; the last positions are the answer's.
+        exact, reused: logits, float32 [prompts, positions, vocabulary]; the last positions are the answer's.
         answers: per prompt, ids int64 [tokens].
     """
     divergence = kl_per_row(exact.double(), reused.double())
@@ -63,7 +63,7 @@ class Interval:
 
 
 def proportion(successes: Sequence[bool]) -> Interval:
-    """The share of successes with the interval of Wilson (1927), which is sound near 0 and 1 too."""
+    """Return the share of successes with the interval of Wilson (1927), which is valid near 0 and 1."""
     count, share = len(successes), fmean(successes)
     centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
     spread = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
@@ -71,7 +71,7 @@ def proportion(successes: Sequence[bool]) -> Interval:
 
 
 def average(values: Sequence[float]) -> Interval:
-    """The mean with the interval of the normal approximation; never below 0, for amounts."""
+    """Return the mean with the interval of the normal approximation, clamped at 0."""
     mean = fmean(values)
     spread = Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return Interval(mean, max(0.0, mean - spread), mean + spread)

@@ -1,7 +1,7 @@
-"""Donors made of several contexts of one item.
+"""Donors that combine several contexts of one item.
 
-``entries`` are what was computed of the item exactly, one per context: per slot a tensor of position-free
-keys or of values, one dimension of which runs over the item's ``length`` rows. None is written to.
+``entries`` are exact donors of the item, one per context: each slot has a tensor of position-free keys or of
+values; one of its dimensions has the item's ``length`` rows. They are not modified.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from vlcache_fx.runtime.donors.tables import length_of
 from vlcache_fx.store.entry import Entry
 
 RIDGE = 0.01
-"""How much a fit is drawn to the mean, as a share of the mean square of what contexts differ by."""
+"""Regularisation of a fit towards the mean, as a share of the mean square of the contexts' differences."""
 
 
 def mean(entries: Sequence[Entry]) -> Entry:
-    """What a donor refines to when its item is computed in these contexts, one after the other."""
+    """Return the donor that is refined in these contexts, in order."""
     first, *others = entries
     return reduce(
         lambda donor, other: refined(donor, other.tensors, str(other.info["before"])), others, first
@@ -30,42 +30,41 @@ def mean(entries: Sequence[Entry]) -> Entry:
 
 
 def nearest(prompts: Sequence[str], new: str) -> int:
-    """Index of the prompt with the largest share of words in common with the ``new`` prompt (Jaccard)."""
+    """Return the index of the prompt with the largest word overlap with ``new`` (Jaccard)."""
     words = set(new.split())
 
-    def likeness(prompt: str) -> float:
+    def similarity(prompt: str) -> float:
         own = set(prompt.split())
         return len(own & words) / max(1, len(own | words))
 
-    return max(range(len(prompts)), key=lambda index: likeness(prompts[index]))
+    return max(range(len(prompts)), key=lambda index: similarity(prompts[index]))
 
 
 def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
-    """Per slot, the weighted mean of the contexts that is closest to ``exact`` in its first ``rows`` rows.
+    """Per slot, compute the weighted mean of contexts closest to ``exact`` in the first ``rows`` rows.
 
-    That is what a warm call could do that recomputes these rows anyway: they show how its context differs
-    from those that are kept, and the low-rank difference is applied to all other rows. Weights add up to one
-    and may be negative.
+    A warm call that recomputes these rows could do this: they show how its context differs from the stored
+    ones, and the low-rank difference corrects the other rows. Weights sum to 1 and may be negative.
     """
 
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
         parts = contexts - middle
-        seen = parts[:, :rows].flatten(1)
-        gram = seen @ seen.T
+        sample = parts[:, :rows].flatten(1)
+        gram = sample @ sample.T
         ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram + ridge, seen @ (wanted - middle)[:rows].flatten())
+        weights = torch.linalg.solve(gram + ridge, sample @ (wanted - middle)[:rows].flatten())
         blended: Tensor = middle + torch.tensordot(weights, parts, 1)
         return blended
 
-    return _made(entries, exact, fit)
+    return _combine(entries, exact, fit)
 
 
 def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
-    """Per slot, the mean of the contexts and the best correction of ``rank`` that brings it to ``exact``.
+    """Per slot, compute the mean of the contexts plus the best correction of ``rank`` towards ``exact``.
 
-    The correction of Kamera (arXiv 2606.23581), taken from the new context itself: how far a patch of this
-    rank can go, not what a call could know beforehand.
+    The correction of Kamera (arXiv 2606.23581), computed from the new context: the limit of a patch of this
+    rank, not a method for calls.
     """
 
     def patch(contexts: Tensor, wanted: Tensor) -> Tensor:
@@ -74,11 +73,11 @@ def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
         corrected: Tensor = middle + left[:, :rank] * sizes[:rank] @ right[:rank]
         return corrected
 
-    return _made(entries, exact, patch)
+    return _combine(entries, exact, patch)
 
 
-def _made(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Tensor], Tensor]) -> Entry:
-    """A donor whose slots are made of all contexts' rows ``[contexts, length, width]`` and the exact ones."""
+def _combine(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Tensor], Tensor]) -> Entry:
+    """Apply ``make`` to each slot: contexts ``[contexts, length, width]``, exact ``[length, width]``."""
     made = {}
     for name, tensor in entries[0].tensors.items():
         dim = _rows_dim(tensor, exact)

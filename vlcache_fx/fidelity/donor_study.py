@@ -1,15 +1,15 @@
-"""Which donor is best: ``python -m vlcache_fx.fidelity.donor_study reference``.
+"""Compares kinds of donors: ``python -m vlcache_fx.fidelity.donor_study reference``.
 
-The same pictures are computed exactly after several prompts, then reused after others, from donors that are
+The same pictures are computed exactly after several prompts, then reused after others, with these donors:
 
-- ``one``: of a single context;
-- ``mean of 2``, ``mean of 4``: of the position-free keys and values of as many (what the option
-  ``donor_contexts`` does);
-- ``nearest``: of the one among the four contexts whose system prompt shares most words with the new one;
-- ``typical``: of a context with a short, common system prompt;
-- ``fitted``: of the weighted mean of the four contexts that fits the recomputed rows of the new context;
-- ``rank 1 patch``, ``rank 8 patch``: of the mean of the four and the best correction of that rank, taken
-  from the new context itself: how far a correction of low rank could go.
+- ``one``: a single context;
+- ``mean of 2``, ``mean of 4``: mean of the position-free keys and values of several contexts (option
+  ``donor_contexts``);
+- ``nearest``: of four contexts, the context whose system prompt shares most words with the new prompt;
+- ``typical``: a context with a short, common system prompt;
+- ``fitted``: weighted mean of the four contexts, fitted to the recomputed rows of the new context;
+- ``rank 1 patch``, ``rank 8 patch``: mean of the four plus the best correction of this rank, computed from
+  the new context: the limit of low-rank corrections.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KINDS = (
 )
 
 Donors = Sequence[Mapping[str, Entry]]
-"""Per prompt of a batch: key of an item -> what was computed of it."""
+"""Per prompt of a batch: key of an item -> its exact donor."""
 
 
 def study(
@@ -65,21 +65,24 @@ def study(
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, list[Comparison]]:
-    """Comparisons with the unmodified model per kind of donor, on the same prompts for all kinds."""
+    """Compare each kind of donor with the unmodified model, on the same prompts."""
     rng = np.random.default_rng(seed)
     families = [family for family in source.FAMILIES if family != "same"]
     found: dict[str, list[Comparison]] = {kind: [] for kind in KINDS}
     for start in progress(range(0, pictures, batch)):
         family = families[(start // batch) % len(families)]
         first = source.make_questions("test", family, min(batch, pictures - start), seed=seed + 1 + start)
-        contexts = [[_another(source, one, rng) for one in first] for _ in range(CONTEXTS)]
-        asked = [_another(source, one, rng) for one in first]
-        donors = [_computed(subject, source, context) for context in contexts]
-        short = [dataclasses.replace(one, system_prompt=TYPICAL, question_first=False) for one in contexts[0]]
-        typical = _computed(subject, source, short)
-        truth = _computed(subject, source, asked)
-        question = subject.prepare([make_prompt(source, one) for one in asked])
-        exact = subject.exact(question)
+        contexts = [[_another(source, question, rng) for question in first] for _ in range(CONTEXTS)]
+        asked = [_another(source, question, rng) for question in first]
+        donors = [_record(subject, source, context) for context in contexts]
+        short = [
+            dataclasses.replace(question, system_prompt=TYPICAL, question_first=False)
+            for question in contexts[0]
+        ]
+        typical = _record(subject, source, short)
+        truth = _record(subject, source, asked)
+        prepared = subject.prepare([make_prompt(source, question) for question in asked])
+        exact = subject.exact(prepared)
         for kind in KINDS:
             subject.engine.clear()
             for index, new in enumerate(asked):
@@ -90,13 +93,13 @@ def study(
                     donor = _donor(kind, kept, near, typical[index][key], truth[index][key], budget)
                     subject.engine.store.put(key, donor)
             with subject.engine.using(policy="uniform", budget=budget):
-                found[kind] += compare(exact, subject.answer(question), question.answers)
-            subject.recomputed()  # raises where a donor was not reused
+                found[kind] += compare(exact, subject.answer(prepared), prepared.answers)
+            subject.recomputed()  # raises if a donor was not reused
     return found
 
 
 def _donor(kind: str, kept: Sequence[Entry], near: int, typical: Entry, exact: Entry, budget: float) -> Entry:
-    """The donor of one of ``KINDS``, from the contexts ``kept`` and from the new one's ``exact`` rows."""
+    """Create a donor of one of ``KINDS`` from stored contexts and the new context's exact rows."""
     rows = max(1, int(budget * length_of(exact)))
     makers: dict[str, Callable[[], Entry]] = {
         "one": lambda: kept[0],
@@ -115,8 +118,8 @@ def _another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
     return source.ask_again(question, rng, question_first=bool(rng.random() < 0.5))
 
 
-def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
-    """What a cold call with these questions leaves in the store."""
+def _record(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
+    """Return the donors that a cold call with these questions records."""
     prompts = [make_prompt(source, question) for question in questions]
     subject.record([Case("donor", prompt, prompt) for prompt in prompts])
     found: list[dict[str, Entry]] = [{} for _ in prompts]
@@ -128,17 +131,17 @@ def _computed(subject: Subject, source: Questions, questions: Sequence[Any]) -> 
 
 
 def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Table:
-    """One row per kind of donor."""
-    table = Table("donor", "prompts", "KL (nats)", "median", "agreement", "right", title=title)
+    """Create a table with one row per kind of donor."""
+    table = Table("donor", "prompts", "KL (nats)", "median", "agreement", "correct", title=title)
     for kind, comparisons in found.items():
-        kl = average([one.kl for one in comparisons])
-        agreement = proportion([one.agrees for one in comparisons])
-        right = proportion([one.right for one in comparisons])
+        kl = average([comparison.kl for comparison in comparisons])
+        agreement = proportion([comparison.agrees for comparison in comparisons])
+        right = proportion([comparison.right for comparison in comparisons])
         table.add_row(
             kind,
             f"{len(comparisons):,}",
             nats(kl),
-            f"{median(one.kl for one in comparisons):.2g}",
+            f"{median(comparison.kl for comparison in comparisons):.2g}",
             percent(agreement),
             percent(right),
         )
@@ -147,13 +150,13 @@ def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Tabl
 
 def main(
     model: Annotated[str, typer.Argument(help=f"one of {', '.join(NAMED)}")] = "reference",
-    pictures: Annotated[int, typer.Option(help="sets of pictures, each asked about once")] = 200,
-    budget: Annotated[float, typer.Option(help="share recomputed")] = 0.02,
+    pictures: Annotated[int, typer.Option(help="sets of pictures; one question each")] = 200,
+    budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 8,
-    positions: Annotated[int, typer.Option(help="answer tokens compared at most")] = 1,
-    seed: Annotated[int, typer.Option(help="of the questions")] = 0,
+    positions: Annotated[int, typer.Option(help="maximum number of answer tokens to compare")] = 1,
+    seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
 ) -> None:
-    """Compare donors of one context, means over several, the nearest, a typical one, and corrected ones."""
+    """Compare donors: one context, means, the nearest context, a typical context, and corrections."""
     try:
         check_name(model)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})

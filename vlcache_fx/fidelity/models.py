@@ -1,4 +1,4 @@
-"""Models by name or folder, compiled and with their prompts, for the command line."""
+"""Loads and compiles models by name or folder, with their prompts, for the command line."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def load_model(model: str) -> tuple[Any, Any]:
 
 
 def check_name(model: str) -> None:
-    """Raises OptionError where there is no model of this name, and no such folder."""
+    """Raise OptionError if there is neither a model nor a folder of this name."""
     if model not in NAMED and not Path(model).is_dir():
-        raise OptionError(f"no model {model!r}: give one of {', '.join(NAMED)}, or a folder of transformers")
+        raise OptionError(
+            f"no model {model!r}: it must be one of {', '.join(NAMED)}, or a folder of a transformers model"
+        )
 
 
 def _from_folder(model: str) -> tuple[Any, Any]:
@@ -63,16 +65,16 @@ def _from_folder(model: str) -> tuple[Any, Any]:
 def load_cases(
     model: str, data: Path | None, families: tuple[str, ...], count: int, *, split: str, seed: int
 ) -> list[Case]:
-    """Cases from a file, or ``count`` of each family of the model's own questions.
+    """Load cases from a file, or make ``count`` of each family of the model's questions.
 
     Raises:
-        OptionError: there is no such model, it has no questions and no file is given, or a family is unknown.
+        OptionError: an unknown model or family, or neither a file nor questions of the model.
     """
     check_name(model)
     if data is not None:
         return read_cases(data)
     if model not in NAMED:
-        raise OptionError(f"{model!r} has no questions of its own: give prompts with --data")
+        raise OptionError(f"{model!r} has no questions: pass prompts with --data")
     source: Any = import_module(NAMED[model])
     return [
         case

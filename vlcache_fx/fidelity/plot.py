@@ -1,4 +1,4 @@
-"""Error over what is recomputed, as one picture."""
+"""Plots the error over the recomputed share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from vlcache_fx.fidelity.run import ALL, Score
 
 FLOOR = 1e-9
-"""Divergences below it are drawn there: the axis is logarithmic, and full recompute has none."""
+"""Lower bound of drawn divergences: the axis is logarithmic, and full recompute has none."""
 
 
 def plot_scores(scores: Sequence[Score], title: str, machine: str, path: Path) -> None:
-    """Write a PNG: KL and agreement over the recomputed share, a line per policy, the Pareto front marked."""
+    """Write a PNG: KL and agreement over the recomputed share, one line per policy, with the Pareto front."""
     overall = [score for score in scores if score.family == ALL]
     none = [score for score in overall if score.policy == "none"]
     policies = dict.fromkeys(score.policy for score in overall if score.policy not in ("none", "full"))
@@ -41,7 +41,7 @@ def plot_scores(scores: Sequence[Score], title: str, machine: str, path: Path) -
         linestyle="none", marker="s", markersize=10, fillstyle="none", color="black", label="Pareto front",
     )  # fmt: skip
     left.set_yscale("log")
-    left.set_ylabel("KL divergence from the unmodified model, nats a token (95 % interval)")
+    left.set_ylabel("KL divergence from the unmodified model, nats per token (95 % interval)")
     right.set_ylabel("% of prompts with the same answer")
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=0.5)
@@ -54,7 +54,7 @@ def plot_scores(scores: Sequence[Score], title: str, machine: str, path: Path) -
 
 
 def pareto(scores: Sequence[Score]) -> list[Score]:
-    """Those that no other one beats in both recomputed share and KL, by rising share."""
+    """Return the scores that no other score beats in both recomputed share and KL, by rising share."""
     front: list[Score] = []
     for score in sorted(scores, key=lambda score: (score.recomputed, score.kl.mean)):
         if not front or score.kl.mean < front[-1].kl.mean:

@@ -1,4 +1,4 @@
-"""Prompts in pairs: one that makes an item's donor, one that reuses it."""
+"""Pairs of prompts: the first records an item's donor, the second reuses it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Prompt:
     """A prompt with its answer.
 
     Attributes:
-        text: up to where the answer begins, with the processor's placeholder for every image.
+        text: the prompt without its answer, with the processor's placeholder for every image.
         images: in the order of their placeholders.
-        answer: the right one; it is fed to the model token by token, whatever the model would say.
+        answer: the correct answer, used with teacher forcing.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Case:
     """``donor`` is computed in full, then ``asked`` reuses its images.
 
     Attributes:
-        family: what is hard about it; results are given per family.
+        family: kind of difficulty; results are reported per family.
     """
 
     family: str
@@ -45,13 +45,13 @@ class Case:
 
 
 def read_cases(path: Path, family: str = "data") -> list[Case]:
-    """Cases out of a file of prompts, one JSON object a line: ``images`` (paths), ``prompt``, ``answer``.
+    """Read cases from a file, one JSON object per line: ``images`` (paths), ``prompt``, ``answer``.
 
-    Lines about the same images belong together: the first makes the donors that each of the others reuses.
+    Lines about the same images form cases: the first records the donors, each other line reuses them.
     Paths are relative to the file.
 
     Raises:
-        OptionError: the file cannot be read, a line is malformed, or no images come twice.
+        OptionError: the file cannot be read, a line is malformed, or no images recur.
     """
     from PIL import UnidentifiedImageError
 
@@ -64,23 +64,23 @@ def read_cases(path: Path, family: str = "data") -> list[Case]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        names, data = _checked(line, f"{path}:{number}")
-        known = first.get(names)
+        names, data = _parse(line, f"{path}:{number}")
+        donor = first.get(names)
         try:
-            images = known.images if known else tuple(_opened(path.parent / name) for name in names)
+            images = donor.images if donor else tuple(_open(path.parent / name) for name in names)
         except (OSError, UnidentifiedImageError) as error:
             raise OptionError(f"{path}:{number}: cannot read an image: {error}") from error
         prompt = Prompt(data["prompt"], images, data["answer"])
-        if known is None:
+        if donor is None:
             first[names] = prompt
         else:
-            cases.append(Case(family, known, prompt))
+            cases.append(Case(family, donor, prompt))
     if not cases:
-        raise OptionError(f"{path}: no two prompts are about the same images, so nothing could be reused")
+        raise OptionError(f"{path}: no two prompts have the same images: nothing can be reused")
     return cases
 
 
-def _checked(line: str, location: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _parse(line: str, location: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     try:
         data: Any = json.loads(line)
     except ValueError as error:
@@ -91,12 +91,12 @@ def _checked(line: str, location: str) -> tuple[tuple[str, ...], dict[str, Any]]
     listed = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
     if not listed or not all(isinstance(data[key], str) and data[key] for key in ("prompt", "answer")):
         raise OptionError(
-            f"{location}: images must be a list of paths, prompt and answer strings that say something"
+            f"{location}: images must be a list of paths, prompt and answer must be nonempty strings"
         )
     return tuple(names), data
 
 
-def _opened(path: Path) -> Image:
+def _open(path: Path) -> Image:
     from PIL import Image
 
     with Image.open(path) as image:
@@ -104,9 +104,9 @@ def _opened(path: Path) -> Image:
 
 
 def batches(cases: Sequence[Case], size: int) -> list[list[Case]]:
-    """Cases in batches of one family each, in order."""
+    """Split cases into batches of one family each, in order."""
     if size < 1:
-        raise OptionError(f"a batch must have at least one prompt, not {size}")
+        raise OptionError(f"batch={size} is not valid: it must be at least 1")
     families: dict[str, list[Case]] = {}
     for case in cases:
         families.setdefault(case.family, []).append(case)

@@ -1,4 +1,4 @@
-"""Cases about pictures, for the models that come with questions of their own."""
+"""Cases for models that have their own questions about pictures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FAMILIES = (
     "asked_again",
 )
 """One picture; the question before it; two pictures; as many other words before it; many more words before
-it; the same words before it, which makes every reused row exact."""
+it; the same words before it, with exact reuse."""
 
 SHORT, LONG = 4, 60
 
 
 class Questions(Protocol):
-    """What a model's module offers, such as ``vlcache_fx.testing.reference_vlm``."""
+    """Interface of a model's module, such as ``vlcache_fx.testing.reference_vlm``."""
 
     make_questions: Callable[..., list[Any]]
     ask_again: Callable[..., Any]
@@ -41,10 +41,10 @@ def make_cases(
     """Make ``count`` cases of one family; equal arguments give equal cases.
 
     Raises:
-        OptionError: for an unknown family.
+        OptionError: an unknown family.
     """
     if family not in FAMILIES:
-        raise OptionError(f"unknown family {family!r}; known are: {', '.join(FAMILIES)}")
+        raise OptionError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
     about_two = [kind for kind in source.FAMILIES if kind == "same"]
     kinds = about_two if family == "multi_hop" else [k for k in source.FAMILIES if k not in about_two]
     words = {"system_prompt": 30, "position_shift": SHORT}.get(family)
@@ -69,5 +69,5 @@ def make_cases(
 
 
 def make_prompt(source: Questions, question: Any) -> Prompt:
-    """A question as a prompt; the answer as the model writes it."""
+    """Convert a question to a prompt, with the answer in the model's format."""
     return Prompt(source.build_prompt(question), question.images, source.answer_text(question.answer))

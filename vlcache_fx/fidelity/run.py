@@ -1,4 +1,4 @@
-"""Policies and budgets against the unmodified model."""
+"""Compares policies and budgets with the unmodified model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared with full recompute: a policy (name or object), a budget, perhaps a profile."""
+    """A policy (name or object), a budget, and an optional profile, to compare with full recompute."""
 
     policy: str | Policy
     budget: float
@@ -27,14 +27,14 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """The policy's."""
+        """Name of the policy."""
         return self.policy if isinstance(self.policy, str) else self.policy.name
 
 
 def settings(
     policies: Sequence[str | Policy], budgets: Sequence[float] = BUDGETS, profile: Profile | None = None
 ) -> list[Setting]:
-    """Every policy at every budget; ``none`` stands for all of them at 0, ``full`` for all of them at 1."""
+    """Combine policies and budgets; ``none`` represents all policies at 0, ``full`` at 1."""
     chosen = []
     if 0 in budgets:
         chosen.append(Setting("none", 0.0))
@@ -47,14 +47,14 @@ def settings(
 
 @dataclass(frozen=True)
 class Score:
-    """Of one setting in one family (or ``all``).
+    """Scores of a setting in a family (or ``all``).
 
     Attributes:
-        recomputed: share of the reused spans' token-layers that was computed, mean over the prompts.
-        accuracy: share of right answers.
-        exact_accuracy: the unmodified model's share, on the same prompts.
-        agreement: share of prompts in which both say the same at every answer token.
-        kl: divergence from the unmodified model, nats a token.
+        recomputed: recomputed share of the reused spans' token-layers, mean over the prompts.
+        accuracy: share of correct answers.
+        exact_accuracy: the unmodified model's share of correct answers, on the same prompts.
+        agreement: share of prompts with equal predictions at every answer token.
+        kl: divergence from the unmodified model, nats per token.
     """
 
     policy: str
@@ -83,17 +83,17 @@ def run(
     batch: int = 16,
     after_batch: Callable[[int], None] | None = None,
 ) -> list[Score]:
-    """Ask every case with every setting; one score per setting and family, and one over all.
+    """Run every case with every setting; return scores per setting and family, and over all families.
 
     Args:
-        subject: compiled with any policy; nothing is compiled anew for another.
-        cases: of any number of families.
+        subject: compiled with any policy; other policies do not recompile.
+        cases: any number of families.
         compared: the settings.
         batch: prompts per call.
-        after_batch: called with the number of cases done.
+        after_batch: called with the number of finished cases.
 
     Raises:
-        OptionError: there is nothing to compare, or reuse is refused for this model or prompt.
+        OptionError: there is nothing to compare, or this model or prompt is not reused.
     """
     if not cases or not compared:
         raise OptionError(f"nothing to compare: {len(cases)} cases, {len(compared)} settings")
@@ -124,8 +124,8 @@ def _score(setting: Setting, family: str, found: _Found) -> Score:
         family=family,
         prompts=len(found.comparisons),
         recomputed=fmean(found.recomputed),
-        accuracy=proportion([one.right for one in found.comparisons]),
-        exact_accuracy=proportion([one.right for one in found.exact]),
-        agreement=proportion([one.agrees for one in found.comparisons]),
-        kl=average([one.kl for one in found.comparisons]),
+        accuracy=proportion([comparison.right for comparison in found.comparisons]),
+        exact_accuracy=proportion([comparison.right for comparison in found.exact]),
+        agreement=proportion([comparison.agrees for comparison in found.comparisons]),
+        kl=average([comparison.kl for comparison in found.comparisons]),
     )

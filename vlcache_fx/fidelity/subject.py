@@ -1,4 +1,4 @@
-"""The model under test: asked with reuse, and as it was before it was compiled."""
+"""The model under test, with reuse and unmodified."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlcache_fx.fidelity.prompts import Case, Prompt
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A batch of prompts, answers included, as the model takes it.
+    """A batch of prompts with their answers, as inputs of the model.
 
     Attributes:
-        inputs: keywords of the model; padded on the left.
-        answers: per prompt, the ids of its answer's tokens, int64 [tokens].
+        inputs: keyword arguments of the model; padded on the left.
+        answers: token ids of each answer, int64 [tokens].
     """
 
     inputs: dict[str, Any]
@@ -32,11 +32,10 @@ class Subject:
     """A model that ``vlcache_fx.compile`` compiled, and its processor.
 
     Attributes:
-        name: for reports.
-        model: with ``model.vlcache``.
-        processor: of the transformers library; called with ``text``, ``images``, ``padding``.
-        positions: answer tokens that are compared at most, of every prompt. One number for all, so that no
-            program depends on it.
+        name: label in messages.
+        model: has an engine, ``model.vlcache``.
+        processor: a processor of the transformers library; called with ``text``, ``images``, ``padding``.
+        positions: maximum number of compared answer tokens; equal for all prompts, to avoid recompilation.
     """
 
     name: str
@@ -50,15 +49,15 @@ class Subject:
 
     @property
     def engine(self) -> Engine:
-        """Of the compiled model."""
+        """Engine of the compiled model."""
         engine: Engine = self.model.vlcache
         return engine
 
     def prepare(self, prompts: Sequence[Prompt]) -> Question:
-        """Prompts with their answers as one batch.
+        """Convert prompts and answers to one batch.
 
         Raises:
-            OptionError: an answer has no token, or more of them than ``positions``.
+            OptionError: an answer has no tokens, or more than ``positions``.
         """
         tokenizer = self.processor.tokenizer
         answers = []
@@ -80,39 +79,39 @@ class Subject:
         for row, prompt, answer in zip(ids, prompts, answers, strict=True):
             if not torch.equal(row[-len(answer) :], answer):
                 raise OptionError(
-                    f"after its prompt, the answer {prompt.answer!r} has other tokens than alone: "
-                    "begin it, or end the prompt, with a space or a line break as the chat template does"
+                    f"the answer {prompt.answer!r} has other tokens after its prompt than alone: start it, "
+                    "or end the prompt, with a space or a line break as the chat template does"
                 )
         return Question(dict(inputs), tuple(answers))
 
     def record(self, cases: Sequence[Case]) -> None:
-        """Forget everything, then compute the donors' prompts: their images are in the store after it.
+        """Clear the store, then compute the donors' prompts to record their images.
 
         Raises:
-            OptionError: reuse is refused for this model.
+            OptionError: the model records no donors.
         """
         self.engine.clear()
         self.answer(self.prepare([case.donor for case in cases]))
         if self.report["mode"] != "cold":
-            raise OptionError(f"{self.name} makes no donors: {self.report['reason']}")
+            raise OptionError(f"{self.name} records no donors: {self.report['reason']}")
 
     @property
     def report(self) -> dict[str, Any]:
-        """Of the last call.
+        """Report of the last call.
 
         Raises:
             OptionError: the engine was not called.
         """
         report = self.engine.last_report
         if report is None:
-            raise OptionError(f"{self.name} answered without its engine")
+            raise OptionError(f"{self.name} did not call its engine")
         return report
 
     def recomputed(self) -> float:
-        """The share of the reused spans' token-layers that the last call computed.
+        """Return the recomputed share of the spans' token-layers in the last call.
 
         Raises:
-            OptionError: it did not reuse every span.
+            OptionError: the call did not reuse every span.
         """
         report = self.report
         if report["mode"] != "warm" or not all(span["hit"] for span in report["spans"]):
@@ -121,20 +120,20 @@ class Subject:
         return share
 
     def answer(self, question: Question) -> Tensor:
-        """Scores of the next token where the answer stands, as the engine's policy has it.
+        """Compute the answer's logits with the engine's policy.
 
         Returns:
-            float32 [prompts, positions, vocabulary]: at the last ``positions`` tokens, each's next one.
+            float32 [prompts, positions, vocabulary]: predictions of the last ``positions`` tokens.
         """
-        return self._scores(self.model, question)
+        return self._logits(self.model, question)
 
     def exact(self, question: Question) -> Tensor:
-        """The same of the unmodified model."""
+        """Compute the answer's logits with the unmodified model; see ``answer``."""
         assert self.engine.explained is not None  # set by vlcache_fx.compile
-        return self._scores(self.engine.explained, question)
+        return self._logits(self.engine.explained, question)
 
-    def _scores(self, run: Any, question: Question) -> Tensor:
+    def _logits(self, run: Any, question: Question) -> Tensor:
         with torch.no_grad():
             result = run(**question.inputs, logits_to_keep=self.positions + 1)
-        scores: Tensor = result.logits[:, -self.positions - 1 : -1]
-        return scores.float()
+        logits: Tensor = result.logits[:, -self.positions - 1 : -1]
+        return logits.float()

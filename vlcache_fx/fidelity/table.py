@@ -1,4 +1,4 @@
-"""Scores and calibrations as tables for people."""
+"""Tables of scores and calibrations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vlcache_fx.fidelity.calibrate import Calibration
 from vlcache_fx.fidelity.compare import Interval
 from vlcache_fx.fidelity.run import ALL, Score
 
-_COLUMNS = ("recomputed", "right", "agreement", "KL (nats)")
+_COLUMNS = ("recomputed", "correct", "agreement", "KL (nats)")
 
 
 def overall_table(scores: Sequence[Score], title: str) -> Table:
-    """One row per policy and budget, over all families."""
+    """Create a table with one row per policy and budget, over all families."""
     overall = [score for score in scores if score.family == ALL]
     exact = overall[0].exact_accuracy
     table = _table(
-        f"{title}: {overall[0].prompts} prompts; unmodified model right: {percent(exact)}",
+        f"{title}: {overall[0].prompts} prompts; unmodified model correct: {percent(exact)}",
         ("policy", "budget"),
     )
     for score in overall:
@@ -27,8 +27,10 @@ def overall_table(scores: Sequence[Score], title: str) -> Table:
 
 
 def family_table(scores: Sequence[Score], budget: float, title: str) -> Table:
-    """One row per family and policy, at one budget."""
-    table = _table(f"{title}: {100 * budget:g} % budget", ("family", "prompts", "policy", "unmodified right"))
+    """Create a table with one row per family and policy, at one budget."""
+    table = _table(
+        f"{title}: {100 * budget:g} % budget", ("family", "prompts", "policy", "unmodified correct")
+    )
     chosen = [score for score in scores if score.budget == budget and score.family != ALL]
     for score in sorted(chosen, key=lambda score: score.family):
         exact = percent(score.exact_accuracy)
@@ -37,10 +39,8 @@ def family_table(scores: Sequence[Score], budget: float, title: str) -> Table:
 
 
 def calibration_table(calibration: Calibration) -> Table:
-    """What was measured, in the order of the measurement."""
-    table = Table(
-        "recomputed", "layers", "KL (nats)", title="Error while rows are recomputed", title_style="bold"
-    )
+    """Create a table of the measurements, in order."""
+    table = Table("recomputed", "layers", "KL (nats)", title="Error by recomputed rows", title_style="bold")
     layers = len(calibration.profile.sensitivities)
     for share, error in calibration.profile.error_curve:
         table.add_row(f"{100 * share:g} %", f"all {layers}", f"{error:.3g}")
@@ -53,11 +53,11 @@ def calibration_table(calibration: Calibration) -> Table:
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """All scores in Markdown: over all families, then family by family."""
+    """Format all scores in Markdown: over all families, then per family."""
     ordered = [score for score in scores if score.family == ALL]
     ordered += sorted((score for score in scores if score.family != ALL), key=lambda score: score.family)
     lines = [
-        "| family | prompts | policy | budget | recomputed | unmodified right | right | agreement | KL |",
+        "| family | prompts | policy | budget | recomputed | unmodified correct | correct | agreement | KL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for score in ordered:
@@ -82,10 +82,10 @@ def _cells(score: Score) -> tuple[str, ...]:
 
 
 def nats(interval: Interval) -> str:
-    """A mean divergence and its interval."""
+    """Format a mean divergence and its interval."""
     return f"{interval.mean:.2g} ({interval.low:.2g} to {interval.high:.2g})"
 
 
 def percent(interval: Interval) -> str:
-    """A share and its interval."""
+    """Format a share and its interval."""
     return f"{100 * interval.mean:.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"

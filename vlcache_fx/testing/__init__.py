@@ -1,1 +1,1 @@
-"""Models and helpers that tests, examples and benchmarks share."""
+"""Models and helpers for tests, examples and benchmarks."""

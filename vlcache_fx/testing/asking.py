@@ -1,4 +1,4 @@
-"""Ask a model questions that have right answers, and count how often it is right."""
+"""Asks a model questions with known answers, and computes its accuracy."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ Prepare = Callable[..., Any]
 
 
 class HasAnswer(Protocol):
-    """A question as far as scores need it."""
+    """A question with a known answer."""
 
     @property
     def answer(self) -> str:
-        """The right one."""
+        """The correct answer."""
 
 
 def answer_questions(
     model: Any, processor: Any, questions: Sequence[Any], prepare: Prepare, batch: int, max_new_tokens: int
 ) -> list[str]:
-    """Answer each question by greedy ``model.generate``; returns the decoded answers."""
+    """Answer each question by greedy ``model.generate``; return the decoded answers."""
     import torch
 
     answers: list[str] = []
@@ -35,7 +35,7 @@ def answer_questions(
 def next_words(
     model: Any, processor: Any, questions: Sequence[Any], prepare: Prepare, batch: int
 ) -> list[str]:
-    """The likeliest first answer word of each question, by one forward pass (no generation)."""
+    """Predict the first answer word of each question with one forward pass."""
     import torch
 
     words: list[str] = []
@@ -54,8 +54,8 @@ def _batches(
 
 
 def accuracy(answers: Sequence[str], questions: Sequence[HasAnswer]) -> float:
-    """The share of ``answers`` equal to the questions' own (0..1)."""
+    """Return the share of correct ``answers`` (0..1)."""
     if not questions:
         raise ValueError("accuracy needs at least one question")
-    right = [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
-    return sum(right) / len(right)
+    correct = [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
+    return sum(correct) / len(correct)

@@ -1,4 +1,4 @@
-"""Where the files of the models in ``vlcache_fx.testing`` lie: they are no part of this package."""
+"""Finds the files of the models in ``vlcache_fx.testing``, which are not part of this package."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ IN_CHECKOUT = Path("examples/models") / PACKAGE
 
 
 class MissingAssetsError(VlcacheError, ImportError):
-    """The files of a model are not on this machine."""
+    """The files of a model are not installed."""
 
 
 def find_assets(model: str) -> Path:
     """Return the folder with the files of ``model``: ``"reference_vlm"`` or ``"photo_vlm"``.
 
-    The first of these that exists: the installed distribution ``vlcache_fx_models``; the checkout in which
-    this file lies; the checkout from which ``vlcache_fx`` was installed (PEP 610).
+    Searches, in order: the installed distribution ``vlcache_fx_models``; the checkout of this file; the
+    checkout from which ``vlcache_fx`` was installed (PEP 610).
 
     Raises:
-        MissingAssetsError: none of these exists.
+        MissingAssetsError: the files are in none of these.
     """
     for folder in _folders():
         if (folder / model).is_dir():
@@ -48,7 +48,7 @@ def _folders() -> Iterator[Path]:
 
 
 def _installed_from() -> Path | None:
-    """The folder that ``pip install FOLDER`` was given, or None."""
+    """Return the argument of ``pip install FOLDER``, or None."""
     try:
         record = distribution("vlcache_fx").read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""Tiny models of the ``transformers`` library (imported when called), and prompts for them.
+"""Tiny models of the ``transformers`` library (imported lazily), and prompts for them.
 
-All run in milliseconds on a CPU, are in eval mode and reproducible by seed. A prompt is a given number of
-text tokens before and after one or more images, as keyword arguments of the model.
+All run in milliseconds on a CPU, in eval mode, and are reproducible by seed. A prompt has text tokens before
+and after one or more images; it is a dict of the model's keyword arguments.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LLAVA_IMAGE_SIZE = 24
 
 
 def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
-    """A ``Qwen2_5_VLForConditionalGeneration``: M-RoPE, grouped K/V heads, windowed vision attention.
+    """Create a ``Qwen2_5_VLForConditionalGeneration``: M-RoPE, grouped K/V heads, windowed vision attention.
 
     Args:
-        num_layers: decoder layers.
-        seed: of the weights.
+        num_layers: number of decoder layers.
+        seed: seed of the weights.
         attention: ``attn_implementation`` of the whole model.
     """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -79,7 +79,7 @@ def tiny_qwen2_5_vl(num_layers: int = 3, seed: int = 0, attention: str = "sdpa")
 
 
 def tiny_clip() -> Any:
-    """The configuration of the vision tower of tiny LLaVAs."""
+    """Create the configuration of the vision encoder of tiny LLaVAs."""
     from transformers import CLIPVisionConfig
 
     return CLIPVisionConfig(
@@ -93,11 +93,11 @@ def tiny_clip() -> Any:
 
 
 def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> Any:
-    """A ``LlavaForConditionalGeneration``: CLIP vision tower, Llama decoder, 36 tokens per image.
+    """Create a ``LlavaForConditionalGeneration``: CLIP encoder, Llama decoder, 36 tokens per image.
 
     Args:
-        num_layers: decoder layers.
-        seed: of the weights.
+        num_layers: number of decoder layers.
+        seed: seed of the weights.
         attention: ``attn_implementation`` of the whole model.
     """
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -127,26 +127,26 @@ def tiny_llava(num_layers: int = 3, seed: int = 0, attention: str = "sdpa") -> A
 def qwen_inputs(
     before: int, after: int, images: Sequence[tuple[int, int, int]], text_seed: int = 0, between: int = 2
 ) -> dict[str, Tensor]:
-    """A prompt for ``tiny_qwen2_5_vl``.
+    """Create a prompt for ``tiny_qwen2_5_vl``.
 
-    Every image is one run of image tokens between a vision start and a vision end token; an image of a
+    Every image is one media span between a vision start and a vision end token; an image of a
     ``grid_h`` x ``grid_w`` grid (both even) fills ``grid_h * grid_w / 4`` tokens.
 
     Args:
-        before: text tokens before the first image (so its run starts at ``before + 1``).
-        after: text tokens behind the last image.
+        before: text tokens before the first image (its media span starts at ``before + 1``).
+        after: text tokens after the last image.
         images: ``(grid_h, grid_w, image seed)`` of each.
-        text_seed: of the text tokens.
+        text_seed: seed of the text tokens.
         between: text tokens between two images.
 
     Returns:
         input_ids, attention_mask, mm_token_type_ids, and with images pixel_values and image_grid_thw.
     """
-    runs = [
+    media_spans = [
         [VISION_START, *[IMAGE_TOKEN] * (height * width // QWEN_MERGE**2), VISION_END]
         for height, width, _ in images
     ]
-    inputs = make_prompt(before, after, between, runs, text_seed)
+    inputs = make_prompt(before, after, between, media_spans, text_seed)
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
     if images:
         row = 3 * 2 * QWEN_PATCH**2
@@ -160,13 +160,13 @@ def qwen_inputs(
 def llava_inputs(
     before: int, after: int, image_seeds: Sequence[int], text_seed: int = 0, between: int = 2
 ) -> dict[str, Tensor]:
-    """A prompt for ``tiny_llava``; every image is a run of 36 image tokens.
+    """Create a prompt for ``tiny_llava``; every image is a media span of 36 tokens.
 
     Args:
-        before: text tokens before the first image (so its run starts there).
-        after: text tokens behind the last image.
-        image_seeds: one for each image.
-        text_seed: of the text tokens.
+        before: text tokens before the first image (its media span starts there).
+        after: text tokens after the last image.
+        image_seeds: seed of each image.
+        text_seed: seed of the text tokens.
         between: text tokens between two images.
 
     Returns:

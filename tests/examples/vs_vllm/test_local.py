@@ -25,7 +25,7 @@ def script(folder: Path) -> Script:
     return Script(VISION_TOKENS, TINY.vocabulary, 1, folder / "photos")
 
 
-def test_the_unmodified_model_computes_everything_every_time(folder: Path, script: Script) -> None:
+def test_local_peer_computes_everything(folder: Path, script: Script) -> None:
     peer = LocalPeer(folder / "checkpoint")
     request = script.round(0).cases["first"]
     with torch.no_grad():
@@ -67,7 +67,7 @@ PHOTO = SpanReport(4, 80, "key", hit=True)
         (Report("bypass", "batched"), (100, "exact, bypass: batched")),
     ],
 )
-def test_what_the_engine_reports_is_told(
+def test_vlcache_peer_answer_from_report(
     folder: Path, report: Report, described: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer = VlcachePeer(folder / "checkpoint", lowering="eager")  # it compiles at its first call: never

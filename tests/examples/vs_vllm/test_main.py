@@ -22,18 +22,18 @@ def command() -> typer.Typer:
     return app
 
 
-def test_a_strip_is_refused_before_anything_is_installed(command: typer.Typer, tmp_path: Path) -> None:
+def test_main_rejects_strip_before_installation(command: typer.Typer, tmp_path: Path) -> None:
     done = CliRunner().invoke(command, ["--vision-tokens", "13", "--environment", str(tmp_path / "peers")])
     assert done.exit_code == 1
-    assert "13 vision tokens" in done.output
+    assert "vision_tokens=13" in done.output
     assert not (tmp_path / "peers").exists()
 
 
-def test_an_environment_that_cannot_be_made_is_told(
+def test_main_environment_error(
     command: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def make(self: Environment, say: Any) -> None:
-        raise PeerError("vLLM's environment cannot be made here: pip failed with\n[no space]")
+        raise PeerError("cannot build vLLM's environment: pip failed with\n[no space]")
 
     monkeypatch.setattr(Environment, "make", make)
     done = CliRunner().invoke(command, ["--environment", str(tmp_path)])
@@ -41,17 +41,17 @@ def test_an_environment_that_cannot_be_made_is_told(
     assert "[no space]" in done.output
 
 
-def test_the_default_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder_in_user_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert module.default_folder() == tmp_path / "vlcache_fx" / "peers"
 
 
-def test_cores_are_limited_by_threads() -> None:
+def test_own_cores_limited_by_threads() -> None:
     assert len(module.own_cores(1)) == 1
     assert module.own_cores(0) == sorted(set(module.own_cores(0)))
 
 
-def test_machine_and_versions_in_a_line() -> None:
+def test_describe_in_one_line() -> None:
     machine = describe_machine()
     line = module.describe(machine, FACTS)
     assert machine.processor in line

@@ -36,7 +36,7 @@ def environment(tmp_path: Path) -> Environment:
     return Environment(tmp_path)
 
 
-def test_a_prompt_fits_into_one_step() -> None:
+def test_engine_settings_one_step_per_prompt() -> None:
     settings = engine_settings(Path("model"), "bfloat16", 4226)
     assert settings["max_num_batched_tokens"] == settings["max_model_len"] == 8192
     assert settings["dtype"] == "bfloat16"
@@ -45,11 +45,11 @@ def test_a_prompt_fits_into_one_step() -> None:
 @pytest.mark.parametrize(
     ("room", "vision_tokens", "photos"), [(8192, 4096, 2), (2048, 1024, 2), (512, 1024, 1)]
 )
-def test_as_many_other_photos_as_do_not_fit(room: int, vision_tokens: int, photos: int) -> None:
+def test_other_photos_exceed_the_cache(room: int, vision_tokens: int, photos: int) -> None:
     assert other_photos({"max_num_batched_tokens": room}, vision_tokens) == photos
 
 
-def test_the_worker_sees_its_own_packages_alone(environment: Environment) -> None:
+def test_worker_variables_without_other_packages(environment: Environment) -> None:
     base = {"PATH": "/bin", "PYTHONPATH": "/ours", "VIRTUAL_ENV": "/ours/venv"}
     found = worker_variables(environment, [0, 1], base)
     assert found["PATH"] == "/bin"
@@ -60,7 +60,7 @@ def test_the_worker_sees_its_own_packages_alone(environment: Environment) -> Non
     assert "LD_PRELOAD" not in found
 
 
-def test_openmp_is_preloaded_where_it_is_there(environment: Environment) -> None:
+def test_worker_variables_preload_openmp(environment: Environment) -> None:
     environment.openmp.parent.mkdir(parents=True)
     environment.openmp.touch()
     assert worker_variables(environment, [0], {})["LD_PRELOAD"] == str(environment.openmp)
@@ -68,11 +68,11 @@ def test_openmp_is_preloaded_where_it_is_there(environment: Environment) -> None
     assert with_another == f"{environment.openmp}:/x.so"
 
 
-def test_the_worker_imports_nothing_of_this_project() -> None:
+def test_worker_imports_nothing_of_this_project() -> None:
     assert "vlcache_fx" not in WORKER.read_text(encoding="utf-8")
 
 
-def test_a_request_is_answered(environment: Environment) -> None:
+def test_vllm_peer_ask(environment: Environment) -> None:
     with VllmPeer(environment, {"model": "x"}, [0], COMMAND) as peer:
         assert peer.facts["threads"] == 1
         answer = peer.ask(request())
@@ -81,20 +81,20 @@ def test_a_request_is_answered(environment: Environment) -> None:
         assert peer.logprobs(request()).tolist() == np.zeros(3).tolist()
 
 
-def test_another_number_of_tokens_is_an_error(environment: Environment) -> None:
+def test_vllm_peer_other_number_of_tokens(environment: Environment) -> None:
     with (
         VllmPeer(environment, {"model": "x"}, [0], COMMAND) as peer,
-        pytest.raises(PeerError, match="made 8 tokens of a prompt of 9"),
+        pytest.raises(PeerError, match="counted 8 tokens in a prompt of 9"),
     ):
         peer.ask(request(vision_tokens=5))
 
 
-def test_a_worker_that_cannot_load_says_why(environment: Environment) -> None:
+def test_vllm_peer_load_error(environment: Environment) -> None:
     with pytest.raises(PeerError, match="no model"):
         VllmPeer(environment, {"model": ""}, [0], COMMAND)
 
 
-def test_a_worker_that_ends_is_noticed(environment: Environment) -> None:
+def test_vllm_peer_ended_worker(environment: Environment) -> None:
     with VllmPeer(environment, {"model": "x"}, [0], COMMAND) as peer:
         with pytest.raises(PeerError, match=r"has stopped.*vllm\.log"):
             peer.ask(request(first=60))
@@ -102,6 +102,6 @@ def test_a_worker_that_ends_is_noticed(environment: Environment) -> None:
             peer.ask(request())
 
 
-def test_an_environment_without_python_is_an_error(environment: Environment) -> None:
+def test_vllm_peer_without_python(environment: Environment) -> None:
     with pytest.raises(PeerError, match="cannot start vLLM"):
         VllmPeer(environment, {}, [0])

@@ -1,4 +1,4 @@
-"""What becomes of the named families, through both entries."""
+"""Outcomes of the named families, through both entries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlcache_fx.testing.survey.table import NAMED
 from ...runtime.helpers import own_compiler_state
 
 EVERY_TIME = frozenset({"qwen3_vl"})
-"""The one with features in inner layers. Qwen2.5-VL, LLaVA and Mllama are in other tests."""
+"""A family with deepstack. Qwen2.5-VL, LLaVA and Mllama are in other tests."""
 
 KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
 """Of the graph of a call; a decoder's, otherwise."""
@@ -31,7 +31,7 @@ NOT_REUSED = {
     ),
     "mllama": ("exact reuse", ""),
 }
-"""Result and reason; of the others, rows are reused."""
+"""Result and reason of families without reuse; all others reuse rows."""
 
 
 @pytest.mark.slow
@@ -40,7 +40,7 @@ def test_try_family(name: str, request: pytest.FixtureRequest) -> None:
     if name not in EVERY_TIME and not request.config.getoption("--all-families"):
         pytest.skip("takes half a minute; pass --all-families")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of transformers about its own defaults
+        warnings.simplefilter("ignore")  # transformers warns of its own defaults
         outcome = try_family(name)
     result, detail = NOT_REUSED.get(name, ("reuse", ""))
     assert outcome.results == dict.fromkeys(ENTRIES, result)
@@ -50,11 +50,11 @@ def test_try_family(name: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_gradients_and_explanations(name: str, request: pytest.FixtureRequest) -> None:
-    """A training step gives the unmodified model's gradients; explanations trace as calls do."""
+    """A training step computes the unmodified model's gradients; explanations trace like calls."""
     if name not in EVERY_TIME and not request.config.getoption("--all-families"):
         pytest.skip("pass --all-families")
     with warnings.catch_warnings(), own_compiler_state():
-        warnings.simplefilter("ignore")  # those of transformers about its own defaults
+        warnings.simplefilter("ignore")  # transformers warns of its own defaults
         family = build_family(name)
         prompt = image_prompt(family, 5, 7, image=1)
         compiled = vlcache_fx.compile(copy.deepcopy(family.model), lowering="eager", min_span_tokens=2)

@@ -24,7 +24,7 @@ UNBUILT = Outcome("other", "Other", {}, "TypeError: no")
 ODD = Outcome("odd", "Odd", {"vlcache_fx.compile": "reuse", "torch.compile": "not reused"})
 
 
-def test_named_families_have_rows_and_others_are_listed() -> None:
+def test_markdown_rows_and_lists() -> None:
     lines = markdown([UNBUILT, REFUSED, ODD, LLAVA]).splitlines()
     assert lines[2] == "| llava | `Llava` | reuse | reuse |  |"
     assert lines[3] == "| qwen3_5 | `Qwen` | refused: x | not reused | conv1d |"
@@ -32,19 +32,19 @@ def test_named_families_have_rows_and_others_are_listed() -> None:
     assert "- small model could not be built or run without this package: other" in lines
 
 
-def test_an_entry_that_was_not_tried_says_so() -> None:
+def test_row_of_missing_entry() -> None:
     outcome = Outcome("llava", "Llava", {"torch.compile": "reuse"})
     assert "| llava | `Llava` | not run | reuse |  |" in markdown([outcome])
 
 
-def test_writing_replaces_what_stands_between_the_marks(tmp_path: Path) -> None:
+def test_write_into_replaces_the_table(tmp_path: Path) -> None:
     document = tmp_path / "families.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nbehind\n")
     write_into(document, "new")
     assert document.read_text() == f"before\n{BEGIN}\nnew\n{END}\nbehind\n"
 
 
-def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
+def test_write_into_document_without_marks(tmp_path: Path) -> None:
     document = tmp_path / "families.md"
     document.write_text("nothing\n")
     with pytest.raises(ValueError, match="families: begin"):
@@ -52,7 +52,7 @@ def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
     assert document.read_text() == "nothing\n"
 
 
-def test_unknown_families_are_named_on_the_command_line() -> None:
+def test_main_unknown_families() -> None:
     app = typer.Typer()
     app.command()(main)
     result = CliRunner().invoke(app, ["llava", "no_such_family"])
@@ -61,5 +61,5 @@ def test_unknown_families_are_named_on_the_command_line() -> None:
     assert "qwen2_5_vl" in result.output
 
 
-def test_transformers_knows_the_named_families() -> None:
+def test_named_families_exist_in_transformers() -> None:
     assert set(NAMED) <= set(known_families())

@@ -1,4 +1,4 @@
-"""What was trained: a projector from EfficientNet features to word embeddings, and low-rank updates."""
+"""The trained parts: a projector from EfficientNet features to word embeddings, and low-rank updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UPDATE_SCALE = 2.0
 
 
 class Projector(nn.Module):
-    """Maps each vision token and the mean of its tile to a word embedding, and adds where the tile lies."""
+    """Maps each vision token and the mean of its tile to a word embedding, and adds the tile's position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Projector(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map ``[images, rows, columns, TILE_TOKENS, FEATURES]`` to ``[images, tokens, WIDTH]``, by tile."""
         images, rows, columns = features.shape[:3]
-        places = self.rows[:rows, None] + self.columns[None, :columns]
-        return (self.content(features) + places[None, :, :, None]).reshape(images, -1, WIDTH)
+        positions = self.rows[:rows, None] + self.columns[None, :columns]
+        return (self.content(features) + positions[None, :, :, None]).reshape(images, -1, WIDTH)
 
 
 def adapted_maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Each adapted map of the decoder: its name, the module that holds it, and its name there."""
+    """Return the adapted maps of the decoder: name, parent module, and attribute name."""
     found: list[tuple[str, nn.Module, str]] = []
     for name, module in decoder.named_modules():
         found.extend((f"{name}.{key}", module, key) for key in RANKS if hasattr(module, key))
@@ -60,10 +60,10 @@ def adapted_maps(decoder: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 
 def merge_updates(decoder: Any, factors: dict[str, Tensor]) -> None:
-    """Add saved updates to the weights of ``decoder``, once and for all.
+    """Add saved updates to the weights of ``decoder``.
 
     Raises:
-        KeyError: the factors are of another decoder.
+        KeyError: the factors belong to another decoder.
     """
     with torch.no_grad():
         for name, module, key in adapted_maps(decoder):

@@ -1,4 +1,4 @@
-"""Questions about boards of small pictures: the evaluation set, and the draws that training shares."""
+"""Questions about boards of small pictures, for evaluation and training."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 FAMILIES = ("cell", "where", "same")
 MAX_SYSTEM_WORDS = 60
 GRID = 6
-"""Rows and columns of a board, unless asked for otherwise: 6 x 6 cells are 144 vision tokens."""
+"""Default rows and columns of a board: 6 x 6 cells are 144 vision tokens."""
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One question with its pictures and its right answer.
+    """One question with its pictures and its answer.
 
     ``family`` is one of ``FAMILIES``; ``images`` holds one picture, or two for ``"same"``; ``question_first``
     says whether ``text`` stands before the pictures; ``answer`` is a single word. ``boards`` are, per
@@ -64,7 +64,7 @@ class Asked:
 
 
 def image_count(family: str) -> int:
-    """How many pictures a question of ``family`` is about."""
+    """Return the number of pictures of a question of ``family``."""
     return 2 if family == "same" else 1
 
 
@@ -78,22 +78,22 @@ def draw_boards(rng: np.random.Generator, family: str, rows: int, columns: int) 
 
 
 def draw_photos(rng: np.random.Generator, photos: Photos, board: IntArray) -> IntArray:
-    """Pick for every cell a random picture of its kind; returns ids in the shape of ``board``."""
+    """Pick a random picture of its kind for every cell; return ids in the shape of ``board``."""
     chosen = np.empty(board.shape, np.int64)
     for kind in range(len(CLASSES)):
-        places = board == kind
-        chosen[places] = rng.choice(photos.of_class(kind), size=int(places.sum()))
+        mask = board == kind
+        chosen[mask] = rng.choice(photos.of_class(kind), size=int(mask.sum()))
     return chosen
 
 
 def draw_system_prompt(rng: np.random.Generator, words: int | None = None) -> str:
-    """A system prompt of ``words`` words (default: 0 to 60), sensible sentences first, random words after."""
+    """Draw a system prompt of ``words`` words (default: 0 to 60): sentences, then random words."""
     length = int(rng.integers(MAX_SYSTEM_WORDS + 1)) if words is None else words
     prompt: list[str] = []
     for sentence in rng.permutation(np.array(SENTENCES, dtype=object)):
-        pieces = str(sentence).split()
-        if len(prompt) + len(pieces) <= length and rng.random() < 0.7:
-            prompt.extend(pieces)
+        words_of = str(sentence).split()
+        if len(prompt) + len(words_of) <= length and rng.random() < 0.7:
+            prompt.extend(words_of)
     prompt.extend(str(word) for word in rng.choice(FILLERS, size=length - len(prompt)))
     return " ".join(prompt)
 
@@ -117,7 +117,7 @@ def draw_question(rng: np.random.Generator, family: str, boards: Sequence[IntArr
         text = f"Is {cell_name(row, column)} the same kind in both pictures?"
         answer = "yes" if kind == int(boards[1][row, column]) else "no"
         return Asked(text, answer, ((0, row, column), (1, row, column)), named)
-    raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+    raise ValueError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
 
 
 def make_questions(
@@ -132,21 +132,21 @@ def make_questions(
     """Make ``count`` questions of one family; equal arguments give equal questions.
 
     Args:
-        split: ``"test"`` or ``"train"``: which of the shipped pictures.
+        split: split of the shipped pictures, ``"test"`` or ``"train"``.
         family: one of ``FAMILIES``.
-        count: how many questions; each has its own pictures and its own system prompt.
-        seed: of the draws.
-        question_first: the question stands before its pictures.
+        count: number of questions; each has other pictures and another system prompt.
+        seed: seed of the questions.
+        question_first: put the question before its pictures.
         system_words: words of the system prompts (default: 0 to 60, drawn).
         grid: rows and columns of each picture, 1 to 8; a picture has ``4 * grid ** 2`` vision tokens.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is not valid.
     """
     if family not in FAMILIES:
-        raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+        raise ValueError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
     if not 1 <= grid <= MAX_CELLS:
-        raise ValueError(f"grid is 1 to {MAX_CELLS}, not {grid}")
+        raise ValueError(f"grid={grid} is not valid: it must be 1 to {MAX_CELLS}")
     photos = load_pictures(split)
     key = [seed, FAMILIES.index(family), int(question_first), grid, 0 if split == "train" else 1]
     rng = np.random.default_rng(key)
@@ -177,12 +177,12 @@ def ask_again(
     question_first: bool,
     system_words: int | None = None,
 ) -> Question:
-    """Draw another question of the same family about the same pictures, behind another system prompt.
+    """Draw another question of the same family about the same pictures, after another system prompt.
 
     Args:
-        question: has the pictures.
-        rng: of the draws.
-        question_first: the new question stands before its pictures.
+        question: source of the pictures.
+        rng: random generator.
+        question_first: put the new question before its pictures.
         system_words: words of the new system prompt (default: 0 to 60, drawn).
     """
     drawn = draw_question(rng, question.family, question.boards)
@@ -196,7 +196,7 @@ def ask_again(
 
 
 def build_prompt(question: Question) -> str:
-    """The chat text of ``question`` up to where the answer begins; one ``IMAGE`` token per picture."""
+    """Build the chat text of ``question`` before its answer; one ``IMAGE`` token per picture."""
     return "".join(
         prompt_parts(question.system_prompt, question.text, len(question.images), question.question_first)
     )

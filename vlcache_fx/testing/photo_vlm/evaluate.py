@@ -1,4 +1,4 @@
-"""Ask the photo VLM, and count how often it is right."""
+"""Asks the photo VLM, and computes its accuracy."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["accuracy", "answer_questions", "next_words", "prepare"]
 
 
 def prepare(processor: Any, questions: Sequence[Question], device: Any = None) -> Any:
-    """Process questions into one left-padded batch of model inputs, on ``device`` when one is given.
+    """Process questions into one left-padded batch of model inputs, on ``device`` if given.
 
-    Their pictures have one size.
+    Their pictures must have equal sizes.
     """
     images = [image for question in questions for image in question.images]
     inputs = processor(text=[build_prompt(question) for question in questions], images=images)
@@ -25,10 +25,10 @@ def prepare(processor: Any, questions: Sequence[Question], device: Any = None) -
 def answer_questions(
     model: Any, processor: Any, questions: Sequence[Question], batch: int = 4, max_new_tokens: int = 3
 ) -> list[str]:
-    """Answer each question by greedy ``model.generate``; returns the decoded answers."""
+    """Answer each question by greedy ``model.generate``; return the decoded answers."""
     return asking.answer_questions(model, processor, questions, prepare, batch, max_new_tokens)
 
 
 def next_words(model: Any, processor: Any, questions: Sequence[Question], batch: int = 4) -> list[str]:
-    """The likeliest first answer word of each question, by one forward pass (no generation)."""
+    """Predict the first answer word of each question with one forward pass."""
     return asking.next_words(model, processor, questions, prepare, batch)

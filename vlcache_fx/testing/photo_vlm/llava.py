@@ -1,4 +1,4 @@
-"""The model's class: transformers' LLaVA with another vision tower and projector."""
+"""The model's class: LLaVA of transformers with another vision encoder and projector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE_TOKEN_ID = 4
 
 
 class Tower(nn.Module):
-    """EfficientNet-Lite2 on each tile of 128 pixels by itself; four vision tokens a tile."""
+    """EfficientNet-Lite2 for separate tiles of 128 pixels; four vision tokens per tile."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Tower(nn.Module):
         rows, columns = height // TILE_PIXELS, width // TILE_PIXELS
         tiles = pixels.reshape(images, channels, rows, TILE_PIXELS, columns, TILE_PIXELS)
         tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, TILE_PIXELS, TILE_PIXELS)
-        # A few tiles at a time stay in the CPU's caches: four times faster than all at once.
+        # A few tiles at a time fit into the CPU's caches: four times faster than all at once.
         encode: Any = self.encoder.extract_features
         maps = torch.cat([encode(tiles[start : start + 8]) for start in range(0, len(tiles), 8)])
         tokens = F.avg_pool2d(maps, POOL).permute(0, 2, 3, 1)
@@ -39,7 +39,7 @@ class Tower(nn.Module):
 
 
 class PhotoModel(LlavaModel):  # type: ignore[no-untyped-call]
-    """LLaVA without its head; built by ``PhotoVlm.assemble``."""
+    """LLaVA without its head; see ``PhotoVlm.assemble``."""
 
     def __init__(self, config: LlavaConfig, decoder: Any, encoder: nn.Module, projector: Projector) -> None:
         LlavaPreTrainedModel.__init__(self, config)
@@ -48,13 +48,13 @@ class PhotoModel(LlavaModel):  # type: ignore[no-untyped-call]
         self.language_model = decoder
 
     def get_image_features(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Encode ``pixel_values [images, 3, height, width]``: a list of one ``[tokens, WIDTH]`` per image."""
+        """Encode ``pixel_values [images, 3, height, width]`` to a list with ``[tokens, WIDTH]`` per image."""
         features = self.multi_modal_projector(self.vision_tower(pixel_values))
         return BaseModelOutputWithPooling(pooler_output=list(features))  # type: ignore[arg-type]
 
 
 class PhotoVlm(LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
-    """``LlavaForConditionalGeneration`` around a decoder, an encoder and a projector that are given."""
+    """``LlavaForConditionalGeneration`` with a given decoder, encoder and projector."""
 
     def __init__(self, config: LlavaConfig, model: PhotoModel, head: nn.Module) -> None:
         LlavaPreTrainedModel.__init__(self, config)
@@ -63,10 +63,10 @@ class PhotoVlm(LlavaForConditionalGeneration):  # type: ignore[no-untyped-call]
 
     @classmethod
     def assemble(cls, decoder: Any, encoder: nn.Module, projector: Projector) -> PhotoVlm:
-        """Put the parts together; ``decoder`` is a ``LlamaForCausalLM``."""
-        attention = decoder.config._attn_implementation  # The new configuration forgets it.
+        """Combine the parts; ``decoder`` is a ``LlamaForCausalLM``."""
+        attention = decoder.config._attn_implementation  # The new configuration drops it.
         config = LlavaConfig(
-            # LLaVA's configuration wants one; nothing reads it, the tower is ours.
+            # Required by LLaVA's configuration, but unused: the encoder is another.
             vision_config=CLIPVisionConfig(image_size=TILE_PIXELS, patch_size=TILE_PIXELS // POOL),
             text_config=decoder.config,
             image_token_index=IMAGE_TOKEN_ID,

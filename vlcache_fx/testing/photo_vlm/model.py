@@ -1,4 +1,4 @@
-"""The photo VLM: LLaVA's graph around SmolLM2-135M-Instruct and EfficientNet-Lite2."""
+"""The photo VLM: LLaVA with SmolLM2-135M-Instruct and EfficientNet-Lite2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROJECTOR_FILE, UPDATES_FILE = "projector.safetensors", "updates.safetensors"
 
 
 def load_decoder(dtype: torch.dtype, attn_implementation: str = "sdpa") -> Any:
-    """Load SmolLM2-135M-Instruct as it is in its package, its 4-bit weights unpacked to ``dtype``."""
+    """Load SmolLM2-135M-Instruct from its package, with 4-bit weights unpacked to ``dtype``."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     require_parts()
@@ -36,7 +36,7 @@ def load_decoder(dtype: torch.dtype, attn_implementation: str = "sdpa") -> Any:
 
 
 def load_encoder() -> Any:
-    """Load EfficientNet-Lite2 as it is in its package, in float32."""
+    """Load EfficientNet-Lite2 from its package, in float32."""
     import torch
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -51,12 +51,12 @@ def load_model(
     """Assemble the model, in eval mode, on the CPU (``dtype``: float32 unless given).
 
     Args:
-        dtype: of weights and computation.
+        dtype: dtype of weights and computation.
         attn_implementation: as in transformers.
-        folder: holds the trained projector and updates; those of ``vlcache_fx_models`` unless given.
+        folder: folder of the trained projector and updates; by default in ``vlcache_fx_models``.
 
     Raises:
-        ImportError: a pretrained part or the trained one is not installed.
+        ImportError: a pretrained or trained part is not installed.
     """
     import torch
     from safetensors.torch import load_file
@@ -90,7 +90,7 @@ def load_processor() -> PhotoProcessor:
 
 
 def load_tokenizer() -> Any:
-    """Load SmolLM2's tokenizer as it is in its package; it pads on the left."""
+    """Load SmolLM2's tokenizer from its package; it pads on the left."""
     from transformers import AutoTokenizer
 
     require_parts()

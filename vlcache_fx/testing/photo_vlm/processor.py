@@ -1,4 +1,4 @@
-"""The photo VLM's processor: text and pictures in, model inputs out."""
+"""The photo VLM's processor: text and pictures -> model inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normalise(pixels: np.ndarray[Any, Any]) -> Tensor:
 
 
 class PhotoProcessor:
-    """``processor(text=[...], images=[...])`` and decoding in one."""
+    """Processes texts and images, and decodes tokens."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -34,37 +34,39 @@ class PhotoProcessor:
     def __call__(
         self, images: Sequence[Any] | None = None, text: str | Sequence[str] = "", **_: Any
     ) -> BatchFeature:
-        """Make ``input_ids`` and ``attention_mask [batch, length]`` and ``pixel_values [images, 3, h, w]``.
+        """Create ``input_ids`` and ``attention_mask [batch, length]`` and ``pixel_values [images, 3, h, w]``.
 
-        Each ``IMAGE`` in the texts stands for one picture and is widened to its vision tokens. Shorter texts
+        Each ``IMAGE`` in the texts represents one picture and is expanded to its vision tokens. Shorter texts
         are padded on the left.
 
         Raises:
-            ValueError: the pictures have several sizes, sides that are no multiples of 128 pixels, or are not
-                as many as the texts name.
+            ValueError: the pictures differ in size or from the texts' number, or their sides are no multiples
+                of 128 pixels.
         """
         from transformers import BatchFeature
 
         texts = [text] if isinstance(text, str) else list(text)
         data: dict[str, Any] = {}
-        tokens, named = 0, sum(one.count(IMAGE) for one in texts)
+        tokens, named = 0, sum(part.count(IMAGE) for part in texts)
         if named != len(images or ()):
             raise ValueError(f"the text names {named} pictures but {len(images or ())} were given")
         if images:
             sizes = sorted({image.size for image in images})
             if len(sizes) > 1 or any(side % TILE_PIXELS for side in sizes[0]):
-                raise ValueError(f"pictures have one size, in multiples of {TILE_PIXELS} pixels, not {sizes}")
+                raise ValueError(
+                    f"pictures must have one size, in multiples of {TILE_PIXELS} pixels, not {sizes}"
+                )
             tokens = TILE_TOKENS * sizes[0][0] * sizes[0][1] // TILE_PIXELS**2
-            data["pixel_values"] = normalise(np.stack([np.asarray(one.convert("RGB")) for one in images]))
-        widened = [one.replace(IMAGE, IMAGE * tokens) for one in texts]
-        encoded = self.tokenizer(widened, padding=True, return_tensors="pt", add_special_tokens=False)
+            data["pixel_values"] = normalise(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+        expanded = [part.replace(IMAGE, IMAGE * tokens) for part in texts]
+        encoded = self.tokenizer(expanded, padding=True, return_tensors="pt", add_special_tokens=False)
         data["input_ids"], data["attention_mask"] = encoded["input_ids"], encoded["attention_mask"]
         return BatchFeature(data=data)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's ``decode``."""
+        """Call the tokenizer's ``decode``."""
         return str(self.tokenizer.decode(*args, **kwargs))
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
+        """Call the tokenizer's ``batch_decode``."""
         return list(self.tokenizer.batch_decode(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What the photo VLM is asked and how it is written: class words, names of cells, chat turns."""
+"""Texts of the photo VLM: class words, names of cells, chat turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship"
 COLUMN_NAMES = "ABCDEFGH"
 MAX_CELLS = len(COLUMN_NAMES)
 IMAGE = "<reponame>"
-"""A special token of SmolLM2 that its chats never use. It stands for a picture, and for each vision token."""
+"""A special token of SmolLM2 that chats do not use: placeholder of pictures, and of each vision token."""
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
@@ -34,17 +34,17 @@ FILLERS = tuple(_FILLERS.split())
 
 
 def cell_name(row: int, column: int) -> str:
-    """The name of a cell, as in a spreadsheet: row 2, column 1 (from 0) is ``B3``."""
+    """Name a cell as in a spreadsheet: row 2, column 1 (from 0) is ``B3``."""
     return f"{COLUMN_NAMES[column]}{row + 1}"
 
 
 def answer_text(answer: str) -> str:
-    """The answer as the model writes it: one token; SmolLM2 has words with a space before, digits without."""
+    """Return the answer in the model's format, one token: words after a space, digits without."""
     return answer if answer.isdigit() else f" {answer}"
 
 
 def prompt_parts(system_prompt: str, text: str, images: int, question_first: bool) -> tuple[str, str]:
-    """Chat text up to and including the pictures, and what follows up to where the answer begins."""
+    """Split chat text: up to and with the pictures, and from there to the answer."""
     pictures = IMAGE * images
     start = f"{TURN_START}system\n{system_prompt}{TURN_END}\n{TURN_START}user\n"
     end = f"{TURN_END}\n{TURN_START}assistant\n"

@@ -1,8 +1,8 @@
 """A small Qwen2.5-VL, trained from scratch on grids of scanned digits, with its processor and questions.
 
-``load_model()`` and ``load_processor()`` give what ``from_pretrained`` gives for a published model;
-``make_questions()`` gives questions with right answers, ``answer_questions()`` and ``accuracy()`` score them.
-Nothing heavy is imported before a function is called. ``examples/train_reference_vlm`` made the weights.
+``load_model()`` and ``load_processor()`` replace ``from_pretrained``; ``make_questions()`` creates questions
+with answers, ``answer_questions()`` and ``accuracy()`` score them. Heavy imports are deferred.
+``examples/train_reference_vlm`` trained the weights.
 """
 
 from vlcache_fx.testing.reference_vlm.data import (

@@ -1,4 +1,4 @@
-"""Questions about grids of digits: the evaluation set, and the draws that training shares with it."""
+"""Questions about grids of digits, for evaluation and training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT_REST = 4.0
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """One question with its pictures and its right answer.
+    """One question with its pictures and its answer.
 
     ``family`` is one of ``FAMILIES``; ``images`` holds one picture, or two for ``"same"``; ``question_first``
     says whether ``text`` stands before the pictures; ``answer`` is a single word. ``digits`` are, per
@@ -41,7 +41,7 @@ class Question:
 
 
 def image_count(family: str) -> int:
-    """How many pictures a question of ``family`` is about."""
+    """Return the number of pictures of a question of ``family``."""
     return 2 if family == "same" else 1
 
 
@@ -64,23 +64,23 @@ def draw_partner(rng: np.random.Generator, digits: IntArray, rows: int) -> IntAr
 
 
 def draw_scans(rng: np.random.Generator, scans: Scans, digits: IntArray) -> IntArray:
-    """Pick for every digit a random scan of it; returns rows of ``scans`` in the shape of ``digits``."""
+    """Pick a random scan for every digit; return rows of ``scans`` in the shape of ``digits``."""
     chosen = np.empty(digits.shape, np.int64)
     for digit in range(10):
-        places = digits == digit
-        chosen[places] = rng.choice(scans.of_digit(digit), size=int(places.sum()))
+        mask = digits == digit
+        chosen[mask] = rng.choice(scans.of_digit(digit), size=int(mask.sum()))
     return chosen
 
 
 def draw_system_prompt(rng: np.random.Generator, words: int | None = None) -> str:
-    """A system prompt of ``words`` words (default: 0 to 60), sensible sentences first, random words after."""
+    """Draw a system prompt of ``words`` words (default: 0 to 60): sentences, then random words."""
     length = int(rng.integers(MAX_SYSTEM_WORDS + 1)) if words is None else words
     prompt: list[str] = []
     if rng.random() < 0.5:
         for sentence in rng.permutation(np.array(SYSTEM_SENTENCES, dtype=object)):
-            pieces = str(sentence).split()
-            if len(prompt) + len(pieces) <= length and rng.random() < 0.7:
-                prompt.extend(pieces)
+            words_of = str(sentence).split()
+            if len(prompt) + len(words_of) <= length and rng.random() < 0.7:
+                prompt.extend(words_of)
     prompt.extend(str(word) for word in rng.choice(FILLER_WORDS, size=length - len(prompt)))
     return " ".join(prompt)
 
@@ -117,7 +117,7 @@ def draw_question(rng: np.random.Generator, family: str, grids: Sequence[IntArra
     if family == "count":
         if rng.random() < 0.2:
             digit = int(rng.integers(10))
-        cells = tuple((0, row, place) for place, other in enumerate(line) if other == digit)
+        cells = tuple((0, row, index) for index, other in enumerate(line) if other == digit)
         return Asked(
             f"how many times is digit {digit} in row {row + 1} ?", str(len(cells)), cells, COUNT_REST
         )
@@ -130,7 +130,7 @@ def draw_question(rng: np.random.Generator, family: str, grids: Sequence[IntArra
         return (
             Asked(text, "none", (), 1.0) if first is None else Asked(text, str(first + 1), ((0, row, first),))
         )
-    raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+    raise ValueError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
 
 
 def make_questions(
@@ -147,7 +147,7 @@ def make_questions(
     own system prompt of ``system_words`` words (default: 0 to 60, drawn).
     """
     if family not in FAMILIES:
-        raise ValueError(f"family is one of {FAMILIES}, not {family!r}")
+        raise ValueError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
     scans = load_scans(split)
     key = [seed, FAMILIES.index(family), int(question_first), 0 if split == "train" else 1]
     rng = np.random.default_rng(key)
@@ -180,12 +180,12 @@ def ask_again(
     question_first: bool,
     system_words: int | None = None,
 ) -> Question:
-    """Draw another question of the same family about the same pictures, behind another system prompt.
+    """Draw another question of the same family about the same pictures, after another system prompt.
 
     Args:
-        question: has the pictures.
-        rng: of the draws.
-        question_first: the new question stands before its pictures.
+        question: source of the pictures.
+        rng: random generator.
+        question_first: put the new question before its pictures.
         system_words: words of the new system prompt (default: 0 to 60, drawn).
     """
     drawn = draw_question(rng, question.family, question.digits)
@@ -199,12 +199,12 @@ def ask_again(
 
 
 def answer_text(answer: str) -> str:
-    """The answer as the model writes it: one token."""
+    """Return the answer in the model's format: one token."""
     return answer
 
 
 def build_prompt(question: Question) -> str:
-    """The chat text of ``question`` up to where the answer begins; one ``<|image_pad|>`` per picture."""
+    """Build the chat text of ``question`` before its answer; one ``<|image_pad|>`` per picture."""
     return prompt_text(question.system_prompt, question.text, len(question.images), question.question_first)
 
 

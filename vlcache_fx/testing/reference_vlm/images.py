@@ -1,7 +1,7 @@
 """Grids of digits as pictures: one 8x8 scan per cell, tinted like a spreadsheet.
 
-Red falls from row to row and green from column to column, so that a cell's own pixels say where it is; the
-digit is dark, above all in blue. A cell is 8x8 pixels, which the reference model reads as one vision token.
+Red falls from row to row and green from column to column: a cell's pixels encode its position. The digit is
+dark, mostly in blue. A cell is 8x8 pixels, one vision token of the reference model.
 """
 
 from __future__ import annotations

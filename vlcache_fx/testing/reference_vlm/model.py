@@ -1,4 +1,4 @@
-"""Where the reference model's files are, and how to load them."""
+"""Loads the reference model and its processor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def load_model(
     """Load the trained reference model, in eval mode, on the CPU (``dtype``: float32 unless given).
 
     Raises:
-        MissingAssetsError: no ``folder`` is given, and ``vlcache_fx_models`` is not installed.
+        MissingAssetsError: without ``folder``, ``vlcache_fx_models`` is not installed.
     """
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration

@@ -1,7 +1,6 @@
-"""The reference model's processor: text and pictures in, model inputs out.
+"""The reference model's processor: text and pictures -> model inputs.
 
-It has the call signature of ``Qwen2_5_VLProcessor`` and gives the same tensors, but needs neither torchvision
-nor a video processor.
+Signature and results of ``Qwen2_5_VLProcessor``, without torchvision and without a video processor.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PROCESSOR_FILE = "processor_config.json"
 
 
 class ReferenceImageProcessor:
-    """Cut RGB pictures into flattened patches, in the order Qwen2-VL's vision tower expects; no resizing."""
+    """Splits RGB pictures into flattened patches in the order of Qwen2-VL's vision encoder; no resizing."""
 
     model_input_names = ("pixel_values", "image_grid_thw")
 
@@ -64,7 +63,7 @@ class ReferenceImageProcessor:
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """One picture, a list, or a list of lists: always a flat list."""
+    """Flatten a picture, a list, or a list of lists to a list."""
     if images is None:
         return []
     if not isinstance(images, Iterable) or hasattr(images, "convert"):
@@ -73,7 +72,7 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 class ReferenceProcessor:
-    """``processor(text=[...], images=[...], return_tensors="pt")``, chat template and decoding in one."""
+    """Processes texts and images, applies the chat template, and decodes tokens."""
 
     def __init__(self, image_processor: ReferenceImageProcessor | None = None, tokenizer: Any = None) -> None:
         self.image_processor = image_processor or ReferenceImageProcessor()
@@ -93,9 +92,9 @@ class ReferenceProcessor:
         return_mm_token_type_ids: bool = True,
         **_: Any,
     ) -> BatchFeature:
-        """Make ``input_ids``, ``attention_mask`` and ``mm_token_type_ids [batch, length]`` and the pixels.
+        """Create ``input_ids``, ``attention_mask`` and ``mm_token_type_ids [batch, length]`` and the pixels.
 
-        Each ``<|image_pad|>`` in the texts stands for one picture and is widened to its vision tokens.
+        Each ``<|image_pad|>`` in the texts represents one picture and is expanded to its vision tokens.
         Shorter texts are padded on the left.
         """
         from transformers import BatchFeature
@@ -151,16 +150,16 @@ class ReferenceProcessor:
         return self(text=texts, images=pictures or None, **kwargs)
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
-        """The tokenizer's ``decode``."""
+        """Call the tokenizer's ``decode``."""
         return str(self.tokenizer.decode(*args, **kwargs))
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's ``batch_decode``."""
+        """Call the tokenizer's ``batch_decode``."""
         return list(self.tokenizer.batch_decode(*args, **kwargs))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **_: Any) -> ReferenceProcessor:
-        """Read what ``save_pretrained`` wrote; local folders only."""
+        """Read a local folder that ``save_pretrained`` wrote."""
         from transformers import PreTrainedTokenizerFast
 
         settings = json.loads((Path(folder) / PROCESSOR_FILE).read_text(encoding="utf-8"))
@@ -185,5 +184,5 @@ def widen_image_tokens(texts: Sequence[str], counts: Sequence[int]) -> list[str]
     widened = []
     for text in texts:
         first, *rest = text.split(IMAGE)
-        widened.append(first + "".join(IMAGE * next(remaining) + piece for piece in rest))
+        widened.append(first + "".join(IMAGE * next(remaining) + part for part in rest))
     return widened

@@ -1,4 +1,4 @@
-"""The scanned digits behind the reference model, split by scan."""
+"""The scanned digits of the reference model, split by scan."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Scans:
     labels: IntArray
 
     def of_digit(self, digit: int) -> IntArray:
-        """Rows of this split (not ``load_digits`` ids) whose label is ``digit``."""
+        """Return the rows of this split (not ``load_digits`` ids) with label ``digit``."""
         return np.flatnonzero(self.labels == digit).astype(np.int64)
 
 
@@ -36,7 +36,7 @@ class Scans:
 def load_scans(split: str) -> Scans:
     """Return the scans of ``"train"`` (1,437) or ``"test"`` (360); no scan is in both."""
     if split not in SPLITS:
-        raise ValueError(f"split is one of {SPLITS}, not {split!r}")
+        raise ValueError(f"split={split!r} is not valid: it must be one of {', '.join(SPLITS)}")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

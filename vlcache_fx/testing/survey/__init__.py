@@ -1,1 +1,1 @@
-"""The vision-language families of the installed ``transformers``, each in its smallest form, tried out."""
+"""Tries out the vision-language families of the installed ``transformers``, each as a tiny model."""

@@ -20,10 +20,10 @@ from vlcache_fx.testing.survey.table import NAMED, markdown, write_into
 
 
 def main(
-    families: Annotated[list[str] | None, typer.Argument(help="Model types; all of them by default.")] = None,
-    write: Annotated[Path | None, typer.Option(help="Document that has a place for the table.")] = None,
+    families: Annotated[list[str] | None, typer.Argument(help="Model types; by default all.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Document in which to replace the table.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the outcomes.")] = None,
-    memory_gib: Annotated[int, typer.Option(help="Address space; a model that wants more fails.")] = 12,
+    memory_gib: Annotated[int, typer.Option(help="Limit of the address space; larger models fail.")] = 12,
 ) -> None:
     """Build each family's smallest model and generate with and without reuse."""
     console, outcomes = Console(stderr=True), []
@@ -31,17 +31,17 @@ def main(
     names = families or [*NAMED, *(name for name in known if name not in NAMED)]
     unknown = [name for name in names if name not in known]
     if unknown:
-        console.print(f"error: unknown families {', '.join(unknown)}; known are: {', '.join(known)}")
+        console.print(f"error: unknown families {', '.join(unknown)}; valid are: {', '.join(known)}")
         raise typer.Exit(2)
     with at_most(memory_gib):
         for name in track(names, "families", console=console, transient=True):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # those of other libraries about their own defaults
+                warnings.simplefilter("ignore")  # other libraries warn of their own defaults
                 try:
                     outcomes.append(try_family(name))
                 except SurveyError as error:
                     outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "wrong"}, str(error)))
-                except Exception as error:  # noqa: BLE001 - one family must not end the survey
+                except Exception as error:  # noqa: BLE001 - the survey continues after failures
                     detail = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                     outcomes.append(Outcome(name, known[name], {"vlcache_fx.compile": "failed"}, detail))
             if output is not None:  # after each: it takes half an hour
@@ -54,7 +54,7 @@ def main(
 
 @contextmanager
 def at_most(memory_gib: int) -> Iterator[None]:
-    """Limit this process's address space: a model that cannot be made small must not fill the machine."""
+    """Limit this process's address space: a model that stays large must not fill the memory."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (memory_gib << 30, before[1]))
     try:

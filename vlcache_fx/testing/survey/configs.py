@@ -1,7 +1,7 @@
-"""Small configurations: the defaults of a family with every size made small.
+"""Small configurations: the defaults of a family with small sizes.
 
-Sizes are recognised by the names that configurations share, so a family that a later version of transformers
-adds is built as well, as a rule. What the rules get wrong is corrected per family (``families.py``).
+Sizes are recognised by names that configurations share, which usually works for new families of later
+versions of transformers. ``families.py`` has corrections per family.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 VOCABULARY = 200
 FIRST_SPECIAL = 160
-"""Ids below are text; those above are given to special tokens as they are found."""
+"""Ids below are text; ids above are assigned to special tokens in order."""
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 3, 4, 2, 16
 
@@ -41,7 +41,7 @@ TEXT: Mapping[str, Any] = {
     "max_position_embeddings": 1024,
     "cross_attention_layers": [1],
 }
-"""For language models."""
+"""Sizes of language models."""
 
 VISION: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "width", "projector_input_dim", "projector_output_dim"), 32),
@@ -60,7 +60,7 @@ VISION: Mapping[str, Any] = {
     "mlp_ratio": 2,
     "intermediate_layers_indices": [0],
 }
-"""For encoders."""
+"""Sizes of encoders."""
 
 TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config"})
 IGNORED = frozenset(
@@ -71,12 +71,12 @@ IGNORED = frozenset(
 def small_values(
     values: Mapping[str, Any], special: dict[str, int], *, vision: bool = False
 ) -> dict[str, Any]:
-    """``values`` of a configuration (``to_dict()``) with small sizes.
+    """Return the ``values`` of a configuration (``to_dict()``) with small sizes.
 
     Args:
-        values: of the configuration, nested ones included.
-        special: ids of special tokens by name; grows.
-        vision: they are an encoder's.
+        values: values of the configuration, possibly nested.
+        special: name -> id of special tokens; extended.
+        vision: whether the configuration is an encoder's.
     """
     sizes = VISION if vision else TEXT
     depth = next((values[name] for name in ("num_hidden_layers", "num_layers") if name in values), None)
@@ -103,7 +103,7 @@ def small_values(
 
 
 def _like(value: Any, small: Any) -> Any:
-    """``small`` in the form of ``value``."""
+    """Convert ``small`` to the type of ``value``."""
     if isinstance(value, list | tuple) and not isinstance(small, list):
         return type(value)([small] * len(value))
     return float(small) if isinstance(value, float) else copy.copy(small)
@@ -116,13 +116,13 @@ def _special(name: str, value: Any, special: dict[str, int]) -> Any:
 
 
 def _first_kinds(values: Any, count: int) -> Any:
-    """Per-layer settings cut to ``count``, with every kind among them if there is room."""
+    """Cut per-layer settings to ``count``; keep every kind if possible."""
     kinds = [value for index, value in enumerate(values) if value not in values[:index]]
     return type(values)([*kinds, *[values[-1]] * count][:count])
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections of multimodal rotary embeddings that fit the small heads."""
+    """Adapt the sections of multimodal rotary embeddings to small heads."""
     made = {name: _rope(value) if isinstance(value, dict) else value for name, value in values.items()}
     if "mrope_section" in made:
         made["mrope_section"] = [2, 3, 3]

@@ -1,4 +1,4 @@
-"""Building one family: what the general rules for small configurations get wrong, and its prompts' pixels."""
+"""Builds the small model of a family; corrects the general rules for small configurations."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "llava_next": {"image_grid_pinpoints": TILES},
     "llava_next_video": {"image_grid_pinpoints": TILES},
     "llama4": {
-        "vision_config.vision_output_dim": 32,  # of all four widths behind the encoder
+        "vision_config.vision_output_dim": 32,  # width of the encoder's output
         "vision_config.intermediate_size": 128,
         "text_config.no_rope_layers": [1, 1, 0],
         "text_config.layer_types": ["chunked_attention", "chunked_attention", "full_attention"],
         "text_config.moe_layers": [1, 2],
-        # Longer than the prompts: where a chunk ends within an image, its tokens see others of it.
+        # Longer than the prompts: chunks that end within an image would split it.
         "text_config.attention_chunk_size": 64,
     },
     **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
@@ -43,17 +43,17 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.vocab_size": 200,
     },
 }
-"""Dotted names of settings and their values."""
+"""Model type -> dotted name of a setting -> value."""
 
 
 @dataclass(frozen=True)
 class FamilyModel:
-    """A small model of one family.
+    """A small model of a family.
 
     Attributes:
         model_type: as in ``config.json``.
         model: with random weights, in eval mode.
-        special: ids of special tokens, by name.
+        special: name -> id of special tokens.
     """
 
     model_type: str
@@ -62,7 +62,7 @@ class FamilyModel:
 
 
 def known_families() -> dict[str, str]:
-    """Every family that transformers lists for images and text to text: model type -> class name."""
+    """Return all families of transformers for images and text to text: model type -> class name."""
     from transformers.models.auto import modeling_auto
 
     names = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -70,15 +70,15 @@ def known_families() -> dict[str, str]:
 
 
 def build_family(model_type: str, *, seed: int = 0, attention: str | None = None) -> FamilyModel:
-    """A family's model in its smallest form.
+    """Build a family's small model.
 
     Args:
         model_type: a key of ``known_families()``.
-        seed: of the weights.
+        seed: seed of the weights.
         attention: ``attn_implementation``; None for the model's default.
 
     Raises:
-        Exception: whatever the family's own code raises where small sizes do not fit together.
+        Exception: any error of the family's code for inconsistent small sizes.
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

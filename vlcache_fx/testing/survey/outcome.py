@@ -1,4 +1,4 @@
-"""One family tried out: what becomes of it, through ``vlcache_fx.compile`` and through the backend alone."""
+"""Tries out a family with ``vlcache_fx.compile`` and with the backend."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from vlcache_fx.testing.survey.prompts import image_prompt
 ENTRIES = ("vlcache_fx.compile", "torch.compile")
 NEW_TOKENS = 3
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest one: kernels round other shapes otherwise."""
+"""Maximum difference of logits relative to the largest logit: rounding depends on shapes."""
 
 OPTIONS: dict[str, Any] = {"lowering": "eager", "min_span_tokens": 2, "budget": 0.1, "policy": "uniform"}
 STATIC_FIRST = frozenset({"gemma4"})
-"""Families that are traced with plain lengths first: with symbolic ones from the start, their own check of
-the number of features contradicts what torch knows of these lengths."""
+"""Families that are traced with static lengths first: with symbolic lengths, their check of the number of
+features contradicts torch's constraints."""
 
 
 class SurveyError(Exception):
-    """A compiled model gave another answer than the unmodified one, or did not do what it reported."""
+    """A compiled model returned another answer than the unmodified model, or a wrong report."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one family.
+    """Results of a family.
 
     Attributes:
-        model_type: of the family.
-        model_class: in transformers.
-        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``; empty where
-            the small model could not be built or run without this package.
-        detail: why it was refused, or could not be built.
+        model_type: the family's model type.
+        model_class: its class in transformers.
+        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``; empty if
+            the small model cannot be built or run without this package.
+        detail: reason of a refusal or failure.
     """
 
     model_type: str
@@ -53,15 +53,15 @@ class Outcome:
     detail: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+        """Return a JSON-serialisable dict."""
         return asdict(self)
 
 
 def try_family(model_type: str, entries: tuple[str, ...] = ENTRIES) -> Outcome:
-    """Build the family's small model and generate with it: a new image, the image moved, a smaller budget.
+    """Build the family's small model and generate: with a new image, a moved image, and a smaller budget.
 
-    Every answer of the compiled model is compared with the unmodified one's, where all is computed: token ids
-    and logits of the prefill and of decoding steps.
+    If all rows are recomputed, answers are compared with the unmodified model: token ids and logits of
+    prefill and decoding steps.
 
     Raises:
         SurveyError: an answer differs.
@@ -70,7 +70,7 @@ def try_family(model_type: str, entries: tuple[str, ...] = ENTRIES) -> Outcome:
     try:
         family = build_family(model_type)
         _generate(family.model, image_prompt(family, 5, 7, image=1))
-    except Exception as error:  # noqa: BLE001 - whatever the family's own code raises
+    except Exception as error:  # noqa: BLE001 - any error of the family's code
         detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Outcome(model_type, name, {}, detail[:200])
     results, details = {}, []
@@ -85,8 +85,8 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
         compiled = FamilyModel(family.model_type, copy.deepcopy(family.model), family.special)
         dynamic = None if family.model_type in STATIC_FIRST else True
         engine = _compile(compiled.model, entry, dynamic)
-        # Not as long as any of the small models is wide: an input that is, counts whole in keys, and its item
-        # stays where it is.
+        # No length equals a width of the small models: such an input would be part of keys as a whole, and
+        # its item could not move.
         first = image_prompt(family, 5, 9, image=1)
         moved = image_prompt(family, 9, 6, image=1, text=1)
         with engine.using(policy="full"):
@@ -111,7 +111,7 @@ def _compile(model: Any, entry: str, dynamic: bool | None) -> Engine:
     if entry == "vlcache_fx.compile":
         engine: Engine = vlcache_fx.compile(model, dynamic=dynamic, **OPTIONS).vlcache
         return engine
-    options = OPTIONS | {"store": MemoryStore(1 << 28)}  # equal options would share an engine
+    options = OPTIONS | {"store": MemoryStore(1 << 28)}  # equal options share an engine
     model.forward = torch.compile(model.forward, backend="vlcache", options=options, dynamic=dynamic)
     return engine_for(options)
 
@@ -129,7 +129,7 @@ def _compare(family: FamilyModel, compiled: FamilyModel, prompt: dict[str, Any])
         if not off <= TOLERANCE * max(scale, 1.0):
             raise SurveyError(f"{family.model_type}: logits are off by {off:.2g}, the largest is {scale:.2g}")
     if not torch.equal(got.sequences, want.sequences):
-        raise SurveyError(f"{family.model_type}: other tokens")
+        raise SurveyError(f"{family.model_type}: tokens differ")
 
 
 def _report(engine: Engine) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _report(engine: Engine) -> dict[str, Any]:
 def _expect(engine: Engine, mode: str) -> None:
     report = _report(engine)
     if report["mode"] != mode:
-        raise SurveyError(f"mode {report['mode']} in place of {mode}: {report['reason']}")
+        raise SurveyError(f"mode {report['mode']} instead of {mode}: {report['reason']}")
 
 
 def _refused(engine: Engine) -> tuple[str, str]:
@@ -154,7 +154,7 @@ def _refused(engine: Engine) -> tuple[str, str]:
 
 @contextmanager
 def _quiet_compiler() -> Iterator[None]:
-    """Dynamo starts empty, so that no limit of it is reached, and says nothing of what it cannot trace."""
+    """Reset Dynamo, to stay below its limits, and silence its log."""
     log = logging.getLogger("torch._dynamo")
     level = log.level
     torch._dynamo.reset()

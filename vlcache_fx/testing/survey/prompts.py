@@ -1,4 +1,4 @@
-"""Prompts with one image for any family: random text and random pixels in the form that its encoder takes."""
+"""Prompts with one image for any family: random text, and random pixels in the layout of its encoder."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
 from vlcache_fx.testing.survey.families import FamilyModel
 
 PREFIX_LM = frozenset({"paligemma"})
-"""Families whose token types say what belongs to the prompt (0), not what is an image (1)."""
+"""Families whose token types mark the prompt (0) instead of images (1)."""
 
 GRID = (6, 8)
-"""Patches of an image, where the form of an image is free."""
+"""Rows and columns of patches, if the shape is free."""
 
 
 def image_prompt(
     family: FamilyModel, before: int, after: int, *, image: int, text: int = 0
 ) -> dict[str, Any]:
-    """Keyword arguments of the model: text, one image, text.
+    """Create keyword arguments of the model: text, one image, text.
 
     Args:
         family: the model.
-        before: text tokens in front of the image.
-        after: text tokens behind it.
-        image: seed of its pixels.
+        before: text tokens before the image.
+        after: text tokens after the image.
+        image: seed of the pixels.
         text: seed of the text.
 
     Raises:
@@ -49,7 +49,7 @@ def image_prompt(
 
 
 def image_token(family: FamilyModel) -> int:
-    """The id that stands for one row of an image's features."""
+    """Return the placeholder id of an image's features."""
     config = family.model.config
     for name in ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id"):
         found = getattr(config, name, None)
@@ -59,10 +59,10 @@ def image_token(family: FamilyModel) -> int:
 
 
 def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
-    """How many rows of features the encoder makes of these pixels."""
+    """Return the number of rows that the encoder computes from these pixels."""
     encode = getattr(family.model.base_model, "get_image_features", None)
     if encode is None:
-        return 1  # the decoder attends to the image, which takes no place in the text
+        return 1  # cross-attention: the image fills no tokens
     taken = _parameters(encode)
     with torch.no_grad():
         output = encode(**{name: value for name, value in pixels.items() if name in taken}, return_dict=True)
@@ -73,7 +73,7 @@ def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
 
 
 def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
-    """One image as the family's processor would give it."""
+    """Create one image in the layout of the family's processor."""
     model = family.model
     encode = getattr(model.base_model, "get_image_features", model.forward)
     taken, vision = _parameters(encode), getattr(model.config, "vision_config", None)
@@ -87,10 +87,10 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "image_grid_thw": torch.tensor([[1, rows, columns]]),
         }
     if "image_position_ids" in taken:
-        places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
+        positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
             "pixel_values": noise(seed, 1, 36, channels * patch**2),
-            "image_position_ids": places[None],
+            "image_position_ids": positions[None],
         }
     if "aspect_ratio_ids" in taken:
         return {

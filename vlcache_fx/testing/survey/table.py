@@ -1,4 +1,4 @@
-"""Outcomes as Markdown, and in the place of a document that is kept for them."""
+"""Formats outcomes in Markdown, and writes them into a document."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NAMED = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "llava", "llava_onevision", "internvl",
     "idefics3", "smolvlm", "mistral3", "llama4", "gemma3", "gemma4", "paligemma", "qwen3_5", "mllama",
 )  # fmt: skip
-"""Families with a row of their own; the tests try each of them."""
+"""Families with a separate row; the tests try each of them."""
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """A table of the named families, and the others in a list per result."""
+    """Format a table of the named families, and lists of the others per result."""
     by_type = {outcome.model_type: outcome for outcome in outcomes}
     lines = [
         f"| family | class | {' | '.join(f'`{entry}`' for entry in ENTRIES)} | why not |",
@@ -36,7 +36,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def row(outcome: Outcome) -> str:
-    """The family's line of the table."""
+    """Format the family's row."""
     results = [outcome.results.get(entry, "not run") for entry in ENTRIES]
     name = f"`{outcome.model_class}`"
     return f"| {outcome.model_type} | {name} | {' | '.join(results)} | {outcome.detail} |"
@@ -52,10 +52,10 @@ def _group(outcome: Outcome) -> str:
 
 
 def write_into(document: Path, table: str) -> None:
-    """Replace what stands between the two marks of the document.
+    """Replace the text between the two marks of the document.
 
     Raises:
-        ValueError: the document has no place for the table.
+        ValueError: the document lacks the marks.
     """
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
