@@ -1,4 +1,4 @@
-"""Lossless passes that bring graphs of different tracers to one form."""
+"""Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex

@@ -1,1 +1,1 @@
-"""Functions that split a graph into independent graphs."""
+"""Partition: takes a graph, returns graphs that run by themselves, such as an encoder and its decoder."""

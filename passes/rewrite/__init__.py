@@ -1,4 +1,4 @@
-"""Passes that record donors and reuse them."""
+"""From a decoder's graph to the cold program, which records donors, or the warm one, which reads them."""
 
 from vlcache_fx.passes.rewrite.gather_cross_layer_values import GatherCrossLayerValues
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups

@@ -1,4 +1,7 @@
-"""Read-only facts about a captured graph, from its structure alone."""
+"""Analysis: takes a captured graph, returns read-only facts found by structure, or a typed refusal.
+
+Passes and the compiler import this package. It changes no graph and knows no model.
+"""
 
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.decode_step import DecodeStepFacts, analyze_decode_step

@@ -1,1 +1,4 @@
-"""Measurements of time to first token, memory and answers, with and without reuse -> tables and figures."""
+"""Benchmarks: takes a model and a preset, returns times, answers and memory, as records, tables and figures.
+
+The commands and the examples import this package; the library does not.
+"""

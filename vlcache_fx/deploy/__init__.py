@@ -1,1 +1,4 @@
-"""A model -> a folder of ONNX graphs and TensorRT engines with a manifest; sessions run it with reuse."""
+"""Deployment: takes a model and writes a folder of ONNX graphs or TensorRT engines; opens it as a session.
+
+The commands import this package. Sessions serve with ``runtime`` alone.
+"""

@@ -1,5 +1,5 @@
-"""Measurements of how reuse changes answers, against the unmodified model -> scores and profiles.
+"""Fidelity: takes a model and pairs of prompts; returns how far reuse changes its answers, and profiles.
 
-``run.py`` compares policies and budgets, ``calibrate.py`` measures a model's profile. Both use pairs of
-prompts: the first records donors, the second reuses them.
+``run.py`` compares policies and budgets with the unmodified model; ``calibrate.py`` measures a profile.
+The commands import this package.
 """

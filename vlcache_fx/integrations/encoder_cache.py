@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
 from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
 from vlcache_fx.integrations.module_state import ModuleState
@@ -21,6 +20,7 @@ from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.store.codec import pack, unpack
 
@@ -48,7 +48,9 @@ class EncoderCache:
         engine: owns the store, options and counters.
     """
 
-    def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
+    def __init__(
+        self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: ServingEngine
+    ) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
         self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
         self._state = ModuleState(module, encode, weights=self._tensors)

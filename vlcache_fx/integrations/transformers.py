@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
 from vlcache_fx.integrations.frames import FrameCache
 from vlcache_fx.integrations.items import concat_items
+from vlcache_fx.runtime.engine import ServingEngine
 
 OUTPUTS = "mm_encoder_outputs"
 """The argument of ``forward`` for encoder outputs: modality -> output."""
@@ -157,7 +157,7 @@ def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
             setattr(result, name, features)
 
 
-def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
+def hook_encoders(model: nn.Module, engine: ServingEngine) -> list[str]:
     """Cache the model's encoder outputs in the engine's store; return the hooked modalities."""
     base = getattr(model, "base_model", model)
     hooked = []

@@ -1,4 +1,4 @@
-"""Lowerings: from a rewritten program graph to a callable. The compiler imports them."""
+"""Lowerings: takes the graph of a program; returns a callable of its inputs. The compiler imports them."""
 
 from vlcache_fx.lowering.base import Decompositions, Lowering
 from vlcache_fx.lowering.cache import CompileCache, CompileStats

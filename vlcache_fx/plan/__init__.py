@@ -1,4 +1,7 @@
-"""The plan of one request: rows (token positions) that each layer computes, and rows that it reuses."""
+"""Plans: takes spans and a policy's choice; returns the rows that each layer computes and reuses.
+
+Policies, the runtime and the exporter import this package. It knows no graphs.
+"""
 
 from vlcache_fx.plan.budget import row_allowance, token_layer_allowance
 from vlcache_fx.plan.build import RowChooser, build_plan

@@ -1,1 +1,1 @@
-"""Attention calls of a graph in all their forms, and what each computes."""
+"""Attention: takes nodes in any form of attention; returns the calls (sites) and what each computes."""

@@ -1,1 +1,1 @@
-"""Layers, caches, rows, merges and outputs of a decoder, and the digest of its computation."""
+"""Decoders: takes a captured graph; returns layers, caches, rows, merges, outputs and what keys cover."""

@@ -1,1 +1,1 @@
-"""The token axis of every tensor, followed through operators."""
+"""Tokens: takes nodes; returns the dimension of each value that runs over tokens."""
