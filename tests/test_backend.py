@@ -246,7 +246,7 @@ def test_bidirectional_image_attention_refused(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.INFO, logger="vlcache_fx"):
         pair = with_backend(masked("image sees all"))
         report = refused(pair, Reason.MASK_FORM, FIRST, SECOND)
-    assert "attend to tokens behind it" in report["reason"]
+    assert "attend to tokens after the span" in report["reason"]
     assert "scaled_dot_product_attention" in report["reason"]
     assert "[mask_form]" in caplog.text
 
@@ -317,7 +317,7 @@ def test_strict_raises_through_dynamo() -> None:
 
 def test_strict_raises_during_call() -> None:
     pair = with_backend(masked("image sees all"), strict=True)
-    with pytest.raises(UnsupportedGraphError, match="attend to tokens behind it"), torch.no_grad():
+    with pytest.raises(UnsupportedGraphError, match="attend to tokens after the span"), torch.no_grad():
         pair.model(**FIRST)
 
 

@@ -79,7 +79,7 @@ def test_engine_does_not_keep_model() -> None:
     del model
     gc.collect()
     assert [one() for one in gone] == [None] * len(gone)
-    with pytest.raises(OptionError, match="knows no model"):
+    with pytest.raises(OptionError, match="has no model"):
         engine.explain(**prompt())
 
 
@@ -108,7 +108,7 @@ def test_close_then_call(strict: bool, caplog: pytest.LogCaptureFixture) -> None
             off, report = pair.run(**prompt(seed))
             assert off < CLOSE
             assert report["mode"] != "warm"
-    assert said(caplog) == ["the store is closed: calls go on without reuse"]
+    assert said(caplog) == ["vlcache: the store is closed, continuing without reuse"]
     assert pair.engine.stats()["store"]["entries"] == 0
     assert pair.engine.stats()["store_failures"] == 0
 

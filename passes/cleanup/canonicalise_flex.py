@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.attention.flex import FLEX, FlexAttention, Function, flex_attention
-from vlcache_fx.analysis.attention.scores import OtherFormError, Term
+from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError, Term
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.errors import Reason
@@ -50,7 +50,7 @@ class CanonicaliseFlex(Pass):
         for node in calls:
             try:
                 found = flex_attention(node)
-            except OtherFormError as error:
+            except NonCanonicalAttentionError as error:
                 raise refuse(Reason.ATTENTION_FORM, node, f"flex attention: {error}") from error
             rewriter.replace(found)
         return bool(calls)

@@ -8,7 +8,7 @@ from torch.fx import Node
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.attention.eager import EagerAttention, eager_attention
 from vlcache_fx.analysis.attention.products import Operand
-from vlcache_fx.analysis.attention.scores import OtherFormError
+from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError
 from vlcache_fx.analysis.attention.sites import ATTEND, SDPA
 from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
@@ -36,7 +36,7 @@ class FuseAttention(Pass):
         for node in list(program.graph.nodes):
             try:
                 found = eager_attention(node)
-            except OtherFormError:  # analysis refuses the graph if it matters
+            except NonCanonicalAttentionError:  # analysis refuses the graph if it matters
                 continue
             if found is not None:
                 _replace(program, found, masks)

@@ -46,10 +46,10 @@ def _restrict_q_part(program: Program, index: int) -> None:
                 continue
             if _enters(operand, layer.kv_part, facts.stream.boundaries[index]):
                 if operand not in kept:
-                    axis = facts.steps[operand].dim if operand in facts.steps else facts.tail_rows.axis
+                    axis = facts.flows[operand].dim if operand in facts.flows else facts.tail_rows.axis
                     kept[operand] = gather(program, operand, axis, keep, node, segment)
                 node.replace_input_with(operand, kept[operand])
-        restrict_node(program, node, facts.steps[node], rows_after, layer.site, segment)
+        restrict_node(program, node, facts.flows[node], rows_after, layer.site, segment)
 
 
 def _enters(operand: Node, kv_part: dict[Node, None], entering: Node) -> bool:

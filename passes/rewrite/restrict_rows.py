@@ -34,7 +34,7 @@ class RestrictRows(Pass):
             if rows is not None:
                 for node in members:
                     if node not in layer.full_part:
-                        restrict_node(program, node, facts.steps[node], rows, layer.site, f"layer.{index}")
+                        restrict_node(program, node, facts.flows[node], rows, layer.site, f"layer.{index}")
             if rows_after is not None:
                 _cut_residual(program, index, rows)
         return any(rows is not None for rows in program.row_inputs)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.analysis import RowStep, Site
+from vlcache_fx.analysis import Site, TokenFlow
 from vlcache_fx.analysis.attention.sites import site_of
 from vlcache_fx.analysis.decoder.batch import operand_batch_dim
 from vlcache_fx.analysis.tokens.axis import shape_of
@@ -66,7 +66,9 @@ def sample_dim(program: Program, node: Node) -> int:
     return program.decoder.batch_dims[node]
 
 
-def restrict_node(program: Program, node: Node, step: RowStep, rows: Node, site: Site, segment: str) -> None:
+def restrict_node(
+    program: Program, node: Node, flow: TokenFlow, rows: Node, site: Site, segment: str
+) -> None:
     """Restrict ``node`` to ``rows``, also if it was restricted to other rows before.
 
     Its operands from the residual stream must have these rows already. Operands with all tokens are gathered,
@@ -74,26 +76,26 @@ def restrict_node(program: Program, node: Node, step: RowStep, rows: Node, site:
     gets a mask for its rows.
     """
     dims = program.decoder.batch_dims
-    for operand, dim in step.gathers:
+    for operand, dim in flow.gathers:
         batch_dim = None if dims is None else operand_batch_dim(node, operand, dims)
         for current in node.all_input_nodes:
             if current is operand or current.meta.get("gathers") == (operand, dim):
                 taken = gather(program, operand, dim, rows, node, segment, batch_dim)
                 node.replace_input_with(current, taken)
-    if step.size_argument is not None:
-        _set_size(program, node, step, rows, segment)
+    if flow.size_argument is not None:
+        _set_size(program, node, flow, rows, segment)
     if node is site.node and site.mask is None:
         _set_row_mask(program, site, rows, segment)
 
 
-def _set_size(program: Program, node: Node, step: RowStep, rows: Node, segment: str) -> None:
-    assert step.size_argument is not None
-    argument, entry = step.size_argument
+def _set_size(program: Program, node: Node, flow: TokenFlow, rows: Node, segment: str) -> None:
+    assert flow.size_argument is not None
+    argument, entry = flow.size_argument
     sizes = node.args[argument]
     assert isinstance(sizes, list | tuple)
     if sizes[entry] == -1:
         return
-    factor = step.axis.entries.outer * step.axis.entries.inner
+    factor = flow.axis.entries.outer * flow.axis.entries.inner
 
     def call(target: Any, *args: Any) -> Node:
         made = program.graph.call_function(target, args)

@@ -28,8 +28,8 @@ class TrimTail(Pass):
         rows, selection = program.row_inputs[-1], facts.tail_rows.selection
         if rows is None or selection is None:
             return False
-        for node, step in facts.tail_rows.steps.items():
-            restrict_node(program, node, step, rows, facts.layers[-1].site, "tail")
+        for node, flow in facts.tail_rows.flows.items():
+            restrict_node(program, node, flow, rows, facts.layers[-1].site, "tail")
         source = selection.args[0]
         assert isinstance(source, Node)
         axis = _axis_of(program, source)
@@ -50,5 +50,5 @@ class TrimTail(Pass):
 
 def _axis_of(program: Program, source: Node) -> int:
     facts = program.decoder
-    step = facts.tail_rows.steps.get(source)
-    return facts.tail_rows.axis if step is None else step.dim
+    flow = facts.tail_rows.flows.get(source)
+    return facts.tail_rows.axis if flow is None else flow.dim

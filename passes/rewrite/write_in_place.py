@@ -35,14 +35,14 @@ class WriteInPlace(Pass):
         results: Any = output.args[0]
         results, found = list(results), []
         for write in program.writes:
-            if write.places is None or results[write.value] is None:
+            if write.positions is None or results[write.value] is None:
                 continue
-            expected = (results[write.value], write.dim, results[write.places])
+            expected = (results[write.value], write.dim, results[write.positions])
             scatter = _only_reader(placeholders[write.input])
             if scatter is None or scattered_rows(scatter) != expected or output in scatter.users:
                 continue
             scatter.target = IN_PLACE[scatter.target]
-            results[write.value] = results[write.places] = None
+            results[write.value] = results[write.positions] = None
             found.append(write.input)
         output.args = (tuple(results),)
         program.in_place += found

@@ -1,4 +1,4 @@
-"""Graphs made by hand, captured as analysis gets them."""
+"""Hand-written graphs, captured for analysis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALL = tiny_vlm_inputs(3, 2, [(5, 0)])
 
 
 class Of(nn.Module):
-    """A function as a module; its keyword-only arguments are what the module holds."""
+    """A function as a module; keyword-only arguments are its attributes."""
 
     def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
         super().__init__()

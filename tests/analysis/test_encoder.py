@@ -1,4 +1,4 @@
-"""Graphs that are an encoder by themselves."""
+"""Encoder graphs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def tower(pixels: Tensor, project: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_attention_both_ways_over_floats(dynamic: bool | None) -> None:
+def test_is_encoder_bidirectional(dynamic: bool | None) -> None:
     assert is_encoder(capture(tower, PIXELS, dynamic, project=nn.Linear(4, 4)))
 
 
-def test_others_are_none() -> None:
+def test_is_encoder_other_graphs() -> None:
     assert not is_encoder(captured_vlm())  # causal
     assert not is_encoder(captured_vlm(explicit_mask=True))
     assert not is_encoder(capture(lambda pixels: pixels * 2, PIXELS))  # no attention
 
 
-def test_a_causal_call_among_others_is_none() -> None:
+def test_is_encoder_mixed_attention() -> None:
     def mixed(pixels: Tensor, project: nn.Module) -> Tensor:
         x = tower(pixels, project)
         return x + attend(x)
@@ -37,14 +37,14 @@ def test_a_causal_call_among_others_is_none() -> None:
     assert not is_encoder(capture(mixed, PIXELS, project=nn.Linear(4, 4)))
 
 
-def test_a_step_with_past_keys_is_none() -> None:
+def test_is_encoder_past_keys() -> None:
     def step(query: Tensor, past: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(query, past, past)
 
     assert not is_encoder(capture(step, {"query": torch.ones(1, 2, 1, 4), "past": torch.ones(1, 2, 7, 4)}))
 
 
-def test_text_is_no_item() -> None:
+def test_is_encoder_of_token_ids() -> None:
     def of_ids(ids: Tensor, embed: nn.Module) -> Tensor:
         return attend(embed(ids), is_causal=False)
 

@@ -25,7 +25,7 @@ def test_one_compiled_model_serves_all_variants(model: Any) -> None:
     assert systems.engine.options.budget == 0.25
     systems.prepare_warm(TWO[1])
     assert systems.engine.options.budget == 0.5
-    assert systems.engine.choices.now.policy == Uniform()
+    assert systems.engine.settings.current.policy == Uniform()
     assert systems.engine.store is first  # one store per URL
     systems.prepare_cold()
     assert systems.engine.store is not first

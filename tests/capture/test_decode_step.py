@@ -1,4 +1,4 @@
-"""What is a decoding step, before any graph is captured."""
+"""Decoding steps are recognised before capture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Attending(nn.Module):
-    """To keys of a cache."""
+    """Attention to keys of a cache."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -59,17 +59,17 @@ def traced(model: nn.Module, dynamic: bool, **call: Tensor) -> bool:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["sdpa", "flex", "method", "function", "torch"])
-def test_a_single_query_makes_a_step(kind: str, dynamic: bool) -> None:
+def test_is_decode_step_single_query(kind: str, dynamic: bool) -> None:
     past = torch.ones(1, 2, 9, 16)
     assert traced(Attending(kind), dynamic, x=torch.ones(1, 2, 1, 16), past=past)
     assert not traced(Attending(kind), dynamic, x=torch.ones(1, 2, 4, 16), past=past)
 
 
-def test_without_attention_it_is_not_known() -> None:
+def test_is_decode_step_without_attention() -> None:
     assert not traced(Attending("none"), True, x=torch.ones(1, 2, 1, 16), past=torch.ones(1, 2, 9, 16))
 
 
-def test_what_merges_features_is_none() -> None:
+def test_is_decode_step_with_merge() -> None:
     class Merging(Attending):
         def forward(self, x: Tensor, past: Tensor) -> Tensor:
             return super().forward(x.masked_scatter(x > 0, past), past)
@@ -77,6 +77,6 @@ def test_what_merges_features_is_none() -> None:
     assert not traced(Merging("sdpa"), True, x=torch.ones(1, 2, 1, 16), past=torch.ones(1, 2, 9, 16))
 
 
-def test_prefills_are_none() -> None:
+def test_is_decode_step_prefill() -> None:
     assert not traced(tiny_vlm(), True, **tiny_vlm_inputs(3, 2, [(5, 0)]))
     assert not traced(tiny_vlm(attention="math"), True, **tiny_vlm_inputs(9, 2, []))

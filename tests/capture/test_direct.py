@@ -1,4 +1,4 @@
-"""The plain trace gives what torch's export gives, and stands back where something is written to."""
+"""The plain trace equals torch's export, and returns None for mutating graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = tiny_vlm_inputs(3, 2, [(20, 0)])
 
 
 def operators(module: torch.fx.GraphModule) -> list[str]:
-    """What is computed, in order; checks, dead nodes and the detaching of constants left out."""
+    """The operators in order, without checks, dead nodes and ``detach`` of constants."""
     graph = module.graph
     graph.eliminate_dead_code()
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
@@ -31,7 +31,7 @@ def operators(module: torch.fx.GraphModule) -> list[str]:
     [(tiny_vlm(), PROMPT), (tiny_vlm(explicit_mask=True), PROMPT), (tiny_llava(2), llava_inputs(3, 4, [0]))],
     ids=["causal", "mask", "llava"],
 )
-def test_it_gives_what_export_gives(
+def test_trace_without_writes_equals_export(
     model: nn.Module, call: dict[str, Tensor], dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     direct: list[list[str]] = []
@@ -56,7 +56,7 @@ class Writing(nn.Module):
         return doubled.relu_()
 
 
-def test_writes_are_left_to_export(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_without_writes_of_mutating_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: list[Any] = []
     trace = dynamo.trace_without_writes
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""From Dynamo's graph to the IR."""
+"""Dynamo's graphs as the IR."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def targets(captured: Captured) -> list[str]:
 
 @pytest.mark.parametrize("dynamic", [False, None, True])
 @pytest.mark.parametrize("explicit_mask", [False, True])
-def test_numbers_and_form(dynamic: bool | None, explicit_mask: bool) -> None:
+def test_capture_dynamo_values_and_operators(dynamic: bool | None, explicit_mask: bool) -> None:
     model = tiny_vlm(explicit_mask=explicit_mask)
     (graph,) = traced_graphs(model, CALL, dynamic=dynamic)
     captured = capture(graph)
@@ -42,7 +42,7 @@ def test_numbers_and_form(dynamic: bool | None, explicit_mask: bool) -> None:
     assert all("val" in node.meta for node in captured.graph_module.graph.nodes if node.op == "call_function")
 
 
-def test_a_dynamic_graph_serves_other_lengths() -> None:
+def test_capture_dynamo_dynamic_lengths() -> None:
     model = tiny_vlm()
     (graph,) = traced_graphs(model, CALL, OTHER, dynamic=True)
     captured = capture(graph)
@@ -52,8 +52,8 @@ def test_a_dynamic_graph_serves_other_lengths() -> None:
     assert InputKind.SIZE in captured.kinds
 
 
-def test_a_second_length_is_a_second_graph_by_default() -> None:
-    """Static first, then symbols: both captures stand for themselves."""
+def test_capture_dynamo_static_then_symbolic() -> None:
+    """A static graph, then a symbolic one: two independent captures."""
     model = tiny_vlm()
     static, dynamic = traced_graphs(model, CALL, OTHER)
     first, second = capture(static), capture(dynamic)
@@ -64,7 +64,7 @@ def test_a_second_length_is_a_second_graph_by_default() -> None:
         assert torch.equal(second.graph_module(*dynamic.calls[0])[0], model(**OTHER))
 
 
-def test_module_floats_are_folded_in_and_checked() -> None:
+def test_capture_dynamo_folds_module_floats() -> None:
     (graph,) = traced_graphs(tiny_vlm(), CALL, dynamic=True)
     captured = capture(graph)
     assert 1e-6 in [value for _, value in captured.specialised]  # the norms' eps
@@ -92,7 +92,7 @@ class Lookup(nn.Module):
         return x if mask is None else x * mask
 
 
-def test_weights_and_data_are_told_by_where_they_come_from() -> None:
+def test_capture_dynamo_kinds_by_source() -> None:
     call = {"x": torch.randn(6, 4), "positions": torch.arange(6), "mask": torch.ones(6, 1)}
     captured, graph = captured_graph(Lookup(), call, dynamic=True)
     shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -103,7 +103,7 @@ def test_weights_and_data_are_told_by_where_they_come_from() -> None:
     assert shapes["size"] == [()]
 
 
-def test_writing_to_ones_own_tensors_is_no_mutation() -> None:
+def test_capture_dynamo_writes_to_own_tensors() -> None:
     class Inplace(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = x * 2
@@ -116,7 +116,7 @@ def test_writing_to_ones_own_tensors_is_no_mutation() -> None:
     assert not [target for target in targets(captured) if target.endswith("_.default")]
 
 
-def test_what_torch_cannot_export_is_refused() -> None:
+def test_capture_dynamo_refuses_untraceable() -> None:
     class DataDependent(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.nonzero()[: int(x.sum())]
@@ -136,7 +136,7 @@ def test_what_torch_cannot_export_is_refused() -> None:
     assert refusal.value.reason is Reason.CAPTURE_FAILED
 
 
-def test_dynamos_graph_stays_as_it_is_and_captures_are_independent() -> None:
+def test_capture_dynamo_repeated() -> None:
     """The backend may be called twice for one frame."""
     model = tiny_vlm(num_layers=1)
     (graph,) = traced_graphs(model, CALL, dynamic=True)
@@ -154,8 +154,8 @@ def test_dynamos_graph_stays_as_it_is_and_captures_are_independent() -> None:
         assert torch.equal(graph.graph_module(*graph.calls[0])[0], model(**CALL))
 
 
-def test_a_backend_that_captures_whenever_it_is_called() -> None:
-    """Inside Dynamo's own compilation context, and again after a reset."""
+def test_capture_dynamo_in_backend() -> None:
+    """In Dynamo's own compilation context, and again after a reset."""
     model = tiny_vlm(num_layers=1)
     captured: list[Captured] = []
 
@@ -169,11 +169,11 @@ def test_a_backend_that_captures_whenever_it_is_called() -> None:
             compiled = torch.compile(model, backend=backend, dynamic=True)
             assert torch.equal(compiled(**CALL), model(**CALL))
             assert torch.equal(compiled(**OTHER), model(**OTHER))
-    assert len(captured) == 2  # capturing added no guards: the other length is served by the same graph
+    assert len(captured) == 2  # capture added no guards: both lengths use one graph
     assert str(captured[0].graph_module.graph) == str(captured[1].graph_module.graph)
 
 
-def test_source_lines_survive() -> None:
+def test_capture_dynamo_source_lines() -> None:
     (graph,) = traced_graphs(tiny_vlm(), CALL)
     captured = capture(graph)
     lines = [
@@ -188,7 +188,7 @@ def test_source_lines_survive() -> None:
     [(tiny_qwen2_5_vl, qwen_inputs(6, 3, [])), (tiny_llava, llava_inputs(6, 3, []))],
     ids=["qwen2_5_vl", "llava"],
 )
-def test_decoders_of_transformers_are_captured(make: Any, call: dict[str, Tensor]) -> None:
+def test_capture_dynamo_transformers_decoders(make: Any, call: dict[str, Tensor]) -> None:
     graphs = traced_graphs(make(num_layers=1), {**call, "use_cache": False})
     assert graphs
     for graph in graphs:

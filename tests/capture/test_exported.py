@@ -1,4 +1,4 @@
-"""From an exported program to the IR."""
+"""Exported programs as the IR."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(program: ExportedProgram, captured: Captured, *given: Tensor) -> Any:
         return captured.graph_module(*inputs)
 
 
-def test_inputs_are_classified_by_the_signature() -> None:
+def test_capture_exported_kinds() -> None:
     model = Attending()
     program = program_of(model, torch.randn(1, 6, 4), True)
     captured = capture_exported(program)
@@ -58,7 +58,7 @@ def test_inputs_are_classified_by_the_signature() -> None:
 
 @pytest.mark.parametrize("rows", [2, 6, 31])
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_numbers(rows: int, decomposed: bool) -> None:
+def test_capture_exported_values(rows: int, decomposed: bool) -> None:
     model = Attending()
     program = program_of(model, torch.randn(1, 6, 4), True)
     if decomposed:
@@ -70,7 +70,7 @@ def test_numbers(rows: int, decomposed: bool) -> None:
     torch.testing.assert_close(run(program, captured, x)[0], model(x, True))
 
 
-def test_the_program_is_left_as_it_is() -> None:
+def test_capture_exported_keeps_program() -> None:
     program = program_of(Attending(), torch.randn(1, 6, 4), True)
     before = str(program)
     capture_exported(program)
@@ -88,7 +88,7 @@ class Writing(nn.Module):
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-def test_what_is_written_comes_behind_the_results(decomposed: bool) -> None:
+def test_capture_exported_writes_after_results(decomposed: bool) -> None:
     program = program_of(Writing(), torch.randn(1, 6, 4), dynamic=({1: Dim("rows", min=2, max=8)},))
     if decomposed:
         program = program.run_decompositions({})
@@ -103,7 +103,7 @@ def test_what_is_written_comes_behind_the_results(decomposed: bool) -> None:
     assert bool((rows == x).all()) if write.dim is not None else bool((rows[:, :3] == x).all())
 
 
-def test_a_size_that_the_caller_gives() -> None:
+def test_capture_exported_size_argument() -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor, count: int) -> Tensor:
             return x * count
@@ -114,7 +114,7 @@ def test_a_size_that_the_caller_gives() -> None:
     torch.testing.assert_close(captured.graph_module(torch.ones(1, 3, 4), 5)[0], torch.full((1, 3, 4), 5.0))
 
 
-def test_inputs_of_other_kinds_are_refused() -> None:
+def test_capture_exported_refuses_other_inputs() -> None:
     program = program_of(Attending(), torch.randn(1, 6, 4), True)
     (spec,) = [spec for spec in program.graph_signature.input_specs if spec.arg.name == "x"]
     spec.kind = torch.export.graph_signature.InputKind.TOKEN

@@ -1,4 +1,4 @@
-"""Flex attention goes through capture without the blocks of its mask."""
+"""Flex attention is captured without the blocks of its mask."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Flex(nn.Module):
-    """Makes its blocks in ``forward``; the mask reads an input."""
+    """Builds its blocks in ``forward``; the mask reads an input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def targets(captured: Captured) -> list[str]:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_the_call_is_kept_and_the_blocks_are_not(dynamic: bool | None) -> None:
+def test_drop_block_masks_keeps_call(dynamic: bool | None) -> None:
     (captured,) = captures(Flex(), {"x": X, "padding": PADDING}, dynamic)
     found = targets(captured)
     assert found.count("flex_attention") == 1
@@ -66,14 +66,14 @@ def test_the_call_is_kept_and_the_blocks_are_not(dynamic: bool | None) -> None:
     assert all(type(buffer) is Tensor for buffer in captured.graph_module.buffers())
 
 
-def test_the_graph_of_dynamo_stays_as_it_is() -> None:
+def test_drop_block_masks_keeps_dynamo_graph() -> None:
     (graph,) = traced_graphs(Flex(), {"x": X, "padding": PADDING})
     before = str(graph.graph_module.graph)
     capture_dynamo(graph.graph_module, graph.example_inputs)
     assert str(graph.graph_module.graph) == before
 
 
-def test_blocks_that_are_returned_too_are_still_made() -> None:
+def test_drop_block_masks_returned_blocks() -> None:
     """They are traced below the levels of ``vmap``, writes included."""
 
     def made(x: Tensor) -> BlockMask:
@@ -100,16 +100,16 @@ class Mapped(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_vmap_elsewhere_is_taken_out(dynamic: bool | None) -> None:
-    """Many models make the masks of other attention in this way."""
+def test_capture_inlines_other_vmap(dynamic: bool | None) -> None:
+    """Many models compute masks of other attention in this way."""
     (captured,) = captures(Mapped(), {"x": X}, dynamic)
     sizes = [n.meta["val"] for n in captured.placeholders if not isinstance(n.meta["val"], Tensor)]
     (result,) = captured.graph_module(*(int(size) for size in sizes), X)
     assert torch.equal(result, X * X.sum((1, 2, 3), keepdim=True))
 
 
-def test_transforms_that_remain_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trace would not see through them, and give something else."""
+def test_refuse_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pre-dispatch tracing cannot resolve them, and would return wrong results."""
     (graph,) = traced_graphs(Mapped(), {"x": X})
     monkeypatch.setattr("vlcache_fx.capture.dynamo.inline_vmap", lambda module: False)
     with pytest.raises(UnsupportedGraphError, match=r"transforms of torch\.func") as refusal:
@@ -117,8 +117,8 @@ def test_transforms_that_remain_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert refusal.value.reason is Reason.CAPTURE_FAILED
 
 
-def test_a_write_to_another_tensor_stays() -> None:
-    """Only what is done to tensors of the blocks alone goes with them."""
+def test_drop_block_masks_keeps_other_writes() -> None:
+    """Only writes to tensors of the blocks are removed with the blocks."""
 
     class Writing(Flex):
         def forward(self, x: Tensor, padding: Tensor) -> Any:
@@ -130,7 +130,7 @@ def test_a_write_to_another_tensor_stays() -> None:
     assert "aten.index_put.default" in targets(captured)
 
 
-def test_graphs_of_integers_alone_have_no_attention() -> None:
+def test_capture_refuses_integer_graphs() -> None:
     class Mask(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.arange(x.shape[0]) <= x[:, None]

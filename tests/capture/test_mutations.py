@@ -1,4 +1,4 @@
-"""Writes to inputs: results of the captured graph, repeated on the caller's tensors."""
+"""Input mutations: results of the captured graph, applied to the caller's tensors."""
 
 from __future__ import annotations
 
@@ -16,78 +16,82 @@ from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.runtime.mutations import apply_input_mutations
 from vlcache_fx.testing.graphs import captured_graph, traced_graphs
 
-BUFFER, ROWS, PLACES = torch.arange(64.0).view(1, 2, 8, 4), -torch.ones(1, 2, 3, 4), torch.tensor([5, 0, 2])
+BUFFER, ROWS, POSITIONS = (
+    torch.arange(64.0).view(1, 2, 8, 4),
+    -torch.ones(1, 2, 3, 4),
+    torch.tensor([5, 0, 2]),
+)
 
 
-def index_copy(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    return buffer.index_copy_(2, places, rows) * 2
+def index_copy(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    return buffer.index_copy_(2, positions, rows) * 2
 
 
-def index_put(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    buffer[:, :, places] = rows
+def index_put(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    buffer[:, :, positions] = rows
     return buffer * 2
 
 
-def from_the_end(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    return index_put(buffer, rows, places - 8)
+def from_the_end(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    return index_put(buffer, rows, positions - 8)
 
 
-def first_rows(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def first_rows(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer[:, :, : rows.shape[2]] = rows
     return buffer * 2
 
 
-def last_rows(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def last_rows(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer[:, :, -3:] = rows
     return buffer * 2
 
 
-def narrow(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def narrow(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer.narrow(2, 4, rows.shape[2]).copy_(rows)
     return buffer * 2
 
 
-def twice(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    buffer.index_copy_(2, places, rows)
-    return buffer.index_copy_(2, places + 1, rows * 2) * 2
+def twice(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    buffer.index_copy_(2, positions, rows)
+    return buffer.index_copy_(2, positions + 1, rows * 2) * 2
 
 
-def whole(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def whole(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer.copy_(torch.cat([buffer[:, :, rows.shape[2] :], rows], 2))
     return buffer * 2
 
 
-def every_second(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def every_second(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer[:, :, 1:7:2] = rows
     return buffer * 2
 
 
-def repeated(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    buffer[:, :, places] = rows[..., :1]
+def repeated(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    buffer[:, :, positions] = rows[..., :1]
     return buffer * 2
 
 
-def its_own_rows(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    """What is written lies where it is written to."""
+def its_own_rows(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    """The source is a view of the target."""
     buffer[:, :, 0:3] = buffer[:, :, 1:4]
     return buffer * 2
 
 
-def swapped(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def swapped(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     other = buffer[:, :, :3].clone()
     buffer[:, :, :3] = rows
     rows.copy_(other)
     return rows * 2
 
 
-def one_after_the_other(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    buffer.index_copy_(2, places, rows)
+def one_after_the_other(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    buffer.index_copy_(2, positions, rows)
     rows.mul_(3)
-    places.add_(1)
-    return rows + places.sum()
+    positions.add_(1)
+    return rows + positions.sum()
 
 
-def zeroed(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def zeroed(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     buffer.zero_()
     rows.zero_()
     return buffer + rows.sum()
@@ -98,13 +102,13 @@ class Of(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, buffer: Tensor, rows: Tensor, places: Tensor) -> Any:
-        return self.function(buffer, rows, places)
+    def forward(self, buffer: Tensor, rows: Tensor, positions: Tensor) -> Any:
+        return self.function(buffer, rows, positions)
 
 
 def capture(function: Callable[..., Any], dynamic: bool = False) -> tuple[Captured, list[int]]:
-    """The captured graph, and which of buffer, rows and places each input is (-1 for sizes)."""
-    call = {"buffer": BUFFER.clone(), "rows": ROWS.clone(), "places": PLACES.clone()}
+    """The captured graph, and the index of each input among buffer, rows and positions (-1 for sizes)."""
+    call = {"buffer": BUFFER.clone(), "rows": ROWS.clone(), "positions": POSITIONS.clone()}
     (graph,) = traced_graphs(Of(function), call, dynamic=dynamic)
     tensors = [id(tensor) for tensor in call.values()]
     which = [tensors.index(id(arg)) if id(arg) in tensors else -1 for arg in graph.calls[0]]
@@ -138,7 +142,7 @@ def run(captured: Captured, args: list[Any]) -> Any:
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_the_callers_tensors_are_as_if_written_in_place(
+def test_split_writes_equals_in_place(
     function: Callable[..., Tensor], rows_only: bool | None, dynamic: bool
 ) -> None:
     captured, which = capture(function, dynamic)
@@ -147,8 +151,8 @@ def test_the_callers_tensors_are_as_if_written_in_place(
         assert [write.dim == 2 for write in captured.writes] == [rows_only] * len(captured.writes)
     sizes = [node.meta["val"] for node in captured.placeholders]
     mine, theirs = (
-        [BUFFER.clone(), ROWS.clone(), PLACES.clone()],
-        [BUFFER.clone(), ROWS.clone(), PLACES.clone()],
+        [BUFFER.clone(), ROWS.clone(), POSITIONS.clone()],
+        [BUFFER.clone(), ROWS.clone(), POSITIONS.clone()],
     )
     args = [mine[at] if at >= 0 else int(size) for at, size in zip(which, sizes, strict=True)]
     before = copy.deepcopy(args)
@@ -161,7 +165,7 @@ def test_the_callers_tensors_are_as_if_written_in_place(
         assert torch.equal(ours, want)
 
 
-def test_a_written_input_is_data_and_can_be_a_result() -> None:
+def test_split_writes_input_as_result() -> None:
     class Counter(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -185,20 +189,20 @@ def test_a_written_input_is_data_and_can_be_a_result() -> None:
     assert results[1 - place].tolist() == [8.0] * 3
 
 
-def a_part(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
-    buffer.index_copy_(2, places, rows)
+def a_part(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    buffer.index_copy_(2, positions, rows)
     return buffer[:, :, :4]
 
 
-def a_part_from_before(buffer: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+def a_part_from_before(buffer: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
     part = buffer[:, :, :4]
-    buffer.index_copy_(2, places, rows)
+    buffer.index_copy_(2, positions, rows)
     return part
 
 
 @pytest.mark.parametrize("function", [a_part, a_part_from_before])
-def test_a_result_that_shares_memory_with_what_is_written_is_refused(function: Callable[..., Tensor]) -> None:
-    with pytest.raises(UnsupportedGraphError, match="a result is a part of an input") as refusal:
+def test_split_writes_refuses_views(function: Callable[..., Tensor]) -> None:
+    with pytest.raises(UnsupportedGraphError, match="a result is a view of an input") as refusal:
         capture(function)
     assert refusal.value.reason is Reason.MUTATED_INPUTS
     assert refusal.value.node is not None

@@ -1,4 +1,4 @@
-"""What ``torch.vmap`` batches becomes operators on whole tensors."""
+"""Functions under ``torch.vmap`` become operators on whole tensors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def call(samples: int = SIZES[0], tokens: int = SIZES[1]) -> dict[str, Tensor]:
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """As masks are made: a function of one sample, head, query and key."""
+    """A mask as a function of one sample, head, query and key."""
 
     def may_see(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & kept[sample, key] & (head >= 0)
@@ -62,7 +62,7 @@ def turned(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def twice(x: Tensor, kept: Tensor) -> Tensor:
-    """Two regions, of which the second reads the first one's result."""
+    """Two regions; the second reads the result of the first."""
     first = torch.vmap(lambda row: row - row.mean())(x)
     return first + torch.vmap(lambda row, flags: (row * row).sum() * flags)(first, kept)
 
@@ -95,7 +95,7 @@ def equal(got: Any, want: Any) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda one: one.__name__)
-def test_numbers(function: Callable[..., Any]) -> None:
+def test_inline_vmap_values(function: Callable[..., Any]) -> None:
     module, args = graph_of(function)
     assert has_levels(module)
     assert inline_vmap(module)
@@ -106,8 +106,8 @@ def test_numbers(function: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("function", [masked, once, twice], ids=lambda one: one.__name__)
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_they_are_captured(function: Callable[..., Any], dynamic: bool | None) -> None:
-    """Behind it, capture knows every value; symbolic sizes stay symbolic."""
+def test_inline_vmap_in_capture(function: Callable[..., Any], dynamic: bool | None) -> None:
+    """After capture, every node has a value; symbolic sizes stay symbolic."""
     other = call(3, 7) if dynamic else call()
     captured, graph = captured_graph(Of(function), call(), other, dynamic=dynamic)
     for given, args in zip((call(), other), graph.calls, strict=True):
@@ -115,14 +115,14 @@ def test_they_are_captured(function: Callable[..., Any], dynamic: bool | None) -
         equal(captured.graph_module(*args)[0], function(**given))
 
 
-def test_without_one_nothing_changes() -> None:
+def test_inline_vmap_without_vmap() -> None:
     module, _ = graph_of(lambda x, kept: x * kept)
     before = str(module.graph)
     assert not inline_vmap(module)
     assert str(module.graph) == before
 
 
-def test_again_there_is_nothing_to_do() -> None:
+def test_inline_vmap_twice() -> None:
     module, _ = graph_of(masked)
     assert inline_vmap(module)
     before = str(module.graph)
@@ -130,8 +130,8 @@ def test_again_there_is_nothing_to_do() -> None:
     assert str(module.graph) == before
 
 
-def test_a_failure_leaves_no_level_open() -> None:
-    """What cannot be batched is refused; what comes after it is traced as if nothing had been."""
+def test_inline_vmap_failure_closes_levels() -> None:
+    """A function that cannot be batched is refused; later traces are not affected."""
     module, _ = graph_of(once)
     for node in module.graph.nodes:
         if node.target == "cumsum":
@@ -147,7 +147,7 @@ def test_a_failure_leaves_no_level_open() -> None:
 
 
 class Vmapped(TinyVlm):
-    """Its mask is made by a function of one query and one key."""
+    """Its mask is a vmapped function of one query and one key."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         embeds = self.embed(input_ids)
@@ -162,7 +162,7 @@ class Vmapped(TinyVlm):
         return logits
 
 
-def test_a_model_with_such_a_mask_is_rewritten() -> None:
+def test_compile_vmapped_mask() -> None:
     model: Any = tiny_vlm(cls=Vmapped, last_only=False)
     with own_compiler_state():
         pair = with_backend(model, policy="full")

@@ -1,4 +1,4 @@
-"""Models whose weights are made of other tensors: captured, reused, told apart."""
+"""Models with wrapper subclasses as weights: captured, reused, distinguished."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def compiled(model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_quantised_model_is_reused(lowering: str) -> None:
+def test_quantised_model_reuse(lowering: str) -> None:
     model, reference = compiled(quantised(), lowering=lowering), quantised()
     assert [run(model, reference, seed) for seed in range(3)] == ["cold", "warm", "warm"]
     assert model.vlcache.stats()["refusals"] == {}
 
 
-def test_a_class_that_cannot_be_traced_runs_unmodified() -> None:
+def test_untraceable_class_runs_unmodified() -> None:
     def make() -> Any:
         torch.manual_seed(0)
         return quantise(tiny_vlm(num_layers=2), DispatchAlone)
@@ -66,7 +66,7 @@ def test_a_class_that_cannot_be_traced_runs_unmodified() -> None:
     assert "\n" not in reason
 
 
-def test_a_scale_that_changes_makes_other_donors() -> None:
+def test_changed_scale_other_donors() -> None:
     model, reference = compiled(quantised()), quantised()
     assert [run(model, reference, seed) for seed in range(2)] == ["cold", "warm"]
     for one in (model, reference):
@@ -76,7 +76,7 @@ def test_a_scale_that_changes_makes_other_donors() -> None:
     assert [run(model, reference, seed) for seed in (2, 3)] == ["cold", "warm"]
 
 
-def test_models_of_equal_integers_and_other_scales_share_nothing() -> None:
+def test_other_scales_share_no_donors() -> None:
     store = vlcache_store()
     other = quantised()
     other.decoder.layers[1].attention.value.weight.scale.mul_(1.5)
@@ -87,7 +87,7 @@ def test_models_of_equal_integers_and_other_scales_share_nothing() -> None:
     assert run(second, reference, 1) == "cold"
 
 
-def test_models_of_equal_tensors_and_another_number_beside_them_share_nothing() -> None:
+def test_other_context_shares_no_donors() -> None:
     store = vlcache_store()
 
     def shifted() -> Any:
@@ -100,7 +100,7 @@ def test_models_of_equal_tensors_and_another_number_beside_them_share_nothing() 
     assert run(second, shifted(), 1) == "cold"
 
 
-def test_what_cannot_be_read_runs_unmodified_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_weights_warn_once(caplog: pytest.LogCaptureFixture) -> None:
     reference = tiny_vlm(num_layers=1)
     model = compiled(copy.deepcopy(reference))
     engine = model.vlcache

@@ -1,4 +1,4 @@
-"""What tests of the compiler share."""
+"""Fixtures for tests of the compiler."""
 
 import pytest
 

@@ -58,14 +58,14 @@ class LookingAtRandom(Looking):
 
 
 class Adding(nn.Module):
-    """A piece of a model, without attention."""
+    """A part of a model, without attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1
 
 
 class Stepping(nn.Module):
-    """A decoding step of two layers: one token attends to cached keys, which are its values, too."""
+    """A decoding step of two layers: one token attends to cached keys, which are also its values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SteppingOnFolded(Stepping):
 
 
 class Dropping(nn.Module):
-    """A decoder whose attention drops weights at random: refused once its programs are made."""
+    """A decoder with attention dropout: refused when its programs are built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,18 +127,18 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], list[str]]] = {
     "encoder that writes": (LookingAndWriting, PIXELS | {"count": torch.zeros(1)}, ["unmodified"]),
     "random encoder": (LookingAtRandom, PIXELS, ["unmodified"]),
 }
-"""By name: the model, a call, and the kinds of its graphs."""
+"""Per name: the model, a call, and the kinds of its graphs."""
 
 
 def traced(model: nn.Module, call: dict[str, Tensor], dynamic: bool | None = None) -> Traced:
-    """The one graph of ``model``, captured if it can be."""
+    """Return the only graph of ``model``, captured if possible."""
     return traced_call(model, call, dynamic)[0]
 
 
 def traced_call(
     model: nn.Module, call: dict[str, Tensor], dynamic: bool | None = None
 ) -> tuple[Traced, tuple[Any, ...]]:
-    """The same, and the graph's arguments in ``call``."""
+    """Return the graph and its arguments in ``call``."""
     graphs: list[Traced] = []
 
     def trace(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> None:

@@ -29,7 +29,7 @@ def test_match_cross_attention() -> None:
     assert CrossAttention.match(traced(tiny_vlm(), PROMPT)) is None
 
 
-def test_compile_keeps_what_is_attended_to(eager: Engine) -> None:
+def test_compile_stores_keys_and_values(eager: Engine) -> None:
     model, call = CrossAttending().eval(), cross_call(0, 0)
     graph, args = traced_call(model, call)
     found = CrossAttention.match(graph)

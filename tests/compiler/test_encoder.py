@@ -39,7 +39,7 @@ def test_match_refuses(model: type[Looking], reason: Reason) -> None:
     assert refused.value.reason is reason
 
 
-def test_compile_keeps_results(eager: Engine) -> None:
+def test_compile_stores_results(eager: Engine) -> None:
     model = Looking()
     graph, args = traced_call(model, PIXELS)
     found = Encoder.match(graph)

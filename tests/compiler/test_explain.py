@@ -1,4 +1,4 @@
-"""Explanations name the same kinds as the backend acts on."""
+"""Explanations name the kinds that the backend compiles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_explain_encoder() -> None:
     assert (found.kind, found.reason) == ("encoder", None)
 
 
-def test_explain_reaches_no_limit() -> None:
+def test_explain_ignores_recompile_limit() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):
         assert all(len(explain(Looking(), {"pixels": torch.ones(1, 2, 5, 8)})) == 1 for _ in range(4))
 

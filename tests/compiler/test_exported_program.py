@@ -49,7 +49,7 @@ def check(program: CompiledProgram, model: nn.Module, call: dict[str, Any], mode
     ],
     ids=["causal", "mask", "written_out", "inductor"],
 )
-def test_one_export_serves_all_lengths_cold_and_warm(options: dict[str, Any], lowering: str) -> None:
+def test_dynamic_export_cold_and_warm(options: dict[str, Any], lowering: str) -> None:
     model = tiny_vlm(num_layers=3, **options)
     program = compiled(model, policy="full", lowering=lowering)
     check(program, model, tiny_vlm_inputs(5, 4, [(20, 0)]), "cold")
@@ -72,7 +72,7 @@ def test_reuse_computes_few_rows() -> None:
 
 
 class Language(nn.Module):
-    """The decoder alone: media come as marked rows of its embeddings."""
+    """The decoder alone: media spans are marked in its embeddings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def prompt(before: int, image: Tensor, after: int) -> Tensor:
     return vlcache_fx.mark_spans(embeds, [(0, before, len(image))])
 
 
-def test_a_language_model_with_marked_spans() -> None:
+def test_language_model_with_marked_spans() -> None:
     model, program = language()
     image = torch.randn(18, 16)
     for before, mode in ((3, "cold"), (11, "warm")):
@@ -113,7 +113,7 @@ def test_a_language_model_with_marked_spans() -> None:
         assert program.vlcache.last_report["mode"] == mode
 
 
-def test_without_marks_the_program_runs_as_it_is() -> None:
+def test_without_marks_runs_unmodified() -> None:
     model, program = language()
     embeds = torch.randn(1, 12, 16)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_without_marks_the_program_runs_as_it_is() -> None:
     ],
     ids=["batch", "constant", "missing", "dtype", "too_long", "rank", "none"],
 )
-def test_calls_that_the_export_does_not_cover_are_the_programs_own_matter(call: Any) -> None:
+def test_calls_outside_specialization(call: Any) -> None:
     _, program = language()
     plain = program._arguments.module
     outcomes = []
@@ -148,7 +148,7 @@ def test_calls_that_the_export_does_not_cover_are_the_programs_own_matter(call: 
     assert program.vlcache.last_report is None
 
 
-def test_where_gradients_are_recorded_the_program_runs_as_it_is() -> None:
+def test_gradients_run_unmodified() -> None:
     model = tiny_vlm()
     program = compiled(model)
     call = tiny_vlm_inputs(5, 4, [(20, 0)])
@@ -173,7 +173,7 @@ class WithCache(nn.Module):
         return logits
 
 
-def test_buffers_are_written_as_the_model_writes_them() -> None:
+def test_applies_buffer_mutations() -> None:
     model = WithCache().eval()
     tokens, patches = Dim("tokens", min=4, max=64), Dim("patches", min=2, max=40)
     call = tiny_vlm_inputs(5, 4, [(20, 0)])

@@ -1,4 +1,4 @@
-"""What a graph is: the same for the backend and for explanations."""
+"""Kinds of graphs: equal in the backend and in explanations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _compiler() -> Iterator[None]:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
-    """Kind and refusal of each graph that is compiled, in order."""
+    """Return kind and refusal of each compiled graph, in order."""
     found: list[tuple[str, str | None]] = []
     for kind in (*KINDS, DecodeStep, Refused):
 
@@ -64,7 +64,7 @@ def test_every_kind_has_a_case() -> None:
     assert names == {kind.name for kind in (*KINDS, DecodeStep, Refused)}  # type: ignore[misc]
 
 
-def test_classify_of_other_graphs_is_refused() -> None:
+def test_classify_refuses_other_graphs() -> None:
     text = {"input_ids": PROMPT["input_ids"][:, :3]}
     for model, call, reason in (
         (tiny_vlm(), text, Reason.NO_MERGE),
@@ -75,7 +75,7 @@ def test_classify_of_other_graphs_is_refused() -> None:
         assert refused.value.reason is reason
 
 
-def test_on_kind_failing_pass_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_kind_refuses_after_failed_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: SpliceRows, program: Any) -> bool:
         raise PassError("splice_rows", (), "deliberate")
 

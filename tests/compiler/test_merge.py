@@ -1,4 +1,4 @@
-"""Graphs that merge and attend to nothing."""
+"""Graphs with a merge and without attention."""
 
 from __future__ import annotations
 

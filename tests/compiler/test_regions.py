@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes: Dynamo's limit, and calls that it ran uncompiled."""
+"""Dynamo's recompile limit, and calls that it runs uncompiled."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _compiler() -> Iterator[None]:
         yield
 
 
-def test_a_limit_that_the_user_set_stays_and_uncompiled_calls_are_counted(
+def test_user_limit_stays_and_uncompiled_calls_count(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for make in (with_api, with_backend):
@@ -36,7 +36,7 @@ def test_a_limit_that_the_user_set_stays_and_uncompiled_calls_are_counted(
         pair: Pair = make(tiny_vlm(last_only=False), dynamic=False, policy="full")
         limits = {"capture_scalar_outputs": False, "recompile_limit": 1}
         with torch._dynamo.config.patch(limits), caplog.at_level(logging.WARNING, "vlcache_fx"):
-            if make is with_api:  # it has a limit of its own; this is what lies behind it
+            if make is with_api:  # with_api sets a limit itself; this tests the hook
                 with torch.compiler.set_stance("force_eager"):
                     offs = [pair.run(**prompt)[0] for prompt in PROMPTS]
                 expected = 3
@@ -52,7 +52,7 @@ def test_a_limit_that_the_user_set_stays_and_uncompiled_calls_are_counted(
         assert sum("[uncompiled]" in record.message for record in caplog.records) == 1
 
 
-def test_strict_raises_what_ran_uncompiled() -> None:
+def test_strict_raises_uncompiled_calls() -> None:
     pair = with_backend(tiny_vlm(last_only=False), dynamic=False, strict=True)
     with torch._dynamo.config.patch(recompile_limit=1):
         pair.run(**PROMPTS[0])
@@ -60,7 +60,7 @@ def test_strict_raises_what_ran_uncompiled() -> None:
             pair.run(**PROMPTS[1])
 
 
-def test_a_call_that_fails_is_not_counted() -> None:
+def test_failed_call_is_not_counted() -> None:
     pair = with_backend(tiny_vlm(last_only=False))
     pair.run(**PROMPTS[0])
     with pytest.raises(TypeError, match="nonsense"), torch.no_grad():
@@ -69,7 +69,7 @@ def test_a_call_that_fails_is_not_counted() -> None:
 
 
 class Shared(nn.Module):
-    """Many models share the code of ``forward``, as decorated ones do."""
+    """Many models share the code object of ``forward``, as with decorators."""
 
     def __init__(self, factor: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Shared(nn.Module):
         return self.linear(x) * self.factor
 
 
-def test_the_default_limit_is_raised_for_all_models_of_one_code() -> None:
+def test_default_limit_is_raised_for_shared_code() -> None:
     with torch._dynamo.config.patch(recompile_limit=TORCH_RECOMPILE_LIMIT):
         for factor in range(1, TORCH_RECOMPILE_LIMIT + 3):
             pair = with_backend(Shared(factor))
@@ -90,8 +90,8 @@ def test_the_default_limit_is_raised_for_all_models_of_one_code() -> None:
         assert torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT
 
 
-def test_the_limit_is_raised_in_the_thread_of_the_call() -> None:
-    """Values of Dynamo's configuration belong to a thread in newer versions of torch."""
+def test_limit_is_raised_per_thread() -> None:
+    """Dynamo's config values are thread-local in newer versions of torch."""
     with torch._dynamo.config.patch(recompile_limit=TORCH_RECOMPILE_LIMIT):
         pair = with_backend(Shared(2), dynamic=False)
         pair.both(x=torch.ones(1, 2))
@@ -102,7 +102,7 @@ def test_the_limit_is_raised_in_the_thread_of_the_call() -> None:
     assert pair.engine.stats()["uncompiled_calls"] == 0
 
 
-def test_a_region_is_watched_once() -> None:
+def test_watch_once_per_region() -> None:
     model, options = tiny_vlm(last_only=False), {"lowering": "eager", "salt": unique_salt()}
     compiled = torch.compile(model.forward, backend="vlcache", options=options, dynamic=False)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def _compiler() -> Iterator[None]:
 
 
 def at_once(call: Callable[[int], Any]) -> list[Any]:
-    """What the call gives in several threads, which begin it together."""
+    """Return the results of a call in threads that start at the same time."""
     together = threading.Barrier(THREADS)
 
     def begin(index: int) -> Any:
@@ -55,12 +55,12 @@ def test_each_graph_is_compiled_once() -> None:
     text = [tiny_vlm_inputs(20 + index, 5, []) for index in range(THREADS)]
     for number, prompts in enumerate((with_images, text, with_images), start=1):
         check(pair, prompts)
-        # The form with images and that without, whichever thread was first.
+        # Two graphs, with and without images, in any order of threads.
         assert len(_debug_get_cache_entry_list(TinyVlm.forward.__code__)) == min(number, 2)
 
 
 class Noting(TinyVlm):
-    """Does something in Python, which Dynamo cannot trace, before its first graph."""
+    """Runs Python that Dynamo cannot trace before its first graph."""
 
     noted: list[int]
 
@@ -73,7 +73,7 @@ class Noting(TinyVlm):
         self.noted.append(length)
 
 
-def test_what_a_model_does_in_python_is_done_once() -> None:
+def test_python_side_effects_happen_once() -> None:
     model: Any = tiny_vlm(num_layers=1, last_only=False)
     model.__class__, model.noted = Noting, []
     pair = with_api(model, policy="full")
@@ -82,7 +82,7 @@ def test_what_a_model_does_in_python_is_done_once() -> None:
     assert len(model.noted) == 2 * THREADS
 
 
-def test_errors_of_the_first_call_do_not_keep_others_waiting() -> None:
+def test_error_in_first_call_releases_others() -> None:
     pair = with_api(tiny_vlm(num_layers=1, last_only=False))
     with pytest.raises((RuntimeError, TypeError)), torch.no_grad():
         pair.model(input_ids=None)

@@ -1,4 +1,4 @@
-"""Graphs as they are, and machines on which nothing can be compiled."""
+"""Unmodified graphs, and machines without a compiler."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _compiler() -> Iterator[None]:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine without a C++ compiler, and nothing compiled before."""
+    """Simulate a machine without a C++ compiler and with empty caches."""
 
     def search(*_: Any) -> str:
         raise InvalidCxxCompiler
@@ -46,9 +46,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("compiled", [with_api, with_backend])
-def test_without_a_compiler_reuse_goes_on_with_eager_kernels(
-    compiled: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_reuse_without_compiler(compiled: Any, caplog: pytest.LogCaptureFixture) -> None:
     pair = compiled(tiny_vlm(num_layers=2, last_only=False), lowering="inductor", policy="full")
     with caplog.at_level(logging.WARNING, "vlcache_fx"):
         reports = [pair.run(**prompt) for prompt in (FIRST, SECOND, FIRST)]
@@ -57,14 +55,14 @@ def test_without_a_compiler_reuse_goes_on_with_eager_kernels(
     assert pair.engine.stats()["refusals"] == {"no_compiler": 1}
     (record,) = caplog.records
     assert record.getMessage() == (
-        "runs with eager kernels: no C++ compiler was found: install one, such as g++, or use "
+        "vlcache: running with eager kernels: no C++ compiler was found: install one, such as g++, or use "
         'lowering="eager"'
     )
 
 
 @pytest.mark.usefixtures("no_compiler")
 @pytest.mark.parametrize("compiled", [with_api, with_backend])
-def test_generate_works_without_a_compiler(compiled: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_generate_without_compiler(compiled: Any, caplog: pytest.LogCaptureFixture) -> None:
     pair = compiled(tiny_qwen2_5_vl(), lowering="inductor")
     inputs = qwen_inputs(5, 4, [(8, 8, 0)])
     with caplog.at_level(logging.WARNING, "vlcache_fx"), torch.no_grad():
@@ -75,7 +73,7 @@ def test_generate_works_without_a_compiler(compiled: Any, caplog: pytest.LogCapt
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_strict_says_that_there_is_no_compiler() -> None:
+def test_strict_raises_no_compiler() -> None:
     pair = with_api(tiny_vlm(num_layers=2), lowering="inductor", strict=True)
     with pytest.raises(UnsupportedGraphError, match="no C\\+\\+ compiler was found") as raised:
         pair.run(**FIRST)
@@ -86,7 +84,7 @@ def test_strict_says_that_there_is_no_compiler() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_graph_that_inductor_cannot_compile_runs_as_it_is(
+def test_inductor_failure_runs_eager(
     strict: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:

@@ -78,14 +78,14 @@ def test_spans_are_found_without_the_graph(
     assert found.split is not None
     features = torch.randn(29, 16)
     named: dict[str, Tensor] = {**inputs, "features.0": features}
-    runs = identifier.runs([named[name] for name in names(found)])
-    assert runs is not None
-    samples, tokens, media = runs
+    identified = identifier.media_spans([named[name] for name in names(found)])
+    assert identified is not None
+    samples, tokens, media = identified
     assert (samples, tokens) == (1, inputs["input_ids"].shape[1])
     assert [(run.start, run.length) for run in media] == [(7, 20), (29, 9)]
     assert torch.equal(media[1].content[0], features[20:])
     short = {**named, "features.0": features[:-1]}
-    assert identifier.runs([short[name] for name in names(found)]) is None
+    assert identifier.media_spans([short[name] for name in names(found)]) is None
 
 
 def test_masks_are_looked_at_without_the_graph(

@@ -41,7 +41,7 @@ def test_every_layers_keys_and_values_are_lookups(any_export: Exported) -> None:
     assert [one["slot"] for one in lookups] == [f"{layer}.{part}" for layer in layers for part in "kv"]
     assert [one["layer"] for one in lookups] == [layer for layer in layers for _ in "kv"]
     assert len({one["node"] for one in lookups}) == len(lookups)
-    assert {one["slot"] for one in lookups} == set(manifest.decoder.rows)
+    assert {one["slot"] for one in lookups} == set(map(str, manifest.decoder.rows))
     for one in lookups:
         assert one["source_line"].strip()
         assert one["input"] in manifest.graphs["prefill_warm"].inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlcache_fx.deploy.layer_groups import PROBED_LENGTHS, layer_groups
 from vlcache_fx.errors import PolicyError
-from vlcache_fx.policies import Policy, Profile, get_policy
+from vlcache_fx.policies import Policy, Profile, SpanContext, get_policy
 
 LAYERS = 6
 
@@ -29,8 +29,8 @@ class Chosen(Policy):
 
     choice: Callable[[int], Sequence[Tensor]]
 
-    def select(self, span_length: int, num_layers: int, profile: Any, budget: float) -> Sequence[Tensor]:
-        return self.choice(span_length)
+    def select(self, span: SpanContext) -> Sequence[Tensor]:
+        return self.choice(span.length)
 
 
 @pytest.mark.parametrize("name", ["layer_aware", "uniform", "first_k", "full", "none", "random"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -316,7 +317,7 @@ MINUS_AN_INPUT = {"constant": 0, "sizes": [{"factor": -1, "input": 4}]}
         ("decoder.spans.embeddings", 1),
         ("decoder.num_results", 2),
         ("decoder.data", [4]),
-        ("decoder.writes", [{"input": 0, "value": 0, "dim": None, "places": None, "results": []}]),
+        ("decoder.writes", [{"input": 0, "value": 0, "dim": None, "positions": None, "results": []}]),
         ("decoder.weights", [0]),
         ("decoder.has_past", True),
         ("decoder.tail", {"bounds": [{"input": 4}]}),
@@ -351,14 +352,18 @@ def test_rows_that_cannot_be_are_refused(folder: Path, field: str, rows: dict[st
             "decoder.rows",
             lambda m: m["decoder"].update(rows={"0.q": {"dim": 0, "dtype": "int8", "sizes": [1]}}),
         ),
-        ("cold.slots", lambda m: m["cold"].update(slots=["rows.one"])),
-        ("warm.slots", lambda m: m["warm"].update(slots=["0.k"])),
-        ("warm.recorded", lambda m: m["warm"].update(recorded=["rows.0"])),
+        ("cold.program.slots.0", lambda m: m["cold"]["program"].update(slots=["rows.one"])),
+        ("warm.program.slots.0", lambda m: m["warm"]["program"].update(slots=["0.k"])),
+        ("warm.program.recorded.0", lambda m: m["warm"]["program"].update(recorded=["rows.0"])),
     ],
 )
 def test_check_manifest_of_no_slot(folder: Path, field: str, change: Callable[[Any], None]) -> None:
-    made_anew(folder, change)
-    assert refusal(folder).startswith(f"the manifest's {field} holds ")
+    changed(folder, change)
+    text = refusal(folder)
+    assert f"is no manifest of this version: {field}" in text
+    assert re.search(
+        r"'(0\.q|rows\.one)' is not the name of a slot|slot '(0\.k|rows\.0)' is \w+, not \w+", text
+    )
 
 
 def test_a_manifest_made_anew_for_nothing_is_read(folder: Path) -> None:

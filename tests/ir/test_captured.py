@@ -1,4 +1,4 @@
-"""The IR's own methods."""
+"""Methods of ``Captured``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def captured(specialised: tuple[tuple[int, float | int | bool], ...] = ()) -> Ca
     return Captured(fx.symbolic_trace(Sum()), (InputKind.DATA, InputKind.WEIGHT), specialised)
 
 
-def test_placeholders_in_order() -> None:
+def test_placeholders_order() -> None:
     assert [node.name for node in captured().placeholders] == ["x", "y"]
 
 
-def test_inputs_by_kind() -> None:
+def test_inputs_of_kind() -> None:
     graph = captured()
     assert graph.indices_of(InputKind.WEIGHT) == (1,)
     assert [node.name for node in graph.inputs_of(InputKind.WEIGHT)] == ["y"]
     assert graph.indices_of(InputKind.SIZE) == ()
 
 
-def test_a_graph_holds_while_its_numbers_do() -> None:
+def test_holds_for_folded_numbers() -> None:
     folded = captured(((1, 0.5),))
     assert folded.holds_for((torch.ones(2), torch.tensor(0.5, dtype=torch.float64)))
     assert folded.holds_for([torch.ones(2), 0.5])

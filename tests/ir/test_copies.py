@@ -1,4 +1,4 @@
-"""Copies of graphs, and facts that follow them."""
+"""Copies of graphs and of facts about them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Fact:
     name: str = "fact"
 
 
-def test_copy_module_has_nodes_of_its_own() -> None:
+def test_copy_module_own_nodes() -> None:
     module = fx.symbolic_trace(doubled)
     nodes: dict[Node, Node] = {}
     copy = copy_module(module, nodes, "Copied")
@@ -39,7 +39,7 @@ def test_copy_module_has_nodes_of_its_own() -> None:
     assert copy(torch.ones(1), torch.ones(1)).item() == 3
 
 
-def test_on_nodes_reaches_every_node() -> None:
+def test_on_nodes_nested() -> None:
     module = fx.symbolic_trace(doubled)
     nodes: dict[Node, Node] = {}
     copy_module(module, nodes)
@@ -54,7 +54,7 @@ def test_on_nodes_reaches_every_node() -> None:
     ]  # fmt: skip
 
 
-def test_on_nodes_refuses_nodes_without_counterpart() -> None:
+def test_on_nodes_unmapped_node() -> None:
     module = fx.symbolic_trace(doubled)
     with pytest.raises(KeyError):
         on_nodes(tuple(module.graph.nodes), {})

@@ -34,7 +34,7 @@ def names(found: object) -> list[str]:
     return [node.name for node in found]  # type: ignore[attr-defined]
 
 
-def test_sizes_are_no_dataflow() -> None:
+def test_carries_data_sizes() -> None:
     graph = nodes()
     size = next(node for name, node in graph.items() if name.startswith("sym_size"))
     assert not carries_data(size)
@@ -44,7 +44,7 @@ def test_sizes_are_no_dataflow() -> None:
     assert graph["y_1"] in ancestors([graph["new_ones"]])
 
 
-def test_closures_keep_an_order_and_stay_within() -> None:
+def test_ancestors_and_descendants_order_and_within() -> None:
     graph = nodes()
     order = positions(graph["x_1"].graph)
     assert names(in_graph_order(descendants([graph["exp"]]), order)) == [
@@ -54,21 +54,21 @@ def test_closures_keep_an_order_and_stay_within() -> None:
     assert names(in_graph_order(ancestors([graph["add"]], within), order)) == ["exp", "sin", "add"]
 
 
-def test_articulation_points_lie_on_every_path() -> None:
+def test_articulation_points_on_every_path() -> None:
     graph = nodes()
     order = positions(graph["x_1"].graph)
     everything = dict.fromkeys(order)
     found = articulation_points([graph["x_1"]], [graph["neg"]], order, everything)
     assert names(found) == ["x_1", "exp", "add", "relu", "add_1", "neg"]
-    # A result in the middle ends what lies on every path.
+    # A sink in the middle ends the common part of all paths.
     found = articulation_points([graph["x_1"]], [graph["relu"], graph["neg"]], order, everything)
     assert names(found) == ["x_1", "exp", "add", "relu"]
-    # A second source starts it anew.
+    # A second source starts another.
     found = articulation_points([graph["x_1"], graph["sin"]], [graph["neg"]], order, everything)
     assert names(found) == ["add", "relu", "add_1", "neg"]
 
 
-def test_no_path_no_points() -> None:
+def test_articulation_points_without_path() -> None:
     graph = nodes()
     order = positions(graph["x_1"].graph)
     assert articulation_points([graph["neg"]], [graph["x_1"]], order, dict.fromkeys(order)) == []

@@ -1,4 +1,4 @@
-"""What a result is computed by."""
+"""Digests of computations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlcache_fx.ir.digest import computation_digest, graph_digest
 
 
 def digest(function: Callable[..., Any], result: int | None = None, **names: str) -> str:
-    """Of a function's result (or of one of several), with names for its parameters."""
+    """The digest of a function's result (or of one of several), with names for its parameters."""
     traced = fx.symbolic_trace(function)
     value: Any = traced.graph.output_node().args[0]
     placeholders = traced.graph.find_nodes(op="placeholder")
@@ -33,7 +33,7 @@ def among_others(y: Tensor, z: Tensor, x: Tensor) -> Any:
     return other, torch.cat([first, second], dim=1), noise
 
 
-def test_equal_computations_have_one_digest() -> None:
+def test_computation_digest_equal_computations() -> None:
     want = digest(plain)
     assert digest(among_others, 1) == want
     assert digest(lambda a, b: torch.cat([a * 2.0, b.exp()], dim=1), a="x", b="y") == want
@@ -51,13 +51,13 @@ def test_equal_computations_have_one_digest() -> None:
         lambda x, y: torch.cat([x * 2.0, y.exp(), y], dim=1),
         lambda x, y: torch.cat([x * 2.0, y.exp()], dim=1) + 0,
     ],
-    ids=["inputs", "order", "number", "keyword", "operator", "one input", "one more", "behind it"],
+    ids=["inputs", "order", "number", "keyword", "operator", "one input", "one more", "after it"],
 )  # fmt: skip
-def test_other_computations_have_others(function: Callable[..., Any]) -> None:
+def test_computation_digest_other_computations(function: Callable[..., Any]) -> None:
     assert digest(function) != digest(plain)
 
 
-def test_inputs_are_known_by_the_names_given() -> None:
+def test_computation_digest_input_names() -> None:
     assert digest(plain, x="y", y="x") != digest(plain)
     assert digest(lambda x: x) != digest(lambda y: y)
     assert digest(lambda x: x) == digest(lambda y: y, y="x")
@@ -76,14 +76,14 @@ def holding(value: Any) -> torch.nn.Module:
     return Holding()
 
 
-def test_constants_count_by_content() -> None:
+def test_computation_digest_constants_by_content() -> None:
     ones = digest(holding(torch.ones(2)))
     assert digest(holding(torch.ones(2))) == ones
     assert digest(holding(torch.ones(2) * 2)) != ones
     assert digest(holding(torch.ones(2, dtype=torch.float64))) != ones
 
 
-def test_graph_digest_counts_constants_and_not_names() -> None:
+def test_graph_digest_constants_and_names() -> None:
     def traced(value: Tensor) -> fx.GraphModule:
         return fx.symbolic_trace(holding(value))
 
@@ -93,8 +93,8 @@ def test_graph_digest_counts_constants_and_not_names() -> None:
     assert graph_digest(traced(torch.ones(2))) != graph_digest(traced(torch.zeros(2)))
 
 
-def test_computation_digest_body_of_an_operator() -> None:
-    """Functions that a graph calls, those of flex attention, count with what they hold."""
+def test_computation_digest_higher_order_operator() -> None:
+    """Functions that a graph calls, as flex attention does, count with their constants."""
 
     def calling(value: float) -> tuple[fx.GraphModule, fx.Node]:
         graph = fx.Graph()

@@ -1,4 +1,4 @@
-"""Fake inputs in an environment of their own."""
+"""Fake inputs in their own shape environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def foreign(hint: int) -> torch.SymInt:
     return size
 
 
-def test_sizes_of_one_name_are_one() -> None:
+def test_size_same_name() -> None:
     fakes = FakeInputs()
     rows = fakes.size("rows_0")
     assert str(rows) == str(fakes.size("rows_0"))
@@ -29,8 +29,8 @@ def test_sizes_of_one_name_are_one() -> None:
     assert str(tensor.shape[1]) == str(rows)
 
 
-def test_sizes_are_told_apart_without_guards() -> None:
-    """Distinct hints: no two sizes are taken for equal because of the example at hand."""
+def test_size_distinct_without_guards() -> None:
+    """Hints are distinct: sizes are never equal by accident."""
     fakes = FakeInputs()
     sizes = [fakes.size(f"rows_{index}") for index in range(50)]
     assert len({size.node.hint for size in sizes}) == 50
@@ -38,7 +38,7 @@ def test_sizes_are_told_apart_without_guards() -> None:
     assert fakes.env.guards == []
 
 
-def test_like_gives_every_size_a_counterpart_of_its_own() -> None:
+def test_like_own_sizes() -> None:
     tokens = foreign(12)
     mode = FakeTensorMode(shape_env=tokens.node.shape_env)
     with mode:
@@ -50,12 +50,12 @@ def test_like_gives_every_size_a_counterpart_of_its_own() -> None:
     derived = fakes.size(str((2 * tokens + 1).node.expr))
     assert copy.fake_mode is fakes.mode
     assert [str(size) for size in copy.shape] == ["1", str(own), str(derived)]
-    assert str(copy.stride()[1]) == str(derived)  # still row by row
+    assert str(copy.stride()[1]) == str(derived)  # still row-major
     assert str(fakes.like(tokens)) == str(own)
     assert len(tokens.node.shape_env.guards) == before  # nothing reaches the environment of the trace
 
 
-def test_like_keeps_that_a_size_is_another_one_and_more() -> None:
+def test_like_sum_of_size_and_number() -> None:
     tokens = foreign(12)
     fakes = FakeInputs()
     own = fakes.like(tokens)
@@ -63,19 +63,19 @@ def test_like_keeps_that_a_size_is_another_one_and_more() -> None:
     assert str(fakes.like(tokens - 1) - own) != "-1"  # may be none for another number of tokens
 
 
-def test_like_keeps_the_order_of_dimensions() -> None:
+def test_like_strides() -> None:
     value = torch.empty(2, 3, 4).transpose(0, 2)
     assert FakeInputs().like(value).stride() == value.stride()
 
 
-def test_like_keeps_what_has_no_size() -> None:
+def test_like_plain_values() -> None:
     fakes = FakeInputs()
     assert fakes.like(3) == 3
     assert fakes.like(None) is None
     assert tuple(fakes.like(torch.ones(2, 3)).shape) == (2, 3)
 
 
-def test_a_size_that_is_another_one_and_more() -> None:
+def test_size_derived() -> None:
     fakes = FakeInputs({"b": ("a", 3), "c": ("b", 0)})
     assert str(fakes.size("b") - fakes.size("a")) == "3"
     assert str(fakes.size("c") - fakes.size("b")) == "0"

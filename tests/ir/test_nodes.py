@@ -25,7 +25,7 @@ def test_is_full_slice() -> None:
     assert [is_full_slice(node) for node in nodes] == [True, True, False, False]
 
 
-def test_slice_bounds_of_both_operators() -> None:
+def test_slice_bounds_slice_and_scatter() -> None:
     def both(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         return aten.slice(x, 1, 1), aten.slice_scatter(x, y, 1, 0, NO_BOUND)
 
@@ -37,7 +37,7 @@ def test_slice_bounds_of_both_operators() -> None:
     assert packet_of(second) is aten.slice_scatter
 
 
-def test_attribute_at_a_dotted_path() -> None:
+def test_attribute_dotted_path() -> None:
     root = torch.nn.Module()
     root.inner = torch.nn.Module()
     root.inner.register_buffer("held", torch.ones(2))

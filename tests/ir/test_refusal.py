@@ -1,4 +1,4 @@
-"""What a refusal says about its node."""
+"""Source lines in refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRACE = """
 """
 
 
-def test_the_innermost_line_is_named() -> None:
+def test_source_line_innermost() -> None:
     node = Graph().placeholder("x")
     node.meta["stack_trace"] = TRACE
     assert source_line(node) == '"/home/me/model.py", line 12, in forward: x = x.flip(1)'
@@ -26,13 +26,13 @@ def test_the_innermost_line_is_named() -> None:
 
 
 @pytest.mark.parametrize("trace", [None, "", "no file in it"])
-def test_without_a_trace(trace: str | None) -> None:
+def test_source_line_without_trace(trace: str | None) -> None:
     node = Graph().placeholder("x")
     node.meta["stack_trace"] = trace
     assert source_line(node) is None
 
 
-def test_a_trace_that_ends_with_a_place() -> None:
+def test_source_line_without_code() -> None:
     node = Graph().placeholder("x")
     node.meta["stack_trace"] = 'File "model.py", line 1, in forward'
     assert source_line(node) == '"model.py", line 1, in forward'
@@ -48,10 +48,10 @@ def test_a_trace_that_ends_with_a_place() -> None:
         (None, None),
     ],
 )
-def test_folders_are_for_this_machine_alone(text: str | None, rest: str | None) -> None:
+def test_without_folders(text: str | None, rest: str | None) -> None:
     assert without_folders(text) == rest
 
 
-def test_without_a_node() -> None:
+def test_refuse_without_node() -> None:
     error = refuse(Reason.NO_ATTENTION, None, "none")
     assert (error.node, error.source_line) == (None, None)

@@ -1,4 +1,4 @@
-"""Consecutive rows, written in whatever way, become one operator; what is more than rows is left alone."""
+"""Writes of consecutive rows become ``index_copy``; other writes are not changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from vlcache_fx.ir.scatters import scattered_rows, settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters, scattered_rows
 
 aten = torch.ops.aten
 Write = Callable[[Tensor, Tensor], Tensor]
@@ -41,14 +41,14 @@ def between(start: int | None, end: int | None) -> Write:
 
 
 @given(st.integers(-6, 5), st.integers(1, 6))
-def test_consecutive_rows_become_one_operator(start: int, count: int) -> None:
+def test_canonicalize_slice_scatters_consecutive_rows(start: int, count: int) -> None:
     first = start % 6
     count = min(count, 6 - first)
     end = None if first + count == 6 else first + count - (6 if start < 0 else 0)
     rows = torch.rand(2, count, 4, generator=torch.Generator().manual_seed(0))
     module = traced(between(start, end), rows)
     want = module(WHOLE, rows)
-    settle_scatters(module.graph)
+    canonicalize_slice_scatters(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     assert torch.equal(module(WHOLE, rows), want)
@@ -71,10 +71,10 @@ def nothing(whole: Tensor, rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("write", [every_second, nothing])
-def test_what_are_no_consecutive_rows_stays(write: Write) -> None:
+def test_canonicalize_slice_scatters_other_writes(write: Write) -> None:
     module = traced(write)
     want = module(WHOLE, ROWS)
-    settle_scatters(module.graph)
+    canonicalize_slice_scatters(module.graph)
     module.recompile()
     assert torch.equal(module(WHOLE, ROWS), want)
     assert not scatters(module)
@@ -109,7 +109,7 @@ def single_values(whole: Tensor, rows: Tensor) -> Tensor:
     ("write", "is_rows"),
     [(copied, True), (put, True), (repeated, False), (added, False), (single_values, False)],
 )
-def test_rows_are_recognised(write: Write, is_rows: bool) -> None:
+def test_scattered_rows(write: Write, is_rows: bool) -> None:
     nodes = traced(write).graph.nodes
     (scatter,) = (node for node in nodes if node.target in (aten.index_copy.default, aten.index_put.default))
     found = scattered_rows(scatter)

@@ -1,4 +1,4 @@
-"""Sizes as expressions: what is known of them whatever their symbols are."""
+"""Sizes as expressions: facts for all values of their symbols."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ sums = st.lists(monomials, min_size=1, max_size=3).map(sum)
 
 
 @given(sums, monomials)
-def test_a_product_is_divided_by_its_factor(size: sympy.Expr, factor: sympy.Expr) -> None:
+def test_quotient_of_product_by_factor(size: sympy.Expr, factor: sympy.Expr) -> None:
     assert equal(quotient(sympy.expand(size * factor), factor), size)
 
 
 @given(sums, sums, numbers, numbers)
-def test_a_quotient_is_right_for_every_value_of_its_symbols(
-    size: sympy.Expr, divisor: sympy.Expr, s: int, t: int
-) -> None:
+def test_quotient_for_every_symbol_value(size: sympy.Expr, divisor: sympy.Expr, s: int, t: int) -> None:
     found = quotient(size, divisor)
     if found is not None:
         value, of, by = (sympy.sympify(one).subs({S: s, T: t}) for one in (found, size, divisor))
@@ -33,7 +31,7 @@ def test_a_quotient_is_right_for_every_value_of_its_symbols(
 
 
 @given(numbers, st.integers(0, 12))
-def test_a_quotient_of_numbers(size: int, divisor: int) -> None:
+def test_quotient_of_numbers(size: int, divisor: int) -> None:
     whole = divisor and not size % divisor
     assert quotient(size, divisor) == (size // divisor if whole else None)
 
@@ -54,23 +52,23 @@ def test_a_quotient_of_numbers(size: int, divisor: int) -> None:
         (S * T + T, S + 1, T),
     ],
 )
-def test_quotients(size: object, divisor: object, expected: object) -> None:
+def test_quotient(size: object, divisor: object, expected: object) -> None:
     assert quotient(size, divisor) == expected
 
 
-def test_equal_adds_no_guard() -> None:
+def test_equal_without_guard() -> None:
     fakes = FakeInputs()
     tokens, other = fakes.size("tokens"), fakes.size("other")
     assert equal(2 * tokens - tokens, tokens)
     assert equal(tokens + other, other + tokens)
     assert not equal(tokens, other)
-    assert not equal(tokens, tokens.node.hint)  # it happens to be that long, and need not be
+    assert not equal(tokens, tokens.node.hint)  # equal to its hint by accident
     assert quotient(tokens * 6, tokens * 2) == 3
     assert quotient(tokens * other, 2) is None
     assert fakes.env.guards == []
 
 
-def test_products_and_expressions() -> None:
+def test_product_and_expressions() -> None:
     tokens = FakeInputs().size("tokens")
     assert product([]) == 1
     assert product([2, S, 3]) == 6 * S

@@ -26,12 +26,12 @@ def module() -> tuple[fx.GraphModule, dict[str, fx.Node]]:
 
 
 def flags(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Whatever device it stands for: of token ids, where they count from 0, and none of them."""
-    places = torch.arange(ids.shape[-1], device=ids.device)
-    return (ids == places).to(ids.device).unsqueeze(-1), ids.new_zeros(2)
+    """On the device of ``ids``: where they equal their position, and zeros."""
+    positions = torch.arange(ids.shape[-1], device=ids.device)
+    return (ids == positions).to(ids.device).unsqueeze(-1), ids.new_zeros(2)
 
 
-def test_a_part_of_another_device_runs_on_the_cpu() -> None:
+def test_on_cpu_part_of_other_device() -> None:
     part: Any = make_fx(flags)(torch.empty(1, 4, dtype=torch.int64, device="meta"))
     before = str(part.graph)
     moved = on_cpu(part)
@@ -44,7 +44,7 @@ def test_a_part_of_another_device_runs_on_the_cpu() -> None:
         assert torch.equal(got, want)
 
 
-def test_a_part_with_constants_elsewhere_stays_there() -> None:
+def test_on_cpu_constants_of_other_device() -> None:
     part = fx.symbolic_trace(Both())
     assert on_cpu(part) is not None
     assert on_cpu(part.to("meta")) is None
@@ -55,7 +55,7 @@ def test_needed_for() -> None:
     assert {node.name for node in needed_for([nodes["mul"]])} == {"mul", "x", "factor"}
 
 
-def test_extract_has_all_inputs_and_the_results_asked_for() -> None:
+def test_extract_inputs_and_results() -> None:
     traced, nodes = module()
     before = str(traced.graph)
     part = extract(traced, [nodes["mul"]])
@@ -65,7 +65,7 @@ def test_extract_has_all_inputs_and_the_results_asked_for() -> None:
     assert str(traced.graph) == before
 
 
-def test_an_input_can_be_a_result() -> None:
+def test_extract_input_as_result() -> None:
     traced, nodes = module()
     x, y = extract(traced, [nodes["y"], nodes["x"]])(1, 2)
     assert (x, y) == (2, 1)

@@ -88,7 +88,7 @@ def test_programs_equal_reference(shape: DecoderShape, data: st.DataObject) -> N
     for slot, value in zip(cold.recorded, recorded, strict=True):
         if isinstance(slot, Key | Value):
             parts = warm.decoder.layers[slot.layer]
-            dim = warm.decoder.steps[
+            dim = warm.decoder.flows[
                 parts.key_frontier if isinstance(slot, Key) else parts.value_frontier
             ].dim
         else:

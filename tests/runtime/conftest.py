@@ -1,4 +1,4 @@
-"""Every module here compiles models of its own."""
+"""Each module here compiles its own models."""
 
 from __future__ import annotations
 

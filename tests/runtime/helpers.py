@@ -1,4 +1,4 @@
-"""Compiled models beside their unmodified copies, and small ways to ask what happened."""
+"""Compiled models with their unmodified copies, and helpers to compare them."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Pair:
         return report
 
     def both(self, **inputs: Any) -> tuple[Any, Any]:
-        """What the compiled model gives, and what the unmodified one does."""
+        """Return the outputs of the compiled and of the unmodified model."""
         with torch.no_grad():
             return self.model(**inputs), self.reference(**inputs)
 
     def run(self, **inputs: Any) -> tuple[float, dict[str, Any]]:
-        """How far the logits are from the unmodified model's (0.0: bitwise equal), and the report."""
+        """Return the largest error of the logits (0.0: bitwise equal), and the report."""
         got, expected = self.both(**inputs)
         return distance(got, expected), self.report
 
 
 def with_api(model: nn.Module, **options: Any) -> Pair:
-    """Through ``vlcache_fx.compile``; eager and dynamic unless said otherwise."""
+    """Through ``vlcache_fx.compile``; eager and dynamic by default."""
     reference = copy.deepcopy(model)
     options = {"lowering": "eager", "dynamic": True} | options
     compiled = vlcache_fx.compile(model, **options)
@@ -54,7 +54,7 @@ def with_api(model: nn.Module, **options: Any) -> Pair:
 
 
 def with_backend(model: nn.Module, dynamic: bool | None = True, **options: Any) -> Pair:
-    """Through ``torch.compile(backend="vlcache")``; eager and dynamic unless said otherwise."""
+    """Through ``torch.compile(backend="vlcache")``; eager and dynamic by default."""
     reference = copy.deepcopy(model)
     # A store of its own: equal options share an engine.
     options = {"lowering": "eager", "store": vlcache_store()} | options
@@ -70,12 +70,12 @@ def vlcache_store(capacity_bytes: int = 1 << 30) -> Any:
 
 
 def logits(output: Any) -> Tensor:
-    """The logits of a model's output."""
+    """Return the logits of a model's output."""
     return output if isinstance(output, Tensor) else output.logits
 
 
 def distance(got: Any, expected: Any) -> float:
-    """Largest difference of two outputs' logits."""
+    """Return the largest difference of two outputs' logits."""
     a, b = logits(got), logits(expected)
     assert a.shape == b.shape
     assert a.isfinite().all()
@@ -83,7 +83,7 @@ def distance(got: Any, expected: Any) -> float:
 
 
 def cache_distance(got: Any, expected: Any) -> float:
-    """Largest difference of two KV caches, which must have the same layers and shapes."""
+    """Return the largest difference of two KV caches, which must have the same layers and shapes."""
     assert len(got.layers) == len(expected.layers) > 0
     worst = 0.0
     for a, b in zip(got.layers, expected.layers, strict=True):
@@ -95,7 +95,7 @@ def cache_distance(got: Any, expected: Any) -> float:
 
 @contextmanager
 def settings_of(engine: Engine, **changes: Any) -> Iterator[None]:
-    """Other options for a while: a graph need not be compiled again for another policy or budget."""
+    """Use other options in the body, without a new compilation."""
     options = engine.options
     engine.set_options(replace(options, **changes))
     try:
@@ -106,7 +106,7 @@ def settings_of(engine: Engine, **changes: Any) -> Iterator[None]:
 
 @contextmanager
 def own_compiler_state() -> Iterator[None]:
-    """Dynamo starts empty and is left empty, and many models of one class do not exhaust its limits."""
+    """Reset Dynamo before and after, with a limit for many models of one class."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
         yield
@@ -114,15 +114,15 @@ def own_compiler_state() -> Iterator[None]:
 
 
 def unique_salt() -> str:
-    """A salt that no other test uses."""
+    """Return a salt that no other test uses."""
     return f"test-{next(_serial)}"
 
 
 def hits(report: dict[str, Any]) -> list[bool]:
-    """Per span, whether its donor was found."""
+    """Return per span whether its donor was found."""
     return [span["hit"] for span in report["spans"]]
 
 
 def keys(report: dict[str, Any]) -> list[str]:
-    """Per span, its key."""
+    """Return the key of each span."""
     return [span["key"] for span in report["spans"]]

@@ -1,4 +1,4 @@
-"""Several prompts in one call: each is served as if it were alone, whatever its padding and neighbours."""
+"""Several prompts in one call: each is served as in a call of its own."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def fresh(pair: Pair) -> Pair:
 
 
 def on_real_tokens(pair: Pair, call: dict[str, Tensor]) -> tuple[float, dict[str, Any]]:
-    """How far the logits of tokens that are no padding are from the unmodified model's, and the report."""
+    """Return the largest error of logits outside padding, and the report."""
     got, want = pair.both(**call)
     assert got.shape == want.shape
     return float((got - want)[call["kept"]].abs().max()), pair.report
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_cold_is_the_unmodified_model(fresh: Pair, left: bool) -> None:
+def test_cold_equals_unmodified(fresh: Pair, left: bool) -> None:
     call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
     got, want = fresh.both(**call)
     assert fresh.report["mode"] == "cold"
@@ -56,7 +56,7 @@ def test_cold_is_the_unmodified_model(fresh: Pair, left: bool) -> None:
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_all_rows_recomputed_is_the_unmodified_model(fresh: Pair, left: bool) -> None:
+def test_full_recompute_equals_unmodified(fresh: Pair, left: bool) -> None:
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     call = batch_of(prompt(2, 4, 1, 0, text=2), prompt(11, 9, 0, text=3), left=left)
     with fresh.engine.using(policy="full"):
@@ -74,12 +74,12 @@ def test_padding_is_not_computed(fresh: Pair, left: bool) -> None:
         _, report = on_real_tokens(fresh, call)
     assert report["mode"] == "warm"
     assert report["num_tokens"] == 60
-    assert report["rows_per_layer"] == (12,) * (LAYERS + 1)  # of the sample with more text
+    assert report["rows_per_layer"] == (12,) * (LAYERS + 1)  # rows of the sample with more text
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_known_prompts_in_their_places_lose_nothing(fresh: Pair, left: bool) -> None:
-    """Behind the very tokens that donors were computed behind, no row has to be computed again."""
+def test_repeated_prompts_are_exact(fresh: Pair, left: bool) -> None:
+    """In the context of its donor, no row needs recomputing."""
     call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
     on_real_tokens(fresh, call)
     for policy in ("none", "uniform"):
@@ -90,7 +90,7 @@ def test_known_prompts_in_their_places_lose_nothing(fresh: Pair, left: bool) -> 
         assert report["rows_per_layer"][0] < 20
 
 
-def test_one_sample_may_hit_and_another_miss(fresh: Pair) -> None:
+def test_hit_and_miss_in_one_batch(fresh: Pair) -> None:
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     call = batch_of(prompt(7, 5, 0, text=2), prompt(4, 6, 3, text=3))
     with fresh.engine.using(policy="none"):
@@ -98,14 +98,14 @@ def test_one_sample_may_hit_and_another_miss(fresh: Pair) -> None:
     assert fresh.report["mode"] == "warm"
     assert hits(fresh.report) == [True, False]
     torch.testing.assert_close(got[1][call["kept"][1]], want[1][call["kept"][1]], atol=TOLERANCE, rtol=0)
-    assert float((got[0] - want[0]).abs().max()) > 1e-3  # reused behind another text
-    # The one that missed was computed exactly, and is known from now on.
+    assert float((got[0] - want[0]).abs().max()) > 1e-3  # reused after another text
+    # The image that missed was computed exactly and is stored now.
     with fresh.engine.using(policy="none"):
         on_real_tokens(fresh, call)
     assert hits(fresh.report) == [True, True]
 
 
-def test_a_sample_without_images_is_computed_in_full(fresh: Pair) -> None:
+def test_sample_without_images_is_computed_in_full(fresh: Pair) -> None:
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     call = batch_of(prompt(7, 5, 0, text=2), prompt(30, 0, text=3))
     with fresh.engine.using(policy="none"):
@@ -117,7 +117,7 @@ def test_a_sample_without_images_is_computed_in_full(fresh: Pair) -> None:
 
 @pytest.mark.parametrize("policy", ["full", "uniform", "none"])
 @pytest.mark.parametrize("left", [True, False])
-def test_an_answer_does_not_depend_on_the_neighbours(fresh: Pair, policy: str, left: bool) -> None:
+def test_results_do_not_depend_on_other_samples(fresh: Pair, policy: str, left: bool) -> None:
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), prompt(3, 3, 2, text=4)))
     own = prompt(7, 5, 0, text=2)
     others = (
@@ -130,7 +130,7 @@ def test_an_answer_does_not_depend_on_the_neighbours(fresh: Pair, policy: str, l
     with fresh.engine.using(policy=policy):
         for place, other in enumerate(others):
             pair_of = (own, other) if place % 2 else (other, own)
-            # The same length: where positions count padding, another length would be another question.
+            # Equal lengths: another length would change positions that count padding.
             call = batch_of(*pair_of, left=left, tokens=80)
             with torch.no_grad():
                 got = fresh.model(**call)
@@ -142,8 +142,8 @@ def test_an_answer_does_not_depend_on_the_neighbours(fresh: Pair, policy: str, l
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_the_last_token_is_always_computed(fresh: Pair, left: bool) -> None:
-    """No other token attends to it; it is no padding all the same."""
+def test_last_token_is_always_computed(fresh: Pair, left: bool) -> None:
+    """No other token attends to it, but it is not padding."""
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     call = batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1), left=left)
     with fresh.engine.using(policy="none"):
@@ -156,8 +156,8 @@ def test_the_last_token_is_always_computed(fresh: Pair, left: bool) -> None:
         assert same < off_by_text / 3
 
 
-def test_donors_serve_alone_and_among_others(fresh: Pair) -> None:
-    """What a batch recorded, one prompt finds, and the other way round."""
+def test_donors_serve_single_and_batched_calls(fresh: Pair) -> None:
+    """A single prompt finds the donors of a batch, and vice versa."""
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     _, alone = on_real_tokens(fresh, batch_of(prompt(7, 5, 1, text=2)))
     assert (alone["mode"], hits(alone)) == ("warm", [True])
@@ -169,14 +169,14 @@ def test_donors_serve_alone_and_among_others(fresh: Pair) -> None:
     assert off < TOLERANCE
 
 
-def test_an_image_that_nothing_sees_leaves_no_donor_for_one_that_is_seen(fresh: Pair) -> None:
+def test_hidden_image_stores_no_donor_for_visible_image(fresh: Pair) -> None:
     hidden, usual = batch_of(prompt(5, 6, 0)), batch_of(prompt(5, 6, 0))
     hidden["kept"][:, 5:21] = False
     assert on_real_tokens(fresh, hidden)[1]["mode"] == "cold"
     with fresh.engine.using(policy="none"):
         off, report = on_real_tokens(fresh, usual)
     assert (report["mode"], off) == ("cold", 0.0)
-    # And none of rows that were never computed, when it misses beside a hit.
+    # A miss in a warm batch does not store rows that were not computed.
     both = batch_of(prompt(5, 6, 0), prompt(9, 3, 3, text=1))
     both["kept"][1, 9:28] = False
     with fresh.engine.using(policy="none"):
@@ -187,13 +187,13 @@ def test_an_image_that_nothing_sees_leaves_no_donor_for_one_that_is_seen(fresh: 
     assert off < TOLERANCE
 
 
-def test_last_logits_alone() -> None:
+def test_last_logits_only() -> None:
     pair = with_backend(padded(num_layers=LAYERS, counted=True), policy="none")
     on = [prompt(5, 6, 0), prompt(9, 3, 1, text=1)]
     assert pair.run(**batch_of(*on))[0] < TOLERANCE
     off, report = pair.run(**batch_of(*on))
     assert report["mode"] == "warm"
-    assert report["rows_per_layer"] == (12, 12, 2)  # of the results, and a neighbour
+    assert report["rows_per_layer"] == (12, 12, 2)  # the row of the results, and one more
     assert off < TOLERANCE
 
 
@@ -201,7 +201,7 @@ def test_last_logits_alone() -> None:
 
 
 def llava_batch(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With padding in front, as for generation."""
+    """With padding on the left, as in generation."""
     longest = max(one["input_ids"].shape[1] for one in prompts)
 
     def joined(name: str, value: int) -> Tensor:
@@ -220,7 +220,7 @@ def llava_batch(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def test_llava_generates_what_the_unmodified_model_does() -> None:
+def test_llava_generate_equals_unmodified() -> None:
     pair = with_api(tiny_llava(2), policy="full")
     calls = [
         llava_batch(llava_inputs(5, 7, [0]), llava_inputs(9, 3, [1], 1)),

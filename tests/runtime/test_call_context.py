@@ -1,27 +1,29 @@
-"""What encoders tell the next call of a decoder."""
+"""Facts from encoders for the next call of a decoder."""
 
 from __future__ import annotations
 
 import threading
 
 from vlcache_fx.runtime.call_context import CallContext, PendingContext
+from vlcache_fx.runtime.requests.media_spans import MediaItems
 
 
 def test_with_items_replaces_one_modality() -> None:
-    context = CallContext().with_items("image", [3, 4]).with_items("video", [5]).with_items("image", [6])
-    assert context.lengths == [(6,), (5,)]
+    context = CallContext().with_items("image", MediaItems((3, 4))).with_items("video", MediaItems((5,)))
+    context = context.with_items("image", MediaItems((6,)))
+    assert context.media_items == [MediaItems((6,)), MediaItems((5,))]
     assert context.encoder_hit is None
 
 
-def test_take_leaves_nothing() -> None:
+def test_take_clears() -> None:
     pending = PendingContext()
-    pending.note_items("image", [3])
+    pending.note_items("image", MediaItems((3,)))
     pending.note_encoder(hit=True)
-    assert pending.take() == CallContext(encoder_hit=True, items=(("image", (3,)),))
+    assert pending.take() == CallContext(encoder_hit=True, items=(("image", MediaItems((3,))),))
     assert pending.take() == CallContext()
 
 
-def test_take_knows_its_own_thread_alone() -> None:
+def test_take_is_per_thread() -> None:
     pending = PendingContext()
     thread = threading.Thread(target=lambda: pending.note_encoder(hit=False))
     thread.start()

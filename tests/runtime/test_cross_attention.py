@@ -1,4 +1,4 @@
-"""Decoders that attend to an item from outside: what depends on the item alone is kept, exactly."""
+"""Decoders with cross-attention: values that depend on the item alone are reused exactly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def call(ids: int, pixels: int, tokens: int = 6) -> dict[str, Tensor]:
     }
 
 
-def test_a_known_image_is_found_behind_any_text() -> None:
+def test_known_image_with_any_text() -> None:
     pair = attending()
     for ids, pixels, tokens, mode in (
         (0, 0, 6, "cold"), (1, 0, 6, "warm"), (2, 0, 9, "warm"), (2, 1, 9, "cold"), (0, 1, 6, "warm"),
@@ -67,11 +67,11 @@ def test_a_known_image_is_found_behind_any_text() -> None:
         off, report = pair.run(**call(ids, pixels, tokens))
         assert off == 0.0
         assert (report["mode"], report["encoder_hit"]) == (mode, mode == "warm")
-        assert report["reason"] == (None if mode == "warm" else "the item that it attends to is new")
+        assert report["reason"] == (None if mode == "warm" else "the attended item is new")
     assert pair.engine.stats()["encoder"] == {"hits": 3, "misses": 2}
 
 
-def test_weights_and_salts_are_in_the_keys() -> None:
+def test_keys_cover_weights_and_salt() -> None:
     pair = attending()
     pair.run(**call(0, 0))
     with settings_of(pair.engine, salt="another"):
@@ -83,7 +83,7 @@ def test_weights_and_salts_are_in_the_keys() -> None:
     assert (off, report["mode"]) == (0.0, "cold")
     with torch.no_grad():
         for model in (pair.model, pair.reference):
-            model.embed.weight.mul_(2)  # nothing of the image depends on it
+            model.embed.weight.mul_(2)  # values of the image do not depend on it
     off, report = pair.run(**call(0, 0))
     assert (off, report["mode"]) == (0.0, "warm")
 

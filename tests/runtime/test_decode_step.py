@@ -1,4 +1,4 @@
-"""Steps that write to their inputs are served by the program only where it may write there."""
+"""Decoding steps with input mutations run the program only if it may write to its inputs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.passes import Program
 from vlcache_fx.runtime.decode_step import DecodeStepRunner
 
-ROWS, COUNT = Write(input=0, value=1, dim=1, places=2), Write(input=2, value=3, results=(0,))
+ROWS, COUNT = Write(input=0, value=1, dim=1, positions=2), Write(input=2, value=3, results=(0,))
 KINDS = (InputKind.DATA, InputKind.DATA, InputKind.DATA, InputKind.WEIGHT)
 
 
 def lowered(args: Sequence[Any]) -> tuple[Any, ...]:
-    """Writes ones to the first input by itself and gives the next count."""
+    """Writes ones to the first input itself and returns the next count."""
     args[0][:, :1] = 1
     return None, None, None, args[2] + 1
 
@@ -40,7 +40,7 @@ def inputs() -> list[Tensor]:
     return [torch.zeros(2, 3), torch.zeros(4), torch.tensor(7), torch.zeros(1)]
 
 
-def test_what_is_left_to_write_is_written() -> None:
+def test_applies_remaining_input_mutations() -> None:
     args = inputs()
     (result,) = runner(ROWS, COUNT)(*args)
     assert args[0].tolist() == [[1, 0, 0], [1, 0, 0]]
@@ -57,14 +57,14 @@ def transposed(args: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [aliased, transposed])
-def test_inputs_that_the_program_was_not_made_for(change: Any) -> None:
+def test_overlapping_inputs_run_unmodified(change: Any) -> None:
     args = inputs()
     change(args)
     assert runner(ROWS, COUNT)(*args) == ("unmodified",)
     assert not args[0].any()
 
 
-def test_without_writes_inputs_are_not_looked_at() -> None:
+def test_without_writes_inputs_are_not_checked() -> None:
     args = inputs()
     transposed(args)
     assert list(runner()(*args)) == list(lowered(args))

@@ -1,4 +1,4 @@
-"""Results of an encoder are kept one by one, under the content that they are computed from."""
+"""Encoder results are stored separately, by the content of the inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPUTATIONS = {
 
 
 class Encoding:
-    """A runner of some computations, and how often it ran."""
+    """A runner of some computations that counts its runs."""
 
     def __init__(self, engine: ServingEngine, *names: str) -> None:
         self.calls, self.names = 0, names
@@ -43,7 +43,7 @@ class Encoding:
         return [COMPUTATIONS[name](pixels, weight) for name in self.names]
 
     def check(self, pixels: Tensor, other: Tensor, weight: Tensor) -> bool:
-        """The results must be those of the computations; True on a hit."""
+        """Check the results; return True for a hit."""
         before = self.calls
         results, hit = self.runner([pixels, other, weight])
         assert self.calls == before + (not hit)
@@ -61,10 +61,10 @@ def engine() -> ServingEngine:
 PIXELS, OTHER, WEIGHT = noise(0, 4, 3), noise(1, 2), torch.tensor(2.0)
 
 
-def test_the_same_bytes_are_not_encoded_again(engine: ServingEngine) -> None:
+def test_equal_inputs_are_encoded_once(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double", "sum", "rows")
     assert not encoding.check(PIXELS, OTHER, WEIGHT)
-    assert encoding.check(PIXELS.clone(), OTHER + 1, WEIGHT)  # of what it does not depend on
+    assert encoding.check(PIXELS.clone(), OTHER + 1, WEIGHT)  # the results do not depend on it
     assert not encoding.check(PIXELS + 1, OTHER, WEIGHT)
     assert not encoding.check(PIXELS.reshape(3, 4), OTHER, WEIGHT)
     assert not encoding.check(PIXELS, OTHER, WEIGHT + 1)
@@ -73,29 +73,29 @@ def test_the_same_bytes_are_not_encoded_again(engine: ServingEngine) -> None:
     assert engine.stats()["encoder"] == {"hits": 1, "misses": 5}
 
 
-def test_what_is_given_out_is_known(engine: ServingEngine) -> None:
-    """So that the decoder's part need not read features that the encoder's part had read."""
+def test_hits_return_stored_results(engine: ServingEngine) -> None:
+    """Digests of results are tracked, so that the decoder does not hash features again."""
     encoding = Encoding(engine, "double", "sum")
     want = content_digest([PIXELS * WEIGHT])
     for _ in range(3):
         double, total = encoding.runner([PIXELS, OTHER, WEIGHT])[0]
         assert cached_digests(double) == {(0, 4): want}
-        assert not is_tracked(total)  # it has no rows
-        double += 1  # of a caller's own: others are given what was stored
+        assert not is_tracked(total)  # no rows
+        double += 1  # the caller's copy: later hits return the stored result
         assert not is_tracked(double)
 
 
-def test_graphs_share_the_results_that_they_compute_alike(engine: ServingEngine) -> None:
+def test_graphs_share_equal_results(engine: ServingEngine) -> None:
     assert not Encoding(engine, "double", "sum").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum", "double").check(PIXELS, OTHER, WEIGHT)
     assert Encoding(engine, "sum").check(PIXELS, OTHER, WEIGHT)
-    more = Encoding(engine, "double", "rows")  # one is missing: all are computed
+    more = Encoding(engine, "double", "rows")  # one result is missing: all are computed
     assert not more.check(PIXELS, OTHER, WEIGHT)
     assert more.check(PIXELS, OTHER, WEIGHT)
     assert len(engine.store) == 3
 
 
-def test_results_may_be_written_to(engine: ServingEngine) -> None:
+def test_writes_to_results_do_not_reach_store(engine: ServingEngine) -> None:
     encoding = Encoding(engine, "double")
     for hit in (False, True, True):
         results, found = encoding.runner([PIXELS, OTHER, WEIGHT])
@@ -104,7 +104,7 @@ def test_results_may_be_written_to(engine: ServingEngine) -> None:
         results[0].zero_()
 
 
-def test_what_cannot_be_stored_is_computed_each_time(engine: ServingEngine) -> None:
+def test_unstorable_results_are_recomputed(engine: ServingEngine) -> None:
     small = ServingEngine(replace(engine.options, store=MemoryStore(8)))
     encoding = Encoding(small, "double")
     assert [encoding.check(PIXELS, OTHER, WEIGHT) for _ in range(3)] == [False] * 3
@@ -117,9 +117,7 @@ def test_what_cannot_be_stored_is_computed_each_time(engine: ServingEngine) -> N
     assert engine.stats()["store_failures"] == 2
 
 
-def test_a_store_that_fails_costs_only_the_reuse(
-    engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_store_costs_reuse_only(engine: ServingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> Any:
         raise StoreError("gone")
 
@@ -134,7 +132,7 @@ def test_a_store_that_fails_costs_only_the_reuse(
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_entry_is_a_miss(
+def test_damaged_entry_is_a_miss(
     damage: Callable[[Entry], Entry], engine: ServingEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoding = Encoding(engine, "double")

@@ -1,4 +1,4 @@
-"""Calls in which torch records gradients run as they would without us, and only those do."""
+"""Calls that record gradients run unmodified, and no others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _compiler() -> Iterator[None]:
         ([SimpleNamespace(layers=[SimpleNamespace(keys=PLAIN)])], None, False),
     ],
 )
-def test_tensors_are_found_wherever_they_are(
+def test_records_gradients_searches_containers(
     values: list[Any], model: nn.Module | None, recorded: bool
 ) -> None:
     assert records_gradients(values, model) is recorded
@@ -54,7 +54,7 @@ def test_tensors_are_found_wherever_they_are(
         assert not records_gradients(values, model)
 
 
-def test_tangents_are_gradients() -> None:
+def test_records_gradients_in_forward_mode() -> None:
     seen = []
 
     def function(x: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def assert_same_gradients(pair: Pair, got: Tensor, expected: Tensor) -> None:
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in theirs.values())
 
 
-def test_a_model_with_grids_is_trained(caplog: pytest.LogCaptureFixture) -> None:
-    """Its encoder does not trace in one graph."""
+def test_training_model_with_grids(caplog: pytest.LogCaptureFixture) -> None:
+    """Its encoder is not traced in one graph."""
     pair = with_api(tiny_qwen2_5_vl(2), min_span_tokens=4, policy="full")
     inputs = qwen_inputs(4, 5, [(8, 12, 0)])
     pair.run(**inputs)
@@ -97,7 +97,7 @@ def test_a_model_with_grids_is_trained(caplog: pytest.LogCaptureFixture) -> None
     assert pair.report["mode"] == "warm"
 
 
-def test_pixels_that_require_gradients_get_them() -> None:
+def test_gradients_of_pixels() -> None:
     pair = with_api(tiny_vlm(last_only=False).requires_grad_(False), policy="full")
     pair.run(**FIRST)
     found = []
@@ -109,7 +109,7 @@ def test_pixels_that_require_gradients_get_them() -> None:
     assert pair.report["mode"] == "bypass"
 
 
-def test_frozen_models_are_reused_in_grad_mode() -> None:
+def test_frozen_model_is_reused_in_grad_mode() -> None:
     pair = with_api(tiny_qwen2_5_vl(2).requires_grad_(False), min_span_tokens=4, policy="full")
     for before, mode in ((4, "cold"), (9, "warm")):
         inputs = qwen_inputs(before, 5, [(8, 12, 0)])
@@ -117,8 +117,8 @@ def test_frozen_models_are_reused_in_grad_mode() -> None:
         assert pair.report["mode"] == mode
 
 
-def test_what_a_hook_brings_gets_its_gradients() -> None:
-    """Neither parameter nor argument: seen in the graph alone."""
+def test_gradients_of_values_from_hook() -> None:
+    """The value is neither a parameter nor an argument: only the graph shows it."""
     found = []
     pair = with_api(tiny_vlm(last_only=False).requires_grad_(False), policy="full")
     for model in (pair.model, pair.reference):
@@ -130,7 +130,7 @@ def test_what_a_hook_brings_gets_its_gradients() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
-def test_a_compiled_model_that_is_unfrozen_is_trained(lowering: str) -> None:
+def test_training_after_unfreezing(lowering: str) -> None:
     pair = with_backend(tiny_vlm(num_layers=2, last_only=False), policy="full", lowering=lowering)
     for model in (pair.model, pair.reference):
         model.requires_grad_(False)
@@ -142,7 +142,7 @@ def test_a_compiled_model_that_is_unfrozen_is_trained(lowering: str) -> None:
     assert_same_gradients(pair, pair.model(**FIRST).sum(), pair.reference(**FIRST).sum())
 
 
-def test_strict_refuses_gradients() -> None:
+def test_strict_raises_for_gradients() -> None:
     pair = with_api(tiny_vlm(), strict=True)
     with pytest.raises(UnsupportedGraphError, match="gradients are recorded") as refused:
         pair.model(**FIRST)

@@ -1,4 +1,4 @@
-"""A merge in a graph of its own marks the decoder's spans."""
+"""A graph with a merge marks spans for the decoder's graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _compiler() -> Iterator[None]:
 
 
 class Cut(TinyVlm):
-    """The graph ends behind the merge, as where a model makes masks that cannot be traced."""
+    """The graph ends after the merge, as in models that build masks that cannot be traced."""
 
     between: Any = staticmethod(lambda embeds: embeds)
 
@@ -54,7 +54,7 @@ def reports(pair: Pair, *inputs: dict[str, Tensor]) -> list[dict[str, Any]]:
     return found
 
 
-def test_a_moved_image_is_recomputed_exactly() -> None:
+def test_moved_image_is_recomputed_exactly() -> None:
     pair = with_backend(cut(), policy="full")
     first, second = reports(
         pair, tiny_vlm_inputs(3, 5, [(20, 0)]), tiny_vlm_inputs(17, 2, [(20, 0)], text_seed=1)
@@ -63,7 +63,7 @@ def test_a_moved_image_is_recomputed_exactly() -> None:
     assert [(span["start"], span["length"]) for span in second["spans"]] == [(17, 20)]
 
 
-def test_two_images_are_two_spans_and_another_one_is_a_miss() -> None:
+def test_spans_of_two_images() -> None:
     pair = with_backend(cut(), policy="full")
     reports(pair, tiny_vlm_inputs(3, 5, [(20, 0), (24, 1)]))
     (report,) = reports(pair, tiny_vlm_inputs(9, 5, [(24, 1), (20, 2)]))
@@ -71,7 +71,7 @@ def test_two_images_are_two_spans_and_another_one_is_a_miss() -> None:
     assert hits(report) == [True, False]
 
 
-def test_embeddings_that_are_changed_on_the_way_are_not_marked() -> None:
+def test_copied_embeddings_have_no_marks() -> None:
     pair = with_backend(cut(lambda embeds: torch.cat([embeds], 0) + 0.5), policy="full")
     (report,) = reports(pair, tiny_vlm_inputs(3, 5, [(20, 0)]))
     assert report["mode"] in ("bypass", "cold")
@@ -99,7 +99,7 @@ def merge_call(batch: int = 1) -> dict[str, Tensor]:
     }
 
 
-def test_runs_of_the_mask_are_marked() -> None:
+def test_marks_media_spans() -> None:
     marks, args = marks_of(Merge(), merge_call())
     assert marks is not None
     results = (torch.zeros(1, 7, 4),)
@@ -107,14 +107,14 @@ def test_runs_of_the_mask_are_marked() -> None:
     assert marked_spans(results[0]) == ((0, 1, 2), (0, 5, 1))
 
 
-def test_runs_are_marked_sample_by_sample() -> None:
+def test_marks_media_spans_per_sample() -> None:
     marks, args = marks_of(Merge(), merge_call(2))
     assert marks is not None
     (embeds,) = marks.mark(args, (torch.zeros(2, 7, 4),))
     assert marked_spans(embeds) == ((0, 1, 2), (0, 5, 1), (1, 1, 2), (1, 5, 1))
 
 
-def test_other_graphs_mark_nothing() -> None:
+def test_other_graphs_mark_no_spans() -> None:
     class Attending(Merge):
         def forward(self, x: Tensor, mask: Tensor, features: Tensor) -> Any:
             x = super().forward(x, mask, features)

@@ -1,4 +1,4 @@
-"""Keys of earlier calls, joined with those of this one in every manner that a model may choose."""
+"""Keys of earlier calls, joined with keys of the call in all ways that models use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WINDOW = 12
 
 
 class WithPast(TinyVlm):
-    """Keys and values of earlier calls are inputs, [layers, 1, 1, past, 8]; new ones are results."""
+    """Earlier keys and values are inputs, [layers, 1, 1, past, 8]; new keys and values are results."""
 
     kind = "behind"
 
@@ -53,7 +53,7 @@ class WithPast(TinyVlm):
         return self.decoder.head(self.decoder.norm(x)), results
 
     def joined(self, key: Tensor, past: Tensor, place: Tensor, everywhere: Tensor) -> Tensor:
-        if self.kind == "unrotated":  # the cache holds keys without positions
+        if self.kind == "unrotated":  # the cache has keys without positions
             return rotate(self.with_past(key, past), *rotary_angles(everywhere, 8))
         return self.with_past(rotate(key, *rotary_angles(place, 8)), past)
 
@@ -110,9 +110,9 @@ def check(pair: Pair, inputs: dict[str, Tensor]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("kind", ["behind", "in front", "unrotated", "window", "written"])
-def test_full_recompute_equals_the_model_whatever_the_past(kind: str, dynamic: bool | None) -> None:
+def test_full_recompute_with_past(kind: str, dynamic: bool | None) -> None:
     pair = compiled(kind, dynamic=dynamic)
-    # Nothing is stored on a past: the donor comes from another graph of the same weights.
+    # Nothing is stored after a past: the donor comes from another graph with the same weights.
     options = {"store": pair.engine.options.store, "policy": "full"}
     plain = with_backend(tiny_vlm(last_only=False, num_layers=LAYERS), **options)
     assert plain.run(**tiny_vlm_inputs(8, 5, [(20, 0)]))[1]["mode"] == "cold"
@@ -123,8 +123,8 @@ def test_full_recompute_equals_the_model_whatever_the_past(kind: str, dynamic: b
 
 
 @pytest.mark.parametrize("kind", ["no mask", "image both ways"])
-def test_donors_of_tokens_that_see_others_do_not_serve(kind: str) -> None:
-    """Behind a past, ``is_causal`` counts keys from the first one; an image both ways sees all of itself."""
+def test_other_masks_find_no_donor(kind: str) -> None:
+    """After a past, ``is_causal`` counts from the first key; images both ways attend to all of themselves."""
     pair = compiled(kind)
     plain = with_backend(tiny_vlm(last_only=False, num_layers=LAYERS), store=pair.engine.options.store)
     plain.run(**tiny_vlm_inputs(8, 5, [(20, 0)]))
@@ -134,8 +134,8 @@ def test_donors_of_tokens_that_see_others_do_not_serve(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["behind", "unrotated"])
-def test_rows_that_are_not_computed_are_the_donors(kind: str) -> None:
-    """A guard against tests that pass because nothing is reused."""
+def test_cache_contains_donor_rows(kind: str) -> None:
+    """Guards against tests that pass without any reuse."""
     pair = compiled(kind)
     options = {"store": pair.engine.options.store, "policy": "full"}
     plain = with_backend(tiny_vlm(last_only=False, num_layers=LAYERS), **options)
@@ -148,34 +148,34 @@ def test_rows_that_are_not_computed_are_the_donors(kind: str) -> None:
     assert distance(got[:, 23:], expected[:, 23:]) > 1e-3
     for at, (ours, theirs) in enumerate(
         zip(state, want, strict=True)
-    ):  # the first layer's do not depend on it
+    ):  # those of the first layer do not depend on it
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a[:, :, : PAST + 3], b[:, :, : PAST + 3], rtol=0, atol=1e-5)
             assert torch.allclose(a, b, rtol=0, atol=1e-5) == (at == 0)
 
 
-def test_unknown_orders_of_keys_are_refused() -> None:
+def test_refuses_unknown_key_order() -> None:
     pair = compiled("mirrored")
     report = check(pair, call(3, 1))
     assert f"[{Reason.MASK_FORM.value}]" in report["reason"]
-    assert "which of its keys are those of this call" in report["reason"]
+    assert "the keys of this call cannot be identified" in report["reason"]
 
 
-def test_an_image_that_sees_the_question_is_refused_behind_a_past_too() -> None:
+def test_refuses_image_that_attends_to_question_after_past() -> None:
     pair = compiled("image sees the question")
     report = check(pair, call(3, 1))
     assert "[mask_form]" in report["reason"]
-    assert "attend to tokens behind it" in report["reason"]
+    assert "attend to tokens after the span" in report["reason"]
     assert check(pair, call(4, 2))["mode"] == "bypass"
 
 
-def test_several_tokens_that_see_each_other_are_no_decoding_step() -> None:
+def test_bidirectional_tokens_are_no_decoding_step() -> None:
     report = check(compiled("sees all"), call(3, 1))
     assert "[mask_form]" in report["reason"]
-    assert "later ones included" in report["reason"]
+    assert "attend to later tokens" in report["reason"]
 
 
-def test_refusals_are_raised_in_strict_mode() -> None:
+def test_strict_raises_refusals() -> None:
     with pytest.raises(BackendCompilerFailed) as failed, torch.no_grad():
         compiled("mirrored", strict=True).model(**call(3, 1))
     assert isinstance(failed.value.inner_exception, UnsupportedGraphError)
@@ -184,14 +184,14 @@ def test_refusals_are_raised_in_strict_mode() -> None:
 
 
 class Shared(TinyVlm):
-    """Counts its calls in a tensor that it is given, and reads another one."""
+    """Counts its calls in one input, and reads another."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, count: Tensor, other: Tensor) -> Tensor:
         count.add_(1)
         return super().forward(input_ids, pixel_values) * other.sum()
 
 
-def test_inputs_that_share_memory_with_written_ones_run_unmodified() -> None:
+def test_overlapping_inputs_run_unmodified() -> None:
     model: Any = tiny_vlm(cls=Shared, last_only=False)
     pair = with_backend(model)
     inputs = tiny_vlm_inputs(3, 5, [(20, 0)])

@@ -1,4 +1,4 @@
-"""A policy's choice that cannot be executed: repaired and explained, or raised in strict mode."""
+"""Invalid choices of policies: repaired and explained, or raised in strict mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Choice = Callable[[int], list[Tensor]]
 
 @dataclass(frozen=True)
 class Asked(Policy):
-    """Chooses what a test says, of a span's length."""
+    """Chooses rows with a function of the span's length."""
 
     name: ClassVar[str] = "asked"
 
@@ -44,7 +44,7 @@ def pair(_compiler: None) -> Pair:
 
 
 def run(pair: Pair, choice: Choice, *, strict: bool = False) -> dict[str, Any]:
-    """The report of a call behind another text; the budget pays for four rows."""
+    """Return the report of a call after another text; the budget pays for four rows."""
     with settings_of(pair.engine, strict=strict), pair.engine.using(policy=Asked(choice), budget=0.1):
         return pair.run(**tiny_vlm_inputs(9, 6, [(SPAN, 0)], text_seed=1))[1]
 
@@ -74,7 +74,7 @@ REPAIRS: dict[str, tuple[Choice, list[int], str]] = {
 
 
 @pytest.mark.parametrize("what", REPAIRS)
-def test_a_repair_is_explained_or_raised(pair: Pair, what: str) -> None:
+def test_repair_is_explained_or_raised(pair: Pair, what: str) -> None:
     choice, rows, explanation = REPAIRS[what]
     report = run(pair, choice)
     assert report["mode"] == "warm"
@@ -86,14 +86,14 @@ def test_a_repair_is_explained_or_raised(pair: Pair, what: str) -> None:
     assert explanation in str(raised.value)
 
 
-def test_a_legal_choice_is_left_alone(pair: Pair) -> None:
+def test_valid_choice_is_not_repaired(pair: Pair) -> None:
     for strict in (False, True):
         report = run(pair, lambda n: [ids(0, 2, 5), ids(0, 5), ids(5)], strict=strict)
         assert report["explanations"] == ()
         assert report["rows_per_layer"][:LAYERS] == (18, 17, 16)
 
 
-def test_a_choice_for_another_model_costs_the_reuse_alone(pair: Pair) -> None:
+def test_choice_for_other_model_costs_reuse_only(pair: Pair) -> None:
     failures = pair.engine.stats()["plan_failures"]
     report = run(pair, lambda n: [ids(0)] * (LAYERS - 1))
     assert (report["mode"], report["reason"]) == ("bypass", "the policy's rows make no plan")

@@ -1,4 +1,4 @@
-"""A profile is used for its own model, and for no other."""
+"""A profile is used for its own model only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def own_profile(pair: Pair) -> Profile:
     return Profile(report["model_fingerprint"], "float32", (1.0, 1.0, 0.0), CURVE)
 
 
-def test_a_models_own_profile_shapes_its_plans(pair: Pair) -> None:
+def test_own_profile_shapes_plans(pair: Pair) -> None:
     profile = own_profile(pair)
     flat = pair.run(**MOVED)[1]["rows_per_layer"]
     with pair.engine.using(profile=profile):
@@ -42,7 +42,7 @@ def test_a_models_own_profile_shapes_its_plans(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "change", [{"model_fingerprint": "another"}, {"dtype": "bfloat16"}, {"library_version": "0.0.0"}]
 )
-def test_another_ones_profile_is_refused(
+def test_profile_of_other_model_is_ignored(
     pair: Pair, change: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     profile = dataclasses.replace(own_profile(pair), **change)
@@ -55,7 +55,7 @@ def test_another_ones_profile_is_refused(
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_another_ones_profile_raises_in_strict_mode() -> None:
+def test_strict_raises_profile_of_other_model() -> None:
     pair = with_backend(tiny_vlm(num_layers=LAYERS), budget=0.1, lowering="eager", strict=True)
     profile = dataclasses.replace(own_profile(pair), model_fingerprint="another")
     with (
@@ -65,7 +65,7 @@ def test_another_ones_profile_raises_in_strict_mode() -> None:
         pair.run(**MOVED)
 
 
-def test_a_policy_that_lacks_its_profile_costs_reuse_only(pair: Pair) -> None:
+def test_missing_profile_costs_reuse_only(pair: Pair) -> None:
     profile, failures = own_profile(pair), pair.engine.stats()["plan_failures"]
     with pair.engine.using(policy=Auto(0.05)):
         assert pair.run(**MOVED)[1]["mode"] == "bypass"
@@ -75,11 +75,11 @@ def test_a_policy_that_lacks_its_profile_costs_reuse_only(pair: Pair) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_another_budget_leaves_the_profile_alone(tmp_path: Path) -> None:
+def test_set_budget_keeps_profile(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     Profile("another", "float32", (1.0,)).save(path)
     engine = with_backend(tiny_vlm(num_layers=LAYERS), lowering="eager", profile=path).engine
-    path.unlink()  # read once: a server may go on without the file
+    path.unlink()  # read once: the file may go
     engine.set_budget(0.5)
-    assert engine.choices.now.budget == engine.options.budget == 0.5
-    assert engine.choices.now.profile == Profile("another", "float32", (1.0,))
+    assert engine.settings.current.budget == engine.options.budget == 0.5
+    assert engine.settings.current.profile == Profile("another", "float32", (1.0,))

@@ -1,4 +1,4 @@
-"""Reports say why: each call, and each of its spans."""
+"""Reasons in reports: of each call and of each span."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ONE, TWO = (40, 0), (24, 1)
 
 
 def ask(pair: Pair, *images: tuple[int, int], before: int = 5, text_seed: int = 0) -> list[Any]:
-    """``[reason_code, *(hit, miss_reason) of each span]`` of a prompt with these images."""
+    """Return ``[reason_code, *(hit, miss_reason) of each span]`` of a prompt with these images."""
     off, report = pair.run(**tiny_vlm_inputs(before, 6, images, text_seed=text_seed))
     assert off < 1e-5 or report["mode"] == "warm"
     assert report["reason"] is None or "\n" not in report["reason"]
@@ -34,10 +34,10 @@ def pair(_compiler: None) -> Pair:
     return with_backend(tiny_vlm(last_only=False), budget=0.1)
 
 
-def test_each_span_has_its_own_reason(pair: Pair) -> None:
+def test_miss_reason_per_span(pair: Pair) -> None:
     assert ask(pair, ONE) == ["new_item", (False, "new_item")]
     assert ask(pair, ONE, text_seed=1) == [None, (True, None)]
-    # A first miss beside a hit does not keep the hit from being reused; a second one is worth a call in full.
+    # After a first miss, the hit is reused; a second miss makes the call cold.
     assert ask(pair, ONE, TWO, text_seed=2) == [None, (True, None), (False, "new_item")]
     told = ask(pair, ONE, TWO, text_seed=3)
     assert told == ["not_recorded", (False, "recomputed_to_record"), (False, "not_recorded")]
@@ -49,13 +49,13 @@ def test_each_span_has_its_own_reason(pair: Pair) -> None:
     assert ask(pair, ONE) == ["new_item", (False, "new_item")]
 
 
-def test_what_was_evicted_was_not_recorded(pair: Pair) -> None:
+def test_miss_reason_after_eviction(pair: Pair) -> None:
     ask(pair, ONE)
     pair.engine.store.clear()
     assert ask(pair, ONE) == ["not_recorded", (False, "not_recorded")]
 
 
-def test_the_same_new_item_twice_in_a_prompt_is_new_both_times(pair: Pair) -> None:
+def test_miss_reason_of_repeated_new_item(pair: Pair) -> None:
     assert ask(pair, ONE, ONE) == ["new_item", (False, "new_item"), (False, "new_item")]
 
 
@@ -71,13 +71,13 @@ def test_other_weights(pair: Pair) -> None:
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_a_donor_that_is_too_large() -> None:
+def test_miss_reason_too_large() -> None:
     pair = with_backend(tiny_vlm(last_only=False), store=MemoryStore(4096))
     assert ask(pair, ONE) == ["new_item", (False, "new_item")]
     assert ask(pair, ONE) == ["too_large", (False, "too_large")]
 
 
-def test_a_store_that_is_closed_or_fails(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_miss_reason_of_closed_or_failing_store(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     from vlcache_fx.errors import StoreError
 
     def fails(self: MemoryStore, key: str) -> None:
@@ -92,23 +92,23 @@ def test_a_store_that_is_closed_or_fails(pair: Pair, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("_compiler")
-def test_an_entry_of_a_graph_that_records_less() -> None:
+def test_miss_reason_of_incompatible_entry() -> None:
     store = MemoryStore(1 << 24)
     last = with_backend(tiny_vlm(last_only=True), store=store)
     every = with_backend(tiny_vlm(last_only=False), store=store)
     ask(last, ONE)
     assert ask(every, ONE) == ["incompatible_entry", (False, "incompatible_entry")]
     assert ask(every, ONE) == [None, (True, None)]
-    assert ask(last, ONE) == [None, (True, None)]  # what records more serves both
+    assert ask(last, ONE) == [None, (True, None)]  # the donor with more slots serves both
 
 
-def test_calls_without_spans_and_refused_graphs(pair: Pair) -> None:
+def test_reason_of_bypass(pair: Pair) -> None:
     assert ask(pair, (15, 3)) == [Reason.NO_SPAN]
     refused = with_backend(tiny_vlm(learned_positions=True))
     assert ask(refused, ONE) == [Reason.POSITION_IN_STREAM]
 
 
-def test_a_report_is_a_mapping_with_attributes(pair: Pair) -> None:
+def test_report_view(pair: Pair) -> None:
     ask(pair, ONE)
     report = pair.engine.last_report
     assert report is not None
@@ -122,7 +122,7 @@ def test_a_report_is_a_mapping_with_attributes(pair: Pair) -> None:
         report.modes  # noqa: B018
 
 
-def test_what_goes_on_behind_a_prefill_leaves_its_report() -> None:
+def test_continuation_keeps_report_of_prefill() -> None:
     engine = Engine()
     prefill = Report("warm", None, spans=(SpanReport(0, 16, "key", True),))
     step = Report("bypass", "no media", reason_code=Reason.NO_MERGE)
@@ -136,7 +136,7 @@ def test_what_goes_on_behind_a_prefill_leaves_its_report() -> None:
     assert engine.last_report == step.as_dict()
 
 
-def test_reasons_in_words() -> None:
+def test_why_cold() -> None:
     new, left = Reason.NEW_ITEM, Reason.RECOMPUTED_TO_RECORD
     assert why_cold([new]) == ("no donor for its spans: its content is new", new)
     text, code = why_cold([left, new, new])
@@ -147,7 +147,7 @@ def test_reasons_in_words() -> None:
     assert one_line("a\n  b\tc ") == "a b c"
 
 
-def test_values_are_stable() -> None:
+def test_reason_values() -> None:
     of_graphs = [
         "no_attention", "no_merge", "no_stream", "unknown_op", "token_axis_lost", "token_mixing",
         "position_in_stream", "batched", "mutated_inputs", "past_keys", "attention_form", "mask_form",

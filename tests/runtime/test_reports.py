@@ -1,4 +1,4 @@
-"""Reports and counts: plain data that says what happened."""
+"""Reports and statistics are plain data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.policies import get_policy
-from vlcache_fx.runtime.settings import Choice
+from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -28,20 +28,20 @@ def pair(_compiler: None) -> Pair:
 
 
 def checked(report: dict[str, Any]) -> dict[str, Any]:
-    """The report, after a round trip through JSON."""
+    """Return the report after a round trip through JSON."""
     assert set(report) >= CONTRACT
     again = json.loads(json.dumps(report, allow_nan=False))
     assert all(isinstance(value, float) and value >= 0 for value in again["timings_ms"].values())
     return again
 
 
-def test_no_report_before_the_first_call(pair: Pair) -> None:
+def test_last_report_before_first_call(pair: Pair) -> None:
     fresh = with_backend(tiny_vlm())
     assert fresh.engine.last_report is None
     assert fresh.engine.stats()["calls"] == {"cold": 0, "warm": 0, "bypass": 0}
 
 
-def test_reports_of_a_session(pair: Pair) -> None:
+def test_reports_and_stats(pair: Pair) -> None:
     engine = pair.engine
     engine.clear()
     start = engine.stats()
@@ -91,7 +91,7 @@ def test_reports_of_a_session(pair: Pair) -> None:
     assert stats["refusals"] == {}
 
 
-def test_a_report_is_a_copy(pair: Pair) -> None:
+def test_report_is_a_copy(pair: Pair) -> None:
     pair.run(**tiny_vlm_inputs(5, 6, [(40, 0)]))
     report = pair.report
     report["mode"] = "changed"
@@ -100,15 +100,17 @@ def test_a_report_is_a_copy(pair: Pair) -> None:
     assert pair.report["timings_ms"]
 
 
-def test_other_settings_last_as_long_as_the_block(pair: Pair) -> None:
+def test_using_restores_settings(pair: Pair) -> None:
     engine = pair.engine
     with engine.using(policy="none"):
-        assert engine.choices.now == Choice(get_policy("none"), engine.options.budget, None)
+        assert engine.settings.current == CallSettings(get_policy("none"), engine.options.budget, None)
         with engine.using(budget=0.5):
-            assert engine.choices.now == Choice(get_policy("none"), 0.5, None)
-        assert engine.choices.now == Choice(get_policy("none"), engine.options.budget, None)
-    assert engine.choices.now == Choice(get_policy(engine.options.policy), engine.options.budget, None)
-    with settings_of(engine, budget=0.25):  # what was in force before the block is not kept
-        assert engine.choices.now == Choice(get_policy(engine.options.policy), 0.25, None)
+            assert engine.settings.current == CallSettings(get_policy("none"), 0.5, None)
+        assert engine.settings.current == CallSettings(get_policy("none"), engine.options.budget, None)
+    assert engine.settings.current == CallSettings(
+        get_policy(engine.options.policy), engine.options.budget, None
+    )
+    with settings_of(engine, budget=0.25):  # does not restore what the block changed
+        assert engine.settings.current == CallSettings(get_policy(engine.options.policy), 0.25, None)
     with pytest.raises(OptionError), engine.using(budget=2.0):
         pass

@@ -1,4 +1,4 @@
-"""Donors belong to weights: changed ones find none, equal ones share, and salts keep tenants apart."""
+"""Keys cover weights and salt: changed weights find no donors, equal weights share donors."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_changed_weights_find_no_donor(vlm: Pair, change: Callable[[Any], None])
     assert hits(back) == [True]
 
 
-def test_another_encoder_makes_other_features(vlm: Pair) -> None:
+def test_other_encoder_has_other_keys(vlm: Pair) -> None:
     vlm.run(**prompt())
     for model in (vlm.model, vlm.reference):
         with torch.no_grad():
@@ -105,7 +105,7 @@ def test_another_encoder_makes_other_features(vlm: Pair) -> None:
     assert off == 0.0
 
 
-def test_other_weights_never_share_a_store() -> None:
+def test_other_weights_share_no_donors() -> None:
     store = vlcache_store()
     pairs = [
         with_backend(tiny_vlm(num_layers=LAYERS, seed=seed, last_only=False), store=store, policy="none")
@@ -122,8 +122,8 @@ def test_other_weights_never_share_a_store() -> None:
     assert len(seen) == 2
 
 
-def test_equal_weights_share_a_store_across_models_graphs_and_engines() -> None:
-    """A copy in another engine, and static and dynamic graphs, serve each other."""
+def test_equal_weights_share_donors() -> None:
+    """Between engines, and between static and dynamic graphs."""
     store = vlcache_store()
     model = tiny_vlm(num_layers=LAYERS, last_only=False)
     first = with_backend(copy.deepcopy(model), store=store, policy="full", dynamic=True)
@@ -145,7 +145,7 @@ def test_equal_weights_share_a_store_across_models_graphs_and_engines() -> None:
     assert off == 0.0
 
 
-def test_a_static_graphs_donors_serve_a_dynamic_graph() -> None:
+def test_donors_of_static_graph_serve_dynamic_graph() -> None:
     pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), policy="full", dynamic=None)
     _, static = pair.run(**prompt())
     off, dynamic = pair.run(**prompt(13, seed=1))
@@ -154,7 +154,7 @@ def test_a_static_graphs_donors_serve_a_dynamic_graph() -> None:
     assert off == 0.0
 
 
-def test_salts_separate_tenants() -> None:
+def test_salts_separate_donors() -> None:
     store = vlcache_store()
     model = tiny_vlm(num_layers=LAYERS, last_only=False)
     tenants = [
@@ -170,8 +170,8 @@ def test_salts_separate_tenants() -> None:
     assert len(seen) == 2
 
 
-def test_equal_weights_in_another_architecture_do_not_share() -> None:
-    """Weights are not the whole model: what the layers do with them differs here."""
+def test_other_architecture_shares_no_donors() -> None:
+    """Equal weights, but layers compute other functions of them."""
     store = vlcache_store()
     plain = tiny_vlm(num_layers=LAYERS, last_only=False)
     parallel = tiny_vlm(num_layers=LAYERS, last_only=False, parallel=True)
@@ -185,7 +185,7 @@ def test_equal_weights_in_another_architecture_do_not_share() -> None:
         assert off == 0.0
 
 
-def test_an_epsilon_is_part_of_the_model() -> None:
+def test_keys_cover_norm_epsilon() -> None:
     store = vlcache_store()
     for epsilon in (1e-6, 0.1):
         model = tiny_vlm(num_layers=LAYERS, last_only=False)

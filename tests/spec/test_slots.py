@@ -1,4 +1,4 @@
-"""Slots have one writer and one parser."""
+"""Names of slots: ``str`` and ``parse``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ inputs = st.one_of(
 
 
 @given(st.one_of(inputs, stored))
-def test_parse_reads_what_str_writes(slot: Slot) -> None:
+def test_parse_inverts_str(slot: Slot) -> None:
     assert Slot.parse(str(slot)) == slot
 
 
@@ -50,7 +50,7 @@ def test_parse_of_a_kind(added: InputSlot, rows: StoredSlot) -> None:
 
 
 @given(st.text())
-def test_parse_of_any_text(text: str) -> None:
+def test_parse_any_text(text: str) -> None:
     try:
         slot = Slot.parse(text)
     except SlotError as error:
@@ -74,7 +74,7 @@ def test_parse_of_any_text(text: str) -> None:
         (Residual(), "residual"),
     ],
 )
-def test_str_is_what_stores_and_manifests_hold(slot: Slot, name: str) -> None:
+def test_str_names(slot: Slot, name: str) -> None:
     assert str(slot) == name
 
 
@@ -84,7 +84,7 @@ def test_str_is_what_stores_and_manifests_hold(slot: Slot, name: str) -> None:
      "keep.1.2", "place.1", "results.1", "donor", "donor.rows.1", "donor.donor.0.k", "k", "3.K", "3.k.",
      "Residual"],
 )  # fmt: skip
-def test_parse_of_no_slot(name: str) -> None:
+def test_parse_invalid_name(name: str) -> None:
     with pytest.raises(SlotError, match="slot"):
         Slot.parse(name)
 

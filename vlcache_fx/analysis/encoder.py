@@ -1,4 +1,4 @@
-"""Recognise a graph that is an encoder by itself: some models are captured in pieces."""
+"""Recognise encoder graphs. Some models are captured as several graphs."""
 
 from vlcache_fx.analysis.attention.sites import find_sites
 from vlcache_fx.analysis.decoder.stream import output_nodes
@@ -6,10 +6,10 @@ from vlcache_fx.ir import Captured, InputKind
 
 
 def is_encoder(captured: Captured) -> bool:
-    """True for a graph whose attention looks both ways everywhere and whose input is a float tensor.
+    """Return True for a graph with bidirectional attention alone and a floating-point input.
 
-    Such a graph is a pure function of one item's pixels (or of several items'): its results can be kept under
-    the content of its inputs, whatever it computes.
+    Such a graph is a pure function of the pixels of one or more items: its results can be stored under the
+    content of its inputs.
     """
     sites = find_sites(captured.graph_module.graph)
     data = [
@@ -17,8 +17,8 @@ def is_encoder(captured: Captured) -> bool:
         for node, kind in zip(captured.placeholders, captured.kinds, strict=True)
         if kind is InputKind.DATA and node.users
     ]
-    both_ways = bool(sites) and all(
+    is_bidirectional = bool(sites) and all(
         site.mask is None and not site.is_causal and site.is_prefill for site in sites
     )
-    floating = any(node.meta["val"].is_floating_point() for node in data)
-    return both_ways and floating and bool(output_nodes(captured.graph_module.graph))
+    has_floats = any(node.meta["val"].is_floating_point() for node in data)
+    return is_bidirectional and has_floats and bool(output_nodes(captured.graph_module.graph))

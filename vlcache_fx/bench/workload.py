@@ -11,7 +11,7 @@ from vlcache_fx.bench.photos import Patches, grid_of, patches_of, squares_of, ta
 from vlcache_fx.errors import OptionError
 from vlcache_fx.integrations.transformers import OUTPUTS
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
-from vlcache_fx.runtime.requests.media_spans import flagged_places
+from vlcache_fx.runtime.requests.media_spans import flagged_positions
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class _Maker:
             rows = torch.cat([one.reshape(-1, one.shape[-1]) for one in self._features.pooler_output])
             embeds = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
         length = self._shape.vision_tokens
-        places = flagged_places(images)[::length].tolist()
+        places = flagged_positions(images)[::length].tolist()
         spans = [(*divmod(place, ids.shape[1]), length) for place in places]
         return {"inputs_embeds": mark_spans(embeds, spans)}
 

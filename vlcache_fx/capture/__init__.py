@@ -1,4 +1,4 @@
-"""From a graph that Dynamo or ``torch.export`` traced to the IR: functional pre-dispatch ATen."""
+"""Graphs of Dynamo and ``torch.export`` as the IR: functional pre-dispatch ATen."""
 
 from vlcache_fx.capture.dynamo import capture_dynamo
 from vlcache_fx.capture.exported import capture_exported

@@ -1,4 +1,4 @@
-"""Recognise decoding steps in Dynamo's graph, so that graphs that cannot be captured are recognised, too."""
+"""Recognise decoding steps in Dynamo's graph, before capture, which may fail."""
 
 import torch
 from torch import fx
@@ -14,20 +14,20 @@ ATTENTION = frozenset(
         "softmax",
     }
 )
-"""Calls whose result has one row per query, in dimension -2."""
+"""Calls with one row per query, in dimension -2 of the result."""
 
 MERGES = frozenset({torch.masked_scatter, "masked_scatter"})
 
 
 def attends(graph: fx.Graph) -> bool:
-    """True if the graph has an attention, in whatever form."""
+    """Return True if the graph has attention in any form."""
     return any(
         node.target in ATTENTION for node in graph.nodes if node.op in ("call_function", "call_method")
     )
 
 
 def is_decode_step(graph: fx.Graph) -> bool:
-    """True if every attention of the graph has a single query, and no features are merged."""
+    """Return True if every attention has a single query and no features are merged."""
     calls = [node for node in graph.nodes if node.op in ("call_function", "call_method")]
     if any(node.target in MERGES for node in calls):
         return False
@@ -37,7 +37,7 @@ def is_decode_step(graph: fx.Graph) -> bool:
 
 def _has_one_row(node: Node) -> bool:
     value = node.meta.get("example_value")
-    if isinstance(value, tuple | list):  # flex attention gives more than its result
+    if isinstance(value, tuple | list):  # flex attention also returns its log-sum-exp
         value = value[0]
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return False

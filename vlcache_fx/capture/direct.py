@@ -1,7 +1,7 @@
-"""Pre-dispatch ATen of a graph that writes to nothing, in one trace.
+"""Pre-dispatch ATen of a graph without mutations, in one trace.
 
-``aot_export_module`` traces a graph twice and wraps every tensor, to find and undo writes. Decoders as Dynamo
-sees them have none, and for those a plain trace gives the same operators in a fraction of the time.
+``aot_export_module`` traces a graph twice and wraps every tensor, to find and undo mutations. Decoders rarely
+have any; then a plain trace gives the same operators in a fraction of the time.
 """
 
 import functools
@@ -20,11 +20,11 @@ aten = torch.ops.aten
 
 
 def trace_without_writes(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule | None:
-    """The graph as ``aot_export_module`` would give it; None where that is needed: something is written to.
+    """Return the graph that ``aot_export_module`` would return; None if the graph mutates tensors.
 
     Args:
-        module: as Dynamo gives it.
-        fakes: its inputs, fake tensors of one mode and sizes.
+        module: Dynamo's graph.
+        fakes: its inputs: fake tensors of one mode, and sizes.
     """
     mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
     if mode is None:
@@ -38,22 +38,22 @@ def trace_without_writes(module: fx.GraphModule, fakes: Sequence[Any]) -> fx.Gra
 
 @functools.cache
 def _table() -> dict[OpOverload, Any]:
-    """Composites that may alias their inputs (``reshape``, ``to``), each with what it is made of.
+    """Return the decompositions of composites that may alias their inputs (``reshape``, ``to``).
 
-    All others, attention among them, stay whole: the rule of torch's own pre-dispatch export.
+    Others, attention included, are not decomposed, as in torch's own pre-dispatch export.
     """
-    # Values are the same, whether a tensor is detached in place or not.
+    # Values do not depend on whether a tensor is detached in place.
     found: dict[OpOverload, Any] = {aten.detach_.default: aten.detach.default}
     for name in torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"):
         namespace, _, rest = name.partition("::")
         packet, _, overload = rest.partition(".")
         operator = getattr(getattr(aten, packet, None), overload or "default", None)
-        if namespace == "aten" and isinstance(operator, OpOverload) and _is_taken_apart(operator):
+        if namespace == "aten" and isinstance(operator, OpOverload) and _is_decomposed(operator):
             found[operator] = operator.decompose
     return found
 
 
-def _is_taken_apart(operator: OpOverload) -> bool:
+def _is_decomposed(operator: OpOverload) -> bool:
     if operator._schema.is_mutable:
         return False
     aliases = any(argument.alias_info for argument in operator._schema.arguments)

@@ -1,9 +1,9 @@
-"""From the GraphModule that Dynamo hands to a backend to the IR.
+"""Dynamo's GraphModule as the IR.
 
-Functionalisation, decomposition to pre-dispatch ATen and fake propagation are torch's own (``make_fx``, and
-``torch._functorch.aot_autograd.aot_export_module`` for graphs that write to tensors); here are only the two
-things they need on the way: module floats that arrive as 0-d tensors are folded in as numbers, and inputs are
-classified by their source. What the graph writes to its inputs becomes results (``writes``).
+Torch functionalises, decomposes to pre-dispatch ATen and propagates fakes (``make_fx``, and
+``torch._functorch.aot_autograd.aot_export_module`` for graphs with mutations). This module folds in module
+floats, which Dynamo passes as 0-d tensors, classifies inputs by their source, and turns input mutations into
+results (``writes``).
 """
 
 from collections.abc import Sequence
@@ -21,19 +21,19 @@ from vlcache_fx.capture.wrapped import WHOLE
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.ir.scatters import settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters
 
 
 def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
-    """Bring a Dynamo graph to the IR. ``graph_module`` is left as it is.
+    """Return a Dynamo graph as the IR; ``graph_module`` is not changed.
 
     Args:
-        graph_module: the graph as Dynamo calls a backend with it; placeholders carry ``example_value``.
-        example_inputs: the real inputs of the call that is being compiled.
+        graph_module: the graph that Dynamo passes to a backend; placeholders have ``example_value``.
+        example_inputs: the real inputs of the compiled call.
 
     Raises:
-        UnsupportedGraphError: a result is a part of an input that the graph writes to, torch cannot export
-            it, or it computes with integers alone, so that there is no attention in it.
+        UnsupportedGraphError: MUTATED_INPUTS, see ``split_writes``; CAPTURE_FAILED, torch cannot trace the
+            graph; NO_ATTENTION, it has no floating-point tensor.
     """
     if _has_no_floats(graph_module.graph):
         raise UnsupportedGraphError(Reason.NO_ATTENTION, "the graph has no floating-point tensor")
@@ -53,7 +53,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
         exported, writes = (traced, ()) if traced is not None else functionalised(module, fakes)
     except UnsupportedGraphError:
         raise
-    except Exception as error:  # torch raises many kinds here; all mean the same to the caller
+    except Exception as error:  # torch raises many types here; callers need not tell them apart
         raise UnsupportedGraphError(
             Reason.CAPTURE_FAILED, f"{type(error).__name__}: {_first_line(error)}"
         ) from error
@@ -62,7 +62,7 @@ def capture_dynamo(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
 
 
 def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.GraphModule, tuple[Write, ...]]:
-    """By way of functionalisation: writes to tensors of the graph's own are undone, others become results.
+    """Return the functional graph and its input mutations, which become results.
 
     Raises:
         UnsupportedGraphError: MUTATED_INPUTS, see ``split_writes``.
@@ -73,17 +73,17 @@ def functionalised(module: fx.GraphModule, fakes: Sequence[Any]) -> tuple[fx.Gra
     mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
     returned: Any = exported.graph.output_node().args[0]
     if len(returned) != len(mutated) + len(signature.user_outputs):
-        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "several inputs are written to with one value")
+        raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "one value is written to several inputs")
     inputs = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
     targets = [inputs[mutated[value.name]] for value in returned[: len(mutated)]]
-    settle_scatters(exported.graph)
+    canonicalize_slice_scatters(exported.graph)
     writes = split_writes(exported.graph, targets)
     exported.recompile()
     return exported, writes
 
 
 def data_where_written(kinds: Sequence[InputKind], writes: Sequence[Write]) -> tuple[InputKind, ...]:
-    """A buffer that the graph writes to is not the same tensor in every request."""
+    """Return ``kinds`` with DATA for mutated inputs: such a buffer may differ from request to request."""
     written = {write.input for write in writes}
     return tuple(InputKind.DATA if index in written else kind for index, kind in enumerate(kinds))
 
@@ -99,10 +99,11 @@ def _kind(node: fx.Node, example: Any) -> InputKind:
 
 
 def _has_no_floats(graph: fx.Graph) -> bool:
-    """True where values are known, and none is a floating-point tensor: masks are made in such graphs."""
+    """Return True if no value is a floating-point tensor, as in graphs that compute masks."""
     values = [node.meta["example_value"] for node in graph.nodes if "example_value" in node.meta]
-    parts = [one for value in values for one in (value if isinstance(value, tuple | list) else (value,))]
-    return bool(parts) and not any(isinstance(one, torch.Tensor) and one.is_floating_point() for one in parts)
+    leaves = [leaf for value in values for leaf in (value if isinstance(value, tuple | list) else (value,))]
+    floats = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return bool(leaves) and not floats
 
 
 def _is_module_source(source: Any) -> bool:
@@ -120,7 +121,7 @@ def _fake(node: fx.Node, example: Any) -> Any:
 def _fold_numbers(
     module: fx.GraphModule, placeholders: list[fx.Node], example_inputs: Sequence[Any]
 ) -> tuple[tuple[int, Any], ...]:
-    """Replace ``input.item()`` of 0-d inputs by the number: what dynamic=True makes of module floats."""
+    """Replace ``input.item()`` of 0-d inputs by the number: module floats are such with dynamic=True."""
     folded = []
     for index, (node, example) in enumerate(zip(placeholders, example_inputs, strict=True)):
         if not isinstance(example, torch.Tensor) or example.dim() != 0:

@@ -1,8 +1,8 @@
-"""From a program that ``torch.export`` made to the IR.
+"""Programs of ``torch.export`` as the IR.
 
-Parameters, buffers and constants are inputs there already, so who runs the captured graph binds them
-(``bound_tensors``). What differs from Dynamo's graphs is where the kinds of inputs and the writes are written
-down: in the program's signature.
+Parameters, buffers and constants are inputs of an exported graph, so its caller binds them
+(``bound_tensors``). Unlike in Dynamo's graphs, the kinds of inputs and the input mutations are in the
+program's signature.
 """
 
 from collections.abc import Sequence
@@ -26,25 +26,25 @@ from vlcache_fx.capture.mutations import split_writes
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind, Write
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.ir.scatters import settle_scatters
+from vlcache_fx.ir.scatters import canonicalize_slice_scatters
 
 BOUND = frozenset({Spec.PARAMETER, Spec.BUFFER, Spec.CONSTANT_TENSOR})
-"""Inputs that belong to the program, not to its caller."""
+"""Inputs that the program owns."""
 
 
 def capture_exported(program: ExportedProgram) -> Captured:
-    """Bring an exported program to the IR. ``program`` is left as it is.
+    """Return an exported program as the IR; ``program`` is not changed.
 
     Args:
-        program: as ``torch.export.export`` gives it, or decomposed (``run_decompositions``), with dynamic
+        program: result of ``torch.export.export``, decomposed (``run_decompositions``) or not, with dynamic
             dimensions where lengths vary.
 
     Returns:
-        The graph; one placeholder for each of the program's, but for those that hold no tensor and no size.
+        The graph, with one placeholder for each of the program's that is a tensor or a size.
 
     Raises:
-        UnsupportedGraphError: CAPTURE_FAILED for inputs that are no tensors or numbers, and where torch
-            cannot trace the program again; MUTATED_INPUTS, see ``capture_dynamo``.
+        UnsupportedGraphError: CAPTURE_FAILED for inputs that are neither tensors nor numbers, and if torch
+            cannot trace the program again; MUTATED_INPUTS, see ``split_writes``.
     """
     module = copy_module(program.graph_module)
     kinds = _kinds(program, module)
@@ -53,50 +53,49 @@ def capture_exported(program: ExportedProgram) -> Captured:
         traced, writes = _traced(program, module, fakes)
     except UnsupportedGraphError:
         raise
-    except Exception as error:  # torch raises many kinds here; all mean the same to the caller
+    except Exception as error:  # torch raises many types here; callers need not tell them apart
         raise UnsupportedGraphError(Reason.CAPTURE_FAILED, f"{type(error).__name__}: {error}") from error
     traced.graph.lint()
     return Captured(traced, data_where_written(kinds, writes), (), writes)
 
 
 def bound_tensors(program: ExportedProgram) -> list[torch.Tensor | None]:
-    """The parameter, buffer or constant for each placeholder of ``capture_exported(program)``, in order; None
-    for what a caller gives."""
+    """Return the tensor of each input of ``capture_exported(program)``, in order; None for arguments."""
     tensors: list[torch.Tensor | None] = []
     for spec in program.graph_signature.input_specs:
         if spec.kind in BOUND:
             assert spec.target is not None
-            held = program.state_dict if spec.target in program.state_dict else program.constants
-            tensors.append(held[spec.target])
-        elif _is_given(spec):
+            owner = program.state_dict if spec.target in program.state_dict else program.constants
+            tensors.append(owner[spec.target])
+        elif _is_argument(spec):
             tensors.append(None)
     return tensors
 
 
 def given_arguments(program: ExportedProgram) -> list[bool]:
-    """For each leaf of the caller's arguments, whether it is an input of ``capture_exported(program)``.
+    """Return which leaves of the caller's arguments are inputs of ``capture_exported(program)``.
 
-    Others are constants (None, flags) that the export folded in.
+    The others are constants (None, flags) that the export folded in.
     """
     specs = program.graph_signature.input_specs
-    return [_is_given(spec) for spec in specs if spec.kind is Spec.USER_INPUT]
+    return [_is_argument(spec) for spec in specs if spec.kind is Spec.USER_INPUT]
 
 
-def _is_given(spec: InputSpec) -> bool:
-    """True for what a caller gives and the graph reads: tensors and sizes, no folded constants."""
+def _is_argument(spec: InputSpec) -> bool:
+    """Return True for tensors and sizes that the caller passes, not for folded constants."""
     return spec.kind is Spec.USER_INPUT and not isinstance(spec.arg, ConstantArgument)
 
 
 def _kinds(program: ExportedProgram, module: fx.GraphModule) -> tuple[InputKind, ...]:
-    """What each placeholder is; those of constants are erased from ``module``."""
+    """Return the kind of each placeholder; erase those of constants from ``module``."""
     kinds = []
     placeholders = module.graph.find_nodes(op="placeholder")
     for spec, node in zip(program.graph_signature.input_specs, placeholders, strict=True):
         if spec.kind in BOUND:
             kinds.append(InputKind.WEIGHT)
-        elif _is_given(spec) and isinstance(spec.arg, TensorArgument):
+        elif _is_argument(spec) and isinstance(spec.arg, TensorArgument):
             kinds.append(InputKind.DATA)
-        elif _is_given(spec) and isinstance(spec.arg, SymIntArgument):
+        elif _is_argument(spec) and isinstance(spec.arg, SymIntArgument):
             kinds.append(InputKind.SIZE)
         elif isinstance(spec.arg, ConstantArgument) and not node.users:
             module.graph.erase_node(node)
@@ -115,9 +114,9 @@ def _traced(
 ) -> tuple[fx.GraphModule, tuple[Write, ...]]:
     inputs = [node.name for node in module.graph.find_nodes(op="placeholder")]
     traced = trace_without_writes(module, fakes)
-    if traced is None:  # writes are there as the model makes them
+    if traced is None:  # the program still has its mutations
         return functionalised(module, fakes)
-    # Or they were taken out before, and what is written comes first among the results.
+    # Or it is functional already: new values of mutated inputs come first among its results.
     names = {spec.target: spec.arg.name for spec in program.graph_signature.input_specs}
     written = [
         names.get(spec.target, spec.target)
@@ -125,7 +124,7 @@ def _traced(
         if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION)
     ]
     placeholders = traced.graph.find_nodes(op="placeholder")
-    settle_scatters(traced.graph)
+    canonicalize_slice_scatters(traced.graph)
     writes = split_writes(traced.graph, [placeholders[inputs.index(name)] for name in written])
     traced.recompile()
     return traced, writes

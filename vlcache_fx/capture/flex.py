@@ -1,8 +1,8 @@
-"""Flex attention on its way through capture: without the blocks of its mask.
+"""Remove block masks from flex attention before capture.
 
-A block mask says which blocks of scores hold anything; what is masked is said by a function, which comes with
-it. Where a model makes the blocks inside its ``forward``, the graph does so by ``vmap`` and by writes, which
-torch does not trace before dispatch. Nothing here needs them.
+A block mask lists the blocks of scores that are not all masked; its ``mask_mod`` alone defines the mask. A
+model that builds the blocks inside ``forward`` does so with ``vmap`` and mutations, which pre-dispatch
+tracing refuses.
 """
 
 import operator
@@ -19,23 +19,23 @@ FLEX = torch.ops.higher_order.flex_attention
 FACTORIES = frozenset(
     {"new_zeros", "new_ones", "new_empty", "new_full", torch.zeros, torch.ones, torch.empty, torch.full}
 )
-"""What gives a tensor that shares its memory with no other."""
+"""Calls that return a tensor with memory of its own."""
 
 
 def drop_block_masks(module: fx.GraphModule) -> None:
-    """Take the blocks out of the calls of flex attention in a Dynamo graph, and what only made them.
+    """Remove the blocks of flex attention calls from a Dynamo graph, and the nodes that compute them alone.
 
-    The graph then serves to find out what is masked, not to run flex attention.
+    The graph then still defines what is masked, but cannot run flex attention.
     """
     graph, blocks = module.graph, set()
     for call in graph.find_nodes(op="call_function", target=FLEX):
         mask = call.args[4]
         assert isinstance(mask, tuple | list)
-        blocks |= {one for one in mask if isinstance(one, Node) and _is_tensor(one)}
-        call.update_arg(4, tuple(None if one in blocks else one for one in mask))
+        blocks |= {entry for entry in mask if isinstance(entry, Node) and _is_tensor(entry)}
+        call.update_arg(4, tuple(None if entry in blocks else entry for entry in mask))
     if blocks:
-        made_for_blocks = needed_for(blocks)
-        kept = [node for node in graph.nodes if not (node.users or _serves(node, made_for_blocks))]
+        block_nodes = needed_for(blocks)
+        kept = [node for node in graph.nodes if not (node.users or _is_block_only(node, block_nodes))]
         needed = needed_for(kept)
         if not any(_is_transform(node) for node in needed):
             for node in reversed(graph.nodes):
@@ -45,10 +45,10 @@ def drop_block_masks(module: fx.GraphModule) -> None:
 
 
 def refuse_transforms(graph: fx.Graph) -> None:
-    """Tracing would not see through them.
+    """Refuse transforms of ``torch.func``, which pre-dispatch tracing cannot resolve.
 
     Raises:
-        UnsupportedGraphError: CAPTURE_FAILED, where transforms of ``torch.func`` remain.
+        UnsupportedGraphError: CAPTURE_FAILED.
     """
     for node in graph.nodes:
         if _is_transform(node):
@@ -57,12 +57,12 @@ def refuse_transforms(graph: fx.Graph) -> None:
             )
 
 
-def _serves(node: Node, made_for_blocks: set[Node]) -> bool:
-    """True for a call without readers that does something to tensors of the blocks alone, if at all."""
-    if node in made_for_blocks or _is_transform(node):
+def _is_block_only(node: Node, block_nodes: set[Node]) -> bool:
+    """Return True for a call without users whose only effect, if any, is on tensors of the blocks."""
+    if node in block_nodes or _is_transform(node):
         return True
     written: Any = node.args[0] if node.target is operator.setitem else None
-    return written in made_for_blocks and written.target in FACTORIES
+    return written in block_nodes and written.target in FACTORIES
 
 
 def _is_tensor(node: Node) -> bool:

@@ -1,7 +1,7 @@
-"""What traced code writes to its inputs, as results of the functional graph.
+"""Input mutations of traced code, as results of the functional graph.
 
-A key-value cache of fixed size is such an input. Functionalised, its graph gives the whole new buffer; to
-return the rows that were written, and to write only those, spares a copy of the buffer.
+A static KV cache is a mutated input. Its functionalised graph returns the whole new buffer; returning the
+written rows alone avoids a copy of the buffer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,19 +19,19 @@ aten = torch.ops.aten
 
 
 def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
-    """Move what ``graph`` returns for inputs that it writes to behind its own results.
+    """Move the outputs for input mutations to the end of the outputs; return what is written where.
 
     Args:
-        graph: functional, as ``aot_export_module`` gives it; changed in place.
-        targets: the inputs whose values it returns first, in their order.
+        graph: functional, from ``aot_export_module``; changed in place.
+        targets: the mutated inputs; their new values are the first outputs, in this order.
 
     Raises:
-        UnsupportedGraphError: MUTATED_INPUTS, where a result is a part of an input that is written to.
+        UnsupportedGraphError: MUTATED_INPUTS, if a result is a view of a mutated input.
     """
     output = graph.output_node()
     returned = output.args[0]
     assert isinstance(returned, tuple | list)
-    index = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
+    index = {node: number for number, node in enumerate(graph.find_nodes(op="placeholder"))}
     written = dict(zip(targets, returned, strict=False))
     results: list[Any] = list(returned[len(targets) :])
     alike = {target: _take_out(results, value) for target, value in written.items()}
@@ -39,38 +39,38 @@ def split_writes(graph: fx.Graph, targets: Sequence[Node]) -> tuple[Write, ...]:
         if isinstance(result, Node) and _base(result) in {*written, *written.values()}:
             raise UnsupportedGraphError(
                 Reason.MUTATED_INPUTS,
-                "a result is a part of an input that the graph writes to",
+                "a result is a view of an input that the graph writes to",
                 node=result.name,
             )
     writes = []
     for target, value in written.items():
-        dim, returned_for_it = _rows(target, value, written)
-        if _base(returned_for_it[0]) in written:
+        dim, outputs = _rows(target, value, written)
+        if _base(outputs[0]) in written:
             raise UnsupportedGraphError(
                 Reason.MUTATED_INPUTS,
-                "what the graph writes to an input is a part of another one that it writes to",
+                "a value written to one input is a view of another that is written to",
                 node=value.name,
             )
-        places = len(results) + 1 if dim is not None else None
-        writes.append(Write(index[target], len(results), dim, places, alike[target]))
-        results += returned_for_it
+        positions = len(results) + 1 if dim is not None else None
+        writes.append(Write(index[target], len(results), dim, positions, alike[target]))
+        results += outputs
     output.args = (tuple(results),)
     graph.eliminate_dead_code()
     return tuple(writes)
 
 
 def _take_out(results: list[Any], value: Node) -> tuple[int, ...]:
-    """The places at which ``value`` is returned, None from now on."""
-    places = tuple(place for place, result in enumerate(results) if result is value)
-    for place in places:
-        results[place] = None
-    return places
+    """Replace ``value`` by None in ``results``; return its indices there."""
+    indices = tuple(index for index, result in enumerate(results) if result is value)
+    for index in indices:
+        results[index] = None
+    return indices
 
 
 def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int | None, list[Node]]:
-    """``(dimension, [rows, places])`` where ``value`` is ``target`` but for some rows, else ``(None, [it])``.
+    """Return ``(dim, [rows, positions])`` where only rows of ``target`` change, else ``(None, [value])``.
 
-    What lies in memory that is written to as well may be gone when its turn comes, so it is not returned.
+    A view of an input that is written to is not returned: its memory may be overwritten before it is read.
     """
     if not value.args or value.args[0] is not target:
         return None, [value]
@@ -81,12 +81,14 @@ def _rows(target: Node, value: Node, written: Mapping[Node, Node]) -> tuple[int 
     found = scattered_rows(value)
     if found is None:
         return None, [value]
-    source, dim, places = found
-    return (None, [value]) if {_base(source), _base(places)} & written.keys() else (dim, [source, places])
+    source, dim, positions = found
+    return (
+        (None, [value]) if {_base(source), _base(positions)} & written.keys() else (dim, [source, positions])
+    )
 
 
 def _base(node: Node) -> Node:
-    """The node whose memory the value of ``node`` lies in."""
+    """Return the node whose memory ``node`` is a view of."""
     while isinstance(node.target, torch._ops.OpOverload) and node.args and isinstance(node.args[0], Node):
         returns = node.target._schema.returns
         if not (returns and returns[0].alias_info):

@@ -1,8 +1,8 @@
-"""Take ``torch.vmap`` out of a Dynamo graph: what it batches becomes operators on whole tensors.
+"""Replace ``torch.vmap`` in a Dynamo graph by operators on whole tensors.
 
-Dynamo writes a vmapped function as calls that open and close functorch's levels with the function's own
-operators between them (masks are often made in this way). A trace above dispatch would not see through the
-levels, so each such region is traced below them, by functorch's own batching rules.
+Dynamo writes a vmapped function (often one that computes a mask) as calls that open and close functorch's
+levels, with the function's operators between them. Pre-dispatch tracing cannot resolve these levels, so each
+such region is traced below them, with functorch's own batching rules.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OPEN, CLOSE = predispatch._vmap_increment_nesting, predispatch._vmap_decrement_n
 
 
 def inline_vmap(module: fx.GraphModule) -> bool:
-    """Replace every vmapped region of ``module``; True where there was one. Nodes carry ``example_value``.
+    """Replace every vmapped region of ``module``, whose nodes have ``example_value``; return True for any.
 
     Raises:
-        Exception: whatever functorch raises for an operator that it cannot batch.
+        Exception: any type; functorch cannot batch an operator.
     """
     regions = _regions(module.graph)
     for region in regions:
@@ -38,7 +38,7 @@ def inline_vmap(module: fx.GraphModule) -> bool:
 
 
 def _regions(graph: fx.Graph) -> list[list[Node]]:
-    """Runs of nodes from the opening of the outermost level to its close."""
+    """Return the nodes of each region, from the opening of the outermost level to its close."""
     regions: list[list[Node]] = []
     depth = 0
     for node in graph.nodes:
@@ -54,10 +54,10 @@ def _regions(graph: fx.Graph) -> list[list[Node]]:
 
 
 @contextmanager
-def _as_before(values: Sequence[Any]) -> Iterator[None]:
-    """Let constants, which are no fakes, meet ``values``; leave no level open behind a failure.
+def _restored_state(values: Sequence[Any]) -> Iterator[None]:
+    """Allow real constants among fake ``values``; close all levels after a failure.
 
-    An open level would be one of everything that is traced afterwards.
+    A level that stayed open would apply to every later trace.
     """
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
@@ -82,9 +82,9 @@ def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     values = [node.meta.get("example_value", node.meta.get("val")) for node in inputs]
-    with torch.no_grad(), _as_before(values):
+    with torch.no_grad(), _restored_state(values):
         traced = make_fx(fx.GraphModule(module, graph), _allow_non_fake_inputs=True)(*values)
-    places = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    outer = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with module.graph.inserting_before(region[0]):
         for node in traced.graph.nodes:
             if node.op == "output":
@@ -92,11 +92,11 @@ def _replace(module: fx.GraphModule, region: Sequence[Node]) -> None:
             elif node.op == "get_attr":
                 name = f"_vmap_constant{len(list(module.buffers()))}"
                 module.register_buffer(name, getattr(traced, str(node.target)))
-                places[node] = module.graph.get_attr(name)
+                outer[node] = module.graph.get_attr(name)
             elif node.op != "placeholder":
-                places[node] = module.graph.node_copy(node, places.__getitem__)
-                places[node].meta["example_value"] = node.meta.get("val")
+                outer[node] = module.graph.node_copy(node, outer.__getitem__)
+                outer[node].meta["example_value"] = node.meta.get("val")
     for old, new in zip(outputs, results, strict=True):
-        old.replace_all_uses_with(places[new], delete_user_cb=lambda user: user not in inside)
+        old.replace_all_uses_with(outer[new], delete_user_cb=lambda user: user not in inside)
     for node in reversed(region):
         module.graph.erase_node(node)

@@ -1,8 +1,9 @@
 """A decoder that attends to its items through cross-attention.
 
-Mllama (Llama 3.2 Vision) and other decoders whose text queries attend to keys and values of an image, which
-never enter the token sequence. What the graph computes of the items alone, these keys and values included, is
-kept under the content of the items. The rest, all text, is computed in every call. Reuse is exact.
+Mllama (Llama 3.2 Vision) and other decoders whose text queries attend to keys and values of an image; the
+image never enters the token sequence. All values that depend on the items alone, these keys and values
+included, are stored by the content of the items. The rest, all text, is computed in every call. Reuse is
+exact.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from vlcache_fx.runtime.cross_attention import CrossAttendingRunner
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        split: what depends on the items alone, and the rest.
+        graph: the traced graph.
+        split: the part that depends on the items alone, and the rest.
     """
 
     name: ClassVar[str] = "cross-attending decoder"

@@ -1,8 +1,8 @@
 """A decoding step: a graph in which one new token attends to a KV cache.
 
 All decoder-only models have one, and their ``generate()`` calls it for every token after the prefill. It has
-no rows to reuse. It is compiled layer by layer, each distinct layer once, and writes to the cache in place; a
-step whose layers are not found is compiled as a whole. Nothing is logged or reported.
+no rows to reuse. It is compiled layer by layer, each distinct layer once, and writes to the cache in place. A
+step without recognizable layers is compiled as a whole. Nothing is logged or reported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        refusal: why it is of no kind with reuse.
+        graph: the traced graph.
+        refusal: the reason why no kind with reuse matched.
     """
 
     name: ClassVar[str] = "decoding step"
@@ -46,7 +46,7 @@ class DecodeStep:
             program.check_complete()
             runner = decode_step_runner(captured, program, engine, unmodified)
         except (UnsupportedGraphError, PassError, LoweringError) as failure:
-            _log.debug("a decoding step is compiled as a whole: %s", failure)
+            _log.debug("vlcache: compiling a decoding step as a whole: %s", failure)
             return unmodified.prepare(engine)
         return self.graph.rewritten(runner)
 

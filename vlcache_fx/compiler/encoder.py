@@ -1,9 +1,9 @@
 """An encoder in a graph of its own.
 
-Vision and audio towers whose ``forward`` Dynamo traces apart from the decoder, or that a user compiles alone:
-all attention is bidirectional, and a float tensor (pixels, features) enters, so the graph is a function of
-its items. Its results are kept under the content of its inputs; a hit skips the graph. Results without
-attention before them (text in the same graph) are computed in every call. Reuse is exact.
+Vision and audio towers that Dynamo traces separately from the decoder, or that a user compiles alone: all
+attention is bidirectional and a float tensor (pixels, features) is an input, so the graph is a function of
+its items. Results are stored by the content of the inputs; a hit skips the graph. Results that depend on no
+attention (text in the same graph) are computed in every call. Reuse is exact.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from vlcache_fx.passes.partition.split_encoder import SplitResults, split_result
 
 @dataclass(frozen=True)
 class Encoder:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        split: its results by whether attention leads to them.
+        graph: the traced graph.
+        split: its results, split by whether they depend on attention.
     """
 
     name: ClassVar[str] = "encoder"
@@ -40,7 +40,7 @@ class Encoder:
         if not is_encoder(graph.captured):
             return None
         if graph.captured.writes:
-            raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "an encoder that writes to its inputs")
+            raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "the encoder writes to its inputs")
         return cls(graph, split_results(graph.captured))
 
     def compile(self, engine: Engine) -> Compiled:

@@ -1,4 +1,4 @@
-"""The engine of what is compiled in this process: it also has the lowering."""
+"""The engine of models that are compiled in this process: serving and lowering."""
 
 from typing import Any
 
@@ -29,14 +29,14 @@ from vlcache_fx.runtime.state import log
 
 
 class Engine(ServingEngine):
-    """A serving engine, and how programs become callables for it. Safe to share between threads.
+    """A serving engine that also lowers programs. Safe to share between threads.
 
     Args:
         options: checked options.
 
     Attributes:
-        lowering: of the option of this name; eager kernels once torch's compiler was found to lack something.
-        compile_cache: what Inductor compiled.
+        lowering: the lowering of the option; ``eager`` after Inductor was found to lack a compiler.
+        compile_cache: the code that Inductor compiled.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
@@ -54,7 +54,7 @@ class Engine(ServingEngine):
         return super().stats() | counts
 
     def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
-        """A program as a callable; with eager kernels where torch's compiler lacks something.
+        """Lower a program; with eager kernels if Inductor lacks a compiler.
 
         Raises:
             LoweringError: see ``Lowering.lower``.
@@ -63,11 +63,11 @@ class Engine(ServingEngine):
         try:
             return self.lowering.lower(program, name=name)
         except NoCompilerError as error:
-            self.go_on_without_compiler(error)
+            self.continue_without_compiler(error)
             return self.lowering.lower(program, name=name)
 
-    def go_on_without_compiler(self, error: NoCompilerError) -> None:
-        """Eager kernels from now on: reuse goes on. Said once in the log, raised in strict mode."""
+    def continue_without_compiler(self, error: NoCompilerError) -> None:
+        """Use eager kernels from now on, with reuse. Log it once, or raise in strict mode."""
         refusal = UnsupportedGraphError(Reason.NO_COMPILER, str(error))
         if self.options.strict:
             raise refusal from error
@@ -77,7 +77,7 @@ class Engine(ServingEngine):
                 self.lowering = EagerLowering()
                 self.refusals.append(refusal)
         if is_new:
-            log.warning("runs with eager kernels: %s", error)
+            log.warning("vlcache: running with eager kernels: %s", error)
 
 
 def _lowering(options: Options, compile_cache: CompileCache) -> Lowering:

@@ -1,4 +1,4 @@
-"""What would happen to a model's graphs, and why, without compiling anything."""
+"""Explains a model's graphs without compiling them."""
 
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -23,7 +23,7 @@ Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 def explain_graph(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], pipelines: Pipelines
 ) -> GraphExplanation:
-    """Explain one graph as Dynamo hands it over."""
+    """Explain one graph that Dynamo traced."""
     return on_kind(Traced.by_dynamo(graph_module, example_inputs, pipelines), lambda kind: kind.explain())
 
 
@@ -39,9 +39,9 @@ def explain(
     Args:
         function: the plain forward.
         inputs: its keyword arguments.
-        prepared: what a compiled model makes of the arguments of a call before they are traced.
+        prepared: prepares arguments for tracing, as a compiled model does.
         dynamic: as in ``torch.compile``.
-        pipelines: the passes that its graphs go through.
+        pipelines: the passes for its graphs.
     """
     explained: list[GraphExplanation] = []
 
@@ -52,8 +52,8 @@ def explain(
     def call(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    # Dynamo keeps and counts what it compiled per code object: with one of its own, no explanation adds to
-    # what real calls have to search, and none is left out because a limit is reached.
+    # Dynamo caches and counts compilations per code object. With a code object of its own, an explanation
+    # neither slows the search of real calls nor fails at their ``recompile_limit``.
     traced = FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     with torch.no_grad(), dynamo_settings(DYNAMO_CONFIG):
         args, kwargs = prepared((), inputs)

@@ -1,4 +1,4 @@
-"""The explanation of one graph: plain data."""
+"""The explanation of a graph, as plain data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -9,20 +9,20 @@ class GraphExplanation:
     """One traced graph, as the backend would treat it.
 
     Attributes:
-        kind: ``name`` of the kind (``compiler.kinds``): ``encoder`` (its results are kept), ``merge`` (its
-            spans are marked for the decoder's graph), ``cross-attending decoder`` (what it computes of the
-            items alone is kept), ``decoder`` (a prefill, rewritten), ``decoding step`` (nothing to reuse) or
+        kind: ``name`` of the kind (``compiler.kinds``): ``encoder`` (results are stored), ``merge`` (marks
+            spans for the decoder's graph), ``cross-attending decoder`` (values that depend on the items
+            alone are stored), ``decoder`` (a prefill, rewritten), ``decoding step`` (nothing to reuse) or
             ``unmodified``.
-        reason: why nothing is reused; None for a kind with reuse.
+        reason: the refusal of reuse; None for a kind with reuse.
         num_layers: decoder layers found.
         merges: graph nodes at which encoder features enter the token embeddings.
         encoder_in_graph: True where the features are computed in the same graph.
-        key_frontiers, value_frontiers: per layer that has its own, the nodes whose rows are stored.
+        key_frontiers, value_frontiers: nodes whose rows are stored, one per layer with keys and values.
         attention: per layer, ``causal`` or ``mask``.
-        results_need: ``all rows`` or the selection that says which rows follow the last layer.
+        results_need: ``all rows``, or the selection of rows after the last layer.
         nodes: number of graph nodes captured, and in the cold and warm programs.
         engines: of the warm program under ``lowering="tensorrt"``, the nodes of each engine.
-        outside_engines: and the nodes that would stay outside, with the reason.
+        outside_engines: the reason for each node outside the engines.
     """
 
     kind: str
@@ -39,5 +39,5 @@ class GraphExplanation:
     outside_engines: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+        """Return the explanation as JSON-serializable data."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Reuse for programs that ``torch.export`` made."""
+"""Compiles programs of ``torch.export``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,10 +22,10 @@ def compile_exported(program: ExportedProgram, **options: Any) -> "CompiledProgr
     """Run an exported language model with reuse: one export with a dynamic length serves all prompts.
 
     Args:
-        program: of a model that merges encoder features into its token embeddings, or that takes embeddings
-            in which spans are marked (``mark_spans``). It is left as it is; its parameters and buffers are
-            used where they lie.
-        **options: see ``Options``; ``dynamic`` says nothing here, the export decided it.
+        program: a model that merges encoder features into its token embeddings, or that takes embeddings
+            with marked spans (``mark_spans``). It is not modified; its parameters and buffers are not
+            copied.
+        **options: see ``Options``; ``dynamic`` has no effect, as the export fixed it.
 
     Raises:
         OptionError: an option is unknown or has a bad value.
@@ -35,7 +35,7 @@ def compile_exported(program: ExportedProgram, **options: Any) -> "CompiledProgr
 
 
 class CompiledProgram:
-    """An exported program with reuse; called as the exported module was.
+    """An exported program with reuse; called like the exported module.
 
     Attributes:
         vlcache: the engine: reports, statistics, other settings.
@@ -46,18 +46,18 @@ class CompiledProgram:
         self._bound = bound_tensors(program)
         self._arguments = _Arguments(program, [tensor is not None for tensor in self._bound])
         pipelines = configured(engine.options)
-        # Exported decoding steps are reported as every other refusal, not silenced.
+        # Exported decoding steps are refused like other graphs, not silenced.
         self._run = compile_traced(
             Traced(lambda: capture_exported(program), self._arguments, pipelines=pipelines), engine
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The program's results. Arguments that it does not cover raise its own error."""
+        """Return the program's results. For arguments outside its specialization, the program raises."""
         given = self._arguments.given(args, kwargs)
         if given is None:
             return self._arguments.module(*args, **kwargs)
-        waiting = iter(given)
-        inputs = [next(waiting) if bound is None else bound for bound in self._bound]
+        remaining = iter(given)
+        inputs = [next(remaining) if bound is None else bound for bound in self._bound]
         if records_gradients(inputs):
             refusal = gradient_refusal()
             self.vlcache.report(Report("bypass", one_line(str(refusal)), reason_code=refusal.reason))
@@ -66,7 +66,7 @@ class CompiledProgram:
 
 
 class _Arguments:
-    """Between the caller's arguments and the inputs of the captured graph; runs the program as it is, too."""
+    """Maps the caller's arguments to inputs of the captured graph; also runs the program without reuse."""
 
     def __init__(self, program: ExportedProgram, is_bound: Sequence[bool]) -> None:
         self.module = program.module()
@@ -74,47 +74,47 @@ class _Arguments:
         self._is_given = given_arguments(program)
         self._is_bound = is_bound
         placeholders = program.graph.find_nodes(op="placeholder")
-        self._forms = [node.meta["val"] for node in placeholders[-len(self._is_given) :]]
+        self._fakes = [node.meta["val"] for node in placeholders[-len(self._is_given) :]]
         self._ranges = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
 
     def prepare(self, engine: Engine) -> "_Arguments":
-        """Nothing: exported programs run as they are."""
+        """Do nothing: exported programs run uncompiled."""
         del engine
         return self
 
     def release(self) -> None:
-        """Nothing, either."""
+        """Do nothing."""
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
-        """Run the program as it is, with the inputs of the captured graph."""
+        """Run the program without reuse, given the inputs of the captured graph."""
         given = iter(value for value, is_bound in zip(inputs, self._is_bound, strict=True) if not is_bound)
         leaves = [
-            next(given) if is_given else form
-            for form, is_given in zip(self._forms, self._is_given, strict=True)
+            next(given) if is_given else fake
+            for fake, is_given in zip(self._fakes, self._is_given, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self._in_spec)
         results: list[Any] = pytree.tree_leaves(self.module(*args, **kwargs))
         return results
 
     def given(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
-        """The inputs among the arguments, in order; None where the program was not exported for such ones."""
+        """Return the inputs among the arguments, in order; None if the program does not accept these."""
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         if spec != self._in_spec:
             return None
         sizes: dict[str, int] = {}
-        if not all(self._covers(form, leaf, sizes) for form, leaf in zip(self._forms, leaves, strict=True)):
+        if not all(self._covers(fake, leaf, sizes) for fake, leaf in zip(self._fakes, leaves, strict=True)):
             return None
         return [leaf for leaf, is_given in zip(leaves, self._is_given, strict=True) if is_given]
 
-    def _covers(self, form: Any, leaf: Any, sizes: dict[str, int]) -> bool:
-        """True where ``leaf`` is what ``form`` says. ``sizes`` has the symbols seen so far."""
-        if not isinstance(form, Tensor):
-            return isinstance(form, torch.SymInt) or (type(form) is type(leaf) and bool(form == leaf))
+    def _covers(self, fake: Any, leaf: Any, sizes: dict[str, int]) -> bool:
+        """Return True if ``leaf`` fits the example ``fake``. ``sizes`` has the dynamic sizes so far."""
+        if not isinstance(fake, Tensor):
+            return isinstance(fake, torch.SymInt) or (type(fake) is type(leaf) and bool(fake == leaf))
         if not isinstance(leaf, Tensor) or (leaf.dtype, leaf.device, leaf.dim()) != (
-            form.dtype, form.device, form.dim(),
+            fake.dtype, fake.device, fake.dim(),
         ):  # fmt: skip
             return False
-        for size, want in zip(leaf.shape, form.shape, strict=True):
+        for size, want in zip(leaf.shape, fake.shape, strict=True):
             name, bounds = str(want), self._ranges.get(str(want))
             if isinstance(want, int) and size != want:
                 return False
@@ -125,5 +125,5 @@ class _Arguments:
         return True
 
     def results(self, found: Sequence[Any]) -> Any:
-        """What the program returns, of what the captured graph does."""
+        """Return the program's results, given those of the captured graph."""
         return pytree.tree_unflatten(list(found), self._out_spec)

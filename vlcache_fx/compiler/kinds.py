@@ -1,4 +1,4 @@
-"""The kinds of graphs: one list for the backend and for explanations, so that they cannot disagree.
+"""The kinds of graphs: one list for the backend and for explanations, so that they agree.
 
 A traced graph goes through capture, clean-up and ``classify``; its kind then compiles or explains it. To add
 a kind, write a file with a class that has the methods of ``Kind``, and put the class into ``KINDS``.
@@ -26,25 +26,25 @@ Result = TypeVar("Result")
 
 
 class Classified(Protocol):
-    """A graph whose kind is known.
+    """A classified graph.
 
     Attributes:
-        name: of the kind, as explanations have it.
+        name: name of the kind, as in explanations.
     """
 
     @property
     def name(self) -> str: ...
 
     def compile(self, engine: Engine) -> Compiled:
-        """The callable that serves the captured graph's inputs.
+        """Return a callable that takes the captured graph's inputs.
 
         Raises:
-            UnsupportedGraphError: the graph turns out to be unsupported.
-            PassError, LoweringError: a program cannot be made or does not compile.
+            UnsupportedGraphError: the graph is unsupported after all.
+            PassError, LoweringError: a pass or the lowering failed.
         """
 
     def explain(self) -> GraphExplanation:
-        """What ``compile`` would do, without compiling. Raises what ``compile`` raises, but LoweringError."""
+        """Explain what ``compile`` would do. Raises what ``compile`` raises, except LoweringError."""
 
 
 class Kind(Classified, Protocol):
@@ -52,7 +52,7 @@ class Kind(Classified, Protocol):
 
     @classmethod
     def match(cls, graph: Traced) -> Self | None:
-        """``graph`` with what analysis found, or None where it is of another kind.
+        """Return the classified graph; None if it is of another kind.
 
         Raises:
             UnsupportedGraphError: nothing in the graph can be reused.
@@ -60,15 +60,14 @@ class Kind(Classified, Protocol):
 
 
 KINDS: tuple[type[Kind], ...] = (Encoder, Merge, CrossAttention, Prefill)
-"""The kinds with reuse, in the order in which they are tried. A graph that they refuse is a ``DecodeStep`` or
-``Refused``."""
+"""The kinds with reuse, in the order of trial. A refused graph is a ``DecodeStep`` or ``Refused``."""
 
 
 def classify(graph: Traced) -> Kind:
     """Capture and clean up ``graph``, and find its kind.
 
     Raises:
-        UnsupportedGraphError: it is of no kind with reuse, for the reason given.
+        UnsupportedGraphError: the graph is of no kind with reuse.
         PassError: a clean-up pass failed.
     """
     matches = (kind.match(graph) for kind in KINDS)
@@ -76,24 +75,24 @@ def classify(graph: Traced) -> Kind:
 
 
 def without_reuse(graph: Traced, refusal: UnsupportedGraphError) -> Classified:
-    """The kind of a graph that is refused. A decoding step has nothing to reuse, whatever was found first."""
+    """Return the kind of a refused graph: a decoding step, or refused for ``refusal``."""
     return DecodeStep(graph, refusal) if graph.is_decode_step else Refused(graph, refusal)
 
 
 def on_kind(graph: Traced, step: Callable[[Classified], Result]) -> Result:
-    """``step`` of the graph's kind; where that is refused or fails, of what is left to the graph."""
+    """Classify the graph and apply ``step``; after a refusal or failure, apply it to a kind without reuse."""
     with compiling():
         try:
             return step(classify(graph))
         except UnsupportedGraphError as refusal:
-            left = without_reuse(graph, refusal)
-        except (PassError, LoweringError) as failure:  # ours to fix, but no reason to fail the user's call
-            left = Refused(graph, UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)))
-        return step(left)
+            fallback = without_reuse(graph, refusal)
+        except (PassError, LoweringError) as failure:  # our bug must not fail the user's call
+            fallback = Refused(graph, UnsupportedGraphError(Reason.LOWERING_FAILED, str(failure)))
+        return step(fallback)
 
 
 def compile_traced(graph: Traced, engine: Engine) -> Compiled:
-    """A callable of the traced graph's inputs, with reuse where its kind has any.
+    """Return a callable that takes the traced graph's inputs, with reuse if its kind has any.
 
     Raises:
         UnsupportedGraphError: with ``strict``, a graph that cannot be rewritten.

@@ -1,8 +1,8 @@
 """A merge in a graph of its own.
 
-Models that break the graph between the merge and the decoder, for example to make masks that cannot be
-traced. The graph puts encoder features into the token embeddings and attends to nothing. It runs unmodified;
-the spans in its result are marked, so that the decoder's graph finds them. Nothing is reused here.
+Models that break the graph between the merge and the decoder, for example to build masks that cannot be
+traced. The graph writes encoder features over token embeddings and has no attention. It runs unmodified;
+media spans are marked in its result for the decoder's graph. This graph reuses nothing itself.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vlcache_fx.runtime.merge import MergeMarks
 
 @dataclass(frozen=True)
 class Merge:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        marks: marks its result.
+        graph: the traced graph.
+        marks: marks the media spans of its result.
     """
 
     name: ClassVar[str] = "merge"

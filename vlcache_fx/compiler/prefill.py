@@ -1,11 +1,11 @@
 """The prefill of a decoder-only model: a graph over all tokens of a prompt.
 
 LLaVA, Qwen-VL, InternVL, Gemma 3 and most other vision-language models: encoder features replace the
-embeddings of placeholder tokens, then layers of causal self-attention follow. Features may be computed in the
-same graph, in another one (their spans are marked) or by the caller. The graph becomes two programs: the cold
-program computes all rows and records keys and values of each media span; the warm program computes the rows
-that the policy selects and reads the others from donors. An encoder in the same graph is split off and kept,
-as in ``encoder``.
+embeddings of placeholder tokens, followed by layers of causal self-attention. The features come from the same
+graph, from another graph (which marks their spans) or from the caller. The graph becomes two programs: the
+cold program computes all rows and records keys and values of each media span; the warm program computes the
+rows that the policy selects and reads the others from donors. An encoder in the same graph is split off and
+its results are stored, as in ``encoder``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from vlcache_fx.passes import Program
 from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.spec.slots import Key, Value
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        facts: of the whole graph.
-        split: the encoder inside, and the decoder; None where features are inputs of the graph.
+        graph: the traced graph.
+        facts: analysis of the whole graph.
+        split: the encoder and the decoder; None where features are inputs of the graph.
     """
 
     name: ClassVar[str] = "decoder"
@@ -56,12 +56,12 @@ class Prefill:
 
     @property
     def decoder(self) -> Captured:
-        """The decoder's graph; features are inputs of it."""
+        """The decoder's graph, with features as inputs."""
         return self.graph.captured if self.split is None else self.split.decoder
 
     @property
     def decoder_facts(self) -> DecoderFacts:
-        """Facts of ``decoder``."""
+        """Analysis of ``decoder``."""
         return self.facts if self.split is None else self.facts.without_encoder(self.split.nodes)
 
     def compile(self, engine: Engine) -> Compiled:
@@ -75,7 +75,7 @@ class Prefill:
             self.decoder_facts,
         )
         if not self.facts.merges:
-            unmodified.prepare(engine)  # serves every call in which no span is marked
+            unmodified.prepare(engine)  # serves calls without marked spans
         if split is None:
             return self.graph.rewritten(lambda *args: decoder(args))
         if not split.computes:
@@ -99,8 +99,8 @@ class Prefill:
             num_layers=facts.num_layers,
             merges=tuple(merge.node.name for merge in facts.merges),
             encoder_in_graph=bool(facts.encoder),
-            key_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Key)),
-            value_frontiers=tuple(one.node.name for one in facts.frontiers if isinstance(one.slot, Value)),
+            key_frontiers=_frontiers(facts, Key),
+            value_frontiers=_frontiers(facts, Value),
             attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
             results_need="all rows" if selection is None else str(selection.format_node()),
             nodes=tuple(len(graph.nodes) for graph in graphs),
@@ -109,8 +109,12 @@ class Prefill:
         )
 
 
+def _frontiers(facts: DecoderFacts, kind: type[StoredSlot]) -> tuple[str, ...]:
+    return tuple(found.node.name for found in facts.frontiers if isinstance(found.slot, kind))
+
+
 def _programs(decoder: Captured, facts: DecoderFacts, pipelines: Pipelines) -> tuple[Program, Program]:
-    """The cold and the warm program; raises what ``decoder_runner`` raises, in the same order."""
+    """Return the cold and the warm program; raises what ``decoder_runner`` raises, in the same order."""
     cold = cold_program(decoder, pipelines.cold, facts)
     warm = warm_program(decoder, pipelines.warm, facts)
     describe_decoder(decoder, facts, cold.recorded)

@@ -1,8 +1,8 @@
 """A graph without reuse: it runs unmodified, compiled as plain ``torch.compile`` would compile it.
 
-Prompts of text, pieces of models between graph breaks, and all that analysis refuses (see ``Reason``).
-Prompts of text are reported, pieces are silent; every other refusal is logged once, reported with each call,
-and raised in strict mode.
+Prompts of text, parts of models between graph breaks, and all graphs that analysis refuses (see ``Reason``).
+Prompts of text are reported, and parts of models are not. Any other refusal is logged once, reported with
+each call, and raised in strict mode.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.runtime.report import Report, one_line
 
 SILENT = frozenset({Reason.NO_ATTENTION, Reason.PAST_KEYS})
-"""Pieces of a model, and decoding steps of exported programs: neither logged, raised nor reported."""
+"""Parts of a model, and decoding steps: neither logged, raised nor reported."""
 
 NOT_AN_ERROR = frozenset({Reason.NO_MERGE})
-"""A prompt of text alone: reported, but no reason to warn or raise."""
+"""Prompts of text alone: reported, but neither logged nor raised."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """See the module.
+    """See the module's docstring.
 
     Attributes:
-        graph: as traced.
-        refusal: why nothing is reused.
+        graph: the traced graph.
+        refusal: the reason.
     """
 
     name: ClassVar[str] = "unmodified"
@@ -66,7 +66,7 @@ class Refused:
         return GraphExplanation(self.name, str(self.refusal))
 
     def _continues(self) -> bool:
-        """True for text after the tokens of a growing cache: a draft that is checked, a chunk of a prompt."""
+        """Return True for text that continues a growing cache: a draft to verify, a chunk of a prompt."""
         if self.refusal.reason is not Reason.NO_MERGE or self.graph.captured.writes:
             return False
         return bool(analyze(self.graph.captured).past)

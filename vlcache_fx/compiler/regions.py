@@ -1,8 +1,8 @@
-"""Calls of a function that ``torch.compile(backend="vlcache")`` returned, watched by the backend.
+"""Detects calls of ``torch.compile(backend="vlcache")`` that Dynamo runs uncompiled.
 
-Dynamo calls a backend to compile a graph, but does not report calls that it runs uncompiled. So a hook is
-added to the object that torch made for the region (``torch._dynamo.eval_frame``). It enters our context in
-every later call, as it enters a backend's own ``backend_ctx_ctor``, which ``torch.compile`` hides.
+Dynamo calls a backend to compile a graph, but does not report calls that it runs uncompiled. So ``watch``
+adds a hook to torch's object for the compiled region (``torch._dynamo.eval_frame``), which calls it in every
+later call.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from vlcache_fx.compiling import raise_graph_limit
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 TORCH_RECOMPILE_LIMIT = 8
-"""Dynamo's default. Another value was set by the user, and stays."""
+"""Dynamo's default. Any other value was set by the user, and stays."""
 
 
 def uncompiled_refusal() -> UnsupportedGraphError:
-    """The refusal of a call in which no graph ran."""
+    """Return the refusal of a call in which no graph ran."""
     limit = torch._dynamo.config.recompile_limit
     return UnsupportedGraphError(
         Reason.UNCOMPILED,
@@ -35,25 +35,25 @@ def uncompiled_refusal() -> UnsupportedGraphError:
 
 
 def raise_recompile_limit() -> None:
-    """Raise Dynamo's limit for good, unless the user set one.
+    """Raise Dynamo's limit permanently, unless the user set one.
 
-    The limit holds for a code object, and models of the transformers library have one in common: where a
-    second model has reached it, no backend is called for the third, so raising it during calls alone would
-    not do. Config values belong to a thread in newer versions of torch: ``watch`` raises it for the others.
+    The limit counts per code object, which models of the transformers library share. After other models have
+    reached it, Dynamo calls no backend for the next one: too late to raise it. In newer versions of torch,
+    config values are thread-local: ``watch`` raises the limit in other threads.
     """
     if torch._dynamo.config.recompile_limit == TORCH_RECOMPILE_LIMIT:
         torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 
 
 def raise_limits() -> None:
-    """Raise Dynamo's limit, and that of the function that it compiles now, unless the user set one."""
+    """Raise Dynamo's limit and that of the function being compiled, unless the user set one."""
     raise_recompile_limit()
     if torch._dynamo.config.recompile_limit == RECOMPILE_LIMIT:
         raise_graph_limit(RECOMPILE_LIMIT)
 
 
 def watch(engine: Engine) -> None:
-    """Count the calls of the region that is compiling now, for ``engine``."""
+    """Report uncompiled calls of the region being compiled to ``engine``."""
     region = _compiling_region()
     hooks = getattr(region, "enter_exit_hooks", None)
     if isinstance(hooks, list) and _Watch(engine) not in hooks:
@@ -62,7 +62,7 @@ def watch(engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class _Watch:
-    """Entered before a call, in the thread of the call; returns the function to call after it."""
+    """A hook that Dynamo calls before each call; returns the function to call after it."""
 
     engine: Engine
 
@@ -79,11 +79,11 @@ class _Watch:
 
 
 def _compiling_region() -> Any:
-    """The nearest region in the stack: that of the call that Dynamo is compiling."""
+    """Return the innermost region in the stack: that of the call being compiled."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        # No other frame's variables are read: that would keep them alive.
+        # Variables of other frames are not read: that would keep them alive.
         if frame.f_code.co_filename == eval_frame.__file__:
             owner = frame.f_locals.get("self")
             if isinstance(owner, eval_frame._TorchDynamoContext):

@@ -1,4 +1,4 @@
-"""A graph on its way through the compiler: as traced, captured in the IR, and without reuse."""
+"""A traced graph in its three forms: as traced, captured in the IR, and unmodified."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Traced:
     """One graph that Dynamo or ``torch.export`` traced.
 
     Args:
-        capture: brings the graph to the IR; called once, when ``captured`` is first read.
+        capture: returns the graph in the IR; called once, when ``captured`` is first read.
         unmodified: the graph without reuse.
-        is_decode_step: True for a decoding step that the caller did not ask to have rewritten.
-        unwrapped: for inputs that are tensor subclasses; the captured graph takes the plain tensors within.
-        pipelines: the passes that the graph goes through.
+        is_decode_step: True for a decoding step that Dynamo traced.
+        unwrapped: inner tensors of inputs that are tensor subclasses; the captured graph takes these.
+        pipelines: the passes for the graph.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Traced:
     def by_dynamo(
         cls, graph_module: fx.GraphModule, example_inputs: Sequence[Any], pipelines: Pipelines = STANDARD
     ) -> Traced:
-        """Of a graph as Dynamo calls a backend with it."""
+        """Return the traced graph for the arguments of a Dynamo backend."""
         plain = DynamoGraph(graph_module, example_inputs)
         try:
             unwrapped = Unwrapped.of(graph_module, example_inputs)
@@ -75,7 +75,7 @@ class Traced:
         """The graph in the IR, cleaned up.
 
         Raises:
-            UnsupportedGraphError: it could not be captured; the same error each time.
+            UnsupportedGraphError: capture failed; the same error in each read.
             PassError: a clean-up pass failed.
         """
         if self._outcome is None:
@@ -91,7 +91,7 @@ class Traced:
         return self._outcome
 
     def rewritten(self, compiled: Compiled) -> Compiled:
-        """``compiled`` for the calls that it was made for, the unmodified graph for others."""
+        """Return ``compiled``, with the unmodified graph for calls outside its specialization."""
         self.unmodified.release()
         captured, unmodified = self.captured, self.unmodified
         if not captured.specialised:
@@ -99,7 +99,7 @@ class Traced:
         return lambda *args: compiled(*args) if captured.holds_for(args) else unmodified(*args)
 
     def entry(self, compiled: Compiled) -> Compiled:
-        """``compiled``, which takes the captured graph's inputs, for callers that have the traced graph's."""
+        """Wrap ``compiled``, which takes the captured graph's inputs, to take the traced graph's inputs."""
         unwrapped = self._unwrapped
         return compiled if unwrapped is None else lambda *args: compiled(*unwrapped.flat(args))
 

@@ -1,9 +1,8 @@
 """Threads that call one model compile each of its graphs once.
 
-Dynamo searches its cache before it waits for its lock, and not again afterwards: each thread that waits while
-a graph is compiled would compile the same graph again. And while one thread searches, others move the entry
-that they found to the front, so the search may miss an entry. Every copy costs a compilation, and counts
-towards ``recompile_limit``.
+Dynamo searches its cache before it waits for its lock, but not after: each thread that waits during a
+compilation would compile the same graph again. A search may also miss an entry that another thread moves to
+the front at the same time. Each copy costs a compilation and counts towards ``recompile_limit``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TRANSPARENT = frozenset({"contextlib", "vlcache_fx.api", __name__})
 
 
 MAX_ATTEMPTS = 4
-"""Per call, so that it ends even if Dynamo never takes the graph that was compiled."""
+"""Attempts per call, in case Dynamo never finds the compiled graph."""
 
 
 class _CompiledAlreadyError(Exception):
@@ -39,22 +38,22 @@ class _CompiledAlreadyError(Exception):
 
 @dataclass
 class _Call:
-    """A call that a thread makes.
+    """A call of the model in one thread.
 
     Attributes:
-        ran: calls of graphs that this thread had made before the call.
-        may_begin_again: False in the last attempt.
+        graph_calls: number of graphs that the thread had called before the call.
+        may_repeat: False in the last attempt.
     """
 
-    ran: int
-    may_begin_again: bool
+    graph_calls: int
+    may_repeat: bool
 
 
 class Turns:
-    """The order in which threads that call one model compile its graphs.
+    """Lets threads that call one model compile its graphs one after another.
 
     Args:
-        engine: of the model.
+        engine: the model's engine.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -66,10 +65,10 @@ class Turns:
     def run(self, call: Callable[[], Result]) -> Result:
         """Return ``call()``, which calls the model; repeat it if another thread compiled its graph meanwhile.
 
-        The first call of all runs alone: it compiles the graphs that all others need.
+        The first call runs alone: it compiles the graphs that later calls need.
 
         Raises:
-            Exception: what ``call`` raises; what the backend raised, as it was.
+            Exception: as raised by ``call``, errors of the backend included.
         """
         if self._has_begun:
             return self._run(call)
@@ -97,21 +96,21 @@ class Turns:
             self._thread.call = before
 
     def check(self) -> None:
-        """Called by the backend before it compiles a graph.
+        """Check that no other thread has compiled the graph; the backend calls this before it compiles.
 
         Raises:
-            _CompiledAlreadyError: for ``run``, which begins the call again.
+            _CompiledAlreadyError: another thread has; ``run`` repeats the call.
         """
         call: _Call | None = getattr(self._thread, "call", None)
-        if call is None or not call.may_begin_again or self._engine.graph_calls != call.ran:
+        if call is None or not call.may_repeat or self._engine.graph_calls != call.graph_calls:
             return
-        # Torch would take the error for a reason to leave the function uncompiled.
+        # With ``suppress_errors``, Dynamo would leave the function uncompiled.
         if not torch._dynamo.config.suppress_errors and _nothing_else_ran() and _is_compiled():
             raise _CompiledAlreadyError
 
 
 def _frames() -> Iterator[FrameType]:
-    """The frames of this thread, innermost first."""
+    """Yield the frames of this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -119,7 +118,7 @@ def _frames() -> Iterator[FrameType]:
 
 
 def _nothing_else_ran() -> bool:
-    """True if Dynamo compiles at the beginning of the call: no Python code of the model is running."""
+    """Return True if no Python code of the model is running: Dynamo compiles the beginning of the call."""
     for frame in _frames():
         if frame.f_code is Turns._run.__code__:
             return True
@@ -130,7 +129,7 @@ def _nothing_else_ran() -> bool:
 
 
 def _is_compiled() -> bool:
-    """True if an earlier compiled graph serves the frame that Dynamo is compiling."""
+    """Return True if a compiled graph already fits the frame that Dynamo is compiling."""
     for frame in _frames():
         wanted = frame.f_locals.get("frame")
         if frame.f_globals.get("__name__") == "torch._dynamo.convert_frame" and wanted is not None:

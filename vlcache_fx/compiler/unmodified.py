@@ -1,4 +1,4 @@
-"""Traced graphs without reuse: for graphs that are not rewritten, and calls that a program does not cover."""
+"""Traced graphs without reuse: for graphs that are not rewritten, and calls that programs do not serve."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
@@ -17,16 +17,16 @@ Compiled = Callable[..., Sequence[Any]]
 
 
 class Unmodified(Protocol):
-    """A traced graph without reuse: takes the inputs of the captured graph and returns its results."""
+    """A traced graph without reuse: takes the captured graph's inputs, returns its results."""
 
     def prepare(self, engine: Engine) -> Compiled:
-        """Compile it now, as ``engine`` says, for a graph that is called without reuse."""
+        """Compile the graph with the engine's lowering, to be called without reuse."""
 
     def release(self) -> None:
-        """Free what only ``prepare`` needs; it is not called any more."""
+        """Free data that only ``prepare`` needs; it must not be called again."""
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        """Run it."""
+        """Run the graph."""
 
 
 class DynamoGraph:
@@ -34,45 +34,44 @@ class DynamoGraph:
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self._graph_module, self._example_inputs = graph_module, example_inputs
-        # Until ``prepare``: a call that comes here was meant to be rewritten, and compiling the graph again
-        # for it would not pay.
+        # Uncompiled until ``prepare``: rare fallback calls of a rewritten graph do not pay for a compilation.
         self._run: Compiled = graph_module
 
     def prepare(self, engine: Engine) -> Compiled:
-        """Compile now, while Dynamo's compilation context is there."""
+        """Compile the graph, within Dynamo's compilation context."""
         if engine.lowering.name == "inductor":
             self._run = self._compiled(engine)
         self.release()
         return self._run
 
     def _compiled(self, engine: Engine) -> Compiled:
-        """By Inductor; or as it is, where that fails, which is not the caller's fault."""
+        """Return the graph compiled by Inductor, or uncompiled if Inductor fails."""
         from torch._inductor.compile_fx import compile_fx
 
-        # The compiler takes the graph apart, and might fail half-way.
-        given = copy_module(self._graph_module)
+        # Inductor modifies the graph, and may fail half-way.
+        copied = copy_module(self._graph_module)
         try:
             with compiling():
                 compiled: Any = compile_fx(
-                    given,
+                    copied,
                     list(self._example_inputs),
                     config_patches=engine.options.inductor_config,
                 )
-        except (RestartAnalysis, SkipFrame):  # no failures: Dynamo is to look again, or not at all
+        except (RestartAnalysis, SkipFrame):  # not failures: they tell Dynamo to trace again, or to skip
             raise
         except Exception as error:  # noqa: BLE001 (torch raises many kinds here)
             missing = missing_tool(error)
             if missing is not None:
-                engine.go_on_without_compiler(NoCompilerError(missing))
+                engine.continue_without_compiler(NoCompilerError(missing))
             else:
                 text = str(error).strip().partition("\n")[0]
-                detail = f"Inductor failed, eager kernels are used: {type(error).__name__}: {text}"
+                detail = f"Inductor failed, using eager kernels: {type(error).__name__}: {text}"
                 engine.refuse(UnsupportedGraphError(Reason.LOWERING_FAILED, detail))
             return self._graph_module
         return cast(Compiled, compiled)
 
     def release(self) -> None:
-        """Free the inputs of the first call, keys of a whole prompt among them."""
+        """Free the inputs of the first call, which may include a whole KV cache."""
         self._example_inputs = ()
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -80,7 +79,7 @@ class DynamoGraph:
 
 
 class Rewrapped:
-    """A graph whose inputs are tensor subclasses, called with the plain tensors that they are made of."""
+    """A graph with tensor subclasses as inputs, called with their inner tensors."""
 
     def __init__(self, unmodified: Unmodified, unwrapped: Unwrapped) -> None:
         self._unmodified, self._unwrapped = unmodified, unwrapped

@@ -46,10 +46,10 @@ def example_calls(
     args, spec = _arguments(found), decoder.spec
     engine = ServingEngine()
     named = [value for value, name in zip(args, found.inputs, strict=True) if name is not None]
-    runs = Identifier(spec.spans, lambda *_: decoder.prologue().spans(*args)).runs(named)
-    if runs is None:
+    identified = Identifier(spec.spans, lambda *_: decoder.prologue().spans(*args)).media_spans(named)
+    if identified is None:
         raise ExportError("example_inputs: placeholders and encoder features do not agree in number")
-    _, num_tokens, spans = runs
+    _, num_tokens, spans = identified
     if not spans:
         raise ExportError("example_inputs hold no image, and no span is marked in them")
     positions = spec.positions(num_tokens, named)

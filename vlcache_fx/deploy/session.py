@@ -21,7 +21,7 @@ from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.prefill import DecoderRunner
-from vlcache_fx.runtime.programs.lowered import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, resolved
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.runtime.requests.prologue import Prologue
@@ -208,7 +208,7 @@ class Session:
     def _program(self, name: str, graph: ProgramGraph, engine: ServingEngine) -> ProgramRunner:
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             given = zip(graph.inputs, args, strict=True)
-            inputs = {key: with_a_row(arrived(value)) for key, value in given if key}
+            inputs = {key: with_a_row(resolved(value)) for key, value in given if key}
             results = self._runner.run(graph.graph, inputs)
             return tuple(None if key is None else results[key] for key in graph.results)
 
@@ -230,7 +230,7 @@ class Session:
 
     def _without_reuse(self, *args: Any) -> Sequence[Any]:
         spec = self.manifest.decoder
-        if self._identifier.runs(args) is None:
+        if self._identifier.media_spans(args) is None:
             raise ExportError("placeholders and encoder features do not agree in number or width")
         tokens = num_tokens(self.manifest, list(args))
         positions = spec.positions(tokens, args)

@@ -1,6 +1,7 @@
 """The graph that analysis and passes work on, and tools to read, cut and copy it.
 
-No knowledge of models, layers or caches. Everything that handles graphs imports it."""
+It knows no models, layers or caches. Every package that handles graphs imports it.
+"""
 
 from vlcache_fx.ir.captured import Captured, InputKind
 from vlcache_fx.spec.mutations import Write

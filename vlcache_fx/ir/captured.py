@@ -1,4 +1,4 @@
-"""The one intermediate representation (IR) that analysis and passes work on."""
+"""The intermediate representation (IR) of analysis and passes."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,27 +11,24 @@ from vlcache_fx.spec.mutations import Write, num_results
 
 
 class InputKind(StrEnum):
-    """What a graph input is: decided from where the value came from, never from its name."""
+    """Kind of a graph input, from the source of its value, never from its name."""
 
-    WEIGHT = "weight"  # parameter or buffer of the traced module that it does not write to: the same tensor
-    # in every request
+    WEIGHT = "weight"  # parameter or constant buffer of the traced module: the same tensor in every request
     DATA = "data"  # a tensor of this request
     SIZE = "size"  # an int or SymInt
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A traced graph as functional, pre-dispatch ATen with scaled-dot-product attention kept whole.
+    """A traced graph as functional, pre-dispatch ATen with scaled-dot-product attention as one call.
 
     Attributes:
-        graph_module: flat graph; every input is a placeholder, one for each entry of ``kinds``; the output is
-            a flat tuple. Nodes carry ``meta["val"]`` (fake values) and, where tracing gave it,
-            ``stack_trace``.
-        kinds: what each placeholder is, in order.
-        specialised: ``(input index, value)`` of 0-d inputs that were folded in as Python numbers; a call in
-            which one differs must not use this graph.
-        writes: what the traced code writes to its inputs, in order. The outputs for it stand behind the
-            traced code's own.
+        graph_module: flat graph with one placeholder per entry of ``kinds`` and a flat tuple as output. Nodes
+            have ``meta["val"]`` (fake values) and, where tracing recorded it, ``stack_trace``.
+        kinds: kind of each placeholder, in order.
+        specialised: ``(input index, value)`` of 0-d inputs that were folded in as Python numbers; a call with
+            another value must not use this graph.
+        writes: input mutations of the traced code, in order. Their outputs come after the traced code's own.
     """
 
     graph_module: fx.GraphModule
@@ -45,16 +42,16 @@ class Captured:
         return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
 
     def inputs_of(self, kind: InputKind) -> list[fx.Node]:
-        """The placeholder nodes of that kind, in input order."""
-        return [node for node, own in zip(self.placeholders, self.kinds, strict=True) if own is kind]
+        """Return the placeholder nodes of ``kind``, in input order."""
+        return [node for node, other in zip(self.placeholders, self.kinds, strict=True) if other is kind]
 
     def indices_of(self, kind: InputKind) -> tuple[int, ...]:
-        """The indices of the inputs of that kind."""
-        return tuple(index for index, own in enumerate(self.kinds) if own is kind)
+        """Return the indices of the inputs of ``kind``."""
+        return tuple(index for index, other in enumerate(self.kinds) if other is kind)
 
     @property
     def num_outputs(self) -> int:
-        """Number of entries that the graph returns, those for writes included."""
+        """Number of outputs of the graph, those for input mutations included."""
         output = self.graph_module.graph.output_node()
         results = output.args[0]
         assert isinstance(results, tuple | list)
@@ -62,11 +59,11 @@ class Captured:
 
     @property
     def num_results(self) -> int:
-        """Number of entries that the traced code returns."""
+        """Number of outputs of the traced code."""
         return num_results(self.writes, self.num_outputs)
 
     def holds_for(self, args: tuple[Any, ...] | list[Any]) -> bool:
-        """True where the folded-in numbers are still those of this call."""
+        """Return True if this call has the folded-in numbers."""
         return all(_number(args[index]) == value for index, value in self.specialised)
 
 

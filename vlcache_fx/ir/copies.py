@@ -1,4 +1,4 @@
-"""Copies of graphs, and values that refer to nodes of a copy in place of the original."""
+"""Copies of graphs, and of values that refer to their nodes."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -18,24 +18,24 @@ T = TypeVar("T")
 def copy_module(
     module: fx.GraphModule, nodes: dict[Node, Node] | None = None, class_name: str = "GraphModule"
 ) -> fx.GraphModule:
-    """A module with a copy of the graph of ``module`` and its constants; the map is put into ``nodes``."""
+    """Return a copy of ``module`` with its own graph and shared constants; fill ``nodes`` with the map."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {} if nodes is None else nodes))
     return fx.GraphModule(module, graph, class_name)
 
 
 def copy_captured(captured: Captured, nodes: dict[Node, Node] | None = None) -> Captured:
-    """The same captured graph with nodes of its own; the map is put into ``nodes``."""
+    """Return a copy of ``captured`` with nodes of its own; fill ``nodes`` with the map."""
     return replace(captured, graph_module=copy_module(captured.graph_module, nodes))
 
 
 def on_nodes(value: T, nodes: NodeMap) -> T:
-    """``value`` with ``nodes[n]`` in place of each node ``n``.
+    """Return ``value`` with each node ``n`` replaced by ``nodes[n]``.
 
     Args:
-        value: a node; or tuples, lists, dicts, frozen sets and dataclasses that contain some, however nested.
-            Anything else is returned as it is.
-        nodes: has every node in ``value``.
+        value: a node, or nested tuples, lists, dicts, frozen sets and dataclasses of nodes. Other values are
+            returned unchanged.
+        nodes: maps every node in ``value``.
     """
     return _on_nodes(value, nodes)  # type: ignore[no-any-return]
 
@@ -45,11 +45,11 @@ def _on_nodes(value: Any, nodes: NodeMap) -> Any:
         return nodes[value]
     kind = type(value)
     if kind in (tuple, list, frozenset):
-        return kind(_on_nodes(one, nodes) for one in value)
+        return kind(_on_nodes(item, nodes) for item in value)
     if kind is dict:
-        return {_on_nodes(key, nodes): _on_nodes(one, nodes) for key, one in value.items()}
+        return {_on_nodes(key, nodes): _on_nodes(item, nodes) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{one.name: _on_nodes(getattr(value, one.name), nodes) for one in fields(value)}
+            value, **{field.name: _on_nodes(getattr(value, field.name), nodes) for field in fields(value)}
         )
     return value

@@ -1,6 +1,6 @@
 """Tensor dataflow over an ``fx.Graph``: ancestors, descendants and articulation points.
 
-Edges that carry only sizes (SymInt nodes) are not dataflow: a length says nothing about the values.
+Edges of sizes (SymInt nodes) are not dataflow: a length says nothing about values.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ NodeSet = dict[Node, None]  # insertion-ordered, so that every result is determi
 
 
 def carries_data(node: Node) -> bool:
-    """True where the node's value is a tensor (or a tuple of tensors), not a size or the output node."""
+    """Return True if the node's value is a tensor or a tuple of tensors, not a size or the output node."""
     if node.op == "output":
         return False
     value = node.meta.get("val")
@@ -22,19 +22,19 @@ def carries_data(node: Node) -> bool:
 
 
 def data_inputs(node: Node) -> Iterator[Node]:
-    """The tensor operands of ``node``."""
+    """Return the tensor operands of ``node``."""
     return (parent for parent in node.all_input_nodes if carries_data(parent))
 
 
 def data_users(node: Node) -> Iterator[Node]:
-    """The nodes that read ``node`` as a tensor and give a tensor themselves."""
+    """Return the users of ``node`` with tensor results."""
     return (user for user in node.users if carries_data(user))
 
 
 def reachable(
     starts: Iterable[Node], step: Callable[[Node], Iterable[Node]], within: NodeSet | None = None
 ) -> NodeSet:
-    """``starts`` and every node that repeated ``step`` leads to (optionally without leaving ``within``)."""
+    """Return ``starts`` and every node that repeated ``step`` reaches, optionally ``within`` a set alone."""
     seen: NodeSet = dict.fromkeys(starts)
     stack = list(seen)
     while stack:
@@ -46,32 +46,32 @@ def reachable(
 
 
 def ancestors(nodes: Iterable[Node], within: NodeSet | None = None) -> NodeSet:
-    """``nodes`` and every tensor they are computed from (optionally without leaving ``within``)."""
+    """Return ``nodes`` and every tensor that they are computed from, optionally ``within`` a set alone."""
     return reachable(nodes, data_inputs, within)
 
 
 def descendants(nodes: Iterable[Node], within: NodeSet | None = None) -> NodeSet:
-    """``nodes`` and every tensor computed from them (optionally without leaving ``within``)."""
+    """Return ``nodes`` and every tensor computed from them, optionally ``within`` a set alone."""
     return reachable(nodes, data_users, within)
 
 
 def in_graph_order(nodes: Iterable[Node], position: dict[Node, int]) -> list[Node]:
-    """``nodes`` sorted by their place in the graph."""
+    """Return ``nodes`` in graph order; ``position`` as from ``positions``."""
     return sorted(nodes, key=position.__getitem__)
 
 
 def positions(graph: torch.fx.Graph) -> dict[Node, int]:
-    """Each node's place in the graph's (topological) order."""
+    """Return each node's index in the graph's (topological) order."""
     return {node: index for index, node in enumerate(graph.nodes)}
 
 
 def articulation_points(
     sources: Iterable[Node], sinks: Iterable[Node], position: dict[Node, int], within: NodeSet
 ) -> list[Node]:
-    """Nodes that lie on *every* path from any of ``sources`` to any of ``sinks`` inside ``within``.
+    """Return the nodes on *every* path inside ``within`` from a source to a sink, in graph order.
 
-    A node of the path set qualifies when no edge of the set jumps over it. That holds in any topological
-    order: a path set node placed before an articulation point must lead through it. In graph order.
+    A node on a path qualifies if no edge between nodes on paths jumps over it. This holds in any topological
+    order: paths from nodes before an articulation point lead through it.
     """
     sources, sinks = list(sources), list(sinks)
     on_path = descendants(sources, within)
@@ -80,7 +80,7 @@ def articulation_points(
     last_source = max((position[node] for node in sources if node in members), default=-1)
     first_sink = min((position[node] for node in sinks if node in members), default=-1)
     points = []
-    reach = -1  # the farthest reader of any member seen so far
+    reach = -1  # the last reader of the members so far
     for node in ordered:
         here = position[node]
         if reach <= here and last_source <= here <= first_sink:

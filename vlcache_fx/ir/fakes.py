@@ -1,8 +1,7 @@
 """Fake values in a shape environment of their own.
 
-Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not know, and guards about them
-must not reach the environment that Dynamo makes its guards from. So nothing here evaluates a condition in the
-environment of a capture: expressions are copied.
+Rewriting adds sizes (rows per layer, donor rows) that the traced graph does not have. Guards on them must not
+reach the environment of Dynamo's guards, so no condition is evaluated there: expressions are copied.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from vlcache_fx.ir.sizes import Size, equal, evaluated, expression, hint
 
 
 class Shapes:
-    """One shape environment and the fake tensor mode that goes with it."""
+    """A shape environment and its fake tensor mode."""
 
     def __init__(self) -> None:
         self.env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
 
     def symbol(self, name: str, example: int) -> sympy.Symbol:
-        """A new symbol of at least 2, independent of every other, whatever their examples are."""
-        from torch._dynamo.source import ConstantSource  # here: it brings all of Dynamo
+        """Return a new symbol, at least 2, independent of symbols with the same example."""
+        from torch._dynamo.source import ConstantSource  # here, because it imports all of Dynamo
 
-        made = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
-        if not isinstance(made, sympy.Symbol):
+        symbol = self.env.create_symbol(example, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC)
+        if not isinstance(symbol, sympy.Symbol):
             raise ValueError(f"no symbol for the example {example}")
-        return made
+        return symbol
 
     def size(self, value: Size, examples: Mapping[sympy.Symbol, int]) -> int | torch.SymInt:
-        """A size of this environment; ``examples`` gives the value of each symbol that no data decides."""
+        """Return a size of this environment; ``examples`` has the value of each backed symbol."""
         if isinstance(value, int):
             return value
         if value.is_number:
             return int(value)
-        made: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
-        return made
+        size: int | torch.SymInt = self.env.create_symintnode(value, hint=evaluated(value, examples))
+        return size
 
     def empty(
         self,
@@ -50,46 +49,46 @@ class Shapes:
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
-        """A fake tensor without autograd state."""
+        """Return a fake tensor without autograd state."""
         with self.mode, torch.no_grad():
             return torch.empty_strided(tuple(sizes), tuple(strides), dtype=dtype, device=device)
 
 
 class FakeInputs:
-    """Makes fake tensors with fresh symbolic sizes; sizes of the same name share a symbol.
+    """Fake tensors with fresh symbolic sizes; sizes of the same name share a symbol.
 
     Args:
-        known: sizes that are another one plus a number (0 or more), where the trace had symbols for both.
+        derived: sizes that are another size plus a number (0 or more), as ``{name: (other, number)}``.
     """
 
-    def __init__(self, known: Mapping[str, tuple[str, int]] | None = None) -> None:
+    def __init__(self, derived: Mapping[str, tuple[str, int]] | None = None) -> None:
         self._shapes = Shapes()
         self.env, self.mode = self._shapes.env, self._shapes.mode
-        self._known = dict(known or {})
+        self._derived = dict(derived or {})
         self._sizes: dict[str, torch.SymInt] = {}
 
     def size(self, name: str) -> torch.SymInt:
-        """The symbolic size called ``name``, at least 2."""
-        if name in self._known:
-            other, more = self._known[name]
+        """Return the symbolic size called ``name``, at least 2."""
+        if name in self._derived:
+            other, more = self._derived[name]
             return self.size(other) + more
         if name not in self._sizes:
             example = hint(len(self._sizes))
             symbol = self._shapes.symbol(f"vlcache_{name}", example)
-            made = self._shapes.size(symbol, {symbol: example})
-            assert isinstance(made, torch.SymInt)
-            self._sizes[name] = made
+            size = self._shapes.size(symbol, {symbol: example})
+            assert isinstance(size, torch.SymInt)
+            self._sizes[name] = size
         return self._sizes[name]
 
     def tensor(
         self, sizes: Sequence[int | torch.SymInt], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """A contiguous fake tensor."""
+        """Return a contiguous fake tensor."""
         with self.mode:
             return torch.empty(tuple(sizes), dtype=dtype, device=device)
 
     def like(self, value: Any) -> Any:
-        """The counterpart of another environment's fake tensor or SymInt, laid out alike."""
+        """Return the counterpart of a fake tensor or SymInt of another environment, with the same layout."""
         if isinstance(value, torch.Tensor):
             sizes = [self._translate(size) for size in value.shape]
             if _is_row_major(value):
@@ -105,15 +104,15 @@ class FakeInputs:
         if isinstance(found, int):
             return found
         more, symbol = found.as_coeff_Add()
-        if symbol.is_Symbol and more.is_Integer and more > 0:  # a cache and the token that joins it
+        if symbol.is_Symbol and more.is_Integer and more > 0:  # a cache and the token that is appended to it
             return self.size(str(symbol)) + int(more)
-        # Not computed from the symbols in it: a difference (240 - s9) need not be positive for another value
-        # of its symbol, so it becomes a size of its own.
+        # Not computed from its symbols: a difference (240 - s9) may be negative for other values, so it
+        # becomes a size of its own.
         return self.size(str(found))
 
 
 def _is_row_major(value: torch.Tensor) -> bool:
-    """Contiguity as the expressions say it: torch's helpers, too, add guards for sizes that have a hint."""
+    """Return True for contiguous strides. Torch's helpers would add guards on sizes with a hint."""
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if not equal(stride, expected):

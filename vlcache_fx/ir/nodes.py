@@ -10,7 +10,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 NO_BOUND = 2**63 - 1
-"""The end of a slice that goes on to the end of its tensor."""
+"""The end of a slice without an end."""
 
 COPIES = frozenset({aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy})
 """The same values in the same shape and dtype."""
@@ -34,28 +34,28 @@ LAYOUT = COPIES | VIEWS | {aten.slice}
 
 
 def packet_of(node: Node) -> object:
-    """The overload packet of the node's target (``aten.view`` for ``aten.view.default``)."""
+    """Return the overload packet of the node's target (``aten.view`` for ``aten.view.default``)."""
     return getattr(node.target, "overloadpacket", node.target)
 
 
 def attribute(module: fx.GraphModule, node: Node) -> Any:
-    """The tensor or module of ``module`` that the ``get_attr`` node reads.
+    """Return the tensor or module that a ``get_attr`` node of ``module`` reads.
 
     Raises:
-        AttributeError: there is none.
+        AttributeError: ``module`` has no such attribute.
     """
     return attrgetter(str(node.target))(module)
 
 
 def slice_bounds(node: Node) -> tuple[Any, Any, Any, Any]:
-    """``(dim, start, end, step)`` of a ``slice`` or ``slice_scatter``, defaults included."""
+    """Return ``(dim, start, end, step)`` of a ``slice`` or ``slice_scatter``, defaults included."""
     first = 1 if packet_of(node) is aten.slice else 2
-    given: list[Any] = list(node.args[first:])
-    dim, start, end, step = given + [0, None, None, 1][len(given) :]
+    arguments: list[Any] = list(node.args[first:])
+    dim, start, end, step = arguments + [0, None, None, 1][len(arguments) :]
     return dim, start, end, step
 
 
 def is_full_slice(node: Node) -> bool:
-    """True for a ``slice`` or ``slice_scatter`` over the whole dimension."""
+    """Return True for a ``slice`` or ``slice_scatter`` over the whole dimension."""
     _, start, end, step = slice_bounds(node)
     return start in (None, 0) and end in (None, NO_BOUND) and step in (None, 1)

@@ -1,4 +1,4 @@
-"""Typed refusals that name the node and its source line."""
+"""Typed refusals with the name of the node and its source line."""
 
 import re
 
@@ -8,26 +8,26 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
 def source_line(node: Node) -> str | None:
-    """``file:line in function: code`` of the user code that the node was traced from, if tracing kept it."""
+    """Return ``file:line in function: code`` of the traced code of a node; None if tracing kept none."""
     trace = node.meta.get("stack_trace")
     if not trace:
         return None
     lines = [line.strip() for line in str(trace).splitlines() if line.strip()]
-    places = [index for index, line in enumerate(lines) if line.startswith("File ")]
-    if not places:
+    frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
+    if not frames:
         return None
-    last = places[-1]
+    last = frames[-1]
     code = lines[last + 1] if last + 1 < len(lines) else ""
     return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
 
 
 def without_folders(text: str | None) -> str | None:
-    """``text`` with quoted paths cut down to files' names, for what is read on other machines."""
+    """Return ``text`` with quoted paths reduced to file names, for readers on other machines."""
     return None if text is None else re.sub(r'"[^"\n]*[/\\]([^"/\\\n]+\.py)"', r'"\1"', text)
 
 
 def refuse(reason: Reason, node: Node | None, detail: str) -> UnsupportedGraphError:
-    """The error to raise for a graph that cannot be handled because of ``node``."""
+    """Return the error for a graph that is refused because of ``node``."""
     if node is None:
         return UnsupportedGraphError(reason, detail)
     return UnsupportedGraphError(reason, detail, node=node.name, source_line=source_line(node))

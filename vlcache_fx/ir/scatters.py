@@ -1,4 +1,4 @@
-"""Writes of rows to a part of a tensor, as functional graphs have them: recognised, brought to one form."""
+"""Functional writes to a part of a tensor: recognised, and brought to canonical form."""
 
 import operator
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ aten = torch.ops.aten
 
 
 def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
-    """``(rows, dimension, places)`` of a node that replaces rows of its first operand along one dimension.
+    """Return ``(rows, dim, positions)`` of a node that replaces rows of its first operand; None for others.
 
-    Places are int64 [rows], the dimension is one of the node's. None for any other node.
+    ``positions`` are int64 [rows], along dimension ``dim`` of the node.
     """
     if node.target is aten.index_copy.default:
-        _, dim, places, source = node.args
+        _, dim, positions, source = node.args
     elif node.target is aten.index_put.default and not any(node.args[3:]):
         indices, source = node.args[1:3]
         assert isinstance(indices, Sequence)
-        dim, places = len(indices) - 1, indices[-1]
+        dim, positions = len(indices) - 1, indices[-1]
         if any(other is not None for other in indices[:-1]):
             return None
     else:
         return None
     assert isinstance(dim, int)
-    if not isinstance(places, Node) or not isinstance(source, Node):
+    if not isinstance(positions, Node) or not isinstance(source, Node):
         return None
     rows, whole = source.meta["val"], node.meta["val"]
-    if places.meta["val"].dim() != 1 or places.meta["val"].dtype != torch.int64:
+    if positions.meta["val"].dim() != 1 or positions.meta["val"].dtype != torch.int64:
         return None
     dim %= whole.dim()
     missing = ["1"] * (whole.dim() - rows.dim())  # leading dimensions of size 1 may be left out
@@ -40,11 +40,11 @@ def scattered_rows(node: Node) -> tuple[Node, int, Node] | None:
     same = [
         str(size) == own or at == dim for at, (size, own) in enumerate(zip(whole.shape, sizes, strict=True))
     ]
-    return (source, dim, places) if all(same) else None  # else a value that is repeated
+    return (source, dim, positions) if all(same) else None  # else the source is broadcast
 
 
-def settle_scatters(graph: fx.Graph) -> None:
-    """Bring writes to parts of tensors to one form: consecutive rows become ``index_copy`` too.
+def canonicalize_slice_scatters(graph: fx.Graph) -> None:
+    """Replace ``slice_scatter`` by ``index_copy``, and drop copies and full slices around it.
 
     Functionalisation writes ``x[:, a:b] = y`` as slices, a copy and one ``slice_scatter`` per dimension.
     """
@@ -66,8 +66,11 @@ def settle_scatters(graph: fx.Graph) -> None:
 
 
 def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
-    """``slice_scatter`` as ``index_copy``; places depend on the slice and the target's size, not on what is
-    written, which would have to be computed to know its size."""
+    """Return ``slice_scatter`` as ``index_copy``; None where that is not possible.
+
+    Positions are computed from the slice and the target's size, not from the source: its size is known only
+    once it is computed.
+    """
     target, source = node.args[:2]
     dim, start, end, step = slice_bounds(node)
     assert isinstance(source, Node)
@@ -77,10 +80,10 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
     dim %= value.dim()
 
     def call(target: Any, *args: Any, **kwargs: Any) -> Node:
-        made = graph.call_function(target, args, kwargs)
+        result = graph.call_function(target, args, kwargs)
         args = fx.map_arg(args, lambda argument: argument.meta["val"])
-        made.meta["val"] = target(*args, **kwargs)
-        return made
+        result.meta["val"] = target(*args, **kwargs)
+        return result
 
     with graph.inserting_before(node), value.fake_mode:
         size: Any = (
@@ -89,14 +92,14 @@ def _as_index_copy(graph: fx.Graph, node: Node) -> Node | None:
         first = 0 if start is None else _from_front(call, start, size)
         after = size if end in (None, NO_BOUND) else _from_front(call, end, size)
         count = _difference(call, after, first)
-        if str(_known(count)) != str(value.shape[dim]):
-            return None  # the slice is cut at the end of its tensor, or not known to be as long
-        places = call(aten.arange.default, count, device=value.device)
+        if str(_value_of(count)) != str(value.shape[dim]):
+            return None  # the slice is clamped to its tensor, or its length is unknown
+        positions = call(aten.arange.default, count, device=value.device)
         if first != 0:
-            places = call(aten.add.Tensor, places, first)
-        made = graph.call_function(aten.index_copy.default, (target, dim, places, source))
-    made.meta.update(node.meta, val=whole)
-    return made
+            positions = call(aten.add.Tensor, positions, first)
+        result = graph.call_function(aten.index_copy.default, (target, dim, positions, source))
+    result.meta.update(node.meta, val=whole)
+    return result
 
 
 def _from_front(call: Any, bound: Any, size: Any) -> Any:
@@ -110,5 +113,5 @@ def _difference(call: Any, left: Any, right: Any) -> Any:
     return call(operator.sub, left, right)
 
 
-def _known(size: Any) -> Any:
+def _value_of(size: Any) -> Any:
     return size.meta["val"] if isinstance(size, Node) else size

@@ -1,7 +1,7 @@
-"""Sizes as numbers and plain expressions, with which one can calculate without adding a guard.
+"""Arithmetic on sizes without guards.
 
-A size here is an int, a ``SymInt``, or the sympy expression behind it. Expressions know no shape environment:
-torch's comparison without guards (``statically_known_true``) does not take them.
+A size is an int, a ``SymInt``, or the sympy expression of one. Expressions have no shape environment, so
+``statically_known_true``, torch's comparison without guards, does not apply.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ _FIRST_HINT = 1021
 
 @functools.cache
 def hint(index: int) -> int:
-    """The example value of the symbol number ``index``: distinct primes from 1021 on.
+    """Return the example value of symbol ``index``: distinct primes from 1021 on.
 
-    A prime is no multiple of a vector width, no sum of two others and no width of a model, so a condition
-    that holds for it by accident is unlikely, and it is large enough that kernels are tuned for long
-    sequences.
+    A prime is no multiple of a vector width, no sum of two others and no width of a model, so conditions
+    rarely hold by accident; and it is large enough to tune kernels for long sequences.
     """
     return _FIRST_HINT if index == 0 else int(sympy.nextprime(hint(index - 1) + 24))
 
 
 def expression(size: Any) -> Size:
-    """The number or the expression behind a size."""
+    """Return a size as a number or a sympy expression."""
     if isinstance(size, int):
         return size
     found = size if isinstance(size, sympy.Basic) else size.node.expr
@@ -37,28 +36,28 @@ def expression(size: Any) -> Size:
 
 
 def expressions(sizes: Iterable[Any]) -> list[Size]:
-    """``expression`` of each."""
+    """Return ``expression`` of each size."""
     return [expression(size) for size in sizes]
 
 
 def evaluated(size: Size, examples: Mapping[sympy.Symbol, int]) -> int | None:
-    """The value of a size for these values of its symbols; None where it has a symbol without a value."""
+    """Return the value of a size for ``examples`` of its symbols; None if a symbol has no example."""
     found = size if isinstance(size, int) else sympy.sympify(size.xreplace(dict(examples)))
     return int(found) if isinstance(found, int) or found.is_number else None
 
 
 def is_one(size: Any) -> bool:
-    """True where the size is the number 1 (a symbol is a length, never 1)."""
+    """Return True for the number 1; symbols are lengths, never 1."""
     return isinstance(size, int) and size == 1
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Equality as known from the expressions alone."""
+    """Return True if the expressions are equal for all values of their symbols."""
     return bool(expression(left) - expression(right) == 0)
 
 
 def product(sizes: Sequence[Any]) -> Any:
-    """Of all sizes; 1 for none."""
+    """Return the product of all sizes; 1 for none."""
     result: Any = 1
     for size in sizes:
         result = result * size
@@ -66,7 +65,7 @@ def product(sizes: Sequence[Any]) -> Any:
 
 
 def quotient(size: Any, divisor: Any) -> Any:
-    """``size / divisor`` where it is an integer whatever the symbols in it are; else None."""
+    """Return ``size / divisor`` if it is an integer for all values of its symbols; else None."""
     size, divisor = expression(size), expression(divisor)
     if isinstance(size, int) and isinstance(divisor, int):
         return None if divisor == 0 or size % divisor else size // divisor

@@ -12,12 +12,12 @@ from vlcache_fx.ir.nodes import attribute
 
 
 def needed_for(results: Iterable[Node]) -> set[Node]:
-    """``results`` and every node they depend on, sizes included."""
+    """Return ``results`` and every node that they depend on, sizes included."""
     return set(reachable(results, lambda node: node.all_input_nodes))
 
 
 def extract(module: fx.GraphModule, results: Sequence[Node]) -> fx.GraphModule:
-    """The part of ``module`` that computes ``results``, as a module with all the inputs of ``module``."""
+    """Return the part of ``module`` that computes ``results``, as a module with all inputs of ``module``."""
     needed = needed_for(results)
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
@@ -29,7 +29,7 @@ def extract(module: fx.GraphModule, results: Sequence[Node]) -> fx.GraphModule:
 
 
 def on_cpu(part: fx.GraphModule) -> fx.GraphModule | None:
-    """A copy that makes its tensors on the CPU, for inputs there; None where it reads constants elsewhere."""
+    """Return a copy that computes on the CPU; None if it reads constants of another device."""
     cpu = torch.device("cpu")
     copy = copy_module(part)
     for node in copy.graph.nodes:
@@ -38,7 +38,7 @@ def on_cpu(part: fx.GraphModule) -> fx.GraphModule | None:
             if isinstance(constant, Tensor) and constant.device != cpu:
                 return None
         node.args, node.kwargs = fx.node.map_aggregate(
-            (node.args, dict(node.kwargs)), lambda one: cpu if isinstance(one, torch.device) else one
+            (node.args, dict(node.kwargs)), lambda value: cpu if isinstance(value, torch.device) else value
         )
     copy.recompile()
     return copy

@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from vlcache_fx.compiling import compiling
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.runtime.programs.lowered import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, resolved
 
 __all__ = ["EagerLowering"]
 
@@ -29,7 +29,7 @@ class EagerLowering:
 
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             with torch.no_grad():
-                result = module(*map(arrived, args))
+                result = module(*map(resolved, args))
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
         return run

@@ -18,7 +18,7 @@ from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
 from vlcache_fx.lowering.values import ProgramValues, TensorMeta, program_values
-from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, resolved
 
 __all__ = ["InductorLowering"]
 
@@ -252,7 +252,7 @@ class _Program:
                 if not ordered.is_contiguous():
                     values[index] = ordered.contiguous().permute(inverse)
             for step in self.steps:
-                taken = [arrived(values[index]) for index in step.inputs]
+                taken = [resolved(values[index]) for index in step.inputs]
                 for index in step.dead:
                     values[index] = None
                 for index, result in zip(step.outputs, step.run(taken), strict=True):

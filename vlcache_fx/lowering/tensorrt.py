@@ -16,7 +16,7 @@ from torch.fx.passes.operator_support import OperatorSupportBase
 
 from vlcache_fx.errors import LoweringError, OptionError
 from vlcache_fx.ir.copies import copy_module
-from vlcache_fx.runtime.programs.lowered import Lowered, arrived
+from vlcache_fx.runtime.programs.lowered import Lowered, resolved
 
 __all__ = ["DryRun", "TensorRtLowering", "dry_run"]
 
@@ -118,7 +118,7 @@ class TensorRtLowering:
 
         def run(args: Sequence[Any]) -> tuple[Any, ...]:
             with torch.no_grad():
-                result = fused(*map(arrived, args))
+                result = fused(*map(resolved, args))
             return tuple(result) if isinstance(result, tuple | list) else (result,)
 
         return run

@@ -1,4 +1,4 @@
-"""What happens in every request: runners take specs, named programs and lowered ones, and serve calls.
+"""Serves calls: runners that are built from specs and programs.
 
-Arguments of a call go in, results and a report come out. No graphs, torch's or ours. The compiler, the
-exporter and the integrations import it."""
+Arguments of a call go in, results and a report come out. No graphs, neither torch's nor ours. The compiler,
+the exporter and the integrations import it."""

@@ -1,4 +1,4 @@
-"""What is known of a call before its decoder's graph runs, from what ran before it."""
+"""Facts about a call from encoders that ran before the decoder's graph."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vlcache_fx.runtime.requests.media_spans import MediaItems
 
 @dataclass(frozen=True)
 class CallContext:
-    """What encoders outside the decoder's graph tell its call.
+    """Facts about a call from encoders outside the decoder's graph.
 
     Attributes:
-        encoder_hit: True where they were skipped, False where one ran, None where there was none.
-        items: per modality the items that were encoded.
+        encoder_hit: True if all were skipped, False if one ran, None without encoders.
+        items: the encoded items of each modality.
     """
 
     encoder_hit: bool | None = None
@@ -22,20 +22,20 @@ class CallContext:
 
     @property
     def media_items(self) -> list[MediaItems]:
-        """The items, without their modalities."""
+        """The items of all modalities."""
         return [items for _, items in self.items]
 
     def with_items(self, modality: str, items: MediaItems) -> CallContext:
-        """The same, with the items of one modality."""
+        """Return the context with the items of one modality."""
         others = dict(self.items)
         return replace(self, items=tuple({**others, modality: items}.items()))
 
 
 class PendingContext:
-    """The context of the next call that a thread makes.
+    """The context of a thread's next call.
 
-    For encoders that a model's own code calls: between them and the decoder's graph lie that code and
-    Dynamo's, which hand tensors on and nothing else. Who calls a decoder itself gives it a ``CallContext``.
+    For encoders that the model's own code calls: that code and Dynamo pass only tensors on to the decoder's
+    graph. Callers of a ``DecoderRunner`` pass a ``CallContext`` instead.
     """
 
     def __init__(self) -> None:
@@ -47,14 +47,14 @@ class PendingContext:
         return context
 
     def note_encoder(self, *, hit: bool) -> None:
-        """An encoder was skipped, or ran."""
+        """Note that an encoder was skipped (``hit``) or ran."""
         self._thread.context = replace(self._context, encoder_hit=hit)
 
     def note_items(self, modality: str, items: MediaItems) -> None:
-        """Items were encoded."""
+        """Note encoded items."""
         self._thread.context = self._context.with_items(modality, items)
 
     def take(self) -> CallContext:
-        """What was noted since this thread's last call."""
+        """Return and clear the context noted since this thread's last call."""
         context, self._thread.context = self._context, None
         return context

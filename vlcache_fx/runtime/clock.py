@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Collects ``elapsed_ms`` by step name."""
+    """Adds up ``elapsed_ms`` by step."""
 
     def __init__(self) -> None:
         self.elapsed_ms: dict[str, float] = {}
 
     @contextmanager
     def measure(self, step: str) -> Iterator[None]:
-        """Time the body as ``step``, in addition to what that step took before."""
+        """Add the time of the body to ``step``."""
         start = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Runs a decoder that attends to items from outside: their keys and values are kept as they are."""
+"""Serves decoders that attend to media items through cross-attention."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from vlcache_fx.runtime.state import ServingState
 
 
 class CrossAttendingRunner:
-    """A compiled graph: call it with the graph's inputs, get the graph's outputs. Reuse is exact.
+    """A compiled decoder with cross-attention: takes the graph's inputs, returns its outputs. Reuse is exact.
 
     Args:
-        encoder: from the graph's inputs to what depends on the items alone, keys and values included.
-        decoder: the rest, which takes these as further inputs.
-        engine: takes the reports.
+        encoder: computes all values that depend on the items alone, such as keys and values of
+            cross-attention.
+        decoder: the rest of the graph; takes these values as further inputs.
+        engine: receives reports.
     """
 
     def __init__(self, encoder: EncoderRunner, decoder: Lowered, engine: ServingState) -> None:
@@ -28,7 +29,7 @@ class CrossAttendingRunner:
         """Run one request."""
         attended, hit = self._encoder(args)
         results = self._decoder([*args, *attended])
-        reason = None if hit else "the item that it attends to is new"
+        reason = None if hit else "the attended item is new"
         code = None if hit else Reason.NEW_ITEM
         self._engine.report(Report("warm" if hit else "cold", reason, encoder_hit=hit, reason_code=code))
         return results

@@ -1,4 +1,4 @@
-"""Runs decoding steps layer by layer. They have nothing to reuse."""
+"""Serves decoding steps. They have no rows to reuse."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vlcache_fx.spec.mutations import DecodeStepSpec
 
 
 class DecodeStepRunner:
-    """A compiled decoding step: call it with the graph's inputs, get the graph's outputs.
+    """A compiled decoding step: takes the graph's inputs, returns its outputs.
 
     Args:
-        spec: of the step.
-        lowered: its program.
-        unmodified: serves calls whose inputs are not what the program was made for.
+        spec: spec of the step.
+        lowered: its lowered program.
+        unmodified: serves calls whose inputs overlap or are not contiguous.
     """
 
     def __init__(

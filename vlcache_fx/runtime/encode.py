@@ -1,4 +1,4 @@
-"""Keeps encoder outputs under the content of the encoder's inputs."""
+"""Caches encoder outputs by the content of encoder inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +12,19 @@ from vlcache_fx.store.codec import pack, unpack
 
 
 class EncoderRunner:
-    """Runs an encoder, or takes what it gave for the same bytes before. Reuse here is exact.
+    """Runs an encoder, or returns its stored results for equal inputs. Reuse is exact.
 
     Args:
-        run: from the graph's inputs to its results.
-        spec: what the results depend on.
-        engine: what it shares with the model's other graphs.
+        run: computes the results from the graph's inputs.
+        spec: inputs and weights on which results depend.
+        engine: the state shared by the model's graphs.
     """
 
     def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingState) -> None:
         self._run, self._spec, self._engine = run, spec, engine
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
-        """``(results, hit)`` for the graph's inputs."""
+        """Return ``(results, hit)`` for the graph's inputs."""
         try:
             keys = self._keys(args)
         except UnreadableWeightsError as error:
@@ -49,7 +49,7 @@ class EncoderRunner:
         return [content_digest([inputs, computation]) for computation in self._spec.computations]
 
     def _get(self, keys: Sequence[str]) -> list[Any] | None:
-        """All results, or None where one is missing."""
+        """Return all results, or None if any is missing."""
         found: list[Any] = []
         with self._engine.tolerating_store_errors():
             for key in keys:

@@ -1,4 +1,4 @@
-"""The engine as its users hold it: reports, statistics, explanations, settings."""
+"""The engine's public part: reports, statistics, explanations, settings."""
 
 import weakref
 from collections import Counter
@@ -13,20 +13,20 @@ from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.report import ReportView
-from vlcache_fx.runtime.settings import Choice
+from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
 
 if TYPE_CHECKING:
     from vlcache_fx.compiler.explanation import GraphExplanation
 
 EXPLANATION = "_vlcache_explanation"
-"""The attribute of a compiled ``forward`` that explains its graphs."""
+"""Attribute of a compiled ``forward`` with the function that explains its graphs."""
 
 
 class ServingEngine(ServingState):
     """Store, policy, reports and counts of one model. Safe to share between threads.
 
-    Sessions of exported graphs have this one; what is compiled in this process has an ``Engine``.
+    For sessions of exported graphs; models compiled in this process have its subclass ``Engine``.
 
     Args:
         options: checked options.
@@ -41,17 +41,17 @@ class ServingEngine(ServingState):
 
     @property
     def last_report(self) -> ReportView | None:
-        """What the last prefill did, as plain data with attributes; None before the first call.
+        """Report of the last prefill, as plain data with attributes; None before the first call.
 
-        Calls that go on behind a prefill without media of their own (drafts that are checked, further chunks
-        of a prompt) are counted, but leave its report.
+        Calls without media that continue its prompt (drafts that are verified, further chunks) are counted,
+        but do not replace its report.
         """
         report = self._report
         return None if report is None else report.as_view()
 
     @property
     def explained(self) -> Callable[..., Any] | None:
-        """The model's own ``forward``; None for an engine of many models, and once the model is gone."""
+        """The model's original ``forward``; None for an engine of many models, or if the model is gone."""
         forward = None if self._explained is None else self._explained()
         return getattr(forward, "__wrapped__", None)
 
@@ -60,17 +60,17 @@ class ServingEngine(ServingState):
         forward: Callable[..., Any],
         explanation: Callable[[dict[str, Any]], "tuple[GraphExplanation, ...]"],
     ) -> None:
-        """The model's ``forward`` as it was compiled, which wraps its own. It is not kept alive.
+        """Set the model's compiled ``forward``. The engine keeps only a weak reference.
 
         Args:
-            forward: owns ``explanation``, which knows the model.
-            explanation: of its graphs, for the keyword arguments of a call.
+            forward: wraps the original ``forward``, and owns ``explanation``.
+            explanation: explains its graphs, given the keyword arguments of a call.
         """
         setattr(forward, EXPLANATION, explanation)
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start: calls per mode, store, compilations, refusals by reason, shadow runs."""
+        """Return counts since the start: calls by mode, store, compilations, refusals, shadow runs."""
         with self._lock:
             counts = dict(self._counts)
         store = self.store.stats()
@@ -88,21 +88,20 @@ class ServingEngine(ServingState):
         }
 
     def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
-        """How the graphs of ``model(**inputs)`` are rewritten, and why not where they are not.
+        """Explain the graphs of ``model(**inputs)``: how each is rewritten, or why not.
 
         Raises:
-            OptionError: the engine does not belong to one model (``torch.compile`` engines serve many), or
-                the model is gone.
+            OptionError: the engine serves many models, as with ``torch.compile``, or its model is gone.
         """
         forward = None if self._explained is None else self._explained()
         if forward is None:
             raise OptionError(
-                "this engine knows no model to explain; compile the model with vlcache_fx.compile"
+                "this engine has no model to explain; compile the model with vlcache_fx.compile"
             )
         try:
             found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
             return found
-        finally:  # no word of it in the report of the next call
+        finally:  # the next call's report must not include this trace
             self.pending.take()
 
     @contextmanager
@@ -113,43 +112,42 @@ class ServingEngine(ServingState):
         budget: float | None = None,
         profile: Profile | None = None,
     ) -> Iterator[None]:
-        """Calls that this thread makes in the body use another policy, budget or profile.
+        """Use another policy, budget or profile for calls that this thread makes in the body.
 
-        Nothing is compiled anew.
+        Nothing is compiled again.
 
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
-        before = self.choices.now
-        given = {"policy": policy, "budget": budget}
-        options = Options.parse({name: value for name, value in given.items() if value is not None})
-        choice = Choice(
+        before = self.settings.current
+        changed = {"policy": policy, "budget": budget}
+        options = Options.parse({name: value for name, value in changed.items() if value is not None})
+        settings = CallSettings(
             before.policy if policy is None else get_policy(options.policy),
             before.budget if budget is None else options.budget,
             before.profile if profile is None else profile,
         )
-        with self.choices.using(choice):
+        with self.settings.using(settings):
             yield
 
     def set_budget(self, budget: float) -> None:
-        """Use another budget from now on, for all models of this engine; nothing is compiled anew.
+        """Use another budget from now on, for all models of this engine. Nothing is compiled again.
 
         Raises:
             OptionError: as for the option.
         """
         self.options = replace(self.options, budget=budget)
-        self.choices.default = replace(self.choices.default, budget=self.options.budget)
+        self.settings.default = replace(self.settings.default, budget=self.options.budget)
 
     def resume(self) -> None:
-        """Lift what shadow runs or the gate decided: every model of this engine reuses again.
+        """Turn reuse on again for every model that shadow runs or the gate bypassed.
 
-        Violations are counted anew. Donors are as they were: those of a model that went without reuse are
-        still there, unless they were evicted meanwhile.
+        Violation counts start at zero. Donors recorded before are still stored, unless evicted.
         """
         self.guards.resume()
 
     def clear(self) -> None:
-        """Drop every donor and encoder output. Of a closed engine, there are none."""
+        """Drop every donor and encoder output. Does nothing on a closed engine."""
         try:
             self.store.clear()
         except StoreError as error:
@@ -160,6 +158,6 @@ class ServingEngine(ServingState):
         self.contents.clear()
 
     def close(self) -> None:
-        """Release the store; the compiled model goes on without reuse. Again: nothing happens."""
+        """Release the store; the compiled model continues without reuse. Idempotent."""
         self._closed = True
         self.store.close()

@@ -1,4 +1,4 @@
-"""Whether torch records gradients in a call: what is reused carries none."""
+"""Detects calls that record gradients: reused rows carry none."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.autograd import forward_ad
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 MAX_DEPTH = 6
-"""How deep arguments are searched: a tensor lies four levels deep in a cache of caches."""
+"""Depth of the search in arguments: a cache of caches has tensors four levels deep."""
 
 UNSEARCHED = (nn.Module, type, str, bytes, int, float, torch.dtype, torch.device)
 
 
 def records_gradients(values: Iterable[Any], model: nn.Module | None = None) -> bool:
-    """True where torch would record gradients of ``values``, or of the parameters of ``model``.
+    """Return True if torch would record gradients of ``values`` or of the parameters of ``model``.
 
-    In forward mode (``torch.func.jvp``) that is so in any case: what is stored has no tangents.
+    Always True in forward mode (``torch.func.jvp``): stored rows have no tangents.
 
     Args:
         values: arguments of a call; tensors are found in lists, mappings and plain objects such as caches.
-        model: whose forward is called.
+        model: the model of the call.
     """
     if forward_ad._current_level >= 0:
         return True
@@ -36,7 +36,7 @@ def records_gradients(values: Iterable[Any], model: nn.Module | None = None) -> 
 
 
 def gradient_refusal() -> UnsupportedGraphError:
-    """Why a call in which gradients are recorded runs unmodified."""
+    """Return the refusal of a call that records gradients."""
     return UnsupportedGraphError(Reason.GRAD_REQUIRED, "gradients are recorded; run it under torch.no_grad()")
 
 

@@ -1,4 +1,4 @@
-"""Merges in a graph of their own: some models are cut between the merge and the decoder."""
+"""Serves graphs with a merge and no decoder: some models break the graph between the two."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 
 from vlcache_fx.errors import PlanError
 from vlcache_fx.runtime.requests.marked_spans import mark_spans
-from vlcache_fx.runtime.requests.media_spans import flagged_places, runs_of, token_flags
+from vlcache_fx.runtime.requests.media_spans import flagged_positions, media_spans_of, token_flags
 from vlcache_fx.runtime.requests.prologue import Values
 from vlcache_fx.spec.program import MergeSpec
 
 
 @dataclass(frozen=True)
 class MergeMarks:
-    """Marks what such a graph returns, so that the decoder's graph knows the spans.
+    """Marks media spans in the merged embeddings, for the decoder's graph.
 
     Attributes:
-        spec: of the graph.
-        spans: the program that gives the mask of each merge.
+        spec: spec of the graph.
+        spans: the program that returns the mask of each merge.
     """
 
     spec: MergeSpec
     spans: Values
 
     def mark(self, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
-        """``results`` of the call with ``args``, marked."""
+        """Mark the ``results`` of a call with ``args``, and return them."""
         embeds, spans = results[self.spec.output], []
         for mask in self.spans(*args):
-            places = flagged_places(token_flags(mask))
-            runs = runs_of(places, embeds.flatten(0, 1)[places], embeds.shape[1])
-            spans += [(run.sample, run.start, run.length) for run in runs]
-        with contextlib.suppress(PlanError):  # merges into the same tokens: no span is what one encoder gave
+            positions = flagged_positions(token_flags(mask))
+            media_spans = media_spans_of(positions, embeds.flatten(0, 1)[positions], embeds.shape[1])
+            spans += [(span.sample, span.start, span.length) for span in media_spans]
+        with contextlib.suppress(PlanError):  # overlap: merges into the same tokens
             mark_spans(embeds, spans)
         return results

@@ -1,4 +1,4 @@
-"""Input mutations of a functional graph, repeated on the caller's tensors in every call."""
+"""Input mutations: checked before a call, applied to the caller's tensors after it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +12,13 @@ from vlcache_fx.spec.mutations import Write
 def inputs_allow_mutation(
     writes: Sequence[Write], in_place: Sequence[int], args: Sequence[Any], data: Sequence[int]
 ) -> bool:
-    """True where a program may serve a call: inputs that it writes to, if any, are as it takes them to be.
+    """Return True if the inputs that a program mutates have the layout that it assumes.
 
     Args:
-        writes: of the graph.
-        in_place: indices of inputs that the program writes to by itself: these must be contiguous.
-        args: the inputs of the call.
-        data: indices of those that belong to the request: none that is written to may overlap another.
+        writes: input mutations of the graph.
+        in_place: indices of inputs that the program writes to itself; they must be contiguous.
+        args: the graph's inputs.
+        data: indices of tensors of the request; a mutated input must not overlap any other.
     """
     if not writes:
         return True
@@ -26,12 +26,12 @@ def inputs_allow_mutation(
 
 
 def overlapping(writes: Sequence[Write], args: Sequence[Any], data: Sequence[int]) -> bool:
-    """True where an input that is written to shares memory with another of ``data``: the graph knows of none.
+    """Return True if a mutated input shares memory with another in ``data``; the graph assumes none does.
 
     Args:
-        writes: of the graph.
-        args: its inputs.
-        data: indices of those that belong to the request.
+        writes: input mutations of the graph.
+        args: the graph's inputs.
+        data: indices of tensors of the request.
     """
     written = {write.input for write in writes}
     ranges = sorted(
@@ -55,13 +55,13 @@ def _memory(value: Tensor) -> tuple[int, int]:
 def apply_input_mutations(
     writes: Sequence[Write], args: Sequence[Any], outputs: Sequence[Any], count: int
 ) -> Sequence[Any]:
-    """Write what a graph gave for its input mutations to the caller's tensors.
+    """Apply a graph's input mutations to the caller's tensors.
 
     Args:
-        writes: of the graph.
-        args: what it was called with.
-        outputs: what it gave.
-        count: number of the traced code's results, the first of ``outputs``.
+        writes: input mutations of the graph.
+        args: the graph's inputs.
+        outputs: the graph's outputs.
+        count: number of the traced code's results, which come first in ``outputs``.
 
     Returns:
         The traced code's results.
@@ -71,11 +71,11 @@ def apply_input_mutations(
         for write in writes:
             target, value = args[write.input], outputs[write.value]
             if value is None:
-                pass  # written already
-            elif write.dim is None or write.places is None:
+                pass  # the program wrote it
+            elif write.dim is None or write.positions is None:
                 target.copy_(value)
             else:
-                target[(*[slice(None)] * write.dim, outputs[write.places])] = value
-            for place in write.results:
-                results[place] = target
+                target[(*[slice(None)] * write.dim, outputs[write.positions])] = value
+            for index in write.results:
+                results[index] = target
     return results

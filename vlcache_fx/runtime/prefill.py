@@ -1,4 +1,4 @@
-"""Runs one decoder graph: spans -> lookup -> policy -> plan -> run -> admit."""
+"""Serves prefills of one decoder graph: spans -> keys -> lookup -> policy -> plan -> run -> admit."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -19,17 +19,17 @@ from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
-from vlcache_fx.runtime.donors.index import DonorLookup
+from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
-from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.masks import MaskCheck
+from vlcache_fx.runtime.requests.input_values import InputValues
+from vlcache_fx.runtime.requests.masks import MaskChecker
 from vlcache_fx.runtime.requests.prologue import Prologue
-from vlcache_fx.runtime.requests.request import Request, together
+from vlcache_fx.runtime.requests.request import Request, stack_if_batched
 from vlcache_fx.runtime.requests.spans import Identifier
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
@@ -37,16 +37,16 @@ from vlcache_fx.spec.slots import StoredSlot
 
 
 class DecoderRunner:
-    """A decoder with reuse: call it with the graph's inputs, get the graph's outputs.
+    """A decoder with reuse: takes the graph's inputs, returns its results.
 
     Args:
-        spec: of the graph.
-        prologue: tells what a call holds.
-        cold, warm: its programs; lowered when first used.
-        device: where the token embeddings are.
-        engine: what it shares with the model's other graphs.
-        unmodified: computes the graph's results without reuse; serves every call that reuse cannot.
-        logits: index of the result that shadow runs compare; None without them.
+        spec: spec of the graph.
+        prologue: the programs that read a call.
+        cold, warm: the two programs; lowered when first used.
+        device: device of the token embeddings.
+        engine: the state shared by the model's graphs.
+        unmodified: computes the graph's results without reuse, for calls that the programs do not serve.
+        logits: index of the result that shadow runs compare; None without shadow runs.
     """
 
     def __init__(
@@ -62,44 +62,46 @@ class DecoderRunner:
     ) -> None:
         self.engine = engine
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
-        self._identifier, self._masks = (
+        self._identifier, self._mask_checker = (
             Identifier(spec.spans, prologue.spans),
-            MaskCheck(spec.masks, prologue),
+            MaskChecker(spec.masks, prologue),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
         self._unmodified, self._logits = unmodified, logits
-        self._donors = DonorLookup(spec, Leaves(spec.leaves, prologue.input_values), device, engine)
+        self._donors = DonorIndex(spec, InputValues(spec.leaves, prologue.input_values), device, engine)
 
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
     ) -> Sequence[Any]:
-        """Run one request. Never fails for reasons of reuse: what goes wrong there costs only the reuse.
+        """Run one request. Failures of reuse cost the reuse, never the request.
 
         Args:
             args: the graph's inputs.
-            context: of the call; by default what encoders noted in this thread.
-            encoder_hit: of an encoder in the same graph, if any.
+            context: context of the call; by default what encoders noted in this thread.
+            encoder_hit: as in ``Report``, for an encoder in the same graph.
         """
         context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
-            known = on_host(args, self._spec.host_inputs)
-            identified = self._identifier.runs(known, context.media_items)
+            host_args = on_host(args, self._spec.host_inputs)
+            identified = self._identifier.media_spans(host_args, context.media_items)
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
-            num_samples, num_tokens, runs = identified
+            num_samples, num_tokens, media_spans = identified
             hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
-                request = self._donors.request(args, known, num_samples, num_tokens, runs, hit, clock)
+                request = self._donors.request(
+                    args, host_args, num_samples, num_tokens, media_spans, hit, clock
+                )
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
                 return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
-        if not runs and self._spec.spans.embeddings is not None:
+        if not media_spans and self._spec.spans.embeddings is not None:
             return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
         if num_tokens < 2:
             return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
-        request = replace(request, positions=self._spec.positions(num_tokens, known))
+        request = replace(request, positions=self._spec.positions(num_tokens, host_args))
         if request.positions is not None and len(request.positions) < 2 and self._spec.tail_varies:
-            # Programs take sizes below two as special.
+            # Dynamo specializes sizes 0 and 1; the programs take two or more.
             return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
         if not inputs_allow_mutation(self._spec.writes, self._in_place, args, self._spec.data):
             return self._bypass(args, Reason.CANNOT_WRITE, num_tokens)
@@ -107,22 +109,24 @@ class DecoderRunner:
         if reason is not None:
             return self._bypass(args, Reason.GUARDED, num_tokens, reason)
         if request.spans:
-            look = self._masks.look(args, known, num_tokens, [sample.spans for sample in request.samples])
-            if look.refusal is not None:
-                self.engine.refuse_call(look.refusal)
-                return self._bypass(args, look.refusal.reason, num_tokens, str(look.refusal))
+            summary = self._mask_checker.check(
+                args, host_args, num_tokens, [sample.spans for sample in request.samples]
+            )
+            if summary.refusal is not None:
+                self.engine.refuse_call(summary.refusal)
+                return self._bypass(args, summary.refusal.reason, num_tokens, str(summary.refusal))
             samples = [
-                replace(sample, unseen=unseen if num_samples > 1 else None)
-                for sample, unseen in zip(request.samples, look.unseen, strict=True)
+                replace(sample, padding=padding if num_samples > 1 else None)
+                for sample, padding in zip(request.samples, summary.padding, strict=True)
             ]
             request = replace(
                 request,
                 samples=tuple(samples),
-                is_causal=look.hides_what_follows,
-                is_whole=look.hides_the_past,
+                is_causal=summary.is_causal,
+                ignores_past=summary.ignores_past,
             )
             with clock.measure("identify"):
-                request = self._donors.with_keys(request, look)
+                request = self._donors.with_keys(request, summary)
         with clock.measure("lookup"):
             request = self._donors.find(request)
         return self._run_warm(request) if request.donors else self._run_cold(request)
@@ -134,7 +138,7 @@ class DecoderRunner:
             return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         if not self._cold.ready():
             return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
-        bound = self._cold.bind(together(plans), request.positions, dict)
+        bound = self._cold.bind(stack_if_batched(plans), request.positions, dict)
         with request.clock.measure("run"):
             results = self._cold.run(request.args, bound)
         if results is None:
@@ -165,7 +169,7 @@ class DecoderRunner:
             return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
         positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._spec.rows, self._device))
-        policy = self.engine.choices.now.policy
+        policy = self.engine.settings.current.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._spec.rows, positions)
@@ -177,7 +181,7 @@ class DecoderRunner:
             if plans is None:
                 return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
         with request.clock.measure("bind"):
-            bound = self._warm.bind(together(plans), positions, tables)
+            bound = self._warm.bind(stack_if_batched(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
@@ -196,10 +200,10 @@ class DecoderRunner:
         return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
-        """The exact results of a warm request that is due, and how far ``reused`` ones are from their logits.
+        """Return exact results and the comparison of their logits with ``reused``; None if no run is due.
 
-        What it computes is stored like a cold run's, so donors refine. Reuse of known prefixes alone needs no
-        check.
+        Rows of a shadow run are stored like those of a cold run, so donors refine. Reuse of exact prefixes
+        needs no check.
         """
         if self._logits is None or all(sample.reuse_is_exact for sample in request.samples):
             return None
@@ -211,7 +215,7 @@ class DecoderRunner:
             if plans is None or not self._cold.ready():
                 return None
             positions = request.positions
-            exact = self._cold.run(full.args, self._cold.bind(together(plans), positions, dict))
+            exact = self._cold.run(full.args, self._cold.bind(stack_if_batched(plans), positions, dict))
             if exact is None:
                 return None
             num_rows = exact[self._logits][..., 0].numel() // len(request.samples)
@@ -221,19 +225,19 @@ class DecoderRunner:
         return exact, comparison
 
     def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
-        """A plan per sample, or None where none can be made (raised in strict mode).
+        """Return a plan per sample; None if planning fails (raised in strict mode).
 
-        Without a ``chooser`` the policy is asked, or for the rows of its probe.
+        The policy chooses rows by default, or the rows of its probe.
         """
         strict = self.engine.options.strict
-        choice = self.engine.choices.now
-        chooser = chooser or first_chooser(choice.policy, self._spec.rows)
+        settings = self.engine.settings.current
+        chooser = chooser or first_chooser(settings.policy, self._spec.rows)
         plans: list[Plan] = []
         first_donor = 0
         with request.clock.measure("plan"):
             try:
-                self._check_groups(choice.policy)
-                profile = self.engine.choices.profile_for(
+                self._check_groups(settings.policy)
+                profile = self.engine.settings.profile_for(
                     request.model_fingerprint, self._spec.dtype, strict=strict
                 )
                 for sample in request.samples:
@@ -244,11 +248,11 @@ class DecoderRunner:
                             num_layers=self._spec.num_layers,
                             policy=chooser,
                             profile=profile,
-                            budget=choice.budget,
+                            budget=settings.budget,
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
-                            padding=sample.unseen if request.donors else None,
+                            padding=sample.padding if request.donors else None,
                             first_donor=first_donor,
                             groups=self._spec.layer_groups,
                         )
@@ -271,7 +275,7 @@ class DecoderRunner:
     def _bypass(
         self, args: Sequence[Any], code: Reason, num_tokens: int = 0, text: str | None = None
     ) -> Sequence[Any]:
-        """Run without reuse, and report ``code``; ``text`` says more than the reason's own."""
+        """Run without reuse, and report ``code``; ``text`` replaces the text of the reason."""
         continues = self._spec.continues_prompts and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
         report = Report("bypass", one_line(text or code.text), num_tokens, reason_code=code)
         self.engine.report(report, continues=continues)

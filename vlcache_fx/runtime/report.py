@@ -1,4 +1,4 @@
-"""What one call did, as plain data."""
+"""Reports of calls, as plain data."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -10,12 +10,17 @@ Mode = Literal["cold", "warm", "bypass"]
 
 @dataclass(frozen=True)
 class SpanReport:
-    """One span: token positions in its sample, the key of its item, and whether its rows were reused.
+    """One span of a call.
 
-    ``donor_tier`` and ``donor_contexts`` are of the donor that was found: where it lies, and the number of
-    contexts that it is the mean of, 1 for one that is exact somewhere; None and 0 where there is none.
-    ``miss_reason`` says why its rows were not reused, None for a hit. A donor that is there is not reused
-    in a call that is computed in full so as to record another one (``recomputed_to_record``).
+    Attributes:
+        start, length: its tokens, counted from the first of the sample.
+        key: key of its donor.
+        hit: True if its rows were reused.
+        donor_tier: tier of the donor; None without one.
+        donor_contexts: number of contexts in the donor's mean, 1 for an exact donor; 0 without one.
+        sample: index of the sample.
+        miss_reason: why its rows were not reused; None for a hit. ``recomputed_to_record`` means that a donor
+            exists, but the call computed all rows to record another donor.
     """
 
     start: int
@@ -30,25 +35,25 @@ class SpanReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What one call did.
+    """Report of one call.
 
     Attributes:
-        mode: ``cold`` (everything computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (run
+        mode: ``cold`` (all rows computed, donors recorded), ``warm`` (donors reused) or ``bypass`` (run
             without reuse, for ``reason``).
-        reason: why, in words, on one line; None for a warm call.
-        reason_code: the same, typed; None for a warm call.
-        num_tokens: sequence length, 0 where it is not known.
-        spans: the media spans found.
-        rows_per_layer: rows computed at each layer, and after the last one, of every sample.
-        prefix_tokens: leading tokens that were reused exactly: everything before them is identical too.
+        reason: reason of a cold or bypassed call, one line of text; None for a warm call.
+        reason_code: the typed reason; None for a warm call.
+        num_tokens: sequence length; 0 where unknown.
+        spans: the spans found.
+        rows_per_layer: computed rows at each layer and after the last, per sample.
+        prefix_tokens: leading tokens whose rows were reused exactly.
         token_layer_fraction: recomputed share of the reused spans' token-layers; 1.0 in a cold call.
-        encoder_hit: True where the encoder was skipped, False where it ran, None where this call has none.
+        encoder_hit: True if the encoder was skipped, False if it ran, None without an encoder.
         timings_ms: milliseconds per step of the call.
-        explanations: repairs that the plan made.
-        model_fingerprint: of the decoder's weights, by which an engine tells models apart and to which a
-            profile is bound; empty where no span was found.
-        shadow_kl: of a warm call that was computed in full as well: mean KL divergence, in nats, of the
-            logits with reuse from the exact ones, which were returned. None for every other call.
+        explanations: repairs of the policy's choice.
+        model_fingerprint: fingerprint of the decoder's weights, which identifies the model in guards and
+            profiles; empty without spans.
+        shadow_kl: in a shadow run, the mean KL divergence in nats of the logits with reuse from the exact
+            logits, which were returned; else None.
     """
 
     mode: Mode
@@ -66,16 +71,16 @@ class Report:
     reason_code: Reason | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+        """Return the report as JSON-serializable data."""
         return asdict(self)
 
     def as_view(self) -> "ReportView":
-        """The same as a mapping whose entries are attributes, too."""
+        """Return the report as a mapping whose entries are also attributes."""
         return ReportView(asdict(self, dict_factory=ReportView))
 
 
 class ReportView(dict[str, Any]):
-    """A report, or a span of one, as plain data: ``report["mode"]`` and ``report.mode`` are the same."""
+    """A report or span report as plain data: ``report["mode"]`` equals ``report.mode``."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -84,7 +89,7 @@ class ReportView(dict[str, Any]):
             raise AttributeError(f"a report has no {name!r}; it has {', '.join(self)}") from None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form."""
+        """Return the report as JSON-serializable data."""
         return {name: _plain(value) for name, value in self.items()}
 
 
@@ -97,17 +102,17 @@ def _plain(value: Any) -> Any:
 
 
 def why_cold(misses: list[Reason]) -> tuple[str, Reason]:
-    """``(reason, reason_code)`` of a call that was computed in full, by those of its spans.
+    """Return ``(reason, reason_code)`` of a cold call, given the miss reasons of its spans.
 
     The code is that of the first span without a donor.
     """
-    code = next((one for one in misses if one is not Reason.RECOMPUTED_TO_RECORD), misses[0])
+    code = next((miss for miss in misses if miss is not Reason.RECOMPUTED_TO_RECORD), misses[0])
     if len(set(misses)) == 1:
         return f"no donor for its spans: {code.text}", code
-    counts = [f"{misses.count(one)} x {one.text}" for one in dict.fromkeys(misses)]
+    counts = [f"{misses.count(miss)} x {miss.text}" for miss in dict.fromkeys(misses)]
     return f"no donor for its spans: {'; '.join(counts)}", code
 
 
 def one_line(text: str) -> str:
-    """A reason as reports carry it: errors of others have many lines."""
+    """Return text as one line, for ``reason``: error messages may have many lines."""
     return " ".join(text.split())

@@ -1,4 +1,4 @@
-"""What calls are planned with: the options', or another for some calls of one thread."""
+"""Policy, budget and profile of calls: those of the options, or others for calls of one thread."""
 
 import logging
 import threading
@@ -14,54 +14,54 @@ log = logging.getLogger("vlcache_fx")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a call is planned with."""
+class CallSettings:
+    """Settings with which a call is planned."""
 
     policy: Policy
     budget: float
     profile: Profile | None
 
 
-class Choices:
-    """The choice of each thread.
+class ThreadSettings:
+    """The settings of each thread.
 
     Attributes:
-        default: where a thread has none of its own.
+        default: settings of threads without settings of their own.
     """
 
-    def __init__(self, default: Choice) -> None:
+    def __init__(self, default: CallSettings) -> None:
         self.default = default
         self._thread = threading.local()
         self._misfit: str | None = None
 
     @property
-    def now(self) -> Choice:
-        """What this thread's next call is planned with."""
-        own: Choice | None = getattr(self._thread, "choice", None)
+    def current(self) -> CallSettings:
+        """The settings of this thread's next call."""
+        own: CallSettings | None = getattr(self._thread, "settings", None)
         return own or self.default
 
     @contextmanager
-    def using(self, choice: Choice) -> Iterator[None]:
-        """Calls that this thread makes in the body are planned with ``choice``."""
-        outer = getattr(self._thread, "choice", None)
-        self._thread.choice = choice
+    def using(self, settings: CallSettings) -> Iterator[None]:
+        """Use ``settings`` for calls that this thread makes in the body."""
+        outer = getattr(self._thread, "settings", None)
+        self._thread.settings = settings
         try:
             yield
         finally:
-            self._thread.choice = outer
+            self._thread.settings = outer
 
     def profile_for(self, model_fingerprint: str, dtype: str, *, strict: bool) -> Profile | None:
-        """The profile where it is this model's; otherwise policies do without one, and the log says so once.
+        """Return the profile if it fits the model; else log a warning once and return None.
 
         Args:
-            model_fingerprint: of the decoder's weights now; empty where no span asked for it.
-            dtype: of the keys and values.
-            strict: raise instead of doing without.
+            model_fingerprint: fingerprint of the decoder's weights; empty without spans.
+            dtype: dtype of keys and values.
+            strict: raise instead.
 
         Raises:
-            PolicyError: with ``strict``, a profile of another model, dtype or version.
+            PolicyError: with ``strict``, the profile is of another model, dtype or version.
         """
-        profile = self.now.profile
+        profile = self.current.profile
         if profile is None or not model_fingerprint:
             return None
         misfit = profile.misfits(model_fingerprint, dtype)
@@ -71,5 +71,5 @@ class Choices:
             raise PolicyError(misfit)
         if misfit != self._misfit:
             self._misfit = misfit
-            log.warning("goes on without a profile: %s", misfit)
+            log.warning("vlcache: continuing without a profile: %s", misfit)
         return None

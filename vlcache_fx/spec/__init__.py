@@ -1,5 +1,5 @@
-"""What compiling a graph leaves for serving it: frozen dataclasses of plain data that JSON can hold.
+"""Specs: the compiler's output that serving needs, as frozen dataclasses that JSON can hold.
 
-Analysis and passes make them; the runtime and exported folders read them. No ``torch.fx``: any other package
-may import them, and they import only ``plan`` and ``errors``.
+``compiler/builders`` makes them from graphs; the runtime and exported folders read them. No ``torch.fx``: any
+other package may import them, and they import only ``plan`` and ``errors``.
 """

@@ -1,4 +1,4 @@
-"""A decoder: everything that holds for each of its calls. Indices are those of its inputs unless noted."""
+"""Spec of a decoder graph: facts that hold for all of its calls. Indices are input indices unless noted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class RowSpec:
     """Rows of one donor slot, as programs read and record them.
 
     Attributes:
-        dim: the dimension that runs over rows.
-        dtype: of the values, as ``float32``.
-        sizes: of every dimension; None for rows, and where the graph leaves it open.
-        batch_dim: the dimension that runs over samples in a program of several; 1 in what is stored.
+        dim: the dimension of rows.
+        dtype: dtype of the rows, such as ``float32``.
+        sizes: size of each dimension; None for ``dim`` and for dynamic sizes.
+        batch_dim: the dimension of samples; None for a single sample. Its size is 1 in the store.
     """
 
     dim: int
@@ -32,17 +32,17 @@ class RowSpec:
 
 
 @dataclass(frozen=True)
-class LeafSpec:
-    """One value of the request that stored rows depend on; keys hold what it is in each call.
+class InputValueSpec:
+    """A value of a call on which stored rows depend; it enters keys.
 
     Attributes:
-        input: the input that it is; None for the next value of the program ``input_values``.
-        token_dim: the dimension that runs over the call's tokens, or over a cache's and then these; None
-            where there is none. Recorded when the graph is compiled, never guessed from a request's sizes.
-        batch_dim: the dimension that runs over samples; None for a single sample.
-        is_index: its values name rows of a table, as token ids do; otherwise whole numbers are positions.
-        is_beside: layers read it beside the residual stream.
-        group: leaves of one group may be one value that the graph makes several times.
+        input: index of the input; None for the next value of the program ``input_values``.
+        token_dim: the dimension of tokens; None without one. It may begin with tokens of a cache. Found when
+            the graph is compiled, never guessed from the sizes of a call.
+        batch_dim: the dimension of samples; None for a single sample.
+        is_index: integers index an embedding table, as token ids do; otherwise they are positions.
+        is_beside: layers read the value directly, not only through the residual stream.
+        group: values of one group may be equal: the graph computes them in the same way.
     """
 
     input: int | None
@@ -55,12 +55,12 @@ class LeafSpec:
 
 @dataclass(frozen=True)
 class Digests:
-    """A computation as keys hold it.
+    """Digests of how rows are computed, for keys.
 
     Attributes:
-        separate: leaves are told apart by their numbers.
-        unified: the same where leaves of one group have one value, however often the graph makes it: queries
-            and keys may have positions of their own, which are the same unless keys of earlier calls join.
+        separate: for calls in which values of one group differ.
+        unified: for calls in which they are equal; independent of how often the graph computes the value.
+            Example: positions of queries and of keys, which are equal unless a cache comes first.
     """
 
     separate: str
@@ -69,14 +69,14 @@ class Digests:
 
 @dataclass(frozen=True)
 class SpanSpec:
-    """Where media spans come from.
+    """Inputs from which media spans are found.
 
     Attributes:
-        features: per merge and addition, the input that holds its feature rows, in the order of the masks
-            that the program ``spans`` gives.
-        num_merges: how many of these are merges; additions follow.
-        embeddings: where there is no merge, the input whose rows may be marked as spans.
-        width: values per token of what is merged; None where there is no merge, or the graph takes any.
+        features: the inputs with feature rows, one per merge and then one per deepstack add; in the order of
+            the masks that the program ``spans`` returns.
+        num_merges: number of merges.
+        embeddings: the input embeddings in which spans may be marked; None where the graph merges.
+        width: width of merged features; None without a merge, or where it is dynamic.
     """
 
     features: tuple[int, ...]
@@ -86,12 +86,12 @@ class SpanSpec:
 
 
 class MoveKind(StrEnum):
-    """How keys of a call get among others."""
+    """A step of keys through a KV cache."""
 
     JOIN = "join"
-    """Concatenated with others."""
+    """Concatenated with other keys."""
     WRITE = "write"
-    """Written as rows into a buffer."""
+    """Written into a buffer at given positions."""
     CUT = "cut"
     """Sliced."""
 
@@ -105,13 +105,13 @@ class CacheValue:
 
 @dataclass(frozen=True)
 class KeyMove:
-    """One step of a call's keys through a KV cache, on their way to the attention.
+    """One step of a call's keys through a KV cache, before attention.
 
     Attributes:
-        kind: of the step.
-        dim: the dimension over keys of what they join.
-        operands: JOIN: the parts in order, None for this call's keys. WRITE: the buffer, and the positions
-            written. CUT: start, end and step as Python's brackets take them.
+        kind: kind of the step.
+        dim: the dimension of keys.
+        operands: JOIN: the parts in order, None for the call's keys. WRITE: the buffer and the positions.
+            CUT: start, end and step of the slice.
     """
 
     kind: MoveKind
@@ -121,13 +121,13 @@ class KeyMove:
 
 @dataclass(frozen=True)
 class MaskSite:
-    """One kind of attention whose mask is looked at in every call.
+    """Attention sites that share a mask, which is checked in every call.
 
     Attributes:
-        node, source_line: for refusals: the name of the first such attention, and where it comes from.
-        has_mask: False where it hides later tokens by itself.
-        rule: its parameters, such as the width of a window; empty without.
-        key_moves: from this call's keys to those that it attends to; empty where these are the same.
+        node, source_line: name and source of the first site, for refusals.
+        has_mask: False for ``is_causal`` attention.
+        rule: parameters of the mask, such as the width of a window; empty without any.
+        key_moves: steps from the call's keys to the attention's keys; empty where they are equal.
     """
 
     node: str
@@ -139,15 +139,14 @@ class MaskSite:
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """The attention masks.
+    """The attention masks of a graph.
 
     Attributes:
-        sites: the kinds of attention that have to be looked at. The program ``masks`` gives the masks of
-            those that have one, in this order.
-        inputs: what masks depend on.
-        every_layer_has_one: False where some layer shows no mask.
-        site_of_layer: per layer, the index of its kind of attention among ``sites``; None where it need not
-            be looked at.
+        sites: sites to check, one per mask. The program ``masks`` returns the masks of those with
+            ``has_mask``, in this order.
+        inputs: the inputs on which masks depend.
+        every_layer_has_one: False where some layer has no mask.
+        site_of_layer: per layer, its index in ``sites``; None where no check is needed.
     """
 
     sites: tuple[MaskSite, ...]
@@ -158,30 +157,30 @@ class MaskSpec:
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder graph and its programs, as the runtime knows them.
+    """Static description of a decoder graph and its programs.
 
     Attributes:
-        num_layers: L.
-        layer_groups: number of layers in each run of layers that compute the same rows; empty where each
-            layer may have its own.
-        num_outputs: entries that the graph returns, those for input mutations included.
-        num_results: entries that the traced code returns.
-        writes: its input mutations.
+        num_layers: number of layers, L.
+        layer_groups: sizes of groups of consecutive layers that compute the same rows; empty where each layer
+            may have its own rows.
+        num_outputs: number of the graph's outputs, those for input mutations included.
+        num_results: number of results of the traced code.
+        writes: input mutations.
         data: inputs that are tensors of the request.
-        host_inputs: those of them that are read on the CPU, because keys are made of them: whole numbers, as
-            token ids, positions and masks are.
+        host_inputs: integer and bool inputs among ``data``, copied to the CPU because keys are computed from
+            them: token ids, positions, masks.
         tail: tokens that results need; None for all.
-        tail_varies: True where programs take any number of tokens that results need, from two on.
-        has_past: True where keys of the call may be joined with those of earlier calls.
-        rows: what programs read from each donor slot, in the order of layers.
-        layout: text of what a stored row looks like; graphs of one model agree on it. Part of keys.
-        computation: how rows are computed. Part of keys.
+        tail_varies: programs take any number of such tokens, two or more.
+        has_past: keys of earlier calls may precede those of the call.
+        rows: rows of each donor slot, in the order of layers.
+        layout: text for the dtypes and widths of stored rows, equal for graphs of one model. Part of keys.
+        computation: digests of how rows are computed. Part of keys.
         weights: inputs that are weights of the decoder's layers.
-        other_weights: inputs that are other weights on which rows depend, those of token embeddings.
-        model_fingerprint: of the layers' weights, where they are no inputs; else None.
-        spans: where media spans come from.
-        leaves: the other values that keys hold.
-        masks: what tokens may see.
+        other_weights: inputs that are other weights on which rows depend: token embeddings.
+        model_fingerprint: fingerprint of the layers' weights where they are not inputs; else None.
+        spans: inputs from which media spans are found.
+        leaves: the other values that enter keys.
+        masks: attention masks.
     """
 
     num_layers: int
@@ -201,22 +200,22 @@ class DecoderSpec:
     other_weights: tuple[int, ...]
     model_fingerprint: str | None
     spans: SpanSpec
-    leaves: tuple[LeafSpec, ...]
+    leaves: tuple[InputValueSpec, ...]
     masks: MaskSpec
 
     @property
     def continues_prompts(self) -> bool:
-        """True where calls continue a prompt: what their keys are joined with, a growing cache holds already.
+        """True where calls continue a prompt: their keys follow those of a growing cache.
 
-        A cache of fixed size does not tell: a first prompt is written to it in the same way.
+        False for a static cache, to which a first prompt is written in the same way.
         """
         return self.has_past and not self.writes
 
     @property
     def dtype(self) -> str:
-        """Of stored rows, as profiles name it."""
+        """Dtype of stored rows, as in profiles."""
         return next(iter(self.rows.values())).dtype
 
     def positions(self, num_tokens: int, args: Sequence[Any] = ()) -> Tensor | None:
-        """Absolute positions that results need, int64 [n], or None for all (see ``RowSelection``)."""
+        """Return the positions that results need, int64 [n], or None for all; see ``RowSelection``."""
         return None if self.tail is None else self.tail.positions(num_tokens, args)

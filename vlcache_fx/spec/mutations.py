@@ -1,4 +1,4 @@
-"""Input mutations of a traced graph, and what a decoding step must know of them."""
+"""Specs of input mutations and of decoding steps."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Write:
-    """What the traced code writes to one of its inputs.
+    """An input mutation: a write of the traced code to one of its inputs.
 
-    The graph is functional and returns what is written; who runs it repeats the write on the caller's tensor.
+    The graph is functional and returns the written value; the runtime repeats the write on the caller's
+    tensor.
 
     Attributes:
         input: index of the input.
-        value: index, among the graph's outputs, of what is written. A program that writes it by itself
-            returns None there.
-        dim: the dimension along which rows are written; None where ``value`` replaces all of the input.
-        places: index, among the outputs, of the places of these rows along ``dim`` (int64 [rows]).
-        results: indices of the results that are the input itself; the graph returns None there.
+        value: output index of the written value; the output is None if the program wrote it itself.
+        dim: the dimension along which rows are written; None where ``value`` replaces the whole input.
+        positions: output index of the positions of these rows along ``dim``, int64 [rows].
+        results: indices of results that are the input itself; the graph returns None for them.
     """
 
     input: int
     value: int
     dim: int | None = None
-    places: int | None = None
+    positions: int | None = None
     results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class DecodeStepSpec:
-    """A decoding step.
+    """Spec of a decoding step.
 
     Attributes:
-        writes: its input mutations, in order.
-        data: indices of the inputs that are tensors of the request.
-        in_place: indices of the inputs that the compiled program writes to by itself.
-        num_results: number of entries that the traced code returns.
+        writes: input mutations, in order.
+        data: indices of inputs that are tensors of the request.
+        in_place: indices of inputs that the program writes to itself.
+        num_results: number of results of the traced code.
     """
 
     writes: tuple[Write, ...]
@@ -46,6 +46,6 @@ class DecodeStepSpec:
 
 
 def num_results(writes: Sequence[Write], num_outputs: int) -> int:
-    """How many of a graph's outputs the traced code returns: those for its input mutations come last."""
-    places = [write.places for write in writes if write.places is not None]
-    return min([*places, *(write.value for write in writes)], default=num_outputs)
+    """Return the number of results among a graph's outputs; those for input mutations come last."""
+    positions = [write.positions for write in writes if write.positions is not None]
+    return min([*positions, *(write.value for write in writes)], default=num_outputs)

@@ -1,4 +1,4 @@
-"""Programs and encoders: how they are called."""
+"""Specs of programs, encoders and merges."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vlcache_fx.spec.slots import InputSlot, StoredSlot
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """A cold or warm program of a decoder.
+    """Spec of a cold or warm program.
 
     Attributes:
-        slots: the inputs that passes added, in order, after the graph's own.
-        recorded: the stored slots that the last results are for, in order.
-        in_place: indices of the graph's inputs that the program writes to by itself.
+        slots: the inputs that passes added after the graph's own, in order.
+        recorded: the stored slots of the last results, in order.
+        in_place: indices of the graph's inputs that the program writes to itself.
     """
 
     slots: tuple[InputSlot, ...]
@@ -24,13 +24,13 @@ class ProgramSpec:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What an encoder's results depend on.
+    """Spec of an encoder, for the keys of its results.
 
     Attributes:
-        inputs: indices of the inputs whose content they depend on.
-        weights: indices of the weights that they depend on.
-        computations: per result, a digest of how it is computed from these. Graphs of one model can give
-            different results, or the same results in another order; each is kept under its own digest.
+        inputs: indices of the inputs on which results depend.
+        weights: indices of the weights on which results depend.
+        computations: per result, a digest of how it is computed. Each result has its own entry: graphs of
+            one model may return different results, or the same results in another order.
     """
 
     inputs: tuple[int, ...]
@@ -40,10 +40,10 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """A graph that merges and attends to nothing.
+    """Spec of a graph with a merge and without attention.
 
     Attributes:
-        output: index, among its outputs, of the merged embeddings, [batch, tokens, hidden].
+        output: output index of the merged embeddings, [batch, tokens, hidden].
     """
 
     output: int

@@ -1,21 +1,21 @@
-"""Slots: the names of a program's additional inputs, and of the rows that a donor stores.
+"""Slots: names of the inputs that passes add to programs, and of the rows that donors store.
 
-A decoder of L layers has levels 0 to L: level l < L is the input of layer l, level L is what leaves the last
-layer. N tokens, n(l) active rows at level l, s results that take single tokens, D donor rows of all reused
-spans. Index tensors are int64; in a program of several samples they begin with a batch dimension.
+A decoder of L layers has levels 0 to L: level l < L is the input of layer l, level L the output of the last
+layer. N tokens, n(l) active rows at level l, s tokens that results need, D donor rows of all reused spans.
+Index tensors are int64; in a program of several samples they begin with a batch dimension.
 
 ==================  ==============  ==================  ===================================================
-slot                name            shape               carries
+slot                name            shape               content
 ==================  ==============  ==================  ===================================================
 ``Rows(l)``         ``rows.3``      [n(l)]              active token positions of level l, sorted
 ``Keep(l)``         ``keep.3``      [n(l + 1)]          indices of level l + 1's rows within level l's
 ``Positions(a, b)`` ``place.1.3``   [n(b)]              indices of level b's rows within level a's
 ``Source(l)``       ``source.3``    [N]                 per token donor row v >= 0, or computed row -(v + 1)
-``Results()``       ``results``     [s]                 indices of the results' tokens within level L's rows
+``Results()``       ``results``     [s]                 indices of results' tokens within level L's rows
 ``Donor(stored)``   ``donor.3.k``   as stored, D rows   the donor table of a stored slot
 ``Key(l)``          ``3.k``         as in the graph     keys of layer l, before positions enter
 ``Value(l)``        ``3.v``         as in the graph     values of layer l
-``Residual()``      ``residual``    [1, rows, hidden]   what leaves the last layer
+``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
 ==================  ==============  ==================  ===================================================
 
 The first six are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
@@ -24,8 +24,8 @@ others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``gather_cross_laye
 declares their sizes, and ``runtime.programs.bind`` makes their values from a plan and donor tables.
 
 The last three are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
-program's results; a donor in the store has a tensor under the name of each. Names are written to stores and
-manifests, so they never change.
+program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never
+change.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from vlcache_fx.errors import SlotError
 
 @dataclass(frozen=True)
 class Slot:
-    """Base class. ``str(slot)`` is the name; ``parse`` reads it."""
+    """Base class. ``str(slot)`` is the name; ``parse`` is its inverse."""
 
     kind: ClassVar[str]
 
     def __str__(self) -> str:
-        """The name: the kind, then the fields, joined by dots."""
+        """Return the name: the kind, then the fields, joined by dots."""
         return ".".join([self.kind, *(str(getattr(self, field.name)) for field in fields(self))])
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The slot of a name; called on a subclass, one of that kind.
+        """Return the slot of a name; on a subclass, only a slot of that kind.
 
         Raises:
-            SlotError: ``name`` is no slot, or one of another kind.
+            SlotError: ``name`` is not the name of such a slot.
         """
         try:
             slot = _read(name)
@@ -65,8 +65,8 @@ class Slot:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
-        """Manifests hold slots by their names."""
-        from pydantic_core import core_schema  # here: only exports need it
+        """Serialize slots as their names, in manifests."""
+        from pydantic_core import core_schema  # imported here: only exports need it
 
         def read(name: Any) -> Slot:
             try:
@@ -96,7 +96,7 @@ class Rows(InputSlot):
 
     @property
     def row_level(self) -> int:
-        """The level whose rows the entries are for."""
+        """The level whose rows have an entry each."""
         return self.level
 
 
@@ -109,7 +109,7 @@ class Keep(InputSlot):
 
     @property
     def row_level(self) -> int:
-        """The level whose rows the entries are for."""
+        """The level whose rows have an entry each."""
         return self.level + 1
 
 
@@ -123,13 +123,13 @@ class Positions(InputSlot):
 
     @property
     def row_level(self) -> int:
-        """The level whose rows the entries are for."""
+        """The level whose rows have an entry each."""
         return self.read_at
 
 
 @dataclass(frozen=True)
 class Source(InputSlot):
-    """Where each token's row at ``level`` comes from: see ``plan.Plan.source``."""
+    """Per token, its donor row or computed row at ``level``: see ``plan.Plan.source``."""
 
     level: int
     kind: ClassVar[str] = "source"
@@ -171,13 +171,13 @@ class Value(_LayerRows):
 
 
 class Residual(StoredSlot):
-    """What leaves the last layer; stored where results need all rows."""
+    """Output of the last layer; stored where results need all rows."""
 
     kind: ClassVar[str] = "residual"
 
 
 def _read(name: str) -> Slot:
-    """The slot that ``name`` means, leading zeros allowed; ValueError for anything else."""
+    """Return the slot of ``name``, with leading zeros allowed; raises ValueError for anything else."""
     match name.split("."):
         case ["rows", level]:
             return Rows(_number(level))

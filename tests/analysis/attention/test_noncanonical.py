@@ -1,4 +1,4 @@
-"""Attention of forms that are not understood: named, with the reason."""
+"""Attention without a canonical form: named, with the reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_attention import Attention
@@ -24,7 +24,7 @@ X = torch.randn(1, 6, 4)
 
 @pytest.fixture
 def flash() -> Iterator[Any]:
-    """Operators with the schemas of flash attention's packages; what they compute does not matter."""
+    """Operators with the schemas of flash attention packages and arbitrary results."""
     with torch.library._scoped_library("tests_flash_attn", "DEF") as library:
         library.define("fwd(Tensor q, Tensor k, Tensor v, float scale, bool causal) -> Tensor[]")
         library.define("fwd_into(Tensor(a!) out, Tensor q, Tensor k, Tensor v) -> ()")
@@ -54,7 +54,7 @@ def refusal_of(function: Any, **parts: Any) -> UnsupportedGraphError:
     return refusal.value
 
 
-def test_flash_attention_is_named(flash: Any) -> None:
+def test_refusal_names_flash_attention(flash: Any) -> None:
     def layer(x: Tensor) -> Tensor:
         heads = x[:, :, None]
         return x + flash.fwd(heads, heads, heads, 0.5, True)[0][:, :, 0]
@@ -67,7 +67,7 @@ def test_flash_attention_is_named(flash: Any) -> None:
     assert "flash.fwd(heads, heads, heads" in refusal.source_line
 
 
-def test_flash_attention_runs_unmodified(flash: Any) -> None:
+def test_flash_attention_in_model_runs_unmodified(flash: Any) -> None:
     """Through the backend, in a model whose decoder has no other attention."""
 
     class Flash(Attention):
@@ -91,7 +91,7 @@ def test_flash_attention_runs_unmodified(flash: Any) -> None:
 
 
 @pytest.mark.parametrize("kernel", ["_scaled_dot_product_flash_attention_for_cpu"])
-def test_kernels_of_aten_are_named(kernel: str) -> None:
+def test_refusal_names_aten_kernels(kernel: str) -> None:
     def layer(x: Tensor) -> Tensor:
         heads = x[:, None]
         return x + getattr(torch.ops.aten, kernel)(heads, heads, heads)[0][:, 0]
@@ -101,12 +101,12 @@ def test_kernels_of_aten_are_named(kernel: str) -> None:
     assert kernel in refusal.detail
 
 
-def test_other_operators_are_not_taken_for_attention(flash: Any) -> None:
+def test_noncanonical_attention_other_operators(flash: Any) -> None:
     def layer(x: Tensor) -> Tensor:
         return x + attend(flash.rotary(x, x, x, x))
 
     captured = capture(layer, {"x": X})
-    assert list(other_attention(captured.graph_module.graph)) == []
+    assert list(noncanonical_attention(captured.graph_module.graph)) == []
 
 
 def returns_weights(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def gated(x: Tensor) -> Tensor:
         (gated, "its probabilities go through aten.mul.Tensor"),
     ],
 )
-def test_written_out_forms_say_why(function: Any, why: str) -> None:
+def test_refusal_of_eager_attention_says_why(function: Any, why: str) -> None:
     refusal = refusal_of(function)
     assert refusal.reason is Reason.ATTENTION_FORM
     assert why in refusal.detail
@@ -139,7 +139,7 @@ def test_written_out_forms_say_why(function: Any, why: str) -> None:
     assert function.__name__ in refusal.source_line
 
 
-def test_a_second_form_behind_a_canonical_one_is_a_reason() -> None:
+def test_refusal_of_noncanonical_after_canonical() -> None:
     def two_layers(x: Tensor) -> Tensor:
         x = x + attend(x * 2)
         return gated(x)
@@ -147,8 +147,8 @@ def test_a_second_form_behind_a_canonical_one_is_a_reason() -> None:
     assert refusal_of(two_layers).reason is Reason.ATTENTION_FORM
 
 
-def test_an_encoder_may_attend_as_it_likes() -> None:
-    """In front of the merge; it runs as it is."""
+def test_noncanonical_attention_in_encoder() -> None:
+    """Before the merge; it runs unchanged."""
 
     class Encoder(nn.Module):
         def forward(self, pixels: Tensor) -> Tensor:
@@ -157,13 +157,13 @@ def test_an_encoder_may_attend_as_it_likes() -> None:
     model = tiny_vlm()
     model.encoder = Encoder()  # type: ignore[assignment]
     captured, _ = captured_graph(model, tiny_vlm_inputs(3, 2, [(5, 0)]))
-    assert len(list(other_attention(captured.graph_module.graph))) == 1
+    assert len(list(noncanonical_attention(captured.graph_module.graph))) == 1
     facts = analyze(captured)
     assert facts.num_layers == 2
     assert len(facts.merges) == 1
 
 
-def test_mixtures_of_experts_are_no_attention() -> None:
+def test_noncanonical_attention_mixture_of_experts() -> None:
     """A softmax of a projection, and products with weights."""
 
     def layer(x: Tensor, router: Tensor, experts: Tensor) -> Tensor:
@@ -172,9 +172,9 @@ def test_mixtures_of_experts_are_no_attention() -> None:
         return x + torch.einsum("bte,etd->btd", weights, parts)
 
     captured = capture(layer, {"x": X}, router=torch.randn(4, 3), experts=torch.randn(3, 4, 4))
-    assert list(other_attention(captured.graph_module.graph)) == []
+    assert list(noncanonical_attention(captured.graph_module.graph)) == []
 
 
-def test_canonical_graphs_have_none() -> None:
+def test_noncanonical_attention_canonical_graph() -> None:
     for options in ({}, {"attention": "math", "softcap": 1.0, "sinks": True}):
-        assert list(other_attention(captured_vlm(**options).graph_module.graph)) == []
+        assert list(noncanonical_attention(captured_vlm(**options).graph_module.graph)) == []

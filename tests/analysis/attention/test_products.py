@@ -1,4 +1,4 @@
-"""Matrix products of whatever operator."""
+"""Matrix products of all operators."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Values(Interpreter):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_operands_give_the_product(name: str) -> None:
+def test_product_of_operands(name: str) -> None:
     module, (product,) = nodes_of(FORMS[name])
     run = Values(module)
     run.run(LEFT, RIGHT)
@@ -67,7 +67,7 @@ def test_operands_give_the_product(name: str) -> None:
     )
 
 
-def test_a_transposition_is_taken_back() -> None:
+def test_transposed_undoes_transpose() -> None:
     _, (product,) = nodes_of(FORMS["matmul"])
     key = product.right.transposed()
     assert (key.node.op, key.steps) == ("placeholder", ())
@@ -76,7 +76,7 @@ def test_a_transposition_is_taken_back() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, y: x @ y[0, 0].mT,  # weights, as a rule
+        lambda x, y: x @ y[0, 0].mT,  # usually weights
         lambda x, y: x * y[:, :, :1],
         lambda x, y: torch.einsum("bhqd,bhkd->bhq", x, y),
         lambda x, y: torch.einsum("bhqd,bhqd->bhqd", x, y[:, :, :5]),
@@ -84,5 +84,5 @@ def test_a_transposition_is_taken_back() -> None:
         lambda x, y: torch.einsum("bhqd->bhdq", x),
     ],
 )
-def test_others_are_none(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_product_of_other_nodes(function: Callable[[Tensor, Tensor], Tensor]) -> None:
     assert nodes_of(function)[1] == []

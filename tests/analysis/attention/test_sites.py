@@ -1,4 +1,4 @@
-"""Attention calls in whatever form."""
+"""Attention sites of calls in several forms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ X = torch.ones(1, 2, 6, 4)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_causal_calls_with_fewer_key_heads(dynamic: bool | None) -> None:
+def test_find_sites_causal_gqa(dynamic: bool | None) -> None:
     sites = find_sites(captured_vlm(dynamic=dynamic).graph_module.graph)
     assert len(sites) == 2
     for site in sites:
@@ -24,28 +24,28 @@ def test_causal_calls_with_fewer_key_heads(dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_masks_made_in_the_graph_and_repeated_heads(dynamic: bool | None) -> None:
+def test_find_sites_mask_and_repeated_heads(dynamic: bool | None) -> None:
     sites = find_sites(captured_vlm(dynamic=dynamic, explicit_mask=True).graph_module.graph)
     assert len(sites) == 2
     for site in sites:
         assert site.mask is not None
         assert site.mask.meta["val"].dtype is torch.bool
-        assert (site.is_causal, site.enable_gqa) == (False, True)  # clean-up has folded what was repeated
+        assert (site.is_causal, site.enable_gqa) == (False, True)  # clean-up has folded the repeated heads
         assert (site.key.meta["val"].shape[1], site.query.meta["val"].shape[1]) == (1, 2)
     assert sites[0].mask is sites[1].mask
 
 
-def test_a_scale_and_attention_both_ways() -> None:
-    def both_ways(x: Tensor) -> Tensor:
+def test_find_sites_scale_and_bidirectional() -> None:
+    def bidirectional(x: Tensor) -> Tensor:
         return nn.functional.scaled_dot_product_attention(x, x, x, scale=0.25)
 
-    (site,) = find_sites(capture(both_ways, {"x": X}).graph_module.graph)
+    (site,) = find_sites(capture(bidirectional, {"x": X}).graph_module.graph)
     assert (site.mask, site.is_causal, site.scale) == (None, False, 0.25)
     assert site.is_prefill
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_past_keys_are_no_prefill(dynamic: bool | None) -> None:
+def test_is_prefill_past_keys(dynamic: bool | None) -> None:
     def step(x: Tensor, past: Tensor) -> Tensor:
         keys = torch.cat([past, x], 2)
         return nn.functional.scaled_dot_product_attention(x, keys, keys)
@@ -56,7 +56,7 @@ def test_past_keys_are_no_prefill(dynamic: bool | None) -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_caps_and_sinks(dynamic: bool | None) -> None:
+def test_find_sites_caps_and_sinks(dynamic: bool | None) -> None:
     captured = captured_vlm(dynamic=dynamic, attention="math", softcap=1.5, sinks=True)
     sites = find_sites(captured.graph_module.graph)
     assert len(sites) == 2
@@ -72,5 +72,5 @@ def test_caps_and_sinks(dynamic: bool | None) -> None:
     assert sites[0].mask is sites[1].mask
 
 
-def test_no_attention() -> None:
+def test_find_sites_without_attention() -> None:
     assert find_sites(capture(lambda x: x.softmax(-1) @ x.mT, {"x": X}).graph_module.graph) == ()

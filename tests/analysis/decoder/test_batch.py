@@ -1,4 +1,4 @@
-"""Several samples: where each tensor runs over them, and where they cannot be told apart."""
+"""Batch dimensions of several samples, and tensors without one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def facts_of(model: TinyVlm, dynamic: bool | None) -> DecoderFacts:
 
 
 def routed(x: Tensor) -> Tensor:
-    """A mixture of experts by sorting: samples and tokens in one list, two experts for each."""
+    """A mixture of experts by sorting: samples and tokens in one dimension, two experts for each."""
     rows = x.reshape(-1, 16)
     scores, chosen = (rows @ ROUTER).softmax(-1).topk(2, -1)
     keys, order = chosen.reshape(-1).sort()
@@ -44,7 +44,7 @@ def routed(x: Tensor) -> Tensor:
 
 
 class Routed(nn.Module):
-    """In the place of an MLP."""
+    """Replaces an MLP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return routed(x)
@@ -69,7 +69,7 @@ MODELS = {
 @pytest.mark.parametrize(
     ("name", "dynamic"), [*((name, True) for name in MODELS), ("plain", None), ("mixture", None)]
 )
-def test_samples_are_followed_everywhere(name: str, dynamic: bool | None) -> None:
+def test_find_batch_dims(name: str, dynamic: bool | None) -> None:
     facts = facts_of(MODELS[name](), dynamic)
     dims = facts.batch_dims
     assert dims is not None
@@ -78,21 +78,21 @@ def test_samples_are_followed_everywhere(name: str, dynamic: bool | None) -> Non
         value = node.meta["val"]
         shape = (value[0] if isinstance(value, tuple | list) else value).shape
         assert str(shape[dim]) == str(samples), node
-        assert node not in facts.steps or facts.steps[node].axis.dim != dim
+        assert node not in facts.flows or facts.flows[node].axis.dim != dim
     needed = [frontier.node for frontier in facts.frontiers] + [layer.site.node for layer in facts.layers]
     assert {*needed, *facts.stream.boundaries} <= set(dims)
 
 
-def test_samples_merged_with_tokens_have_no_dimension() -> None:
-    """The list that experts sort: no row can be taken there, and none has to."""
+def test_find_batch_dims_merged_with_tokens() -> None:
+    """Sorted rows of experts: passes select no rows there."""
     facts = facts_of(mixture(), True)
     assert facts.batch_dims is not None
-    sorted_rows = [node for node in facts.steps if node.target is torch.ops.aten.sort.default]
+    sorted_rows = [node for node in facts.flows if node.target is torch.ops.aten.sort.default]
     assert sorted_rows
     assert not set(sorted_rows) & set(facts.batch_dims)
 
 
-def test_a_single_sample_has_none() -> None:
+def test_find_batch_dims_single_sample() -> None:
     assert analyze(captured_vlm()).batch_dims is None
 
 
@@ -107,8 +107,8 @@ def refused(function: Any, **call: Tensor) -> UnsupportedGraphError:
 X = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(2))
 
 
-def test_keys_of_samples_in_one_dimension_with_their_heads_are_refused() -> None:
-    """Heads first and samples inside each, or the other way round: attention over one list of both."""
+def test_check_batch_dims_refuses_merged_heads() -> None:
+    """Heads and samples share a dimension, in either order."""
 
     def merged(x: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
@@ -116,10 +116,10 @@ def test_keys_of_samples_in_one_dimension_with_their_heads_are_refused() -> None
         y = F.scaled_dot_product_attention(keys, keys.sin(), keys.sin(), is_causal=True)
         return x + y.view(2, 2, 6, 2).permute(1, 2, 0, 3).reshape(2, 6, 4)
 
-    assert "its samples lie in no dimension of their own" in refused(merged, x=X).detail
+    assert "it has no dimension over samples" in refused(merged, x=X).detail
 
 
-def test_a_table_that_meets_samples_and_tokens_in_one_list_is_refused() -> None:
+def test_check_batch_dims_refuses_merged_table() -> None:
 
     def crossed(x: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
@@ -133,7 +133,7 @@ def test_a_table_that_meets_samples_and_tokens_in_one_list_is_refused() -> None:
     assert "has other entries along the token axis" in refusal.value.detail
 
 
-def test_embeddings_without_samples_are_refused() -> None:
+def test_analyze_refuses_unbatched_embeddings() -> None:
     def flat(x: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
         keys = key(x)[None]
@@ -142,8 +142,8 @@ def test_embeddings_without_samples_are_refused() -> None:
     assert "want [batch, tokens, hidden]" in refused(flat, x=X[0]).detail
 
 
-def test_one_prompt_and_three_are_analysed_alike() -> None:
-    """But for the samples: the same frontiers, rows and carried values."""
+def test_analyze_one_and_three_samples() -> None:
+    """Equal frontiers, rows and carried values, but for the batch size."""
     one = analyze(captured_graph(wired("side"), CALL)[0])
     many = facts_of(wired("side"), None)
     assert [f.slot for f in one.frontiers] == [f.slot for f in many.frontiers]

@@ -1,4 +1,4 @@
-"""The digest of how stored rows are computed: equal for one model's graphs, different for any change."""
+"""Digests of the computation of stored rows: equal for graphs of one model, different for any change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plain(**options: Any) -> Any:
     return tiny_vlm(last_only=False, **options)
 
 
-def test_graphs_of_one_model_agree() -> None:
+def test_computation_of_one_model_agrees() -> None:
     static = computed(plain(), inputs())
     symbolic = computed(plain(), inputs(), dynamic=True)
     other_weights = computed(plain(seed=1), inputs(3), dynamic=True)
@@ -52,7 +52,7 @@ def times(factor: float) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("place", ["embed", "decoder.layers.0.mlp", "decoder.layers.1.attention.key"])
-def test_integers_and_floats_count(place: str) -> None:
+def test_computation_of_constants(place: str) -> None:
     digests = set()
     for factor in (None, 2, 3, 2.0):
         model = plain()
@@ -62,7 +62,7 @@ def test_integers_and_floats_count(place: str) -> None:
     assert len(digests) == 4
 
 
-def test_the_shape_of_the_decoder_counts() -> None:
+def test_computation_of_decoder_shape() -> None:
     changes: list[dict[str, Any]] = [{}, {"rope": "interleaved"}, {"rope": "partial"}, {"rope": "none"}]
     changes += [{"norm_place": "branch"}, {"norm_place": "post"}, {"parallel": True}, {"embed_scale": True}]
     changes += [{"heads": 4, "kv_heads": 2}, {"attention": "math", "softcap": 0.5}]
@@ -71,7 +71,7 @@ def test_the_shape_of_the_decoder_counts() -> None:
 
 
 class Scaled(TinyVlm):
-    """Positions are multiplied, rotary tables scaled, the two in this order or the other."""
+    """Multiplies positions and scales rotary tables, in either order."""
 
     factor, scaling, first = 1, 1.0, False
 
@@ -88,16 +88,16 @@ class Scaled(TinyVlm):
         return logits
 
 
-def test_positions_count_by_value_and_tables_by_computation() -> None:
+def test_computation_of_positions_and_tables() -> None:
     def digest(**settings: Any) -> str:
         return computed(plain(cls=Scaled, **settings), inputs(), dynamic=True).digests.unified
 
-    assert digest() == digest(factor=3)  # what the leaves are is part of keys
+    assert digest() == digest(factor=3)  # values of leaves are part of keys
     assert len({digest(), digest(scaling=1.5), digest(first=True)}) == 3
 
 
 class PerLayer(TinyVlm):
-    """Layers are given further inputs, [1, tokens, hidden], and positions."""
+    """Layers read further inputs, [1, tokens, hidden], and positions."""
 
     def forward(self, input_ids: Tensor, features: Tensor, more: Tensor) -> Tensor:  # type: ignore[override]
         embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
@@ -110,8 +110,8 @@ class PerLayer(TinyVlm):
 
 
 @pytest.mark.parametrize(("tokens", "dim"), [(TOKENS, 1), (HIDDEN, None)], ids=["longer", "as long as wide"])
-def test_inputs_as_wide_as_the_prompt_is_long_count_whole(tokens: int, dim: int | None) -> None:
-    """Which dimension is that of tokens cannot be told; nothing of such an input is left out."""
+def test_computation_of_square_inputs(tokens: int, dim: int | None) -> None:
+    """The token dimension is ambiguous, so keys contain the whole input."""
     model: Any = plain(cls=PerLayer)
     call = tiny_vlm_inputs(2, tokens - 6, [(4, 0)])
     call = {"input_ids": call["input_ids"], "features": noise(0, 4, HIDDEN)}
@@ -120,7 +120,7 @@ def test_inputs_as_wide_as_the_prompt_is_long_count_whole(tokens: int, dim: int 
     assert (leaf.token_dim, leaf.is_beside) == (dim, True)
 
 
-def test_other_weights_are_those_of_embeddings() -> None:
+def test_computation_of_other_weights() -> None:
     model = plain()
     captured, graph = captured_graph(model, inputs())
     found = computation_of(captured, analyze(captured))
@@ -129,7 +129,7 @@ def test_other_weights_are_those_of_embeddings() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dropout", "attention", "noise"])
-def test_random_numbers_are_refused(kind: str) -> None:
+def test_computation_of_random_numbers_refused(kind: str) -> None:
     class Random(TinyVlm):
         def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
             embeds, image = self.embed(input_ids), input_ids == IMAGE_TOKEN
@@ -152,7 +152,7 @@ def test_random_numbers_are_refused(kind: str) -> None:
     assert refused.value.reason is Reason.RANDOM
 
 
-def test_dropout_that_drops_nothing_is_no_difference() -> None:
+def test_computation_of_inactive_dropout() -> None:
     class Dropping(TinyVlm):
         def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(input_ids, None, F.dropout(features, 0.1, training=False))

@@ -1,4 +1,4 @@
-"""What a decoder attends to that depends on an item alone."""
+"""Cross-attended keys and values that depend on an item alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def parts() -> dict[str, nn.Module]:
 def decoder(
     ids: Tensor, pixels: Tensor, kept: Tensor, encoder: Any, key: Any, value: Any, embed: Any
 ) -> Tensor:
-    """Attention among tokens, then to an image, of which some rows are padding."""
+    """Self-attention, then attention to an image with padding rows."""
     image = attend(encoder(pixels), is_causal=False)
     x = embed(ids)
     x = x + attend(x)
@@ -55,18 +55,18 @@ def dtypes_of(captured: Captured, nodes: tuple[Node, ...]) -> set[torch.dtype]:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_encoder_keys_and_values_are_found(dynamic: bool | None) -> None:
+def test_find_cross_attended(dynamic: bool | None) -> None:
     captured = cross_attending(dynamic)
     attended = find_cross_attended(captured)
     targets = [str(node.target) for node in attended]
     assert targets.count("aten.linear.default") == 3
-    assert targets.count("aten.scaled_dot_product_attention.default") == 1  # the image's own
+    assert targets.count("aten.scaled_dot_product_attention.default") == 1  # of the image
     assert "aten.embedding.default" not in targets
     assert dtypes_of(captured, attended) == {torch.float32}
 
 
-def test_what_depends_on_the_length_of_the_text_stays_out() -> None:
-    """A mask of the image's rows is the item's, until it is repeated for every token."""
+def test_find_cross_attended_without_text_length() -> None:
+    """A mask of the image's rows depends on the item alone, until it is repeated for every token."""
 
     def masked(
         ids: Tensor, pixels: Tensor, kept: Tensor, encoder: Any, key: Any, value: Any, embed: Any
@@ -95,24 +95,24 @@ def test_what_depends_on_the_length_of_the_text_stays_out() -> None:
 
 
 def past(ids: Tensor, known: Tensor, key: Any, embed: Any) -> Tensor:
-    """A step behind known keys."""
+    """A step with past keys."""
     x = embed(ids)
     keys = torch.cat([known, key(x)], 1)[:, None]
     return x + F.scaled_dot_product_attention(x[:, None], keys, keys)[:, 0]
 
 
-def of_places(ids: Tensor, table: Tensor, embed: Any) -> Tensor:
-    """Attention to rows that whole numbers choose: no item is made of those."""
+def of_positions(ids: Tensor, table: Tensor, embed: Any) -> Tensor:
+    """Attention to rows that integers index: these are no item."""
     x, rows = embed(ids), embed(table)
     return x + F.scaled_dot_product_attention(x[:, None], rows[:, None], rows[:, None])[:, 0]
 
 
-def both_ways(pixels: Tensor, encoder: Any) -> Tensor:
+def bidirectional(pixels: Tensor, encoder: Any) -> Tensor:
     return attend(encoder(pixels), is_causal=False)
 
 
 def queries_of_the_encoder(pixels: Tensor, learned: Tensor, encoder: Any) -> Tensor:
-    """Learned queries that look at the item: the query depends on no data at all."""
+    """Learned queries: the query depends on no data."""
     rows = encoder(pixels)[:, None]
     return F.scaled_dot_product_attention(learned[:, None], rows, rows)
 
@@ -121,12 +121,14 @@ def queries_of_the_encoder(pixels: Tensor, learned: Tensor, encoder: Any) -> Ten
     ("function", "call", "modules"),
     [
         (past, {"ids": CALL["ids"][:, :1], "known": torch.randn(1, 5, 4)}, ("key", "embed")),
-        (of_places, {"ids": CALL["ids"], "table": CALL["ids"][:, :5]}, ("embed",)),
-        (both_ways, {"pixels": CALL["pixels"]}, ("encoder",)),
+        (of_positions, {"ids": CALL["ids"], "table": CALL["ids"][:, :5]}, ("embed",)),
+        (bidirectional, {"pixels": CALL["pixels"]}, ("encoder",)),
         (queries_of_the_encoder, {"pixels": CALL["pixels"]}, ("encoder",)),
     ],
 )
-def test_nothing_is_found_elsewhere(function: Any, call: dict[str, Tensor], modules: tuple[str, ...]) -> None:
+def test_find_cross_attended_other_attention(
+    function: Any, call: dict[str, Tensor], modules: tuple[str, ...]
+) -> None:
     held: dict[str, Any] = {name: module for name, module in parts().items() if name in modules}
     if function is queries_of_the_encoder:
         held["learned"] = torch.randn(1, 3, 4)
@@ -134,5 +136,5 @@ def test_nothing_is_found_elsewhere(function: Any, call: dict[str, Tensor], modu
 
 
 @pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"dynamic": True}], ids=str)
-def test_nothing_is_found_in_a_plain_decoder(options: dict[str, Any]) -> None:
+def test_find_cross_attended_plain_decoder(options: dict[str, Any]) -> None:
     assert find_cross_attended(captured_vlm(**options)) == ()

@@ -1,4 +1,4 @@
-"""The layers of a decoding step are found; that is all that is wanted of it."""
+"""Layers of decoding steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A step of a decoder: one token, and keys and values [2, batch, heads, tokens, dim] of earlier ones."""
+    """A decoding step: one token, and past keys and values [2, batch, heads, tokens, dim]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def inputs() -> dict[str, Any]:
     return {"embeds": torch.randn(1, 1, WIDTH, generator=generator), "past": past}
 
 
-def test_layers_lie_between_attentions() -> None:
+def test_analyze_decode_step_layers() -> None:
     captured, _ = captured_graph(Decoder(), inputs(), dynamic=True)
     facts = analyze_decode_step(captured)
     assert len(facts.sites) == LAYERS
@@ -72,7 +72,7 @@ def test_layers_lie_between_attentions() -> None:
     assert refusal.value.reason is Reason.PAST_KEYS
 
 
-def test_the_program_is_the_graph_with_segments() -> None:
+def test_decode_step_program_segments() -> None:
     model = Decoder()
     captured, graph = captured_graph(model, inputs(), dynamic=True)
     before = str(captured.graph_module.graph)
@@ -86,7 +86,7 @@ def test_the_program_is_the_graph_with_segments() -> None:
         assert torch.equal(got, want)
 
 
-def test_without_attention_there_are_no_layers() -> None:
+def test_analyze_decode_step_without_attention() -> None:
     class Head(nn.Module):
         def forward(self, embeds: Tensor) -> Tensor:
             return embeds * 2

@@ -1,4 +1,4 @@
-"""All facts together, and graphs that have none."""
+"""All facts about a decoder, and refused graphs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..graphs import attend, capture, captured_vlm
 X = torch.randn(1, 6, 4)
 
 
-def test_analysis_changes_nothing_and_is_repeatable() -> None:
+def test_analyze_repeatable() -> None:
     captured = captured_vlm()
     before = str(captured.graph_module.graph)
     first, second = analyze(captured), analyze(captured)
@@ -29,14 +29,14 @@ def test_analysis_changes_nothing_and_is_repeatable() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"last_only": True, "fused_qkv": True}])
-def test_on_a_copy_equals_analysis_of_the_copy(options: dict[str, bool]) -> None:
+def test_on_equals_analysis_of_copy(options: dict[str, bool]) -> None:
     captured = captured_vlm(**options)
     nodes: dict[Node, Node] = {}
     copy = copy_captured(captured, nodes)
     assert analyze(captured).on(nodes) == analyze(copy)
 
 
-def test_weights_are_those_behind_the_embeddings() -> None:
+def test_weights_after_embeddings() -> None:
     captured = captured_vlm(fused_qkv=True)
     facts = analyze(captured)
     kinds = dict(zip(captured.placeholders, captured.kinds, strict=True))
@@ -45,23 +45,23 @@ def test_weights_are_those_behind_the_embeddings() -> None:
     assert shapes == sorted([(16,), (32, 16), (16, 16), (16,), (32, 16), (16, 32)] * 2)
 
 
-def test_the_encoder_is_what_computes_the_features() -> None:
+def test_encoder_computes_features() -> None:
     facts = analyze(captured_vlm())
     assert sorted(str(node.target) for node in facts.encoder) == [
         "aten.gelu.default", "aten.linear.default", "aten.linear.default",
     ]  # fmt: skip
 
 
-def test_every_computed_node_has_a_step() -> None:
+def test_flows_of_every_computed_node() -> None:
     facts = analyze(captured_vlm(explicit_mask=True))
     for layer in facts.layers:
-        assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
-        assert facts.steps[layer.site.node].gathers == ((layer.site.mask, 2),)
-        assert facts.steps[layer.site.node].dim == 2
+        assert {*layer.kv_part, *layer.q_part} <= set(facts.flows)
+        assert facts.flows[layer.site.node].gathers == ((layer.site.mask, 2),)
+        assert facts.flows[layer.site.node].dim == 2
     assert facts.num_layers == 2
 
 
-def both_ways(x: Tensor) -> Tensor:
+def bidirectional(x: Tensor) -> Tensor:
     x = x * 2
     return x + attend(x, is_causal=False)
 
@@ -98,15 +98,15 @@ def cross_attention(x: Tensor) -> Tensor:
     ("function", "reason"),
     [
         (lambda x: x.exp(), Reason.NO_ATTENTION),
-        (both_ways, Reason.MASK_FORM),
+        (bidirectional, Reason.MASK_FORM),
         (mask_from_the_stream, Reason.MASK_FORM),
         (past, Reason.MASK_FORM),
         (decoding_step, Reason.PAST_KEYS),
         (between_graph_breaks, Reason.NO_ATTENTION),
     ],
-    ids=["none", "both_ways", "mask_from_the_stream", "past", "decoding_step", "between_graph_breaks"],
+    ids=["none", "bidirectional", "mask_from_the_stream", "past", "decoding_step", "between_graph_breaks"],
 )
-def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
+def test_analyze_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
     captured = capture(function, {"x": X})
     before = str(captured.graph_module.graph)
     with pytest.raises(UnsupportedGraphError) as refusal:
@@ -115,14 +115,14 @@ def test_refusals(function: Callable[[Tensor], Tensor], reason: Reason) -> None:
     assert str(captured.graph_module.graph) == before
 
 
-def test_attention_to_what_is_no_token_of_the_call_has_no_frontier() -> None:
+def test_frontiers_of_foreign_attention() -> None:
     facts = analyze(capture(cross_attention, {"x": X}))
     assert [layer.key_frontier is None for layer in facts.layers] == [False, True]
     assert facts.caches[1] == (None, None)
     assert facts.past == frozenset()
 
 
-def test_a_mask_with_one_row_serves_every_row() -> None:
+def test_flows_of_mask_with_one_row() -> None:
     def padded(x: Tensor, keep: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
         keys = key(x)[:, None]
@@ -130,11 +130,11 @@ def test_a_mask_with_one_row_serves_every_row() -> None:
 
     call = {"x": X, "keep": torch.ones(1, 1, 1, 6, dtype=torch.bool)}
     facts = analyze(capture(padded, call, key=nn.Linear(4, 4)))
-    assert facts.steps[facts.layers[0].site.node].gathers == ()
+    assert facts.flows[facts.layers[0].site.node].gathers == ()
 
 
-def test_names_and_places_of_data_make_no_difference() -> None:
-    """An input called like a weight is data all the same."""
+def test_analyze_ignores_input_names() -> None:
+    """An input with the name of a weight is data."""
 
     def odd_names(weight: Tensor, parameters: Tensor) -> Tensor:
         x = parameters * 2

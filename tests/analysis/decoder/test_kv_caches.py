@@ -1,4 +1,4 @@
-"""Where the tokens of a call lie among the keys of its attention."""
+"""Positions of a call's tokens among the keys of its attention."""
 
 from __future__ import annotations
 
@@ -22,58 +22,58 @@ from ..graphs import capture
 X = torch.randn(1, 6, 4)
 
 
-def behind(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def after(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([past, new], 2)
 
 
-def between(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def between(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([past[:, :, :1], new, past[:, :, 1:]], 2)
 
 
-def cut(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def cut(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([past, new], 2)[:, :, -5:]
 
 
-def cut_in_between(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def cut_in_between(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([past, new], 2)[:, :, 2:7]
 
 
-def written(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
-    return torch.zeros(1, 1, 10, 4).index_copy(2, place, new)
+def written(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
+    return torch.zeros(1, 1, 10, 4).index_copy(2, position, new)
 
 
-def put(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def put(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     buffer = torch.zeros(1, 1, 10, 4)
-    buffer[:, :, place] = new
+    buffer[:, :, position] = new
     return buffer
 
 
-def first_rows(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def first_rows(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     buffer = torch.zeros(1, 1, 9, 4)
     buffer[:, :, 2:8] = new
     return buffer
 
 
-def written_then_joined(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
-    return torch.cat([past, written(new, past, place)], 2)[:, :, 1:]
+def written_then_joined(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
+    return torch.cat([past, written(new, past, position)], 2)[:, :, 1:]
 
 
-def mirrored(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def mirrored(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([past, new], 2).flip(2)
 
 
-def twice(new: Tensor, past: Tensor, place: Tensor) -> Tensor:
+def twice(new: Tensor, past: Tensor, position: Tensor) -> Tensor:
     return torch.cat([new, past, new], 2)
 
 
 def facts_of(join: Callable[..., Tensor], **options: Any) -> tuple[Captured, DecoderFacts]:
-    def model(x: Tensor, past: Tensor, place: Tensor, key: nn.Module) -> Tensor:
+    def model(x: Tensor, past: Tensor, position: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
-        keys = join(key(x)[:, None], past, place)
+        keys = join(key(x)[:, None], past, position)
         mask = torch.ones(6, keys.shape[2], dtype=torch.bool).tril()
         return x + F.scaled_dot_product_attention(x[:, None], keys, keys, attn_mask=mask)[:, 0]
 
-    call = {"x": X, "past": torch.randn(1, 1, 3, 4), "place": torch.tensor([7, 1, 2, 3, 0, 9])}
+    call = {"x": X, "past": torch.randn(1, 1, 3, 4), "position": torch.tensor([7, 1, 2, 3, 0, 9])}
     captured = capture(model, call, key=nn.Linear(4, 4), **options)
     return captured, analyze(captured)
 
@@ -82,7 +82,7 @@ def facts_of(join: Callable[..., Tensor], **options: Any) -> tuple[Captured, Dec
 @pytest.mark.parametrize(
     ("join", "tokens"),
     [
-        (behind, [-1, -1, -1, 0, 1, 2, 3, 4, 5]),
+        (after, [-1, -1, -1, 0, 1, 2, 3, 4, 5]),
         (between, [-1, 0, 1, 2, 3, 4, 5, -1, -1]),
         (cut, [1, 2, 3, 4, 5]),
         (cut_in_between, [-1, 0, 1, 2, 3]),
@@ -93,9 +93,7 @@ def facts_of(join: Callable[..., Tensor], **options: Any) -> tuple[Captured, Dec
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_tokens_are_followed_to_their_keys(
-    join: Callable[..., Tensor], tokens: list[int], dynamic: bool | None
-) -> None:
+def test_cache_paths_key_tokens(join: Callable[..., Tensor], tokens: list[int], dynamic: bool | None) -> None:
     captured, facts = facts_of(join, dynamic=dynamic)
     ((keys, values),) = facts.caches
     assert keys.is_known
@@ -107,20 +105,20 @@ def test_tokens_are_followed_to_their_keys(
         for value in (node.meta["val"] for node in captured.placeholders)
     ]
     needed: dict[Node, int] = {}
-    moves = key_moves(keys.moves, needed)
+    moves = key_moves(keys.ops, needed)
     assert key_tokens(moves, 6, extract(captured.graph_module, list(needed))(*args)).tolist() == tokens
     # Keys and values come from before the join.
     assert facts.layers[0].key_frontier.meta["val"].shape[1] == 6
 
 
 @pytest.mark.parametrize("join", [mirrored, twice])
-def test_what_cannot_be_followed_is_said(join: Callable[..., Tensor]) -> None:
+def test_cache_paths_unknown(join: Callable[..., Tensor]) -> None:
     _, facts = facts_of(join)
     assert not facts.caches[0][0].is_known
 
 
-def test_without_a_cache_nothing_moves() -> None:
-    _, facts = facts_of(lambda new, past, place: new)
-    assert facts.caches[0][0].moves == ()
+def test_cache_paths_without_cache() -> None:
+    _, facts = facts_of(lambda new, past, position: new)
+    assert facts.caches[0][0].ops == ()
     assert facts.caches[0][0].is_known
     assert facts.past == frozenset()

@@ -1,4 +1,4 @@
-"""Where keys and values are free of positions."""
+"""Frontiers: keys and values without positions."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def kinds(facts: DecoderFacts) -> list[tuple[str, str]]:
     ],
     ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_frontiers(options: dict[str, object], key: str, value: str, dynamic: bool | None) -> None:
+def test_split_layer_frontiers(
+    options: dict[str, object], key: str, value: str, dynamic: bool | None
+) -> None:
     facts = analyze(captured_vlm(dynamic=dynamic, **options))
     assert kinds(facts) == [(key, value)] * 2
 
 
-def test_keys_are_stored_before_they_are_widened() -> None:
-    """A product of complex numbers is one of float32, which would double what is stored."""
+def test_split_layer_before_widening() -> None:
+    """Complex products need float32, which would double the stored bytes."""
     model = tiny_vlm(rope="complex").to(torch.bfloat16)
     facts = analyze(captured_graph(model, CALL | {"pixel_values": CALL["pixel_values"].bfloat16()})[0])
     assert kinds(facts) == [("linear", "linear")] * 2
@@ -57,7 +59,7 @@ def test_keys_are_stored_before_they_are_widened() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"fused_qkv": True, "rope": "partial"}, {"explicit_mask": True}], ids=str
 )
-def test_parts_cover_a_layer_once(options: dict[str, object]) -> None:
+def test_split_layer_parts_cover_layer(options: dict[str, object]) -> None:
     facts = analyze(captured_vlm(**options))
     for layer, members in zip(facts.layers, facts.stream.members, strict=True):
         parts = [*layer.kv_part, *layer.full_part, *layer.q_part]
@@ -83,8 +85,8 @@ def frontier_of(rotation: object, **tables: Tensor) -> str:
     return kinds(facts)[0][0]
 
 
-def test_halves_by_chunk() -> None:
-    """The two halves are results of one op that gives a tuple; what is stored is the tensor before it."""
+def test_split_layer_chunked_halves() -> None:
+    """The two halves are results of one operator; the tensor before it is stored."""
 
     def rotation(key: Tensor) -> Tensor:
         first, second = key.chunk(2, -1)
@@ -94,8 +96,8 @@ def test_halves_by_chunk() -> None:
     assert frontier_of(rotation) == "linear"
 
 
-def test_tables_sliced_from_buffers() -> None:
-    """Cosines that are computed once and kept are positions, though no input of the request is in them."""
+def test_split_layer_buffer_tables() -> None:
+    """Cosines in a buffer are positions, though they depend on no input of the request."""
 
     def rotation(key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos[: key.shape[1]], sin[: key.shape[1]]
@@ -105,8 +107,8 @@ def test_tables_sliced_from_buffers() -> None:
     assert frontier_of(rotation, cos=cos, sin=sin) == "linear"
 
 
-def test_learned_positions_are_refused() -> None:
-    """They are in the residual stream from its start: keys behind it are good for one place alone."""
+def test_split_layer_refuses_learned_positions() -> None:
+    """They are part of the residual stream, so its keys depend on the position."""
     with pytest.raises(UnsupportedGraphError) as refusal:
         analyze(captured_vlm(learned_positions=True))
     assert refusal.value.reason is Reason.POSITION_IN_STREAM
@@ -114,7 +116,7 @@ def test_learned_positions_are_refused() -> None:
     assert "self.positions(position_ids)" in str(refusal.value.source_line)
 
 
-def test_positions_added_before_the_keys_are_projected_are_refused() -> None:
+def test_split_layer_refuses_positions_before_projection() -> None:
     def positions_per_layer(x: Tensor, positions: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
         keys, values = key(x + positions)[:, None], key(x)[:, None]
@@ -126,7 +128,7 @@ def test_positions_added_before_the_keys_are_projected_are_refused() -> None:
     assert refusal.value.reason is Reason.POSITION_IN_STREAM
 
 
-def test_keys_read_outside_the_attention_are_refused() -> None:
+def test_split_layer_refuses_keys_read_elsewhere() -> None:
     def peeking(x: Tensor, key: nn.Module) -> Tensor:
         x = x * 2
         keys = key(x) * torch.arange(x.shape[1])[:, None].cos()
@@ -139,7 +141,7 @@ def test_keys_read_outside_the_attention_are_refused() -> None:
     assert "full keys or values" in refusal.value.detail
 
 
-def test_keys_that_a_cache_returns_are_no_obstacle() -> None:
+def test_split_layer_returned_keys() -> None:
     def caching(x: Tensor, key: nn.Module) -> tuple[Tensor, Tensor]:
         x = x * 2
         keys = key(x) * torch.arange(x.shape[1])[:, None].cos()
@@ -155,10 +157,8 @@ def test_keys_that_a_cache_returns_are_no_obstacle() -> None:
     ("kind", "last"), [("shared", (False, False)), ("shared values", (True, False)), ("side", (True, True))]
 )
 @pytest.mark.parametrize("explicit_mask", [False, True])
-def test_a_layer_has_frontiers_for_keys_and_values_of_its_own(
-    kind: str, last: tuple[bool, bool], explicit_mask: bool
-) -> None:
-    """Those of an earlier layer are stored once, there; also where heads are repeated for every layer."""
+def test_split_layer_shared_keys_and_values(kind: str, last: tuple[bool, bool], explicit_mask: bool) -> None:
+    """Shared keys and values are stored once, even if each layer repeats their heads."""
     facts = analyze(captured_graph(wired(kind, explicit_mask=explicit_mask), CALL)[0])
     own = [(layer.key_frontier is not None, layer.value_frontier is not None) for layer in facts.layers]
     assert own == [(True, True), (True, True), last]
@@ -169,8 +169,8 @@ def test_a_layer_has_frontiers_for_keys_and_values_of_its_own(
         assert {*layer.kv_part, *layer.full_part, *layer.q_part} == set(members)
 
 
-def test_values_of_an_earlier_layer_are_added_behind_the_frontier() -> None:
-    """Those are of all tokens by then; what is stored is the layer's own part."""
+def test_split_layer_values_of_earlier_layer() -> None:
+    """They have all tokens there; the layer's own part is stored."""
     facts = analyze(captured_graph(wired("residual values"), CALL)[0])
     assert kinds(facts) == [("linear", "linear")] * 3
     for layer in facts.layers[1:]:

@@ -1,4 +1,4 @@
-"""Where features enter, and the part of the graph that computes them."""
+"""Merges, deepstack features, and the nodes that compute features."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from vlcache_fx.analysis import analyze
 from vlcache_fx.analysis.attention.sites import find_sites
-from vlcache_fx.analysis.decoder.merge import find_merges, sites_behind
+from vlcache_fx.analysis.decoder.merge import find_merges, sites_after
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..graphs import attend, capture, captured_vlm
 
 
-def test_one_merge() -> None:
+def test_find_merges_single() -> None:
     captured = captured_vlm()
     facts = analyze(captured)
     (merge,) = facts.merges
@@ -32,7 +32,7 @@ def two_modalities(x: Tensor, images: Tensor, videos: Tensor, kinds: Tensor, enc
     return (x + attend(x))[:, -1]
 
 
-def test_two_merges_and_attention_before_them() -> None:
+def test_find_merges_two_modalities() -> None:
     call = {
         "x": torch.randn(1, 6, 4),
         "images": torch.randn(2, 4),
@@ -44,7 +44,7 @@ def test_two_merges_and_attention_before_them() -> None:
     merges = find_merges(captured.graph_module.graph, sites)
     assert (len(sites), len(merges)) == (3, 2)
     assert merges[1].embeddings is merges[0].node
-    assert sites_behind(sites, merges) == sites[1:]
+    assert sites_after(sites, merges) == sites[1:]
     facts = analyze(captured)
     assert facts.num_layers == 2
     assert facts.stream.boundaries[0] is merges[1].node
@@ -52,28 +52,26 @@ def test_two_merges_and_attention_before_them() -> None:
     assert sites[0].node in facts.encoder
 
 
-def test_no_merge() -> None:
+def test_find_merges_none() -> None:
     captured, _ = captured_graph(tiny_vlm(), tiny_vlm_inputs(4, 3, []))
     facts = analyze(captured)
     assert facts.merges == ()
     assert facts.encoder == ()
     assert facts.stream.boundaries[0].op != "placeholder"
-    assert sites_behind(find_sites(captured.graph_module.graph), ()) == find_sites(
-        captured.graph_module.graph
-    )
+    assert sites_after(find_sites(captured.graph_module.graph), ()) == find_sites(captured.graph_module.graph)
 
 
-def test_a_merge_that_leads_to_no_attention_is_none_of_ours() -> None:
-    def beside(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def test_find_merges_without_attention() -> None:
+    def unread(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return x.masked_scatter(mask, x), attend(x) + x
 
     call = {"x": torch.ones(1, 3, 4), "mask": torch.ones(1, 3, 4, dtype=torch.bool)}
-    graph = capture(beside, call).graph_module.graph
+    graph = capture(unread, call).graph_module.graph
     assert find_merges(graph, find_sites(graph)) == ()
 
 
 def deepstack(ids: Tensor, mask: Tensor, pixels: Tensor, embed: nn.Module, encoder: nn.Module) -> Tensor:
-    """Features that are merged, and others that are added behind the first layer."""
+    """Merged features, and others that are added after the first layer."""
     features = encoder(pixels)
     x = embed(ids).masked_scatter(mask[..., None], features)
     x = x + attend(x)
@@ -83,21 +81,21 @@ def deepstack(ids: Tensor, mask: Tensor, pixels: Tensor, embed: nn.Module, encod
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_features_that_are_added_behind_a_layer(dynamic: bool | None) -> None:
+def test_find_deepstack(dynamic: bool | None) -> None:
     mask = torch.tensor([[False, True, True, False, False]])
     call = {"ids": torch.tensor([[1, 2, 3, 4, 5]]), "mask": mask, "pixels": torch.randn(2, 4)}
     parts = {"embed": nn.Embedding(9, 4), "encoder": nn.Linear(4, 4)}
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         captured = capture(deepstack, call, dynamic, **parts)
     facts = analyze(captured)
-    (addition,) = facts.additions
-    assert addition.node.target is torch.ops.vlcache.scatter_rows.default
-    assert str(addition.features.target) == "aten.tanh.default"
-    assert addition.mask.op == "placeholder"
+    (entry,) = facts.deepstack
+    assert entry.node.target is torch.ops.vlcache.scatter_rows.default
+    assert str(entry.features.target) == "aten.tanh.default"
+    assert entry.mask.op == "placeholder"
     assert facts.num_layers == 2
-    assert addition.node not in facts.stream.nodes  # it is gathered like any table of all tokens
-    assert {addition.features, facts.merges[0].features} <= set(facts.encoder)
+    assert entry.node not in facts.stream.nodes  # gathered like any table over all tokens
+    assert {entry.features, facts.merges[0].features} <= set(facts.encoder)
 
 
-def test_no_addition() -> None:
-    assert analyze(captured_vlm()).additions == ()
+def test_find_deepstack_none() -> None:
+    assert analyze(captured_vlm()).deepstack == ()

@@ -1,4 +1,4 @@
-"""Which rows the results need."""
+"""Rows that results need."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def tail_rows(take: Callable[[Tensor], object], dynamic: bool | None = None) -> 
         (lambda x: (x * 2).relu()[:, 0], [0]),
         (lambda x: x[:, 1:4:2], [1, 3]),
     ],
-    ids=["slice", "select", "behind_ops", "first", "step"],
+    ids=["slice", "select", "after_ops", "first", "step"],
 )
-def test_selections_with_constant_bounds(
+def test_find_tail_rows_constant_bounds(
     take: Callable[[Tensor], object], positions: list[int], dynamic: bool | None
 ) -> None:
     rows = tail_rows(take, dynamic)
@@ -44,7 +44,7 @@ def test_selections_with_constant_bounds(
     taken = rows.positions(6)
     assert taken is not None
     assert taken.tolist() == positions
-    assert rows.selection not in rows.steps
+    assert rows.selection not in rows.flows
 
 
 @pytest.mark.parametrize(
@@ -60,13 +60,13 @@ def test_selections_with_constant_bounds(
     ],
     ids=["all", "all_slice", "mixed", "both", "boundary_too", "two_selections", "other_axis"],
 )
-def test_results_that_need_all_rows(take: Callable[[Tensor], object]) -> None:
+def test_find_tail_rows_all_rows(take: Callable[[Tensor], object]) -> None:
     rows = tail_rows(take)
-    assert (rows.selection, rows.steps) == (None, {})
+    assert (rows.selection, rows.flows) == (None, {})
     assert rows.positions(6) is None
 
 
-def test_symbolic_bounds_need_all_rows() -> None:
+def test_find_tail_rows_symbolic_bounds() -> None:
     assert tail_rows(lambda x: x[:, x.shape[1] // 2 :], dynamic=True).selection is None
 
 
@@ -81,9 +81,7 @@ def test_symbolic_bounds_need_all_rows() -> None:
     ],
     ids=["last", "from_the_end", "from", "until", "single"],
 )
-def test_selections_with_bounds_that_inputs_say(
-    take: Callable[[Tensor, int], object], positions: list[int]
-) -> None:
+def test_find_tail_rows_input_bounds(take: Callable[[Tensor, int], object], positions: list[int]) -> None:
     def one_layer(x: Tensor, k: int) -> object:
         x = x * 2
         return take(x + attend(x), k)
@@ -98,14 +96,14 @@ def test_selections_with_bounds_that_inputs_say(
 
 
 @pytest.mark.parametrize(
-    "take", [lambda x, places: x[:, places], lambda x, places: x.index_select(1, places)]
+    "take", [lambda x, positions: x[:, positions], lambda x, positions: x.index_select(1, positions)]
 )
-def test_places_that_an_input_holds(take: Callable[[Tensor, Tensor], object]) -> None:
-    def one_layer(x: Tensor, places: Tensor) -> object:
+def test_find_tail_rows_input_positions(take: Callable[[Tensor, Tensor], object]) -> None:
+    def one_layer(x: Tensor, positions: Tensor) -> object:
         x = x * 2
-        return take(x + attend(x), places)
+        return take(x + attend(x), positions)
 
-    captured = capture(one_layer, {"x": X, "places": torch.tensor([4, 0])}, dynamic=False)
+    captured = capture(one_layer, {"x": X, "positions": torch.tensor([4, 0])}, dynamic=False)
     rows = analyze(captured).tail_rows
     assert rows.num_taken == 2
     args = [torch.tensor([4, 0]) if node.meta["val"].dim() == 1 else X for node in captured.placeholders]
@@ -114,7 +112,7 @@ def test_places_that_an_input_holds(take: Callable[[Tensor, Tensor], object]) ->
     assert taken.tolist() == [4, 0]
 
 
-def test_flags_are_no_places() -> None:
+def test_find_tail_rows_bool_mask() -> None:
     def one_layer(x: Tensor, flags: Tensor) -> Tensor:
         x = x * 2
         return (x + attend(x))[flags.bool()]
@@ -125,7 +123,7 @@ def test_flags_are_no_places() -> None:
         assert analyze(captured).tail_rows.selection is None
 
 
-def test_the_two_forms_of_a_decoder() -> None:
+def test_find_tail_rows_of_models() -> None:
     last = analyze(captured_vlm(last_only=True)).tail_rows
     assert last.positions(10).tolist() == [9]  # type: ignore[union-attr]
     assert last.axis == 1

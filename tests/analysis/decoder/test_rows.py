@@ -1,4 +1,4 @@
-"""Which rows each node of a layer has, and values that flow around the residual."""
+"""Rows of each node of a layer, and values that later layers read besides the residual."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def carried(kind: str, dynamic: bool | None = None) -> list[tuple[str, int, int]
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_side_path_has_the_rows_of_the_layer_that_made_it(dynamic: bool | None) -> None:
-    """It is made in the first layer, for rows that the second one needs (level 1)."""
+def test_find_carried_side_path(dynamic: bool | None) -> None:
+    """It is computed in the first layer, for rows that the second layer needs (level 1)."""
     assert carried("side", dynamic) == [("aten.tanh.default", 1, 2), ("aten.tanh.default", 1, 3)]
 
 
-def test_what_a_layer_gave_has_the_rows_that_leave_it() -> None:
+def test_find_carried_layer_result() -> None:
     assert carried("skip") == [("aten.add.Tensor", 1, 3)]
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "shared values", "residual values"])
-def test_keys_and_values_of_all_tokens_are_not_carried(kind: str) -> None:
-    """They have no rows of their own: a splice makes them whole."""
+def test_find_carried_without_full_keys(kind: str) -> None:
+    """They have all tokens: a splice completes them."""
     assert carried(kind) == []
 
 
 @pytest.mark.parametrize("kind", WIRINGS)
-def test_every_layer_is_followed_to_its_end(kind: str) -> None:
+def test_follow_rows_every_layer(kind: str) -> None:
     facts = analyze(captured_graph(wired(kind), CALL)[0])
     assert facts.num_layers == 3
     for layer, boundary in zip(facts.layers, facts.stream.boundaries[1:], strict=True):
-        assert {*layer.kv_part, *layer.q_part} <= set(facts.steps)
-        assert facts.steps[boundary].dim == 1
+        assert {*layer.kv_part, *layer.q_part} <= set(facts.flows)
+        assert facts.flows[boundary].dim == 1
 
 
 def refused(function: object, **parts: torch.nn.Module) -> UnsupportedGraphError:
@@ -64,15 +64,15 @@ def refused(function: object, **parts: torch.nn.Module) -> UnsupportedGraphError
         ("mixed keys", "keys or values mix with slice_.* of another layer"),
     ],
 )
-def test_rows_of_a_layer_that_would_meet_all_tokens_are_refused(kind: str, detail: str) -> None:
+def test_find_carried_refuses_rows_among_all_tokens(kind: str, detail: str) -> None:
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
         analyze(captured_graph(wired(kind), CALL)[0])
     assert refusal.value.reason is Reason.TOKEN_AXIS_LOST
     assert "models.py" in str(refusal.value.source_line)
 
 
-def test_copies_of_tokens_from_another_layer_are_refused() -> None:
-    """Their places are not rows: token i is at i and at i + n."""
+def test_find_carried_refuses_repeated_tokens() -> None:
+    """Token i has the indices i and i + n."""
 
     def repeated(x: Tensor) -> Tensor:
         x = x * 2
@@ -87,7 +87,7 @@ def test_copies_of_tokens_from_another_layer_are_refused() -> None:
     assert "repeat comes from another layer" in refusal.detail
 
 
-def test_a_result_with_rows_of_an_inner_layer_is_refused() -> None:
+def test_check_results_refuses_inner_rows() -> None:
     def inner(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x * 2
         x = x + attend(x)
@@ -100,7 +100,7 @@ def test_a_result_with_rows_of_an_inner_layer_is_refused() -> None:
     assert "the graph returns it" in refusal.detail
 
 
-def test_queries_along_another_axis_are_refused() -> None:
+def test_follow_rows_refuses_other_query_axis() -> None:
     def turned(x: Tensor) -> Tensor:
         x = x * 2
         y = torch.nn.functional.scaled_dot_product_attention(
@@ -110,4 +110,4 @@ def test_queries_along_another_axis_are_refused() -> None:
 
     refusal = refused(turned)
     assert refusal.reason is Reason.TOKEN_AXIS_LOST
-    assert "not in its last but one dimension" in refusal.detail
+    assert "token dimension is not -2" in refusal.detail

@@ -34,7 +34,7 @@ X = torch.randn(1, 6, 4)
     ],
     ids=lambda options: "-".join(f"{name}={value}" for name, value in options.items()) or "plain",
 )
-def test_layers_are_isomorphic(options: dict[str, Any]) -> None:
+def test_find_stream_isomorphic_layers(options: dict[str, Any]) -> None:
     stream = analyze(captured_vlm(num_layers=3, **options)).stream
     assert len(stream.boundaries) == 4
     assert str(stream.boundaries[0].target) == "aten.masked_scatter.default"
@@ -49,7 +49,7 @@ def test_layers_are_isomorphic(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"parallel": True}, {"norm_place": "branch"}], ids=str)
-def test_a_single_layer_ends_at_its_last_sum(options: dict[str, object]) -> None:
+def test_find_stream_single_layer(options: dict[str, object]) -> None:
     stream = analyze(captured_vlm(num_layers=1, **options)).stream
     assert str(stream.boundaries[1].target) == "aten.add.Tensor"
     assert [str(node.target) for node in stream.tail] == [
@@ -63,7 +63,7 @@ def refused(function: object, **call: Tensor) -> UnsupportedGraphError:
     return refusal.value
 
 
-def test_hidden_states_of_inner_layers_are_refused() -> None:
+def test_check_results_refuses_hidden_states() -> None:
     def all_hidden_states(x: Tensor) -> tuple[Tensor, ...]:
         x = x * 2
         first = x + attend(x)
@@ -75,8 +75,8 @@ def test_hidden_states_of_inner_layers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", WIRINGS)
-def test_paths_around_layers_leave_the_residual_where_it_is(kind: str) -> None:
-    """A layer ends where the attention behind it can see it alone, whatever else goes by."""
+def test_find_stream_with_paths_around_layers(kind: str) -> None:
+    """A layer ends at a node on every path from its attention, even with paths around the layer."""
     stream = analyze(captured_graph(wired(kind), CALL)[0]).stream
     assert str(stream.boundaries[0].target) == "aten.masked_scatter.default"
     assert [str(boundary.target) for boundary in stream.boundaries[1:]] == ["aten.add.Tensor"] * LAYERS
@@ -85,14 +85,14 @@ def test_paths_around_layers_leave_the_residual_where_it_is(kind: str) -> None:
     assert set(stream.nodes) == {stream.boundaries[0], *parts, *stream.tail}
 
 
-def test_a_side_path_belongs_to_the_layer_that_can_first_have_it() -> None:
+def test_find_stream_side_path_in_first_layer() -> None:
     stream = analyze(captured_graph(wired("side"), CALL)[0]).stream
     (side,) = [node for node in stream.nodes if node.target is torch.ops.aten.tanh.default]
     assert side in stream.members[0]
 
 
-def test_two_tensors_between_attention_calls_are_refused() -> None:
-    """Queries of one, keys and values of the other: none of them is the residual."""
+def test_find_stream_refuses_two_tensors() -> None:
+    """Queries of the first, keys and values of the second: neither is the residual."""
 
     def pair(x: Tensor) -> Tensor:
         x = x * 2
@@ -106,7 +106,7 @@ def test_two_tensors_between_attention_calls_are_refused() -> None:
     assert "no single residual tensor enters" in refusal.detail
 
 
-def test_attention_that_nothing_follows_is_refused() -> None:
+def test_find_stream_refuses_unused_attention() -> None:
     def unused(x: Tensor) -> Tensor:
         x = x * 2
         attend(x)
@@ -116,7 +116,7 @@ def test_attention_that_nothing_follows_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_several_samples_have_one_stream(dynamic: bool | None) -> None:
+def test_find_stream_several_samples(dynamic: bool | None) -> None:
     def batched(x: Tensor) -> Tensor:
         x = x * 2
         return x + attend(x)

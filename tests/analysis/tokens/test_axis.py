@@ -1,4 +1,4 @@
-"""What a token axis holds."""
+"""Entries of token axes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlcache_fx.analysis.tokens.axis import Entries, TokenAxis
 S = sympy.Symbol("s", integer=True, positive=True)
 
 
-def test_entries_are_tokens_where_each_is_one_in_its_own_place() -> None:
+def test_entries_are_tokens() -> None:
     order = sympy.Symbol("sort")  # any object: only its identity counts
     assert Entries().are_tokens
     for entries in (Entries(outer=2), Entries(inner=S), Entries(order=order)):  # type: ignore[arg-type]

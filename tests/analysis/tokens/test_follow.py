@@ -1,4 +1,4 @@
-"""The token axis through each op, and what is refused."""
+"""The token axis through each operator, and refused operators."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from vlcache_fx.analysis import RowStep, analyze
+from vlcache_fx.analysis import TokenFlow, analyze
 from vlcache_fx.analysis.tokens.axis import TokenAxis
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 from ..graphs import attend, capture
@@ -47,51 +47,51 @@ class Noted(torch.fx.Interpreter):
         return n.meta["val"]
 
 
-def steps_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, RowStep]]:
-    """The row treatment of every node computed from the input, whose axis is 1."""
+def flows_of(function: Function) -> tuple[torch.fx.GraphModule, dict[torch.fx.Node, TokenFlow]]:
+    """The token flow of every node computed from the input, whose axis is 1."""
     module = traced(function)
     first = next(node for node in module.graph.nodes if node.op == "placeholder")
-    axes, steps = {first: TokenAxis(1)}, {}
+    axes, flows = {first: TokenAxis(1)}, {}
     for node in module.graph.nodes:
         if node.op == "call_function" and any(parent in axes for parent in node.all_input_nodes):
-            steps[node] = row_step(node, axes)
-            axes[node] = steps[node].axis
-    return module, steps
+            flows[node] = follow_tokens(node, axes)
+            axes[node] = flows[node].axis
+    return module, flows
 
 
 class Restricted(torch.fx.Interpreter):
-    """Runs a graph on ``ROWS`` only, doing to each node what its step says."""
+    """Runs a graph on ``ROWS`` only, applying the token flow of each node."""
 
-    def __init__(self, module: torch.fx.GraphModule, steps: dict[torch.fx.Node, RowStep]) -> None:
+    def __init__(self, module: torch.fx.GraphModule, flows: dict[torch.fx.Node, TokenFlow]) -> None:
         super().__init__(module)
-        self.steps = steps
+        self.flows = flows
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        step = self.steps.get(n)
-        if step is None:
+        flow = self.flows.get(n)
+        if flow is None:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        for operand, dim in step.gathers:
+        for operand, dim in flow.gathers:
             cut = self.env[operand].index_select(dim, ROWS)
             args = torch.fx.node.map_aggregate(args, lambda a, o=operand, c=cut: c if a is self.env[o] else a)
-        if step.size_argument is not None:
-            argument, entry = step.size_argument
+        if flow.size_argument is not None:
+            argument, entry = flow.size_argument
             sizes = list(args[argument])
             if sizes[entry] != -1:
-                entries = step.axis.entries
+                entries = flow.axis.entries
                 sizes[entry] = entries.outer * len(ROWS) * entries.inner
             args = (*args[:argument], sizes, *args[argument + 1 :])
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def entries_of(axis: TokenAxis) -> Tensor:
-    """The places of ``ROWS`` along the axis."""
+    """The indices of ``ROWS`` along the axis."""
     outer, inner = axis.entries.outer, axis.entries.inner
     return torch.arange(outer * TOKENS * inner).view(outer, TOKENS, inner)[:, ROWS].flatten()
 
 
 def routed(x: Tensor) -> Tensor:
-    """A mixture of experts by sorting: each token goes to two of three experts."""
+    """A mixture of experts by sorting: two of three experts per token."""
     rows = x.view(-1, 4)
     scores, chosen = (rows @ ROUTER).softmax(-1).topk(2, -1)
     keys, order = chosen.reshape(-1).sort()
@@ -101,7 +101,7 @@ def routed(x: Tensor) -> Tensor:
 
 
 def routed_elsewhere(x: Tensor) -> Tensor:
-    """The groups are those of other scores."""
+    """Groups of other scores."""
     rows = x.view(-1, 4)
     order = rows[:, 0].argsort()
     keys = rows[:, 1].long().sort()[0]
@@ -128,7 +128,7 @@ TOKENWISE: dict[str, Function] = {
     "t": lambda x: x.view(TOKENS, 4).t(),
     "permute": lambda x: x.permute(2, 0, 1),
     "unsqueeze_before": lambda x: x.unsqueeze(0),
-    "unsqueeze_behind": lambda x: x.unsqueeze(-1),
+    "unsqueeze_after": lambda x: x.unsqueeze(-1),
     "squeeze": lambda x: x.unsqueeze(2).squeeze(2).squeeze(0),
     "squeeze_dims": lambda x: aten.squeeze.dims(x.unsqueeze(2), [0, 2]),
     "slice_of_a_head": lambda x: x[..., :2] + x[..., 2:],
@@ -137,10 +137,10 @@ TOKENWISE: dict[str, Function] = {
     "split_with_sizes": lambda x: x.split([1, 3], -1)[1],
     "chunk": lambda x: x.chunk(2, -1)[0],
     "select": lambda x: x[0],
-    "select_behind": lambda x: x[..., 1],
+    "select_after": lambda x: x[..., 1],
     "index_select": lambda x: x.index_select(2, torch.tensor([3, 0])),
-    "masked_behind": lambda x: x[..., torch.tensor([True, False, True, True])],
-    "masked_in_front": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
+    "masked_after": lambda x: x[..., torch.tensor([True, False, True, True])],
+    "masked_before": lambda x: x.view(1, TOKENS, 2, 2).permute(2, 3, 0, 1)[torch.eye(2).bool()],
     "cat": lambda x: torch.cat([-x[..., 2:], x[..., :2]], -1),
     "cat_with_a_table": lambda x: torch.cat([x, TABLE[None]], -1),
     "mean": lambda x: x.mean(-1, keepdim=True),
@@ -180,12 +180,12 @@ TOKENWISE: dict[str, Function] = {
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
-def test_some_rows_are_those_rows_of_all(name: str) -> None:
+def test_follow_tokens_restricted_rows(name: str) -> None:
     function = TOKENWISE[name]
-    module, steps = steps_of(function)
-    last = [node for node in module.graph.nodes if node in steps][-1]
-    want = function(X).index_select(steps[last].dim, entries_of(steps[last].axis))
-    got = Restricted(module, steps).run(X.index_select(1, ROWS))
+    module, flows = flows_of(function)
+    last = [node for node in module.graph.nodes if node in flows][-1]
+    want = function(X).index_select(flows[last].dim, entries_of(flows[last].axis))
+    got = Restricted(module, flows).run(X.index_select(1, ROWS))
     torch.testing.assert_close(got, want)
 
 
@@ -195,9 +195,9 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "convolution": (
         lambda x: F.conv1d(x.transpose(1, 2), torch.ones(4, 4, 3), padding=1),
         Reason.TOKEN_AXIS_LOST,
-        "mixes neighbouring tokens",
+        "convolves over tokens",
     ),
-    "sort": (lambda x: x.sort(1)[0], Reason.TOKEN_AXIS_LOST, "it sorts tokens of more than one list"),
+    "sort": (lambda x: x.sort(1)[0], Reason.TOKEN_AXIS_LOST, "it sorts a tensor of several dimensions"),
     "cumsum": (lambda x: x.cumsum(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "softmax": (lambda x: x.softmax(1), Reason.TOKEN_AXIS_LOST, "runs along the token axis"),
     "mean": (lambda x: x.mean(1), Reason.TOKEN_AXIS_LOST, "reduces over the token axis"),
@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "matmul_of_itself": (
         lambda x: x @ x.transpose(1, 2),
         Reason.TOKEN_AXIS_LOST,
-        "brings a second token axis",
+        "has a second token axis",
     ),
     "matmul_per_token": (
         lambda x: x[0, :, None] @ torch.ones(TOKENS, 4, 4),
@@ -240,14 +240,14 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "other_tokens": (
         lambda x: x[0][x[0, :, 0].long()],
         Reason.TOKEN_AXIS_LOST,
-        "looks up other tokens",
+        "indexes other tokens",
     ),
     "sorted_and_not_sorted_back": (
         lambda x: x[0] + x[0][x[0, :, 0].argsort()],
         Reason.TOKEN_AXIS_LOST,
-        "at different places",
+        "token axes of its operands do not match",
     ),
-    "groups_of_others": (routed_elsewhere, Reason.TOKEN_AXIS_LOST, "not those that its rows were sorted by"),
+    "groups_of_others": (routed_elsewhere, Reason.TOKEN_AXIS_LOST, "do not match the order of its rows"),
     "count": (
         lambda x: torch.histc(x[0, :, 0], 3, 0, 2),
         Reason.TOKEN_AXIS_LOST,
@@ -257,36 +257,40 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "gather_from_tokens": (
         lambda x: x.gather(1, x.long().clamp(0, 1)),
         Reason.TOKEN_AXIS_LOST,
-        "takes values of other tokens",
+        "reads values of other tokens",
     ),
     "stack_crossed": (
         lambda x: torch.stack([x.view(TOKENS, 4), x.view(TOKENS, 4).repeat(1, 1).t().reshape(TOKENS, 4)]),
         Reason.TOKEN_AXIS_LOST,
         "merges the token axis",
     ),
-    "unbind": (lambda x: x.unbind(1)[0], Reason.TOKEN_AXIS_LOST, "it takes single tokens"),
+    "unbind": (lambda x: x.unbind(1)[0], Reason.TOKEN_AXIS_LOST, "it unbinds the token axis"),
     "view_in_pairs": (lambda x: x.view(1, 3, 8), Reason.TOKEN_AXIS_LOST, "merges the token axis"),
     "squeeze_any": (aten.squeeze.default, Reason.TOKEN_AXIS_LOST, "may drop any dimension"),
     "squeeze": (lambda x: aten.squeeze.dim(x, 1), Reason.TOKEN_AXIS_LOST, "drops the token axis"),
-    "slice": (lambda x: x[:, 1:], Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
-    "select": (lambda x: x[:, 1], Reason.TOKEN_AXIS_LOST, "takes a single token"),
-    "index_select": (lambda x: x.index_select(1, ROWS), Reason.TOKEN_AXIS_LOST, "takes a part of the tokens"),
+    "slice": (lambda x: x[:, 1:], Reason.TOKEN_AXIS_LOST, "selects some tokens"),
+    "select": (lambda x: x[:, 1], Reason.TOKEN_AXIS_LOST, "selects a single token"),
+    "index_select": (lambda x: x.index_select(1, ROWS), Reason.TOKEN_AXIS_LOST, "selects some tokens"),
     "split": (lambda x: x.split(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
     "chunk": (lambda x: x.chunk(2, 1)[0], Reason.TOKEN_AXIS_LOST, "splits the token axis"),
     "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
-    "masked": (lambda x: x[x[..., 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
-    "masked_by_others": (lambda x: x[MASK], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
-    "masked_alone": (lambda x: x[:, MASK[0]], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
-    "masked_table": (lambda x: TABLE[x[0, :, 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it leaves"),
-    "crossed": (lambda x: x[..., :1] + x[..., 0], Reason.TOKEN_AXIS_LOST, "different places"),
+    "masked": (lambda x: x[x[..., 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it selects"),
+    "masked_by_others": (lambda x: x[MASK], Reason.DATA_DEPENDENT, "how many tokens it selects"),
+    "masked_alone": (lambda x: x[:, MASK[0]], Reason.DATA_DEPENDENT, "how many tokens it selects"),
+    "masked_table": (lambda x: TABLE[x[0, :, 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it selects"),
+    "crossed": (
+        lambda x: x[..., :1] + x[..., 0],
+        Reason.TOKEN_AXIS_LOST,
+        "token axes of its operands do not match",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_ops_that_mix_tokens_are_refused(name: str) -> None:
+def test_follow_tokens_refuses_mixing(name: str) -> None:
     function, reason, detail = REFUSED[name]
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
-        steps_of(function)
+        flows_of(function)
     assert refusal.value.reason is reason
     assert refusal.value.node in [node.name for node in traced(function).graph.nodes]
 
@@ -298,7 +302,7 @@ def mixing(x: Tensor) -> Tensor:
     return x + attend(x)
 
 
-def test_a_refusal_names_the_node_and_its_line() -> None:
+def test_follow_tokens_refusal_names_line() -> None:
     with pytest.raises(UnsupportedGraphError) as refusal:
         analyze(capture(mixing, {"x": torch.randn(1, 6, 4)}))
     assert refusal.value.reason is Reason.UNKNOWN_OP
@@ -308,8 +312,8 @@ def test_a_refusal_names_the_node_and_its_line() -> None:
     assert refusal.value.source_line.endswith("in mixing: x = x + x.flip(1)  # mixes")
 
 
-def test_nodes_that_are_no_calls_are_refused() -> None:
+def test_follow_tokens_refuses_other_nodes() -> None:
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     with pytest.raises(UnsupportedGraphError, match="a call_method node in the residual stream"):
-        row_step(graph.call_method("exp", (x,)), {x: TokenAxis(1)})
+        follow_tokens(graph.call_method("exp", (x,)), {x: TokenAxis(1)})

@@ -1,4 +1,4 @@
-"""Tokens that meet outside attention: recurrent layers and convolutions, wherever they stand."""
+"""Recurrent layers and convolutions that mix tokens outside attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALL = {
 
 
 def convolution(x: Tensor) -> Tensor:
-    """Of each token and the two before it."""
+    """A convolution of each token and the two before it."""
     seen = nn.functional.conv1d(x.transpose(1, 2), torch.ones(4, 1, 3), groups=4, padding=2)
     return seen[..., : x.shape[1]].transpose(1, 2)
 
@@ -38,7 +38,7 @@ def flipped(x: Tensor) -> Tensor:
 
 
 def graph_of(layer: object, before: bool) -> Captured:
-    """Attention twice; ``layer`` in front of both or between them."""
+    """Attention twice, with ``layer`` before or between."""
 
     def decoder(x: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         x = x.masked_scatter(mask, features)
@@ -49,37 +49,37 @@ def graph_of(layer: object, before: bool) -> Captured:
     return capture(decoder, CALL)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["in front", "between"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "between"])
 @pytest.mark.parametrize(
     ("layer", "node", "detail"),
     [
-        (convolution, "conv1d", "it mixes neighbouring tokens"),
+        (convolution, "conv1d", "it convolves over tokens"),
         (recurrence, "cumsum", "it runs along the token axis"),
     ],
 )
-def test_layers_that_mix_tokens_are_named(layer: object, node: str, detail: str, before: bool) -> None:
+def test_mixing_refusal_names_layer(layer: object, node: str, detail: str, before: bool) -> None:
     with pytest.raises(UnsupportedGraphError, match=detail) as refusal:
         analyze(graph_of(layer, before))
     assert (refusal.value.reason, refusal.value.node) == (Reason.TOKEN_MIXING, node)
-    assert "tokens meet outside attention in aten." in refusal.value.detail
+    assert " mixes tokens outside attention: " in refusal.value.detail
     assert "test_mixing.py" in str(refusal.value.source_line)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["in front", "between"])
-def test_operators_that_are_not_known_are_called_so(before: bool) -> None:
-    """They may work token by token: nothing is said about the model."""
+@pytest.mark.parametrize("before", [True, False], ids=["before", "between"])
+def test_mixing_refusal_unknown_operator(before: bool) -> None:
+    """Such an operator may work token by token, so the reason is not token mixing."""
     with pytest.raises(UnsupportedGraphError, match=r"aten.flip.default is not known") as refusal:
         analyze(graph_of(flipped, before))
     assert (refusal.value.reason, refusal.value.node) == (Reason.UNKNOWN_OP, "flip")
 
 
-def test_nothing_is_found_where_attention_alone_mixes() -> None:
+def test_mixing_refusal_attention_alone() -> None:
     graph = graph_of(torch.tanh, before=False).graph_module.graph
     sites = find_sites(graph)
     assert mixing_refusal(graph, find_merges(graph, sites), sites) is None
 
 
-def test_without_a_merge_there_is_no_place_to_start_from() -> None:
+def test_mixing_refusal_without_merge() -> None:
     def text(x: Tensor) -> Tensor:
         return x + attend(recurrence(x * 2))
 
@@ -87,7 +87,7 @@ def test_without_a_merge_there_is_no_place_to_start_from() -> None:
     assert mixing_refusal(graph, [], find_sites(graph)) is None
 
 
-def test_other_refusals_stay_as_they_are() -> None:
+def test_as_mixing_other_reasons() -> None:
     node = graph_of(torch.tanh, before=False).graph_module.graph.output_node()
     for reason in Reason:
         made = as_mixing(node, refuse(reason, node, "so"))

@@ -1,4 +1,4 @@
-"""A program is lowered once, whoever asks."""
+"""A program is lowered once, in any thread."""
 
 from __future__ import annotations
 

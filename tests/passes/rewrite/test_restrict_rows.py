@@ -71,7 +71,7 @@ def test_layers_compute_active_rows() -> None:
     for index, (layer, count) in enumerate(zip(facts.layers, (7, 6), strict=True)):
         assert plan.rows_per_layer[index] == count
         for node in (*layer.kv_part, *layer.q_part):
-            assert seen[node.name][facts.steps[node].dim] == count, node
+            assert seen[node.name][facts.flows[node].dim] == count, node
         for node in layer.full_part:
             assert TOKENS in seen[node.name]
 

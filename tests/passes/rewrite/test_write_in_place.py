@@ -82,7 +82,7 @@ def test_caches_and_results_equal_model(write: Callable[..., Tensor], count: int
     with torch.no_grad():
         want = model(**theirs)
         outputs = program.graph_module(*args)
-    counts = [write for write in captured.writes if write.places is None]
+    counts = [write for write in captured.writes if write.positions is None]
     assert [outputs[write.value] is None for write in captured.writes] == [
         write not in counts for write in captured.writes
     ]

@@ -1,4 +1,4 @@
-"""Donors as means over contexts: sound arithmetic, and never served as exact."""
+"""Refined donors: the error of means, and no exact reuse of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def rows_of(context: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The rows of an item behind the text ``str(context)``."""
+    """Return the rows of an item in a context."""
     made = torch.Generator().manual_seed(context)
     return {
         "0.k": torch.randn(1, 2, LENGTH, 4, generator=made).to(dtype),
@@ -50,9 +50,7 @@ def mean_of(contexts: list[int], dtype: torch.dtype) -> dict[str, Tensor]:
     most=st.integers(1, 5),
     dtype=st.sampled_from(DTYPES),
 )
-def test_a_donor_is_the_mean_of_its_first_contexts(
-    contexts: list[int], most: int, dtype: torch.dtype
-) -> None:
+def test_refined_is_mean_of_first_contexts(contexts: list[int], most: int, dtype: torch.dtype) -> None:
     donor, store = donor_of(contexts, most, dtype)
     counted = list(dict.fromkeys(contexts))[:most] if most > 1 else contexts[-1:]
     assert contexts_of(donor) == tuple(map(str, counted))
@@ -64,7 +62,7 @@ def test_a_donor_is_the_mean_of_its_first_contexts(
         unit = 2 * largest * torch.finfo(dtype).eps if len(counted) > 1 else 0.0
         assert got.dtype == dtype
         assert float((got.double() - want).abs().max()) <= units * unit
-    # Exact in no context, unless it is of one.
+    # Exact only if it is of a single context.
     assert ("before" in donor.info) == (len(counted) == 1)
     copy = store.get(exact_key("item"))
     assert (copy is None) == (most == 1 or len(set(contexts)) == 1)
@@ -76,13 +74,13 @@ def test_a_donor_is_the_mean_of_its_first_contexts(
 
 
 @given(order=st.permutations(range(4)))
-def test_the_order_of_contexts_does_not_matter(order: list[int]) -> None:
+def test_refined_ignores_context_order(order: list[int]) -> None:
     donor, _ = donor_of(order, 4)
     for name, want in mean_of(list(range(4)), torch.float32).items():
         torch.testing.assert_close(donor.tensors[name], want.float(), atol=1e-4, rtol=1e-5)
 
 
-def test_an_entry_in_use_is_not_written_to() -> None:
+def test_refined_does_not_write_to_donor() -> None:
     store = MemoryStore(1 << 20)
     admit_item(store, "item", rows_of(0), LENGTH, "0", 4)
     served = store.get("item")
@@ -95,7 +93,7 @@ def test_an_entry_in_use_is_not_written_to() -> None:
         assert torch.equal(given[name], rows_of(1)[name])
 
 
-def test_a_donor_of_another_graph_is_kept_where_it_has_more_and_replaced_where_it_has_less() -> None:
+def test_admit_item_with_donor_of_other_graph() -> None:
     store = MemoryStore(1 << 20)
     few = {name: rows for name, rows in rows_of(1).items() if name != "residual"}
     for rows, before, slots in ((few, "1", 1), (rows_of(2), "2", 2), (few, "1", 2)):
@@ -105,7 +103,7 @@ def test_a_donor_of_another_graph_is_kept_where_it_has_more_and_replaced_where_i
         assert (len(donor.tensors), contexts_of(donor)) == (slots, ("1",) if slots == 1 else ("2",))
 
 
-def test_the_exact_copy_is_evicted_before_the_donor() -> None:
+def test_exact_copy_is_evicted_first() -> None:
     one = sum(tensor.nbytes for tensor in rows_of(0).values())
     for room, held in ((1, False), (2, True)):
         donor, store = donor_of([0, 1], 4, capacity_bytes=room * one)
@@ -121,7 +119,7 @@ BEFORE, AFTER = 20, 30
 
 @pytest.fixture(scope="module")
 def compiled(_compiler: None) -> Pair:
-    """Reuses without asking for rows: what is not exact shows."""
+    """The policy recomputes no rows, so approximate reuse shows."""
     return with_backend(
         tiny_vlm(num_layers=2, last_only=False), policy="none", shadow=1.0, shadow_max_violations=10**6
     )
@@ -134,7 +132,7 @@ def vlm(compiled: Pair) -> Pair:
 
 
 def prompt(images: tuple[int, ...], seed: int) -> dict[str, Tensor]:
-    """All of one length, so that the unmodified model computes rows in one way; no common beginning."""
+    """Return prompts of one length, for bitwise equal rows, without a common prefix."""
     return tiny_vlm_inputs(BEFORE, AFTER, [(IMAGE, image) for image in images], text_seed=seed)
 
 
@@ -142,7 +140,7 @@ def contexts(report: dict) -> list[int]:
     return [span["donor_contexts"] for span in report["spans"]]
 
 
-def test_an_item_that_is_computed_again_because_of_its_neighbour_refines(vlm: Pair) -> None:
+def test_recomputed_item_refines(vlm: Pair) -> None:
     exact = []
     for seed in (1, 4):
         vlm.engine.clear()
@@ -150,7 +148,7 @@ def test_an_item_that_is_computed_again_because_of_its_neighbour_refines(vlm: Pa
         exact.append(vlm.engine.store.get(keys(vlm.report)[0]))
     with vlm.engine.guards.off():  # no shadow runs
         vlm.engine.clear()
-        vlm.run(**prompt((0, 0), 1))  # in one prompt twice: a context each
+        vlm.run(**prompt((0, 0), 1))  # twice in one prompt: two contexts
         assert (vlm.report["mode"], contexts(vlm.report)) == ("cold", [0, 0])
         vlm.engine.clear()
         assert vlm.run(**prompt((0, 2), 1))[1]["mode"] == "cold"
@@ -168,14 +166,14 @@ def test_an_item_that_is_computed_again_because_of_its_neighbour_refines(vlm: Pa
         torch.testing.assert_close(tensor, (first + second) / 2, atol=1e-5, rtol=1e-5)
 
 
-def test_the_latest_context_stays_known_exactly(vlm: Pair) -> None:
+def test_latest_context_is_exact(vlm: Pair) -> None:
     with vlm.engine.guards.off():
         for images, seed in (((0, 2), 1), ((0, 1), 2), ((0, 1), 4)):
             vlm.run(**prompt(images, seed))
         off, report = vlm.run(**prompt((0, 1), 4))
         assert (report["prefix_tokens"], contexts(report)) == (report["num_tokens"], [1, 1])
         assert off <= 1e-5
-        _, report = vlm.run(**prompt((0, 2), 1))  # of the first context, only the mean is left
+        _, report = vlm.run(**prompt((0, 2), 1))  # only the mean includes the first context
         assert (report["prefix_tokens"], contexts(report)) == (0, [2, 1])
 
 
@@ -188,7 +186,7 @@ def test_the_latest_context_stays_known_exactly(vlm: Pair) -> None:
     ),
     most=st.sampled_from([1, 2, 4]),
 )
-def test_rows_of_a_known_prefix_are_the_unmodified_models_bit_for_bit(
+def test_exact_prefix_is_bitwise_equal(
     compiled: Pair, calls: list[tuple[tuple[int, int], int]], most: int
 ) -> None:
     compiled.engine.clear()
@@ -205,7 +203,7 @@ def test_rows_of_a_known_prefix_are_the_unmodified_models_bit_for_bit(
                 assert torch.equal(got, want)
 
 
-def test_contexts_of_batches_count() -> None:
+def test_batches_are_contexts() -> None:
     pair = with_backend(padded(num_layers=2), policy="none", shadow=1.0)
     for seed in range(1, 4):
         call = batch_of(
@@ -215,7 +213,7 @@ def test_contexts_of_batches_count() -> None:
         pair.run(**call)
         assert hits(pair.report) == [seed > 1] * 2
         assert contexts(pair.report) == [seed - 1] * 2
-    pair.run(**call)  # the same again is no new context
+    pair.run(**call)  # a repeated context counts once
     assert contexts(pair.report) == [3, 3]
     pair.run(**call)
     assert contexts(pair.report) == [3, 3]

@@ -1,4 +1,4 @@
-"""Which donors a request is served: never another image's, never approximate ones, never broken ones."""
+"""Donors of a request: never of another image, approximate or damaged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prompt(*images: tuple[int, int], before: int = 5, seed: int = 0) -> dict[str
 # Two images -------------------------------------------------------------------------------------------------
 
 
-def test_a_new_second_image_gets_no_donor_of_the_first_request(vlm: Pair) -> None:
+def test_new_second_image_has_no_donor(vlm: Pair) -> None:
     off, first = vlm.run(**prompt(A, B))
     assert first["mode"] == "cold"
     off, second = vlm.run(**prompt(A, C))
@@ -47,10 +47,10 @@ def test_a_new_second_image_gets_no_donor_of_the_first_request(vlm: Pair) -> Non
     assert keys(second)[1] not in keys(first)
     assert off == 0.0
     off, third = vlm.run(**prompt(C, A, seed=3))
-    assert set(keys(third)) == set(keys(second))  # the same items, whatever their order
+    assert set(keys(third)) == set(keys(second))  # the same items in another order
 
 
-def test_equal_length_images_differ_by_content_alone(vlm: Pair) -> None:
+def test_images_of_equal_length_differ_by_content(vlm: Pair) -> None:
     _, first = vlm.run(**prompt((24, 0), (24, 1)))
     off, second = vlm.run(**prompt((24, 0), (24, 2)))
     assert hits(second) == [True, False]
@@ -58,7 +58,7 @@ def test_equal_length_images_differ_by_content_alone(vlm: Pair) -> None:
     assert off == 0.0
 
 
-def test_one_changed_value_is_another_image(vlm: Pair) -> None:
+def test_changed_value_is_another_image(vlm: Pair) -> None:
     inputs = prompt(A)
     _, first = vlm.run(**inputs)
     inputs["pixel_values"][-1, -1] += 1e-3
@@ -79,7 +79,7 @@ def test_approximate_rows_are_not_stored(vlm: Pair) -> None:
         assert key_a in store
         assert key_c not in store  # its rows attended to donor rows of A
         donor = store.get(key_a)
-        # It comes back: worth an exact run, whose rows may be kept.
+        # It recurs: a cold run stores its rows.
         off, report = vlm.run(**prompt(A, C, seed=2))
         assert report["mode"] == "cold"
         assert hits(report) == [False, False]
@@ -90,8 +90,8 @@ def test_approximate_rows_are_not_stored(vlm: Pair) -> None:
     assert donor is not None
 
 
-def test_what_is_stored_equals_a_cold_run_of_the_same_prompt(vlm: Pair) -> None:
-    """After any history, a donor holds what full attention gave in some context (no mean is taken here)."""
+def test_stored_rows_equal_cold_run(vlm: Pair) -> None:
+    """After any history, a donor equals the rows of a cold run in some context (no means here)."""
     store = vlm.engine.store
     with settings_of(vlm.engine, donor_contexts=1):
         with vlm.engine.using(policy="none"):
@@ -100,7 +100,7 @@ def test_what_is_stored_equals_a_cold_run_of_the_same_prompt(vlm: Pair) -> None:
         _, report = vlm.run(**prompt(A, C, B, seed=9))
     before = {key: store.get(key) for key in keys(report)}
     exact: dict[str, list[Entry]] = {key: [] for key in before}
-    # Every prompt from above again, alone and cold.
+    # Every prompt again, alone and cold.
     for seed, images in enumerate([(A,), (A, C), (C, A), (A, C, B), (B, C)]):
         vlm.engine.clear()
         _, report = vlm.run(**prompt(*images, seed=seed))
@@ -118,7 +118,7 @@ def test_what_is_stored_equals_a_cold_run_of_the_same_prompt(vlm: Pair) -> None:
         )
 
 
-def test_the_same_image_twice_in_one_prompt(vlm: Pair) -> None:
+def test_same_image_twice_in_prompt(vlm: Pair) -> None:
     off, report = vlm.run(**prompt(A, A))
     assert report["mode"] == "cold"
     assert off == 0.0
@@ -136,8 +136,8 @@ def test_the_same_image_twice_in_one_prompt(vlm: Pair) -> None:
         assert report["rows_per_layer"][0] == report["num_tokens"] - 2 * 24 + 2 * 2
 
 
-def test_neighbouring_images_without_text_between_are_one_item(vlm: Pair) -> None:
-    """They cannot be told apart; the pair is an item of its own, and not the first image's donor."""
+def test_images_without_text_between_are_one_item(vlm: Pair) -> None:
+    """They are indistinguishable: the pair is one item, without the first image's donor."""
     vlm.run(**prompt(A))
     off, report = vlm.run(**tiny_vlm_inputs(5, 6, [A, B], between=0))
     assert [span["length"] for span in report["spans"]] == [54]
@@ -148,13 +148,13 @@ def test_neighbouring_images_without_text_between_are_one_item(vlm: Pair) -> Non
 # Grids ------------------------------------------------------------------------------------------------------
 
 
-def test_one_set_of_pixels_in_two_grids_has_two_keys() -> None:
-    """30x150 and 150x30: as many tokens and the same bytes, but other neighbours under M-RoPE."""
+def test_keys_cover_grid() -> None:
+    """30x150 and 150x30: equal token counts and bytes, but other neighbours under M-RoPE."""
     pair = with_api(tiny_qwen2_5_vl(LAYERS), policy="full")
     seen: dict[tuple[int, int], list[str]] = {}
     for grid in [(6, 20), (20, 6), (6, 20), (20, 6)]:
         inputs = qwen_inputs(4, 3, [(*grid, 0)])
-        inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], 0.25)  # features are constant, too
+        inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], 0.25)  # constant features
         with torch.no_grad():
             got = pair.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
             expected = pair.reference.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
@@ -169,8 +169,8 @@ def test_one_set_of_pixels_in_two_grids_has_two_keys() -> None:
 # Stores -----------------------------------------------------------------------------------------------------
 
 
-def test_a_small_store_evicts_and_stays_right() -> None:
-    one_donor = 24 * (16 + LAYERS * 2 * 8) * 4  # the last residual, and keys and values of each layer
+def test_small_store_evicts() -> None:
+    one_donor = 24 * (16 + LAYERS * 2 * 8) * 4  # residual, and keys and values of each layer
     store = vlcache_store(capacity_bytes=3 * one_donor)
     pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), store=store, policy="full")
     for place in range(12):
@@ -181,7 +181,7 @@ def test_a_small_store_evicts_and_stays_right() -> None:
     assert pair.engine.stats()["store"]["used_bytes"] <= 3 * one_donor
 
 
-def test_a_donor_too_large_for_the_store_is_never_kept() -> None:
+def test_donor_too_large_for_store() -> None:
     pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), store=vlcache_store(64), policy="none")
     for place in range(3):
         off, report = pair.run(**prompt(A, seed=place))
@@ -191,19 +191,19 @@ def test_a_donor_too_large_for_the_store_is_never_kept() -> None:
     assert len(pair.engine.store) == 0
 
 
-def test_a_pair_whose_second_image_is_too_large_goes_on_reusing_the_first() -> None:
+def test_second_donor_too_large_for_store() -> None:
     big = (100, 5)
     donor_bytes = (16 + LAYERS * 2 * 8) * 4  # per token; encoder outputs, 16 * 4 per token, need room as well
     store = vlcache_store(90 * donor_bytes)
     pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), store=store, policy="full")
     pair.run(**prompt(A))
     modes = [pair.run(**prompt(A, big, seed=seed))[1]["mode"] for seed in range(4)]
-    # Its second miss is computed exactly to be stored; the store refuses it, so that is not tried again.
+    # The second miss makes the call cold; the store refuses the donor, so later misses do not.
     assert modes == ["warm", "cold", "warm", "warm"]
 
 
 class Wrapped(Store):
-    """A store that misbehaves on request."""
+    """A store that fails on request."""
 
     tier: ClassVar[str] = "wrapped"
 
@@ -254,7 +254,7 @@ def unreliable(wrapped: Pair) -> Pair:
 
 
 @pytest.mark.parametrize("failing", ["get", "put", "both"])
-def test_a_failing_store_costs_the_reuse_alone(
+def test_failing_store_costs_reuse_only(
     unreliable: Pair, failing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store: Any = unreliable.engine.store
@@ -269,13 +269,13 @@ def test_a_failing_store_costs_the_reuse_alone(
     # donors, three texts and the output. The second one reads the first one's donors again, to refine them.
     expected = {"get": 2 * 4 + 2, "put": 2 * 6, "both": 2 * (4 + 6)}[failing]
     assert unreliable.engine.stats()["store_failures"] - before == expected
-    assert "store failed, computing instead: cannot be" in caplog.text
+    assert "the store failed, computing without reuse: cannot be" in caplog.text
     store.fail_get = store.fail_put = False
-    if failing == "get":  # everything could be written
+    if failing == "get":  # all writes succeeded
         assert unreliable.run(**prompt(A, B, seed=2))[1]["mode"] == "warm"
 
 
-def test_strict_raises_store_failures() -> None:
+def test_strict_raises_store_errors() -> None:
     store = Wrapped()
     pair = with_backend(tiny_vlm(num_layers=LAYERS), store=store, strict=True)
     store.fail_get = True
@@ -302,19 +302,19 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("how", SPOILED)
-def test_an_entry_that_does_not_fit_is_a_miss(unreliable: Pair, how: str) -> None:
+def test_incompatible_entry_is_a_miss(unreliable: Pair, how: str) -> None:
     store: Any = unreliable.engine.store
     unreliable.run(**prompt(A))
     store.spoil = SPOILED[how]
     off, report = unreliable.run(**prompt(A, before=9, seed=1))
     assert report["mode"] == "cold"
     assert hits(report) == [False]
-    # An encoder's output has no rows per layer, so that one is whole where a layer is missing.
+    # An encoder's output has no rows per layer, so it stays complete.
     assert report["encoder_hit"] is (how == "a slot is missing")
     assert off == 0.0
 
 
-def test_clear_forgets_everything(vlm: Pair) -> None:
+def test_clear(vlm: Pair) -> None:
     vlm.run(**prompt(A))
     assert len(vlm.engine.store) == 4  # a donor, the texts around it, and an encoder's output
     assert vlm.run(**prompt(A))[1]["mode"] == "warm"
@@ -326,7 +326,7 @@ def test_clear_forgets_everything(vlm: Pair) -> None:
     assert off == 0.0
 
 
-def test_the_model_goes_on_after_close() -> None:
+def test_model_works_after_close() -> None:
     pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), policy="none")
     pair.run(**prompt(A))
     pair.engine.close()

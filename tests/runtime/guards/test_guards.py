@@ -1,4 +1,4 @@
-"""Which requests are computed in full as well, and what follows from violations."""
+"""Guards: requests for shadow runs, violations and bypass."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ GOOD, FLIP, FAR, BROKEN = (
 @pytest.mark.parametrize(
     ("share", "due"), [(0.1, [9, 19, 29]), (1 / 3, [2, 5, 8]), (1.0, [0, 1, 2]), (0, [])]
 )
-def test_shares_add_up(share: float, due: list[int]) -> None:
+def test_is_due_adds_up_shares(share: float, due: list[int]) -> None:
     guards = Guards(Options(shadow=share))
     found = [call for call in range(30) if guards.is_due("model")]
     assert found[:3] == due
     assert len(found) == round(30 * share)
 
 
-def test_every_model_has_its_own_share() -> None:
+def test_is_due_per_model() -> None:
     guards = Guards(Options(shadow=0.5))
     found = [model for _ in range(4) for model in ("one", "two") if guards.is_due(model)]
     assert found == ["one", "two", "one", "two"]
@@ -59,10 +59,10 @@ def test_too_many_violations_bypass_one_model(caplog: pytest.LogCaptureFixture) 
     guards.resume()
     assert guards.reason("one") is None
     guards.record("one", FAR)
-    assert guards.reason("one") is None  # counted anew
+    assert guards.reason("one") is None  # the count restarts
 
 
-def test_without_a_bound_other_tokens_alone_are_violations() -> None:
+def test_violations_without_max_kl() -> None:
     guards = Guards(Options(shadow=1.0, shadow_max_kl=None, shadow_max_violations=1))
     guards.record("model", FAR)
     assert guards.reason("model") is None
@@ -70,14 +70,14 @@ def test_without_a_bound_other_tokens_alone_are_violations() -> None:
     assert guards.reason("model") is not None
 
 
-def test_logits_that_are_no_numbers_are_a_violation() -> None:
+def test_nan_logits_are_a_violation() -> None:
     guards = Guards(Options(shadow=1.0, shadow_max_violations=1))
     guards.record("model", BROKEN)
     assert guards.reason("model") is not None
     assert guards.stats()["mean_kl"] == 0.0
 
 
-def test_resume_may_name_models() -> None:
+def test_resume_of_models() -> None:
     guards = Guards(Options())
     for model in ("one", "two"):
         guards.bypass(model, "because")

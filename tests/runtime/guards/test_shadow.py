@@ -1,4 +1,4 @@
-"""Shadow runs: which results are logits, how they are compared, what a request gets, when reuse ends."""
+"""Shadow runs: logits, their comparison, results, and the bypass after violations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..helpers import Pair, vlcache_store, with_backend
 
 
 class Returning(TinyVlm):
-    """Returns other things beside logits, or in their place; may write logits to an input."""
+    """Returns other values besides logits or instead; may write logits to an input."""
 
     kind = "both"
 
@@ -61,19 +61,19 @@ ONE = tiny_vlm_inputs(3, 5, [(20, 0)])
     ("model", "index"),
     [(tiny_vlm, 0), (lambda: tiny_vlm(last_only=False), 0), (lambda: returning("both"), 2)],
 )
-def test_logits_are_found_by_their_width(model: Any, index: int) -> None:
+def test_find_logits_by_width(model: Any, index: int) -> None:
     captured, _ = captured_graph(model(), ONE)
     assert find_logits(captured, analyze(captured)) == index
 
 
-def test_hidden_states_are_no_logits() -> None:
+def test_find_logits_refuses_hidden_states() -> None:
     captured, _ = captured_graph(returning("hidden"), ONE)
-    with pytest.raises(UnsupportedGraphError, match="another width than its 16") as refusal:
+    with pytest.raises(UnsupportedGraphError, match="a width other than 16") as refusal:
         find_logits(captured, analyze(captured))
     assert refusal.value.reason is Reason.NO_LOGITS
 
 
-def test_hidden_states_are_reused_without_shadow_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_shadow_runs_without_logits(caplog: pytest.LogCaptureFixture) -> None:
     pair = with_backend(returning("hidden"), shadow=1.0)
     with caplog.at_level(logging.WARNING, logger="vlcache_fx"):
         modes = [pair.run(**tiny_vlm_inputs(3 + n, 5, [(20, 0)], text_seed=n))[1]["mode"] for n in range(3)]
@@ -93,7 +93,7 @@ def logits_of(*shares: float) -> Tensor:
     return torch.tensor(shares).log()
 
 
-def test_the_divergence_is_that_of_the_textbook() -> None:
+def test_kl_per_row() -> None:
     exact = torch.stack([logits_of(0.5, 0.5, 0.0), logits_of(0.9, 0.1, 0.0)])[None]
     reused = torch.stack([logits_of(0.25, 0.75, 0.0), logits_of(0.9, 0.1, 0.0)])[None]
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
@@ -106,7 +106,7 @@ def test_the_divergence_is_that_of_the_textbook() -> None:
     assert compare(logits_of(0.5, 0.5)[None], logits_of(1.0, 0.0)[None], [None]).kl == math.inf
 
 
-def test_samples_count_alike_whatever_their_rows() -> None:
+def test_compare_weights_samples_equally() -> None:
     exact = torch.zeros(2, 100, 4, dtype=torch.bfloat16)
     reused = exact.clone()
     reused[1, 3, 0] = 2.0
@@ -116,15 +116,15 @@ def test_samples_count_alike_whatever_their_rows() -> None:
     assert one > 0.1
 
 
-def test_what_nobody_reads_is_not_compared() -> None:
+def test_compared_rows() -> None:
     spans = (Span(0, 2, 4, "image", True),)
-    samples = (Sample(0, (), spans, unseen=torch.tensor([8, 9])), Sample(1, (), ()))
+    samples = (Sample(0, (), spans, padding=torch.tensor([8, 9])), Sample(1, (), ()))
     request = Request([], [], 10, samples, None)
     rows, last = compared_rows(request, None, 10)
     assert [None if one is None else one.tolist() for one in rows] == [[0, 1, 6, 7], list(range(10))]
     assert last == [7, 9]
     assert compared_rows(request, torch.tensor([9]), 1) == ([torch.tensor([0])] * 2, [0, 0])
-    assert compared_rows(request, None, 3) == ([None, None], None)  # not known which tokens they are of
+    assert compared_rows(request, None, 3) == ([None, None], None)  # the tokens of these rows are unknown
 
 
 # What a request gets ----------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def vlm(shadowed: Pair) -> Pair:
     return shadowed
 
 
-def test_every_other_warm_request_is_computed_in_full(vlm: Pair) -> None:
+def test_every_other_warm_request_has_shadow_run(vlm: Pair) -> None:
     before = vlm.engine.stats()["shadow"]
     seen = [vlm.run(**prompt(seed)) for seed in range(4)]
     assert [report["mode"] for _, report in seen] == ["cold", "warm", "warm", "warm"]
@@ -161,16 +161,14 @@ def test_every_other_warm_request_is_computed_in_full(vlm: Pair) -> None:
     assert report["rows_per_layer"][0] < report["num_tokens"]
 
 
-def test_known_prefixes_are_not_computed_again(vlm: Pair) -> None:
+def test_no_shadow_run_of_exact_prefixes(vlm: Pair) -> None:
     before = vlm.engine.stats()["shadow"]["runs"]
     for _ in range(4):
         vlm.run(**prompt(0))
     assert vlm.engine.stats()["shadow"]["runs"] == before
 
 
-def test_too_many_violations_end_reuse_until_it_is_resumed(
-    vlm: Pair, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_violations_bypass_until_resume(vlm: Pair, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="vlcache_fx"):
         modes = [vlm.run(**prompt(seed))[1]["mode"] for seed in range(5)]
         assert modes == ["cold", *["warm"] * 4]
@@ -179,8 +177,8 @@ def test_too_many_violations_end_reuse_until_it_is_resumed(
             assert report["mode"] == "bypass"
             assert off == 0.0
             assert "2 shadow runs" in report["reason"]
-    assert caplog.text.count("goes on without reuse") == 1
-    # Other weights are another model, which this engine serves as before.
+    assert caplog.text.count("continuing without reuse") == 1
+    # Other weights are another model, which is not bypassed.
     weight = vlm.model.decoder.layers[0].attention.value.weight
     kept = weight.detach().clone()
     with torch.no_grad():
@@ -192,8 +190,8 @@ def test_too_many_violations_end_reuse_until_it_is_resumed(
     assert vlm.run(**prompt(8))[1]["mode"] == "warm"
 
 
-def test_padding_says_nothing() -> None:
-    """Rows of padding are not computed, and their logits are of another place: not compared."""
+def test_padding_is_not_compared() -> None:
+    """Rows of padding are not computed, so their logits are meaningless."""
     pair = with_backend(padded(num_layers=2, last_only=False), policy="uniform", budget=1.0, shadow=1.0)
     for seed in range(3):
         pair.run(**batch_of(prompt(seed), tiny_vlm_inputs(9, 20, [(26, 1)], text_seed=seed), left=False))
@@ -202,7 +200,7 @@ def test_padding_says_nothing() -> None:
     assert pair.engine.stats()["shadow"]["violations"] == 0
 
 
-def test_what_the_model_writes_is_written_once() -> None:
+def test_shadow_run_applies_mutations_once() -> None:
     model = returning("written")
     reference = copy.deepcopy(model)
     options = {"lowering": "eager", "store": vlcache_store(), "policy": "none", "shadow": 1.0}

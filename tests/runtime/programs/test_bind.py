@@ -1,4 +1,4 @@
-"""Values of a program's slots, made of a plan and of donor tables."""
+"""Values of a program's input slots, from a plan and donor tables."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import PlanError
 from vlcache_fx.lowering import Lowered
 from vlcache_fx.options import Options
 from vlcache_fx.plan.stack import stack_plans
 from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.bind import bind, of_plan
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Key, Positions, Residual, Results, Rows, Source
 
 
@@ -46,17 +47,17 @@ def test_of_plan_of_two_samples() -> None:
     assert of_plan(Results(), stacked, torch.tensor([5])).tolist() == [[2], [1]]
 
 
-def test_of_plan_needs_positions_for_results() -> None:
+def test_of_plan_without_positions() -> None:
     with pytest.raises(PlanError, match="no positions are given"):
         of_plan(Results(), plan(), None)
 
 
 def test_of_plan_of_a_donor() -> None:
-    with pytest.raises(PlanError, match=r"slot donor\.0\.k is not made of a plan"):
+    with pytest.raises(PlanError, match=r"slot donor\.0\.k has no value in a plan"):
         of_plan(Donor(Key(0)), plan(), None)
 
 
-def test_bind_keeps_the_order_of_slots() -> None:
+def test_bind_keeps_slot_order() -> None:
     table = torch.ones(3)
     sent: list[Tensor] = []
 
@@ -71,10 +72,12 @@ def test_bind_keeps_the_order_of_slots() -> None:
     assert len(sent) == 2
 
 
-def test_bind_tells_temporaries_apart() -> None:
-    """Positions are made in the call: one may get the address of another that was sent before."""
-    slots = [Positions(0, 1), Positions(0, 2), Positions(1, 2), Positions(0, 0)]
-    runner = ProgramRunner("warm", slots, (), _never, torch.device("meta"), Engine(Options()))
+def test_bind_does_not_confuse_temporaries() -> None:
+    """``of_plan`` makes new tensors: a later one may get the id of an earlier one that was freed."""
+    slots: list[InputSlot] = [Positions(0, 1), Positions(0, 2), Positions(1, 2), Positions(0, 0)]
+    runner = ProgramRunner(
+        "warm", ProgramSpec(tuple(slots), ()), _never, torch.device("meta"), ServingEngine(Options())
+    )
     bound = runner.bind(plan(), None, dict)
     assert [value.shape for value in bound if isinstance(value, Tensor)] == [(3,), (2,), (2,), (4,)]
 

@@ -1,4 +1,4 @@
-"""Policies that look first: what they are shown is what an exact run would have stored."""
+"""Probes: deviations equal those from the rows of an exact run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _nothing_seen() -> None:
 
 @dataclass(frozen=True)
 class Looking(ProbingPolicy):
-    """Notes what it is shown, and chooses the row of the largest deviation, from layer 0 on."""
+    """Records deviations, and chooses the row with the largest, from layer 0 on."""
 
     name: ClassVar[str] = "looking"
 
@@ -52,14 +52,14 @@ def asking(pair: Pair, policy: Any, budget: float = 0.1) -> Iterator[None]:
 
 
 def stored(pair: Pair, spans: slice) -> list[dict[str, Tensor]]:
-    """What the store holds of these spans of the last call."""
+    """Return the stored donors of these spans of the last call."""
     entries = [pair.engine.store.get(span["key"]) for span in pair.report["spans"][spans]]
     assert all(entry is not None for entry in entries)
     return [dict(entry.tensors) for entry in entries if entry is not None]
 
 
 def check_seen(pair: Pair, call: dict[str, Tensor], layer: int, spans: slice = slice(None)) -> None:
-    """What was shown of the last call is how far donors are from what an exact run of it stores."""
+    """Check that deviations of the last call are distances between donors and rows of an exact run."""
     donors = stored(pair, spans)
     pair.engine.clear()
     pair.run(**call)
@@ -85,7 +85,7 @@ def pair(model: Pair) -> Pair:
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_several_spans_and_one_that_misses(pair: Pair, layer: int) -> None:
+def test_probe_several_spans_with_miss(pair: Pair, layer: int) -> None:
     for image in (0, 1):
         pair.run(**prompt(image))
     call = prompt(0, 2, 1, before=9, text=1)
@@ -93,7 +93,7 @@ def test_several_spans_and_one_that_misses(pair: Pair, layer: int) -> None:
         _, report = pair.run(**call)
     assert (report["mode"], hits(report)) == ("warm", [True, False, True])
     assert [len(found.key) for found in seen] == [16, 17]
-    # What was chosen is what the answer computes: all but the two spans, and one row of each.
+    # The warm run computes all rows but those of the two spans, and one row of each span.
     tokens = report["num_tokens"]
     assert report["rows_per_layer"] == (tokens - 16 - 17 + 2,) * (LAYERS + 1)
     assert report["token_layer_fraction"] == pytest.approx(2 / (16 + 17))
@@ -102,10 +102,10 @@ def test_several_spans_and_one_that_misses(pair: Pair, layer: int) -> None:
     check_seen(pair, call, layer, slice(None, None, 2))
 
 
-def test_behind_a_known_prefix_only_the_rest_is_looked_at(pair: Pair) -> None:
+def test_probe_after_exact_prefix(pair: Pair) -> None:
     pair.run(**prompt(0))
     pair.run(**prompt(1, text=1))
-    call = prompt(0, 1, text=0)  # begins like the first call
+    call = prompt(0, 1, text=0)  # shares the prefix of the first call
     with asking(pair, Looking()):
         _, report = pair.run(**call)
     assert report["mode"] == "warm"
@@ -113,7 +113,7 @@ def test_behind_a_known_prefix_only_the_rest_is_looked_at(pair: Pair) -> None:
     check_seen(pair, call, 1, slice(1, None))
 
 
-def test_no_probe_where_all_reuse_is_exact(pair: Pair) -> None:
+def test_no_probe_for_exact_reuse(pair: Pair) -> None:
     for _ in range(2):
         with asking(pair, Looking()):
             _, report = pair.run(**prompt(0))
@@ -123,7 +123,7 @@ def test_no_probe_where_all_reuse_is_exact(pair: Pair) -> None:
     assert not seen
 
 
-def test_nothing_is_shown_of_layer_0(pair: Pair) -> None:
+def test_layer_0_has_no_deviation(pair: Pair) -> None:
     pair.run(**prompt(0))
     with asking(pair, Looking(0)):
         pair.run(**prompt(0, before=9, text=1))
@@ -132,7 +132,7 @@ def test_nothing_is_shown_of_layer_0(pair: Pair) -> None:
     assert float(found.value.max()) < 1e-8
 
 
-def test_cacheblend_computes_its_check_layers_and_then_few_rows(pair: Pair) -> None:
+def test_cacheblend_rows_per_layer(pair: Pair) -> None:
     pair.run(**prompt(0))
     with asking(pair, "cacheblend", 0.125):
         off, report = pair.run(**prompt(0, before=9, text=1))
@@ -148,7 +148,7 @@ def test_cacheblend_computes_its_check_layers_and_then_few_rows(pair: Pair) -> N
 
 @dataclass(frozen=True)
 class Row(Policy):
-    """One row of every span, known before."""
+    """Chooses one fixed row of every span."""
 
     name: ClassVar[str] = "row"
     ignores_budget: ClassVar[bool] = True
@@ -159,8 +159,8 @@ class Row(Policy):
         return (torch.tensor([self.row]),) * span.num_layers
 
 
-def test_the_answer_is_what_the_same_rows_give_without_a_probe() -> None:
-    """A probe leaves nothing behind. Here only the last row is needed behind the last layer."""
+def test_probe_does_not_change_results() -> None:
+    """A probe changes no state. Here results need only the last row."""
     pair = with_backend(tiny_vlm(num_layers=2))
     pair.run(**prompt(0))
     call = prompt(0, before=9, text=1)
@@ -180,7 +180,7 @@ def batch(_compiler: None) -> Pair:
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_each_sample_of_a_batch_is_shown_its_own(batch: Pair, left: bool) -> None:
+def test_probe_of_batch(batch: Pair, left: bool) -> None:
     batch.engine.clear()
     batch.run(**batch_of(prompt(0, 2), prompt(1, before=3, text=1), left=left))
     call = batch_of(prompt(1, 0, before=4, text=2), prompt(2, before=11, text=3), left=left)
@@ -191,7 +191,7 @@ def test_each_sample_of_a_batch_is_shown_its_own(batch: Pair, left: bool) -> Non
     check_seen(batch, call, 1)
 
 
-def test_a_layer_that_reads_anothers_keys_shows_those_of_an_earlier_one() -> None:
+def test_probe_of_layer_that_shares_keys() -> None:
     pair = with_backend(wired("shared", last_only=False))
     pair.run(**prompt(0))
     with asking(pair, Looking(2)):
@@ -213,11 +213,11 @@ class Short(Looking):
     ("policy", "message"),
     [
         (Looking(LAYERS), "policy 'looking' probes layer 3; the model has layers 0 to 2"),
-        (Half(), "select must ask for all 16 rows of a span up to layer 1, not for 8"),
+        (Half(), "select must return all 16 rows of a span up to layer 1, not 8"),
         (Short(), "chose rows for 2 layers; the model has 3"),
     ],
 )
-def test_a_policy_that_makes_no_plan_costs_the_reuse_alone(
+def test_invalid_probe_plan_costs_reuse_only(
     pair: Pair, policy: Policy, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair.run(**prompt(0))

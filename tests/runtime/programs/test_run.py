@@ -1,4 +1,4 @@
-"""A program that fails costs the reuse, never the request."""
+"""A failing program costs reuse, never the request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIRST = tiny_vlm_inputs(5, 6, [(24, 0)])
 
 
 class Broken(EagerLowering):
-    """Programs of one name do not lower, or fail when they run."""
+    """Programs with one name fail to lower, or fail when they run."""
 
     def __init__(self, name: str, when: str) -> None:
         self.broken, self.when, self.runs = name, when, 0
@@ -53,7 +53,9 @@ def broken(name: str, when: str, **options: Any) -> tuple[Pair, Broken]:
 
 @pytest.mark.parametrize("when", ["lower", "run"])
 @pytest.mark.parametrize("name", ["cold", "warm"])
-def test_the_unmodified_model_serves_the_call(name: str, when: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_program_falls_back_to_unmodified(
+    name: str, when: str, caplog: pytest.LogCaptureFixture
+) -> None:
     pair, lowering = broken(name, when)
     with caplog.at_level(logging.WARNING, "vlcache_fx"):
         reports = [pair.run(**FIRST) for _ in range(4)]
@@ -61,17 +63,17 @@ def test_the_unmodified_model_serves_the_call(name: str, when: str, caplog: pyte
     failed = [report for _, report in reports if report["mode"] == "bypass"]
     assert len(failed) == (4 if name == "cold" else 3)
     assert "lowering_failed" in pair.engine.stats()["refusals"]
-    assert len(caplog.records) == 1  # said once
-    assert lowering.runs == (1 if when == "run" else 0)  # and not tried again
+    assert len(caplog.records) == 1  # logged once
+    assert lowering.runs == (1 if when == "run" else 0)  # not tried again
 
 
-def test_strict_raises_what_went_wrong() -> None:
+def test_strict_raises_program_error() -> None:
     pair, _ = broken("cold", "run", strict=True)
     with pytest.raises(RuntimeError, match="no memory for it"):
         pair.run(**FIRST)
 
 
-def test_donors_are_asked_for_when_the_plan_has_been_sent() -> None:
+def test_bind_builds_tables_after_sending_plan() -> None:
     sent = []
 
     class Positions(torch.Tensor):

@@ -1,4 +1,4 @@
-"""Exact reuse of a prompt's beginning: what is known, what becomes known, and what must not."""
+"""Exact reuse of prefixes: the prefix that a prompt finds, and the blocks that it stores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS, Piece, PrefixReader
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS, Block, BlockSplitter
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def compiled(_compiler: None) -> Pair:
-    """Reuses without asking for rows: what is not exact shows."""
+    """The policy recomputes no rows, so approximate reuse shows."""
     return with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), policy="none")
 
 
@@ -36,7 +36,7 @@ def vlm(compiled: Pair) -> Pair:
 
 
 def chat(*images: tuple[int, int], before: int = 20, after: int = 40) -> dict[str, Tensor]:
-    """A prompt whose texts are the beginnings of the same long ones."""
+    """Return a prompt whose texts are prefixes of the same long texts."""
     return tiny_vlm_inputs(before, after, images)
 
 
@@ -47,7 +47,7 @@ def rewritten(inputs: dict[str, Tensor], token: int) -> dict[str, Tensor]:
     return inputs | {"input_ids": ids}
 
 
-# What is known ----------------------------------------------------------------------------------------------
+# Prefixes ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
@@ -55,7 +55,7 @@ def rewritten(inputs: dict[str, Tensor], token: int) -> dict[str, Tensor]:
     before=st.integers(1, 40), after=st.integers(2, 60), place=st.integers(0, 59),
     images=st.lists(st.sampled_from([A, B, C]), min_size=1, max_size=2, unique=True),
 )  # fmt: skip
-def test_behind_a_known_prefix_everything_is_exact(
+def test_exact_prefix_of_changed_prompt(
     compiled: Pair, before: int, after: int, place: int, images: list[tuple[int, int]]
 ) -> None:
     compiled.engine.clear()
@@ -71,7 +71,7 @@ def test_behind_a_known_prefix_everything_is_exact(
     assert off <= TOLERANCE
 
 
-def test_another_beginning_is_reused_but_not_as_exact(vlm: Pair) -> None:
+def test_other_prefix_reuses_approximately(vlm: Pair) -> None:
     inputs = chat(A)
     vlm.run(**inputs)
     off, report = vlm.run(**rewritten(inputs, 3))
@@ -79,7 +79,7 @@ def test_another_beginning_is_reused_but_not_as_exact(vlm: Pair) -> None:
     assert off > TOLERANCE
 
 
-def test_approximate_rows_never_become_exact_donors(vlm: Pair) -> None:
+def test_approximate_rows_are_not_stored_as_exact(vlm: Pair) -> None:
     inputs = chat(A)
     vlm.run(**inputs)
     moved = rewritten(inputs, 3)
@@ -90,7 +90,7 @@ def test_approximate_rows_never_become_exact_donors(vlm: Pair) -> None:
     assert len(vlm.engine.store) == held
 
 
-def test_an_exact_prefix_and_an_approximate_image_behind_it(vlm: Pair) -> None:
+def test_exact_prefix_before_approximate_image(vlm: Pair) -> None:
     vlm.run(**chat(A, B))
     inputs = chat(A, B)
     between = int(vlm.report["spans"][1]["start"]) - 1
@@ -103,7 +103,7 @@ def test_an_exact_prefix_and_an_approximate_image_behind_it(vlm: Pair) -> None:
     assert report["rows_per_layer"][:LAYERS] == (text,) * LAYERS
 
 
-def test_a_policy_may_ask_for_everything(vlm: Pair) -> None:
+def test_policy_recomputes_exact_prefix(vlm: Pair) -> None:
     inputs = chat(A)
     vlm.run(**inputs)
     with vlm.engine.using(policy="full"):
@@ -114,16 +114,14 @@ def test_a_policy_may_ask_for_everything(vlm: Pair) -> None:
 
 
 @pytest.mark.parametrize(("before", "mode"), [(20, "cold"), (60, "warm")])
-def test_text_in_front_of_a_new_image_is_reused_where_it_is_most_of_the_prompt(
-    vlm: Pair, before: int, mode: str
-) -> None:
+def test_prefix_of_text_before_new_image_needs_most_of_prompt(vlm: Pair, before: int, mode: str) -> None:
     vlm.run(**chat(A, before=before, after=4))
     off, report = vlm.run(**chat(C, before=before, after=4))
     assert (report["mode"], hits(report)) == (mode, [False])
     assert off <= TOLERANCE
 
 
-def test_other_weights_know_nothing(vlm: Pair) -> None:
+def test_other_weights_find_no_prefix(vlm: Pair) -> None:
     inputs = chat(A)
     vlm.run(**inputs)
     weight = vlm.model.decoder.layers[0].attention.value.weight
@@ -138,22 +136,22 @@ def test_other_weights_know_nothing(vlm: Pair) -> None:
     assert got.isfinite().all()
 
 
-# What becomes known -----------------------------------------------------------------------------------------
+# Later turns -----------------------------------------------------------------------------------------------
 
 
-def test_a_conversation_that_resends_everything(vlm: Pair) -> None:
+def test_conversation_that_resends_all_turns(vlm: Pair) -> None:
     turns = [chat(A, after=30), chat(A, after=70), chat(A, after=110)]
     known = 0
     for number, turn in enumerate(turns):
         off, report = vlm.run(**turn)
         assert off <= TOLERANCE
         assert report["mode"] == ("warm" if number else "cold")
-        if number:  # all but the block in which the turn before ended
+        if number:  # all but the last block of the turn before
             assert known - BLOCK_TOKENS < report["prefix_tokens"] <= known
         known = report["num_tokens"]
 
 
-def test_a_new_image_behind_a_known_prefix_is_recorded(vlm: Pair) -> None:
+def test_new_image_after_exact_prefix_is_recorded(vlm: Pair) -> None:
     vlm.run(**chat(A))
     off, report = vlm.run(**chat(A, C))
     assert hits(report) == [True, False]
@@ -169,7 +167,7 @@ def test_a_new_image_behind_a_known_prefix_is_recorded(vlm: Pair) -> None:
         torch.testing.assert_close(held.tensors[slot], rows, atol=TOLERANCE, rtol=0)
 
 
-def test_generate_goes_on_from_a_complete_cache() -> None:
+def test_generate_continues_from_complete_cache() -> None:
     pair = with_api(tiny_qwen2_5_vl(LAYERS), policy="none")
     inputs = qwen_inputs(20, 20, [(8, 8, 0)])
     arguments: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False,
@@ -182,38 +180,40 @@ def test_generate_goes_on_from_a_complete_cache() -> None:
     assert cache_distance(ours.past_key_values, theirs.past_key_values) <= TOLERANCE
 
 
-# The pieces -------------------------------------------------------------------------------------------------
+# Blocks -----------------------------------------------------------------------------------------------------
 
 
-def pieces(ids: Tensor, runs: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Piece]:
-    found = [Run(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in runs]
+def blocks(ids: Tensor, media_spans: list[tuple[int, int]], shortest: int = 1, **others: Any) -> list[Block]:
+    found = [
+        MediaSpan(0, start, length, (torch.full((length, 2), float(start)),)) for start, length in media_spans
+    ]
     spans = [
-        Span(0, run.start, run.length, f"span {run.start}", False) for run in found if run.length >= shortest
+        Span(0, one.start, one.length, f"span {one.start}", False) for one in found if one.length >= shortest
     ]
     by_token = [ids[0], *others.get("more", ())]
     root, seen = others.get("root", ""), others.get("seen")
-    return list(PrefixReader().pieces([ids], by_token, found, spans, ids.shape[-1], root, seen))
+    return list(BlockSplitter().blocks([ids], by_token, found, spans, ids.shape[-1], root, seen))
 
 
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=3),
     after=st.integers(0, 40), changed=st.integers(0, 10**6),
 )  # fmt: skip
-def test_pieces_cover_the_prompt_and_know_what_is_before_them(
-    lengths: list[tuple[int, int]], after: int, changed: int
-) -> None:
-    runs, at = [], 0
+def test_blocks_cover_prompt_and_key_prefix(lengths: list[tuple[int, int]], after: int, changed: int) -> None:
+    media_spans, at = [], 0
     for text, media in lengths:
-        runs.append((at + text, media))
+        media_spans.append((at + text, media))
         at += text + media
     ids = torch.arange(at + after)[None]
-    found = pieces(ids, runs, shortest=8)
-    assert [0, *(piece.end for piece in found)] == [*(piece.start for piece in found), ids.shape[1]]
-    assert [(p.start, p.length) for p in found if p.span] == [run for run in runs if run[1] >= 8]
+    found = blocks(ids, media_spans, shortest=8)
+    assert [0, *(block.end for block in found)] == [*(block.start for block in found), ids.shape[1]]
+    assert [(p.start, p.length) for p in found if p.span] == [
+        bounds for bounds in media_spans if bounds[1] >= 8
+    ]
     place = changed % ids.shape[1]
     other = ids.clone()
     other[0, place] = -1
-    for one, two in zip(found, pieces(other, runs, shortest=8), strict=True):
+    for one, two in zip(found, blocks(other, media_spans, shortest=8), strict=True):
         assert (one.before == two.before) == (one.start <= place)
         assert (one.key == two.key) == (one.end <= place or one.span is not None)
 
@@ -228,45 +228,49 @@ def test_pieces_cover_the_prompt_and_know_what_is_before_them(
     ],
     ids=["root", "value", "square value", "mask"],
 )
-def test_everything_that_rows_depend_on_counts(change: dict[str, Any]) -> None:
+def test_block_keys_cover(change: dict[str, Any]) -> None:
     ids = torch.arange(20)[None]
-    plain, other = pieces(ids, [(4, 4)]), pieces(ids, [(4, 4)], **change)
+    plain, other = blocks(ids, [(4, 4)]), blocks(ids, [(4, 4)], **change)
     assert all(one.key != two.key for one, two in zip(plain, other, strict=True) if one.span is None)
 
 
 @pytest.mark.parametrize("place", [0, 5, 13, 19])
-def test_a_row_that_sees_others_ends_what_is_known(place: int) -> None:
+def test_block_keys_after_row_with_other_mask(place: int) -> None:
     ids, seen = torch.arange(20)[None], [b"all"] * 20
     other = [*seen[:place], b"window", *seen[place + 1 :]]
-    one, two = (pieces(ids, [(4, 4)], seen=rows) for rows in (seen, other))
+    one, two = (blocks(ids, [(4, 4)], seen=rows) for rows in (seen, other))
     for before, after in zip(one, two, strict=True):
         assert (before.key == after.key) == (before.end <= place or before.span is not None)
         assert (before.before == after.before) == (before.start <= place)
 
 
-def test_the_length_of_the_prompt_does_not_count() -> None:
-    short, long = (pieces(torch.arange(length)[None], [(4, 4)], seen=[b""] * length) for length in (40, 90))
-    assert [piece.key for piece in short[:-1]] == [piece.key for piece in long[: len(short) - 1]]
+def test_block_keys_ignore_prompt_length() -> None:
+    short, long = (blocks(torch.arange(length)[None], [(4, 4)], seen=[b""] * length) for length in (40, 90))
+    assert [block.key for block in short[:-1]] == [block.key for block in long[: len(short) - 1]]
 
 
-def test_media_too_short_to_be_spans_count_with_their_content() -> None:
+def test_block_keys_cover_content_of_short_media() -> None:
     ids = torch.arange(20)[None]
     made = [
-        list(PrefixReader().pieces([ids], [ids[0]], [Run(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""))
+        list(
+            BlockSplitter().blocks(
+                [ids], [ids[0]], [MediaSpan(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""
+            )
+        )
         for value in (0.0, 1.0)
     ]
     assert [one.key == two.key for one, two in zip(*made, strict=True)] == [True, False, False]
 
 
 @pytest.mark.parametrize("place", [0, 3, 8, 12, 19])
-def test_rows_of_embeddings_count_but_for_those_of_spans(place: int) -> None:
+def test_block_keys_cover_embeddings_outside_spans(place: int) -> None:
     embeds = torch.arange(80.0).view(1, 20, 4)
     other = embeds.clone()
     other[0, place] = -1
-    reader = PrefixReader(embeddings=0)
-    run = Run(0, 4, 6, (embeds[0, 4:10],))
+    reader = BlockSplitter(embeddings=0)
+    media_span = MediaSpan(0, 4, 6, (embeds[0, 4:10],))
     one, two = (
-        list(reader.pieces([value], [], [run], [Span(0, 4, 6, "span", False)], 20, ""))
+        list(reader.blocks([value], [], [media_span], [Span(0, 4, 6, "span", False)], 20, ""))
         for value in (embeds, other)
     )
     in_span = 4 <= place < 10

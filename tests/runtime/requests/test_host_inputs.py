@@ -1,4 +1,4 @@
-"""Inputs that keys are made of come to the CPU at once."""
+"""Host inputs are copied to the CPU at once."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import pytest
 import torch
 
 import vlcache_fx
-from vlcache_fx.runtime.requests.host_inputs import MOST_BYTES, on_host
+from vlcache_fx.runtime.requests.host_inputs import MAX_BYTES, on_host
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.prompts import noise
 
 
-def test_what_lies_on_the_host_is_handed_on() -> None:
+def test_on_host_returns_host_tensors() -> None:
     args = [torch.arange(5), 7, noise(0, 3, 2), None]
     brought = on_host(args, [0, 1, 2, 3])
     assert all(one is other for one, other in zip(brought, args, strict=True))
 
 
 @pytest.mark.gpu
-def test_small_inputs_come_to_the_host() -> None:
-    large = torch.zeros(MOST_BYTES + 1, dtype=torch.uint8, device="cuda")
+def test_on_host_copies_small_inputs() -> None:
+    large = torch.zeros(MAX_BYTES + 1, dtype=torch.uint8, device="cuda")
     args = [torch.arange(5, device="cuda"), noise(0, 3, 2).cuda(), large, torch.eye(3, device="cuda").t()]
     brought = on_host(args, [0, 2, 3])
     assert [one.device.type for one in brought] == ["cpu", "cuda", "cuda", "cpu"]
@@ -32,8 +32,8 @@ def test_small_inputs_come_to_the_host() -> None:
 
 
 @pytest.mark.gpu
-def test_a_warm_call_waits_for_the_device_three_times() -> None:
-    """For the weights, for the inputs that keys are made of, and for the features."""
+def test_warm_call_synchronizes_three_times() -> None:
+    """For weights, for host inputs, and for features."""
     model = vlcache_fx.compile(tiny_qwen2_5_vl().cuda(), lowering="eager", policy="full", dynamic=True)
     calls = [
         {name: value.cuda() for name, value in qwen_inputs(before, 6, [(8, 12, 0)]).items()}

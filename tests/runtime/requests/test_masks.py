@@ -1,4 +1,4 @@
-"""What masks let tokens see: which ones let a known prefix be exact, what is padding, what is refused."""
+"""Masks of a call: causal or not, padding, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests import masks as mask_check
-from vlcache_fx.runtime.requests.masks import MaskCheck, MaskLook, _looks_ahead
+from vlcache_fx.runtime.requests.masks import MaskChecker, MaskSummary, _attends_to_later
 from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
@@ -35,27 +35,27 @@ def with_more(*places: tuple[slice | int, slice | int]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("mask", "looks_ahead"),
+    ("mask", "attends_to_later"),
     [
         (CAUSAL, False),
         (CAUSAL.tril() & CAUSAL.triu(-3), False),  # a window
-        (with_more((slice(2, 5), slice(2, 5))), False),  # an image that looks both ways inside itself
+        (with_more((slice(2, 5), slice(2, 5))), False),  # an image, both ways
         (with_more((slice(2, 5), 5)), True),
-        (with_more((0, 1)), True),  # text that looks ahead
-        (CAUSAL[:4], True),  # rows that are not the tokens
+        (with_more((0, 1)), True),  # text
+        (CAUSAL[:4], True),  # fewer rows than tokens
     ],
     ids=["causal", "window", "image", "image and question", "text", "not square"],
 )
 @pytest.mark.parametrize("additive", [False, True])
-def test_only_images_may_look_ahead(mask: Tensor, looks_ahead: bool, additive: bool) -> None:
+def test_attends_to_later(mask: Tensor, attends_to_later: bool, additive: bool) -> None:
     given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
-    assert _looks_ahead(given[None, None], torch.arange(8), 8, SPANS) is looks_ahead
-    # Behind three keys of earlier calls, which everything sees, and in front of two places for later ones.
+    assert _attends_to_later(given[None, None], torch.arange(8), 8, SPANS) is attends_to_later
+    # After three keys of earlier calls, visible to all tokens, and before two empty slots of a cache.
     rows = len(given)
     seen, hidden = given[0, 0].expand(rows, 3), given.new_full((rows, 2), False if not additive else -1e30)
     wider = torch.cat([seen, given, hidden], dim=-1)[None, None]
     tokens = torch.tensor([-1] * 3 + list(range(8)) + [-1] * 2)
-    assert _looks_ahead(wider, tokens, 8, SPANS) is looks_ahead
+    assert _attends_to_later(wider, tokens, 8, SPANS) is attends_to_later
 
 
 # Masks of a graph -------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ BOTH = [[Span(sample, 2, 3, "image", False)] for sample in range(2)]
 
 
 class Given(TinyVlm):
-    """Each layer has a mask of its own, or none; keys of earlier calls may stand in front."""
+    """Each layer has its own mask, or none; keys of earlier calls may precede."""
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
         embeds = self.embed(input_ids)
@@ -85,8 +85,8 @@ class Given(TinyVlm):
         return logits
 
 
-class Looking:
-    """The check of a graph, and its inputs by name."""
+class CheckedGraph:
+    """The mask checker of a graph, and the graph's inputs by name."""
 
     def __init__(self, **more: Tensor) -> None:
         model = tiny_vlm(cls=Given, last_only=False)
@@ -96,17 +96,17 @@ class Looking:
         masks, cache_values = (
             extract(captured.graph_module, nodes) for nodes in (found.masks, found.cache_values)
         )
-        self.check = MaskCheck(found.spec, Prologue(masks=masks, cache_values=cache_values))
+        self.check = MaskChecker(found.spec, Prologue(masks=masks, cache_values=cache_values))
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
             for name, value in (CALL | more).items()
         }
 
-    def __call__(self, spans: Sequence[Sequence[Span]] = BOTH, **changes: Tensor) -> MaskLook:
+    def __call__(self, spans: Sequence[Sequence[Span]] = BOTH, **changes: Tensor) -> MaskSummary:
         for name, value in changes.items():
             self.args[self.place[name]] = value
-        return self.check.look(self.args, self.args, TOKENS, spans)
+        return self.check.check(self.args, self.args, TOKENS, spans)
 
 
 def for_both(*masks: Tensor, additive: bool = False) -> Tensor:
@@ -121,21 +121,21 @@ def hiding(*places: int) -> Tensor:
     return mask
 
 
-def unseen(look: MaskLook) -> list[list[int] | None]:
-    return [None if places is None else places.tolist() for places in look.unseen]
+def padding(summary: MaskSummary) -> list[list[int] | None]:
+    return [None if places is None else places.tolist() for places in summary.padding]
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["bool", "additive"])
-def looking(request: Any, _compiler: None) -> tuple[Looking, bool]:
+def checked(request: Any, _compiler: None) -> tuple[CheckedGraph, bool]:
     """Both layers read one mask."""
     mask = for_both(CAUSAL, CAUSAL, additive=request.param)
-    return Looking(mask_0=mask, mask_1=mask), request.param
+    return CheckedGraph(mask_0=mask, mask_1=mask), request.param
 
 
 @pytest.mark.parametrize(
     ("first", "second", "hidden"),
     [
-        (CAUSAL, CAUSAL, [[], []]),  # each token sees itself, so the last one is seen
+        (CAUSAL, CAUSAL, [[], []]),  # each token attends to itself, the last one too
         (hiding(0, 1), CAUSAL, [[0, 1], []]),
         (CAUSAL, hiding(6, 7), [[], [6, 7]]),
         (hiding(0), hiding(0, 7), [[0], [0, 7]]),
@@ -143,60 +143,60 @@ def looking(request: Any, _compiler: None) -> tuple[Looking, bool]:
     ],
     ids=["whole", "left", "right", "both sides", "a window, and inside"],
 )
-def test_padding_is_what_nothing_sees(
-    looking: tuple[Looking, bool], first: Tensor, second: Tensor, hidden: list[list[int]]
+def test_padding(
+    checked: tuple[CheckedGraph, bool], first: Tensor, second: Tensor, hidden: list[list[int]]
 ) -> None:
-    check, additive = looking
+    check, additive = checked
     mask = for_both(first, second, additive=additive)
-    look = check(mask_0=mask, mask_1=mask)
-    assert unseen(look) == hidden
-    assert (look.refusal, look.hides_what_follows, look.hides_the_past) == (None, True, True)
+    summary = check(mask_0=mask, mask_1=mask)
+    assert padding(summary) == hidden
+    assert (summary.refusal, summary.is_causal, summary.ignores_past) == (None, True, True)
 
 
-def test_an_image_that_sees_its_question_is_refused(looking: tuple[Looking, bool]) -> None:
-    check, additive = looking
+def test_refuses_image_that_attends_to_question(checked: tuple[CheckedGraph, bool]) -> None:
+    check, additive = checked
     mask = for_both(CAUSAL, with_more((4, 5)), additive=additive)
-    look = check(mask_0=mask, mask_1=mask)
-    assert look.refusal is not None
-    assert look.refusal.reason is Reason.MASK_FORM
-    assert "span at 2 attend to tokens behind it" in str(look.refusal)
-    assert not look.hides_what_follows
-    # Another sample's mask says nothing about a span, and text may see what follows.
+    summary = check(mask_0=mask, mask_1=mask)
+    assert summary.refusal is not None
+    assert summary.refusal.reason is Reason.MASK_FORM
+    assert "span at 2 attend to tokens after the span" in str(summary.refusal)
+    assert not summary.is_causal
+    # The other sample has no span, and text may attend to later tokens.
     assert check([BOTH[0], []], mask_0=mask, mask_1=mask).refusal is None
 
 
-def test_images_may_look_both_ways_inside_themselves(looking: tuple[Looking, bool]) -> None:
-    check, additive = looking
+def test_accepts_image_both_ways(checked: tuple[CheckedGraph, bool]) -> None:
+    check, additive = checked
     mask = for_both(CAUSAL, with_more((IMAGE, IMAGE)), additive=additive)
-    look = check(mask_0=mask, mask_1=mask)
-    assert (look.refusal, look.hides_what_follows) == (None, True)
-    look = check([BOTH[0], []], mask_0=mask, mask_1=mask)  # not what is no item
-    assert (look.refusal, look.hides_what_follows) == (None, False)
+    summary = check(mask_0=mask, mask_1=mask)
+    assert (summary.refusal, summary.is_causal) == (None, True)
+    summary = check([BOTH[0], []], mask_0=mask, mask_1=mask)  # no span there
+    assert (summary.refusal, summary.is_causal) == (None, False)
 
 
-def test_text_that_looks_ahead_is_no_refusal(looking: tuple[Looking, bool]) -> None:
-    check, additive = looking
+def test_accepts_text_that_attends_to_later(checked: tuple[CheckedGraph, bool]) -> None:
+    check, additive = checked
     mask = for_both(with_more((6, 7)), CAUSAL, additive=additive)
-    look = check(mask_0=mask, mask_1=mask)
-    assert (look.refusal, look.hides_what_follows) == (None, False)
+    summary = check(mask_0=mask, mask_1=mask)
+    assert (summary.refusal, summary.is_causal) == (None, False)
 
 
-def test_what_was_seen_is_remembered_by_content(looking: tuple[Looking, bool]) -> None:
-    check, additive = looking
+def test_summaries_are_cached_by_content(checked: tuple[CheckedGraph, bool]) -> None:
+    check, additive = checked
     mask = for_both(hiding(1), CAUSAL, additive=additive)
-    look = check(mask_0=mask, mask_1=mask)
+    summary = check(mask_0=mask, mask_1=mask)
     again = mask.clone()
-    assert check(mask_0=again, mask_1=again, pixel_values=CALL["pixel_values"] + 1) is look
-    assert check([BOTH[0], []]) is not look
+    assert check(mask_0=again, mask_1=again, pixel_values=CALL["pixel_values"] + 1) is summary
+    assert check([BOTH[0], []]) is not summary
     again[1, 0, :, 0] = mask[0, 0, 0, 1]  # written in place
-    assert unseen(check()) == [[1], [0]]
-    assert check(mask_0=mask, mask_1=mask) is look
+    assert padding(check()) == [[1], [0]]
+    assert check(mask_0=mask, mask_1=mask) is summary
 
 
-def test_few_looks_are_remembered(looking: tuple[Looking, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    check, additive = looking
-    monkeypatch.setattr(mask_check, "LOOKS_REMEMBERED", 2)
-    check.check._looks.clear()
+def test_summaries_are_bounded(checked: tuple[CheckedGraph, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    check, additive = checked
+    monkeypatch.setattr(mask_check, "MAX_SUMMARIES", 2)
+    check.check._summaries.clear()
     masks = [for_both(hiding(place), CAUSAL, additive=additive) for place in range(3)]
     first, second, third = (check(mask_0=mask, mask_1=mask) for mask in masks)
     assert check(mask_0=masks[2], mask_1=masks[2]) is third
@@ -204,37 +204,37 @@ def test_few_looks_are_remembered(looking: tuple[Looking, bool], monkeypatch: py
     assert check(mask_0=masks[0], mask_1=masks[0]) is not first
 
 
-def test_a_mask_for_all_samples() -> None:
+def test_mask_for_all_samples() -> None:
     mask = for_both(hiding(0))
-    assert unseen(Looking(mask_0=mask, mask_1=mask)()) == [[0], [0]]
+    assert padding(CheckedGraph(mask_0=mask, mask_1=mask)()) == [[0], [0]]
 
 
-def test_layers_are_looked_at_together() -> None:
-    """What one layer sees, is seen; what one layer lets see too much, is refused."""
-    check = Looking(mask_0=for_both(hiding(0, 1), CAUSAL), mask_1=for_both(hiding(1), hiding(0)))
-    assert unseen(check()) == [[1], []]
+def test_layers_with_different_masks() -> None:
+    """Padding is hidden in all layers; one layer is enough for a refusal."""
+    check = CheckedGraph(mask_0=for_both(hiding(0, 1), CAUSAL), mask_1=for_both(hiding(1), hiding(0)))
+    assert padding(check()) == [[1], []]
     assert check(mask_1=for_both(CAUSAL, with_more((3, 6)))).refusal is not None
-    assert not check(mask_1=for_both(CAUSAL, with_more((0, 1)))).hides_what_follows
+    assert not check(mask_1=for_both(CAUSAL, with_more((0, 1)))).is_causal
 
 
-def test_layers_without_a_mask_see_everything_before() -> None:
-    check = Looking(mask_0=for_both(hiding(0), CAUSAL))
-    look = check()
-    assert look.unseen == (None, None)
+def test_layer_without_mask() -> None:
+    check = CheckedGraph(mask_0=for_both(hiding(0), CAUSAL))
+    summary = check()
+    assert summary.padding == (None, None)
     assert check(mask_0=for_both(with_more((3, 6)), CAUSAL)).refusal is not None
-    plain = MaskLook(unseen=(None, None), of_items=(("causal",),) * 2, of_tokens=(None, None))
-    assert Looking()() == plain
+    plain = MaskSummary(padding=(None, None), shown_to_spans=(("causal",),) * 2, shown_to_tokens=(None, None))
+    assert CheckedGraph()() == plain
 
 
-def test_keys_of_earlier_calls_are_no_tokens() -> None:
+def test_keys_of_earlier_calls() -> None:
     def wider(past: Tensor) -> Tensor:
         return torch.cat([past.expand(2, 1, TOKENS, 3), for_both(hiding(0), CAUSAL)], -1)
 
     past = torch.zeros(2, 1, 3, 8)
     seen, hidden = wider(torch.tensor([True, False, True])), wider(torch.tensor(False))
-    check = Looking(mask_0=seen, mask_1=seen, past=past)
-    look = check()
-    assert (look.refusal, look.hides_what_follows, look.hides_the_past) == (None, True, False)
-    assert unseen(look) == [[0], []]
-    assert check(mask_0=hidden, mask_1=hidden).hides_the_past
-    assert not check(mask_0=hidden, mask_1=seen).hides_the_past
+    check = CheckedGraph(mask_0=seen, mask_1=seen, past=past)
+    summary = check()
+    assert (summary.refusal, summary.is_causal, summary.ignores_past) == (None, True, False)
+    assert padding(summary) == [[0], []]
+    assert check(mask_0=hidden, mask_1=hidden).ignores_past
+    assert not check(mask_0=hidden, mask_1=seen).ignores_past

@@ -1,4 +1,4 @@
-"""Which tokens of which samples an item fills, and what its key is made of."""
+"""Media spans in the inputs of a graph, and donor keys."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu
 from vlcache_fx.compiler.builders.spans import span_masks
 from vlcache_fx.ir import InputKind
 from vlcache_fx.ir.subgraph import extract
-from vlcache_fx.runtime.requests.input_values import Leaves
-from vlcache_fx.runtime.requests.media_spans import MediaItems, Run, merged_grid, runs_of
+from vlcache_fx.runtime.requests.input_values import InputValues
+from vlcache_fx.runtime.requests.media_spans import MediaItems, MediaSpan, media_spans_of, merged_grid
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN, VOCABULARY, noise
@@ -29,7 +29,7 @@ HIDDEN = 16
 
 
 class Taking(TinyVlm):
-    """Takes features; the call says what else enters, and where."""
+    """Takes features; other inputs depend on the call."""
 
     table: nn.Embedding
 
@@ -53,7 +53,7 @@ class Taking(TinyVlm):
 
 
 class Identifying:
-    """The identifier and the leaves of a graph, and its inputs by name."""
+    """The identifier and the input values of a graph, and its inputs by name."""
 
     def __init__(self, **call: Tensor) -> None:
         model: Any = tiny_vlm(cls=Taking, last_only=False)
@@ -62,7 +62,7 @@ class Identifying:
         self.decoder = decoder = describe_decoder(captured, analyze(captured), ())
         prologue = decoder.prologue()
         self.identifier = Identifier(decoder.spec.spans, prologue.spans)
-        self.leaves = Leaves(decoder.spec.leaves, prologue.input_values)
+        self.input_values = InputValues(decoder.spec.leaves, prologue.input_values)
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
@@ -70,7 +70,7 @@ class Identifying:
         }
 
     def read_on_cpu(self) -> tuple[int, ...]:
-        """The inputs that the program ``spans`` reads on the CPU."""
+        """Return the inputs that the program ``spans`` reads on the CPU."""
         captured = self.decoder.captured
         part = extract(captured.graph_module, span_masks(self.decoder.facts))
         return evaluated_on_cpu(part, captured.indices_of(InputKind.DATA))[1]
@@ -81,36 +81,38 @@ class Identifying:
             args[self.place[name]] = value
         return args
 
-    def runs(
+    def media_spans(
         self, items: list[list[int]] | None = None, **changes: Tensor
-    ) -> tuple[int, int, list[Run]] | None:
+    ) -> tuple[int, int, list[MediaSpan]] | None:
         encoded = [MediaItems(tuple(lengths)) for lengths in items or ()]
-        return self.identifier.runs(self.with_changes(changes), encoded)
+        return self.identifier.media_spans(self.with_changes(changes), encoded)
 
     def found(self, items: list[list[int]] | None = None, **changes: Tensor) -> list[tuple[int, int, int]]:
-        """``(sample, start, length)`` of each run."""
-        identified = self.runs(items, **changes)
+        """Return ``(sample, start, length)`` of each media span."""
+        identified = self.media_spans(items, **changes)
         assert identified is not None
-        return [(run.sample, run.start, run.length) for run in identified[2]]
+        return [(span.sample, span.start, span.length) for span in identified[2]]
 
-    def positions(self, run: int = 0, **changes: Tensor) -> list[Any]:
-        """What layers read at the tokens of one run beside its features, in the given call."""
+    def positions(self, number: int = 0, **changes: Tensor) -> list[Any]:
+        """Return the input values at the tokens of one media span."""
         args = self.with_changes(changes)
-        identified = self.identifier.runs(args)
+        identified = self.identifier.media_spans(args)
         assert identified is not None
-        _, tokens, runs = identified
-        one = runs[run]
-        return self.leaves.of_item(self.leaves.read(args), one.sample, one.start, one.length, tokens)[1]
+        _, tokens, media_spans = identified
+        span = media_spans[number]
+        return self.input_values.of_item(
+            self.input_values.read(args), span.sample, span.start, span.length, tokens
+        )[1]
 
 
 def ids(*prompts: str) -> Tensor:
-    """A character per token: ``o`` for an image, others for text."""
+    """Return a token per character: ``o`` for an image, others for text."""
     tokens = [[IMAGE_TOKEN if letter == "o" else ord(letter) for letter in prompt] for prompt in prompts]
     return torch.tensor(tokens)
 
 
 TWO = ids("aooobboo", "oobooocc")
-"""One item ends where the sample does, and the next sample begins with one."""
+"""An item ends the first sample, and another begins the second."""
 
 
 @pytest.fixture(scope="module")
@@ -118,26 +120,31 @@ def two(_compiler: None) -> Identifying:
     return Identifying(input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN))
 
 
-# Runs -------------------------------------------------------------------------------------------------------
+# Media spans ------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_each_sample(two: Identifying) -> None:
-    identified = two.runs()
+def test_media_spans_of_each_sample(two: Identifying) -> None:
+    identified = two.media_spans()
     assert identified is not None
-    samples, tokens, runs = identified
+    samples, tokens, media_spans = identified
     assert (samples, tokens) == (2, 8)
-    assert [(run.sample, run.start, run.end) for run in runs] == [(0, 1, 4), (0, 6, 8), (1, 0, 2), (1, 3, 6)]
+    assert [(span.sample, span.start, span.end) for span in media_spans] == [
+        (0, 1, 4),
+        (0, 6, 8),
+        (1, 0, 2),
+        (1, 3, 6),
+    ]
     first = 0
-    for run in runs:
-        features, *deep = run.content
-        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + run.length])
-        assert len(deep) == 2  # of each layer
+    for span in media_spans:
+        features, *deep = span.content
+        assert torch.equal(features, noise(0, 10, HIDDEN)[first : first + span.length])
+        assert len(deep) == 2  # one per layer
         for added in deep:
-            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + run.length])
-        first += run.length
+            assert torch.equal(added, noise(1, 10, HIDDEN)[first : first + span.length])
+        first += span.length
 
 
-def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
+def test_span_masks_are_computed_on_cpu(two: Identifying) -> None:
     assert two.read_on_cpu() == (two.place["input_ids"],)
     flags = Identifying(
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=TWO == IMAGE_TOKEN
@@ -145,44 +152,44 @@ def test_tokens_are_looked_at_on_the_host(two: Identifying) -> None:
     assert set(flags.read_on_cpu()) == {flags.place["input_ids"], flags.place["deep_mask"]}
 
 
-def test_items_without_text_between_them_are_runs_of_their_own(two: Identifying) -> None:
+def test_media_spans_without_text_between(two: Identifying) -> None:
     whole = [(0, 1, 3), (0, 6, 2), (1, 0, 2), (1, 3, 3)]
     assert two.found() == whole
     assert two.found([[3, 2, 2, 3]]) == whole
     assert two.found([[1, 2, 2, 2, 3]]) == [(0, 1, 1), (0, 2, 2), *whole[1:]]
     assert two.found([[4, 4], [3, 2, 2, 1, 2]]) == [*whole[:3], (1, 3, 1), (1, 4, 2)]
-    assert two.found([[1, 2, 3]]) == whole  # of something else
-    assert two.found([[3, 4, 3]]) == whole  # no item goes on in the next sample
+    assert two.found([[1, 2, 3]]) == whole  # another modality
+    assert two.found([[3, 4, 3]]) == whole  # items end with the sample
 
 
-def test_features_that_do_not_fit_their_places_are_no_runs(two: Identifying) -> None:
-    assert two.runs(features=noise(0, 9, HIDDEN)) is None
-    assert two.runs(features=noise(0, 10, HIDDEN // 2)) is None
-    assert two.runs(deep=noise(1, 11, HIDDEN)) is None
+def test_media_spans_of_mismatched_features(two: Identifying) -> None:
+    assert two.media_spans(features=noise(0, 9, HIDDEN)) is None
+    assert two.media_spans(features=noise(0, 10, HIDDEN // 2)) is None
+    assert two.media_spans(deep=noise(1, 11, HIDDEN)) is None
     one_less = TWO.clone()
     one_less[0, 1] = 7
-    assert two.runs(input_ids=one_less) is None
+    assert two.media_spans(input_ids=one_less) is None
     assert two.found(input_ids=TWO.flip(0)) == [(0, 0, 2), (0, 3, 3), (1, 1, 3), (1, 6, 2)]
 
 
-def test_additions_at_other_tokens_are_not_understood() -> None:
+def test_media_spans_with_deepstack_outside() -> None:
     image = TWO == IMAGE_TOKEN
     check = Identifying(
         input_ids=TWO, features=noise(0, 10, HIDDEN), deep=noise(1, 10, HIDDEN), deep_mask=image
     )
     assert len(check.found()) == 4
-    assert check.runs(deep_mask=image.roll(1, 1)) is None
-    # In fewer places, each run has the rows that are added to it.
+    assert check.media_spans(deep_mask=image.roll(1, 1)) is None
+    # At fewer tokens, each media span has its own deepstack rows.
     image = image.clone()
     image[0, 1:3] = False
-    identified = check.runs(deep_mask=image, deep=noise(1, 8, HIDDEN))
+    identified = check.media_spans(deep_mask=image, deep=noise(1, 8, HIDDEN))
     assert identified is not None
-    assert [len(run.content[1]) for run in identified[2]] == [1, 2, 2, 3]
+    assert [len(span.content[1]) for span in identified[2]] == [1, 2, 2, 3]
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=3), st.data())
 @settings(max_examples=100)
-def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObject) -> None:
+def test_media_spans_of_consecutive_positions(flags: list[list[bool]], data: st.DataObject) -> None:
     places = torch.tensor(flags).flatten().nonzero().flatten()
     features = torch.arange(len(places))[:, None]
     cuts = data.draw(st.sets(st.integers(1, max(1, len(places) - 1)))) if len(places) > 1 else set()
@@ -192,26 +199,28 @@ def test_runs_are_what_lies_together(flags: list[list[bool]], data: st.DataObjec
     for number, place in enumerate(places.tolist()):
         joins = want and want[-1][-1] == place - 1 and place % 5 != 0 and not (lengths and number in cuts)
         want[-1].append(place) if joins else want.append([place])
-    runs = runs_of(places, features, 5, MediaItems(tuple(lengths)))
-    assert [[run.sample * 5 + run.start + i for i in range(run.length)] for run in runs] == want
-    assert [row for run in runs for row in run.content[0].flatten().tolist()] == list(range(len(places)))
+    media_spans = media_spans_of(places, features, 5, MediaItems(tuple(lengths)))
+    assert [[span.sample * 5 + span.start + i for i in range(span.length)] for span in media_spans] == want
+    assert [row for span in media_spans for row in span.content[0].flatten().tolist()] == list(
+        range(len(places))
+    )
 
 
 @pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 3, 0), (2, 0, 3)])
-def test_items_without_rows_are_no_runs(lengths: tuple[int, ...]) -> None:
-    runs = runs_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
-    assert [(run.start, run.length) for run in runs] == [(1, 2), (3, 3)]
+def test_media_spans_of_empty_items(lengths: tuple[int, ...]) -> None:
+    media_spans = media_spans_of(torch.arange(5) + 1, noise(0, 5, HIDDEN), 8, MediaItems(lengths))
+    assert [(span.start, span.length) for span in media_spans] == [(1, 2), (3, 3)]
 
 
-def test_runs_of_grids() -> None:
-    """A run has the grid of its item where it is the whole item."""
+def test_media_spans_have_grids() -> None:
+    """A media span has the grid of its item where it is the whole item."""
     items = MediaItems((4, 6, 2), ((1, 2, 2), (1, 2, 3), None))
     positions = torch.tensor([0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 13])  # a gap inside the second item
-    found = runs_of(positions, noise(0, 12, HIDDEN), 20, items)
-    assert [(run.start, run.length, run.grid) for run in found] == [
+    found = media_spans_of(positions, noise(0, 12, HIDDEN), 20, items)
+    assert [(span.start, span.length, span.grid) for span in found] == [
         (0, 4, (1, 2, 2)), (4, 3, None), (8, 3, None), (12, 2, None)
     ]  # fmt: skip
-    (alone,) = runs_of(torch.arange(6), noise(0, 6, HIDDEN), 20, MediaItems((6,), ((1, 2, 3),)))
+    (alone,) = media_spans_of(torch.arange(6), noise(0, 6, HIDDEN), 20, MediaItems((6,), ((1, 2, 3),)))
     assert alone.grid == (1, 2, 3)
 
 
@@ -260,26 +269,26 @@ def placed(_compiler: None) -> Identifying:
     ],
     ids=str,
 )
-def test_positions_count_from_the_first_token(placed: Identifying, positions: Any, part: list[int]) -> None:
+def test_positions_are_relative(placed: Identifying, positions: Any, part: list[int]) -> None:
     found = placed.positions(position_ids=torch.tensor(positions))
     assert [one.flatten().tolist() for one in found] == [part]
 
 
-def test_positions_that_the_graph_makes_are_those_that_it_is_given(placed: Identifying) -> None:
+def test_computed_positions_equal_given_positions(placed: Identifying) -> None:
     (made,), (given_,) = Identifying(**ONE).positions(), placed.positions()
     assert torch.equal(made, given_)
 
 
-def test_ids_that_name_rows_of_a_table_are_no_counts() -> None:
+def test_embedding_indices_are_not_relative() -> None:
     check = Identifying(**ONE, ids_of_layers=torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]]))
-    assert [form.is_index for form in check.decoder.spec.leaves if form.is_beside] == [False, True]
+    assert [spec.is_index for spec in check.decoder.spec.leaves if spec.is_beside] == [False, True]
     assert [one.flatten().tolist() for one in check.positions()] == [[0, 1, 2, 3], [2, 3, 4, 5]]
     same = torch.full((1, 8), 9)
     assert check.positions(ids_of_layers=same)[1].flatten().tolist() == [9] * 4
 
 
-def test_what_masks_alone_read_is_no_leaf() -> None:
-    """Masks are described by what they show, see ``test_mask_view.py``."""
+def test_inputs_of_masks_are_no_input_values() -> None:
+    """Masks enter keys as text, see ``test_mask_view.py``."""
     kept = torch.ones(1, 8, dtype=torch.bool)
     bias = causal_mask(8, torch.device("cpu"))
     for more in ({}, {"kept": kept}, {"bias": bias}):
@@ -304,40 +313,40 @@ def test_positions_of_each_sample() -> None:
     call = {"input_ids": ids("aoooobcc", "abcooooa"), "features": noise(0, 8, HIDDEN)}
     captured, graph = captured_graph(model, call | {"position_ids": positions})
     decoder = describe_decoder(captured, analyze(captured), ())
-    leaves = Leaves(decoder.spec.leaves, decoder.prologue().input_values)
-    values = leaves.read(graph.calls[0])
-    parts = [leaves.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
+    input_values = InputValues(decoder.spec.leaves, decoder.prologue().input_values)
+    values = input_values.read(graph.calls[0])
+    parts = [input_values.of_item(values, sample, start, 4, 8)[1] for sample, start in ((0, 1), (1, 3))]
     assert [part[0].flatten().tolist() for part in parts] == [[0, 0, 1, 1], [0, 1, 2, 3]]
 
 
 # Keys -------------------------------------------------------------------------------------------------------
 
 
-def test_every_part_of_a_run_is_in_its_key(two: Identifying) -> None:
+def test_donor_key_covers_content(two: Identifying) -> None:
     def keys(**changes: Tensor) -> list[str]:
-        identified = two.runs(**changes)
+        identified = two.media_spans(**changes)
         assert identified is not None
-        return [donor_key(run, [], "weights", "salt") for run in identified[2]]
+        return [donor_key(span, [], "weights", "salt") for span in identified[2]]
 
     usual = keys()
     assert len(set(usual)) == 4
     assert keys() == usual
     for name in ("features", "deep"):
         changed = two.args[two.place[name]].clone()
-        changed[4] += 1  # of the second run
+        changed[4] += 1  # of the second media span
         assert [a == b for a, b in zip(keys(**{name: changed}), usual, strict=True)] == [
             True,
             False,
             True,
             True,
         ]
-    run = Run(0, 1, 2, (noise(0, 2, 4),))
-    elsewhere = Run(1, 5, 2, (noise(0, 2, 4),))
-    key = donor_key(run, [], "weights", "salt")
+    span = MediaSpan(0, 1, 2, (noise(0, 2, 4),))
+    elsewhere = MediaSpan(1, 5, 2, (noise(0, 2, 4),))
+    key = donor_key(span, [], "weights", "salt")
     assert donor_key(elsewhere, [], "weights", "salt") == key
     others = {
-        donor_key(run, [torch.tensor([0, 1])], "weights", "salt"),
-        donor_key(run, [], "other", "salt"),
-        donor_key(run, [], "weights", ""),
+        donor_key(span, [torch.tensor([0, 1])], "weights", "salt"),
+        donor_key(span, [], "other", "salt"),
+        donor_key(span, [], "weights", ""),
     }
     assert len(others | {key}) == 4

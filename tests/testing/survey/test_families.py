@@ -24,10 +24,10 @@ KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
 
 
 NOT_REUSED = {
-    "paligemma": ("refused: mask_form", "tokens of the span at 5 attend to tokens behind it"),
+    "paligemma": ("refused: mask_form", "tokens of the span at 5 attend to tokens after the span"),
     "qwen3_5": (
         "refused: token_mixing",
-        "tokens meet outside attention in aten.conv1d.default: it mixes neighbouring tokens",
+        "aten.conv1d.default mixes tokens outside attention: it convolves over tokens",
     ),
     "mllama": ("exact reuse", ""),
 }

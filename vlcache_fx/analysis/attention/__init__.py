@@ -1,1 +1,1 @@
-"""Attention calls in a graph: which there are, and what each computes, in whatever form it is written."""
+"""Attention calls of a graph in all their forms, and what each computes."""

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from vlcache_fx.analysis.attention.products import Operand, Product, Step, product_of
 from vlcache_fx.analysis.attention.scores import (
-    OtherFormError,
+    NonCanonicalAttentionError,
     Scores,
     Term,
     is_cast,
@@ -31,16 +31,16 @@ SOFTMAX = frozenset({aten.softmax, aten._softmax, aten._safe_softmax})
 
 @dataclass(frozen=True)
 class EagerAttention:
-    """One attention in eager form.
+    """An eager attention.
 
     Attributes:
         node: the product with the values.
-        query, key, value: [batch, heads, tokens, dim]; there may be fewer key and value heads.
+        query, key, value: [batch, heads, tokens, dim]; keys and values may have fewer heads.
         terms: masks and biases, first to last.
-        sinks: a logit per head, [heads], or None.
+        sinks: logit per head, [heads], or None.
         scale, softcap: see ``Scores``.
-        steps: from [batch, heads, rows, value dim] to the value of ``node``.
-        rank: number of dimensions that the scores have in the graph.
+        steps: layout operators from [batch, heads, rows, value dim] to the value of ``node``.
+        rank: number of dimensions of the scores in the graph.
     """
 
     node: Node
@@ -56,10 +56,10 @@ class EagerAttention:
 
 
 def eager_attention(node: Node) -> EagerAttention | None:
-    """The attention whose result ``node`` computes, or None where it does not look like one.
+    """Return the attention whose result ``node`` computes; None if it does not resemble one.
 
     Raises:
-        OtherFormError: it looks like one, but has no canonical form.
+        NonCanonicalAttentionError: it resembles an attention, but has no canonical form.
     """
     values = product_of(node)
     if values is None or not _looks_like_attention(values):
@@ -68,14 +68,14 @@ def eager_attention(node: Node) -> EagerAttention | None:
     logits, sinks = _before_sinks(softmax, first_column)
     found = scores_of(logits, _root)
     if found is None:
-        raise OtherFormError(f"its scores do not come from a product of queries and keys ({logits.name})")
+        raise NonCanonicalAttentionError(f"its scores are not a product of queries and keys ({logits.name})")
     product = product_of(found.root)
     assert product is not None
     return _in_heads(values, product, found, sinks)
 
 
 def _looks_like_attention(values: Product) -> bool:
-    """A softmax of a product is behind the left factor, with nothing but elementwise steps between."""
+    """Return True if the left factor comes from a softmax of a product by elementwise operators alone."""
     softmax = _nearest(values.left.node, lambda node: packet_of(node) in SOFTMAX)
     return softmax is not None and _nearest(softmax, lambda node: product_of(node) is not None) is not None
 
@@ -98,9 +98,11 @@ def _nearest(start: Node, is_wanted: Any) -> Node | None:
 
 
 def _back_to_softmax(values: Product) -> tuple[Node, int | None]:
-    """The softmax, and which column of it is dropped (0 or -1), if one is."""
+    """Return the softmax, and the index of the column that is dropped from it (0, -1 or None)."""
     if values.left.steps or values.factor != 1.0 or values.added is not None:
-        raise OtherFormError("its probabilities are reordered or scaled before the product with the values")
+        raise NonCanonicalAttentionError(
+            "its probabilities are reordered or scaled before the product with the values"
+        )
     reader, node, dropped = values.node, values.left.node, None
     while packet_of(node) not in SOFTMAX:
         only_reader(node, reader)
@@ -108,14 +110,14 @@ def _back_to_softmax(values: Product) -> tuple[Node, int | None]:
         if packet is aten.slice and dropped is None and _drops_column(node) is not None:
             dropped = _drops_column(node)
         elif packet is aten.dropout and args[1] and args[2]:
-            raise OtherFormError("its probabilities are dropped out")
+            raise NonCanonicalAttentionError("dropout is applied to its probabilities")
         elif packet not in (aten.clone, aten.contiguous, aten.dropout) and not is_cast(node):
-            raise OtherFormError(f"its probabilities go through {node.target}")
+            raise NonCanonicalAttentionError(f"its probabilities go through {node.target}")
         reader, node = node, args[0]  # type: ignore[assignment]
         assert isinstance(node, Node)
     only_reader(node, reader)
     if node.args[1] not in (-1, len(shape_of(node)) - 1):
-        raise OtherFormError("its softmax does not run over the keys")
+        raise NonCanonicalAttentionError("its softmax does not run over the keys")
     return node, dropped
 
 
@@ -132,7 +134,7 @@ def _drops_column(node: Node) -> int | None:
 
 
 def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | None]:
-    """What enters the softmax, without the column of sinks."""
+    """Return the softmax's input without the column of sinks, and the sinks."""
     logits, readers = softmax.args[0], [softmax]
     assert isinstance(logits, Node)
     while dropped is not None and packet_of(logits) is not aten.cat:
@@ -140,7 +142,7 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
         source = logits.args[0] if logits.args else None
         largest = largest_of(source, logits.args[1]) if packet_of(logits) is aten.sub else None
         if not isinstance(source, Node) or (largest is None and not is_cast(logits)):
-            raise OtherFormError("a column of its softmax is dropped that is no sink")
+            raise NonCanonicalAttentionError("its softmax drops a column that is not a sink")
         readers = [logits] if largest is None else [logits, largest]
         logits = source
     only_reader(logits, *readers)
@@ -149,19 +151,19 @@ def _before_sinks(softmax: Node, dropped: int | None) -> tuple[Node, Operand | N
     parts, dim = (*logits.args, 0)[:2]
     rank = len(shape_of(logits))
     if not isinstance(parts, list | tuple) or len(parts) != 2 or dim not in (-1, rank - 1):
-        raise OtherFormError("a column of its softmax is dropped that is no sink")
+        raise NonCanonicalAttentionError("its softmax drops a column that is not a sink")
     column, scores = (parts[1], parts[0]) if dropped == -1 else (parts[0], parts[1])
     assert isinstance(column, Node)
     assert isinstance(scores, Node)
     only_reader(scores, logits)
     sinks = _per_head(column, shape_of(scores)[-3])
     if sinks is None:
-        raise OtherFormError(f"its sinks are not one number per head ({column.name})")
+        raise NonCanonicalAttentionError(f"its sinks are not one number per head ({column.name})")
     return scores, sinks
 
 
 def _per_head(column: Node, heads: Any) -> Operand | None:
-    """[heads], where ``column`` is that, the same for every sample and row."""
+    """Return ``column`` as [heads] if it is equal for all samples and rows; else None."""
     while packet_of(column) in COPIES | CASTS:
         column = column.args[0]  # type: ignore[assignment]
     if packet_of(column) is aten.expand and isinstance(column.args[0], Node):
@@ -183,7 +185,7 @@ def _root(node: Node) -> Scores | None:
     if product is None:
         return None
     if product.order is not None:
-        raise OtherFormError(f"its scores are reordered in {node.name}")
+        raise NonCanonicalAttentionError(f"its scores are reordered in {node.name}")
     if product.added is None:
         return Scores(node, inner=product.factor)
     added, factor = product.added
@@ -191,7 +193,7 @@ def _root(node: Node) -> Scores | None:
 
 
 def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand | None) -> EagerAttention:
-    """Everything with the four dimensions of an attention call."""
+    """Return the attention with the four dimensions of an attention call."""
     query, factor = _unscaled(product.left, found.root)
     key, value = product.right.transposed(), values.right
     swap = product.right.node if key.node is not product.right.node else found.root
@@ -201,14 +203,14 @@ def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand |
     ordered = tuple(shape) if values.order is None else _before(shape, values.order)
     back: list[Step] = []
     if rank == 3:
-        query, key, value = (one.unsqueezed(0) for one in (query, key, value))
+        query, key, value = (operand.unsqueezed(0) for operand in (query, key, value))
         back.append((aten.squeeze.dim, (0,)))
     elif rank == 5:
         query, key, value = _grouped(query, key, value)
         sizes = [*ordered[:3], -1, ordered[4]]
         back.append((aten.reshape.default, (sizes,)))
     elif rank != 4:
-        raise OtherFormError(f"its scores have {rank} dimensions")
+        raise NonCanonicalAttentionError(f"its scores have {rank} dimensions")
     _check_heads(query, key, value)
     _check_masks(found.terms, rank)
     if values.order is not None:
@@ -220,16 +222,20 @@ def _in_heads(values: Product, product: Product, found: Scores, sinks: Operand |
 
 def _before(shape: torch.Size, order: tuple[int, ...]) -> tuple[Any, ...]:
     result: list[Any] = [None] * len(order)
-    for place, source in enumerate(order):
-        result[source] = shape[place]
+    for dim, source in enumerate(order):
+        result[source] = shape[dim]
     return tuple(result)
 
 
 def _grouped(query: Operand, key: Operand, value: Operand) -> tuple[Operand, Operand, Operand]:
-    """[batch, key heads, group, rows, dim] and [batch, key heads, 1, tokens, dim]."""
+    """Return operands of four dimensions for grouped heads of five.
+
+    ``query`` is [batch, key heads, group, rows, dim]; ``key`` and ``value`` are [batch, key heads, 1, tokens,
+    dim].
+    """
     heads = query.shape[1:3]
-    if not all(isinstance(one, int) for one in query.shape[:3]) or key.shape[2] != 1 or value.shape[2] != 1:
-        raise OtherFormError("its five dimensions are not groups of heads that share a key")
+    if not all(isinstance(size, int) for size in query.shape[:3]) or key.shape[2] != 1 or value.shape[2] != 1:
+        raise NonCanonicalAttentionError("its five dimensions are not groups of heads that share a key")
     joined = heads[0] * heads[1]
     batch, rows, dim = query.shape[0], query.shape[3], query.shape[4]
     query = query.viewed([batch, joined, -1, dim], (batch, joined, rows, dim))
@@ -242,20 +248,20 @@ def _check_heads(query: Operand, key: Operand, value: Operand) -> None:
     if not equal(heads, key_heads):
         same = same and isinstance(heads, int) and isinstance(key_heads, int) and heads % key_heads == 0
     if not same or not equal(query.shape[0], key.shape[0]):
-        raise OtherFormError("its queries, keys and values differ in samples or heads")
+        raise NonCanonicalAttentionError("its queries, keys and values differ in samples or heads")
 
 
 def _check_masks(terms: tuple[Term, ...], rank: int) -> None:
     for term in terms:
         value = term.node.meta["val"]
         if value.is_floating_point() != (term.kind == "added"):
-            raise OtherFormError(f"its mask {term.node.name} is of type {value.dtype}")
+            raise NonCanonicalAttentionError(f"its mask {term.node.name} is of type {value.dtype}")
         if rank == 5 and any(size != 1 for size in value.shape[-4:-2]):
-            raise OtherFormError(f"its mask {term.node.name} differs from head to head")
+            raise NonCanonicalAttentionError(f"its mask {term.node.name} differs from head to head")
 
 
 def _unscaled(operand: Operand, reader: Node) -> tuple[Operand, float]:
-    """Without a factor that is a number: part of the scale."""
+    """Return the operand without constant factors, and their product."""
     node, factor = operand.node, 1.0
     while packet_of(node) in (aten.mul, aten.div) and list(node.users) == [reader]:
         number, source = number_of(node.args[1]), node.args[0]

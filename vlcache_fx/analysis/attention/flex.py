@@ -1,4 +1,4 @@
-"""Flex attention takes functions of a score and its place: read as scale, cap, biases and masks."""
+"""Flex attention: its ``score_mod`` and ``mask_mod`` read as scale, cap, biases and masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from vlcache_fx.analysis.attention.scores import OtherFormError, Scores, Term, number_of, scores_of
+from vlcache_fx.analysis.attention.scores import (
+    NonCanonicalAttentionError,
+    Scores,
+    Term,
+    number_of,
+    scores_of,
+)
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import attribute, packet_of
 from vlcache_fx.ir.sizes import equal
@@ -22,11 +28,11 @@ ALWAYS = frozenset({aten.new_ones, aten.ones, aten.ones_like})
 
 @dataclass(frozen=True)
 class Function:
-    """A graph of one score or one place, and what it reads beside that.
+    """Graph of a ``score_mod`` or ``mask_mod``, and the values that it captures.
 
     Attributes:
-        module: takes (score,) sample, head, query place, key place, and what it reads; returns one value.
-        reads: nodes of the graph that calls it, and numbers.
+        module: (score,) sample, head, query position, key position, ``*reads`` -> one value.
+        reads: captured values: nodes of the calling graph, and numbers.
     """
 
     module: GraphModule
@@ -34,25 +40,25 @@ class Function:
 
     @property
     def result(self) -> Any:
-        """What it returns."""
+        """The output of the graph."""
         returned = self.module.graph.output_node().args[0]
         return returned[0] if isinstance(returned, tuple | list) and len(returned) == 1 else returned
 
 
 @dataclass(frozen=True)
 class FlexAttention:
-    """One call.
+    """A call of flex attention.
 
     Attributes:
         node: the call, which returns a tuple.
-        results: the nodes that take its first result: [batch, heads, rows, value dim].
-        query, key, value: operands; there may be fewer key and value heads.
-        scale: of the scores, before the cap.
+        results: the ``getitem`` nodes of its first result, [batch, heads, rows, value dim].
+        query, key, value: operands; keys and values may have fewer heads.
+        scale: factor of the scores, before the cap.
         softcap: bound of the scores' magnitude, or None.
-        score: the function of the score; ``terms`` are nodes of its graph.
-        terms: biases and masks in it, first to last.
-        mask: the function that says what is visible; None where everything is.
-        is_causal: it shows every key up to the query's place, and no other.
+        score: its ``score_mod``; ``terms`` are nodes of that graph.
+        terms: biases and masks in ``score``, first to last.
+        mask: its ``mask_mod``; None if everything is visible.
+        is_causal: ``mask`` shows the keys up to the query's position, and no other.
     """
 
     node: Node
@@ -72,26 +78,26 @@ def flex_attention(node: Node) -> FlexAttention:
     """Read the call ``node``.
 
     Raises:
-        OtherFormError: it cannot be written as scale, cap, biases and masks.
+        NonCanonicalAttentionError: it is more than scale, cap, biases and masks.
     """
     query, key, value, score_module, block_mask, scale = node.args[:6]
-    reads, mask_reads = (tuple(one) for one in (*node.args[7:9], (), ())[:2])  # type: ignore[arg-type]
+    reads, mask_reads = (tuple(values) for values in (*node.args[7:9], (), ())[:2])  # type: ignore[arg-type]
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
     assert isinstance(block_mask, tuple | list)
     parts = {user: user.args[1] for user in node.users if user.target is operator.getitem}
     if any(user not in parts or (parts[user] != 0 and user.users) for user in node.users):
-        raise OtherFormError("more than its first result is read: the sums of its softmax, too")
+        raise NonCanonicalAttentionError("its log-sum-exp is read too")
     _check_heads(query, key, value)
     score, mask = Function(_module(score_module), reads), Function(_module(block_mask[-1]), mask_reads)
-    entering = next(one for one in score.module.graph.nodes if one.op == "placeholder")
-    found = scores_of(score.result, lambda one: Scores(one) if one is entering else None)
+    entering = next(input_ for input_ in score.module.graph.nodes if input_.op == "placeholder")
+    found = scores_of(score.result, lambda node: Scores(node) if node is entering else None)
     if found is None:
-        raise OtherFormError("its score_mod does not keep the score")
+        raise NonCanonicalAttentionError("its score_mod does not keep the score")
     number = number_of(scale)
     if number is None:
-        raise OtherFormError("its scale is no constant")
+        raise NonCanonicalAttentionError("its scale is not a constant")
     always = isinstance(mask.result, Node) and packet_of(mask.result) in ALWAYS
     return FlexAttention(
         node,
@@ -115,22 +121,22 @@ def _module(value: Any) -> GraphModule:
 
 
 def _check_heads(query: Node, key: Node, value: Node) -> None:
-    shapes = [shape_of(one) for one in (query, key, value)]
+    shapes = [shape_of(operand) for operand in (query, key, value)]
     heads, key_heads, value_heads = (shape[1] for shape in shapes)
-    if not all(isinstance(one, int) for one in (heads, key_heads, value_heads)):
-        raise OtherFormError("the number of its heads is not fixed")
+    if not all(isinstance(size, int) for size in (heads, key_heads, value_heads)):
+        raise NonCanonicalAttentionError("the number of its heads is not fixed")
     same = equal(shapes[0][0], shapes[1][0]) and equal(shapes[1][0], shapes[2][0])
     if not same or key_heads != value_heads or heads % key_heads:
-        raise OtherFormError("its queries, keys and values differ in samples or heads")
+        raise NonCanonicalAttentionError("its queries, keys and values differ in samples or heads")
 
 
 def _is_causal(mask: Function) -> bool:
-    places = [node for node in mask.module.graph.nodes if node.op == "placeholder"]
+    inputs = [node for node in mask.module.graph.nodes if node.op == "placeholder"]
     result = mask.result
     if not isinstance(result, Node) or packet_of(result) not in (aten.le, aten.ge):
         return False
-    compared = [_without_zero(one) for one in result.args]
-    return compared == ([places[3], places[2]] if packet_of(result) is aten.le else [places[2], places[3]])
+    compared = [_without_zero(operand) for operand in result.args]
+    return compared == ([inputs[3], inputs[2]] if packet_of(result) is aten.le else [inputs[2], inputs[3]])
 
 
 def _without_zero(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Attention that is not in canonical form: what it is, and why it stays so."""
+"""Attention that is not in canonical form, and why."""
 
 from collections.abc import Iterator
 
@@ -7,17 +7,17 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.attention.eager import eager_attention
-from vlcache_fx.analysis.attention.scores import OtherFormError
+from vlcache_fx.analysis.attention.scores import NonCanonicalAttentionError
 from vlcache_fx.analysis.attention.sites import site_of
 
 ATEN_KERNELS = ("_flash_attention", "_efficient_attention", "_cudnn_attention", "_scaled_dot_product_")
-"""How the names of ATen's own attention kernels begin."""
+"""Prefixes of the names of ATen's attention kernels."""
 
 FLEX = torch.ops.higher_order.flex_attention
 
 
-def other_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
-    """Every attention of another form, in graph order, with what is to be said about it."""
+def noncanonical_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
+    """Yield every attention that is not in canonical form, in graph order, with the reason."""
     for node in graph.nodes:
         if node.op != "call_function" or site_of(node) is not None:
             continue
@@ -25,22 +25,22 @@ def other_attention(graph: Graph) -> Iterator[tuple[Node, str]]:
         if kernel is not None:
             yield (
                 node,
-                f"{kernel} attends in a kernel that takes no mask of rows: use sdpa or eager attention",
+                f"{kernel} is a fused kernel that takes no mask of rows: use sdpa or eager attention",
             )
         elif node.target is FLEX:
-            yield node, "flex attention that was not brought to a call with a mask"
+            yield node, "flex attention was not converted to a call with a mask"
         else:
             try:
                 found = eager_attention(node)
-            except OtherFormError as form:
-                yield node, f"attention as products and a softmax: {form}"
+            except NonCanonicalAttentionError as error:
+                yield node, f"eager attention: {error}"
             else:
                 if found is not None:
-                    yield node, "attention as products and a softmax, which no pass has fused"
+                    yield node, "eager attention that no pass has fused"
 
 
 def _kernel(node: Node) -> str | None:
-    """The name of a fused attention kernel, told by its schema: queries, keys and values come first."""
+    """Return the name of a fused attention kernel: in its schema, query, key and value come first."""
     for target in (node.target, *node.args[:1]):  # functionalisation wraps an operator that writes
         if not isinstance(target, OpOverload):
             continue

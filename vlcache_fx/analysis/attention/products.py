@@ -1,4 +1,4 @@
-"""Batched matrix products, whatever operator computes them: ``matmul``, ``bmm``, ``baddbmm``, ``einsum``."""
+"""Batched matrix products: ``matmul``, ``bmm``, ``baddbmm`` and ``einsum``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlcache_fx.analysis.tokens.axis import shape_of
 aten = torch.ops.aten
 
 Step: TypeAlias = tuple[Any, tuple[Any, ...]]
-"""A layout operator and its arguments behind the tensor."""
+"""A layout operator and its arguments after the tensor."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph, laid out anew by ``steps``, which are not in the graph.
+    """A tensor of the graph in another layout.
 
     Attributes:
         node: the tensor.
-        steps: applied to it in order.
-        shape: behind them.
+        steps: layout operators, not in the graph, that are applied to it in order.
+        shape: shape after them.
     """
 
     node: Node
@@ -32,29 +32,29 @@ class Operand:
 
     @classmethod
     def of(cls, node: Node) -> Operand:
-        """The tensor as it is."""
+        """Return ``node`` as an operand without steps."""
         return cls(node, (), tuple(shape_of(node)))
 
     def permuted(self, order: tuple[int, ...]) -> Operand:
-        """Its dimensions in another order."""
+        """Return the operand with its dimensions in another order."""
         if order == tuple(range(len(order))):
             return self
         return self._then(aten.permute.default, (list(order),), [self.shape[dim] for dim in order])
 
     def unsqueezed(self, dim: int) -> Operand:
-        """With a dimension of size 1 more; ``dim`` counts from the front."""
+        """Return the operand with a new dimension of size 1; ``dim >= 0``."""
         return self._then(aten.unsqueeze.default, (dim,), [*self.shape[:dim], 1, *self.shape[dim:]])
 
     def squeezed(self, dim: int) -> Operand:
-        """Without a dimension of size 1; ``dim`` counts from the front."""
+        """Return the operand without a dimension of size 1; ``dim >= 0``."""
         return self._then(aten.squeeze.dim, (dim,), [*self.shape[:dim], *self.shape[dim + 1 :]])
 
     def viewed(self, sizes: list[Any], shape: tuple[Any, ...]) -> Operand:
-        """With another shape; ``sizes`` says it without naming symbolic sizes (one may be -1)."""
+        """Return the operand in another shape; ``sizes`` is ``shape`` with -1 for a symbolic size."""
         return self._then(aten.reshape.default, (sizes,), list(shape))
 
     def transposed(self) -> Operand:
-        """The last two dimensions swapped: where the node is such a swap itself, what it swaps."""
+        """Return the operand with its last two dimensions swapped; a swap in the graph is undone instead."""
         rank = len(self.shape)
         node = self.node
         if not self.steps and node.target is aten.transpose.int:
@@ -74,15 +74,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Product:
-    """``left @ right`` and then ``order``.
+    """``factor * (left @ right)``, permuted by ``order``, plus ``added``.
 
     Attributes:
-        node: what computes it.
+        node: the node that computes it.
         left: [..., rows, inner].
         right: [..., inner, columns].
-        order: how its dimensions are permuted in the result of ``node``; None where they are not.
-        factor: of the product.
-        added: a tensor that is added to it, with its factor; or None.
+        order: permutation of the product's dimensions in the result of ``node``; None for none.
+        factor: factor of the product.
+        added: a tensor that is added, and its factor; or None.
     """
 
     node: Node
@@ -94,7 +94,7 @@ class Product:
 
 
 def product_of(node: Node) -> Product | None:
-    """The product that ``node`` computes of two tensors of the same rank, at least 3; None if it does not."""
+    """Return the product that ``node`` computes of two tensors of one rank >= 3; None for other nodes."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
     if node.target in (aten.matmul.default, aten.bmm.default):
@@ -102,7 +102,7 @@ def product_of(node: Node) -> Product | None:
     if node.target is aten.baddbmm.default:
         product = _plain(node, node.args[1], node.args[2])
         beta, alpha = (node.kwargs.get(name, 1) for name in ("beta", "alpha"))
-        if product is None or not all(isinstance(one, int | float) for one in (beta, alpha)):
+        if product is None or not all(isinstance(number, int | float) for number in (beta, alpha)):
             return None
         added = (node.args[0], float(beta)) if beta else None  # type: ignore[arg-type]
         factor = float(alpha)  # type: ignore[arg-type]
@@ -124,7 +124,7 @@ def _einsum(node: Node) -> Product | None:
     parts = inputs.split(",")
     if not arrow or "." in equation or len(parts) != 2 or not isinstance(tensors, list | tuple):
         return None
-    first, second = (Operand.of(one) for one in tensors if isinstance(one, Node))
+    first, second = (Operand.of(tensor) for tensor in tensors if isinstance(tensor, Node))
     if any(len(set(labels)) != len(labels) for labels in (*parts, out)) or len(out) < 3:
         return None
     if out[-1] in parts[0]:
@@ -135,27 +135,27 @@ def _einsum(node: Node) -> Product | None:
         return None
     columns, rows = out[-1], out[-2]
     order = out
-    if rows in right or rows not in left:  # a product with values: rows are what stands before the inner one
-        at = left.index(inner[0])
-        rows, order = (left[at - 1] if at else ""), left
+    if rows in right or rows not in left:  # a product with values: rows come before the inner label
+        index = left.index(inner[0])
+        rows, order = (left[index - 1] if index else ""), left
         if not rows or rows in right:
             return None
     batch = [label for label in order if label not in (rows, columns, *inner)]
     if not set(right) <= {*batch, columns, *inner} or any(label not in out for label in batch):
         return None
     canonical = [*batch, rows, columns]
-    places = tuple(canonical.index(label) for label in out)
+    permutation = tuple(canonical.index(label) for label in out)
     return Product(
         node,
         _aligned(first, left, [*batch, rows, *inner]),
         _aligned(second, right, [*batch, *inner, columns]),
-        None if places == tuple(range(len(places))) else places,
+        None if permutation == tuple(range(len(permutation))) else permutation,
     )
 
 
 def _aligned(operand: Operand, labels: str, wanted: list[str]) -> Operand:
     operand = operand.permuted(tuple(labels.index(label) for label in wanted if label in labels))
-    for place, label in enumerate(wanted):
+    for dim, label in enumerate(wanted):
         if label not in labels:
-            operand = operand.unsqueezed(place)
+            operand = operand.unsqueezed(dim)
     return operand

@@ -1,4 +1,4 @@
-"""What happens to attention scores between the product and the softmax: scale, cap, biases and masks."""
+"""Operations on attention scores between the product and the softmax: scale, cap, biases and masks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlcache_fx.ir.sizes import equal
 aten = torch.ops.aten
 
 LEAST_HIDING = -1e4
-"""A number that replaces scores hides them from here on down; anything above is a value."""
+"""Largest fill value that masks a score; a larger one is a value."""
 
 
-class OtherFormError(Exception):
-    """An attention of a form that is not understood; says why."""
+class NonCanonicalAttentionError(Exception):
+    """An attention has no canonical form; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Term:
     """One mask or bias.
 
     Attributes:
-        kind: ``added`` to the scores, or bool that is true where a score is ``hidden`` or ``visible``.
+        kind: ``added`` to the scores; or a bool tensor, true where scores are ``hidden`` or ``visible``.
         node: the tensor.
-        number: the factor of what is added, or what hidden scores are replaced by.
+        number: factor of an added tensor, or fill value of hidden scores.
     """
 
     kind: Literal["added", "hidden", "visible"]
@@ -40,13 +40,13 @@ class Term:
 
 @dataclass(frozen=True)
 class Scores:
-    """``outer * tanh(inner * product)`` (or without tanh), and then ``terms``.
+    """``outer * tanh(inner * product)``, tanh being optional, and then ``terms``.
 
     Attributes:
         root: the node that computes the product.
-        inner: factor of the product; with a cap, inside it.
+        inner: factor of the product, inside tanh.
         is_capped: tanh is applied.
-        outer: factor behind tanh.
+        outer: factor after tanh.
         terms: masks and biases, first to last.
     """
 
@@ -71,10 +71,10 @@ Root = Callable[[Node], Scores | None]
 
 
 def scores_of(node: Node, root: Root) -> Scores | None:
-    """Follow ``node`` back to the product that ``root`` recognises; None where there is none.
+    """Follow ``node`` back to a product that ``root`` recognises; return None if there is none.
 
     Raises:
-        OtherFormError: there is one, but what happens on the way has no canonical form.
+        NonCanonicalAttentionError: an operation on the way has no canonical form.
     """
     found = root(node)
     if found is not None or node.op != "call_function":
@@ -100,7 +100,7 @@ def scores_of(node: Node, root: Root) -> Scores | None:
 
 
 def is_cast(node: Node) -> bool:
-    """True for a change of the floating dtype that changes nothing else."""
+    """Return True for a cast between floating-point dtypes on one device."""
     source = node.args[0] if node.args else None
     if packet_of(node) not in (aten._to_copy, aten.to) or not isinstance(source, Node):
         return False
@@ -109,7 +109,7 @@ def is_cast(node: Node) -> bool:
 
 
 def number_of(value: Any) -> float | None:
-    """The number that an argument is: a literal, or a constant tensor without dimensions."""
+    """Return the value of a literal or of a constant 0-d tensor; None for other arguments."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
@@ -117,8 +117,8 @@ def number_of(value: Any) -> float | None:
     if not isinstance(value, Node):
         return None
     if value.target in (aten.full.default, aten.scalar_tensor.default):
-        held = value.meta.get("val")
-        return number_of(value.args[-1]) if isinstance(held, torch.Tensor) and held.dim() == 0 else None
+        fake = value.meta.get("val")
+        return number_of(value.args[-1]) if isinstance(fake, torch.Tensor) and fake.dim() == 0 else None
     if packet_of(value) in COPIES | CASTS:
         return number_of(value.args[0])
     if value.op == "get_attr":
@@ -130,11 +130,15 @@ def number_of(value: Any) -> float | None:
 
 
 def only_reader(node: Node, *readers: Node) -> None:
-    """Raises ``OtherFormError`` where ``node`` is read by others."""
+    """Check that ``readers`` alone read ``node``.
+
+    Raises:
+        NonCanonicalAttentionError: others do.
+    """
     others = [user for user in node.users if user not in readers]
     if others:
         how = "returned" if others[0].op == "output" else f"read by {others[0].name}"
-        raise OtherFormError(f"{node.name}, from which its probabilities are computed, is {how} too")
+        raise NonCanonicalAttentionError(f"{node.name}, part of its softmax, is {how} too")
 
 
 def _inside(node: Node, operand: Any, root: Root, *others: Node) -> Scores | None:
@@ -148,12 +152,12 @@ def _same_shape(node: Node, operand: Node) -> bool:
     value, other = node.meta["val"], operand.meta.get("val")
     if not isinstance(other, torch.Tensor) or other.dim() != value.dim():
         return False
-    return all(equal(one, two) for one, two in zip(value.shape, other.shape, strict=True))
+    return all(equal(left, right) for left, right in zip(value.shape, other.shape, strict=True))
 
 
 def _capped(found: Scores) -> Scores:
     if found.is_capped or found.terms:
-        raise OtherFormError("tanh is applied to scores that are capped or masked already")
+        raise NonCanonicalAttentionError("tanh follows a cap or a mask")
     return replace(found, is_capped=True)
 
 
@@ -167,9 +171,9 @@ def _scaled(node: Node, root: Root) -> Scores | None:
     if found is None:
         return None
     if number is None or number == 0.0:
-        raise OtherFormError(f"its scores are scaled by a tensor in {node.name}")
+        raise NonCanonicalAttentionError(f"its scores are scaled by a tensor in {node.name}")
     if found.terms:
-        raise OtherFormError(f"its scores are scaled in {node.name} behind a mask")
+        raise NonCanonicalAttentionError(f"its scores are scaled after a mask in {node.name}")
     factor = 1.0 / number if packet_of(node) is aten.div else number
     if found.is_capped:
         return replace(found, outer=found.outer * factor)
@@ -181,7 +185,7 @@ def _added(node: Node, root: Root) -> Scores | None:
     alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     first, second = node.args
     largest = largest_of(first, second) if sign < 0 else None
-    if largest is not None:  # a softmax stays the same
+    if largest is not None:  # does not change a softmax
         return _inside(node, first, root, largest)
     found = _inside(node, first, root)
     if found is not None:
@@ -191,7 +195,7 @@ def _added(node: Node, root: Root) -> Scores | None:
 
 
 def largest_of(scores: Any, other: Any) -> Node | None:
-    """The node that takes the largest score of each row, where ``other`` is just that."""
+    """Return the node of the row maximum of ``scores`` if ``other`` is that maximum; else None."""
     if not isinstance(other, Node):
         return None
     is_part = packet_of(other) is not aten.amax
@@ -209,12 +213,14 @@ def _with(found: Scores, term: Term) -> Scores:
 
 def _tensor(value: Any) -> Node:
     if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
-        raise OtherFormError("a number is added to its scores")
+        raise NonCanonicalAttentionError("a number is added to its scores")
     return value
 
 
 def _hiding(value: Any) -> float:
     number = number_of(value)
     if number is None or math.isnan(number) or number > LEAST_HIDING:
-        raise OtherFormError(f"scores are replaced by {'a tensor' if number is None else number}, not hidden")
+        raise NonCanonicalAttentionError(
+            f"scores are replaced by {'a tensor' if number is None else number}, not hidden"
+        )
     return number

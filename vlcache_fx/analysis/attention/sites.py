@@ -1,4 +1,4 @@
-"""Attention sites: one canonical view of every attention call in the graph."""
+"""Attention sites: the canonical view of the attention calls of a graph."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,9 @@ class Site:
         node: the call; its result is [batch, heads, rows, head_dim].
         query, key, value: operands, [batch, heads, tokens, head_dim].
         mask: explicit mask, or None.
-        is_causal: True where the call masks later tokens itself.
-        scale: the softmax scale as written, or None for the default.
-        enable_gqa: there may be fewer key and value heads than query heads.
+        is_causal: the call masks later tokens itself.
+        scale: the softmax scale of the call, or None for the default.
+        enable_gqa: the call allows fewer key and value heads than query heads.
         sinks: a logit per head that takes part in the softmax, [heads], or None.
         softcap: bound of the scores' magnitude, or None.
     """
@@ -42,7 +42,7 @@ class Site:
 
     @property
     def is_prefill(self) -> bool:
-        """True where queries and keys run over the same tokens: self-attention without past keys."""
+        """True if queries and keys have the same tokens: self-attention without past keys."""
         queries, keys = shape_of(self.query)[-2], shape_of(self.key)[-2]
         return (
             bool(queries == keys)
@@ -52,13 +52,13 @@ class Site:
 
 
 def find_sites(graph: Graph) -> tuple[Site, ...]:
-    """Every attention call in canonical form, in graph order."""
+    """Return the attention calls in canonical form, in graph order."""
     sites = (site_of(node) for node in graph.nodes if node.op == "call_function" and carries_data(node))
     return tuple(site for site in sites if site is not None)
 
 
 def site_of(node: Node) -> Site | None:
-    """The site that ``node`` is, or None."""
+    """Return the site of ``node``; None if it is not an attention call in canonical form."""
     if node.target is SDPA:
         names = {"mask": (3, "attn_mask"), "is_causal": (5, "is_causal"), "scale": (6, "scale")}
         names["enable_gqa"] = (7, "enable_gqa")
@@ -71,7 +71,7 @@ def site_of(node: Node) -> Site | None:
     assert isinstance(query, Node)
     assert isinstance(key, Node)
     assert isinstance(value, Node)
-    found: dict[str, Any] = {name: _argument(node, *place) for name, place in names.items()}
+    found: dict[str, Any] = {name: _argument(node, *argument) for name, argument in names.items()}
     flags: dict[str, Any] = {name: bool(found.pop(name)) for name in ("is_causal", "enable_gqa")}
     return Site(node, query, key, value, **found, **flags)
 

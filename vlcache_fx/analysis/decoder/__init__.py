@@ -1,1 +1,1 @@
-"""A decoder's layers, caches, rows, merges and outputs, and the digest of its computation."""
+"""Layers, caches, rows, merges and outputs of a decoder, and the digest of its computation."""

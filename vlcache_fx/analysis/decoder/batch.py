@@ -1,4 +1,4 @@
-"""Where tensors of a decoder that computes several samples at once run over samples."""
+"""Batch dimensions of a decoder that computes several samples at once."""
 
 from __future__ import annotations
 
@@ -6,60 +6,62 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.outputs import TailRows
 from vlcache_fx.analysis.decoder.rows import Carried
 from vlcache_fx.analysis.decoder.stream import Stream
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, rank_of, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, rank_of, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.refusal import refuse
 
 
-def find_batch_dims(stream: Stream, layers: Sequence[LayerParts], tail_rows: TailRows) -> dict[Node, int]:
-    """The dimension over samples of every node of the layers that has one of its own.
+def find_batch_dims(stream: Stream, layers: Sequence[LayerSplit], tail_rows: TailRows) -> dict[Node, int]:
+    """Return the batch dimension of every node of the layers that has one.
 
-    Samples are followed as tokens are: what works token by token works sample by sample, too.
+    Samples are followed with the rules for tokens: a token-wise operator is sample-wise too.
     """
     axes = {stream.boundaries[0]: TokenAxis(0)}
     attended = {layer.site.node: layer.site.query for layer in layers}
     full = {node for layer in layers for node in layer.full_part}
     nodes = [node for members in stream.members for node in members if node not in full]
-    for node in (*nodes, *tail_rows.steps):
+    for node in (*nodes, *tail_rows.flows):
         try:
-            step = RowStep(axes[attended[node]]) if node in attended else row_step(node, axes)
+            flow = TokenFlow(axes[attended[node]]) if node in attended else follow_tokens(node, axes)
         except (UnsupportedGraphError, KeyError):
-            continue  # nothing is taken there sample by sample, or it is refused below
-        axes[node] = step.axis
+            continue  # rows are not selected there, or ``check_batch_dims`` refuses
+        axes[node] = flow.axis
     return {
-        node: axis.place for node, axis in axes.items() if axis.dim is not None and axis.entries.are_tokens
+        node: axis.token_dim
+        for node, axis in axes.items()
+        if axis.dim is not None and axis.entries.are_tokens
     }
 
 
 def check_batch_dims(
     dims: Mapping[Node, int],
-    layers: Sequence[LayerParts],
-    steps: Mapping[Node, RowStep],
+    layers: Sequence[LayerSplit],
+    flows: Mapping[Node, TokenFlow],
     carried: Iterable[Carried],
 ) -> None:
-    """Rows can be taken sample by sample wherever passes have to.
+    """Check that rows can be selected sample by sample wherever passes do.
 
     Raises:
-        UnsupportedGraphError: BATCHED.
+        UnsupportedGraphError: BATCHED, otherwise.
     """
     needed = [node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node]
     needed += [layer.site.node for layer in layers]
-    needed += [one.operand for one in carried]
+    needed += [value.operand for value in carried]
     for node in needed:
         if node not in dims:
-            raise refuse(Reason.BATCHED, node, "its samples lie in no dimension of their own")
-    for node, step in steps.items():
-        for operand, dim in step.gathers:
+            raise refuse(Reason.BATCHED, node, "it has no dimension over samples")
+    for node, flow in flows.items():
+        for operand, dim in flow.gathers:
             if node not in dims or operand_batch_dim(node, operand, dims) == dim:
                 shape = tuple(shape_of(operand))
-                raise refuse(Reason.BATCHED, node, f"{operand.name} {shape} has no place for samples")
+                raise refuse(Reason.BATCHED, node, f"{operand.name} {shape} has no dimension over samples")
 
 
 def operand_batch_dim(node: Node, operand: Node, dims: Mapping[Node, int]) -> int:
-    """The dimension of an operand that meets the samples of ``node``; negative where it has too few."""
+    """Return the dimension of an operand that meets the samples of ``node``; negative for none."""
     return dims[node] - (rank_of(node) - rank_of(operand))

@@ -1,15 +1,15 @@
-"""What stored rows depend on: how they are computed, from which inputs and which weights.
+"""Everything that stored rows depend on: computation, inputs and weights.
 
-A stored row may serve only where all of it is equal. The computation is written as a canonical digest, from
-the graph's inputs to the stored rows: every operator, every constant, and the order of dataflow. Left out is
-what changes no value, because a model's graphs differ in it: copies, chains of views, names, the order of
-independent operators, and whether a length is a number or a symbol.
+A stored row is reused only if all of these are equal. The computation is a canonical digest, from the graph's
+inputs to the stored rows: operators, constants and dataflow. It leaves out differences between the graphs of
+one model that change no value: copies, chains of views, names, the order of independent operators, and
+whether a length is a number or a symbol.
 
-Three things are left out because their *values* are part of keys, call by call:
+It also leaves out three kinds of nodes whose *values* are part of each call's keys:
 
-- whole numbers that are made of the request alone (positions, token ids): ``Leaf``;
+- integers computed from the request alone (positions, token ids): ``Leaf``;
 - attention masks (``runtime.requests.masks``);
-- what a merge puts in the place of token embeddings: spans and the bytes of their features.
+- merged embeddings: keys contain spans and the bytes of their features.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = ["Computation", "Digests", "Leaf", "computation_of"]
 
 @dataclass(frozen=True)
 class Computation:
-    """Everything that stored rows depend on beside masks and merged features.
+    """Everything that stored rows depend on besides masks and merged features.
 
     Attributes:
-        digests: how they are computed, from token ids on, or from the embeddings that the graph is given.
-        leaves: in the order in which ``digests.separate`` numbers them.
-        weights: weights that ``facts.weights`` does not list: of token embeddings, of rotary tables.
+        digests: digests of the computation from token ids, or from embeddings that are an input.
+        leaves: the leaves, in the order of their numbers in ``digests.separate``.
+        weights: weights that are not in ``facts.weights``, such as token embeddings and rotary tables.
     """
 
     digests: Digests
@@ -44,18 +44,18 @@ class Computation:
 
 
 def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
-    """How the rows that ``facts`` stores are computed.
+    """Return the computation of the stored rows.
 
     Raises:
-        UnsupportedGraphError: RANDOM, where they depend on random numbers.
+        UnsupportedGraphError: RANDOM, if they depend on random numbers.
     """
-    beside = [*(one.node for one in facts.frontiers), facts.stream.boundaries[-1]]
+    results = [*(frontier.node for frontier in facts.frontiers), facts.stream.boundaries[-1]]
 
     def write(writer: RowWriter) -> str:
-        rows = [writer.text(node) for node in beside]
-        if not facts.merges:  # the embeddings are an input; keys hold their rows in another way
+        rows = [writer.text(node) for node in results]
+        if not facts.merges:  # the embeddings are an input, whose rows keys contain
             return content_digest(rows)
-        writer.uncut()
+        writer.include_embeddings()
         return content_digest([*rows, writer.text(facts.stream.boundaries[0])])
 
     first, second = RowWriter(captured, facts), RowWriter(captured, facts, unifies=True)

@@ -1,4 +1,4 @@
-"""The text of how stored rows are computed, without what changes no value."""
+"""Canonical text of the computation of stored rows."""
 
 from __future__ import annotations
 
@@ -31,25 +31,24 @@ SIZED = frozenset(
     {aten.full, aten.zeros, aten.ones, aten.empty, aten.new_full, aten.new_zeros, aten.new_ones, aten.arange}
     | {aten.new_empty, aten.repeat, aten.constant_pad_nd, aten.split, aten.split_with_sizes, aten.narrow}
 )
-"""Operators of which an argument may spell out a length."""
+"""Operators with an argument that may be a length."""
 
 WITHOUT_EFFECT = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking", "copy"})
-"""Keyword arguments that change no value."""
+"""Keyword arguments without effect on values."""
 
 
 class RowWriter(ComputationWriter):
-    """Writes how the rows of a decoder are computed.
+    """Writer of the computation of a decoder's rows.
 
-    The token embeddings that enter the first layer are one word until ``uncut``: what lies before them is not
-    read beside them.
+    Until ``include_embeddings``, the token embeddings of the first layer are a single word.
 
     Args:
-        captured, facts: of the graph.
-        unifies: leaves of one kind are written alike.
+        captured, facts: the graph and its facts.
+        unifies: write all leaves of one kind alike.
 
     Attributes:
-        leaves: those that were met.
-        more_weights: weights that were met and that ``facts.weights`` does not list, in order.
+        leaves: the leaves so far.
+        more_weights: weights so far that are not in ``facts.weights``, in order.
     """
 
     def __init__(self, captured: Captured, facts: DecoderFacts, *, unifies: bool = False) -> None:
@@ -58,15 +57,15 @@ class RowWriter(ComputationWriter):
         self._start: Node | None = facts.stream.boundaries[0]
         self._weights = {node: index for index, node in enumerate(facts.weights)}
         self._is_weight = set(captured.inputs_of(InputKind.WEIGHT))
-        self._additions = {one.node: index for index, one in enumerate(facts.additions)}
+        self._deepstack = {entry.node: index for index, entry in enumerate(facts.deepstack)}
         paths = [path for pair in facts.caches for path in pair if path is not None]
-        self._own_rows = {move.node: move.own for path in paths for move in path.moves}
+        self._own_rows = {op.node: op.own for path in paths for op in path.ops}
         self._lengths = Lengths(facts)
         self.leaves = LeafFinder(captured, facts, self._lengths)
         self.more_weights: list[Node] = []
 
-    def uncut(self) -> None:
-        """From now on, what the token embeddings are made of is written too."""
+    def include_embeddings(self) -> None:
+        """From now on, write the computation of the token embeddings too."""
         if self._start is not None:
             self.texts.pop(self._start, None)
         self._start = None
@@ -76,7 +75,7 @@ class RowWriter(ComputationWriter):
         if (
             node is self._start
             or self.leaves.is_leaf(node)
-            or node in self._additions
+            or node in self._deepstack
             or node.op != "call_function"
         ):
             return ()
@@ -86,37 +85,39 @@ class RowWriter(ComputationWriter):
             return (_first(node),)
         site = site_of(node) if carries_data(node) else None
         if site is not None:
-            return [one for one in (site.query, site.key, site.value, site.sinks) if one is not None]
+            return [
+                operand for operand in (site.query, site.key, site.value, site.sinks) if operand is not None
+            ]
         if packet_of(node) in COPIES | VIEWS | CASTS:
             return (_first(node),)
         sized = packet_of(node) in SIZED or packet_of(node) in (aten.slice, aten.select)
         return [
-            one
-            for one in node.all_input_nodes
-            if carries_data(one) or not (sized and self._lengths.expression(one) is not None)
+            operand
+            for operand in node.all_input_nodes
+            if carries_data(operand) or not (sized and self._lengths.expression(operand) is not None)
         ]
 
     def write(self, node: Node) -> str:
         """See ``ComputationWriter.write``.
 
         Raises:
-            UnsupportedGraphError: RANDOM, for a node that draws random numbers.
+            UnsupportedGraphError: RANDOM, if ``node`` draws random numbers.
         """
         if node is self._start:
             return "embeddings"
         if self.leaves.is_leaf(node):
             number = self.leaves.number(node, is_beside=self._start is not None)
             return f"leaf {'' if self._unifies else number} {self.leaves.found[node].kind}"
-        if node in self._additions:
-            return f"addition {self._additions[node]}"
+        if node in self._deepstack:
+            return f"addition {self._deepstack[node]}"
         if node.op == "placeholder":
-            return self._weight(node) if node in self._is_weight else f"past {self._form(node)}"
+            return self._weight(node) if node in self._is_weight else f"past {self._dtype_and_shape(node)}"
         if node.op == "get_attr":
             return super().write(node)
         if node in self._own_rows:
             return self.texts[self._own_rows[node]]
         if node.target in MERGE_OPS:
-            # However many modalities are merged: which tokens they fill, and with what, is known by value.
+            # Once for all modalities: keys contain the merged tokens and features by value.
             embeddings = _first(node)
             text = self.texts[embeddings]
             return text if embeddings.target in MERGE_OPS else content_digest(["merged", text])
@@ -138,7 +139,7 @@ class RowWriter(ComputationWriter):
         if scale is None and isinstance(width, int):
             scale = 1 / math.sqrt(width)
         sinks = "" if site.sinks is None else self.texts[site.sinks]
-        operands = [self.texts[one] for one in (site.query, site.key, site.value)]
+        operands = [self.texts[operand] for operand in (site.query, site.key, site.value)]
         return content_digest(["attention", *operands, sinks, repr(scale), repr(site.softcap)])
 
     def _operator(self, node: Node) -> str:
@@ -146,7 +147,7 @@ class RowWriter(ComputationWriter):
         if packet in COPIES | DROPOUTS:
             return self.texts[_first(node)]
         if packet in CASTS:
-            before, after = (one.meta["val"].dtype for one in (_first(node), node))
+            before, after = (cast.meta["val"].dtype for cast in (_first(node), node))
             text = self.texts[_first(node)]
             return text if before == after else content_digest(["cast", str(after), text])
         if packet in RESHAPES or packet is aten.expand:
@@ -155,10 +156,10 @@ class RowWriter(ComputationWriter):
             return content_digest(["permute", _order(node), self.texts[_first(node)]])
         if packet is aten.slice:
             return self._slice(node)
-        return content_digest([target_text(node.target), self._form(node), self._arguments(node)])
+        return content_digest([target_text(node.target), self._dtype_and_shape(node), self._arguments(node)])
 
     def _view(self, node: Node, kind: str) -> str:
-        """A chain of views is what it gives in the end."""
+        """Return the text of a chain of views: its source and last shape."""
         source = _first(node)
         while kind == "view" and packet_of(source) in RESHAPES | COPIES and not self.leaves.is_leaf(source):
             source = _first(source)
@@ -173,20 +174,19 @@ class RowWriter(ComputationWriter):
         size = shape_of(source)[dim]
         if isinstance(end, int) and (end == NO_BOUND or (isinstance(size, int) and end >= size)):
             end = None
-        bounds = [self._bound(one) for one in (start or 0, end)]
+        bounds = [self._bound(value) for value in (start or 0, end)]
         if bounds == [0, None] and step == 1:
             return self.texts[source]
-        place = dim % rank_of(source)
-        return content_digest(["slice", place, repr(bounds), repr(step), self.texts[source]])
+        return content_digest(["slice", dim % rank_of(source), repr(bounds), repr(step), self.texts[source]])
 
     def _bound(self, value: Any) -> Any:
-        """A length as an argument spells it; another number that the request brings by its leaf."""
+        """Return a length, the leaf of another number of the request, or a constant, as text."""
         if not isinstance(value, Node):
             return ANY if self._lengths.is_number(value) else value
         return self.texts[value] if value in self.texts else self._lengths.expression(value)
 
-    def _form(self, node: Node) -> str:
-        """What results look like: tells operators apart whose sizes are spelled out in arguments."""
+    def _dtype_and_shape(self, node: Node) -> str:
+        """Return dtype and shape of a result, which distinguish operators with sizes as arguments."""
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             return f"{value.dtype} {self._lengths.shape(node)}"
@@ -216,7 +216,7 @@ def _first(node: Node) -> Node:
 
 
 def _order(node: Node) -> str:
-    """The order of dimensions that the node gives, counted from the first."""
+    """Return the permutation of dimensions by a node, as text."""
     probe = torch.empty(tuple(range(2, 2 + rank_of(node))), device="meta")
     call: Callable[..., Tensor] = node.target  # type: ignore[assignment]
     moved = call(probe, *node.args[1:], **node.kwargs)

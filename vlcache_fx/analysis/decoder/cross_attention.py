@@ -1,4 +1,4 @@
-"""Cross-attention: keys and values that depend on an item alone, whatever the text is."""
+"""Cross-attention: keys and values that depend on a media item, not on the text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from vlcache_fx.ir.sizes import expressions
 
 
 def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
-    """What is computed from the items that a decoder attends to, and from nothing else, sizes included.
+    """Return the nodes that depend on cross-attended items and on no other input, sizes included.
 
-    A site is cross-attention where its query depends on data that its keys and values do not depend on. Reuse
-    of such a region is exact: it is a function of the item's own inputs. Empty where there is no such site.
+    A site is cross-attention if its query depends on data that its keys and values do not depend on. Reuse of
+    these nodes is exact: they are functions of the item's own inputs. Empty without such a site.
     """
     graph = captured.graph_module.graph
     data = captured.inputs_of(InputKind.DATA)
@@ -29,15 +29,15 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     foreign += [
         node for node in captured.inputs_of(InputKind.SIZE) if expressions([node.meta["val"]])[0] not in sizes
     ]
-    others = reachable(foreign, lambda node: node.users)  # by a size, too
-    own = descendants(attended)
+    others = reachable(foreign, lambda node: node.users)  # through sizes too
+    dependent = descendants(attended)
     return tuple(
-        node for node in own if node.op == "call_function" and carries_data(node) and node not in others
+        node for node in dependent if node.op == "call_function" and carries_data(node) and node not in others
     )
 
 
 def _attended_inputs(site: Site, data: list[Node]) -> NodeSet:
-    """The data that keys and values depend on, where the query depends on more; else nothing."""
-    asking, asked = ancestors([site.query]), ancestors([site.key, site.value])
-    keys = {node: None for node in data if node in asked}
-    return keys if any(node in asking and node not in keys for node in data) else {}
+    """Return the data that keys and values depend on, if the query depends on other data; else nothing."""
+    for_query, for_keys = ancestors([site.query]), ancestors([site.key, site.value])
+    keys = {node: None for node in data if node in for_keys}
+    return keys if any(node in for_query and node not in keys for node in data) else {}

@@ -1,4 +1,4 @@
-"""Facts about a decoding step: its layers, and no more, since it has nothing to reuse."""
+"""Facts about a decoding step: its layers alone, since it reuses nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DecodeStepFacts:
     """The layers of a decoding step.
 
     Attributes:
-        sites: the attentions, one for each layer, in graph order.
+        sites: the attention site of each layer, in graph order.
         stream: the residual stream and its layers.
     """
 
@@ -25,7 +25,7 @@ class DecodeStepFacts:
 
 
 def analyze_decode_step(captured: Captured) -> DecodeStepFacts:
-    """Find the layers of a graph; nothing in it is changed.
+    """Find the layers of a decoding step, without changing the graph.
 
     Raises:
         UnsupportedGraphError: NO_ATTENTION, or NO_STREAM.

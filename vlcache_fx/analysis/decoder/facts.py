@@ -1,21 +1,21 @@
-"""All facts about one traced VLM graph, or a typed refusal."""
+"""All facts about a decoder graph, or a typed refusal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Graph, Node
 
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.batch import check_batch_dims, find_batch_dims
 from vlcache_fx.analysis.decoder.kv_caches import CachePath, cache_paths
-from vlcache_fx.analysis.decoder.layers import LayerParts, position_taint, split_layer
-from vlcache_fx.analysis.decoder.merge import Addition, Merge, find_additions, find_merges, sites_behind
+from vlcache_fx.analysis.decoder.layers import LayerSplit, position_taint, split_layer
+from vlcache_fx.analysis.decoder.merge import Deepstack, Merge, find_deepstack, find_merges, sites_after
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -29,7 +29,7 @@ from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 @dataclass(frozen=True)
 class Frontier:
-    """One tensor that is stored: ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
+    """A stored tensor, ``<layer>.k`` or ``<layer>.v``, with its token dimension."""
 
     slot: StoredSlot
     layer: int
@@ -39,31 +39,30 @@ class Frontier:
 
 @dataclass(frozen=True)
 class DecoderFacts:
-    """What analysis found out about a decoder graph.
+    """Facts about a decoder graph.
 
     Attributes:
-        merges: where encoder features enter (empty where spans can only be marked).
-        additions: where features are added to the stream of some layer.
+        merges: merges of encoder features into token embeddings; empty if spans can only be marked.
+        deepstack: encoder features that are added to the stream of a layer.
         stream: the residual stream and its layers.
-        layers: each layer's parts.
-        caches: per layer, the ways of its keys and of its values to the attention; None where it attends to
-            other things than tokens of this call.
-        steps: row treatment of every node in kv and q parts.
-        carried: values that flow around the residual from one layer to a later one.
-        tail_rows: which rows results need.
-        batch_dims: the dimension over samples of the nodes that have one; None for a single sample.
+        layers: the parts of each layer.
+        caches: per layer, the paths of its keys and values to the attention; None if they are of no tokens of
+            this call.
+        flows: token flow of every node in kv and q parts.
+        carried: values that a later layer reads from an earlier one besides the residual.
+        tail_rows: rows that results need.
+        batch_dims: batch dimension of the nodes that have one; None for a single sample.
         taint: position-dependent nodes outside the stream.
         weights: weight placeholders that keys, values and the last residual depend on, in order of first use.
-        encoder: nodes that compute the features from the request's data (empty where features are graph
-            inputs).
+        encoder: nodes that compute the features from the request's data; empty if features are graph inputs.
     """
 
     merges: tuple[Merge, ...]
-    additions: tuple[Addition, ...]
+    deepstack: tuple[Deepstack, ...]
     stream: Stream
-    layers: tuple[LayerParts, ...]
+    layers: tuple[LayerSplit, ...]
     caches: tuple[tuple[CachePath | None, CachePath | None], ...]
-    steps: dict[Node, RowStep]
+    flows: dict[Node, TokenFlow]
     carried: tuple[Carried, ...]
     tail_rows: TailRows
     batch_dims: dict[Node, int] | None
@@ -73,19 +72,19 @@ class DecoderFacts:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers, which is the number of attention sites."""
+        """Number of decoder layers, equal to the number of attention sites."""
         return len(self.layers)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The attentions, one for each layer."""
+        """The attention site of each layer."""
         return tuple(layer.site for layer in self.layers)
 
     @property
     def frontiers(self) -> tuple[Frontier, ...]:
-        """Where keys and values are stored and spliced, layer by layer."""
+        """The tensors at which keys and values are stored and spliced, layer by layer."""
         return tuple(
-            Frontier(slot(index), index, node, self.steps[node].dim)
+            Frontier(slot(index), index, node, self.flows[node].dim)
             for index, layer in enumerate(self.layers)
             for slot, node in ((Key, layer.key_frontier), (Value, layer.value_frontier))
             if node is not None
@@ -93,39 +92,39 @@ class DecoderFacts:
 
     @property
     def past(self) -> frozenset[Node]:
-        """What keys and values of this call are joined with; empty without a cache that may hold some."""
-        known = [path for paths in self.caches for path in paths if path is not None]
-        return frozenset(node for path in known for node in path.past)
+        """Tensors that keys and values of this call are joined with; empty without a KV cache."""
+        found = [path for paths in self.caches for path in paths if path is not None]
+        return frozenset(node for path in found for node in path.past)
 
     def on(self, nodes: NodeMap) -> "DecoderFacts":
-        """The same facts of a copy of the graph, whose nodes are ``nodes[n]`` for each node ``n``."""
+        """Return the facts of a copy of the graph with ``nodes[n]`` for each node ``n``."""
         return on_nodes(self, nodes)
 
     def without_encoder(self, nodes: NodeMap) -> "DecoderFacts":
-        """The same facts of the graph in which results of the encoder are inputs.
+        """Return the facts of a copy in which the encoder's results are inputs.
 
-        ``nodes`` has no node of the encoder but these results.
+        Of the encoder, ``nodes`` maps these results alone.
         """
         taint = {node: None for node in self.taint if node in nodes}
         return replace(self, encoder=(), taint=taint).on(nodes)
 
 
 def analyze(captured: Captured) -> DecoderFacts:
-    """Analyse a graph; nothing in it is changed.
+    """Analyse a decoder graph, without changing it.
 
     Raises:
-        UnsupportedGraphError: naming the node, its source line and the reason.
+        UnsupportedGraphError: with the node, its source line and the reason.
     """
     graph = captured.graph_module.graph
     data = captured.inputs_of(InputKind.DATA)
     sites = find_sites(graph)
-    others = dict(other_attention(graph))
+    others = dict(noncanonical_attention(graph))
     if not sites:
         for node, what in others.items():
             raise refuse(Reason.ATTENTION_FORM, node, what)
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
     merges = find_merges(graph, sites)
-    sites = sites_behind(sites, merges)
+    sites = sites_after(sites, merges)
     _check_others(graph, others, merges)
     _check_attention(sites)
     try:
@@ -145,63 +144,63 @@ def analyze(captured: Captured) -> DecoderFacts:
         split_layer(site, entering, members, taint, position)
         for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
     )
-    steps = follow_rows(stream, layers)
-    carried = find_carried(stream, layers, steps)
+    flows = follow_rows(stream, layers)
+    carried = find_carried(stream, layers, flows)
     check_results(graph, layers, stream)
-    caches = cache_paths(layers, steps, stream.nodes, position)
-    additions = find_additions(graph)
+    caches = cache_paths(layers, flows, stream.nodes, position)
+    deepstack = find_deepstack(graph)
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
     if not is_one(shape[0]):
         batch_dims = find_batch_dims(stream, layers, tail_rows)
-        check_batch_dims(batch_dims, layers, steps, carried)
+        check_batch_dims(batch_dims, layers, flows, carried)
     return DecoderFacts(
         merges,
-        additions,
+        deepstack,
         stream,
         layers,
         caches,
-        steps,
+        flows,
         carried,
         tail_rows,
         batch_dims,
         taint,
         _used_weights(graph, captured.inputs_of(InputKind.WEIGHT), stream),
-        _encoder_region([*merges, *additions]),
+        _encoder_region([*merges, *deepstack]),
     )
 
 
 def _check_others(graph: Graph, others: dict[Node, str], merges: tuple[Merge, ...]) -> None:
-    """The decoder attends in no other form. (An encoder may: it runs as it is.)"""
+    """Refuse attention of another form in the decoder. Encoders may have it: they run unchanged."""
     if not others:
         return
     needed = ancestors(output_nodes(graph))
-    behind = descendants([merges[-1].node]) if merges else needed
+    after = descendants([merges[-1].node]) if merges else needed
     for node, what in others.items():
-        if node in needed and node in behind:
+        if node in needed and node in after:
             raise refuse(Reason.ATTENTION_FORM, node, what)
 
 
-def _is_made_elsewhere(site: Site) -> bool:
-    """True where queries, keys and values come from other graphs: a piece between two graph breaks."""
-    made = ancestors([site.query, site.key, site.value])
-    return all(node.op != "call_function" or packet_of(node) in LAYOUT for node in made if carries_data(node))
+def _is_computed_elsewhere(site: Site) -> bool:
+    """Return True if queries, keys and values are inputs, as between two graph breaks."""
+    needed = ancestors([site.query, site.key, site.value])
+    return all(
+        node.op != "call_function" or packet_of(node) in LAYOUT for node in needed if carries_data(node)
+    )
 
 
 def _check_attention(sites: tuple[Site, ...]) -> None:
-    if all(_is_made_elsewhere(site) for site in sites):
-        raise refuse(Reason.NO_ATTENTION, sites[0].node, "what it attends to is made in another graph")
+    if all(_is_computed_elsewhere(site) for site in sites):
+        raise refuse(Reason.NO_ATTENTION, sites[0].node, "its keys and values are computed in another graph")
     for site in sites:
         if is_one(shape_of(site.query)[-2]):
-            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, no prefill")
+            raise refuse(Reason.PAST_KEYS, site.node, "a single query: a decoding step, not a prefill")
         if site.mask is None and not site.is_causal:
-            raise refuse(
-                Reason.MASK_FORM, site.node, "every token attends to every other, later ones included"
-            )
+            raise refuse(Reason.MASK_FORM, site.node, "tokens attend to later tokens")
 
 
 def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) -> None:
-    """Between the last merge and the first layer, nothing may enter that differs from token to token."""
+    """Refuse values per token that enter between the last merge and the first layer."""
     if not merges or merges[-1].node is stream.boundaries[0]:
         return
     merged = merges[-1].node
@@ -211,13 +210,13 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
         if node not in on_the_way or node is merged:
             continue
         try:
-            step = row_step(node, axes)
+            flow = follow_tokens(node, axes)
         except UnsupportedGraphError as refusal:
             raise as_mixing(node, refusal) from None
-        axes[node] = step.axis
-        if step.gathers:
+        axes[node] = flow.axis
+        if flow.gathers:
             raise refuse(
-                Reason.POSITION_IN_STREAM, node, f"{step.gathers[0][0].name} enters the token embeddings"
+                Reason.POSITION_IN_STREAM, node, f"{flow.gathers[0][0].name} enters the token embeddings"
             )
 
 
@@ -225,14 +224,14 @@ def _used_weights(graph: Graph, weights: list[Node], stream: Stream) -> tuple[No
     before = ancestors([stream.boundaries[0]])
     needed = {node for node in ancestors([stream.boundaries[-1]]) if node not in before}
     used: dict[Node, None] = {}
-    known = set(weights)
+    candidates = set(weights)
     for node in graph.nodes:
         if node in needed and node.op != "placeholder":
-            used.update((parent, None) for parent in node.all_input_nodes if parent in known)
+            used.update((parent, None) for parent in node.all_input_nodes if parent in candidates)
     return tuple(used)
 
 
-def _encoder_region(merges: Sequence[Merge | Addition]) -> tuple[Node, ...]:
+def _encoder_region(merges: Sequence[Merge | Deepstack]) -> tuple[Node, ...]:
     region: dict[Node, None] = {}
     for merge in merges:
         region.update(

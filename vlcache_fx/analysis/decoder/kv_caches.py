@@ -1,8 +1,10 @@
-"""What a key-value cache does between a layer's frontiers and its attention.
+"""Operations of a KV cache between a layer's frontiers and its attention.
 
-New keys and values join those of earlier calls: by ``cat``, or as rows written into a buffer. Sliding caches
-cut what they joined. Everything there runs on all tokens, so rewriting needs none of it; but where this
-call's tokens lie among the keys decides what a mask says about them.
+New keys and values are joined with those of earlier calls by ``cat`` or by writing rows into a buffer.
+Sliding caches then slice the result. All of this runs on all tokens, so rewriting leaves it alone; but masks
+are read by the position of this call's tokens among the keys.
+
+    cat:   past0 past1 | t0 t1        write: past0 past1 t0 t1 free free        slice: past1 t0 t1
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +14,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.decoder.layers import LayerParts
-from vlcache_fx.analysis.tokens.axis import RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.decoder.layers import LayerSplit
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir.dataflow import NodeSet, ancestors, data_inputs, in_graph_order, reachable
 from vlcache_fx.ir.nodes import is_full_slice
@@ -24,13 +26,13 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Move:
-    """A node that changes which token lies where: ``cat``, rows written into a buffer, or a slice.
+class CacheOp:
+    """A node that changes the positions of tokens: ``cat``, a write of rows into a buffer, or a slice.
 
     Attributes:
         node: the call.
-        own: its operand with this call's tokens.
-        others: tensors whose rows it puts beside them.
+        own: the operand with this call's tokens.
+        others: operands with other rows.
     """
 
     node: Node
@@ -40,42 +42,44 @@ class Move:
 
 @dataclass(frozen=True)
 class CachePath:
-    """The way of one operand, K or V, from its frontier to the attention.
+    """The path of K or V from its frontier to the attention.
 
     Attributes:
-        moves: in order; each works on what the one before gave.
-        is_known: False where something on the way moves tokens in another manner.
+        ops: in order; each reads the result of the previous one.
+        is_known: False where something else on the way moves tokens.
     """
 
-    moves: tuple[Move, ...]
+    ops: tuple[CacheOp, ...]
     is_known: bool
 
     @property
     def past(self) -> tuple[Node, ...]:
-        """Tensors with rows of earlier calls, or with places for later ones."""
-        return tuple(other for move in self.moves for other in move.others)
+        """Tensors with rows of earlier calls, or with room for rows of later calls."""
+        return tuple(other for op in self.ops for other in op.others)
 
 
 def cache_paths(
-    layers: Sequence[LayerParts], steps: Mapping[Node, RowStep], stream: NodeSet, position: dict[Node, int]
+    layers: Sequence[LayerSplit], flows: Mapping[Node, TokenFlow], stream: NodeSet, position: dict[Node, int]
 ) -> tuple[tuple[CachePath | None, CachePath | None], ...]:
-    """Each layer's paths of keys and values, its own or an earlier layer's; None where they are of no token
-    of this call."""
+    """Return the cache paths of each layer's keys and values, which may be those of an earlier layer.
+
+    A path is None if its operand has no tokens of this call.
+    """
     paths = []
-    behind: NodeSet = {}
+    full: NodeSet = {}
     frontiers: list[Node] = []
     for layer in layers:
-        behind |= layer.full_part
-        frontiers += [one for one in (layer.key_frontier, layer.value_frontier) if one is not None]
+        full |= layer.full_part
+        frontiers += [node for node in (layer.key_frontier, layer.value_frontier) if node is not None]
         found: list[CachePath | None] = []
         for own, operand in (
             (layer.key_frontier, layer.site.key),
             (layer.value_frontier, layer.site.value),
         ):
-            reached = ancestors([operand], {**dict.fromkeys(frontiers), **behind, **layer.q_part})
-            source = own or next((one for one in reversed(frontiers) if one in reached), None)
+            reached = ancestors([operand], {**dict.fromkeys(frontiers), **full, **layer.q_part})
+            source = own or next((node for node in reversed(frontiers) if node in reached), None)
             if source is not None:
-                found.append(cache_path(source, steps[source].axis, operand, reached, position))
+                found.append(cache_path(source, flows[source].axis, operand, reached, position))
             else:
                 found.append(CachePath((), is_known=False) if operand in stream else None)
         paths.append((found[0], found[1]))
@@ -88,61 +92,61 @@ def cache_path(
     """Follow the tokens of one layer's keys, or of its values.
 
     Args:
-        frontier: where they come from, with the tokens along ``axis``.
-        axis: see there.
-        operand: of the attention, with the tokens in the last but one dimension.
-        inside: what lies between, and maybe more.
-        position: each node's place in the graph.
+        frontier: their frontier.
+        axis: token axis of ``frontier``.
+        operand: key or value operand of the attention, with tokens in dimension -2.
+        inside: the nodes between, and possibly others.
+        position: each node's index in the graph.
     """
     path = ancestors([operand], {frontier: None, **inside})
     axes = {frontier: axis}
-    moves = []
+    ops = []
     for node in in_graph_order(path, position):
         if node is frontier:
             continue
-        found = _move(node, axes)
+        found = _cache_op(node, axes)
         if found is not None:
-            move, axes[node] = found
-            moves.append(move)
+            op, axes[node] = found
+            ops.append(op)
             continue
         try:
-            axes[node] = row_step(node, axes).axis
-        except UnsupportedGraphError:  # scales over all tokens, say: what reads them may still be followed
+            axes[node] = follow_tokens(node, axes).axis
+        except UnsupportedGraphError:  # such as scales over all tokens; their readers may still be followed
             continue
     ends_well = operand in axes and axes[operand].dim == len(shape_of(operand)) - 2
-    ends = [*(move.node for move in moves), operand]
-    starts = [move.own for move in moves[1:]] + [operand]
+    ends = [*(op.node for op in ops), operand]
+    starts = [op.own for op in ops[1:]] + [operand]
     is_chain = all(before in ancestors([after], path) for before, after in zip(ends, starts, strict=False))
-    return CachePath(tuple(moves), ends_well and is_chain)
+    return CachePath(tuple(ops), ends_well and is_chain)
 
 
-def _move(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[Move, TokenAxis] | None:
-    """``node`` as a move, and the token axis of its result; None where it moves no tokens."""
+def _cache_op(node: Node, axes: Mapping[Node, TokenAxis]) -> tuple[CacheOp, TokenAxis] | None:
+    """Return ``node`` as a cache operation, and the token axis of its result; None if it moves no tokens."""
     rows = scattered_rows(node)
     own: Any
     if rows is not None:
         own, dim, _ = rows
         others: list[Any] = [node.args[0]]
     elif node.target is aten.cat.default or (node.target is aten.slice.Tensor and not is_full_slice(node)):
-        given: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
+        operands: Any = node.args[0] if node.target is aten.cat.default else node.args[:1]
         dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape_of(node))  # type: ignore[arg-type]
-        parts = [part for part in given if part in axes]
+        parts = [part for part in operands if part in axes]
         if len(parts) != 1:
             return None
-        own, others = parts[0], [part for part in given if part is not parts[0]]
+        own, others = parts[0], [part for part in operands if part is not parts[0]]
     else:
         return None
-    if own not in axes or axes[own].place + len(shape_of(node)) - len(shape_of(own)) != dim:
+    if own not in axes or axes[own].token_dim + len(shape_of(node)) - len(shape_of(own)) != dim:
         return None
     if any(other in axes for other in others):
         return None
-    return Move(node, own, tuple(others)), TokenAxis(dim)
+    return CacheOp(node, own, tuple(others)), TokenAxis(dim)
 
 
 def sources_of_rows(operand: Node) -> NodeSet:
-    """Everything the rows of ``operand`` are computed from.
+    """Return the nodes that the rows of ``operand`` are computed from.
 
-    Where rows are written into a buffer, neither their places nor what the buffer held belongs to it.
+    For rows written into a buffer, the indices and the old buffer are left out.
     """
 
     def sources(node: Node) -> Iterable[Node]:

@@ -1,13 +1,13 @@
-"""The K/V frontier: the last tensors before positions enter, and the parts of a layer around them.
+"""The K/V frontier, the last tensors before positions enter, and the parts of a layer around it.
 
 *Position taint* is everything that depends on the request but not on the residual stream: position ids, cos
-and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted op reads
-on the way to the K operand (rotary embeddings read k itself and pieces of it), stepped back over what changes
-no value: layout, casts to a wider dtype, pairs read as complex numbers. So the stored K is free of positions
-whatever the position scheme is.
+and sin, aranges. K is stored at the nearest common dominator of all untainted tensors that a tainted operator
+reads on the way to the K operand (rotary embeddings read k and slices of it), moved back over operators that
+change no value: layout, casts to a wider dtype, views as complex numbers. So the stored K is free of
+positions for any position scheme.
 
-What has to run on all tokens counts as tainted too: ops that mix them, and what reads a result of the graph.
-A quantised cache has both, scales over all tokens, and integers that it keeps and reads back.
+Operators that must run on all tokens are tainted too: those that mix tokens, and readers of graph outputs. A
+quantised cache has both: scales over all tokens, and integers that it returns and reads back.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import (
     NodeSet,
@@ -35,17 +35,17 @@ INDEX_GENERATORS = frozenset({aten.arange})
 
 
 @dataclass(frozen=True)
-class LayerParts:
-    """One decoder layer, split by what its nodes are computed for.
+class LayerSplit:
+    """One decoder layer, split by the rows that its nodes run on.
 
     Attributes:
         site: the layer's attention call.
-        key_frontier, value_frontier: where K and V are stored and spliced; None where the layer reads those
-            of an earlier one.
-        kv_part: nodes needed for the frontiers, these included, and every piece of a fused projection: run on
-            the rows whose K/V is recomputed.
-        full_part: from the frontiers to the attention call: run on all tokens.
-        q_part: queries, attention, MLP: run on the rows that the next layer needs.
+        key_frontier, value_frontier: tensors at which K and V are stored and spliced; None if the layer reads
+            K and V of an earlier layer.
+        kv_part: the frontiers and the nodes that they need, and all slices of a fused projection; runs on the
+            rows whose K/V is recomputed.
+        full_part: nodes between the frontiers and the attention call; runs on all tokens.
+        q_part: queries, attention and MLP; runs on the rows that the next layer needs.
     """
 
     site: Site
@@ -57,22 +57,22 @@ class LayerParts:
 
 
 def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Graph) -> NodeSet:
-    """Everything outside ``stream`` that depends on request data or on an index generator."""
+    """Return the nodes outside ``stream`` that depend on request data or on an index generator."""
     generators = [node for node in graph.nodes if packet_of(node) in INDEX_GENERATORS]
     return {node: None for node in descendants([*placeholders, *generators]) if node not in stream}
 
 
 def split_layer(
     site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
-) -> LayerParts:
-    """Find the frontiers of one layer and split its members around them.
+) -> LayerSplit:
+    """Find the frontiers of a layer and split its members around them.
 
     Raises:
-        UnsupportedGraphError: POSITION_IN_STREAM where K (or V) has no position-free form inside the layer,
-            TOKEN_AXIS_LOST where the parts cannot be told apart.
+        UnsupportedGraphError: POSITION_IN_STREAM, K or V has no position-free tensor inside the layer;
+            TOKEN_AXIS_LOST, the parts overlap.
     """
     inside = dict.fromkeys(members)
-    key, value = (  # None for those of an earlier layer, which makes them whole
+    key, value = (  # None for K/V of an earlier layer, which is spliced there
         _frontier(site, operand, entering, inside, taint, position)
         if operand in inside or operand is entering
         else None
@@ -80,19 +80,17 @@ def split_layer(
     )
     frontiers = [node for node in (key, value) if node is not None]
     if not frontiers:
-        return LayerParts(site, None, None, {}, {}, dict.fromkeys(members))
+        return LayerSplit(site, None, None, {}, {}, dict.fromkeys(members))
     kv_part = ancestors(frontiers, inside)
-    for (
-        node
-    ) in members:  # the queries of a fused projection are a piece of what the kv part computes as a whole
+    for node in members:  # queries of a fused projection are split from a node of the kv part
         if any(parent in kv_part and not _is_tensor(parent) for parent in data_inputs(node)):
             kv_part[node] = None
-    behind = descendants(frontiers, {n: None for n in inside if n is not site.node})
+    after = descendants(frontiers, {n: None for n in inside if n is not site.node})
     before_site = ancestors([site.key, site.value], inside)
-    full_part = {node: None for node in behind if node not in kv_part and node in before_site}
-    # What a cache returns hangs off the full keys and values without leading to the attention.
+    full_part = {node: None for node in after if node not in kv_part and node in before_site}
+    # Outputs of a cache depend on the full keys and values, but the attention does not depend on them.
     for node in members:
-        if node in behind and node not in kv_part and node not in full_part:
+        if node in after and node not in kv_part and node not in full_part:
             parents = [parent for parent in data_inputs(node) if parent in inside or parent is entering]
             if all(parent in full_part or parent in frontiers for parent in parents):
                 full_part[node] = None
@@ -105,12 +103,12 @@ def split_layer(
                 and parent not in frontiers
             ):
                 raise refuse(
-                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} behind the frontier"
+                    Reason.TOKEN_AXIS_LOST, node, f"keys or values mix with {parent.name} after the frontier"
                 )
     for node in q_part:
         if node is not site.node and any(parent in full_part for parent in data_inputs(node)):
             raise refuse(Reason.TOKEN_AXIS_LOST, node, "it reads full keys or values outside the attention")
-    return LayerParts(site, key, value, kv_part, full_part, q_part)
+    return LayerSplit(site, key, value, kv_part, full_part, q_part)
 
 
 def _frontier(
@@ -118,11 +116,11 @@ def _frontier(
 ) -> Node:
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
-    first: UnsupportedGraphError | None = None  # why, where the first of them mixes tokens
+    first: UnsupportedGraphError | None = None  # if the first tainted node mixes tokens
     axes = {entering: TokenAxis(len(shape_of(entering)) - 2)}
     for node in sorted(path, key=position.__getitem__):
         try:
-            tainting = _meets_table(node, axes)
+            tainting = _reads_token_table(node, axes)
         except UnsupportedGraphError as refusal:
             tainting, first = True, first if tainted else refusal
         parents = list(data_inputs(node))
@@ -145,17 +143,17 @@ def _frontier(
     return _before_layout(point, clean)
 
 
-def _meets_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
-    """True where ``node`` meets a table with a row per token, such as cos and sin sliced from a buffer.
+def _reads_token_table(node: Node, axes: dict[Node, TokenAxis]) -> bool:
+    """Return True if ``node`` reads a table with a row per token, such as cos sliced from a buffer.
 
-    Such a table depends on positions even where it is computed from weights alone. Adds the node to ``axes``.
+    Such a table depends on positions, even if computed from weights alone. Adds ``node`` to ``axes``.
 
     Raises:
-        UnsupportedGraphError: it mixes tokens.
+        UnsupportedGraphError: ``node`` mixes tokens.
     """
-    step = row_step(node, axes)
-    axes[node] = step.axis
-    return bool(step.gathers)
+    flow = follow_tokens(node, axes)
+    axes[node] = flow.axis
+    return bool(flow.gathers)
 
 
 def _is_result(node: Node) -> bool:
@@ -177,10 +175,10 @@ def _before_layout(node: Node, clean: NodeSet) -> Node:
 
 
 def _is_widening(node: Node) -> bool:
-    """True for a cast in which no value changes: what is stored of the wider one takes more memory."""
+    """Return True for a cast to a wider dtype: it changes no value, and the result takes more memory."""
     if packet_of(node) not in (aten.to, aten._to_copy):
         return False
-    before, after = (one.meta["val"] for one in (node.args[0], node))  # type: ignore[union-attr]
+    before, after = (cast.meta["val"] for cast in (node.args[0], node))  # type: ignore[union-attr]
     return bool(
         before.is_floating_point()
         and after.is_floating_point()

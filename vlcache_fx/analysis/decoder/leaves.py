@@ -1,4 +1,4 @@
-"""Values of the request that stored rows depend on: keys hold them, call by call."""
+"""Values of the request that stored rows depend on; each call's keys contain them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Leaf:
-    """A value of the request that stored rows depend on; keys hold what it is in each call.
+    """A value of the request that stored rows depend on; each call's keys contain it.
 
     Attributes:
-        node: of whole numbers, made of nothing but the request; or a float input.
-        token_dim: the dimension that runs over the call's tokens, or over a cache's and then these; None
-            where there is none, or more than one it could be. Known when the graph is compiled, never guessed
-            from the sizes of a request.
-        batch_dim: the dimension that runs over samples; None for a single sample.
-        is_index: its values name rows of a table, as token ids do; otherwise whole numbers are positions,
-            of which a row without positions sees the differences alone.
-        is_beside: layers read it beside the residual stream. What only the token embeddings are made of is
-            replaced where an item's features are merged.
+        node: an integer value computed from the request alone, or a float input.
+        token_dim: dimension over the call's tokens, or over a cache's tokens followed by the call's; None if
+            there is none or several match. Determined at compile time, never guessed from a request's sizes.
+        batch_dim: dimension over samples; None for a single sample.
+        is_index: values index a table, as token ids do; other integers are positions, and rows without
+            positions depend on their differences alone.
+        is_beside: layers read it besides the residual stream. Values that enter token embeddings alone are
+            replaced at merged media tokens.
     """
 
     node: Node
@@ -40,41 +39,41 @@ class Leaf:
 
     @property
     def kind(self) -> tuple[str, bool, bool, bool]:
-        """Leaves of one kind may have one value."""
+        """Leaves of the same kind may have the same value."""
         value = self.node.meta.get("val")
         dtype = str(value.dtype) if isinstance(value, Tensor) else "number"
         return dtype, self.token_dim is not None, self.is_index, self.is_beside
 
 
 class LeafFinder:
-    """Tells where the computation of stored rows ends at values of the request.
+    """Finds the leaves of the computation of stored rows.
 
     Args:
-        captured, facts: of the graph.
-        lengths: of the graph's calls.
+        captured, facts: the graph and its facts.
+        lengths: lengths of the graph's calls.
 
     Attributes:
-        found: the leaves that were asked for, in order.
+        found: the leaves so far, in order.
     """
 
     def __init__(self, captured: Captured, facts: DecoderFacts, lengths: Lengths) -> None:
         self._facts, self._lengths = facts, lengths
         self._weights = set(captured.inputs_of(InputKind.WEIGHT))
-        self._depends = _made_of_whole_numbers(captured)
+        self._depends = _integer_values(captured)
         self.found: dict[Node, Leaf] = {}
 
     def is_leaf(self, node: Node) -> bool:
-        """True for an input of the request, and for whole numbers that are made of such inputs alone."""
+        """Return True for an input of the request, and for integers computed from such inputs alone."""
         if node.op == "placeholder":
             return node not in self._weights and node not in self._facts.past
         if node not in self._depends:
             return False
-        # Samples and tokens in one dimension: the value before they were joined says which token is which.
+        # Samples and tokens share a dimension: the value before that view separates them.
         joined = packet_of(node) in COPIES | VIEWS and self._lengths.token_dim(node) is None
         return not joined and (self._depends[node] or self._lengths.has_number(node))
 
     def number(self, node: Node, *, is_beside: bool) -> int:
-        """The index of a leaf among those found; ``is_beside`` as in ``Leaf``, where it is new."""
+        """Return the index of a leaf in ``found``; a new leaf is appended with ``is_beside``."""
         if node not in self.found:
             token_dim = self._lengths.token_dim(node)
             batch_dim = self._lengths.batch_dim(node, token_dim)
@@ -85,12 +84,12 @@ class LeafFinder:
         return list(self.found).index(node)
 
 
-def _made_of_whole_numbers(captured: Captured) -> dict[Node, bool]:
-    """Tensors of whole numbers, and sizes, that no floating-point value enters: whether a request does."""
+def _integer_values(captured: Captured) -> dict[Node, bool]:
+    """Return integer nodes computed from integers alone; the value is True if they need the request."""
     kinds = dict(zip(captured.placeholders, captured.kinds, strict=True))
     found: dict[Node, bool] = {}
     for node in captured.graph_module.graph.nodes:
-        if node.op == "output" or not _is_whole(node.meta.get("val")):
+        if node.op == "output" or not _is_integral(node.meta.get("val")):
             continue
         if node.op in ("placeholder", "get_attr"):
             found[node] = node.op == "placeholder" and kinds[node] is not InputKind.WEIGHT
@@ -101,7 +100,7 @@ def _made_of_whole_numbers(captured: Captured) -> dict[Node, bool]:
     return found
 
 
-def _is_whole(value: object) -> bool:
+def _is_integral(value: object) -> bool:
     if isinstance(value, Tensor):
         return not (value.is_floating_point() or value.is_complex())
     return isinstance(value, int | torch.SymInt | torch.SymBool)

@@ -1,4 +1,4 @@
-"""The parameters of the rule by which a mask is made: values of a short prompt do not show them."""
+"""Parameters of a mask's computation, which its values do not show in a short prompt."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from vlcache_fx.ir.subgraph import needed_for
 aten = torch.ops.aten
 
 SMALLEST_HIDDEN = 1e4
-"""Numbers from here on hide something, as infinity does."""
+"""Numbers of at least this magnitude hide scores, as infinity does."""
 
 BANDS = frozenset({aten.triu, aten.tril})
 
 
 def mask_rule(mask: Node, facts: DecoderFacts) -> str:
-    """The parameters of the rule by which a mask is made, such as the width of a window, and their operators.
+    """Return the parameters of a mask's computation, such as the width of a window, with their operators.
 
-    Empty where there are none: the mask's values say all that there is to know. Those of a window do not, as
-    long as no prompt is longer.
+    Empty if there are none: then the mask's values define it. The values of a window do not, as long as the
+    prompt is shorter than the window.
     """
     sizes = [
         *shape_of(facts.stream.boundaries[0])[:2],
         *(size for node in facts.past for size in shape_of(node)),
     ]
-    lengths = {size for size in sizes if isinstance(size, int)}  # of a graph of one length alone
+    lengths = {size for size in sizes if isinstance(size, int)}  # for graphs with static lengths
     needed = [node for node in needed_for([mask]) if node.op != "placeholder"]
     found = {text for node in needed for text in _parameters(node, lengths)}
     return str(sorted(found)) if found else ""
 
 
 def _parameters(node: Node, lengths: set[int]) -> list[str]:
-    """Numbers in an operator on values that are no mere steps, flags or infinities."""
+    """Return the numbers in an operator on values, without 0, 1 and infinities."""
     if node.op == "get_attr":
         assert node.graph.owning_module is not None
         value = attribute(node.graph.owning_module, node)

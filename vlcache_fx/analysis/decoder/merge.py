@@ -1,4 +1,4 @@
-"""The merge site: where encoder features enter the token embeddings."""
+"""Merges of encoder features into token embeddings, and deepstack features of later layers."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,25 @@ import torch
 from torch.fx import Graph, Node
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.analysis.attention.noncanonical import other_attention
+from vlcache_fx.analysis.attention.noncanonical import noncanonical_attention
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.dataflow import ancestors, descendants
 
 SCATTER_ROWS = torch.ops.vlcache.scatter_rows.default
 MERGE_OPS = frozenset({torch.ops.aten.masked_scatter.default})
-"""Operators that put features in the place of token embeddings."""
+"""Operators that replace token embeddings by features."""
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge: ``embeddings`` where ``mask`` is true are replaced by the rows of ``features``, in order.
+    """A merge: ``embeddings`` with rows of ``features``, in order, where ``mask`` is true.
+
+    With mask 0 1 1 0: e0 f0 f1 e3.
 
     Attributes:
         node: the call; [batch, tokens, hidden].
-        embeddings: the tensor merged into, same shape.
+        embeddings: the token embeddings, of the same shape.
         mask: bool, broadcastable to the embeddings; constant along the last dimension.
         features: rows of the encoder's output, [items' rows, hidden] (or any shape with the same elements).
     """
@@ -34,7 +36,7 @@ class Merge:
 
 
 def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
-    """The merges that lead to attention sites, in graph order (one per modality)."""
+    """Return the merges that ``sites`` depend on, in graph order (often one per modality)."""
     needed = ancestors([site.node for site in sites])
     merges = []
     for node in graph.nodes:
@@ -48,11 +50,11 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
 
 
 @dataclass(frozen=True)
-class Addition:
-    """Features that are added to the residual stream of some layer, at the places where ``mask`` is true.
+class Deepstack:
+    """Features that are added to the residual stream of a layer where ``mask`` is true.
 
     Attributes:
-        node: the features at their places and zeros elsewhere; [batch, tokens, hidden].
+        node: the features where ``mask`` is true, zeros elsewhere; [batch, tokens, hidden].
         features: rows of the encoder's output, [items' rows, hidden].
         mask: bool [batch, tokens].
     """
@@ -62,33 +64,33 @@ class Addition:
     mask: Node
 
 
-def find_additions(graph: Graph) -> tuple[Addition, ...]:
-    """In graph order."""
+def find_deepstack(graph: Graph) -> tuple[Deepstack, ...]:
+    """Return the deepstack features of a graph, in graph order."""
     found = []
     for node in graph.nodes:
         if node.op == "call_function" and node.target is SCATTER_ROWS:
             features, mask = node.args
             assert isinstance(features, Node)
             assert isinstance(mask, Node)
-            found.append(Addition(node, features, mask))
+            found.append(Deepstack(node, features, mask))
     return tuple(found)
 
 
 @dataclass(frozen=True)
 class LoneMerge:
-    """A merge in a graph that attends to nothing: some models are cut between the merge and the decoder.
+    """A merge in a graph without attention: some models break between the merge and the decoder.
 
     Attributes:
-        place: where the merged embeddings, [batch, tokens, hidden], stand among the graph's results.
-        masks: of each merge that leads to them.
+        output_index: index of the merged embeddings, [batch, tokens, hidden], among the graph's results.
+        masks: mask of each merge that they depend on.
     """
 
-    place: int
+    output_index: int
     masks: tuple[Node, ...]
 
 
 def find_lone_merge(graph: Graph) -> LoneMerge | None:
-    """None for a graph that attends to anything, or does not return one merge."""
+    """Return the merge of a graph without attention that returns a single merge; else None."""
     results = graph.output_node().args[0]
     assert isinstance(results, tuple | list)
     merged = {
@@ -96,19 +98,19 @@ def find_lone_merge(graph: Graph) -> LoneMerge | None:
         for index, node in enumerate(results)
         if isinstance(node, Node) and node.target in MERGE_OPS
     }
-    if len(merged) != 1 or find_sites(graph) or next(other_attention(graph), None) is not None:
+    if len(merged) != 1 or find_sites(graph) or next(noncanonical_attention(graph), None) is not None:
         return None
-    ((place, last),) = merged.items()
+    ((index, last),) = merged.items()
     if len(shape_of(last)) != 3:
         return None
     needed = ancestors([last])
     masks = [node.args[1] for node in graph.nodes if node in needed and node.target in MERGE_OPS]
-    return LoneMerge(place, tuple(mask for mask in masks if isinstance(mask, Node)))
+    return LoneMerge(index, tuple(mask for mask in masks if isinstance(mask, Node)))
 
 
-def sites_behind(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
-    """The decoder's sites: those behind the last merge (all of them where there is none)."""
+def sites_after(sites: tuple[Site, ...], merges: tuple[Merge, ...]) -> tuple[Site, ...]:
+    """Return the decoder's sites: those after the last merge, or all without a merge."""
     if not merges:
         return sites
-    behind = descendants([merges[-1].node])
-    return tuple(site for site in sites if site.node in behind)
+    after = descendants([merges[-1].node])
+    return tuple(site for site in sites if site.node in after)

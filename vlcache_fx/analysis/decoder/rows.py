@@ -1,4 +1,4 @@
-"""The rows of every node of the decoder's layers."""
+"""Rows of every node of the decoder's layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.attention.sites import Site
-from vlcache_fx.analysis.decoder.layers import LayerParts
+from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep, TokenAxis, shape_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import data_inputs
@@ -21,13 +21,13 @@ from vlcache_fx.ir.sizes import is_one
 
 @dataclass(frozen=True)
 class Carried:
-    """A value of the stream that a later layer reads beside the residual.
+    """A value of a layer that a later layer reads besides the residual.
 
     Attributes:
         operand: the value.
         reader: the node of the later layer.
         dim: the operand's token dimension.
-        made_at, read_at: which rows each of them has: level 0 to L, as in ``Plan.rows``.
+        made_at, read_at: levels of the rows of ``operand`` and ``reader``: 0 to L, as in ``Plan.rows``.
     """
 
     operand: Node
@@ -37,60 +37,57 @@ class Carried:
     read_at: int
 
 
-def follow_rows(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, RowStep]:
-    """The row treatment of every node in kv and q parts.
+def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, TokenFlow]:
+    """Return the token flow of every node in kv and q parts.
 
     Raises:
-        UnsupportedGraphError: a node mixes tokens, or a layer returns them along another axis.
+        UnsupportedGraphError: a node mixes tokens, or a layer returns tokens along another axis.
     """
-    steps: dict[Node, RowStep] = {}
+    flows: dict[Node, TokenFlow] = {}
     axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
     for layer, members in zip(layers, stream.members, strict=True):
         for node in members:
             if node in layer.full_part:
                 continue
-            step = _attention_step(layer.site, axes) if node is layer.site.node else _step(node, axes)
-            steps[node] = step
-            axes[node] = step.axis
+            flow = _attention_flow(layer.site, axes) if node is layer.site.node else _flow(node, axes)
+            flows[node] = flow
+            axes[node] = flow.axis
     for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
         if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
             raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
-    return steps
+    return flows
 
 
-def _step(node: Node, axes: Axes) -> RowStep:
+def _flow(node: Node, axes: Axes) -> TokenFlow:
     try:
-        return row_step(node, axes)
+        return follow_tokens(node, axes)
     except UnsupportedGraphError as refusal:
         raise as_mixing(node, refusal) from None
 
 
-def _attention_step(site: Site, axes: Axes) -> RowStep:
+def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
     rank = len(shape_of(site.node))
     axis = axes.get(site.query)
     if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
-        raise refuse(
-            Reason.TOKEN_AXIS_LOST, site.node, "the tokens of its query are not in its last but one dimension"
-        )
+        raise refuse(Reason.TOKEN_AXIS_LOST, site.node, "the query's token dimension is not -2")
     if site.mask is None:
-        return RowStep(TokenAxis(rank - 2))
+        return TokenFlow(TokenAxis(rank - 2))
     size = shape_of(site.mask)
     if site.mask in axes or len(size) < 2:
         raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
-    return RowStep(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
+    return TokenFlow(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
 
 
 def find_carried(
-    stream: Stream, layers: Sequence[LayerParts], steps: dict[Node, RowStep]
+    stream: Stream, layers: Sequence[LayerSplit], flows: dict[Node, TokenFlow]
 ) -> tuple[Carried, ...]:
-    """Every value that flows around the residual from one layer to a later one.
+    """Return the values that a later layer reads from an earlier one besides the residual.
 
-    Keys and values of all tokens may be read by later layers too (layers that share them); those have no rows
-    of their own, and are no part of this.
+    Full keys and values that later layers share are not among them: they have all tokens.
 
     Raises:
-        UnsupportedGraphError: TOKEN_AXIS_LOST, where rows of one layer would meet all tokens, or what follows
-            the last layer reads inner rows.
+        UnsupportedGraphError: TOKEN_AXIS_LOST, if rows of one layer would meet all tokens, or the tail reads
+            rows of an inner layer.
     """
     levels = _levels(stream, layers)
     full = {node for layer in layers for node in layer.full_part}
@@ -102,18 +99,18 @@ def find_carried(
                 if operand not in levels or operand is entering or operand in members:
                     continue
                 if node is layer.site.node and operand is not layer.site.query:
-                    continue  # shared keys and values: a later splice makes them whole
+                    continue  # shared keys and values are spliced later
                 if node in full:
                     raise refuse(
                         Reason.TOKEN_AXIS_LOST,
                         node,
                         f"keys or values mix with {operand.name} of another layer",
                     )
-                step = steps.get(operand)
-                axis = TokenAxis(len(shape_of(entering)) - 2) if step is None else step.axis
+                flow = flows.get(operand)
+                axis = TokenAxis(len(shape_of(entering)) - 2) if flow is None else flow.axis
                 if not axis.entries.are_tokens:
                     raise refuse(Reason.TOKEN_AXIS_LOST, node, f"{operand.name} comes from another layer")
-                found.append(Carried(operand, node, axis.place, levels[operand], levels[node]))
+                found.append(Carried(operand, node, axis.token_dim, levels[operand], levels[node]))
     inner = {node for node in levels if node is not stream.boundaries[-1]}
     for node in stream.tail:
         for operand in data_inputs(node):
@@ -122,8 +119,8 @@ def find_carried(
     return tuple(found)
 
 
-def _levels(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, int]:
-    """The level of each node's rows, once keys and values alone are computed in a row's last layer."""
+def _levels(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, int]:
+    """Return the level of each node's rows, if the last layer of a row computes only keys and values."""
     levels = {stream.boundaries[0]: 0}
     for index, layer in enumerate(layers):
         levels.update(dict.fromkeys(layer.kv_part, index))
@@ -131,11 +128,11 @@ def _levels(stream: Stream, layers: Sequence[LayerParts]) -> dict[Node, int]:
     return levels
 
 
-def check_results(graph: Graph, layers: Sequence[LayerParts], stream: Stream) -> None:
-    """The graph may return full keys and values and what follows the last layer, nothing of inner rows.
+def check_results(graph: Graph, layers: Sequence[LayerSplit], stream: Stream) -> None:
+    """Check that the graph returns no rows of inner layers, besides full keys and values.
 
     Raises:
-        UnsupportedGraphError: TOKEN_AXIS_LOST.
+        UnsupportedGraphError: TOKEN_AXIS_LOST, otherwise.
     """
     partial = {node for layer in layers for node in (*layer.q_part, *layer.kv_part)}
     partial -= {stream.boundaries[-1]}
@@ -145,5 +142,5 @@ def check_results(graph: Graph, layers: Sequence[LayerParts], stream: Stream) ->
             raise refuse(
                 Reason.TOKEN_AXIS_LOST,
                 node,
-                "the graph returns it with a row for every token of an inner layer",
+                "the graph returns it, with the rows of an inner layer",
             )

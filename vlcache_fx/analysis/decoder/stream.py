@@ -1,7 +1,7 @@
-"""The residual stream: where it starts, where each decoder layer begins and ends.
+"""The residual stream: its start, and the first and last node of each decoder layer.
 
-Layers are found as articulation points of the dataflow between consecutive attention sites, so parallel and
-sequential blocks, any norm placement and any module layout look the same here.
+Layer boundaries are articulation points of the dataflow between consecutive attention sites, so the search
+does not depend on parallel or sequential blocks, norm placement or module layout.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,12 @@ class Stream:
     """The residual stream of the decoder.
 
     Attributes:
-        boundaries: L + 1 nodes for L layers; ``boundaries[0]`` is the merged token embeddings,
-            ``boundaries[i]`` the residual that enters layer i, ``boundaries[L]`` what leaves the last layer.
-        members: per layer, the nodes after its entering boundary up to and with its leaving one, in graph
-            order.
+        boundaries: L + 1 nodes for L layers: ``boundaries[0]`` is the merged token embeddings,
+            ``boundaries[i]`` the residual that enters layer i, ``boundaries[L]`` the last layer's result.
+        members: per layer, the nodes after its entering boundary up to and including its leaving boundary, in
+            graph order.
         tail: the nodes after the last boundary, in graph order.
-        nodes: everything computed from the embeddings, them included.
+        nodes: the embeddings and everything computed from them.
     """
 
     boundaries: tuple[Node, ...]
@@ -51,36 +51,34 @@ def _floating(node: Node) -> bool:
 
 
 def output_nodes(graph: Graph) -> list[Node]:
-    """The tensors that the graph returns."""
+    """Return the tensors that the graph returns."""
     output = graph.output_node()
     return [node for node in output.all_input_nodes if carries_data(node)]
 
 
 def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node]) -> Stream:
-    """Isolate the residual stream that runs through ``sites``.
+    """Find the residual stream through ``sites``.
 
     Args:
         graph: the IR.
         sites: the decoder's attention sites, in graph order.
-        data_placeholders: the graph inputs that belong to the request.
+        data_placeholders: the inputs of kind DATA.
 
     Raises:
-        UnsupportedGraphError: NO_STREAM, where no single tensor carries the residual between two sites.
+        UnsupportedGraphError: NO_STREAM, if no single tensor is the residual between two sites.
     """
     position = positions(graph)
     start = _find_start(graph, sites, data_placeholders, position)
     stream = descendants([start])
-    behind_last = descendants([sites[-1].node])
-    results = [node for node in output_nodes(graph) if node in behind_last]
+    after_last = descendants([sites[-1].node])
+    results = [node for node in output_nodes(graph) if node in after_last]
     if not results:
-        raise refuse(
-            Reason.NO_STREAM, sites[-1].node, "nothing that the graph returns follows its last attention"
-        )
+        raise refuse(Reason.NO_STREAM, sites[-1].node, "no output depends on the last attention")
     boundaries: list[Node] = []
     origin = start
     for site in sites:
-        # From the attention before, not from the start: what layers are given beside the residual (an
-        # embedding for each layer, say) flows around all of them.
+        # From the previous attention, not from the start: inputs of layers besides the residual, such as an
+        # embedding for each layer, bypass every node.
         points = articulation_points([origin], results, position, stream)
         before = ancestors([site.node], stream)
         inner = [point for point in points if point in before and point not in (site.node, origin)]
@@ -101,13 +99,13 @@ def _find_start(
     graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node], position: dict[Node, int]
 ) -> Node:
     value = sites[0].value
-    # What a cache holds is no source of the embeddings: queries do not depend on it.
-    needed, asked = sources_of_rows(value), ancestors([sites[0].query])
-    sources = [node for node in data_placeholders if node in needed and node in asked]
+    # Contents of a cache are no source of the embeddings: queries do not depend on them.
+    needed, query_sources = sources_of_rows(value), ancestors([sites[0].query])
+    sources = [node for node in data_placeholders if node in needed and node in query_sources]
     dependent = descendants(sources, needed)
-    # Features that are added in later layers come by the encoder, beside the embeddings.
-    beside = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
-    useful = ancestors([*output_nodes(graph), sites[-1].node], beside)
+    # Deepstack features come from the encoder, not from the embeddings.
+    without_deepstack = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
+    useful = ancestors([*output_nodes(graph), sites[-1].node], without_deepstack)
     for candidate in reversed(articulation_points(sources, [value], position, dependent)):
         before = ancestors([candidate])
         leaks = (
@@ -127,7 +125,7 @@ def _find_start(
 def _last_boundary(
     points: list[Node], boundaries: list[Node], stream: NodeSet, position: dict[Node, int], site: Node
 ) -> Node:
-    """Where the last layer ends: by the same operations as the layer before, else its last residual sum."""
+    """Return the end of the last layer: after the operations of the previous layer, or its last sum."""
     if len(boundaries) > 1:
         pattern = _operations(boundaries[-2], boundaries[-1], stream, position)
         for point in points:
@@ -142,9 +140,7 @@ def _last_boundary(
         and (descendants([boundaries[-1]], stream).keys() & set(point.all_input_nodes))
     ]
     if not sums:
-        raise refuse(
-            Reason.NO_STREAM, site, "the residual stream could not be followed behind the last attention"
-        )
+        raise refuse(Reason.NO_STREAM, site, "the residual stream is lost after the last attention")
     return sums[-1]
 
 

@@ -1,1 +1,1 @@
-"""The token dimension of every tensor, followed through operators."""
+"""The token axis of every tensor, followed through operators."""

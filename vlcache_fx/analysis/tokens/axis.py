@@ -14,12 +14,14 @@ from vlcache_fx.ir.sizes import equal, is_one
 
 @dataclass(frozen=True)
 class Entries:
-    """Which entries an axis has: ``outer`` x tokens x ``inner`` of them, tokens in the middle.
+    """Entries of an axis: ``outer * tokens * inner`` of them, nested in that order.
+
+    Two experts per token (``inner=2``) and three tokens: t0e0 t0e1 t1e0 t1e1 t2e0 t2e1.
 
     Attributes:
-        outer, inner: 1 where every entry is a token; larger where the axis was merged with others (samples
-            outside, the experts of a token inside).
-        order: the sort that put the entries into another order; None where they are in their own.
+        outer, inner: sizes of axes that were merged with the token axis, such as samples outside and the
+            experts of a token inside; 1 for none.
+        order: the sort that reordered the entries; None if they are in their own order.
     """
 
     outer: Any = 1
@@ -28,24 +30,24 @@ class Entries:
 
     @property
     def are_tokens(self) -> bool:
-        """True where entry i is token i."""
+        """True if entry i is token i."""
         return is_one(self.outer) and is_one(self.inner) and self.order is None
 
     def same(self, other: Entries) -> bool:
-        """True where the two axes have the same entries in the same order."""
+        """Return True if both axes have the same entries in the same order."""
         return equal(self.outer, other.outer) and equal(self.inner, other.inner) and self.order is other.order
 
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """Where a tensor runs over tokens.
+    """Token axis of a tensor.
 
     Attributes:
-        dim: the dimension; None for counts over all tokens (how many were sent to each expert), which may
-            only say where groups of sorted rows end.
-        entries: what it holds.
-        points_at: the values are places on an axis of these entries; None for any other values.
-        is_permutation: of such values, each place occurs once.
+        dim: the dimension; None for counts over all tokens (tokens per expert), which may only be the ends of
+            groups of sorted rows.
+        entries: the entries along it.
+        points_at: the entries that the values index; None for values that are no indices.
+        is_permutation: True where the values index each of these entries once.
     """
 
     dim: int | None
@@ -54,30 +56,30 @@ class TokenAxis:
     is_permutation: bool = False
 
     def at(self, dim: int) -> TokenAxis:
-        """The same axis in another dimension, of a tensor with other values."""
+        """Return the axis of a tensor with new values, with the same entries along ``dim``."""
         return TokenAxis(dim, self.entries)
 
     def moved(self, dim: int) -> TokenAxis:
-        """The same axis in another dimension, of the same values."""
+        """Return the axis of a tensor with the same values, along ``dim``."""
         return replace(self, dim=dim)
 
     @property
-    def place(self) -> int:
-        """The dimension, where there is one."""
+    def token_dim(self) -> int:
+        """``dim``, which is not None here."""
         assert self.dim is not None
         return self.dim
 
 
 @dataclass(frozen=True)
-class RowStep:
-    """How one node treats rows.
+class TokenFlow:
+    """How tokens flow through one node.
 
     Attributes:
-        axis: where the node's result runs over tokens.
-        gathers: ``(operand, dimension)`` of operands that are not computed from the rows but have a full
-            token axis there.
-        size_argument: ``(argument index, position)`` of the entry of a size list that spells out the number
-            of entries along the axis.
+        axis: token axis of the result.
+        gathers: ``(operand, dim)`` of operands outside the residual stream that have all tokens along
+            ``dim``.
+        size_argument: ``(argument, index)`` of the element of a size list that is the number of entries along
+            the axis.
     """
 
     axis: TokenAxis
@@ -86,19 +88,19 @@ class RowStep:
 
     @property
     def dim(self) -> int:
-        """The dimension of the result that runs over tokens."""
-        return self.axis.place
+        """The token dimension of the result."""
+        return self.axis.token_dim
 
 
 Axes: TypeAlias = Mapping[Node, TokenAxis]
 
 
 def shape_of(node: Node) -> torch.Size:
-    """The shape of the node's (fake) tensor value."""
+    """Return the shape of the node's (fake) tensor."""
     shape: torch.Size = node.meta["val"].shape
     return shape
 
 
 def rank_of(node: Node) -> int:
-    """Number of dimensions."""
+    """Return the number of dimensions of the node's tensor."""
     return len(shape_of(node))

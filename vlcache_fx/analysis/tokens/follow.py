@@ -1,9 +1,9 @@
-"""Follow the token axis through token-wise ATen ops.
+"""Follow the token axis through token-wise ATen operators.
 
-``row_step(node, axes)`` says for one node, given the token axes of its operands, where its result runs over
-tokens, which other operands have a full token axis that meets it (and have to be gathered when only some rows
-are computed), and which size argument spells out the number of tokens. An op that mixes tokens, or that is
-not known here, is refused: restricting its rows would change its result.
+``follow_tokens(node, axes)`` takes the token axes of a node's operands and returns a ``TokenFlow``: the token
+axis of the result, the operands to gather when only some rows are computed, and the size argument that
+contains the number of tokens. Operators that mix tokens, and unknown ones, are refused: restricting their
+rows would change their results.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import operator
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, RowStep
+from vlcache_fx.analysis.tokens.axis import Axes, TokenFlow
 from vlcache_fx.analysis.tokens.layout_rules import LAYOUT_RULES, same
 from vlcache_fx.analysis.tokens.math_rules import MATH_RULES, pointwise
-from vlcache_fx.analysis.tokens.routing_rules import rule_for, sorted_places
+from vlcache_fx.analysis.tokens.routing_rules import rule_for, sorted_indices
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.refusal import refuse
 
 aten = torch.ops.aten
 
 
-def row_step(node: Node, axes: Axes) -> RowStep:
-    """The row treatment of ``node``, whose operands in ``axes`` have their token axis there.
+def follow_tokens(node: Node, axes: Axes) -> TokenFlow:
+    """Return the token flow of ``node``; ``axes`` has the token axes of its operands.
 
     Raises:
-        UnsupportedGraphError: the op mixes tokens, loses the token axis, or is unknown.
+        UnsupportedGraphError: the operator mixes tokens, loses the token axis, or is unknown.
     """
     if node.op != "call_function":
         raise refuse(Reason.UNKNOWN_OP, node, f"a {node.op} node in the residual stream")
@@ -42,9 +42,9 @@ def row_step(node: Node, axes: Axes) -> RowStep:
     raise refuse(Reason.UNKNOWN_OP, node, f"{node.target} is not known to work token by token")
 
 
-def _getitem(node: Node, axes: Axes) -> RowStep:
+def _getitem(node: Node, axes: Axes) -> TokenFlow:
     source = node.args[0]
     packet = getattr(source.target, "overloadpacket", None) if isinstance(source, Node) else None
     if isinstance(source, Node) and packet is aten.sort and node.args[1] == 1:
-        return RowStep(sorted_places(source, axes))
+        return TokenFlow(sorted_indices(source, axes))
     return same(node, axes)

@@ -1,4 +1,4 @@
-"""The token axis through operators that move, cut and join values."""
+"""The token axis through operators that change the layout of values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from vlcache_fx.analysis.tokens.axis import Axes, Entries, RowStep, TokenAxis, rank_of, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, Entries, TokenAxis, TokenFlow, rank_of, shape_of
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.nodes import is_full_slice
 from vlcache_fx.ir.refusal import refuse
@@ -17,219 +17,227 @@ from vlcache_fx.ir.sizes import equal, expressions, is_one, product, quotient
 
 aten = torch.ops.aten
 
-Rule: TypeAlias = Callable[[Node, Axes], RowStep]
+Rule: TypeAlias = Callable[[Node, Axes], TokenFlow]
 
 
 def lost(node: Node, why: str) -> UnsupportedGraphError:
-    """The refusal of an operator that mixes tokens."""
+    """Return the refusal of an operator that mixes tokens."""
     return refuse(Reason.TOKEN_AXIS_LOST, node, why)
 
 
 def single(node: Node, axes: Axes) -> tuple[Node, TokenAxis]:
-    """The first operand, which alone is computed from rows.
+    """Return the first operand and its axis; no other operand has a token axis.
 
     Raises:
-        UnsupportedGraphError: it is not, or another operand is as well.
+        UnsupportedGraphError: it has none, or another operand has one too.
     """
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
     others = [other for other in node.all_input_nodes if other is not operand and other in axes]
     if others:
-        raise lost(node, f"{others[0].name} brings a second token axis")
-    return operand, with_place(node, axes[operand])
+        raise lost(node, f"{others[0].name} has a second token axis")
+    return operand, with_token_dim(node, axes[operand])
 
 
-def with_place(node: Node, axis: TokenAxis) -> TokenAxis:
-    """``axis``, where it is one."""
+def with_token_dim(node: Node, axis: TokenAxis) -> TokenAxis:
+    """Return ``axis``.
+
+    Raises:
+        UnsupportedGraphError: it is counts over all tokens.
+    """
     if axis.dim is None:
         raise lost(node, "it reads counts over all tokens")
     return axis
 
 
 def dimension(value: Any, rank: int) -> int:
-    """A dimension counted from the front."""
+    """Return a dimension as a non-negative number."""
     return int(value) % rank if rank else 0
 
 
-def same(node: Node, axes: Axes) -> RowStep:
-    """The values of the first operand, in its layout."""
+def same(node: Node, axes: Axes) -> TokenFlow:
+    """Return the flow of the same values in the same layout as the first operand."""
     operand = node.args[0]
     if isinstance(operand, Node) and operand in axes and axes[operand].dim is None:
-        return RowStep(axes[operand])  # counts stay counts
-    return RowStep(single(node, axes)[1])
+        return TokenFlow(axes[operand])  # counts stay counts
+    return TokenFlow(single(node, axes)[1])
 
 
-def like_first(node: Node, axes: Axes) -> RowStep:
-    """New values in the layout of the first operand; others say dtypes and the like."""
+def like_first(node: Node, axes: Axes) -> TokenFlow:
+    """Return the flow of new values in the layout of the first operand; others only set dtype or device."""
     operand = node.args[0]
     if not isinstance(operand, Node) or operand not in axes:
         raise lost(node, "its first operand is not part of the residual stream")
-    axis = with_place(node, axes[operand])
-    return RowStep(axis.at(axis.place))
+    axis = with_token_dim(node, axes[operand])
+    return TokenFlow(axis.at(axis.token_dim))
 
 
-def _view(node: Node, axes: Axes) -> RowStep:
+def _view(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     found = _regrouped(axis, shape_of(operand), shape_of(node))
     if found is None:
         change = f"{tuple(shape_of(operand))} -> {tuple(shape_of(node))}"
         raise lost(node, f"the view {change} merges the token axis with another")
-    return RowStep(found, size_argument=(1, found.place))
+    return TokenFlow(found, size_argument=(1, found.token_dim))
 
 
 def _regrouped(axis: TokenAxis, before: Sequence[Any], after: Sequence[Any]) -> TokenAxis | None:
-    """The axis after a view: the dimension that holds tokens whole, with what lies around them in it."""
+    """Return the axis after a view: the dimension with all tokens, and the sizes merged into it; or None."""
     before, after, entries = expressions(before), expressions(after), axis.entries
-    tokens = quotient(before[axis.place], entries.outer * entries.inner)
+    tokens = quotient(before[axis.token_dim], entries.outer * entries.inner)
     if tokens is None:
         return None
-    lead = product(before[: axis.place]) * entries.outer
-    rest = product(before[axis.place + 1 :]) * entries.inner
+    lead = product(before[: axis.token_dim]) * entries.outer
+    rest = product(before[axis.token_dim + 1 :]) * entries.inner
     for dim, size in enumerate(after):
         outer, inner = quotient(lead, product(after[:dim])), quotient(rest, product(after[dim + 1 :]))
         if outer is None or inner is None or not equal(size, outer * tokens * inner):
             continue
         moved = Entries(outer, inner, entries.order)
         if entries.order is not None and not moved.same(entries):
-            return None  # sorted entries of one token do not lie together
+            return None  # sorted entries of one token are not adjacent
         points = axis.points_at if moved.same(entries) else None
         return TokenAxis(dim, moved, points, axis.is_permutation and points is not None)
     return None
 
 
-def _flatten(node: Node, axes: Axes) -> RowStep:
-    return RowStep(_view(node, axes).axis)
+def _flatten(node: Node, axes: Axes) -> TokenFlow:
+    return TokenFlow(_view(node, axes).axis)
 
 
-def _expand(node: Node, axes: Axes) -> RowStep:
+def _expand(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    place = axis.place + rank_of(node) - rank_of(operand)
-    return RowStep(axis.at(place), size_argument=(1, place))
+    dim = axis.token_dim + rank_of(node) - rank_of(operand)
+    return TokenFlow(axis.at(dim), size_argument=(1, dim))
 
 
-def _repeat(node: Node, axes: Axes) -> RowStep:
+def _repeat(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     times = node.args[1]
     assert isinstance(times, Sequence)
-    place = axis.place + rank_of(node) - rank_of(operand)
+    dim = axis.token_dim + rank_of(node) - rank_of(operand)
     if axis.entries.order is not None:
         raise lost(node, "it repeats sorted tokens")
-    outer = axis.entries.outer * expressions([times[place]])[0]
-    return RowStep(TokenAxis(place, Entries(outer, axis.entries.inner)))
+    outer = axis.entries.outer * expressions([times[dim]])[0]
+    return TokenFlow(TokenAxis(dim, Entries(outer, axis.entries.inner)))
 
 
-def _transpose(node: Node, axes: Axes) -> RowStep:
+def _transpose(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     first, second = (dimension(arg, rank_of(operand)) for arg in node.args[1:3])
-    return RowStep(axis.moved({first: second, second: first}.get(axis.place, axis.place)))
+    return TokenFlow(axis.moved({first: second, second: first}.get(axis.token_dim, axis.token_dim)))
 
 
-def _t(node: Node, axes: Axes) -> RowStep:
+def _t(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    return RowStep(axis.moved(1 - axis.place) if rank_of(operand) == 2 else axis)
+    return TokenFlow(axis.moved(1 - axis.token_dim) if rank_of(operand) == 2 else axis)
 
 
-def _permute(node: Node, axes: Axes) -> RowStep:
+def _permute(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     order = node.args[1]
     assert isinstance(order, Sequence)
-    return RowStep(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.place)))
+    return TokenFlow(axis.moved([dimension(dim, rank_of(operand)) for dim in order].index(axis.token_dim)))
 
 
-def _unsqueeze(node: Node, axes: Axes) -> RowStep:
+def _unsqueeze(node: Node, axes: Axes) -> TokenFlow:
     _, axis = single(node, axes)
-    return RowStep(axis.moved(axis.place + (dimension(node.args[1], rank_of(node)) <= axis.place)))
+    return TokenFlow(axis.moved(axis.token_dim + (dimension(node.args[1], rank_of(node)) <= axis.token_dim)))
 
 
-def _squeeze(node: Node, axes: Axes) -> RowStep:
+def _squeeze(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     if len(node.args) < 2:
         raise lost(node, "it may drop any dimension of size 1")
     dims = node.args[1] if isinstance(node.args[1], Sequence) else [node.args[1]]
-    own = {dimension(dim, rank_of(operand)) for dim in dims}
-    if axis.place in own:
+    squeezed = {dimension(dim, rank_of(operand)) for dim in dims}
+    if axis.token_dim in squeezed:
         raise lost(node, "it drops the token axis")
-    return RowStep(
-        axis.moved(axis.place - sum(dim < axis.place and is_one(shape_of(operand)[dim]) for dim in own))
+    return TokenFlow(
+        axis.moved(
+            axis.token_dim - sum(dim < axis.token_dim and is_one(shape_of(operand)[dim]) for dim in squeezed)
+        )
     )
 
 
-def _slice(node: Node, axes: Axes) -> RowStep:
+def _slice(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
-    if dim == axis.place and not is_full_slice(node):
-        raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis)
+    if dim == axis.token_dim and not is_full_slice(node):
+        raise lost(node, "it selects some tokens")
+    return TokenFlow(axis)
 
 
-def _other_dim(node: Node, axes: Axes) -> RowStep:
+def _other_dim(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    place = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    if dimension(place, rank_of(operand)) == axis.place:
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    if dimension(dim, rank_of(operand)) == axis.token_dim:
         raise lost(node, "it splits the token axis")
-    return RowStep(axis)
+    return TokenFlow(axis)
 
 
-def _select(node: Node, axes: Axes) -> RowStep:
+def _select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1], rank_of(operand))
-    if dim == axis.place:
-        raise lost(node, "it takes a single token")
-    return RowStep(axis.moved(axis.place - (dim < axis.place)))
+    if dim == axis.token_dim:
+        raise lost(node, "it selects a single token")
+    return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
-def _unbind(node: Node, axes: Axes) -> RowStep:
+def _unbind(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(operand))
-    if dim == axis.place:
-        raise lost(node, "it takes single tokens")
-    return RowStep(axis.moved(axis.place - (dim < axis.place)))
+    if dim == axis.token_dim:
+        raise lost(node, "it unbinds the token axis")
+    return TokenFlow(axis.moved(axis.token_dim - (dim < axis.token_dim)))
 
 
-def _index_select(node: Node, axes: Axes) -> RowStep:
+def _index_select(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    if dimension(node.args[1], rank_of(operand)) == axis.place:
-        raise lost(node, "it takes a part of the tokens")
-    return RowStep(axis)
+    if dimension(node.args[1], rank_of(operand)) == axis.token_dim:
+        raise lost(node, "it selects some tokens")
+    return TokenFlow(axis)
 
 
-def _cat(node: Node, axes: Axes) -> RowStep:
+def _cat(node: Node, axes: Axes) -> TokenFlow:
     parts = node.args[0]
     assert isinstance(parts, Sequence)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(node))
-    step = joined(node, [part for part in parts if isinstance(part, Node)], axes)
-    if dim == step.dim:
+    flow = joined(node, [part for part in parts if isinstance(part, Node)], axes)
+    if dim == flow.dim:
         raise lost(node, "it joins tensors along the token axis")
-    return step
+    return flow
 
 
-def _stack(node: Node, axes: Axes) -> RowStep:
+def _stack(node: Node, axes: Axes) -> TokenFlow:
     parts = node.args[0]
     assert isinstance(parts, Sequence)
     dim = dimension(node.args[1] if len(node.args) > 1 else 0, rank_of(node))
-    step = joined(node, [part for part in parts if isinstance(part, Node)], axes)
-    return RowStep(step.axis.at(step.dim + (dim <= step.dim)), step.gathers)
+    flow = joined(node, [part for part in parts if isinstance(part, Node)], axes)
+    return TokenFlow(flow.axis.at(flow.dim + (dim <= flow.dim)), flow.gathers)
 
 
-def joined(node: Node, parts: Sequence[Node], axes: Axes) -> RowStep:
-    """Tensors of one rank side by side, whose token axes are the same; others have a full one."""
-    own = [with_place(node, axes[part]) for part in parts if part in axes]
-    if not own or any(axis.dim != own[0].dim or not axis.entries.same(own[0].entries) for axis in own):
+def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
+    """Return the flow of a join of tensors with equal token axes; operands without one are gathered."""
+    found = [with_token_dim(node, axes[part]) for part in parts if part in axes]
+    if not found or any(
+        axis.dim != found[0].dim or not axis.entries.same(found[0].entries) for axis in found
+    ):
         raise lost(node, "it joins tensors along the token axis")
-    axis = own[0]
-    others = tuple((part, axis.place) for part in parts if part not in axes)
+    axis = found[0]
+    others = tuple((part, axis.token_dim) for part in parts if part not in axes)
     others = tuple((part, dim) for part, dim in others if not is_one(shape_of(part)[dim]))
     if others and not axis.entries.are_tokens:
         raise lost(node, f"{others[0][0].name} has other entries along the token axis")
-    return RowStep(axis.at(axis.place), others)
+    return TokenFlow(axis.at(axis.token_dim), others)
 
 
-def _as_complex(node: Node, axes: Axes) -> RowStep:
+def _as_complex(node: Node, axes: Axes) -> TokenFlow:
     operand, axis = single(node, axes)
-    if axis.place == rank_of(operand) - 1:
+    if axis.token_dim == rank_of(operand) - 1:
         raise lost(node, "it pairs tokens up")
-    return RowStep(axis.at(axis.place))
+    return TokenFlow(axis.at(axis.token_dim))
 
 
 LAYOUT_RULES: Mapping[Any, Rule] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Why a decoder's residual stream cannot be followed: something other than attention mixes its tokens."""
+"""Refusals of decoders in which an operator other than attention mixes tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.merge import Merge
 from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, rank_of
-from vlcache_fx.analysis.tokens.follow import row_step
+from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import NodeSet, ancestors, carries_data, descendants
 from vlcache_fx.ir.refusal import refuse
@@ -18,9 +18,9 @@ from vlcache_fx.ir.refusal import refuse
 def mixing_refusal(
     graph: Graph, merges: Sequence[Merge], sites: Sequence[Site]
 ) -> UnsupportedGraphError | None:
-    """The refusal that names the first operator behind the merge that mixes tokens on the way to attention.
+    """Return the refusal of the first operator after the merges that mixes tokens on the way to attention.
 
-    None where there is no merge to start from, or no such operator.
+    None without a merge or such an operator.
     """
     if not merges:
         return None
@@ -42,20 +42,20 @@ def mixing_refusal(
 
 def _mixes(node: Node, axes: dict[Node, TokenAxis]) -> UnsupportedGraphError | None:
     try:
-        axes[node] = row_step(node, _known(node, axes)).axis
+        axes[node] = follow_tokens(node, _operand_axes(node, axes)).axis
     except UnsupportedGraphError as error:
         return as_mixing(node, error)
     return None
 
 
 def as_mixing(node: Node, refusal: UnsupportedGraphError) -> UnsupportedGraphError:
-    """What it means for a decoder that ``node``, which is no attention, loses the token axis."""
+    """Return the TOKEN_MIXING refusal for a lost token axis at ``node``, which is not attention."""
     if refusal.reason is not Reason.TOKEN_AXIS_LOST:
         return refusal
     return refuse(
-        Reason.TOKEN_MIXING, node, f"tokens meet outside attention in {node.target}: {refusal.detail}"
+        Reason.TOKEN_MIXING, node, f"{node.target} mixes tokens outside attention: {refusal.detail}"
     )
 
 
-def _known(node: Node, axes: dict[Node, TokenAxis]) -> Axes:
+def _operand_axes(node: Node, axes: dict[Node, TokenAxis]) -> Axes:
     return {operand: axes[operand] for operand in node.all_input_nodes if operand in axes}

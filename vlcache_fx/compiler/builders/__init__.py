@@ -1,4 +1,4 @@
-"""From the facts of a captured graph to what serves its calls: specs, named programs, runners.
+"""Builders: from a captured graph and its analysis to specs, named programs and runners.
 
-Each file has builders for one part. They read graph nodes, once per graph; what they give holds none but
-inside callables. The backend and the exporter import them."""
+One file per part. Builders read graph nodes once per graph; their output contains no nodes, except inside
+callables. The backend and the exporter import them."""

@@ -1,4 +1,4 @@
-"""The description of a decoder graph and the programs that run before it."""
+"""Builds the spec and the prologue of a decoder graph."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.fx import Node
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.analysis.decoder.computation import Computation, computation_of
 from vlcache_fx.analysis.tokens.axis import shape_of
-from vlcache_fx.compiler.builders.input_values import leaf_specs, made_leaves
+from vlcache_fx.compiler.builders.input_values import computed_leaves, input_value_specs
 from vlcache_fx.compiler.builders.masks import FoundMasks, find_masks
-from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu, is_whole
+from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu, is_integral
 from vlcache_fx.compiler.builders.spans import span_masks, span_spec
 from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.ir.subgraph import extract
@@ -25,13 +25,13 @@ from vlcache_fx.spec.slots import Residual, StoredSlot
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder graph, described.
+    """A decoder graph with its spec.
 
     Attributes:
-        captured, facts: the graph.
-        spec: its description.
-        computation: how rows are computed.
-        masks: its attention masks.
+        captured, facts: the graph and its analysis.
+        spec: the spec.
+        computation: digests of how rows are computed.
+        masks: attention masks.
     """
 
     captured: Captured
@@ -42,41 +42,41 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the token embeddings are."""
+        """Device of the token embeddings."""
         device: torch.device = self.facts.stream.boundaries[0].meta["val"].device
         return device
 
     def prologue_nodes(self) -> PrologueNodes:
-        """What each program of the prologue gives."""
+        """Return the nodes whose values each program of the prologue returns."""
         return PrologueNodes(
             spans=tuple(span_masks(self.facts)),
             masks=self.masks.masks,
-            input_values=tuple(made_leaves(self.computation.leaves)),
+            input_values=tuple(computed_leaves(self.computation.leaves)),
             cache_values=self.masks.cache_values,
         )
 
     def prologue(self) -> Prologue:
-        """The programs, as parts of the captured graph; whole numbers are computed on the CPU."""
+        """Return the programs, as parts of the captured graph; integers are computed on the CPU."""
         nodes, module = self.prologue_nodes(), self.captured.graph_module
         data = self.captured.indices_of(InputKind.DATA)
 
         def on_cpu(values: tuple[Node, ...]) -> Values:
             return evaluated_on_cpu(extract(module, values), data)[0] if values else no_values
 
-        def as_it_is(values: tuple[Node, ...]) -> Values:
+        def on_device(values: tuple[Node, ...]) -> Values:
             return extract(module, values) if values else no_values
 
         return Prologue(
             spans=on_cpu(nodes.spans),
-            masks=as_it_is(nodes.masks),
+            masks=on_device(nodes.masks),
             input_values=on_cpu(nodes.input_values),
-            cache_values=as_it_is(nodes.cache_values),
+            cache_values=on_device(nodes.cache_values),
         )
 
 
 @dataclass(frozen=True)
 class PrologueNodes:
-    """Nodes of a decoder graph that the programs of its prologue give: see ``Prologue``."""
+    """Nodes whose values the programs of a prologue return: see ``Prologue``."""
 
     spans: tuple[Node, ...]
     masks: tuple[Node, ...]
@@ -94,13 +94,13 @@ def describe_decoder(
     """Describe a captured graph whose encoder features are inputs.
 
     Args:
-        captured, facts: the graph, cleaned, and its analysis.
+        captured, facts: the graph after clean-up, and its analysis.
         recorded: the slots that its programs record.
-        groups: number of layers in each run of layers that compute the same rows.
-        inputs: what callers give, in their order; by default all inputs. Weights may be left out.
+        groups: ``DecoderSpec.layer_groups``.
+        inputs: the inputs that callers pass, in order; by default all. Weights may be left out.
 
     Raises:
-        UnsupportedGraphError: what rows depend on, or which keys are the call's, cannot be told.
+        UnsupportedGraphError: the values on which rows depend, or the keys of the call, are unknown.
     """
     inputs = captured.placeholders if inputs is None else inputs
     index = {node: number for number, node in enumerate(inputs)}
@@ -112,7 +112,7 @@ def describe_decoder(
         num_results=captured.num_results,
         writes=captured.writes,
         data=_among(captured.inputs_of(InputKind.DATA), index),
-        host_inputs=_among(filter(is_whole, captured.inputs_of(InputKind.DATA)), index),
+        host_inputs=_among(filter(is_integral, captured.inputs_of(InputKind.DATA)), index),
         tail=_tail(captured, facts, index),
         tail_varies=facts.tail_rows.varies,
         has_past=bool(facts.past),
@@ -123,7 +123,7 @@ def describe_decoder(
         other_weights=_among(computation.weights, index),
         model_fingerprint=None,
         spans=span_spec(facts, index),
-        leaves=leaf_specs(computation.leaves, index),
+        leaves=input_value_specs(computation.leaves, index),
         masks=masks.spec,
     )
     return Decoder(captured, facts, spec, computation, masks)
@@ -141,14 +141,16 @@ def _tail(captured: Captured, facts: DecoderFacts, index: Mapping[Node, int]) ->
 
 
 def _rows(facts: DecoderFacts, recorded: Sequence[StoredSlot]) -> dict[StoredSlot, RowSpec]:
-    nodes: dict[StoredSlot, tuple[Node, int]] = {one.slot: (one.node, one.dim) for one in facts.frontiers}
+    nodes: dict[StoredSlot, tuple[Node, int]] = {
+        frontier.slot: (frontier.node, frontier.dim) for frontier in facts.frontiers
+    }
     nodes[Residual()] = (facts.stream.boundaries[-1], facts.tail_rows.axis)
     batch = facts.batch_dims or {}
     return {slot: _row_spec(*nodes[slot], batch.get(nodes[slot][0])) for slot in recorded}
 
 
 def _row_spec(node: Node, dim: int, batch_dim: int | None) -> RowSpec:
-    """Rows of a node's value, along ``dim``."""
+    """Return the spec of a node's rows along ``dim``."""
     value = node.meta["val"]
     sizes: list[int | None] = [size if isinstance(size, int) else None for size in value.shape]
     sizes[dim] = None
@@ -158,8 +160,8 @@ def _row_spec(node: Node, dim: int, batch_dim: int | None) -> RowSpec:
 
 
 def _layout(facts: DecoderFacts, recorded: Sequence[StoredSlot]) -> str:
-    """Dtypes and widths of stored keys and values."""
-    nodes = {one.slot: one.node for one in facts.frontiers}
+    """Return text for the dtypes and widths of stored keys and values."""
+    nodes = {frontier.slot: frontier.node for frontier in facts.frontiers}
     slots = [slot for slot in recorded if slot != Residual()]
     return str(
         [(str(slot), str(nodes[slot].meta["val"].dtype), str(shape_of(nodes[slot])[-1])) for slot in slots]

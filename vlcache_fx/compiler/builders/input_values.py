@@ -1,4 +1,4 @@
-"""The values of a request that keys hold beside spans and masks, as analysis found them."""
+"""Builds the specs of input values: values that enter keys besides spans and masks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from torch.fx import Node
 
 from vlcache_fx.analysis.decoder.computation import Leaf
-from vlcache_fx.spec.decoder import LeafSpec
+from vlcache_fx.spec.decoder import InputValueSpec
 
 
-def leaf_specs(leaves: Sequence[Leaf], index: Mapping[Node, int]) -> tuple[LeafSpec, ...]:
-    """Plain data of leaves, in a graph with inputs of this ``index``."""
+def input_value_specs(leaves: Sequence[Leaf], index: Mapping[Node, int]) -> tuple[InputValueSpec, ...]:
+    """Return the specs of leaves, given the index of each input."""
     kinds = list(dict.fromkeys(leaf.kind for leaf in leaves))
     return tuple(
-        LeafSpec(
+        InputValueSpec(
             index.get(leaf.node),
             leaf.token_dim,
             leaf.batch_dim,
@@ -26,6 +26,6 @@ def leaf_specs(leaves: Sequence[Leaf], index: Mapping[Node, int]) -> tuple[LeafS
     )
 
 
-def made_leaves(leaves: Sequence[Leaf]) -> list[Node]:
-    """Those that are no inputs."""
+def computed_leaves(leaves: Sequence[Leaf]) -> list[Node]:
+    """Return the nodes of leaves that are not inputs."""
     return [leaf.node for leaf in leaves if leaf.node.op != "placeholder"]

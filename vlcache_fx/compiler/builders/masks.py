@@ -1,4 +1,4 @@
-"""What tokens may see: the attention masks of a decoder, as analysis found them."""
+"""Builds the spec of attention masks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FoundMasks:
     """The masks of one graph.
 
     Attributes:
-        spec: plain data of them.
-        masks: what the program ``masks`` gives.
-        cache_values: what the program ``cache_values`` gives.
+        spec: the spec.
+        masks: nodes whose values the program ``masks`` returns.
+        cache_values: nodes whose values the program ``cache_values`` returns.
     """
 
     spec: MaskSpec
@@ -32,10 +32,10 @@ class FoundMasks:
 
 
 def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
-    """The masks of a decoder with inputs of this ``index``.
+    """Return the masks of a decoder, given the index of each input.
 
     Raises:
-        UnsupportedGraphError: MASK_FORM, where it is not known which keys belong to the tokens of a call.
+        UnsupportedGraphError: MASK_FORM, where the keys of the call's tokens are unknown.
     """
     sites: dict[Node | None, MaskSite] = {}
     cache_values: dict[Node, int] = {}
@@ -44,15 +44,13 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
         if keys is None or mask in sites or (mask is None and site.is_prefill):
             continue
         if not keys.is_known and not site.is_prefill:
-            raise refuse(
-                Reason.MASK_FORM, site.node, "it is not known which of its keys are those of this call"
-            )
+            raise refuse(Reason.MASK_FORM, site.node, "the keys of this call cannot be identified")
         sites[mask] = MaskSite(
             site.node.name,
             source_line(site.node),
             mask is not None,
             "" if mask is None else mask_rule(mask, facts),
-            key_moves(() if site.is_prefill else keys.moves, cache_values),
+            key_moves(() if site.is_prefill else keys.ops, cache_values),
         )
     masks, kinds = masks_of(facts), list(sites)
     needed = needed_for(masks)
@@ -69,7 +67,7 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
 
 
 def masks_of(facts: DecoderFacts) -> list[Node]:
-    """The different masks of attentions to tokens of the call, in the order of layers."""
+    """Return the distinct masks of attention to tokens of the call, in the order of layers."""
     kinds = dict.fromkeys(
         layer.site.mask
         for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)

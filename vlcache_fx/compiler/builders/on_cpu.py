@@ -1,4 +1,4 @@
-"""Small graphs of whole numbers are run on the CPU, where keys are made."""
+"""Moves small integer programs to the CPU, where keys are computed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vlcache_fx.ir.subgraph import on_cpu
 def evaluated_on_cpu(
     part: fx.GraphModule, data_inputs: Sequence[int]
 ) -> tuple[Callable[..., Sequence[Any]], tuple[int, ...]]:
-    """``part``, brought to the CPU where whole numbers of the request are all that it reads.
+    """Move ``part`` to the CPU if it reads only integer and bool tensors of the request.
 
     Returns:
-        What to call with the graph's inputs, on whatever device, and the indices of the inputs that it reads
-        on the CPU; none where it runs on their device.
+        A callable that takes the graph's inputs on any device, and the indices of the inputs that it reads on
+        the CPU; no indices where it runs on their device.
     """
     placeholders = part.graph.find_nodes(op="placeholder")
     read = {
@@ -25,20 +25,20 @@ def evaluated_on_cpu(
         for index, node in enumerate(placeholders)
         if node.users and isinstance(node.meta.get("val"), Tensor)
     }
-    reads_whole_numbers = all(index in data_inputs and is_whole(node) for index, node in read.items())
-    moved = on_cpu(part) if reads_whole_numbers else None
+    reads_integers = all(index in data_inputs and is_integral(node) for index, node in read.items())
+    moved = on_cpu(part) if reads_integers else None
     if moved is None:
         return part, ()
 
     def run(*args: Any) -> Sequence[Any]:
-        brought = [value.cpu() if index in read else value for index, value in enumerate(args)]
-        results: Sequence[Any] = moved(*brought)
+        copied = [value.cpu() if index in read else value for index, value in enumerate(args)]
+        results: Sequence[Any] = moved(*copied)
         return results
 
     return run, tuple(read)
 
 
-def is_whole(node: fx.Node) -> bool:
-    """True for a tensor of whole numbers, flags included."""
+def is_integral(node: fx.Node) -> bool:
+    """Return True for an integer or bool tensor."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())

@@ -1,4 +1,4 @@
-"""A rewritten program as the runtime takes it: described, and lowered once, when first used."""
+"""Builds the runner of a rewritten program, which is lowered once, when first used."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from vlcache_fx.spec.program import ProgramSpec
 
 
 def program_spec(program: Program) -> ProgramSpec:
-    """How a program is called."""
+    """Return the spec of a program."""
     return ProgramSpec(tuple(program.slots), tuple(program.recorded), tuple(program.in_place))
 
 
 def program_runner(name: str, program: Program, device: torch.device, engine: Engine) -> ProgramRunner:
-    """Of a rewritten graph, lowered as the engine's options say.
+    """Return the runner of a rewritten program, with the engine's lowering.
 
     Args:
         name: ``cold`` or ``warm``.
-        program: the graph.
-        device: where its inputs live.
+        program: the program.
+        device: device of its inputs.
         engine: has the lowering.
 
     Raises:
-        LoweringError: passes are missing that lowerings need.
+        LoweringError: passes that lowerings require have not run.
     """
 
     program.check_complete()
@@ -44,7 +44,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
 
 
 class Once:
-    """Lowers when first called, for all threads; from then on gives the same, or raises the same error."""
+    """Lowers in the first call, for all threads; returns or raises the same in later calls."""
 
     def __init__(self, lower: Callable[[], Lowered]) -> None:
         self._lower = lower

@@ -1,4 +1,4 @@
-"""From captured graphs to the runners that serve their calls."""
+"""Builds the runners of captured graphs."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def decoder_runner(
     pipelines: Pipelines,
     facts: DecoderFacts,
 ) -> DecoderRunner:
-    """A decoder with reuse, of a captured graph whose encoder features are inputs.
+    """Return the runner of a decoder graph whose encoder features are inputs.
 
-    Both programs are built at once and lowered when first used.
+    Both programs are built now and lowered when first used.
 
     Args:
-        captured: the graph, cleaned.
-        engine: what it shares with the model's other graphs.
+        captured: the graph after clean-up.
+        engine: the state shared by the model's graphs.
         unmodified: computes the graph's results without reuse.
-        pipelines: the passes that it goes through.
-        facts: of the graph.
+        pipelines: the passes for the graph.
+        facts: analysis of the graph.
 
     Raises:
         UnsupportedGraphError: the graph cannot be rewritten.
@@ -60,10 +60,10 @@ def decoder_runner(
 
 
 def encoder_runner(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
-    """An encoder whose results are kept, lowered at once.
+    """Return the runner of an encoder, lowered now.
 
     Raises:
-        LoweringError: it cannot be lowered.
+        LoweringError: the lowering failed.
     """
     lowered = engine.lower(split.encoder, name="encoder")
     spec = EncoderSpec(tuple(split.inputs), tuple(split.weights), tuple(split.computations))
@@ -73,23 +73,23 @@ def encoder_runner(split: SplitEncoder | SplitResults, engine: Engine) -> Encode
 def decode_step_runner(
     captured: Captured, program: Program, engine: Engine, unmodified: Callable[..., Sequence[Any]]
 ) -> DecodeStepRunner:
-    """A decoding step, lowered at once.
+    """Return the runner of a decoding step, lowered now.
 
     Args:
         captured: the graph.
-        program: made of it.
+        program: the rewritten graph.
         engine: has the lowering.
-        unmodified: serves calls whose inputs are not what the program was made for.
+        unmodified: serves calls whose inputs overlap or are not contiguous.
 
     Raises:
-        LoweringError: it cannot be lowered.
+        LoweringError: the lowering failed.
     """
     lowered = engine.lower(program.graph_module, name="decoding step")
     return DecodeStepRunner(decode_step_spec(captured, program), lowered, unmodified)
 
 
 def decode_step_spec(captured: Captured, program: Program) -> DecodeStepSpec:
-    """Of a decoding step and the program made of it."""
+    """Return the spec of a decoding step and its program."""
     return DecodeStepSpec(
         captured.writes,
         captured.indices_of(InputKind.DATA),
@@ -99,7 +99,7 @@ def decode_step_spec(captured: Captured, program: Program) -> DecodeStepSpec:
 
 
 def _logits_to_shadow(decoder: Decoder, engine: Engine) -> int | None:
-    """The result that shadow runs compare; None without the option, or where there is none."""
+    """Return the index of the result that shadow runs compare; None without shadow runs or logits."""
     if not engine.options.shadow:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What an engine remembers of keys and weights, bounded."""
+"""Bounded records of recent keys, contents and fingerprints of an engine."""
 
 import threading
 from collections import OrderedDict
@@ -8,73 +8,75 @@ from torch import Tensor
 
 from vlcache_fx.keys.weights import WeightsFingerprint
 
-KEYS = 4096
-WEIGHT_SETS = 16
+MAX_KEYS = 4096
+MAX_WEIGHT_SETS = 16
 
 
 class RecentKeys:
-    """The keys that were added last, at most ``KEYS`` of them. Safe to share between threads."""
+    """The last ``MAX_KEYS`` keys that were added. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._keys: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, key: str) -> bool:
-        """Remember a key; True where it was there already."""
+        """Add a key; return True if it was present."""
         with self._lock:
-            known = key in self._keys
+            is_present = key in self._keys
             self._keys[key] = None
             self._keys.move_to_end(key)
-            while len(self._keys) > KEYS:
+            while len(self._keys) > MAX_KEYS:
                 self._keys.popitem(last=False)
-            return known
+            return is_present
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all."""
         with self._lock:
             self._keys.clear()
 
 
 class RecentContents:
-    """Under which weights contents were seen last, and keys; at most ``KEYS`` of them. Safe in threads."""
+    """The last ``MAX_KEYS`` contents, with the weights of their calls. Safe to share between threads."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[str, tuple[str, ...]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, content: str, weights: str) -> tuple[str, ...]:
-        """Remember a content with the weights that it is seen with; returns those known before."""
+        """Add a content with the weights of its call; return the weights of earlier calls."""
         with self._lock:
-            known = self._seen.get(content, ())
-            self._seen[content] = (*(one for one in known if one != weights), weights)[-WEIGHT_SETS:]
+            earlier = self._seen.get(content, ())
+            self._seen[content] = (*(other for other in earlier if other != weights), weights)[
+                -MAX_WEIGHT_SETS:
+            ]
             self._seen.move_to_end(content)
-            while len(self._seen) > KEYS:
+            while len(self._seen) > MAX_KEYS:
                 self._seen.popitem(last=False)
-            return known
+            return earlier
 
     def clear(self) -> None:
-        """Forget all of them."""
+        """Remove all."""
         with self._lock:
             self._seen.clear()
 
 
 class Fingerprints:
-    """Fingerprints of weights, shared by graphs of the same tensors. Safe to share between threads."""
+    """Fingerprints of weights, shared by graphs with the same tensors. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
+        self._fingerprints: OrderedDict[tuple[int, ...], WeightsFingerprint] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, tensors: Sequence[Tensor]) -> str:
-        """Fingerprint of these weights now."""
+        """Return the current fingerprint of weights."""
         key = tuple(id(tensor) for tensor in tensors)
         with self._lock:
-            known = self._known.get(key)
-            if known is None:
-                known = self._known[key] = WeightsFingerprint(tensors)
-                while len(self._known) > WEIGHT_SETS:
-                    self._known.popitem(last=False)
-            return known.current(tensors)
+            fingerprint = self._fingerprints.get(key)
+            if fingerprint is None:
+                fingerprint = self._fingerprints[key] = WeightsFingerprint(tensors)
+                while len(self._fingerprints) > MAX_WEIGHT_SETS:
+                    self._fingerprints.popitem(last=False)
+            return fingerprint.current(tensors)

@@ -1,7 +1,7 @@
-"""Donors refine: the mean over the contexts in which an item was computed exactly.
+"""Refined donors: the mean of an item's rows over the contexts in which they were computed exactly.
 
-A donor is right for one context and off in every other. The mean over several contexts is right for none of
-them, but nearer to most others.
+The context of an item is all that precedes it. A donor of one context is exact there and approximate in all
+others. The mean of several contexts is exact in none, but closer in most others.
 """
 
 from collections.abc import Mapping
@@ -15,38 +15,36 @@ from vlcache_fx.store.entry import Entry
 
 
 def contexts_of(entry: Entry) -> tuple[str, ...]:
-    """Digests of the contexts that a donor is the mean of: of everything in front of its item, each time."""
-    known = entry.info.get("contexts")
-    return tuple(map(str, known)) if isinstance(known, list) else (str(entry.info.get("before")),)
+    """Return the contexts in a donor's mean, as digests of the blocks before the item."""
+    contexts = entry.info.get("contexts")
+    return tuple(map(str, contexts)) if isinstance(contexts, list) else (str(entry.info.get("before")),)
 
 
 def exact_key(key: str) -> str:
-    """Where the exact rows of an item's latest context lie, beside its refined donor.
+    """Return the key of an item's exact rows in its latest context, stored besides its refined donor.
 
-    Of the key alone, not of the context too: a copy per context would push donors of other items out of the
-    store, for conversations that most likely never go on. So an item holds two entries at most, and as with
-    donors that do not refine, its latest context is the one known exactly. No copy is needed before the
-    second context: until then the donor itself is exact.
+    The key does not cover the context: a copy per context would evict donors of other items, for
+    conversations that most likely never continue. So an item has at most two entries. The copy begins with
+    the second context: until then the donor is exact.
     """
     return content_digest(["exact", key])
 
 
 def exact_donor(rows: Mapping[str, Tensor], length: int, before: str) -> Entry:
-    """An entry of one context, in which ``before`` is the digest of all that the rows depend on."""
+    """Return a donor of one context; ``before`` is the digest of the blocks before the item."""
     return Entry(rows, {"kind": "donor", "length": length, "before": before, "contexts": [before]})
 
 
 def refined(donor: Entry, rows: Mapping[str, Tensor], before: str) -> Entry:
-    """The donor with one more context in its mean: a new entry, without ``before``, for it is exact nowhere.
+    """Return a new donor with one more context in its mean; it has no ``before``, as it is exact nowhere.
 
-    The mean is taken in float32 at least and rounded to the donor's dtype once per context, so that of n
-    contexts is off by up to (n + 1) / 4 - 1 / (2 n) units in the last place of the largest value: 1.125 with
-    four. What old contexts said need not be kept for it.
+    A running mean, in float32 or wider, rounded to the donor's dtype once per context. After n contexts its
+    error is at most (n + 1) / 4 - 1 / (2 n) units in the last place of the largest value: 1.125 for n = 4.
 
     Args:
-        donor: of the contexts so far; its tensors are only read.
-        rows: of the same slots and shapes, computed exactly.
-        before: the digest of what is in front of them, not among ``contexts_of(donor)``.
+        donor: the mean so far; its tensors are only read.
+        rows: exact rows of the same slots and shapes.
+        before: digest of the blocks before them, not in ``contexts_of(donor)``.
     """
     contexts = [*contexts_of(donor), before]
     info = {name: value for name, value in donor.info.items() if name != "before"}
@@ -56,7 +54,7 @@ def refined(donor: Entry, rows: Mapping[str, Tensor], before: str) -> Entry:
 
 
 def _mean(mean: Tensor, new: Tensor, count: int) -> Tensor:
-    """The mean of ``count`` tensors, of which ``mean`` is that of all but ``new``."""
+    """Return the mean of ``count`` tensors: ``new``, and the others with the mean ``mean``."""
     wide = torch.promote_types(mean.dtype, torch.float32)
     before = mean.to(new.device).to(wide)
     return before.add(new.to(wide).sub(before), alpha=1 / count).to(mean.dtype)
@@ -65,35 +63,34 @@ def _mean(mean: Tensor, new: Tensor, count: int) -> Tensor:
 def admit_item(
     store: Store, key: str, rows: Mapping[str, Tensor], length: int, before: str, max_contexts: int
 ) -> bool:
-    """Store rows of an item that were computed exactly; False where the store refused them.
+    """Store exact rows of an item; return False if the store refused them.
 
-    Two threads that refine one donor at the same time lose one of the two contexts, no more: entries are
-    replaced as a whole.
+    If two threads refine a donor at the same time, one of the two contexts is lost; entries stay consistent.
 
     Args:
-        store: where the donor is or will be.
-        key: of the donor.
+        store: the store of the donor.
+        key: key of the donor.
         rows: ``length`` rows of each slot.
-        length: of the item, in tokens.
-        before: digest of what is in front of the item; the same context counts once.
-        max_contexts: as many go into a donor's mean. With 1 the latest context replaces the donor.
+        length: tokens of the item.
+        before: digest of the blocks before the item; a context counts once.
+        max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
     """
     donor = store.get(key) if max_contexts > 1 and key in store else None
-    if donor is None or not _same_form(donor.tensors, rows):
+    if donor is None or not _match(donor.tensors, rows):
         if donor is not None and rows.keys() < donor.tensors.keys():
-            return True  # of a graph that records more; it serves this one as well
+            return True  # a graph that records more slots stored it; it serves this graph too
         return store.put(key, exact_donor(rows, length, before))
     contexts = contexts_of(donor)
     if contexts == (before,):
         return True
-    # The copy first: the donor is then the more recent of the two, so that the copy is evicted before it.
+    # The copy comes first: the donor is then more recent, and the copy is evicted before it.
     store.put(exact_key(key), exact_donor(rows, length, before))
     if before in contexts or len(contexts) >= max_contexts:
         return True
     return store.put(key, refined(donor, rows, before))
 
 
-def _same_form(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
+def _match(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
     return old.keys() == new.keys() and all(
         (old[name].shape, old[name].dtype) == (new[name].shape, new[name].dtype) for name in old
     )

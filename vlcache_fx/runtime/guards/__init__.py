@@ -1,1 +1,1 @@
-"""Watches the quality of reuse: shadow runs and what follows from them."""
+"""Monitors the quality of reuse: shadow runs, and the models that they bypass."""

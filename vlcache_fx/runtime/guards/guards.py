@@ -1,4 +1,4 @@
-"""Guards: which warm requests are computed in full as well, and which models are to go without reuse."""
+"""Guards: select warm requests for shadow runs, and bypass models after violations."""
 
 import logging
 import math
@@ -15,30 +15,30 @@ from vlcache_fx.runtime.guards.shadow import Comparison
 
 log = logging.getLogger("vlcache_fx")
 
-MODELS_REMEMBERED = 1024
+MAX_MODELS = 1024
 
 
 @dataclass
 class _Model:
-    """What is known of one model: the share of its next shadow run that has come together, and so on."""
+    """State of one model: shadow-run credit, violations, and the reason of a bypass."""
 
-    share: Fraction = Fraction(0)
+    credit: Fraction = Fraction(0)
     violations: int = 0
     reason: str | None = None
 
 
 class Guards:
-    """The guards of one engine. Models are told apart by the fingerprint of their decoder's weights.
+    """The guards of one engine. The fingerprint of a decoder's weights identifies its model.
 
     Safe to share between threads.
 
     Args:
-        options: ``shadow``, ``shadow_max_kl`` and ``shadow_max_violations`` count.
+        options: reads ``shadow``, ``shadow_max_kl`` and ``shadow_max_violations``.
     """
 
     def __init__(self, options: Options) -> None:
         self._max_kl, self._max_violations = options.shadow_max_kl, options.shadow_max_violations
-        # Exact, so that a share of 0.1 means every tenth request for good.
+        # Exact, so that a share of 0.1 means every tenth request, without drift.
         self._share = Fraction(options.shadow).limit_denominator(10**6)
         self._models: OrderedDict[str, _Model] = OrderedDict()
         self._runs = self._flips = self._violations = self._finite = 0
@@ -47,22 +47,22 @@ class Guards:
         self._thread = threading.local()
 
     def is_due(self, model: str) -> bool:
-        """Count one more warm request; True where it is to be computed in full as well.
+        """Count a warm request; return True if it needs a shadow run.
 
-        No random numbers: shares are added up, and the request in which they reach 1 is due.
+        Deterministic: each request adds the share to a credit, and a credit of 1 pays for a shadow run.
         """
         if not self._share or self._are_off():
             return False
         with self._lock:
             state = self._of(model)
-            state.share += self._share
-            if state.share < 1:
+            state.credit += self._share
+            if state.credit < 1:
                 return False
-            state.share -= 1
+            state.credit -= 1
             return True
 
     def record(self, model: str, comparison: Comparison) -> None:
-        """Count a shadow run; the model goes without reuse after too many violations."""
+        """Count a shadow run; bypass the model after too many violations."""
         is_finite = math.isfinite(comparison.kl)
         exceeds = self._max_kl is not None and not comparison.kl <= self._max_kl
         with self._lock:
@@ -80,19 +80,19 @@ class Guards:
             reached = state.violations == self._max_violations
         if reached:
             bound = "" if self._max_kl is None else f" or had a mean KL above {self._max_kl:g}"
-            what = f"{self._max_violations} shadow runs gave another next token{bound}"
-            self.bypass(model, f"{what}; engine.resume() lifts this")
+            violations = f"{self._max_violations} shadow runs predicted another next token{bound}"
+            self.bypass(model, f"{violations}; engine.resume() lifts this")
 
     def bypass(self, model: str, reason: str) -> None:
-        """Let a model go without reuse from now on; said once in the log."""
+        """Bypass reuse for a model from now on; log it once."""
         with self._lock:
             state = self._of(model)
             is_new, state.reason = state.reason is None, reason
         if is_new:
-            log.warning("goes on without reuse (weights %s): %s", model[:12], reason)
+            log.warning("vlcache: continuing without reuse (weights %s): %s", model[:12], reason)
 
     def reason(self, model: str) -> str | None:
-        """Why this model goes without reuse; None where it does not."""
+        """Return the reason of a model's bypass; None without a bypass."""
         if self._are_off():
             return None
         with self._lock:
@@ -100,14 +100,14 @@ class Guards:
         return None if state is None else state.reason
 
     def resume(self, models: Iterable[str] | None = None) -> None:
-        """Let models (all by default) reuse again, with their violations forgotten."""
+        """End the bypass of models (all by default) and reset their violations."""
         with self._lock:
             for model in list(self._models) if models is None else models:
                 self._models.pop(model, None)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Calls of this thread in the body are not guarded."""
+        """Turn guards off for calls of this thread in the body."""
         before = self._are_off()
         self._thread.off = True
         try:
@@ -116,8 +116,8 @@ class Guards:
             self._thread.off = before
 
     def stats(self) -> dict[str, Any]:
-        """Counts over all models: ``runs``, mean and maximum of ``kl`` (those that are finite), ``flips``,
-        ``violations``, and ``bypassed_models``."""
+        """Return counts over all models: ``runs``, ``mean_kl`` and ``max_kl`` (of finite values), ``flips``,
+        ``violations`` and ``bypassed_models``."""
         with self._lock:
             return {
                 "runs": self._runs,
@@ -134,6 +134,6 @@ class Guards:
     def _of(self, model: str) -> _Model:
         state = self._models.setdefault(model, _Model())
         self._models.move_to_end(model)
-        while len(self._models) > MODELS_REMEMBERED:
+        while len(self._models) > MAX_MODELS:
             self._models.popitem(last=False)
         return state

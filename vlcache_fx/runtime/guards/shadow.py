@@ -1,7 +1,4 @@
-"""Shadow runs: a warm request is computed in full as well, and its logits are compared.
-
-Everything here is pure.
-"""
+"""Shadow runs: compare the logits of a warm request with those of a full computation. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +9,17 @@ from torch import Tensor
 from vlcache_fx.runtime.requests.request import Request
 
 CHUNK_ROWS = 64
-"""Rows of logits that are compared at once: vocabularies are large, prompts are long."""
+"""Rows of logits that are compared at once, which bounds memory."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits with reuse beside the exact ones, of one request.
+    """Difference between the logits with reuse and the exact logits of one request.
 
     Attributes:
-        kl: mean KL divergence of the former from the latter, in nats: over the compared rows of each sample,
-            then over samples.
-        flip: the likeliest token of some sample's last row is another one.
+        kl: mean KL divergence of the logits with reuse from the exact ones, in nats: mean over the compared
+            rows of each sample, then over samples.
+        flip: the most likely next token of some sample differs.
     """
 
     kl: float
@@ -32,13 +29,13 @@ class Comparison:
 def compare(
     exact: Tensor, reused: Tensor, rows: Sequence[Tensor | None], last: Sequence[int] | None = None
 ) -> Comparison:
-    """Compare logits, [..., vocabulary], of as many samples as there are ``rows``.
+    """Compare logits, [..., vocabulary], of ``len(rows)`` samples.
 
     Args:
-        exact: of the full computation.
-        reused: of the same shape, with reuse.
+        exact: logits of the full computation.
+        reused: logits with reuse, same shape.
         rows: per sample, indices of the rows to compare; None for all.
-        last: per sample, the row that says the next token; by default the last one.
+        last: per sample, the row that predicts the next token; by default the last.
     """
     exact, reused = (
         part.detach()
@@ -59,10 +56,10 @@ def compare(
 
 
 def kl_per_row(exact: Tensor, reused: Tensor) -> Tensor:
-    """KL divergence of ``reused`` from ``exact``, in nats, of each row of floating logits [..., vocabulary].
+    """Return the KL divergence of ``reused`` from ``exact`` per row of logits [..., vocabulary], in nats.
 
-    Computed in the logits' dtype, added up in float64. 0 for equal rows; infinite where ``reused`` rules a
-    token out that ``exact`` does not.
+    Computed in the logits' dtype, summed in float64. 0 for equal rows; infinite where ``reused`` excludes a
+    token that ``exact`` does not.
     """
     p, q = exact.log_softmax(-1), reused.log_softmax(-1)
     terms = (p.exp() * (p - q)).masked_fill(p == -torch.inf, 0.0)
@@ -72,14 +69,14 @@ def kl_per_row(exact: Tensor, reused: Tensor) -> Tensor:
 def compared_rows(
     request: Request, positions: Tensor | None, num_rows: int
 ) -> tuple[list[Tensor | None], list[int] | None]:
-    """``(rows, last)`` for ``compare``: those of text that is read.
+    """Return ``(rows, last)`` for ``compare``: the rows at tokens of text.
 
-    What a model says behind an image's token is not read, and what it says behind padding means nothing (nor
-    is it computed). Where it is not known which tokens the rows of logits are of, all are compared.
+    Predictions at image tokens are not used, and those at padding are meaningless. All rows are compared if
+    ``num_rows`` does not match the positions.
 
     Args:
         request: the call.
-        positions: tokens that results need, None for all.
+        positions: tokens that results need; None for all.
         num_rows: rows of logits per sample.
     """
     tokens = torch.arange(request.num_tokens) if positions is None else positions
@@ -89,8 +86,8 @@ def compared_rows(
     last = []
     for sample in request.samples:
         real = torch.ones(num_rows, dtype=torch.bool)
-        if sample.unseen is not None:
-            real = ~torch.isin(tokens, sample.unseen.cpu())
+        if sample.padding is not None:
+            real = ~torch.isin(tokens, sample.padding.cpu())
         at = int(real.nonzero()[-1]) if real.any() else num_rows - 1
         for span in sample.spans:
             real &= (tokens < span.start) | (tokens >= span.end)

@@ -1,4 +1,4 @@
-"""What the runtime is given to call: a lowered program, and arguments that may still be on their way."""
+"""Lowered programs, and tensor arguments whose copy to the device may still be pending."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Lowered", "PendingTensor", "arrived"]
+__all__ = ["Lowered", "PendingTensor", "resolved"]
 
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor argument on its way to the device; programs wait for it where they first read it.
+    """A tensor argument whose copy to the device is pending; programs wait before they first read it.
 
     Attributes:
-        tensor: valid once ``wait`` was called; in the layout that the program declares.
-        wait: makes the current stream wait; need not block the host.
+        tensor: valid after ``wait``; in the layout that the program declares.
+        wait: makes the current stream wait for the copy; need not block the host.
     """
 
     tensor: Tensor
     wait: Callable[[], None]
 
     def get(self) -> Tensor:
-        """The tensor, usable by work that is queued from now on."""
+        """Wait, and return the tensor for work that is queued from now on."""
         self.wait()
         return self.tensor
 
 
-def arrived(value: Any) -> Any:
-    """``value``, waited for where it is arriving."""
+def resolved(value: Any) -> Any:
+    """Return ``value``, or the tensor of a pending one."""
     return value.get() if isinstance(value, PendingTensor) else value
 
 
-# Takes the program's placeholder values in order (tensors, arriving ones, ints) and returns its flat outputs.
-# A call runs without autograd, changes no argument but those that the graph itself writes to, and keeps none
-# of them alive after it returns.
+# Takes the values of the program's placeholders in order (tensors, pending tensors, ints); returns its flat
+# outputs. A call runs without autograd, writes only to arguments that the graph itself mutates, and keeps no
+# argument alive after it returns.
 Lowered: TypeAlias = Callable[[Sequence[Any]], tuple[Any, ...]]

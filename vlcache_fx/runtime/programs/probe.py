@@ -1,4 +1,4 @@
-"""Runs the warm program for a look at the first layers, for policies that choose by what they see there."""
+"""Probes: runs of the warm program up to a layer, for policies that choose rows by its keys and values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from vlcache_fx.runtime.donors.tables import length_of, rows_of_sample
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.run import ProgramRunner
-from vlcache_fx.runtime.requests.request import Request, Sample, together
+from vlcache_fx.runtime.requests.request import Request, Sample, stack_if_batched
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """The rows of the probe run, which no budget limits."""
+    """Chooses the rows of the probe run, without a budget."""
 
     policy: ProbingPolicy
     specs: Mapping[StoredSlot, RowSpec]
@@ -33,8 +33,8 @@ class ProbeRows:
         """See ``RowChooser``.
 
         Raises:
-            PolicyError: the model has fewer layers, or rows are left out.
-            PlanError: no layer up to the policy's stores keys and values.
+            PolicyError: the model has fewer layers, or the policy leaves rows out.
+            PlanError: no layer up to the probed one stores keys and values.
         """
         if not 0 <= self.policy.probe_layer < span.num_layers:
             raise PolicyError(
@@ -45,18 +45,18 @@ class ProbeRows:
         layer = stored_layer(self.policy, self.specs)
         if layer < len(rows) and len(rows[layer]) != span.length:
             raise PolicyError(
-                f"policy {self.policy.name!r}: select must ask for all {span.length} rows of a span up to "
-                f"layer {self.policy.probe_layer}, not for {len(rows[layer])}"
+                f"policy {self.policy.name!r}: select must return all {span.length} rows of a span up to "
+                f"layer {self.policy.probe_layer}, not {len(rows[layer])}"
             )
         return rows
 
 
 class ChosenRows:
-    """The rows that a policy chooses of what the probe found.
+    """Chooses rows with a policy, given the deviations that the probe measured.
 
     Args:
-        policy: chooses.
-        deviations: of the spans, in the order in which plans ask: samples in order, and spans in order.
+        policy: the policy.
+        deviations: one per span, in the order of samples, then of spans.
     """
 
     def __init__(self, policy: ProbingPolicy, deviations: Iterable[Deviation]) -> None:
@@ -71,12 +71,12 @@ class ChosenRows:
 
 
 def first_chooser(policy: Policy, specs: Mapping[StoredSlot, RowSpec]) -> RowChooser:
-    """What the first plans of a call ask: the policy, or for the rows of its probe."""
+    """Return the chooser of a call's first plans: the policy, or the rows of its probe."""
     return ProbeRows(policy, specs) if isinstance(policy, ProbingPolicy) else policy
 
 
 def stored_layer(policy: ProbingPolicy, specs: Mapping[StoredSlot, RowSpec]) -> int:
-    """The last layer up to the policy's that has keys and values of its own, which donors hold."""
+    """Return the last layer, up to the policy's, with stored keys and values."""
     for layer in range(policy.probe_layer, -1, -1):
         if Key(layer) in specs and Value(layer) in specs:
             return layer
@@ -84,7 +84,7 @@ def stored_layer(policy: ProbingPolicy, specs: Mapping[StoredSlot, RowSpec]) -> 
 
 
 def needs_probe(policy: Policy, request: Request) -> TypeGuard[ProbingPolicy]:
-    """True where the policy wants to see something, and a reused span is not exact as it is stored."""
+    """Return True if the policy probes and some reused span is not exact."""
     return isinstance(policy, ProbingPolicy) and any(_approximate(sample) for sample in request.samples)
 
 
@@ -97,36 +97,36 @@ def measure(
     specs: Mapping[StoredSlot, RowSpec],
     output_rows: Tensor | None,
 ) -> list[Deviation] | None:
-    """The deviations of all reused spans behind known prefixes, sample by sample.
+    """Return the deviations of all reused spans after exact prefixes, sample by sample.
 
-    The run leaves nothing behind but rows in caches of fixed size, which the run that follows writes again.
+    The run stores nothing. Rows that it writes to static caches are overwritten by the next run.
 
     Args:
-        policy: says which layer is looked at.
+        policy: its ``probe_layer`` is compared.
         program: the warm program; ``ready`` was called.
-        request: has donors.
+        request: a request with donors.
         plans: a plan per sample, made with ``first_chooser``.
-        tables: gives the donor tables that the program reads, the same in every call.
-        specs: of rows, per slot.
-        output_rows: as the plans were built with.
+        tables: returns the program's donor tables, the same in every call.
+        specs: row specs by slot.
+        output_rows: as in the plans.
 
     Returns:
-        None where the program failed.
+        None if the program failed.
     """
     layer = stored_layer(policy, specs)
     plans = [cut_after(plan, layer, output_rows) for plan in plans]
-    results = program.run(request.args, program.bind(together(plans), output_rows, tables))
+    results = program.run(request.args, program.bind(stack_if_batched(plans), output_rows, tables))
     if results is None:
         return None
     recorded = dict(
         zip(program.spec.recorded, results[len(results) - len(program.spec.recorded) :], strict=True)
     )
 
-    def distances(sample: Sample, place: int, donor: int, length: int) -> Iterator[Tensor]:
+    def distances(sample: Sample, start: int, donor: int, length: int) -> Iterator[Tensor]:
         for slot in (Key(layer), Value(layer)):
             spec, table = specs[slot], tables()[slot]
             stored = table.get() if isinstance(table, PendingTensor) else table
-            fresh = rows_of_sample(spec, recorded[slot], sample.index).narrow(spec.dim, place, length)
+            fresh = rows_of_sample(spec, recorded[slot], sample.index).narrow(spec.dim, start, length)
             yield _squared_distance(fresh, stored.narrow(spec.dim, donor, length), spec.dim)
 
     found: list[Deviation] = []
@@ -134,8 +134,8 @@ def measure(
     for sample, plan in zip(request.samples, plans, strict=True):
         donor = first_donor + sample.prefix
         for span in _approximate(sample):
-            place = int(torch.searchsorted(plan.rows[layer], span.start))  # all rows of a span are there
-            key, value = torch.stack([*distances(sample, place, donor, span.length)]).cpu()
+            start = int(torch.searchsorted(plan.rows[layer], span.start))  # the plan has all its rows
+            key, value = torch.stack([*distances(sample, start, donor, span.length)]).cpu()
             found.append(Deviation(layer, key, value))
             donor += span.length
         first_donor += sum(length_of(entry) for entry in sample.donors)
@@ -143,7 +143,7 @@ def measure(
 
 
 def _approximate(sample: Sample) -> list[Span]:
-    """The reused spans for which plans ask, in order."""
+    """Return the reused spans after the exact prefix, in order."""
     return [span for span in sample.spans if span.hit and span.start >= sample.prefix]
 
 

@@ -1,4 +1,4 @@
-"""One program of a decoder graph, lowered when first used."""
+"""Runs one program of a decoder graph; lowers it when first used."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from vlcache_fx.spec.program import ProgramSpec
 
 
 class ProgramRunner:
-    """A cold or warm program and what it takes to call it.
+    """A cold or warm program.
 
     Args:
         name: ``cold`` or ``warm``; appears in logs.
-        spec: of its inputs and results.
-        lower: makes it callable, again and again the same; raises LoweringError where it cannot.
-        device: where the program's inputs live.
-        engine: takes a refusal.
+        spec: spec of its inputs and results.
+        lower: returns the lowered program, the same in every call; may raise LoweringError.
+        device: device of the program's inputs.
+        engine: receives refusals.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ProgramRunner:
         self._lock = threading.Lock()
 
     def ready(self) -> bool:
-        """Lower the program if it is not yet; False where it does not compile (said once, as a refusal)."""
+        """Lower the program if needed; return False if that failed (refused once)."""
         if self._lowered is None and not self._failed:
             try:
                 self._lowered = self._lower()
@@ -62,8 +62,8 @@ class ProgramRunner:
         positions: Tensor | None,
         tables: Tables,
     ) -> list[Tensor | PendingTensor]:
-        """The values of the inputs that passes added, on the program's device: see ``bind.bind``."""
-        on_device: dict[int, tuple[Tensor, Tensor]] = {}  # with the source, so that no other takes its id
+        """Return the values of the inputs that passes added, on the program's device; see ``bind.bind``."""
+        on_device: dict[int, tuple[Tensor, Tensor]] = {}  # with the source, which keeps its id taken
 
         def send(tensor: Tensor) -> Tensor:
             if self._device.type == "cpu":
@@ -78,8 +78,8 @@ class ProgramRunner:
         """Run the program on the graph's inputs and the bound ones; call ``ready`` first.
 
         Returns:
-            The results, or None where the program failed: it is refused then, and not tried again. Nothing of
-            the failed run matters: rows that it wrote to a cache are written by whatever runs in its place.
+            The results, or None if the program failed; it is then refused and not tried again. Rows that it
+            wrote to a cache are overwritten by the program that runs instead.
         """
         assert self._lowered is not None
         try:

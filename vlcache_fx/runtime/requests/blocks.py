@@ -1,9 +1,10 @@
-"""Exact reuse of a prompt's beginning: rows behind an identical prefix need no recompute.
+"""Blocks of a prompt, for exact reuse of its prefix.
 
-A causal decoder computes a row from the rows up to it, so where everything before a row is what it was in an
-earlier request, stored keys and values are what computing would give. A prompt is cut into pieces, blocks of
-text and whole media items, and each piece is known by everything in front of it (the chained hashes of
-PagedAttention's prefix caches, arXiv 2309.06180).
+A causal decoder computes a row from the rows up to it. After an identical prefix, stored keys and values
+equal recomputed ones. A prompt is split into blocks: up to 16 tokens of text, or a whole media span. The key
+of a block of text covers all blocks before it (the chained hashes of PagedAttention, arXiv 2309.06180)::
+
+    text[0:16]  text[16:23]  <image>[23:279]  text[279:290]
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +16,22 @@ from torch import Tensor
 
 from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
 from vlcache_fx.plan.types import Span
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
 BLOCK_TOKENS = 16
-"""Text is stored in blocks of this length; the end of a text is a shorter one. A prompt that leaves the known
-path inside a block computes the whole block."""
+"""Tokens of a block of text; the last one of a text may be shorter. A prompt that differs inside a block
+computes the whole block."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Block:
     """Consecutive tokens that are stored together.
 
     Attributes:
         start, length: the tokens.
-        key: of the stored rows.
-        before: digest of everything in front of the piece.
-        span: the media item that fills it; None for text, whose key holds ``before``.
+        key: key of the stored rows; that of a span does not cover ``before``.
+        before: digest of all blocks before this one.
+        span: the span that fills the block; None for text and for media too short to be a span.
     """
 
     start: int
@@ -46,60 +47,61 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PrefixReader:
-    """Cuts the prompts of one decoder graph into pieces.
+class BlockSplitter:
+    """Splits the prompts of one decoder graph into blocks.
 
     Attributes:
-        embeddings: index of the input whose rows may be marked as spans; their keys stand for these rows.
+        embeddings: index of the input embeddings in which spans may be marked; None where graphs merge. Their
+            rows count in blocks of text; in spans, the span's key stands for them.
     """
 
     embeddings: int | None = None
 
-    def pieces(
+    def blocks(
         self,
         args: Sequence[Any],
         by_token: Sequence[Tensor],
-        runs: Sequence[Run],
+        media_spans: Sequence[MediaSpan],
         spans: Sequence[Span],
         num_tokens: int,
         root: str,
         seen: Sequence[bytes] | None = None,
         sample: int = 0,
-    ) -> Iterator[Piece]:
-        """The pieces of one prompt, in order.
+    ) -> Iterator[Block]:
+        """Yield the blocks of one prompt, in order.
 
         Args:
             args: the graph's inputs.
-            by_token: the values that rows depend on, each [tokens, ...] on the CPU.
-            runs: everything that merges fill, sorted; those too short to be spans included.
-            spans: the spans among them.
+            by_token: values on which rows depend, each [tokens, ...] on the CPU.
+            media_spans: all media spans, sorted; also those too short to be reused.
+            spans: those that may be reused, with keys.
             num_tokens: length of the prompt.
-            root: what else rows depend on: computation, weights, global state, salt.
-            seen: per token, a digest of what masks let it see; None where that is every token before it.
-            sample: of the prompt.
+            root: digest of all else on which rows depend: computation, weights, global state, salt.
+            seen: per token, a digest of the tokens that masks show to it; None where causal.
+            sample: index of the prompt in the batch.
         """
         before = content_digest(["prefix", root])
         readers = [_reader(value) for value in by_token]
         if seen is not None:
             readers.append(lambda start, end: list(seen[start:end]))
         by_start = {span.start: span for span in spans}
-        cuts = list(_cuts(runs, num_tokens))
+        cuts = list(_cuts(media_spans, num_tokens))
         embedded = self._embedded_text(args, sample, cuts)
-        for start, length, run in cuts:
+        for start, length, media_span in cuts:
             span = by_start.get(start)
             parts: list[Part] = [read(start, start + length) for read in readers]
             parts += embedded.get(start, ())
-            if run is not None:
-                parts.append(run.digests if span is None else span.key)
+            if media_span is not None:
+                parts.append(media_span.digests if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
-            yield Piece(start, length, after if span is None else span.key, before, span)
+            yield Block(start, length, after if span is None else span.key, before, span)
             before = after
 
     def _embedded_text(
         self, args: Sequence[Any], sample: int, cuts: Sequence["Cut"]
     ) -> dict[int, tuple[Tensor]]:
-        """Per start of a block of text, its rows of the embeddings, on the CPU: brought there all at once."""
-        text = [(start, length) for start, length, run in cuts if run is None]
+        """Return the embeddings of each block of text by its start, on the CPU: one copy for all of them."""
+        text = [(start, length) for start, length, media_span in cuts if media_span is None]
         if self.embeddings is None or not text:
             return {}
         embeds = args[self.embeddings].detach()[sample : sample + 1]
@@ -108,26 +110,27 @@ class PrefixReader:
         return {start: (part,) for (start, _), part in zip(text, parts, strict=True)}
 
 
-Cut: TypeAlias = tuple[int, int, Run | None]
-"""Where a piece starts, how long it is, and the run that fills it; None for text."""
+Cut: TypeAlias = tuple[int, int, MediaSpan | None]
+"""Start and length of a block, and its media span; None for text."""
 
 
-def _cuts(runs: Sequence[Run], num_tokens: int) -> Iterator[Cut]:
-    """Each run whole, the text between them in blocks."""
+def _cuts(media_spans: Sequence[MediaSpan], num_tokens: int) -> Iterator[Cut]:
+    """Each media span whole, the text between them in blocks."""
     at = 0
-    for start, run in [*((run.start, run) for run in runs), (num_tokens, None)]:
+    for media_span in [*media_spans, None]:
+        start = num_tokens if media_span is None else media_span.start
         for first in range(at, start, BLOCK_TOKENS):
             yield first, min(BLOCK_TOKENS, start - first), None
-        if run is not None:
-            yield start, run.length, run
-            at = start + run.length
+        if media_span is not None:
+            yield start, media_span.length, media_span
+            at = start + media_span.length
 
 
 def _reader(rows: Tensor) -> Callable[[int, int], Part]:
-    """What tells a range of rows from others: dtype, sizes and bytes.
+    """Return a function from a range of rows to their dtype, sizes and bytes.
 
-    Slicing bytes, rather than tensors: a prompt has many pieces.
+    It slices bytes, which is faster than slicing tensors: a prompt has many blocks.
     """
-    form = (str(rows.dtype), tuple(rows.shape[1:]))
+    metadata = (str(rows.dtype), tuple(rows.shape[1:]))
     data, size = tensor_bytes(rows), rows.nbytes // rows.shape[0]
-    return lambda start, end: (form, bytes(data[start * size : end * size]))
+    return lambda start, end: (metadata, bytes(data[start * size : end * size]))

@@ -1,7 +1,7 @@
-"""The inputs that keys are made of, brought to the CPU at once.
+"""Copies the inputs from which keys are computed to the CPU, all at once.
 
-Token ids, positions and masks tell what a call is made of. Each look at one of them on a GPU waits until the
-GPU has done all that it was asked for before; so they come together, and are looked at here.
+Keys are computed on the CPU from token ids, positions and masks. Each device-to-host copy synchronizes the
+stream, so one synchronization serves all of them.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_BYTES = 1 << 22
-"""A mask over pairs of tokens is larger, and stays where it is."""
+MAX_BYTES = 1 << 22
+"""Larger inputs, such as masks over pairs of tokens, stay on the device."""
 
 
 def on_host(args: Sequence[Any], indices: Iterable[int]) -> list[Any]:
-    """``args`` with those at ``indices`` on the CPU, where they are tensors of at most ``MOST_BYTES``.
+    """Return ``args`` with the tensors at ``indices`` of at most ``MAX_BYTES`` on the CPU.
 
-    The device is waited for once, and not at all where nothing lies on one.
+    Each stream is synchronized once; none where no such tensor is on a GPU.
     """
-    brought = list(args)
+    copied = list(args)
     streams = {}
     for index in indices:
         value = args[index]
-        if not isinstance(value, Tensor) or value.device.type != "cuda" or value.nbytes > MOST_BYTES:
+        if not isinstance(value, Tensor) or value.device.type != "cuda" or value.nbytes > MAX_BYTES:
             continue
-        brought[index] = torch.empty_like(value, device="cpu", pin_memory=True)
-        brought[index].copy_(value.detach(), non_blocking=True)
+        copied[index] = torch.empty_like(value, device="cpu", pin_memory=True)
+        copied[index].copy_(value.detach(), non_blocking=True)
         streams[value.device] = torch.cuda.current_stream(value.device)
     for stream in streams.values():
         stream.synchronize()
-    return brought
+    return copied

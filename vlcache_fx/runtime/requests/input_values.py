@@ -1,4 +1,4 @@
-"""Values of a call that stored rows depend on: positions, token ids and other inputs of the layers."""
+"""Values of a call on which stored rows depend: positions, token ids and other inputs of the layers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import Tensor
 
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.runtime.requests.prologue import Values
-from vlcache_fx.spec.decoder import LeafSpec
+from vlcache_fx.spec.decoder import InputValueSpec
 
 
-class Leaves:
-    """The values that keys hold, of one graph.
+class InputValues:
+    """The values of one graph that enter keys.
 
     Args:
-        specs: of each value.
-        made: the program that gives those that are no inputs.
+        specs: the values, in order.
+        computed: the program that returns those that are not inputs.
     """
 
-    def __init__(self, specs: Sequence[LeafSpec], made: Values) -> None:
-        self._specs, self._made = tuple(specs), made
+    def __init__(self, specs: Sequence[InputValueSpec], computed: Values) -> None:
+        self._specs, self._computed = tuple(specs), computed
 
     def read(self, args: Sequence[Any]) -> list[Any]:
-        """The values of a call with these inputs: tensors, and numbers."""
-        made = iter(self._made(*args))
-        return [next(made) if spec.input is None else args[spec.input] for spec in self._specs]
+        """Return the values of a call, tensors and numbers, given the graph's inputs."""
+        computed = iter(self._computed(*args))
+        return [next(computed) if spec.input is None else args[spec.input] for spec in self._specs]
 
     def of_item(
         self, values: Sequence[Any], sample: int, start: int, length: int, num_tokens: int
     ) -> tuple[bool, list[Part]]:
-        """What layers read beside the features of an item, for its donor's key: see ``unified``."""
+        """Return the values at the tokens of a media span, as parts of its donor's key; see ``unified``."""
         return unified(
             [
                 (spec.group, _of_item(spec, _of_sample(spec, value, sample), start, length, num_tokens))
@@ -44,7 +44,7 @@ class Leaves:
     def of_prompt(
         self, values: Sequence[Any], sample: int, num_tokens: int
     ) -> tuple[bool, tuple[Tensor, ...], tuple[Part, ...]]:
-        """The same for all tokens of a prompt, as they are: values by token, [tokens, ...], and others."""
+        """Return ``(is_unified, values [tokens, ...], other values)`` of a prompt; see ``unified``."""
         own = [_of_sample(spec, value, sample) for spec, value in zip(self._specs, values, strict=True)]
         own = [value.detach().cpu() if isinstance(value, Tensor) else value for value in own]
         rows = [_by_token(spec, value, num_tokens) for spec, value in zip(self._specs, own, strict=True)]
@@ -63,10 +63,10 @@ Value = TypeVar("Value", bound=Part)
 
 
 def unified(parts: Sequence[tuple[int, Value]]) -> tuple[bool, list[Value]]:
-    """Whether the parts of each group are one; then one of each group, else all of them.
+    """Return ``(True, a part per group)`` if the parts of each group are equal, else ``(False, all parts)``.
 
     Args:
-        parts: the group of each, and the part.
+        parts: ``(group, part)``.
     """
     firsts: dict[int, Value] = {}
     for group, part in parts:
@@ -82,14 +82,16 @@ def unified(parts: Sequence[tuple[int, Value]]) -> tuple[bool, list[Value]]:
     return True, list(firsts.values())
 
 
-def _of_sample(spec: LeafSpec, value: Any, sample: int) -> Any:
-    """The part that belongs to one sample."""
+def _of_sample(spec: InputValueSpec, value: Any, sample: int) -> Any:
+    """Return the slice of one sample."""
     return value if spec.batch_dim is None else value.narrow(spec.batch_dim, sample, 1)
 
 
-def _by_token(spec: LeafSpec, value: Any, num_tokens: int) -> Tensor | None:
-    """[tokens, ...], without dimensions of size 1, in which graphs of one model differ; None where it has
-    no dimension over tokens."""
+def _by_token(spec: InputValueSpec, value: Any, num_tokens: int) -> Tensor | None:
+    """Return a value as [tokens, ...]; None where it has no token dimension.
+
+    Dims of size 1 are dropped: graphs of one model differ in them.
+    """
     if spec.token_dim is None or not isinstance(value, Tensor):
         return None
     length = value.shape[spec.token_dim]
@@ -97,16 +99,16 @@ def _by_token(spec: LeafSpec, value: Any, num_tokens: int) -> Tensor | None:
     return rows.reshape(num_tokens, *(size for size in rows.shape[1:] if size != 1))
 
 
-def _of_item(spec: LeafSpec, value: Any, start: int, length: int, num_tokens: int) -> Part:
-    """What the rows of an item depend on, given the part of its sample.
+def _of_item(spec: InputValueSpec, value: Any, start: int, length: int, num_tokens: int) -> Part:
+    """Return the value at the tokens of a media span, given the slice of its sample.
 
-    Positions count from the item's first token: the same pixels laid out in another grid attend to each
-    other differently, and the same layout at another offset does not.
+    Positions are relative to the first token: a span keeps its key at another offset, but not with another
+    grid, in which its tokens attend to each other differently.
     """
     rows = _by_token(spec, value, num_tokens)
     if rows is None:
         return value  # type: ignore[no-any-return]
     own = rows[start : start + length]
     if spec.is_index or own.is_floating_point() or own.dtype == torch.bool:
-        return own  # differences of cos and sin mean nothing: such donors serve one offset
+        return own  # cos and sin cannot be made relative: such donors serve one offset
     return own - own[:1]

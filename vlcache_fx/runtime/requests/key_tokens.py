@@ -1,4 +1,4 @@
-"""Where a call's tokens lie among the keys of an attention that also sees those of earlier calls."""
+"""Token of each key of an attention whose keys include those of earlier calls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,16 +12,20 @@ NO_TOKEN = -1
 
 
 def key_tokens(moves: Sequence[KeyMove], num_tokens: int, values: Sequence[Any]) -> Tensor:
-    """Per key the number of its token, int64 [keys]; -1 for keys that this call did not make.
+    """Return the token of each key, int64 [keys]; -1 for keys that are not of this call.
+
+    Repeats on token numbers what the graph does to its keys::
+
+        tokens [0 1 2]  ->  JOIN after a cache of 2  ->  [-1 -1 0 1 2]
 
     Args:
-        moves: of the keys, repeated here on token numbers.
-        num_tokens: of the call.
-        values: of the program ``cache_values``.
+        moves: the steps of the keys through the cache.
+        num_tokens: tokens of the call.
+        values: results of the program ``cache_values``.
     """
     tokens = torch.arange(num_tokens)
     for move in moves:
-        operands = [values[one.index] if isinstance(one, CacheValue) else one for one in move.operands]
+        operands = [values[part.index] if isinstance(part, CacheValue) else part for part in move.operands]
         tokens = _moved(move, tokens, operands)
     return tokens
 
@@ -34,7 +38,7 @@ def _moved(move: KeyMove, tokens: Tensor, operands: Sequence[Any]) -> Tensor:
             written[positions.cpu()] = tokens
             return written
         case MoveKind.JOIN:
-            return torch.cat([tokens if one is None else _no_tokens(one, move.dim) for one in operands])
+            return torch.cat([tokens if part is None else _no_tokens(part, move.dim) for part in operands])
         case MoveKind.CUT:
             return tokens[slice(*operands)]
 

@@ -1,4 +1,4 @@
-"""Spans that the caller marks, for models in whose graphs no merge can be recognised."""
+"""Media spans that the caller marks, for models whose graphs have no recognizable merge."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ ATTRIBUTE = "_vlcache_spans"
 
 
 def mark_spans(embeds: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Say which rows of ``embeds`` are media items; pass the result to the model as its ``inputs_embeds``.
+    """Mark the media spans of ``embeds``; pass the result to the model as its ``inputs_embeds``.
 
     Args:
-        embeds: token embeddings with the items' features in place, [batch, tokens, hidden].
-        spans: ``(sample, start, length)`` of each item, in token positions.
+        embeds: token embeddings with features merged in, [batch, tokens, hidden].
+        spans: ``(sample, start, length)`` of each media item, in tokens.
 
     Returns:
-        ``embeds`` itself. The marks belong to this tensor object: a copy or a slice of it has none.
+        ``embeds`` itself. The marks belong to this tensor object: a copy or a slice has none.
 
     Raises:
         PlanError: a span lies outside the tensor or overlaps another one.
@@ -36,7 +36,7 @@ def mark_spans(embeds: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
             )
         if start < ends[sample]:
             raise PlanError(
-                f"span (sample {sample}, start {start}, length {length}) overlaps the one before it"
+                f"span (sample {sample}, start {start}, length {length}) overlaps the span before it"
             )
         ends[sample] = start + length
     setattr(embeds, ATTRIBUTE, tuple(checked))
@@ -44,7 +44,7 @@ def mark_spans(embeds: Tensor, spans: Sequence[tuple[int, int, int]]) -> Tensor:
 
 
 def marked_spans(embeds: Any) -> tuple[tuple[int, int, int], ...]:
-    """The spans marked on this very tensor; empty where there are none."""
+    """Return the spans marked on this tensor object; empty where none are."""
     found: tuple[tuple[int, int, int], ...] = getattr(embeds, ATTRIBUTE, ())
     return found
 

@@ -1,15 +1,15 @@
-"""What one mask lets tokens see, in words that keys can hold.
+"""Text that describes a mask, as part of keys.
 
-Stored rows depend on it. Masks of one rule come in many forms: left to the attention call, built in the
-graph, given by the caller, as flags or as numbers. So their values are described, not the way they were made:
+Stored rows depend on the mask. Graphs express one mask in many ways: ``is_causal``, built in the graph,
+passed by the caller, bool or additive. So the text describes the values:
 
-- *causal*: a token sees every token before it, and itself;
-- *both ways*: the tokens of an item see each other, too;
-- *window n*: as causal, but no token more than n before it;
-- anything else by a digest.
+- *causal*: a token attends to itself and all tokens before it;
+- *both ways*: also to the later tokens of its span;
+- *window n*: as causal, but to no token more than n before it;
+- a digest for anything else.
 
-Parameters of a rule, such as a window's width, are part of the words: as long as prompts are shorter, values
-do not show them.
+Parameters of a mask rule, such as a window's width, enter the text: values of short prompts do not show
+them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.plan.types import Span
 
 HIDDEN_BELOW = -1e3
-"""Additive masks hide with a large negative number; anything above is a bias."""
+"""Values of an additive mask below this hide a key; values above are a bias."""
 
 CAUSAL, BOTH_WAYS, ALL = "causal", "both ways", "all"
 
 
 @dataclass(frozen=True)
 class MaskView:
-    """What a mask lets the tokens of one sample see.
+    """The mask of one sample.
 
     Attributes:
-        is_plain: every token sees all tokens before it and itself; within ``spans_both_ways``, all of them.
-        spans_both_ways: whether tokens of an item see each other whatever their order.
-        seen: bool [heads, tokens, tokens]: which token (row) sees which (column); None where it is plain.
-        bias: what an additive mask adds where something is seen, of the same shape; None where that is 0.
+        is_plain: the mask is causal, or causal except within spans; then ``seen`` and ``bias`` are None.
+        spans_both_ways: tokens of a span attend to all tokens of the span.
+        seen: bool [heads, tokens, tokens]: True where the row's token attends to the column's token.
+        bias: values that an additive mask adds where ``seen``, same shape; None where all are 0.
         rule: see ``MaskSite``.
     """
 
@@ -48,8 +48,8 @@ class MaskView:
     bias: Tensor | None = None
     rule: str = ""
 
-    def of_item(self, span: Span) -> str:
-        """What it lets the tokens of an item see."""
+    def shown_to_span(self, span: Span) -> str:
+        """Return the text for the tokens of a span."""
         if self.seen is None:
             text = BOTH_WAYS if self.spans_both_ways else CAUSAL
             return f"{text}, {self.rule}" if self.rule else text
@@ -71,7 +71,7 @@ class MaskView:
         return content_digest([_packed(inside)])
 
     def _before(self, rows: Tensor, start: int, end: int) -> str:
-        """What is seen of the tokens before the item; hidden ones, such as padding, do not count."""
+        """Return the text for tokens before the span; padding does not count."""
         assert self.seen is not None
         if self.rule:
             return self.rule
@@ -80,22 +80,22 @@ class MaskView:
             return ALL
         own = torch.arange(start, end, device=rows.device)
         columns = torch.arange(end, device=rows.device)
-        behind = own[:, None] - columns  # how far a column lies before a row
+        distance = own[:, None] - columns  # from a row back to a column
         candidates = rows[..., :end] & real[..., :end]
-        reach = torch.where(candidates, behind, -1).amax(-1)  # [heads, rows]
-        is_limited = (real[..., :end] & (behind >= 0) & ~candidates).any(-1)
+        reach = torch.where(candidates, distance, -1).amax(-1)  # [heads, rows]
+        is_limited = (real[..., :end] & (distance >= 0) & ~candidates).any(-1)
         reaches = torch.unique(reach[is_limited])
         if len(reaches) == 1:
             limit = int(reaches[0])
-            window = real[..., :end] & (behind <= limit)
-            window &= (behind >= 0) | candidates
+            window = real[..., :end] & (distance <= limit)
+            window &= (distance >= 0) | candidates
             if bool((candidates == window).all()):
                 return f"window {limit}"
         return content_digest([start, _packed(rows[..., :start])])
 
-    def of_tokens(self, num_tokens: int) -> list[bytes]:
-        """Per token, what it sees: equal for the same beginning of prompts of other lengths."""
-        if self.seen is None:  # what an item's tokens see of each other is part of its own key
+    def shown_to_tokens(self, num_tokens: int) -> list[bytes]:
+        """Return bytes per token for what it attends to; independent of the length of the prompt."""
+        if self.seen is None:  # attention within a span is part of the span's key
             return [b""] * num_tokens
         packed = _packed(self.seen.transpose(0, 1))  # [tokens, heads, bytes]
         rows = [b"|".join(head.tobytes().rstrip(b"\0") for head in row) for row in packed.numpy()]
@@ -109,13 +109,13 @@ class MaskView:
 
 
 def view_of(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span], rule: str = "") -> MaskView:
-    """Describe one sample's mask.
+    """Describe the mask of one sample.
 
     Args:
-        mask: [..., rows, keys], bool or added to scores; the rows may be one for all.
+        mask: [..., rows, keys], bool or additive; one row per token, or one row for all.
         tokens: the token of each key, int64 [keys]; negative for keys of earlier calls.
-        num_tokens: of the sample.
-        spans: its items.
+        num_tokens: tokens of the sample.
+        spans: spans of the sample.
         rule: see ``MaskSite``.
     """
     shown = visible(mask)
@@ -135,7 +135,7 @@ def view_of(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span]
 
 
 def visible(mask: Tensor) -> Tensor:
-    """Where a mask lets something be seen, bool."""
+    """Return a bool mask, True where attention is allowed."""
     return mask > HIDDEN_BELOW if mask.is_floating_point() else mask
 
 
@@ -147,7 +147,7 @@ def _bias(mask: Tensor, shown: Tensor) -> Tensor | None:
 
 
 def _by_token(value: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
-    """[..., rows, keys] as [heads, tokens, tokens] on the CPU: keys in the order of their tokens."""
+    """Return [..., rows, keys] as [heads, tokens, tokens] on the CPU, keys in token order."""
     own = (tokens >= 0) & (tokens < num_tokens)
     keys = value[..., own].reshape(-1, value.shape[-2], int(own.sum()))
     keys = keys.expand(-1, num_tokens, -1)
@@ -161,11 +161,11 @@ def _causal(length: int, device: torch.device) -> Tensor:
 
 
 def _packed(flags: Tensor) -> Tensor:
-    """Flags as bits, uint8 [..., ceil(last / 8)]."""
+    """Pack flags as bits, uint8 [..., ceil(last / 8)]."""
     return torch.from_numpy(np.packbits(flags.contiguous().numpy(), axis=-1, bitorder="little"))
 
 
 def _last_seen(seen: Tensor) -> Tensor:
-    """Per token, the last one that it sees, [tokens]."""
+    """Return the last token to which each token attends, [tokens]."""
     columns = torch.arange(seen.shape[-1])
     return torch.where(seen, columns, -1).amax(-1).amax(0)

@@ -1,4 +1,4 @@
-"""Runs of tokens that an encoder's features fill, and the rows that fill them."""
+"""Media spans: the tokens of a prompt that encoder features fill, and the feature rows."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ class MediaItems:
     """Media items of one modality that were encoded for a call, in order.
 
     Attributes:
-        lengths: rows of features of each item.
-        grids: of each item, None where it is not known; empty where none is.
+        lengths: feature rows of each item.
+        grids: grid of each item, None where unknown; empty where all are unknown.
     """
 
     lengths: tuple[int, ...] = ()
@@ -26,11 +26,11 @@ class MediaItems:
 
     @classmethod
     def of_patches(cls, lengths: Sequence[int], patches: Sequence[Sequence[int]]) -> "MediaItems":
-        """Items whose encoder merges squares of patches into a row.
+        """Return the items of an encoder that merges squares of patches into a row.
 
         Args:
-            lengths: rows of features of each item.
-            patches: per item, patches in time, height and width; empty where they are not known.
+            lengths: feature rows of each item.
+            patches: per item, its patches in time, height and width; empty where unknown.
         """
         if len(patches) != len(lengths):
             return cls(tuple(lengths))
@@ -39,7 +39,7 @@ class MediaItems:
 
     @property
     def grid_of_rows(self) -> dict[tuple[int, int], Grid]:
-        """Grids by the rows ``(start, end)`` of all items' features."""
+        """Grids by ``(start, end)``, an item's rows in the features of all items."""
         bounds = pairwise(accumulate(self.lengths, initial=0))
         return {rows: grid for rows, grid in zip(bounds, self.grids, strict=False) if grid is not None}
 
@@ -48,7 +48,7 @@ NO_ITEMS = MediaItems()
 
 
 def merged_grid(patches: Sequence[int], length: int) -> Grid | None:
-    """The grid of ``length`` tokens, each of a square of patches; None where no square fits."""
+    """Return the grid of ``length`` tokens, each a square of patches; None where no square fits."""
     if len(patches) != 3 or length < 1:
         return None
     time, height, width = patches
@@ -60,31 +60,39 @@ def merged_grid(patches: Sequence[int], length: int) -> Grid | None:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of consecutive tokens that one merge fills.
+class MediaSpan:
+    """Consecutive tokens that a merge fills with encoder features.
+
+    Example: ``start=2, length=3`` in a prompt of 7 tokens::
+
+        text text <image> <image> <image> text text
 
     Attributes:
-        sample: where it is.
-        start, length: the tokens, from the beginning of the sample.
-        content: feature rows of these tokens: those merged, and any added in later layers.
-        known: digests of ``content``; None, or missing, for what has not been read.
-        grid: of the media item, where it is known and the run is the whole item.
+        sample: index of the sample in the batch.
+        start, length: the tokens, counted from the first of the sample.
+        content: feature rows of these tokens, [length, width] each: the merged rows, then any deepstack rows.
+        cached_digests: digests of ``content``, in its order; None or missing where a tensor was not read yet.
+        grid: grid of the media item; None where it is unknown or the span is only a part of the item.
     """
 
     sample: int
     start: int
     length: int
     content: tuple[Tensor, ...]
-    known: tuple[str | None, ...] = ()
+    cached_digests: tuple[str | None, ...] = ()
     grid: Grid | None = None
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """Of ``content``: dtype, shape and values of each."""
-        pairs = zip_longest(self.content, self.known)
+        """Digests of ``content``, each over dtype, shape and values."""
+        pairs = zip_longest(self.content, self.cached_digests)
         return tuple(
-            digest_rows(rows, [(0, len(rows))])[0] if known is None else known for rows, known in pairs
+            digest_rows(rows, [(0, len(rows))])[0] if cached is None else cached for rows, cached in pairs
         )
+
+    def with_digests(self) -> "MediaSpan":
+        """Return the span with all digests cached, so that later reads do not hash again."""
+        return replace(self, cached_digests=self.digests)
 
     @property
     def end(self) -> int:
@@ -93,63 +101,74 @@ class Run:
 
 
 def token_flags(mask: Tensor) -> Tensor:
-    """The mask of a merge token by token, bool [samples, tokens]; its own form may spell out the width."""
+    """Return the mask of a merge per token, bool [samples, tokens]; graphs may repeat it over the width."""
     flags = mask[..., 0] if mask.dim() > 2 else mask
     return flags.reshape(-1, flags.shape[-1])
 
 
-def flagged_places(flags: Tensor) -> Tensor:
-    """Places of the flagged tokens over all samples, int64, sorted, on the CPU."""
+def flagged_positions(flags: Tensor) -> Tensor:
+    """Return the positions of flagged tokens in the flattened batch, int64, sorted, on the CPU."""
     return flags.flatten().nonzero().flatten().cpu()
 
 
-def runs_of(
-    places: Tensor,
+def media_spans_of(
+    positions: Tensor,
     features: Tensor,
     num_tokens: int,
     items: MediaItems = NO_ITEMS,
-    known: Mapping[RowRange, str] = NO_DIGESTS,
-) -> list[Run]:
-    """The runs of consecutive ``places`` (sorted, int64, over all samples), with their rows of ``features``.
+    digests: Mapping[RowRange, str] = NO_DIGESTS,
+) -> list[MediaSpan]:
+    """Group consecutive positions into media spans, each with its rows of ``features``.
 
-    An item lies in one sample, so no run continues in the next sample; where ``items`` are known, none
-    continues after the end of an item. Digests of rows may be ``known``.
+    A span ends at the end of its sample, and at the end of its item where ``items`` are given.
+
+    Args:
+        positions: media tokens in the flattened batch, int64, sorted.
+        features: a row per position.
+        num_tokens: tokens of each sample.
+        items: the encoded items, in the order of their rows.
+        digests: digests of ranges of ``features`` rows, as far as they are cached.
     """
-    if not len(places):
+    if not len(positions):
         return []
-    ends = (places.diff() != 1) | (places[1:] % num_tokens == 0)
-    cuts = [cut for cut in accumulate(items.lengths) if 0 < cut < len(places)]
+    ends = (positions.diff() != 1) | (positions[1:] % num_tokens == 0)
+    cuts = [cut for cut in accumulate(items.lengths) if 0 < cut < len(positions)]
     ends[torch.tensor(cuts, dtype=torch.int64) - 1] = True
     grids = items.grid_of_rows
-    firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(places)]
+    firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(positions)]
     return [
-        Run(
-            *divmod(int(places[first]), num_tokens),
+        MediaSpan(
+            *divmod(int(positions[first]), num_tokens),
             after - first,
             (features[first:after],),
-            (known.get((first, after)),),
+            (digests.get((first, after)),),
             grids.get((first, after)),
         )
         for first, after in pairwise(firsts)
     ]
 
 
-def with_additions(
-    runs: list[Run], places: Tensor, features: Tensor, num_tokens: int, known: Mapping[RowRange, str]
-) -> list[Run] | None:
-    """The runs with the rows that are added at their tokens; None where some are added at other tokens."""
-    starts = [run.sample * num_tokens + run.start for run in runs]
+def with_deepstack(
+    media_spans: list[MediaSpan],
+    positions: Tensor,
+    features: Tensor,
+    num_tokens: int,
+    digests: Mapping[RowRange, str],
+) -> list[MediaSpan] | None:
+    """Return the media spans with deepstack ``features`` at ``positions``; None where they lie outside."""
+    starts = [span.sample * num_tokens + span.start for span in media_spans]
     bounds = torch.tensor(
-        [(start, start + run.length) for start, run in zip(starts, runs, strict=True)], dtype=torch.int64
+        [(start, start + span.length) for start, span in zip(starts, media_spans, strict=True)],
+        dtype=torch.int64,
     )
-    cuts = torch.searchsorted(places, bounds.reshape(-1, 2)).tolist()
-    if sum(after - first for first, after in cuts) != len(places):
+    cuts = torch.searchsorted(positions, bounds.reshape(-1, 2)).tolist()
+    if sum(after - first for first, after in cuts) != len(positions):
         return None
     return [
         replace(
-            run,
-            content=(*run.content, features[first:after]),
-            known=(*run.known, known.get((first, after))),
+            span,
+            content=(*span.content, features[first:after]),
+            cached_digests=(*span.cached_digests, digests.get((first, after))),
         )
-        for run, (first, after) in zip(runs, cuts, strict=True)
+        for span, (first, after) in zip(media_spans, cuts, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The small programs that run before a decoder does."""
+"""The small programs that run before a decoder."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 Values: TypeAlias = Callable[..., Sequence[Any]]
-"""Takes a graph's inputs, gives values."""
+"""Takes a graph's inputs, returns values."""
 
 
-def no_values(*args: Any) -> tuple[Any, ...]:  # noqa: ARG001 (a form that others need)
-    """The program of a graph that has nothing to tell."""
+def no_values(*args: Any) -> tuple[Any, ...]:  # noqa: ARG001 (the signature of ``Values``)
+    """Return nothing: the program of a graph without such values."""
     return ()
 
 
 @dataclass(frozen=True)
 class Prologue:
-    """Tells what a call of one decoder graph holds: named programs, each from the graph's inputs to values.
+    """The programs that read a call of one decoder graph; each takes the graph's inputs.
 
-    On the torch path they are parts of the captured graph; an exported folder has a graph of each name.
+    With ``torch.compile`` they are parts of the captured graph; an exported folder has a graph for each.
 
     Attributes:
-        spans: which tokens are media: the mask of each merge and addition, see ``SpanSpec.features``.
-        masks: what tokens may see: the masks of attentions that have one, see ``MaskSpec.sites``.
-        input_values: what keys hold beside these, as far as it is no input: see ``LeafSpec.input``.
-        cache_values: where keys of earlier calls lie among those of this one: see ``KeyMove``. An exported
-            prefill begins with an empty cache and has none.
+        spans: returns the mask of each merge and each deepstack add, see ``SpanSpec.features``.
+        masks: returns the attention masks, see ``MaskSpec.sites``.
+        input_values: returns the other values that enter keys and are not inputs, see ``InputValueSpec``.
+        cache_values: returns buffers, positions and sizes of KV caches, see ``KeyMove``. An exported prefill
+            begins with an empty cache and has none.
     """
 
     spans: Values = no_values

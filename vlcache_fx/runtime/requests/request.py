@@ -11,31 +11,31 @@ from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
-from vlcache_fx.runtime.requests.media_spans import Run
+from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of a call, and what the store has for it.
+    """One prompt of a call, with its donors.
 
     Attributes:
-        index: its place in the batch.
-        runs: everything that merges fill.
-        spans: the runs that may be reused.
-        prefix: leading tokens that have exact donors.
-        unseen: positions that no token attends to (padding); None where that is not known.
-        donors: the donors of its prefix and of the spans behind it, in the order of their tokens.
-        seen: per token, a digest of what masks let it see; None where that is every token before it.
-        by_token: what else its rows depend on, each [tokens, ...] on the CPU.
-        root: what keys of its rows depend on beside the prompt; empty without spans.
+        index: index in the batch.
+        media_spans: all media spans.
+        spans: those that may be reused.
+        prefix: number of leading tokens with exact donors.
+        padding: positions that no token attends to; None where unknown.
+        donors: donors of the prefix and of the reused spans after it, in token order.
+        seen: per token, a digest of what masks show to it; None where causal, see ``MaskSummary``.
+        by_token: other values on which rows depend, each [tokens, ...] on the CPU.
+        root: digest of all that keys of blocks cover besides the prompt; empty without spans.
     """
 
     index: int
-    runs: tuple[Run, ...]
+    media_spans: tuple[MediaSpan, ...]
     spans: tuple[Span, ...]
     prefix: int = 0
-    unseen: Tensor | None = None
+    padding: Tensor | None = None
     donors: tuple[Entry, ...] = ()
     seen: tuple[bytes, ...] | None = None
     by_token: tuple[Tensor, ...] = ()
@@ -43,44 +43,43 @@ class Sample:
 
     @property
     def reuse_is_exact(self) -> bool:
-        """True where every reused span lies in the known prefix."""
+        """True where every reused span lies in the exact prefix."""
         return not any(span.hit and span.start >= self.prefix for span in self.spans)
 
     def without_donors(self) -> "Sample":
-        """The same, to be computed in full."""
+        """Return the sample without donors, to compute all rows."""
         spans = tuple(replace(span, hit=False, tier=None, contexts=0) for span in self.spans)
         return replace(self, spans=spans, prefix=0, donors=())
 
 
 @dataclass(frozen=True)
 class Request:
-    """The graph's inputs, what was found in them, and the times so far.
+    """One call of a decoder graph: inputs, spans, donors and times so far.
 
     Attributes:
         args: the graph's inputs.
-        known: the same, with those on the CPU that keys are made of.
+        host_args: ``args`` with the host inputs on the CPU, for keys.
         num_tokens: length of each prompt, padding included.
-        samples: one per prompt.
+        samples: the prompts.
         encoder_hit: see ``Report``.
-        is_causal: True where no token sees a later one, but for media among themselves.
-        is_whole: True where rows depend on this call's tokens alone, not on what a cache holds already. Rows
-            behind keys of earlier calls are neither exact for the same tokens elsewhere, nor known to be
-            computed exactly: those keys may be reused ones.
-        model_fingerprint: of the weights of the decoder's layers; empty without spans.
-        weights: fingerprint of all weights that rows depend on.
-        identity: of how rows are computed: by what, with which weights and global state.
+        is_causal: no token attends to a later token, except within a span.
+        ignores_past: no token attends to keys of earlier calls. Rows that do are not stored: they depend on
+            more than this prompt, and the earlier keys may be reused ones, not exact.
+        model_fingerprint: fingerprint of the layers' weights; empty without spans.
+        weights: fingerprint of all weights on which rows depend.
+        identity: digest of how rows are computed: computation, weights and global state.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
-        found: the spans as they were looked up, with the donors that the call leaves aside; empty before.
+        found: the spans as the store had them, before ``find`` drops donors so as to record; empty before.
     """
 
     args: Sequence[Any]
-    known: Sequence[Any]
+    host_args: Sequence[Any]
     num_tokens: int
     samples: tuple[Sample, ...]
     encoder_hit: bool | None
     clock: Clock = field(default_factory=Clock)
     is_causal: bool = False
-    is_whole: bool = True
+    ignores_past: bool = True
     model_fingerprint: str = ""
     weights: str = ""
     identity: str = ""
@@ -89,16 +88,16 @@ class Request:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Those of all samples, in order."""
+        """The spans of all samples, in order."""
         return tuple(span for sample in self.samples for span in sample.spans)
 
     @property
     def donors(self) -> list[Entry]:
-        """Those of all samples, in order: the rows of the donor table."""
+        """The donors of all samples, in the order of their rows in donor tables."""
         return [entry for sample in self.samples for entry in sample.donors]
 
     def without_donors(self) -> "Request":
-        """The same, to be computed in full."""
+        """Return the request without donors, to compute all rows."""
         return replace(self, samples=tuple(sample.without_donors() for sample in self.samples))
 
     def report(
@@ -109,7 +108,7 @@ class Request:
         fraction: float,
         reason_code: Reason | None = None,
     ) -> Report:
-        """The report of this call; the arguments as in ``Report``, with a plan per sample."""
+        """Return the report of this call; arguments as in ``Report``, with a plan per sample."""
         return Report(
             mode=mode,
             reason=reason,
@@ -128,7 +127,7 @@ class Request:
                 )
                 for s in self.found or self.spans
             ),
-            rows_per_layer=together(plans).rows_per_layer,
+            rows_per_layer=stack_if_batched(plans).rows_per_layer,
             prefix_tokens=max(sample.prefix for sample in self.samples),
             token_layer_fraction=fraction,
             encoder_hit=self.encoder_hit,
@@ -138,12 +137,12 @@ class Request:
         )
 
     def computed_share(self, plans: Sequence[Plan]) -> float:
-        """The computed share of all reused spans' token-layers."""
+        """Return the computed share of the token-layers of all reused spans."""
         tokens = [sum(span.length for span in sample.spans if span.hit) for sample in self.samples]
         computed = sum(plan.token_layer_fraction * count for plan, count in zip(plans, tokens, strict=True))
         return computed / sum(tokens) if sum(tokens) else 0.0
 
 
-def together(plans: Sequence[Plan]) -> Plan | StackedPlan:
-    """What programs are given: a plan of one sample as it is, several side by side."""
+def stack_if_batched(plans: Sequence[Plan]) -> Plan | StackedPlan:
+    """Return the plan of a single sample, or a stacked plan of several: the form that programs take."""
     return plans[0] if len(plans) == 1 else stack_plans(plans)
