@@ -36,7 +36,7 @@ MAX_DEPTHS = 10
 
 @dataclass(frozen=True)
 class UpTo(Policy):
-    """Recompute the first rows in the first layers. For calibration.
+    """The first rows, in the first layers. For calibration.
 
     Attributes:
         share: share of a span's rows.

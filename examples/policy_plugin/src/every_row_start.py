@@ -16,7 +16,7 @@ from vlcache_fx.policies import Policy, SpanContext
 
 @dataclass(frozen=True)
 class EveryRowStart(Policy):
-    """Recompute the first tokens for half of the budget, and the first token of picture rows for the rest.
+    """The first tokens for half of the budget, and the first token of picture rows for the rest.
 
     An example, not a recommendation. All layers recompute the same tokens. If the budget is too small for all
     picture rows, the upper rows have priority.

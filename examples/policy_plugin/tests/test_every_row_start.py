@@ -37,7 +37,7 @@ def test_a_picture_row_has_tokens() -> None:
 def test_it_is_found_by_name() -> None:
     assert get_policy("every_row_start") == EveryRowStart()
     listed = CliRunner().invoke(app, ["policies"], env={"COLUMNS": "200"})
-    assert "The earliest tokens for half of the budget" in listed.output
+    assert "The first tokens for half of the budget" in listed.output
 
 
 def test_a_model_runs_with_it() -> None:
