@@ -113,6 +113,15 @@ def test_serving_imports_no_fx() -> None:
     assert packages <= SERVES
 
 
+def test_sessions_load_no_compile_half() -> None:
+    """Exported folders are served without a line of the compile half."""
+    code = "import sys, vlcache_fx.deploy.sessions; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    packages = {name.split(".")[1] for name in loaded.split() if name.startswith("vlcache_fx.")}
+    assert packages >= {"deploy", "runtime", "spec"}
+    assert not packages & {"ir", "capture", "analysis", "passes", "lowering", "compiler", "backend"}
+
+
 def test_import_reader_finds_nested_imports(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(
