@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
-from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.store.codec import pack, unpack
+
+if TYPE_CHECKING:
+    from vlcache_fx.compiler.engine import Engine
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 """Per modality, the keywords of the pixels and the grids; a grid's product is its item's rows of pixels."""
@@ -48,9 +50,7 @@ class EncoderCache:
         engine: owns the store, options and counters.
     """
 
-    def __init__(
-        self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: ServingEngine
-    ) -> None:
+    def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
         self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
         self._state = ModuleState(module, encode, weights=self._tensors)

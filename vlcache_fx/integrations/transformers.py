@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
 from vlcache_fx.integrations.frames import FrameCache
 from vlcache_fx.integrations.items import concat_items
-from vlcache_fx.runtime.engine import ServingEngine
+
+if TYPE_CHECKING:
+    from vlcache_fx.compiler.engine import Engine
 
 OUTPUTS = "mm_encoder_outputs"
 """The argument of ``forward`` for encoder outputs: modality -> output."""
@@ -157,7 +159,7 @@ def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
             setattr(result, name, features)
 
 
-def hook_encoders(model: nn.Module, engine: ServingEngine) -> list[str]:
+def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
     """Cache the model's encoder outputs in the engine's store; return the hooked modalities."""
     base = getattr(model, "base_model", model)
     hooked = []
