@@ -351,10 +351,10 @@ def test_load_impossible_row(folder: Path, field: str, rows: dict[str, Any]) -> 
         ("warm.program.recorded.0", lambda m: m["warm"]["program"].update(recorded=["rows.0"])),
     ],
 )
-def test_check_manifest_of_no_slot(folder: Path, field: str, change: Callable[[Any], None]) -> None:
+def test_load_names_of_no_slot(folder: Path, field: str, change: Callable[[Any], None]) -> None:
     changed(folder, change)
     text = refusal(folder)
-    assert f"is no manifest of this version: {field}" in text
+    assert f"is not a valid manifest: {field}" in text
     assert re.search(
         r"'(0\.q|rows\.one)' is not the name of a slot|slot '(0\.k|rows\.0)' is \w+, not \w+", text
     )
