@@ -136,11 +136,15 @@ class Options:
 
     @functools.cached_property
     def key_salt(self) -> str:
-        """First part of every key: ``salt``, and the fingerprints of the user's passes, if any."""
-        if not self.passes:
-            return self.salt
+        """First part of every key: ``salt``, and the fingerprint of the user's passes, if any."""
+        passes = self.passes_fingerprint
+        return hashlib.sha256(repr((self.salt, passes)).encode()).hexdigest() if passes else self.salt
+
+    @functools.cached_property
+    def passes_fingerprint(self) -> str:
+        """A digest of the user's passes, their code and places; empty without any."""
         passes = [(item.pipeline, item.before, item.after, item.step.fingerprint()) for item in self.passes]
-        return hashlib.sha256(repr((self.salt, passes)).encode()).hexdigest()
+        return hashlib.sha256(repr(passes).encode()).hexdigest() if passes else ""
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any] | None = None) -> Options:

@@ -7,8 +7,9 @@ import copy
 import stat
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -27,6 +28,8 @@ from vlcache_fx.deploy.engines import EngineOptions
 from vlcache_fx.deploy.manifest import MANIFEST, Manifest
 from vlcache_fx.deploy.sessions import OnnxSession
 from vlcache_fx.errors import ExportError, OptionError, PolicyError, Reason, UnsupportedGraphError
+from vlcache_fx.options import InsertedPass
+from vlcache_fx.passes import Pass, Program
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import llava_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -357,3 +360,28 @@ def test_session_without_encoder_needs_features(half: Exported) -> None:
 
 def test_session_without_encoder_text_only(half: Exported) -> None:
     assert_close(half.session().prefill(**half.given([], 1)), half.expected([], 1), half.atol)
+
+
+@dataclass(frozen=True)
+class Seen(Pass):
+    """Changes nothing; counts its runs."""
+
+    name: ClassVar[str] = "seen"
+    runs: list[str] = field(default_factory=list)
+
+    def run(self, program: Program) -> bool:
+        self.runs.append(str(program.facts is None))
+        return False
+
+
+@pytest.mark.slow
+def test_export_with_passes_has_keys_of_its_own(target: Path) -> None:
+    """A session knows no passes: rows that they may have changed must not meet those of another export."""
+    before, steps = {"cleanup": "drop_noops", "cold": "restrict_rows", "warm": "restrict_rows"}, Seen()
+    passes = tuple(InsertedPass(steps, pipeline, before=name) for pipeline, name in before.items())
+    layouts = []
+    for folder, options in ((target, {}), (target.with_name("other"), {"passes": passes})):
+        export(folder, **options)
+        layouts.append(Manifest.load(folder).decoder.layout)
+    assert steps.runs == ["True", "False", "False"]
+    assert layouts[1].startswith(f"{layouts[0]} ")

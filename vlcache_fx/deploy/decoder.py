@@ -14,13 +14,17 @@ from vlcache_fx.runtime.donors.recent_keys import Fingerprints
 from vlcache_fx.spec.slots import StoredSlot
 
 
-def describe_export(found: ExportInput, recorded: Sequence[StoredSlot], groups: tuple[int, ...]) -> Decoder:
+def describe_export(
+    found: ExportInput, recorded: Sequence[StoredSlot], groups: tuple[int, ...], passes: str = ""
+) -> Decoder:
     """Describe the decoder by its named inputs, without weights.
 
     Args:
         found: the traced model.
         recorded: donor slots that its programs record.
         groups: number of layers in each group of consecutive layers that compute the same rows.
+        passes: fingerprint of the user's passes. Sessions do not know these, so the layout, which is part of
+            keys, has it.
     """
     named = [
         node for node, name in zip(found.decoder.placeholders, found.inputs, strict=True) if name is not None
@@ -39,7 +43,7 @@ def describe_export(found: ExportInput, recorded: Sequence[StoredSlot], groups: 
             host_inputs=(),
             tail_varies=False,
             has_past=False,
-            layout=f"{spec.layout} {weights}",
+            layout=" ".join(filter(None, (spec.layout, weights, passes))),
             model_fingerprint=_fingerprint(found, found.facts.weights),
             masks=replace(spec.masks, sites=sites),
         ),

@@ -65,7 +65,8 @@ def export(
         dynamic_shapes: see ``torch.export.export``; for models of other libraries.
         engine: GPUs and sizes of the engines.
         **options: ``policy``, ``budget`` and ``profile`` (see ``Options``) decide which layers share their
-            rows; sessions may use others that keep these groups.
+            rows; sessions may use others that keep these groups. ``passes`` and ``dump_graphs`` apply to the
+            exported graphs.
 
     Raises:
         OptionError, PolicyError: a bad value of an option or argument, or a profile of another model.
@@ -99,7 +100,7 @@ def _parse_options(format: str, opset: int, options: dict[str, Any]) -> Options:
         raise OptionError(
             f"opset={opset!r} is not valid: it must be an integer from {MIN_OPSET} to {MAX_OPSET}"
         )
-    known = ("policy", "budget", "profile")
+    known = ("policy", "budget", "profile", "passes", "dump_graphs")
     unknown = [name for name in options if name not in known]
     if unknown:
         raise OptionError(f"unknown option {unknown[0]!r} of export; valid options are: {', '.join(known)}")
@@ -142,14 +143,14 @@ def _atomic_directory(target: Path) -> Iterator[Path]:
 def _write(
     model: nn.Module, example: Any, folder: Path, opset: int, dynamic_shapes: Any, options: Options
 ) -> Manifest:
-    found = capture_for_export(model, example, dynamic_shapes)
+    pipelines = configured(options)
+    found = capture_for_export(model, example, dynamic_shapes, pipelines.cleanup)
     profile = None if options.profile is None else Profile.load(options.profile)
     policy = get_policy(options.policy)
     groups = layer_groups(policy, found.facts.num_layers, profile, options.budget)
-    pipelines = configured(options)
     cold = cold_program(found.decoder, pipelines.cold, found.facts)
     warm = warm_program(found.decoder, pipelines.warm, found.facts)
-    decoder = describe_export(found, cold.recorded, groups)
+    decoder = describe_export(found, cold.recorded, groups, options.passes_fingerprint)
     spec = decoder.spec
     mismatch = None if profile is None else profile.misfits(str(spec.model_fingerprint), spec.dtype)
     if mismatch is not None:

@@ -18,7 +18,7 @@ from vlcache_fx.capture.exported import bound_tensors, capture_exported, given_a
 from vlcache_fx.errors import ExportError, Reason, UnsupportedGraphError
 from vlcache_fx.integrations.stages import GenerationStages, Stage, generation_stages
 from vlcache_fx.ir import Captured, InputKind
-from vlcache_fx.passes import Program
+from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
 from vlcache_fx.passes.standard import CLEANUP
 
@@ -50,7 +50,9 @@ class ExportInput:
     stages: GenerationStages | None
 
 
-def capture_for_export(model: nn.Module, example: Any, dynamic_shapes: Any) -> ExportInput:
+def capture_for_export(
+    model: nn.Module, example: Any, dynamic_shapes: Any, cleanup: Pipeline = CLEANUP
+) -> ExportInput:
     """Trace a model.
 
     Args:
@@ -58,6 +60,7 @@ def capture_for_export(model: nn.Module, example: Any, dynamic_shapes: Any) -> E
         example: keyword arguments, or a tuple of positional arguments.
         dynamic_shapes: see ``torch.export.export``; for models of other libraries. By default every
             dimension that the model does not fix.
+        cleanup: the passes before analysis.
 
     Raises:
         ExportError: torch cannot export the model, or the example is unsuitable.
@@ -83,7 +86,7 @@ def capture_for_export(model: nn.Module, example: Any, dynamic_shapes: Any) -> E
         raise UnsupportedGraphError(Reason.MUTATED_INPUTS, "exported graphs cannot contain input mutations")
     if InputKind.SIZE in captured.kinds or not all(isinstance(value, Tensor) for value in given):
         raise ExportError("example_inputs must be tensors: exported graphs have no scalar inputs")
-    CLEANUP.run(Program(captured.graph_module))
+    cleanup.run(Program(captured.graph_module))
     return _split(captured, program, list(names), list(given), results, stages)
 
 
