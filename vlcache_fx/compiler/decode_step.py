@@ -43,7 +43,6 @@ class DecodeStep:
         try:
             captured = self.graph.captured
             program = decode_step_program(captured, self.graph.pipelines.decode)
-            program.check_complete()
             runner = decode_step_runner(captured, program, engine, unmodified)
         except (UnsupportedGraphError, PassError, LoweringError) as failure:
             _log.debug("vlcache: compiling a decoding step as a whole: %s", failure)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from vlcache_fx.analysis import DecoderFacts, analyze
-from vlcache_fx.compiler.builders.decoder import describe_decoder
-from vlcache_fx.compiler.builders.runners import decoder_runner, encoder_runner
+from vlcache_fx.compiler.builders.runners import decoder_programs, decoder_runner, encoder_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
@@ -24,10 +23,7 @@ from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured
 from vlcache_fx.lowering.tensorrt import dry_run
-from vlcache_fx.passes import Program
-from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, split_encoder
-from vlcache_fx.passes.standard import cold_program, warm_program
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 
 
@@ -91,9 +87,9 @@ class Prefill:
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
         facts = self.facts
-        programs = _programs(self.decoder, self.decoder_facts, self.graph.pipelines)
-        selection, engines = facts.tail_rows.selection, dry_run(programs[1].graph_module)
-        graphs = (self.graph.captured.graph_module.graph, *(program.graph for program in programs))
+        _, cold, warm = decoder_programs(self.decoder, self.graph.pipelines, self.decoder_facts)
+        selection, engines = facts.tail_rows.selection, dry_run(warm.graph_module)
+        graphs = (self.graph.captured.graph_module.graph, cold.graph, warm.graph)
         return GraphExplanation(
             kind=self.name,
             num_layers=facts.num_layers,
@@ -111,11 +107,3 @@ class Prefill:
 
 def _frontiers(facts: DecoderFacts, kind: type[StoredSlot]) -> tuple[str, ...]:
     return tuple(found.node.name for found in facts.frontiers if isinstance(found.slot, kind))
-
-
-def _programs(decoder: Captured, facts: DecoderFacts, pipelines: Pipelines) -> tuple[Program, Program]:
-    """Return the cold and the warm program; raises what ``decoder_runner`` raises, in the same order."""
-    cold = cold_program(decoder, pipelines.cold, facts)
-    warm = warm_program(decoder, pipelines.warm, facts)
-    describe_decoder(decoder, facts, cold.recorded)
-    return cold, warm

@@ -44,9 +44,7 @@ def decoder_runner(
     Raises:
         UnsupportedGraphError: the graph cannot be rewritten.
     """
-    cold = cold_program(captured, pipelines.cold, facts)
-    warm = warm_program(captured, pipelines.warm, facts)
-    decoder = describe_decoder(captured, facts, cold.recorded)
+    decoder, cold, warm = decoder_programs(captured, pipelines, facts)
     return DecoderRunner(
         decoder.spec,
         decoder.prologue(),
@@ -57,6 +55,15 @@ def decoder_runner(
         unmodified,
         _logits_to_shadow(decoder, engine),
     )
+
+
+def decoder_programs(
+    captured: Captured, pipelines: Pipelines, facts: DecoderFacts
+) -> tuple[Decoder, Program, Program]:
+    """Return the description of a decoder graph, its cold and its warm program; see ``decoder_runner``."""
+    cold = cold_program(captured, pipelines.cold, facts)
+    warm = warm_program(captured, pipelines.warm, facts)
+    return describe_decoder(captured, facts, cold.recorded), cold, warm
 
 
 def encoder_runner(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
@@ -82,8 +89,9 @@ def decode_step_runner(
         unmodified: serves calls whose inputs overlap or are not contiguous.
 
     Raises:
-        LoweringError: the lowering failed.
+        LoweringError: the lowering failed, or passes that it requires have not run.
     """
+    program.check_complete()
     lowered = engine.lower(program.graph_module, name="decoding step")
     return DecodeStepRunner(decode_step_spec(captured, program), lowered, unmodified)
 
