@@ -8,6 +8,7 @@
     ├── PlanError              no valid plan can be made from the spans or row sets
     ├── StoreError             a store, an entry or a key cannot be created, read or written
     │   ├── StoreClosedError        the store is closed
+    │   ├── DamagedEntryError       the bytes of an entry are not those that were stored
     │   └── UnreadableWeightsError  the bytes of a weight cannot be read, so keys cannot cover it
     ├── UnsupportedGraphError  the graph is refused; it runs unmodified instead
     ├── SlotError              (also a ValueError)  a string is not the name of a slot
@@ -54,6 +55,10 @@ class StoreError(VlcacheError):
 
 class StoreClosedError(StoreError):
     """The store is closed and empty."""
+
+
+class DamagedEntryError(StoreError):
+    """The bytes of an entry are not those that were stored; names the key. The entry counts as a miss."""
 
 
 class UnreadableWeightsError(StoreError):

@@ -105,7 +105,7 @@ class Options:
     policy: str | Policy = "layer_aware"
     budget: float = 0.02
     lowering: str = "inductor"
-    store: str | Store = "memory://"
+    store: str | Store | tuple[str | Store, ...] = "memory://"
     capacity_bytes: int = 4 * GIB
     profile: str | os.PathLike[str] | None = None
     min_span_tokens: int = 16
@@ -184,6 +184,18 @@ def _named_or_object(method: str, noun: str) -> Callable[[str, Any], Any]:
     return check
 
 
+_STORE = "a store URL ('memory://', 'host://'), a Store object, or a list of them, fastest first"
+
+
+def _stores(name: str, value: Any) -> Any:
+    check = _named_or_object("put", _STORE)
+    if not isinstance(value, list | tuple):
+        return check(name, value)
+    if not value:
+        raise _bad(name, value, _STORE)
+    return tuple(check(name, item) for item in value)  # Options must be hashable
+
+
 def _share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
         raise _bad(name, value, "a number in [0, 1]")
@@ -258,7 +270,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "policy": _named_or_object("select", "the name of a policy or a Policy object"),
     "budget": _share,
     "lowering": _lowering,
-    "store": _named_or_object("put", "a store URL ('memory://', 'host://') or a Store object"),
+    "store": _stores,
     "capacity_bytes": _positive_int,
     "profile": _path,
     "min_span_tokens": _positive_int,

@@ -16,8 +16,9 @@ from vlcache_fx.integrations.items import Fields, feature_fields, join_items, sp
 from vlcache_fx.integrations.module_state import ModuleState
 from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.integrations.object_graph import SMALL_BYTES
-from vlcache_fx.keys.digest import Part, content_digest
+from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
+from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.requests.media_spans import MediaItems
@@ -153,7 +154,7 @@ class EncoderCache:
             for index, part in enumerate(parts)
         ]
 
-    def _keys(self, items: list[Item], call: dict[str, Any]) -> list[str] | None:
+    def _keys(self, items: list[Item], call: dict[str, Any]) -> list[EntryKey] | None:
         """Return a key per item, or None if an argument or a weight cannot be part of a key."""
         # The weights that an encoder reads are unknown here; the model's are a safe superset. They are listed
         # in every call, because adapters add parameters and loading can replace them.
@@ -168,11 +169,20 @@ class EncoderCache:
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         arithmetic = numerics(device_type_of(call.values()))
-        common = ["features", self._engine.options.key_salt, weights, state, arithmetic, self._pixels_name]
+        scope = KeyScope(self._engine.options.key_salt, weights)
+        common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
             return [
-                content_digest([*common, content, *_named(item, but=self._pixels_name), tuple(settings)])
+                scope.key(
+                    "features",
+                    {
+                        **common,
+                        "content": content,
+                        "fields": tuple(_named(item, but=self._pixels_name)),
+                        "settings": tuple(settings),
+                    },
+                )
                 for content, item in zip(contents, items, strict=True)
             ]
         except StoreError:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
+from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
@@ -41,12 +42,15 @@ class EncoderRunner:
                 self._engine.store.put(key, pack([result]))
         return results, False
 
-    def _keys(self, args: Sequence[Any]) -> list[str]:
+    def _keys(self, args: Sequence[Any]) -> list[EntryKey]:
         weights = self._engine.fingerprints.of([args[index] for index in self._spec.weights])
         content: list[Part] = [args[index] for index in self._spec.inputs]
-        state = numerics(device_type_of(args))
-        inputs = content_digest(["encoder", self._engine.options.key_salt, weights, state, tuple(content)])
-        return [content_digest([inputs, computation]) for computation in self._spec.computations]
+        scope = KeyScope(self._engine.options.key_salt, weights)
+        parts = {"content": content_digest(content), "numerics": numerics(device_type_of(args))}
+        return [
+            scope.key("features", {**parts, "computation": computation})
+            for computation in self._spec.computations
+        ]
 
     def _get(self, keys: Sequence[str]) -> list[Any] | None:
         """Return all results, or None if any is missing."""

@@ -53,7 +53,7 @@ class ServingState:
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
         self.settings = ThreadSettings(_settings(self.options))
-        self.store = open_store(self.options.store, self.options.capacity_bytes)
+        self.store = open_store(self.options.store, self.options.capacity_bytes, strict=self.options.strict)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}

@@ -1,6 +1,6 @@
 """Bounded storage of donors between requests, under complete keys. No graph code, no pickle."""
 
-from vlcache_fx.store.base import Store, StoreStats
+from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
@@ -8,6 +8,8 @@ from vlcache_fx.store.url import open_store
 
 __all__ = [
     "Entry",
+    "EntryInfo",
+    "Eviction",
     "HostStore",
     "MemoryStore",
     "Store",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.store.entry import Entry, Json
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,14 @@ class StoreStats:
         admissions: entries stored by ``put``, replacements included.
         evictions: entries dropped to make room.
         rejections: entries rejected by ``put``.
+        removals: entries dropped by ``remove`` and ``clear``.
+        promotions: entries copied to a faster tier after a hit.
+        write_downs: entries written to a slower tier.
+        queue_drops: writes to a slower tier that the queue did not take.
+        failures: reads and writes that failed; each is a miss, or a lost write.
+        damaged: entries whose bytes were not those that were stored; each was set aside.
+        tier: name of the tier; the names of all for a list of tiers.
+        tiers: the stats of each tier, fastest first; empty for a single tier.
     """
 
     entries: int
@@ -32,6 +42,54 @@ class StoreStats:
     admissions: int = 0
     evictions: int = 0
     rejections: int = 0
+    removals: int = 0
+    promotions: int = 0
+    write_downs: int = 0
+    queue_drops: int = 0
+    failures: int = 0
+    damaged: int = 0
+    tier: str = ""
+    tiers: tuple[StoreStats, ...] = ()
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """An entry in a listing.
+
+    Attributes:
+        key: its key.
+        tier: name of its tier.
+        nbytes: its bytes in that tier.
+        used_at: when it was last stored or found, in seconds since the epoch.
+        info: its JSON data.
+    """
+
+    key: str
+    tier: str
+    nbytes: int
+    used_at: float
+    info: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Why an entry is no longer stored.
+
+    Attributes:
+        key: the key that it had.
+        tier: name of the tier that dropped it.
+        evicted_at: in seconds since the epoch.
+        cause: ``capacity`` (to make room), ``cleared``, or ``damaged``.
+        nbytes: its bytes.
+        for_key: the entry that it made room for; empty for other causes.
+    """
+
+    key: str
+    tier: str
+    evicted_at: float
+    cause: str
+    nbytes: int
+    for_key: str = ""
 
 
 class Store(ABC):
@@ -48,6 +106,9 @@ class Store(ABC):
     @abstractmethod
     def get(self, key: str) -> Entry | None:
         """Return the entry under ``key``, or None. Counts a hit or a miss.
+
+        The tensors of a slow tier may still arrive, see ``Entry``. They stay valid while the caller keeps the
+        entry, also after an eviction.
 
         Raises:
             StoreError: the store cannot be read.
@@ -70,8 +131,22 @@ class Store(ABC):
         """Return the number of entries."""
 
     @abstractmethod
-    def clear(self) -> None:
-        """Drop all entries; keep the counts."""
+    def clear(self, selection: Selection | None = None) -> int:
+        """Drop the selected entries, by default all; keep the counts. Return how many were dropped."""
+
+    @abstractmethod
+    def entries(self) -> Iterator[EntryInfo]:
+        """Yield the entries, those that are evicted first at the front. No tensor is read."""
+
+    def evicted(self, key: str) -> Eviction | None:
+        """Return why a key that was stored is no longer; None if unknown. Stores remember the latest."""
+        del key
+        return None
+
+    def flush(self, timeout_s: float | None = None) -> bool:
+        """Wait for queued writes. Return False if some are left after ``timeout_s`` seconds."""
+        del timeout_s
+        return True
 
     @abstractmethod
     def close(self) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import InitVar, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 
 Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+Wait: TypeAlias = Callable[[], None]
+"""Blocks until a tensor's bytes have arrived and are verified; raises ``DamagedEntryError`` otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +28,11 @@ class Entry:
     entry. With ``copy=False``, only views and inference tensors are copied; the caller must not write to the
     others. An entry's tensors are read-only.
 
+    Attributes:
+        tensors: the tensors by name. Reading one waits until it has arrived.
+        info: JSON data.
+        tier: name of the tier that the entry comes from; None for the memory of this process.
+
     Raises:
         StoreError: a value is not a strided tensor, or ``info`` is not JSON data.
     """
@@ -32,6 +40,8 @@ class Entry:
     tensors: Mapping[str, Tensor]
     info: Mapping[str, Json]
     copy: InitVar[bool] = True
+    tier: str | None = None
+    _waits: Mapping[str, Wait] = field(default_factory=dict, repr=False)
 
     def __post_init__(self, copy: bool) -> None:
         try:
@@ -39,14 +49,73 @@ class Entry:
             info = json.loads(json.dumps(dict(self.info), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise StoreError(f"an entry's info must be JSON data: {error}") from error
-        tensors = {name: _own(name, tensor, copy) for name, tensor in self.tensors.items()}
-        object.__setattr__(self, "tensors", MappingProxyType(tensors))
+        if not self._waits:  # else the tensors are a tier's own, and may still arrive
+            tensors = {name: _own(name, tensor, copy) for name, tensor in self.tensors.items()}
+            object.__setattr__(self, "tensors", MappingProxyType(tensors))
         object.__setattr__(self, "info", MappingProxyType(info))
+
+    @classmethod
+    def arriving(
+        cls, tensors: Mapping[str, Tensor], info: Mapping[str, Json], waits: Mapping[str, Wait], tier: str
+    ) -> Entry:
+        """Return an entry of a slow tier, whose tensors may still arrive; ``waits`` has one function each.
+
+        The tensors may be views of larger storage, such as a mapped file. Nothing is copied.
+        """
+        return cls(_Arriving(dict(tensors), dict(waits)), info, copy=False, tier=tier, _waits=waits)
+
+    def peek(self, name: str) -> Tensor:
+        """Return a tensor whose bytes may still arrive: for its dtype and shape."""
+        return self.tensors.peek(name) if isinstance(self.tensors, _Arriving) else self.tensors[name]
+
+    def wait_of(self, name: str) -> Wait | None:
+        """Return the function that waits for a tensor; None if it is there."""
+        return self._waits.get(name)
+
+    def wait(self) -> None:
+        """Wait for all tensors.
+
+        Raises:
+            DamagedEntryError: the bytes of a tensor are not those that were stored.
+        """
+        for wait in self._waits.values():
+            wait()
+
+    def materialized(self) -> Entry:
+        """Return the entry with all tensors in memory of its own, verified; itself if they are.
+
+        Raises:
+            DamagedEntryError: as ``wait``.
+        """
+        return Entry(dict(self.tensors), self.info) if self._waits or self.tier else self
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor storage."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors.values())
+        """Bytes of the tensors."""
+        return sum(self.peek(name).nbytes for name in self.tensors)
+
+
+class _Arriving(Mapping[str, Tensor]):
+    """Tensors that may still arrive; reading one waits for it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], waits: Mapping[str, Wait]) -> None:
+        self._tensors, self._waits = tensors, waits
+
+    def peek(self, name: str) -> Tensor:
+        """Return a tensor without waiting."""
+        return self._tensors[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        if name in self._waits:
+            self._waits[name]()
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _own(name: str, tensor: Tensor, copy: bool) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import ClassVar
 
 from vlcache_fx.errors import StoreClosedError, StoreError
-from vlcache_fx.store.base import Store, StoreStats
+from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.store.base import EntryInfo, Store, StoreStats
 from vlcache_fx.store.entry import Entry
 
 
@@ -30,7 +33,9 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
         self._used = 0
+        self._used_at: dict[str, float] = {}
         self._hits = self._misses = self._admissions = self._evictions = self._rejections = 0
+        self._removals = 0
         self._closed = False
 
     def get(self, key: str) -> Entry | None:
@@ -43,6 +48,7 @@ class MemoryStore(Store):
                 return None
             self._hits += 1
             self._entries.move_to_end(key)
+            self._used_at[key] = time.time()
             return entry
 
     def put(self, key: str, entry: Entry) -> bool:
@@ -57,10 +63,12 @@ class MemoryStore(Store):
             if replaced is not None:
                 self._used -= replaced.nbytes
             while self._used + size > self._capacity:
-                _, evicted = self._entries.popitem(last=False)
+                old, evicted = self._entries.popitem(last=False)
                 self._used -= evicted.nbytes
+                del self._used_at[old]
                 self._evictions += 1
             self._entries[key] = entry
+            self._used_at[key] = time.time()
             self._used += size
             self._admissions += 1
             return True
@@ -75,11 +83,24 @@ class MemoryStore(Store):
             self._check_open()
             return len(self._entries)
 
-    def clear(self) -> None:
+    def clear(self, selection: Selection | None = None) -> int:
         """See ``Store.clear``."""
         with self._lock:
             self._check_open()
-            self._drop_all()
+            dropped = [key for key in self._entries if selection is None or selection.matches(key)]
+            for key in dropped:
+                self._used -= self._entries.pop(key).nbytes
+                del self._used_at[key]
+            self._removals += len(dropped)
+            return len(dropped)
+
+    def entries(self) -> Iterator[EntryInfo]:
+        """See ``Store.entries``."""
+        with self._lock:
+            self._check_open()
+            listed = [(key, entry, self._used_at[key]) for key, entry in self._entries.items()]
+        for key, entry, used_at in listed:
+            yield EntryInfo(key, self.tier, entry.nbytes, used_at, entry.info)
 
     def close(self) -> None:
         """See ``Store.close``."""
@@ -99,10 +120,13 @@ class MemoryStore(Store):
                 admissions=self._admissions,
                 evictions=self._evictions,
                 rejections=self._rejections,
+                removals=self._removals,
+                tier=self.tier,
             )
 
     def _drop_all(self) -> None:
         self._entries.clear()
+        self._used_at.clear()
         self._used = 0
 
     def _check_open(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.store import Entry, MemoryStore, Store, StoreStats
+from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.store import Entry, EntryInfo, MemoryStore, Store, StoreStats
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -229,8 +231,11 @@ class Wrapped(Store):
     def __len__(self) -> int:
         return len(self.inner)
 
-    def clear(self) -> None:
-        self.inner.clear()
+    def clear(self, selection: Selection | None = None) -> int:
+        return self.inner.clear(selection)
+
+    def entries(self) -> Iterator[EntryInfo]:
+        return self.inner.entries()
 
     def close(self) -> None:
         self.inner.close()

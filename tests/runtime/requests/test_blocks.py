@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS, Block, BlockSplitter
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
@@ -21,6 +22,7 @@ from ..helpers import Pair, cache_distance, hits, keys, with_api, with_backend
 A, B, C = (24, 0), (30, 1), (27, 2)
 LAYERS = 2
 TOLERANCE = 1e-5
+SCOPE = KeyScope("", "weights")
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def blocks(ids: Tensor, media_spans: list[tuple[int, int]], shortest: int = 1, *
     ]
     by_token = [ids[0], *others.get("more", ())]
     root, seen = others.get("root", ""), others.get("seen")
-    return list(BlockSplitter().blocks([ids], by_token, found, spans, ids.shape[-1], root, seen))
+    return list(BlockSplitter().blocks([ids], by_token, found, spans, ids.shape[-1], root, SCOPE, seen))
 
 
 @given(
@@ -254,7 +256,7 @@ def test_block_keys_cover_content_of_short_media() -> None:
     made = [
         list(
             BlockSplitter().blocks(
-                [ids], [ids[0]], [MediaSpan(0, 4, 4, (torch.full((4, 2), value),))], [], 20, ""
+                [ids], [ids[0]], [MediaSpan(0, 4, 4, (torch.full((4, 2), value),))], [], 20, "", SCOPE
             )
         )
         for value in (0.0, 1.0)
@@ -270,7 +272,7 @@ def test_block_keys_cover_embeddings_outside_spans(place: int) -> None:
     reader = BlockSplitter(embeddings=0)
     media_span = MediaSpan(0, 4, 6, (embeds[0, 4:10],))
     one, two = (
-        list(reader.blocks([value], [], [media_span], [Span(0, 4, 6, "span", False)], 20, ""))
+        list(reader.blocks([value], [], [media_span], [Span(0, 4, 6, "span", False)], 20, "", SCOPE))
         for value in (embeds, other)
     )
     in_span = 4 <= place < 10

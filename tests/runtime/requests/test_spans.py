@@ -17,6 +17,7 @@ from vlcache_fx.compiler.builders.on_cpu import evaluated_on_cpu
 from vlcache_fx.compiler.builders.spans import span_masks
 from vlcache_fx.ir import InputKind
 from vlcache_fx.ir.subgraph import extract
+from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.media_spans import MediaItems, MediaSpan, media_spans_of, merged_grid
 from vlcache_fx.runtime.requests.spans import Identifier, donor_key
@@ -326,7 +327,7 @@ def test_donor_key_covers_content(two: Identifying) -> None:
     def keys(**changes: Tensor) -> list[str]:
         identified = two.media_spans(**changes)
         assert identified is not None
-        return [donor_key(span, [], "weights", "salt") for span in identified[2]]
+        return [donor_key(span, {}, KeyScope("salt", "weights")) for span in identified[2]]
 
     usual = keys()
     assert len(set(usual)) == 4
@@ -342,11 +343,11 @@ def test_donor_key_covers_content(two: Identifying) -> None:
         ]
     span = MediaSpan(0, 1, 2, (noise(0, 2, 4),))
     elsewhere = MediaSpan(1, 5, 2, (noise(0, 2, 4),))
-    key = donor_key(span, [], "weights", "salt")
-    assert donor_key(elsewhere, [], "weights", "salt") == key
+    key = donor_key(span, {}, KeyScope("salt", "weights"))
+    assert donor_key(elsewhere, {}, KeyScope("salt", "weights")) == key
     others = {
-        donor_key(span, [torch.tensor([0, 1])], "weights", "salt"),
-        donor_key(span, [], "other", "salt"),
-        donor_key(span, [], "weights", ""),
+        donor_key(span, {"positions": torch.tensor([0, 1])}, KeyScope("salt", "weights")),
+        donor_key(span, {}, KeyScope("salt", "other")),
+        donor_key(span, {}, KeyScope("", "weights")),
     }
     assert len(others | {key}) == 4

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import Reason, StoreClosedError
-from vlcache_fx.keys.digest import content_digest
+from vlcache_fx.keys.digest import Part, content_digest
+from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope
 from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
@@ -108,11 +109,20 @@ class DonorIndex:
             request: a request with spans.
             summary: summary of its masks.
         """
-        salt, device = self._engine.options.key_salt, self._device.type
-        common = [request.weights, self._spec.layout, numerics(device)]
+        scope = KeyScope(self._engine.options.key_salt, request.model_fingerprint)
+        common = {
+            "weights": request.weights,
+            "layout": self._spec.layout,
+            "numerics": numerics(self._device.type),
+        }
         digests = self._spec.computation
-        identities = {True: content_digest([*common, digests.unified])}
-        identities[False] = content_digest([*common, digests.separate])
+        covered = {
+            True: {**common, "computation": digests.unified},
+            False: {**common, "computation": digests.separate},
+        }
+        identities = {
+            unified: content_digest([KEY_VERSION, *parts.values()]) for unified, parts in covered.items()
+        }
         values = self._input_values.read(request.host_args)
         samples = []
         for sample, of_spans, of_tokens in zip(
@@ -129,7 +139,8 @@ class DonorIndex:
                 is_unified, parts = self._input_values.of_item(
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
-                key = donor_key(by_start[span.start], [text, *parts], identities[is_unified], salt)
+                own: dict[str, Part] = {**covered[is_unified], "mask": text, "positions": tuple(parts)}
+                key = donor_key(by_start[span.start], own, scope)
                 spans.append(replace(span, key=key))
             is_unified, by_token, whole = self._input_values.of_prompt(
                 values, sample.index, request.num_tokens
@@ -141,13 +152,14 @@ class DonorIndex:
                     spans=tuple(spans),
                     seen=of_tokens,
                     by_token=by_token,
-                    root=content_digest([identities[is_unified], salt, whole]),
+                    root=content_digest([identities[is_unified], scope.salt, whole]),
                 )
             )
         return replace(
             request,
             samples=tuple(samples),
             identity=identities[True],
+            scope=scope,
         )
 
     def find(self, request: Request) -> Request:
@@ -196,7 +208,9 @@ class DonorIndex:
             if entry is not None and donors.fits(entry, self._spec.rows, span.length):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
-                spans.append(replace(span, hit=True, tier=self._engine.store.tier, contexts=contexts))
+                spans.append(
+                    replace(span, hit=True, tier=entry.tier or self._engine.store.tier, contexts=contexts)
+                )
             else:
                 reason = misses[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
                 spans.append(replace(span, miss=failure or reason))
@@ -248,6 +262,7 @@ class DonorIndex:
             sample.spans,
             request.num_tokens,
             sample.root,
+            request.scope,
             sample.seen,
             sample.index,
         )

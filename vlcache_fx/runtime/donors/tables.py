@@ -37,13 +37,21 @@ def tables(
     """Return the donor table of each slot: the concatenated rows of all entries.
 
     A single donor is used without a copy. Donors of the host tier are copied on a side stream, in the order
-    of ``specs``, which is that of layers, while earlier layers compute.
+    of ``specs``, which is that of layers, while earlier layers compute. A single donor of a slow tier, on the
+    CPU, is pending: later layers may arrive while earlier ones compute.
     """
 
     def table(slot: StoredSlot, dim: int) -> Tensor:
         parts = [entry.tensors[str(slot)].to(device, non_blocking=True) for entry in entries]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
+    if len(entries) == 1 and device.type == "cpu":
+        (entry,), slots = entries, [str(slot) for slot in specs]
+        waits = [entry.wait_of(slot) for slot in slots]
+        return {
+            slot: entry.peek(name) if wait is None else PendingTensor(entry.peek(name), wait)
+            for slot, name, wait in zip(specs, slots, waits, strict=True)
+        }
     if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
         return {slot: table(slot, spec.dim) for slot, spec in specs.items()}
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
@@ -65,7 +73,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def fits(entry: Entry | None, specs: Mapping[StoredSlot, RowSpec], length: int) -> bool:
     """Return True if the entry has ``length`` rows of every slot that a program reads."""
     return entry is not None and all(
-        str(slot) in entry.tensors and _are_rows(spec, entry.tensors[str(slot)], length)
+        str(slot) in entry.tensors and _are_rows(spec, entry.peek(str(slot)), length)
         for slot, spec in specs.items()
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
+from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
@@ -65,6 +66,7 @@ class BlockSplitter:
         spans: Sequence[Span],
         num_tokens: int,
         root: str,
+        scope: KeyScope,
         seen: Sequence[bytes] | None = None,
         sample: int = 0,
     ) -> Iterator[Block]:
@@ -77,6 +79,7 @@ class BlockSplitter:
             spans: those that may be reused, with keys.
             num_tokens: length of the prompt.
             root: digest of all else on which rows depend: computation, weights, global state, salt.
+            scope: tenant and model.
             seen: per token, a digest of the tokens that masks show to it; None where causal.
             sample: index of the prompt in the batch.
         """
@@ -94,7 +97,8 @@ class BlockSplitter:
             if media_span is not None:
                 parts.append(media_span.digests if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
-            yield Block(start, length, after if span is None else span.key, before, span)
+            key = scope.with_digest("text", after) if span is None else span.key
+            yield Block(start, length, key, before, span)
             before = after
 
     def _embedded_text(

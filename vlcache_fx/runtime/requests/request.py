@@ -7,12 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from vlcache_fx.errors import Reason
+from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.report import Mode, Report, SpanReport
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
+
+NO_SCOPE = KeyScope("", "")
+"""Scope of a call without spans: it has no keys."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Request:
         model_fingerprint: fingerprint of the layers' weights; empty without spans.
         weights: fingerprint of all weights on which rows depend.
         identity: digest of how rows are computed: computation, weights and global state.
+        scope: tenant and model of its keys.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
         found: the spans as the store had them, before ``find`` drops donors so as to record; empty before.
     """
@@ -83,6 +88,7 @@ class Request:
     model_fingerprint: str = ""
     weights: str = ""
     identity: str = ""
+    scope: KeyScope = NO_SCOPE
     positions: Tensor | None = None
     found: tuple[Span, ...] = ()
 
@@ -118,7 +124,7 @@ class Request:
                 SpanReport(
                     s.start,
                     s.length,
-                    s.key,
+                    str(s.key),
                     s.hit and s.miss is None,
                     s.tier,
                     s.sample,

@@ -1,10 +1,11 @@
 """Media spans of a call, and the keys of their donors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlcache_fx.keys.digest import Part, content_digest
+from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import cached_digests
+from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 from vlcache_fx.runtime.requests.media_spans import (
     NO_ITEMS,
@@ -69,13 +70,13 @@ class Identifier:
         return samples, tokens, sorted(found, key=lambda span: (span.sample, span.start))
 
 
-def donor_key(span: MediaSpan, parts: list[Part], identity: str, salt: str) -> str:
+def donor_key(span: MediaSpan, parts: Mapping[str, Part], scope: KeyScope) -> EntryKey:
     """Return the key of a media span's donor.
 
     Args:
         span: the media span; its feature bytes enter the key.
-        parts: other values that the rows depend on: relative positions, and what masks show to its tokens.
-        identity: digest of the computation, the weights and the global state.
-        salt: the option ``key_salt``.
+        parts: all else that the rows depend on, by name: the computation, the weights, the global state,
+            positions, and what masks show to its tokens.
+        scope: tenant and model.
     """
-    return content_digest(["donor", salt, identity, span.digests, tuple(parts)])
+    return scope.key("donor", {"content": span.digests, **parts})
