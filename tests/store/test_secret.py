@@ -42,7 +42,7 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="cannot read the secret .*/none/secret: No such file"):
+    with pytest.raises(StoreError, match=r"cannot read the secret .*/none/secret: No such file"):
         load_secret(tmp_path / "none/secret")
 
 

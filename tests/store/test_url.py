@@ -19,14 +19,6 @@ def test_open_store_returns_a_store_unchanged() -> None:
     assert open_store(store, 123) is store
 
 
-@pytest.mark.parametrize("url", ["file:///tmp/donors", "mooncake://host:1"])
-def test_open_store_planned_schemes(url: str) -> None:
-    with pytest.raises(
-        OptionError, match="not available in this version, which has 'memory://' or 'host://'"
-    ):
-        open_store(url, 1)
-
-
 @pytest.mark.parametrize("url", ["memory", "memory://x", "memory:", "", "s3://bucket", "/tmp", None, 3])
 def test_open_store_invalid_urls(url: Any) -> None:
     with pytest.raises(OptionError, match="not valid"):
