@@ -43,6 +43,10 @@ class _Copied(Entry):
 
     arrived: torch.cuda.Event
 
+    def wait(self) -> None:
+        """See ``Entry.wait``."""
+        self.arrived.synchronize()
+
 
 def _on_device(entry: Entry) -> set[torch.device]:
     """Return the GPUs of an entry's tensors; none are read, since they may still arrive."""
