@@ -203,7 +203,7 @@ class TieredStore(Store):
                 seen |= {info.key for info in listed[-1]}
         for infos in reversed(listed):
             yield from infos
-        for key, entry in self._queue.values():
+        for key, entry in self._queue.values().items():
             if key not in seen:
                 yield EntryInfo(key, "memory", entry.nbytes, 0.0, entry.info)
 

@@ -117,16 +117,32 @@ class WriteQueue:
             queued = state.jobs.get(job.key)
             if queued is not None and queued.kind > job.kind:
                 return True
-            others = state.used_bytes - (queued.nbytes if queued is not None else 0)
-            is_full = len(state.jobs) >= self._max_jobs and queued is None
-            is_full |= others > 0 and others + job.nbytes > self._capacity
-            if state.is_closing or is_full or not state.start_thread():
+            if state.is_closing or not self._has_room(job) or not state.start_thread():
                 state.drops += 1
                 return False
+            if job.key in state.jobs:
+                state.used_bytes -= state.jobs[job.key].nbytes
             state.jobs[job.key] = job
-            state.used_bytes = others + job.nbytes
+            state.used_bytes += job.nbytes
             state.changed.notify_all()
             return True
+
+    def _has_room(self, job: Job) -> bool:
+        """Return whether a job fits, after dropping promotions for one of another kind."""
+        state = self._here
+        promotions = [
+            key for key, other in state.jobs.items() if other.kind is Kind.PROMOTION and key != job.key
+        ]
+        while True:
+            replaced = state.jobs.get(job.key)
+            others = state.used_bytes - (replaced.nbytes if replaced is not None else 0)
+            is_full = len(state.jobs) >= self._max_jobs and replaced is None
+            if not is_full and (others == 0 or others + job.nbytes <= self._capacity):
+                return True
+            if job.kind is Kind.PROMOTION or not promotions:
+                return False
+            state.used_bytes -= state.jobs.pop(promotions.pop(0)).nbytes
+            state.drops += 1
 
     def find(self, key: str) -> Entry | None:
         """Return the latest value of a key that is still being written, or None."""
@@ -137,12 +153,14 @@ class WriteQueue:
                     return None if job.is_cancelled else job.entry
             return None
 
-    def values(self) -> list[tuple[str, Entry]]:
-        """Return the keys and values of all jobs that ``find`` finds."""
+    def values(self) -> dict[str, Entry]:
+        """Return the values of all keys that ``find`` finds."""
         state = self._state
         with state.changed:
-            jobs = [*state.jobs.values(), *([state.running] if state.running else [])]
-            return [(j.key, j.entry) for j in jobs if j.kind is not Kind.PROMOTION and not j.is_cancelled]
+            jobs = [*([state.running] if state.running else []), *state.jobs.values()]  # the latest wins
+            return {
+                job.key: job.entry for job in jobs if job.kind is not Kind.PROMOTION and not job.is_cancelled
+            }
 
     def is_cancelled(self, key: str) -> bool:
         """Return whether the running job is one of this key, and void: what it writes must not be read."""
