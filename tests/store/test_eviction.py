@@ -40,6 +40,13 @@ def test_unused_entries_age() -> None:
     raise AssertionError("it was never evicted")
 
 
+def test_unmeasured_entries_count_as_the_mean() -> None:
+    order = Priorities()
+    for key, cost_ms in (("cheap", 1.0), ("costly", 3.0), ("unknown", None)):
+        order.use(key, cost_ms, 1)
+    assert list(order) == ["cheap", "unknown", "costly"]
+
+
 def test_removed_keys_are_not_evicted() -> None:
     order = Priorities()
     for key in "abc":

@@ -25,8 +25,8 @@ from vlcache_fx.store.entry import Json
 COST_MS = "cost_ms"
 """Name in an entry's ``info`` of the measured milliseconds that computing it again would take."""
 
-UNMEASURED_MS_PER_BYTE = 1e-5
-"""Cost per byte of entries without a measured one: between those of a laptop's CPU and of a large GPU."""
+TYPICAL_MS_PER_BYTE = 1e-5
+"""Cost per byte that is assumed where none was measured: between those of a small CPU and of a large GPU."""
 
 _LEAST_COMPACTED = 64
 """Outdated items of a heap that are kept before it is built anew."""
@@ -40,7 +40,14 @@ def cost_of(info: Mapping[str, Json]) -> float | None:
     return float(cost_ms) if math.isfinite(cost_ms) and cost_ms >= 0 else None
 
 
-def priority(clock: float, cost_ms: float | None, nbytes: int) -> float:
+def with_cost(info: Mapping[str, Json], cost_ms: float | None) -> dict[str, Json]:
+    """Return ``info`` with a measured cost; unchanged if it is None."""
+    return dict(info) if cost_ms is None else {**info, COST_MS: round(cost_ms, 3)}
+
+
+def priority(
+    clock: float, cost_ms: float | None, nbytes: int, typical_ms_per_byte: float = TYPICAL_MS_PER_BYTE
+) -> float:
     """Return the priority of an entry that is stored or found now; the lowest is evicted first.
 
     Pure, so that a store with an index on disk can keep priorities and clock there. After an eviction the
@@ -50,22 +57,32 @@ def priority(clock: float, cost_ms: float | None, nbytes: int) -> float:
         clock: highest priority that was evicted so far; 0.0 at first.
         cost_ms: milliseconds that computing the entry again would take; None if not measured.
         nbytes: bytes of the entry's tensors.
+        typical_ms_per_byte: cost per byte of entries without a measured one.
     """
-    return clock + (UNMEASURED_MS_PER_BYTE if cost_ms is None else cost_ms / max(nbytes, 1))
+    return clock + (typical_ms_per_byte if cost_ms is None else cost_ms / max(nbytes, 1))
 
 
 class Priorities:
-    """The keys of a store in the order of eviction. Each operation takes O(log n). Not thread-safe."""
+    """The keys of a store in the order of eviction. Each operation takes O(log n). Not thread-safe.
+
+    Entries without a measured cost count as the mean of those with one.
+    """
 
     def __init__(self) -> None:
         self._clock = 0.0
+        self._measured_ms, self._measured_bytes = 0.0, 0  # of all uses so far
         self._turns = itertools.count()
         self._current: dict[str, tuple[float, int, str]] = {}
         self._heap: list[tuple[float, int, str]] = []  # with outdated items, dropped when they are met
 
     def use(self, key: str, cost_ms: float | None, nbytes: int) -> None:
         """Add a key, or renew it after a hit; see ``priority``."""
-        item = (priority(self._clock, cost_ms, nbytes), next(self._turns), key)
+        if cost_ms is not None:
+            self._measured_ms += cost_ms
+            self._measured_bytes += nbytes
+        measured = self._measured_bytes
+        typical = self._measured_ms / measured if measured else TYPICAL_MS_PER_BYTE
+        item = (priority(self._clock, cost_ms, nbytes, typical), next(self._turns), key)
         self._current[key] = item
         heapq.heappush(self._heap, item)
         if len(self._heap) > 2 * len(self._current) + _LEAST_COMPACTED:

@@ -66,12 +66,12 @@ class MemoryStore(Store):
             if size > self._capacity:
                 self._rejections += 1
                 return False
-            for copy in self._copies:
-                copy.is_unwanted |= copy.key == key  # the later put wins
+            for other in self._copies:
+                other.is_unwanted |= other.key == key  # the later put wins
             self._make_room(key, size, evicted)
+            copy = None
             if self._is_ready(entry):
                 self._insert(key, entry)
-                copy = None
             else:
                 copy = _Copy(key)
                 self._copies.append(copy)

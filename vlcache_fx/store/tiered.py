@@ -198,9 +198,9 @@ class TieredStore(Store):
         listed: list[list[EntryInfo]] = []
         for index, tier in enumerate(self._tiers):
             with self._health.tolerating(index, "listing"):
-                infos = tier.entries() if tier.is_local or not only_local else ()
-                listed.append([info for info in infos if info.key not in seen])
-                seen |= {info.key for info in listed[-1]}
+                if tier.is_local or not only_local:
+                    listed.append([info for info in tier.entries() if info.key not in seen])
+                    seen |= {info.key for info in listed[-1]}
         for infos in reversed(listed):
             yield from infos
         for key, entry in self._queue.values().items():
