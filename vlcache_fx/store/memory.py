@@ -35,11 +35,10 @@ class MemoryStore(Store):
         self._capacity = capacity_bytes
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, _Stored] = {}
         self._order = Priorities()
         self._copies: list[_Copy] = []
         self._used = 0  # with the copies
-        self._used_at: dict[str, float] = {}
         self._evicted = RecentEvictions()
         self._listeners: tuple[OnEvict, ...] = ()
         self._hits = self._misses = self._admissions = self._evictions = self._rejections = 0
@@ -50,13 +49,13 @@ class MemoryStore(Store):
         """See ``Store.get``; the entry becomes the most recently used."""
         with self._lock:
             self._check_open()
-            entry = self._entries.get(key)
-            if entry is None:
+            stored = self._entries.get(key)
+            if stored is None:
                 self._misses += 1
                 return None
             self._hits += 1
-            self._use(key, entry)
-            return entry
+            self._use(key, stored)
+            return stored.entry
 
     def put(self, key: str, entry: Entry) -> bool:
         """See ``Store.put``; evicts other entries to make room."""
@@ -71,7 +70,7 @@ class MemoryStore(Store):
             self._make_room(key, size, evicted)
             copy = None
             if self._is_ready(entry):
-                self._insert(key, entry)
+                self._insert(key, entry, size)
             else:
                 copy = _Copy(key)
                 self._copies.append(copy)
@@ -95,7 +94,7 @@ class MemoryStore(Store):
                 if prepared is None or copy.is_unwanted or self._closed:
                     self._used -= size
                 else:
-                    self._insert(copy.key, prepared)
+                    self._insert(copy.key, prepared, size)
                 self._room.notify_all()
 
     def _is_ready(self, entry: Entry) -> bool:
@@ -118,33 +117,31 @@ class MemoryStore(Store):
                     self._drop(key)
                 continue
             old = self._order.evict()
-            evicted[old] = self._drop(old)
-            self._note(old, evicted[old], "capacity", key)
+            evicted[old] = self._drop(old, "capacity", key)
             self._evictions += 1
         self._used += size
 
-    def _insert(self, key: str, entry: Entry) -> None:
+    def _insert(self, key: str, entry: Entry, size: int) -> None:
         """Insert an entry whose bytes are counted."""
         if key in self._entries:  # another thread stored it while this one waited or copied
             self._drop(key)
-        self._entries[key] = entry
-        self._use(key, entry)
+        self._entries[key] = _Stored(entry, size, cost_of(entry.info))
+        self._use(key, self._entries[key])
         self._evicted.forget(key)
         self._admissions += 1
 
-    def _use(self, key: str, entry: Entry) -> None:
-        self._order.use(key, cost_of(entry.info), entry.nbytes)
-        self._used_at[key] = time.time()
+    def _use(self, key: str, stored: _Stored) -> None:
+        self._order.use(key, stored.cost_ms, stored.nbytes)
+        stored.used_at = time.time()
 
-    def _drop(self, key: str) -> Entry:
-        entry = self._entries.pop(key)
+    def _drop(self, key: str, cause: str = "", for_key: str = "") -> Entry:
+        """Drop an entry; remember its eviction if there is a cause, else it is replaced."""
+        stored = self._entries.pop(key)
         self._order.remove(key)
-        del self._used_at[key]
-        self._used -= entry.nbytes
-        return entry
-
-    def _note(self, key: str, entry: Entry, cause: str, for_key: str = "") -> None:
-        self._evicted.add(Eviction(key, self.tier, time.time(), cause, entry.nbytes, for_key))
+        self._used -= stored.nbytes
+        if cause:
+            self._evicted.add(Eviction(key, self.tier, time.time(), cause, stored.nbytes, for_key))
+        return stored.entry
 
     def __contains__(self, key: object) -> bool:
         with self._lock:
@@ -162,7 +159,7 @@ class MemoryStore(Store):
             self._check_open()
             dropped = [key for key in self._order if selection is None or selection.matches(key)]
             for key in dropped:
-                self._note(key, self._drop(key), "cleared")
+                self._drop(key, "cleared")
             for copy in self._copies:
                 copy.is_unwanted |= selection is None or selection.matches(copy.key)
             self._removals += len(dropped)
@@ -173,9 +170,9 @@ class MemoryStore(Store):
         """See ``Store.entries``."""
         with self._lock:
             self._check_open()
-            listed = [(key, self._entries[key], self._used_at[key]) for key in self._order]
-        for key, entry, used_at in listed:
-            yield EntryInfo(key, self.tier, entry.nbytes, used_at, entry.info)
+            listed = [(key, self._entries[key]) for key in self._order]
+        for key, stored in listed:
+            yield EntryInfo(key, self.tier, stored.nbytes, stored.used_at, stored.entry.info)
 
     def evicted(self, key: str) -> Eviction | None:
         """See ``Store.evicted``."""
@@ -221,6 +218,16 @@ class MemoryStore(Store):
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed")
+
+
+@dataclass(eq=False)
+class _Stored:
+    """An entry, and what the order of eviction needs of it."""
+
+    entry: Entry
+    nbytes: int
+    cost_ms: float | None
+    used_at: float = 0.0
 
 
 @dataclass(eq=False)

@@ -87,7 +87,7 @@ class TieredStore(Store):
             with self._health.tolerating(index, "read"):
                 entry = self._tiers[index].get(key)
                 if entry is not None:
-                    above = self._fitting(range(index), entry)
+                    above = self._fitting(range(index), entry.nbytes)
                     if above:
                         self._offer(Kind.PROMOTION, key, entry, above, generation)
                     return _named(self._tiers[index].tier, entry)
@@ -97,7 +97,7 @@ class TieredStore(Store):
         """See ``Store.put``; waits for the first tier alone, and only if that is in memory."""
         self._check_open()
         generation = self._queue.generation
-        targets = self._fitting(self._below, entry)
+        targets = self._fitting(self._below, entry.nbytes)
         # Queued before it is stored: a promotion of an older value is void then.
         is_queued = self._offer(Kind.PUT, key, entry, targets, generation)
         is_stored = False
@@ -112,8 +112,8 @@ class TieredStore(Store):
         self._health.count("admissions" if is_stored or is_queued else "rejections")
         return is_stored or bool(targets)
 
-    def _fitting(self, indices: range, entry: Entry) -> list[int]:
-        return [index for index in indices if entry.nbytes <= self._health.capacities[index]]
+    def _fitting(self, indices: range, nbytes: int) -> list[int]:
+        return [index for index in indices if nbytes <= self._health.capacities[index]]
 
     def _offer(self, kind: Kind, key: str, entry: Entry, targets: list[int], generation: int) -> bool:
         prepare = None if kind is Kind.PROMOTION else _recorded(entry)
@@ -122,7 +122,7 @@ class TieredStore(Store):
 
     def _write_down(self, index: int, key: str, entry: Entry) -> None:
         """Queue what a tier evicted; whether lower tiers have it is found out in the background."""
-        targets = self._fitting(range(index + 1, len(self._tiers)), entry)
+        targets = self._fitting(range(index + 1, len(self._tiers)), entry.nbytes)
         with self._lock:
             is_newer = index == 0 and key in self._unwritten
             if is_newer:
