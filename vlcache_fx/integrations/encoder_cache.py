@@ -169,7 +169,7 @@ class EncoderCache:
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         arithmetic = numerics(device_type_of(call.values()))
-        scope = KeyScope(self._engine.options.key_salt, weights)
+        scope = KeyScope(self._engine.key_salt, weights)
         common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)

@@ -45,7 +45,7 @@ class EncoderRunner:
     def _keys(self, args: Sequence[Any]) -> list[EntryKey]:
         weights = self._engine.fingerprints.of([args[index] for index in self._spec.weights])
         content: list[Part] = [args[index] for index in self._spec.inputs]
-        scope = KeyScope(self._engine.options.key_salt, weights)
+        scope = KeyScope(self._engine.key_salt, weights)
         parts = {"content": content_digest(content), "numerics": numerics(device_type_of(args))}
         return [
             scope.key("features", {**parts, "computation": computation})

@@ -21,10 +21,11 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
+from vlcache_fx.runtime.collected import ContextReports
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, one_line
-from vlcache_fx.runtime.settings import CallSettings, ThreadSettings
+from vlcache_fx.runtime.settings import CallSettings, ContextSettings
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -37,7 +38,7 @@ class ServingState:
         options: checked options.
 
     Attributes:
-        settings: policy, budget and profile of calls.
+        settings: policy, budget, profile and salt of calls.
         guards: shadow runs, and the models whose reuse is off.
         fingerprints: fingerprints of weights.
         graphs: compiled graphs by number; they live as long as the engine.
@@ -52,14 +53,14 @@ class ServingState:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.settings = ThreadSettings(_settings(self.options))
+        self.settings = ContextSettings(_settings(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes, strict=self.options.strict)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
         self.graph_numbers = itertools.count()
         self._closed = self._logged_closed = False
-        self._report: Report | None = None
+        self._reports = ContextReports()
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
@@ -67,6 +68,11 @@ class ServingState:
         self.contents = RecentContents()
         self.pending = PendingContext()
         self._call = threading.local()
+
+    @property
+    def key_salt(self) -> str:
+        """First part of every key of this context's next call; see ``Options.key_salt``."""
+        return self.options.key_salt_of(self.settings.current.salt)
 
     @property
     def graph_calls(self) -> int:
@@ -86,13 +92,10 @@ class ServingState:
 
         Args:
             report: report of the call.
-            continues: the call has no media and continues a prompt in a cache. The last report then stays
-                that of the call before, if it had media.
+            continues: see ``ContextReports.add``.
         """
-        with self._lock:
-            if not (continues and self._report is not None and self._report.spans):
-                self._report = report
-            self._counts[report.mode] += 1
+        self._reports.add(report, continues=continues)
+        self.count(report.mode)
 
     def count(self, event: str) -> None:
         """Count an event."""
@@ -178,4 +181,4 @@ class ServingState:
 
 def _settings(options: Options) -> CallSettings:
     profile = None if options.profile is None else Profile.load(options.profile)
-    return CallSettings(get_policy(options.policy), options.budget, profile)
+    return CallSettings(get_policy(options.policy), options.budget, profile, options.salt)

@@ -109,7 +109,7 @@ class DonorIndex:
             request: a request with spans.
             summary: summary of its masks.
         """
-        scope = KeyScope(self._engine.options.key_salt, request.model_fingerprint)
+        scope = KeyScope(self._engine.key_salt, request.model_fingerprint)
         common = {
             "weights": request.weights,
             "layout": self._spec.layout,

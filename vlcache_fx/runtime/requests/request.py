@@ -11,7 +11,7 @@ from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.report import Mode, Report, SpanReport
+from vlcache_fx.runtime.report import Mode, Report, SampleReport, SpanReport
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
 
@@ -140,6 +140,18 @@ class Request:
             timings_ms=dict(self.clock.elapsed_ms),
             explanations=tuple(note for plan in plans for note in plan.explanations),
             model_fingerprint=self.model_fingerprint,
+            num_samples=len(self.samples),
+            samples=self._sample_reports(mode, plans) if len(self.samples) > 1 and self.spans else (),
+        )
+
+    def _sample_reports(self, mode: Mode, plans: Sequence[Plan]) -> tuple[SampleReport, ...]:
+        return tuple(
+            SampleReport(
+                self.num_tokens - (0 if sample.padding is None else len(sample.padding)),
+                sample.prefix,
+                plan.token_layer_fraction if mode == "warm" and sample.donors else 1.0,
+            )
+            for sample, plan in zip(self.samples, plans, strict=True)
         )
 
     def computed_share(self, plans: Sequence[Plan]) -> float:
