@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError, StoreClosedError, StoreError
+from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.collected import CollectedReports
+from vlcache_fx.runtime.donors.refine import exact_key
 from vlcache_fx.runtime.report import ReportView
 from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
@@ -167,16 +169,48 @@ class ServingEngine(ServingState):
         """
         self.guards.resume()
 
-    def clear(self) -> None:
-        """Drop every donor and encoder output. Does nothing on a closed engine."""
+    def clear(self, *, salt: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        """Drop donors and encoder outputs: those that match everything given, by default all.
+
+        Requests that run keep the donors that they found. What they compute is stored only if they began
+        after ``clear``, or if it does not match; this holds for this engine, not for others of its store.
+
+        Args:
+            salt: of one tenant, as in ``using(salt=...)``; ``""`` is the salt of requests without one.
+            model: a fingerprint of weights: ``model_fingerprint`` of a report for the donors of its decoder.
+                Encoder outputs have the fingerprint of their encoder's weights.
+            key: the key of a span in a report. All rows of its item are dropped, and nothing else.
+
+        Returns:
+            The number of entries that were dropped; 0 on a closed engine.
+
+        Raises:
+            OptionError: an argument is not a string.
+            StoreError: the store failed.
+        """
+        given = {"salt": salt, "model": model, "key": key}
+        for name, value in given.items():
+            if value is not None and not isinstance(value, str):
+                raise OptionError(
+                    f"clear({name}={value!r}) is not valid: it must be a string, or None for all"
+                )
+        if all(value is None for value in given.values()):
+            return self._clear(None)
+        tenant = None if salt is None else self.options.key_salt_of(salt)
+        keys = [None] if key is None else dict.fromkeys((key, exact_key(key)))
+        return sum(self._clear(Selection(tenant, model, each)) for each in keys)
+
+    def _clear(self, selection: Selection | None) -> int:
+        self.clears.add(selection)  # first: a request that stores now must see it
+        dropped = 0
         try:
-            self.store.clear()
+            dropped = self.store.clear(selection)
         except StoreError as error:
             if not (self._closed or isinstance(error, StoreClosedError)):
                 raise
-        self.missed.clear()
-        self.unstorable.clear()
-        self.contents.clear()
+        for memory in (self.missed, self.unstorable, self.contents):
+            memory.clear(selection)
+        return dropped
 
     def close(self) -> None:
         """Release the store; the compiled model continues without reuse. Idempotent."""
