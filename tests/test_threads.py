@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.convert_frame import compile_lock
 
+from vlcache_fx.keys.entry_key import salt_tag
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .runtime.helpers import Pair, distance, own_compiler_state, unique_salt, with_api, with_backend
@@ -70,6 +71,31 @@ def test_calls_from_coroutines() -> None:
         return await asyncio.gather(*(asyncio.to_thread(off, pairs, number) for number in range(24)))
 
     check(pairs, asyncio.run(serve()))
+
+
+def test_tenants_in_coroutines() -> None:
+    """Calls of several tenants at once: each has its salt, its settings and its report."""
+    (pair, _) = models(with_api)
+    off([pair], 0)
+
+    def ask(number: int) -> tuple[float, str]:
+        with pair.engine.reports() as reports:
+            distance_off = off([pair], number)
+        (report,) = reports
+        assert report == pair.engine.last_report
+        return distance_off, report.spans[0].key
+
+    async def tenant(salt: str) -> list[tuple[float, str]]:
+        with pair.engine.using(salt=salt, policy="full" if salt < "c" else "first_k", budget=1.0):
+            return await asyncio.gather(*(asyncio.to_thread(ask, number) for number in range(6)))
+
+    async def serve() -> list[list[tuple[float, str]]]:
+        return await asyncio.gather(*(tenant(salt) for salt in "abcd"))
+
+    found = asyncio.run(serve())
+    assert max(distance_off for own in found for distance_off, _ in own) <= 1e-5
+    tags = [{key.split("-")[1] for _, key in own} for own in found]
+    assert tags == [{salt_tag(salt)} for salt in "abcd"]
 
 
 @pytest.mark.slow

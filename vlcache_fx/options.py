@@ -142,8 +142,12 @@ class Options:
     @functools.cached_property
     def key_salt(self) -> str:
         """First part of every key: ``salt``, and the fingerprint of the user's passes, if any."""
+        return self.key_salt_of(self.salt)
+
+    def key_salt_of(self, salt: str) -> str:
+        """Return ``key_salt`` for another salt."""
         passes = self.passes_fingerprint
-        return hashlib.sha256(repr((self.salt, passes)).encode()).hexdigest() if passes else self.salt
+        return hashlib.sha256(repr((salt, passes)).encode()).hexdigest() if passes else salt
 
     @functools.cached_property
     def passes_fingerprint(self) -> str:

@@ -80,12 +80,15 @@ def measure(session: OnnxSession, work: Workload, rounds: int) -> OnnxTimes:
 
         return check_mode
 
-    def record_donors() -> None:
+    def clear() -> None:
         session.vlcache.clear()
+
+    def record_donors() -> None:
+        clear()
         session.prefill(**first)
 
     systems = {
-        "cold": System(lambda: session.prefill(**second), session.vlcache.clear, check("cold")),
+        "cold": System(lambda: session.prefill(**second), clear, check("cold")),
         "warm": System(lambda: session.prefill(**second), record_donors, check("warm")),
     }
     for system in systems.values():

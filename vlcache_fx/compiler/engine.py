@@ -53,6 +53,17 @@ class Engine(ServingEngine):
         counts = {"compilations": len(compiled.compilations), "compile_seconds": round(compiled.seconds, 3)}
         return super().stats() | counts
 
+    @property
+    def num_compilations(self) -> int:
+        """See ``ServingState``."""
+        return len(self.compile_cache.stats.compilations)
+
+    def _may_wait(self) -> bool:
+        from torch._dynamo.convert_frame import compile_lock
+
+        # Whoever holds the lock must not wait: others may need it to compile what they compute.
+        return super()._may_wait() and not compile_lock._is_owned()  # type: ignore[attr-defined]
+
     def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
         """Lower a program; with eager kernels if Inductor lacks a compiler.
 

@@ -21,8 +21,7 @@ from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
-from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.costs import RunCost, nbytes_of
+from vlcache_fx.runtime.in_flight import Claim, Missing, Pace
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.store.codec import pack, unpack
 
@@ -59,7 +58,7 @@ class EncoderCache:
         self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
-        self._cost = RunCost()
+        self._pace = Pace()
         self._split = True  # until a result cannot be split into items
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,45 +83,69 @@ class EncoderCache:
         pixels = call.get(self._pixels_name)
         if len(args) > 2 or not isinstance(pixels, Tensor) or torch.is_grad_enabled():
             return self.encode(*args, **kwargs)
+        began = self._engine.clears.number
         items = self._items(call) if self._split else None
         if items is None or len(items) < 2:
-            return self._undivided(call)
+            return self._undivided(call, began)
         keys = self._keys(items, call)
         if keys is None:
             return self.encode(*args, **kwargs)
-        outputs = [self._get(key) for key in keys]
+        outputs, claim = self._find_or_claim(keys, items)
         missing = [index for index, stored in enumerate(outputs) if stored is None]
-        if missing:
-            output = self._run(call | _joined([items[index] for index in missing]))
-            fields = feature_fields(output)
-            parts = None if fields is None else split_items(fields, len(missing))
-            if parts is None:
-                self._split = False
-                key = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
-                return self._undivided(call) if key is None else self._store_undivided(key[0], output)
-            for index, part in zip(missing, parts, strict=True):
-                outputs[index] = (type(output).__name__, part)
-                self._put(keys[index], type(output), part)
+        with claim:
+            if missing:
+                output = self._run(call | _joined([items[index] for index in missing]))
+                fields = feature_fields(output)
+                parts = None if fields is None else split_items(fields, len(missing))
+                if parts is None:
+                    self._split = False
+                    claim.end(())
+                    key = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
+                    if key is None:
+                        return self._undivided(call, began)
+                    return self._store_undivided(key[0], output, began, claim, call)
+                stored_keys = []
+                for index, part in zip(missing, parts, strict=True):
+                    outputs[index] = (type(output).__name__, part)
+                    units = items[index][self._pixels_name].numel()
+                    stored_keys += self._put(keys[index], type(output), part, began, units)
+                claim.end(stored_keys)
         result = self._result(outputs)
         self._note(hit=not missing and result is not None)
         return self.encode(*args, **kwargs) if result is None else result
 
-    def _undivided(self, call: dict[str, Any]) -> Any:
+    def _find_or_claim(
+        self, keys: Sequence[EntryKey], items: Sequence[Item]
+    ) -> tuple[list[tuple[str, Fields] | None], Claim]:
+        """Return the stored outputs, None for the missing ones, and the claim on these."""
+
+        def missing(found: list[tuple[str, Fields] | None]) -> Missing:
+            absent = [index for index, stored in enumerate(found) if stored is None]
+            units = sum(items[index][self._pixels_name].numel() for index in absent)
+            return self._engine.missing([keys[index] for index in absent], self._pace.seconds(units))
+
+        return self._engine.find_or_claim(lambda _: [self._get(key) for key in keys], missing)
+
+    def _undivided(self, call: dict[str, Any], began: int) -> Any:
         """Encode or look up a call as one item."""
         keys = self._keys([_tensors(call)], call)
         if keys is None:
             return self.encode(**call)
-        stored = self._get(keys[0])
-        result = None if stored is None else self._result([stored])
-        self._note(hit=result is not None)
-        return self._store_undivided(keys[0], self._run(call)) if result is None else result
+        (stored,), claim = self._find_or_claim(keys, [_tensors(call)])
+        with claim:
+            result = None if stored is None else self._result([stored])
+            self._note(hit=result is not None)
+            if result is not None:
+                return result
+            return self._store_undivided(keys[0], self._run(call), began, claim, call)
 
-    def _store_undivided(self, key: str, output: Any) -> Any:
+    def _store_undivided(self, key: str, output: Any, began: int, claim: Claim, call: dict[str, Any]) -> Any:
         fields = feature_fields(output)
         if fields is None:
+            claim.end(())
             return output
         items = split_items(fields, 1) or [{name: (UNSPLIT, value) for name, value in fields.items()}]
-        self._put(key, type(output), items[0])
+        claim.end(self._put(key, type(output), items[0], began, call[self._pixels_name].numel()))
         return self._result([(type(output).__name__, items[0])]) or output
 
     def _note(self, *, hit: bool) -> None:
@@ -131,10 +154,10 @@ class EncoderCache:
         self._engine.pending.note_encoder(hit=hit)
 
     def _run(self, call: dict[str, Any]) -> Any:
-        is_fast, clock = self._engine.lowering.name == "inductor", Clock()
-        with FastAttention() if is_fast else contextlib.nullcontext(), clock.measure("encode"):
+        is_fast = self._engine.lowering.name == "inductor"
+        timing = self._engine.timing(self._pace, call[self._pixels_name].numel())
+        with FastAttention() if is_fast else contextlib.nullcontext(), timing:
             output = self.encode(**call)
-        self._cost.note(clock.elapsed_ms["encode"], nbytes_of(pytree.tree_leaves(feature_fields(output))))
         self._classes[type(output).__name__] = type(output)
         return output
 
@@ -174,7 +197,7 @@ class EncoderCache:
         settings = [(name, _plain(call[name])) for name in sorted(call) if not isinstance(call[name], Tensor)]
         lengths = [item[self._pixels_name].shape[0] for item in items]
         arithmetic = numerics(device_type_of(call.values()))
-        scope = KeyScope(self._engine.options.key_salt, weights)
+        scope = KeyScope(self._engine.key_salt, weights)
         common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
@@ -202,14 +225,16 @@ class EncoderCache:
             return None
         return stored[0], pytree.tree_unflatten(stored[2:], pytree.treespec_loads(stored[1]))
 
-    def _put(self, key: str, output_class: type, item: Fields) -> None:
+    def _put(self, key: str, output_class: type, item: Fields, began: int, units: int) -> list[str]:
+        """Store an output; return its key, or nothing if it is not stored. ``units`` is its share of work."""
         leaves, structure = pytree.tree_flatten(item)
         if not all(isinstance(leaf, Tensor | str) for leaf in leaves):
-            return
+            return []
         # NotImplementedError: a container type that pytree cannot serialize.
         with contextlib.suppress(NotImplementedError), self._engine.tolerating_store_errors():
             results = [output_class.__name__, pytree.treespec_dumps(structure), *leaves]
-            self._engine.store.put(key, pack(results, cost_ms=self._cost.of(nbytes_of(leaves))))
+            return self._engine.put({key: pack(results, cost_ms=self._pace.cost_ms(units))}, began)
+        return []
 
     def _class(self, name: str) -> type | None:
         """Return the output class of that name, from an earlier call or from the model's module."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 
+from vlcache_fx.runtime.context_value import ContextValue
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 
 
@@ -31,30 +31,47 @@ class CallContext:
         return replace(self, items=tuple({**others, modality: items}.items()))
 
 
+@dataclass
+class _Notes:
+    """What was noted for the next call; shared by copies of the context in which it was noted."""
+
+    context: CallContext
+
+
 class PendingContext:
-    """The context of a thread's next call.
+    """The call context of the next call of a thread or a task of asyncio.
 
     For encoders that the model's own code calls: that code and Dynamo pass only tensors on to the decoder's
     graph. Callers of a ``DecoderRunner`` pass a ``CallContext`` instead.
     """
 
     def __init__(self) -> None:
-        self._thread = threading.local()
+        self._notes: ContextValue[_Notes] = ContextValue()
 
     @property
     def _context(self) -> CallContext:
-        context: CallContext = getattr(self._thread, "context", None) or CallContext()
-        return context
+        notes = self._notes.get()
+        return CallContext() if notes is None else notes.context
+
+    def _note(self, context: CallContext) -> None:
+        self._notes.set(_Notes(context))
 
     def note_encoder(self, *, hit: bool) -> None:
         """Note that an encoder was skipped (``hit``) or ran."""
-        self._thread.context = replace(self._context, encoder_hit=hit)
+        self._note(replace(self._context, encoder_hit=hit))
 
     def note_items(self, modality: str, items: MediaItems) -> None:
         """Note encoded items."""
-        self._thread.context = self._context.with_items(modality, items)
+        self._note(self._context.with_items(modality, items))
 
     def take(self) -> CallContext:
-        """Return and clear the context noted since this thread's last call."""
-        context, self._thread.context = self._context, None
+        """Return and clear what was noted since the last call.
+
+        A call in a copy of the context clears it for the copied context as well: notes are of one call.
+        """
+        notes = self._notes.get()
+        if notes is None:
+            return CallContext()
+        context, notes.context = notes.context, CallContext()
+        self._notes.set(None)
         return context

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
-from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.costs import RunCost, nbytes_of
+from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store.codec import pack, unpack
@@ -25,33 +26,43 @@ class EncoderRunner:
 
     def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingState) -> None:
         self._run, self._spec, self._engine = run, spec, engine
-        self._cost = RunCost()
+        self._pace = Pace()
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
-        """Return ``(results, hit)`` for the graph's inputs."""
+        """Return ``(results, hit)`` for the graph's inputs. Waits for a request that computes the same."""
+        engine, began = self._engine, self._engine.clears.number
         try:
             keys = self._keys(args)
         except UnreadableWeightsError as error:
-            self._engine.refuse_weights(error)
+            engine.refuse_weights(error)
             return self._run(*args), False
-        stored = self._get(keys)
-        if stored is not None:
-            self._engine.count("encoder_hits")
-            return stored, True
-        clock = Clock()
-        with clock.measure("run"):
-            results = self._run(*args)
-        self._cost.note(clock.elapsed_ms["run"], nbytes_of(results))
-        self._engine.count("encoder_misses")
-        with self._engine.tolerating_store_errors():
-            for key, result in zip(keys, results, strict=True):
-                self._engine.store.put(key, pack([result], cost_ms=self._cost.of(nbytes_of([result]))))
+        units = sum(args[index].numel() for index in self._spec.inputs if isinstance(args[index], Tensor))
+
+        def missing(found: list[Any] | None) -> Missing:
+            return Missing() if found is not None else engine.missing(keys, self._pace.seconds(units))
+
+        stored, claim = engine.find_or_claim(lambda _: self._get(keys), missing)
+        with claim:
+            if stored is not None:
+                engine.count("encoder_hits")
+                return stored, True
+            with engine.timing(self._pace, units):
+                results = self._run(*args)
+            engine.count("encoder_misses")
+            stored_keys: list[str] = []
+            with engine.tolerating_store_errors():
+                cost_ms = self._pace.cost_ms(units, share=1 / len(keys))
+                packed = {
+                    key: pack([result], cost_ms=cost_ms) for key, result in zip(keys, results, strict=True)
+                }
+                stored_keys = engine.put(packed, began)
+            claim.end(stored_keys)
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[EntryKey]:
         weights = self._engine.fingerprints.of([args[index] for index in self._spec.weights])
         content: list[Part] = [args[index] for index in self._spec.inputs]
-        scope = KeyScope(self._engine.options.key_salt, weights)
+        scope = KeyScope(self._engine.key_salt, weights)
         parts = {"content": content_digest(content), "numerics": numerics(device_type_of(args))}
         return [
             scope.key("features", {**parts, "computation": computation})

@@ -3,15 +3,18 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError, StoreClosedError, StoreError
+from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
+from vlcache_fx.runtime.collected import CollectedReports
+from vlcache_fx.runtime.donors.refine import exact_key
 from vlcache_fx.runtime.report import ReportView
 from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
@@ -41,13 +44,30 @@ class ServingEngine(ServingState):
 
     @property
     def last_report(self) -> ReportView | None:
-        """Report of the last prefill, as plain data with attributes; None before the first call.
+        """Report of this thread's last prefill, as plain data with attributes; None before its first call.
 
-        Calls without media that continue its prompt (drafts that are verified, further chunks) are counted,
-        but do not replace its report.
+        Tasks of asyncio have a last report each. A call in another thread, ``asyncio.to_thread`` included,
+        is not the caller's: take ``reports()``. Calls without media that continue its prompt (drafts that
+        are verified, further chunks) are counted, but do not replace its report.
         """
-        report = self._report
+        report = self._reports.last
         return None if report is None else report.as_view()
+
+    def reports(self) -> AbstractContextManager[CollectedReports]:
+        """Return a context manager that collects the reports of the calls in its body.
+
+        Its value is a sequence of reports, in the order in which the calls end. It has those of this thread
+        or task, and of what begins in the body with a copy of its context: tasks of asyncio,
+        ``asyncio.to_thread``, ``contextvars.copy_context().run``. A plain thread or executor does not: open
+        another one there. Calls that continue a prompt are left out, as in ``last_report``.
+
+        ::
+
+            with model.vlcache.reports() as reports:
+                await asyncio.to_thread(model.generate, **inputs)
+            reports[0].mode
+        """
+        return self._reports.collect()
 
     @property
     def explained(self) -> Callable[..., Any] | None:
@@ -111,21 +131,24 @@ class ServingEngine(ServingState):
         policy: str | Policy | None = None,
         budget: float | None = None,
         profile: Profile | None = None,
+        salt: str | None = None,
     ) -> Iterator[None]:
-        """Use another policy, budget or profile for calls that this thread makes in the body.
+        """Use another policy, budget, profile or salt for calls in the body. Nothing is compiled again.
 
-        Nothing is compiled again.
+        For calls of this thread or task of asyncio, and of what begins in the body with a copy of its
+        context, as for ``reports``. Requests with different salts share nothing: a server passes its tenant.
 
         Raises:
             OptionError, PolicyError: as for the options of these names.
         """
         before = self.settings.current
-        changed = {"policy": policy, "budget": budget}
+        changed = {"policy": policy, "budget": budget, "salt": salt}
         options = Options.parse({name: value for name, value in changed.items() if value is not None})
         settings = CallSettings(
             before.policy if policy is None else get_policy(options.policy),
             before.budget if budget is None else options.budget,
             before.profile if profile is None else profile,
+            before.salt if salt is None else options.salt,
         )
         with self.settings.using(settings):
             yield
@@ -146,16 +169,48 @@ class ServingEngine(ServingState):
         """
         self.guards.resume()
 
-    def clear(self) -> None:
-        """Drop every donor and encoder output. Does nothing on a closed engine."""
+    def clear(self, *, salt: str | None = None, model: str | None = None, key: str | None = None) -> int:
+        """Drop donors and encoder outputs: those that match everything given, by default all.
+
+        Requests that run keep the donors that they found. What they compute is stored only if they began
+        after ``clear``, or if it does not match; this holds for this engine, not for others of its store.
+
+        Args:
+            salt: of one tenant, as in ``using(salt=...)``; ``""`` is the salt of requests without one.
+            model: a fingerprint of weights: ``model_fingerprint`` of a report for the donors of its decoder.
+                Encoder outputs have the fingerprint of their encoder's weights.
+            key: the key of a span in a report. All rows of its item are dropped, and nothing else.
+
+        Returns:
+            The number of entries that were dropped; 0 on a closed engine.
+
+        Raises:
+            OptionError: an argument is not a string.
+            StoreError: the store failed.
+        """
+        given = {"salt": salt, "model": model, "key": key}
+        for name, value in given.items():
+            if value is not None and not isinstance(value, str):
+                raise OptionError(
+                    f"clear({name}={value!r}) is not valid: it must be a string, or None for all"
+                )
+        if all(value is None for value in given.values()):
+            return self._clear(None)
+        tenant = None if salt is None else self.options.key_salt_of(salt)
+        keys = [None] if key is None else dict.fromkeys((key, exact_key(key)))
+        return sum(self._clear(Selection(tenant, model, each)) for each in keys)
+
+    def _clear(self, selection: Selection | None) -> int:
+        self.clears.add(selection)  # first: a request that stores now must see it
+        dropped = 0
         try:
-            self.store.clear()
+            dropped = self.store.clear(selection)
         except StoreError as error:
             if not (self._closed or isinstance(error, StoreClosedError)):
                 raise
-        self.missed.clear()
-        self.unstorable.clear()
-        self.contents.clear()
+        for memory in (self.missed, self.unstorable, self.contents):
+            memory.clear(selection)
+        return dropped
 
     def close(self) -> None:
         """Release the store; the compiled model continues without reuse. Idempotent."""

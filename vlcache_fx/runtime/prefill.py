@@ -87,6 +87,7 @@ class DecoderRunner:
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
             num_samples, num_tokens, media_spans = identified
+            size = num_samples, num_tokens
             hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
                 request = self._donors.request(
@@ -94,27 +95,27 @@ class DecoderRunner:
                 )
             except UnreadableWeightsError as error:
                 text = self.engine.refuse_weights(error)
-                return self._bypass(args, Reason.WEIGHTS_UNREADABLE, num_tokens, text)
+                return self._bypass(args, Reason.WEIGHTS_UNREADABLE, size, text)
         if not media_spans and self._spec.spans.embeddings is not None:
-            return self._bypass(args, Reason.NO_SPAN, num_tokens, "no span is marked")
+            return self._bypass(args, Reason.NO_SPAN, size, "no span is marked")
         if num_tokens < 2:
-            return self._bypass(args, Reason.ONE_TOKEN, num_tokens)
+            return self._bypass(args, Reason.ONE_TOKEN, size)
         request = replace(request, positions=self._spec.positions(num_tokens, host_args))
         if request.positions is not None and len(request.positions) < 2 and self._spec.tail_varies:
             # Dynamo specializes sizes 0 and 1; the programs take two or more.
-            return self._bypass(args, Reason.TOO_FEW_ROWS, num_tokens)
+            return self._bypass(args, Reason.TOO_FEW_ROWS, size)
         if not inputs_allow_mutation(self._spec.writes, self._in_place, args, self._spec.data):
-            return self._bypass(args, Reason.CANNOT_WRITE, num_tokens)
+            return self._bypass(args, Reason.CANNOT_WRITE, size)
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
-            return self._bypass(args, Reason.GUARDED, num_tokens, reason)
+            return self._bypass(args, Reason.GUARDED, size, reason)
         if request.spans:
             summary = self._mask_checker.check(
                 args, host_args, num_tokens, [sample.spans for sample in request.samples]
             )
             if summary.refusal is not None:
                 self.engine.refuse_call(summary.refusal)
-                return self._bypass(args, summary.refusal.reason, num_tokens, str(summary.refusal))
+                return self._bypass(args, summary.refusal.reason, size, str(summary.refusal))
             samples = [
                 replace(sample, padding=padding if num_samples > 1 else None)
                 for sample, padding in zip(request.samples, summary.padding, strict=True)
@@ -127,27 +128,36 @@ class DecoderRunner:
             )
             with clock.measure("identify"):
                 request = self._donors.with_keys(request, summary)
-        with clock.measure("lookup"):
-            request = self._donors.find(request)
-        return self._run_warm(request) if request.donors else self._run_cold(request)
+        request = self._find_or_claim(request)
+        with request.claim:
+            return self._run_warm(request) if request.donors else self._run_cold(request)
+
+    def _find_or_claim(self, request: Request) -> Request:
+        """Return the request with its donors. Waits for a request that computes one of them."""
+
+        def find(before: Request | None) -> Request:
+            with request.clock.measure("lookup"):
+                return self._donors.find(before or request)
+
+        found, claim = self.engine.find_or_claim(find, self._donors.missing)
+        if claim.waited_s:
+            request.clock.elapsed_ms["wait"] = claim.waited_s * 1e3
+        return replace(found, claim=claim)
 
     def _run_cold(self, request: Request) -> Sequence[Any]:
         request = request.without_donors()
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
+            return self._give_up(request, Reason.NO_PLAN)
         if not self._cold.ready():
-            return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
+            return self._give_up(request, Reason.PROGRAM_FAILED)
         bound = self._cold.bind(stack_if_batched(plans), request.positions, dict)
-        with request.clock.measure("run"):
+        num_samples, num_tokens = request.size
+        with request.clock.measure("run"), self.engine.timing(self._donors.pace, num_samples * num_tokens):
             results = self._cold.run(request.args, bound)
         if results is None:
-            return self._bypass(
-                request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the cold program failed"
-            )
+            return self._give_up(request, Reason.PROGRAM_FAILED, "the cold program failed")
         if request.spans:
-            tokens = request.num_tokens * len(request.samples)
-            self._donors.cost.note(request.clock.elapsed_ms["run"], tokens)
             self._admit(request, self._cold.spec.recorded, results, plans)
             reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
             self.engine.report(request.report("cold", reason, plans, 1.0, code))
@@ -161,14 +171,14 @@ class DecoderRunner:
     ) -> None:
         recorded = dict(zip(slots, results[self._spec.num_outputs :], strict=True))
         with request.clock.measure("admit"):
-            self._donors.admit(request, recorded, plans)
+            request.claim.end(self._donors.admit(request, recorded, plans))
 
     def _run_warm(self, request: Request) -> Sequence[Any]:
         plans = self._plans(request)
         if plans is None:
-            return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
+            return self._give_up(request, Reason.NO_PLAN)
         if not self._warm.ready():
-            return self._bypass(request.args, Reason.PROGRAM_FAILED, request.num_tokens)
+            return self._give_up(request, Reason.PROGRAM_FAILED)
         positions = request.positions
         tables = functools.cache(lambda: donors.tables(request.donors, self._spec.rows, self._device))
         policy = self.engine.settings.current.policy
@@ -176,20 +186,16 @@ class DecoderRunner:
             with request.clock.measure("probe"):
                 found = measure(policy, self._warm, request, plans, tables, self._spec.rows, positions)
             if found is None:
-                return self._bypass(
-                    request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the warm program failed"
-                )
+                return self._give_up(request, Reason.PROGRAM_FAILED, "the warm program failed")
             plans = self._plans(request, ChosenRows(policy, found))
             if plans is None:
-                return self._bypass(request.args, Reason.NO_PLAN, request.num_tokens)
+                return self._give_up(request, Reason.NO_PLAN)
         with request.clock.measure("bind"):
             bound = self._warm.bind(stack_if_batched(plans), positions, tables)
         with request.clock.measure("run"):
             results = self._warm.run(request.args, bound)
         if results is None:
-            return self._bypass(
-                request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the warm program failed"
-            )
+            return self._give_up(request, Reason.PROGRAM_FAILED, "the warm program failed")
         shadow = self._shadow(request, results)
         if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
             self._admit(request, self._warm.spec.recorded, results, plans)
@@ -274,11 +280,26 @@ class DecoderRunner:
                 f"groups of {list(self._spec.layer_groups)} layers: make them with this policy"
             )
 
+    def _give_up(self, request: Request, code: Reason, text: str | None = None) -> Sequence[Any]:
+        """Run without reuse after the lookup; requests that wait for this one need not wait for that."""
+        request.claim.end()
+        return self._bypass(request.args, code, request.size, text)
+
     def _bypass(
-        self, args: Sequence[Any], code: Reason, num_tokens: int = 0, text: str | None = None
+        self, args: Sequence[Any], code: Reason, size: tuple[int, int] = (0, 0), text: str | None = None
     ) -> Sequence[Any]:
-        """Run without reuse, and report ``code``; ``text`` replaces the text of the reason."""
+        """Run without reuse, and report ``code``.
+
+        Args:
+            args: the graph's inputs.
+            code: the reason.
+            size: number of prompts, and tokens of each; 0 where unknown.
+            text: replaces the text of the reason.
+        """
+        num_samples, num_tokens = size
         continues = self._spec.continues_prompts and code in (Reason.NO_SPAN, Reason.ONE_TOKEN)
-        report = Report("bypass", one_line(text or code.text), num_tokens, reason_code=code)
+        report = Report(
+            "bypass", one_line(text or code.text), num_tokens, reason_code=code, num_samples=num_samples
+        )
         self.engine.report(report, continues=continues)
         return self._unmodified(*args)

@@ -1,5 +1,6 @@
 """Reports of calls, as plain data."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +35,20 @@ class SpanReport:
 
 
 @dataclass(frozen=True)
+class SampleReport:
+    """What differs between the prompts of a batch, besides their spans.
+
+    Attributes:
+        num_tokens: its tokens, without padding where that is known.
+        prefix_tokens, token_layer_fraction: as in ``Report``, of this prompt.
+    """
+
+    num_tokens: int
+    prefix_tokens: int = 0
+    token_layer_fraction: float = 1.0
+
+
+@dataclass(frozen=True)
 class Report:
     """Report of one call.
 
@@ -54,6 +69,8 @@ class Report:
             profiles; empty without spans.
         shadow_kl: in a shadow run, the mean KL divergence in nats of the logits with reuse from the exact
             logits, which were returned; else None.
+        num_samples: number of prompts; 0 where unknown.
+        samples: a report per prompt of a batch; empty for one prompt and for a bypass.
     """
 
     mode: Mode
@@ -69,6 +86,8 @@ class Report:
     model_fingerprint: str = ""
     shadow_kl: float | None = None
     reason_code: Reason | None = None
+    num_samples: int = 0
+    samples: tuple[SampleReport, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serializable data."""
@@ -91,6 +110,41 @@ class ReportView(dict[str, Any]):
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serializable data."""
         return {name: _plain(value) for name, value in self.items()}
+
+    def of_sample(self, index: int) -> "ReportView":
+        """Return the part of one prompt of a batch, as a report of this prompt.
+
+        Times, ``encoder_hit``, ``rows_per_layer`` (equal for all prompts), ``shadow_kl`` and ``explanations``
+        stay those of the call. A prompt without spans in a call with spans is a ``bypass``, as it would be
+        alone.
+
+        Args:
+            index: index of the prompt, from 0.
+
+        Raises:
+            IndexError: the batch has no such prompt.
+        """
+        count = self["num_samples"]
+        if index < 0 or (count and index >= count):
+            raise IndexError(f"a batch of {count} prompts has no prompt {index}")
+        own = ReportView(self)
+        own["spans"] = tuple(span for span in self["spans"] if span["sample"] == index)
+        own["samples"] = ()
+        own["num_samples"] = min(count, 1)
+        if self["samples"]:
+            own.update(self["samples"][index])
+            own.update(zip(("mode", "reason", "reason_code"), _outcome(own["spans"]), strict=True))
+        return own
+
+
+def _outcome(spans: Sequence[Mapping[str, Any]]) -> tuple[Mode, str | None, Reason | None]:
+    """Return mode, reason and typed reason of a prompt, given its spans."""
+    if not spans:
+        return "bypass", Reason.NO_SPAN.text, Reason.NO_SPAN
+    misses = [span["miss_reason"] for span in spans if span["miss_reason"] is not None]
+    if len(misses) < len(spans):
+        return "warm", None, None
+    return "cold", *why_cold(misses)
 
 
 def _plain(value: Any) -> Any:

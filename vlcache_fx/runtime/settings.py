@@ -1,54 +1,47 @@
-"""Policy, budget and profile of calls: those of the options, or others for calls of one thread."""
+"""Policy, budget, profile and salt of calls: those of the options, or others for the calls of a context."""
 
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from vlcache_fx.errors import PolicyError
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
+from vlcache_fx.runtime.context_value import ContextValue
 
 log = logging.getLogger("vlcache_fx")
 
 
 @dataclass(frozen=True)
 class CallSettings:
-    """Settings with which a call is planned."""
+    """Settings of a call; each as in ``Options``, the profile loaded."""
 
     policy: Policy
     budget: float
     profile: Profile | None
+    salt: str = ""
 
 
-class ThreadSettings:
-    """The settings of each thread.
+class ContextSettings:
+    """The settings of each context: of a thread or a task of asyncio.
 
     Attributes:
-        default: settings of threads without settings of their own.
+        default: settings of contexts without settings of their own.
     """
 
     def __init__(self, default: CallSettings) -> None:
         self.default = default
-        self._thread = threading.local()
+        self._own: ContextValue[CallSettings] = ContextValue()
         self._misfit: str | None = None
 
     @property
     def current(self) -> CallSettings:
-        """The settings of this thread's next call."""
-        own: CallSettings | None = getattr(self._thread, "settings", None)
-        return own or self.default
+        """The settings of this context's next call."""
+        return self._own.get() or self.default
 
-    @contextmanager
-    def using(self, settings: CallSettings) -> Iterator[None]:
-        """Use ``settings`` for calls that this thread makes in the body."""
-        outer = getattr(self._thread, "settings", None)
-        self._thread.settings = settings
-        try:
-            yield
-        finally:
-            self._thread.settings = outer
+    def using(self, settings: CallSettings) -> AbstractContextManager[None]:
+        """Use ``settings`` for calls that this context makes in the body."""
+        return self._own.using(settings)
 
     def profile_for(self, model_fingerprint: str, dtype: str, *, strict: bool) -> Profile | None:
         """Return the profile if it fits the model; else log a warning once and return None.

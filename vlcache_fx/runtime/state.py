@@ -3,10 +3,11 @@
 import itertools
 import logging
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from vlcache_fx.errors import (
     PlanError,
@@ -17,17 +18,23 @@ from vlcache_fx.errors import (
     UnreadableWeightsError,
     UnsupportedGraphError,
 )
+from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.options import Options
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
+from vlcache_fx.runtime.clears import Clears
+from vlcache_fx.runtime.collected import ContextReports
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
+from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing, Pace
 from vlcache_fx.runtime.report import Report, one_line
-from vlcache_fx.runtime.settings import CallSettings, ThreadSettings
-from vlcache_fx.store import open_store
+from vlcache_fx.runtime.settings import CallSettings, ContextSettings
+from vlcache_fx.store import Entry, open_store
 
 log = logging.getLogger("vlcache_fx")
+
+T = TypeVar("T")
 
 
 class ServingState:
@@ -37,7 +44,7 @@ class ServingState:
         options: checked options.
 
     Attributes:
-        settings: policy, budget and profile of calls.
+        settings: policy, budget, profile and salt of calls.
         guards: shadow runs, and the models whose reuse is off.
         fingerprints: fingerprints of weights.
         graphs: compiled graphs by number; they live as long as the engine.
@@ -45,6 +52,8 @@ class ServingState:
         missed: recent keys without a donor.
         unstorable: keys of donors that the store refused as too large; they are not recorded again.
         pending: context of the next call, from encoders outside the decoder's graph.
+        in_flight: the keys that requests compute at present.
+        clears: the latest calls of ``clear``.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
@@ -52,21 +61,27 @@ class ServingState:
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.settings = ThreadSettings(_settings(self.options))
+        self.settings = ContextSettings(_settings(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes, strict=self.options.strict)
         self.guards = Guards(self.options)
         self.refusals: list[UnsupportedGraphError] = []
         self.graphs: dict[int, Callable[..., Sequence[Any]]] = {}
         self.graph_numbers = itertools.count()
         self._closed = self._logged_closed = False
-        self._report: Report | None = None
+        self._reports = ContextReports()
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
         self.contents = RecentContents()
         self.pending = PendingContext()
+        self.in_flight, self.clears = InFlight(), Clears()
         self._call = threading.local()
+
+    @property
+    def key_salt(self) -> str:
+        """First part of every key of this context's next call; see ``Options.key_salt``."""
+        return self.options.key_salt_of(self.settings.current.salt)
 
     @property
     def graph_calls(self) -> int:
@@ -86,13 +101,10 @@ class ServingState:
 
         Args:
             report: report of the call.
-            continues: the call has no media and continues a prompt in a cache. The last report then stays
-                that of the call before, if it had media.
+            continues: see ``ContextReports.add``.
         """
-        with self._lock:
-            if not (continues and self._report is not None and self._report.spans):
-                self._report = report
-            self._counts[report.mode] += 1
+        self._reports.add(report, continues=continues)
+        self.count(report.mode)
 
     def count(self, event: str) -> None:
         """Count an event."""
@@ -164,6 +176,67 @@ class ServingState:
             self.count("store_failures")
             log.warning("vlcache: the store failed, computing without reuse: %s", error)
 
+    def find_or_claim(
+        self, find: Callable[[T | None], T], missing: Callable[[T], Missing]
+    ) -> tuple[T, Claim]:
+        """See ``InFlight.find_or_claim``. On a closed engine no request waits for another."""
+        return self.in_flight.find_or_claim(find, missing, may_wait=self._may_wait())
+
+    def _may_wait(self) -> bool:
+        return not self._closed
+
+    def missing(self, keys: Iterable[str], expected_s: float | None) -> Missing:
+        """Return what a request computes that found none of ``keys``, without those that are too large."""
+        storable = [key for key in keys if key not in self.unstorable]
+        return Missing(storable, storable, expected_s)
+
+    @contextmanager
+    def timing(self, pace: Pace, units: int) -> Iterator[None]:
+        """Add the time of the body to ``pace``, unless something was compiled or the body fails."""
+        compilations, start_s = self.num_compilations, time.perf_counter()
+        yield
+        if compilations == self.num_compilations:
+            pace.add(units, time.perf_counter() - start_s)
+
+    @property
+    def num_compilations(self) -> int:
+        """Number of compilations so far."""
+        return 0
+
+    def put(self, entries: Mapping[str, Entry], began: int) -> list[str]:
+        """Store entries; return the keys that are stored. Store errors are tolerated.
+
+        Args:
+            entries: entries by key.
+            began: ``clears.number`` when the request began; what a later ``clear`` dropped is not stored.
+        """
+        stored = []
+        with self.tolerating_store_errors():
+            for key, entry in entries.items():
+                if self.clears.covers(key, began):
+                    continue
+                if not self.store.put(key, entry):
+                    self.unstorable.add(key)
+                elif not self.drop_if_cleared([key], began):
+                    stored.append(key)
+        return stored
+
+    def drop_if_cleared(self, keys: Sequence[str], began: int) -> bool:
+        """Drop entries that were stored while ``clear`` dropped their keys; return True if it did.
+
+        Args:
+            keys: their keys, which match the same selections.
+            began: see ``put``.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        if not self.clears.covers(keys[0], began):
+            return False
+        for key in keys:
+            self.store.clear(Selection(key=key))
+        return True
+
     def _log_closed(self) -> None:
         with self._lock:
             was_logged, self._logged_closed = self._logged_closed, True
@@ -178,4 +251,4 @@ class ServingState:
 
 def _settings(options: Options) -> CallSettings:
     profile = None if options.profile is None else Profile.load(options.profile)
-    return CallSettings(get_policy(options.policy), options.budget, profile)
+    return CallSettings(get_policy(options.policy), options.budget, profile, options.salt)

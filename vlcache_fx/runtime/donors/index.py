@@ -13,9 +13,9 @@ from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope
 from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.costs import RunCost
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.masks import MaskSummary
@@ -30,6 +30,9 @@ from vlcache_fx.store.entry import Entry
 LEAST_PREFIX_SHARE = 0.5
 """Least share of the prompt for which an exact prefix without a reused span is used."""
 
+NO_WAIT = (Reason.RECOMPUTED_TO_RECORD, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED)
+"""Misses that another request that computes the same does not change."""
+
 
 class DonorIndex:
     """The donors of one decoder graph.
@@ -41,7 +44,7 @@ class DonorIndex:
         engine: has the store.
 
     Attributes:
-        cost: time of the graph's cold runs, per token.
+        pace: time of the graph's cold runs, per token.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class DonorIndex:
     ) -> None:
         self._spec, self._input_values = spec, input_values
         self._device, self._engine = device, engine
-        self.cost = RunCost()
+        self.pace = Pace()
         self._splitter = BlockSplitter(spec.spans.embeddings)
 
     def request(
@@ -102,6 +105,7 @@ class DonorIndex:
             clock,
             model_fingerprint=fingerprint,
             weights=content_digest([fingerprint, others]),
+            began=self._engine.clears.number,
         )
 
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
@@ -114,7 +118,7 @@ class DonorIndex:
             request: a request with spans.
             summary: summary of its masks.
         """
-        scope = KeyScope(self._engine.options.key_salt, request.model_fingerprint)
+        scope = KeyScope(self._engine.key_salt, request.model_fingerprint)
         common = {
             "weights": request.weights,
             "layout": self._spec.layout,
@@ -168,16 +172,21 @@ class DonorIndex:
         )
 
     def find(self, request: Request) -> Request:
-        """Return the request with its donors.
+        """Return the request with its donors; call it again after waiting for one.
 
         A sample with an item that is worth recording gets no donors: all its rows are computed.
         """
         samples, found_spans = [], []
-        misses = self._miss_reasons(request)
+        if not request.found:  # the first time: looking up again is no second miss
+            misses = self._miss_reasons(request)
+            repeated = frozenset(key for key in misses if key in self._engine.missed)
+            request = replace(request, misses=misses, repeated=repeated)
         for sample in request.samples:
-            found = self._find(sample, request, misses)
+            found = self._find(sample.without_donors(), request, request.misses)
             records = (
-                request.ignores_past and not found.reuse_is_exact and self._is_worth_recording(found.spans)
+                request.ignores_past
+                and not found.reuse_is_exact
+                and self._is_worth_recording(found.spans, request)
             )
             samples.append(found.without_donors() if records else found)
             miss = Reason.RECOMPUTED_TO_RECORD if records else None
@@ -193,9 +202,9 @@ class DonorIndex:
                 if span.key in reasons:
                     continue  # the same item twice in a call
                 was_looked_up = self._engine.contents.add(span.key, request.identity)
-                earlier_weights = self._engine.contents.add(
-                    content_digest(by_start[span.start].digests), request.identity
-                )
+                content = content_digest(by_start[span.start].digests)
+                item = KeyScope(request.scope.salt, "").with_digest("content", content)
+                earlier_weights = self._engine.contents.add(item, request.identity)
                 if span.key in self._engine.unstorable:
                     reasons[span.key] = Reason.TOO_LARGE
                 elif was_looked_up:
@@ -214,7 +223,13 @@ class DonorIndex:
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 spans.append(
-                    replace(span, hit=True, tier=entry.tier or self._engine.store.tier, contexts=contexts)
+                    replace(
+                        span,
+                        hit=True,
+                        tier=entry.tier or self._engine.store.tier,
+                        contexts=contexts,
+                        miss=None,
+                    )
                 )
             else:
                 reason = misses[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
@@ -280,29 +295,55 @@ class DonorIndex:
             if block.span is not None
         ]
 
-    def _is_worth_recording(self, spans: Sequence[Span]) -> bool:
+    def missing(self, request: Request) -> Missing:
+        """Return the donors that the request lacks, and those that it will record.
+
+        Args:
+            request: a request after ``find``.
+        """
+        spans = [span for span in request.found if span.miss is not None and span.miss not in NO_WAIT]
+        recording = {
+            sample.index for sample in request.samples if request.ignores_past and sample.reuse_is_exact
+        }
+        return Missing(
+            {span.key for span in spans},
+            {span.key for span in spans if span.sample in recording},
+            self.pace.seconds(sum(span.length for span in spans)),
+        )
+
+    def _is_worth_recording(self, spans: Sequence[Span], request: Request) -> bool:
         """Return True if a span misses for the second time: its item recurs, so a cold run pays off.
 
         A warm run cannot record it: its tokens attend to approximate rows, so its own rows are approximate,
         and those are never stored.
         """
         missed = [span.key for span in spans if not span.hit and span.key not in self._engine.unstorable]
-        repeated = [self._engine.missed.add(key) for key in missed]
-        return any(repeated)
+        for key in missed:
+            self._engine.missed.add(key)
+        return not request.repeated.isdisjoint(missed)
 
-    def admit(self, request: Request, recorded: Mapping[StoredSlot, Tensor], plans: Sequence[Plan]) -> None:
-        """Store the rows after the exact prefix, for samples whose rows are all exact."""
+    def admit(
+        self, request: Request, recorded: Mapping[StoredSlot, Tensor], plans: Sequence[Plan]
+    ) -> set[str]:
+        """Store the rows after the exact prefix, for samples whose rows are all exact.
+
+        Returns:
+            The keys of spans whose donors are stored.
+        """
+        admitted: set[str] = set()
         if not request.ignores_past:
-            return
+            return admitted
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
             for block in self._blocks(request, sample):
                 with self._engine.tolerating_store_errors():
+                    if self._engine.clears.covers(block.key, request.began):
+                        continue
                     if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
                         contexts = self._engine.options.donor_contexts
-                        cost_ms = self.cost.of(block.length)
+                        cost_ms = self.pace.cost_ms(block.length)
                         stored = donors.admit(
                             store,
                             block,
@@ -313,8 +354,14 @@ class DonorIndex:
                             contexts,
                             cost_ms=cost_ms,
                         )
-                        if not stored and block.span is not None:
+                        keys = [block.key] if block.span is None else [block.key, refine.exact_key(block.key)]
+                        if self._engine.drop_if_cleared(keys, request.began) or block.span is None:
+                            continue
+                        if stored:
+                            admitted.add(block.key)
+                        else:
                             self._engine.unstorable.add(block.key)
+        return admitted
 
     def _is_wanted(self, block: Block, request: Request) -> bool:
         """Return True for spans, whose donor may be of another context, and for new blocks of text."""

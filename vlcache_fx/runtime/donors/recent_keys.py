@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.keys.weights import WeightsFingerprint
 
 MAX_KEYS = 4096
@@ -32,10 +33,11 @@ class RecentKeys:
     def __contains__(self, key: str) -> bool:
         return key in self._keys
 
-    def clear(self) -> None:
-        """Remove all."""
+    def clear(self, selection: Selection | None = None) -> None:
+        """Remove the selected keys, by default all."""
         with self._lock:
-            self._keys.clear()
+            for key in [key for key in self._keys if selection is None or selection.matches(key)]:
+                del self._keys[key]
 
 
 class RecentContents:
@@ -57,10 +59,11 @@ class RecentContents:
                 self._seen.popitem(last=False)
             return earlier
 
-    def clear(self) -> None:
-        """Remove all."""
+    def clear(self, selection: Selection | None = None) -> None:
+        """Remove the contents whose keys are selected, by default all."""
         with self._lock:
-            self._seen.clear()
+            for key in [key for key in self._seen if selection is None or selection.matches(key)]:
+                del self._seen[key]
 
 
 class Fingerprints:

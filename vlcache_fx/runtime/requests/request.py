@@ -1,6 +1,6 @@
 """One call of a decoder graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,8 @@ from vlcache_fx.keys.entry_key import KeyScope
 from vlcache_fx.plan.stack import StackedPlan, stack_plans
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
-from vlcache_fx.runtime.report import Mode, Report, SpanReport
+from vlcache_fx.runtime.in_flight import Claim
+from vlcache_fx.runtime.report import Mode, Report, SampleReport, SpanReport
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
 
@@ -75,6 +76,10 @@ class Request:
         scope: tenant and model of its keys.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
         found: the spans as the store had them, before ``find`` drops donors so as to record; empty before.
+        misses: per key, why it is missed if it is, given earlier calls.
+        repeated: the keys that an earlier call missed.
+        began: ``Clears.number`` when the call began.
+        claim: what it computes for others as well.
     """
 
     args: Sequence[Any]
@@ -91,6 +96,15 @@ class Request:
     scope: KeyScope = NO_SCOPE
     positions: Tensor | None = None
     found: tuple[Span, ...] = ()
+    misses: Mapping[str, Reason] = field(default_factory=dict)
+    repeated: frozenset[str] = frozenset()
+    began: int = 0
+    claim: Claim = field(default_factory=Claim)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Number of prompts, and tokens of each."""
+        return len(self.samples), self.num_tokens
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -140,6 +154,18 @@ class Request:
             timings_ms=dict(self.clock.elapsed_ms),
             explanations=tuple(note for plan in plans for note in plan.explanations),
             model_fingerprint=self.model_fingerprint,
+            num_samples=len(self.samples),
+            samples=self._sample_reports(mode, plans) if len(self.samples) > 1 and self.spans else (),
+        )
+
+    def _sample_reports(self, mode: Mode, plans: Sequence[Plan]) -> tuple[SampleReport, ...]:
+        return tuple(
+            SampleReport(
+                self.num_tokens - (0 if sample.padding is None else len(sample.padding)),
+                sample.prefix,
+                plan.token_layer_fraction if mode == "warm" and sample.donors else 1.0,
+            )
+            for sample, plan in zip(self.samples, plans, strict=True)
         )
 
     def computed_share(self, plans: Sequence[Plan]) -> float:

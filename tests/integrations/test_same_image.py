@@ -1,0 +1,103 @@
+"""Encoders that run before the decoder: one new image in several requests is encoded once."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.keys.entry_key import salt_tag
+from vlcache_fx.runtime import in_flight
+from vlcache_fx.store import MemoryStore
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
+
+from ..runtime.helpers import Pair, distance, own_compiler_state, with_api
+
+THREADS = 4
+SIZES = {0: (8, 8), 1: (4, 12)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiler() -> Iterator[None]:
+    with own_compiler_state():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_flight, "LEAST_PATIENCE_S", 60.0)
+
+
+Prompt = Callable[..., Mapping[str, Tensor]]
+
+
+def qwen_prompt(text: int, *images: int) -> Mapping[str, Tensor]:
+    return qwen_inputs(4 + text, 5, [(*SIZES[image], image) for image in images], text_seed=text)
+
+
+def llava_prompt(text: int, *images: int) -> Mapping[str, Tensor]:
+    return llava_inputs(4 + text, 5, images, text_seed=text)
+
+
+def encoded(pair: Pair) -> int:
+    return int(pair.engine.stats()["encoder"]["misses"])
+
+
+def ask_at_once(pair: Pair, prompts: list[Mapping[str, Tensor]]) -> None:
+    begin = threading.Barrier(len(prompts))
+
+    def ask(inputs: Mapping[str, Tensor]) -> float:
+        begin.wait(60)
+        with torch.no_grad():
+            return distance(pair.model(**inputs), pair.reference(**inputs))
+
+    contexts = [contextvars.copy_context() for _ in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        work = [pool.submit(one.run, ask, inputs) for one, inputs in zip(contexts, prompts, strict=True)]
+        assert max(one.result() for one in work) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt"), [(tiny_qwen2_5_vl, qwen_prompt), (tiny_llava, llava_prompt)], ids=["grids", "pixels"]
+)
+def test_new_images_are_encoded_once(
+    model: Callable[[int], Any], prompt: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = with_api(model(1), policy="full", min_span_tokens=4)
+    for text in range(2):  # all programs
+        pair.run(**prompt(text, 0))
+    pair.run(**prompt(0, 1, 0))
+    pair.engine.clear()
+    before = encoded(pair)
+    with pair.engine.reports() as reports:
+        ask_at_once(pair, [prompt(text, 0) for text in range(THREADS)])
+    assert encoded(pair) == before + 1
+    assert sorted(report.mode for report in reports) == ["cold"] + ["warm"] * (THREADS - 1)
+
+    pair.engine.clear()
+    before = encoded(pair)
+    ask_at_once(pair, [prompt(text, *((0, 1) if text % 2 else (1, 0))) for text in range(THREADS)])
+    assert encoded(pair) == before + 1
+
+    monkeypatch.setattr(pair.engine, "store", MemoryStore(1))
+    before = encoded(pair)
+    ask_at_once(pair, [prompt(text, 0) for text in range(THREADS)])
+    assert encoded(pair) == before + THREADS
+
+
+def test_salt_of_a_call() -> None:
+    pair = with_api(tiny_llava(1), policy="full", min_span_tokens=4)
+    pair.run(**llava_prompt(0, 0))  # the first call changes the model's state, which is part of keys
+    hits = []
+    for salt in ("a", "b", "a"):
+        with pair.engine.using(salt=salt):
+            hits.append(pair.run(**llava_prompt(0, 0))[1].encoder_hit)
+    assert hits == [False, False, True]
+    assert pair.engine.clear(salt="a") == pair.engine.clear(salt="b") > 0
+    assert not [entry for entry in pair.engine.store.entries() if salt_tag("a") in entry.key]
