@@ -39,7 +39,7 @@ class EncoderRunner:
         self._engine.count("encoder_misses")
         with self._engine.tolerating_store_errors():
             for key, result in zip(keys, results, strict=True):
-                self._engine.store.put(key, pack([result]))
+                self._engine.store.put(key, pack([result], key.parts))
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[EntryKey]:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
-from vlcache_fx.runtime.report import ReportView
+from vlcache_fx.runtime.donors.explain_miss import MissExplanation, explain_key, explain_spans
+from vlcache_fx.runtime.report import Report, ReportView
 from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
 
@@ -87,6 +88,28 @@ class ServingEngine(ServingState):
             "shadow": self.guards.stats(),
         }
 
+    def explain_miss(
+        self, report: Report | Mapping[str, Any] | None = None, *, key: str | None = None
+    ) -> tuple[MissExplanation, ...]:
+        """Explain why spans were not reused: the nearest entry and what differs, or when it was evicted.
+
+        For operators: explanations name entries of any salt, reports never do. The listing of every tier is
+        read, but no tensor; recent calls are remembered, so that a miss is explained after its item was
+        stored.
+
+        Args:
+            report: explain each span of this report that missed; by default the last report.
+            key: explain this key instead of a report.
+
+        Raises:
+            StoreError: the store is closed or cannot be read.
+        """
+        if key is not None:
+            return (explain_key(key, self.store, self.misses),)
+        report = self.last_report if report is None else report
+        view = report.as_view() if isinstance(report, Report) else report or {"spans": ()}
+        return tuple(explain_spans(view["spans"], self.store, self.misses))
+
     def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
         """Explain the graphs of ``model(**inputs)``: how each is rewritten, or why not.
 
@@ -155,7 +178,7 @@ class ServingEngine(ServingState):
                 raise
         self.missed.clear()
         self.unstorable.clear()
-        self.contents.clear()
+        self.misses.clear()
 
     def close(self) -> None:
         """Release the store; the compiled model continues without reuse. Idempotent."""

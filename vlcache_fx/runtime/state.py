@@ -21,7 +21,8 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
-from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.donors.miss_log import MissLog
+from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ThreadSettings
@@ -41,7 +42,7 @@ class ServingState:
         guards: shadow runs, and the models whose reuse is off.
         fingerprints: fingerprints of weights.
         graphs: compiled graphs by number; they live as long as the engine.
-        contents: digests of recent items, and the weights with which they were looked up.
+        misses: recent lookups and misses, to explain the misses.
         missed: recent keys without a donor.
         unstorable: keys of donors that the store refused as too large; they are not recorded again.
         pending: context of the next call, from encoders outside the decoder's graph.
@@ -64,7 +65,7 @@ class ServingState:
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
-        self.contents = RecentContents()
+        self.misses = MissLog()
         self.pending = PendingContext()
         self._call = threading.local()
 

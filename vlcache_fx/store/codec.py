@@ -1,16 +1,21 @@
 """Encoder results as store entries, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vlcache_fx.keys.digest_cache import cached_digests, digest_rows, track
+from vlcache_fx.keys.entry_key import NO_PARTS
 from vlcache_fx.store.entry import Entry, Json
 
 
-def pack(results: Sequence[Any]) -> Entry:
+def pack(results: Sequence[Any], parts: Mapping[str, str] = NO_PARTS) -> Entry:
     """Return an entry of tensors and JSON values; the entry's tensors carry their digests.
+
+    Args:
+        results: tensors and JSON values.
+        parts: what the entry's key covers, by name; to explain misses.
 
     Raises:
         StoreError: a value is neither a tensor nor JSON data.
@@ -18,7 +23,8 @@ def pack(results: Sequence[Any]) -> Entry:
     tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
     info = [_metadata(value) if isinstance(value, Tensor) else value for value in results]
     devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
-    entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
+    packed: dict[str, Json] = {"kind": "encoder", "results": info, "devices": devices}
+    entry = Entry(tensors, packed | ({"parts": dict(parts)} if parts else {}))
     for name, tensor in tensors.items():
         if tensor.dim() > 0:
             track(tensor)

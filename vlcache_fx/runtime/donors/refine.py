@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vlcache_fx.keys.entry_key import NO_PARTS, parts_of
 from vlcache_fx.store.base import Store
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Json
 
 
 def contexts_of(entry: Entry) -> tuple[str, ...]:
@@ -29,9 +30,25 @@ def exact_key(key: str) -> str:
     return f"exact{key.removeprefix('donor')}"
 
 
-def exact_donor(rows: Mapping[str, Tensor], length: int, before: str) -> Entry:
-    """Return a donor of one context; ``before`` is the digest of the blocks before the item."""
-    return Entry(rows, {"kind": "donor", "length": length, "before": before, "contexts": [before]})
+def exact_donor(
+    rows: Mapping[str, Tensor],
+    length: int,
+    before: str,
+    parts: Mapping[str, str] = NO_PARTS,
+    notes: Mapping[str, str] = NO_PARTS,
+) -> Entry:
+    """Return a donor of one context.
+
+    Args:
+        rows: ``length`` rows of each slot.
+        length: tokens of the item.
+        before: digest of the blocks before the item.
+        parts: what its key covers, by name; to explain misses.
+        notes: what explains its features, see ``MediaSpan``.
+    """
+    info: dict[str, Json] = {"kind": "donor", "length": length, "before": before, "contexts": [before]}
+    explains = {"parts": parts, "notes": notes}
+    return Entry(rows, info | {name: dict(value) for name, value in explains.items() if value})
 
 
 def refined(donor: Entry, rows: Mapping[str, Tensor], before: str) -> Entry:
@@ -60,7 +77,13 @@ def _mean(mean: Tensor, new: Tensor, count: int) -> Tensor:
 
 
 def admit_item(
-    store: Store, key: str, rows: Mapping[str, Tensor], length: int, before: str, max_contexts: int
+    store: Store,
+    key: str,
+    rows: Mapping[str, Tensor],
+    length: int,
+    before: str,
+    max_contexts: int,
+    notes: Mapping[str, str] = NO_PARTS,
 ) -> bool:
     """Store exact rows of an item; return False if the store refused them.
 
@@ -73,17 +96,19 @@ def admit_item(
         length: tokens of the item.
         before: digest of the blocks before the item; a context counts once.
         max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
+        notes: what explains the item's features, see ``MediaSpan``.
     """
+    parts = parts_of(key)
     donor = store.get(key) if max_contexts > 1 and key in store else None
     if donor is None or not _match(donor.tensors, rows):
         if donor is not None and rows.keys() < donor.tensors.keys():
             return True  # a graph that records more slots stored it; it serves this graph too
-        return store.put(key, exact_donor(rows, length, before))
+        return store.put(key, exact_donor(rows, length, before, parts, notes))
     contexts = contexts_of(donor)
     if contexts == (before,):
         return True
     # The copy comes first: the donor is then more recent, and the copy is evicted before it.
-    store.put(exact_key(key), exact_donor(rows, length, before))
+    store.put(exact_key(key), exact_donor(rows, length, before, parts, notes))
     if before in contexts or len(contexts) >= max_contexts:
         return True
     return store.put(key, refined(donor, rows, before))
