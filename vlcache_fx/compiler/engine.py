@@ -53,6 +53,9 @@ class Engine(ServingEngine):
         counts = {"compilations": len(compiled.compilations), "compile_seconds": round(compiled.seconds, 3)}
         return super().stats() | counts
 
+    def _num_compilations(self) -> int:
+        return len(self.compile_cache.stats.compilations)
+
     def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
         """Lower a program; with eager kernels if Inductor lacks a compiler.
 

@@ -4,7 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError, StoreClosedError, StoreError
@@ -71,9 +71,13 @@ class ServingEngine(ServingState):
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
-        """Return counts since the start: calls by mode, store, compilations, refusals, shadow runs."""
+        """Return counts since the start, as JSON data; see ``docs/metrics.md``.
+
+        Calls by mode and reason, spans that hit by tier and missed by reason, tokens reused and recomputed,
+        seconds saved, store, compilations, refusals, shadow runs.
+        """
         with self._lock:
-            counts = dict(self._counts)
+            counts, usage = dict(self._counts), self._usage.stats()
         store = self.store.stats()
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
@@ -81,7 +85,9 @@ class ServingEngine(ServingState):
             "uncompiled_calls": counts.get("uncompiled_calls", 0),
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
-            "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
+            **usage,
+            "budget": self.options.budget,
+            "store": asdict(store),
             "compilations": 0,
             "compile_seconds": 0.0,
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),

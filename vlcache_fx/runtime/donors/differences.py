@@ -65,7 +65,7 @@ def in_words(names: set[str], kind: str = "donor") -> tuple[str, ...]:
 
 
 def distance(parts: Mapping[str, str], other: Mapping[str, str]) -> tuple[int, int]:
-    """Return how far two keys are: 0, 1, 2 for equal features, equal pixels, neither; then by how many parts."""
+    """Return how far two keys are: 0, 1, 2 for equal features, pixels, none of them; then differing parts."""
     shares = [name in parts and parts[name] == other.get(name) for name in ("content", "encoder.content")]
     subject = 0 if shares[0] else 1 if shares[1] else 2
     return subject, len(differing_parts(parts, other))

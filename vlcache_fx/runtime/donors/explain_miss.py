@@ -75,19 +75,22 @@ class _Candidate:
     tier: str | None
 
 
-def explain_key(key: str, store: Store, log: MissLog | None = None) -> MissExplanation:
+def explain_key(
+    key: str, store: Store, log: MissLog | None = None, miss: Miss | None = None
+) -> MissExplanation:
     """Explain why a key is not found; reads the listing of the store, but no tensor.
 
     Args:
         key: a key.
         store: the store.
-        log: recent lookups and misses; with it, the latest miss is explained, even if the entry is there now.
+        log: recent lookups and misses. With it, the latest miss is explained, even if the entry is there now.
+        miss: the miss to explain; by default the latest in ``log``, else that of a lookup now.
 
     Raises:
         StoreError: the store cannot be read.
     """
-    miss = None if log is None else log.get(key)
     lookup = None if log is None else log.lookups.get(key)
+    miss = log.get(key) if miss is None and log is not None else miss
     if miss is None:
         if key in store:
             return MissExplanation(key, None)
@@ -114,6 +117,7 @@ _NEEDS_NO_NEIGHBOUR = {
     Reason.INCOMPATIBLE_ENTRY,
     Reason.EVICTED,
     Reason.DAMAGED_ENTRY,
+    Reason.RECOMPUTED_TO_RECORD,
 }
 
 
@@ -126,18 +130,12 @@ def explain_spans(
         StoreError: the store cannot be read.
     """
     for span in spans:
-        if span["hit"]:
-            continue
-        at = {"sample": span["sample"], "start": span["start"]}
-        reason = span["miss_reason"]
-        found = Miss(reason, span["miss_detail"]) if reason is not None else None
-        if found is not None and found.reason in (Reason.RECOMPUTED_TO_RECORD, Reason.STORE_CLOSED):
-            yield MissExplanation(span["key"], found.reason, found.detail, **at)
-            continue
-        known = explain_key(span["key"], store, log)
-        if known.reason is None and found is not None:  # too long ago for the log, and stored since
-            known = MissExplanation(span["key"], found.reason, found.detail)
-        yield replace(known, **at)
+        if not span["hit"] and span["miss_reason"] is not None:
+            logged, miss = log.get(span["key"]), Miss(Reason(span["miss_reason"]), span["miss_detail"])
+            if logged is not None and logged.reason is miss.reason:
+                miss = logged  # also has the eviction
+            found = explain_key(span["key"], store, log, miss)
+            yield replace(found, sample=span["sample"], start=span["start"])
 
 
 def notes_of(entry: EntryInfo) -> dict[str, str]:
@@ -194,5 +192,6 @@ def tags(key: str) -> dict[str, str]:
 def _circumstances(eviction: Eviction) -> str:
     at = datetime.fromtimestamp(eviction.evicted_at, UTC)
     cause = {"capacity": "to make room", "cleared": "by clear()", "damaged": "as its bytes were damaged"}
-    text = f"from the {eviction.tier} tier at {at:%Y-%m-%d %H:%M:%S} UTC {cause.get(eviction.cause, eviction.cause)}"
-    return f"{text} for {shortened(eviction.for_key)}" if eviction.for_key else text
+    why = cause.get(eviction.cause, eviction.cause)
+    for_key = f" for {shortened(eviction.for_key)}" if eviction.for_key else ""
+    return f"from the {eviction.tier} tier at {at:%Y-%m-%d %H:%M:%S} UTC {why}{for_key}"
