@@ -19,6 +19,7 @@ from vlcache_fx.cli.store_access import (
     as_size,
     as_time,
     beyond,
+    bytes_of,
     named,
     names_of,
     opened,
@@ -72,7 +73,7 @@ def list_entries(
     for entry in shown:
         own_kind, own_salt, own_model, digest = names_of(entry.key)
         size = as_size(entry.nbytes)
-        table.addas_row(own_kind, own_salt, own_model, digest[:12], entry.tier, size, as_time(entry.used_at))
+        table.add_row(own_kind, own_salt, own_model, digest[:12], entry.tier, size, as_time(entry.used_at))
     console = wide_console()
     console.print(table)
     more = f" ({len(shown)} shown)" if len(shown) < len(entries) else ""
@@ -96,7 +97,7 @@ def stats(url: Url = None, as_json: Json = False) -> None:
     for tier in found.tiers or (found,):
         used, bound = as_size(tier.used_bytes), as_size(tier.capacity_bytes)
         counts = (tier.evictions, tier.failures, tier.damaged)
-        table.addas_row(tier.tier, str(tier.entries), used, bound, *map(str, counts))
+        table.add_row(tier.tier, str(tier.entries), used, bound, *map(str, counts))
     console = wide_console()
     console.print(table)
     for kind, (count, size) in sorted(kinds.items()):
@@ -143,7 +144,7 @@ def evict(
             url, key = _url_and_key(url, key, "evict")
         if (key is None) == (to is None):
             raise OptionError("evict takes either a KEY or --to BYTES")
-        bound = None if to is None else _bytes(to)
+        bound = None if to is None else bytes_of(to)
         with opened(url) as store:
             if bound is None:
                 assert key is not None
@@ -231,15 +232,6 @@ def _checked(store: Store, key: str) -> str:
         eviction is not None and eviction.cause == "damaged"
     )
     return "damaged" if is_damaged else "gone"
-
-
-def _bytes(text: str) -> int:
-    from vlcache_fx.store.url import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise OptionError(f"--to: {error}; vlcache store clear drops all") from error
 
 
 def _print_dropped(count: int, dropped: list[EntryInfo], as_json: bool) -> None:
