@@ -106,7 +106,7 @@ FAMILIES = (
     Family("vlcache_store_entries", "Entries stored.", _tiers("entries"), _BY_TIER, is_counter=False),
     Family("vlcache_store_hits", "Reads that found an entry.", _tiers("hits"), _BY_TIER),
     Family("vlcache_store_misses", "Reads that found none.", _tiers("misses"), _BY_TIER),
-    Family("vlcache_store_admissions", "Entries stored.", _tiers("admissions"), _BY_TIER),
+    Family("vlcache_store_admissions", "Entries taken in.", _tiers("admissions"), _BY_TIER),
     Family("vlcache_store_evictions", "Entries dropped to make room.", _tiers("evictions"), _BY_TIER),
     Family("vlcache_store_rejections", "Entries too large for the tier.", _tiers("rejections"), _BY_TIER),
     Family("vlcache_store_removals", "Entries dropped by clear().", _tiers("removals"), _BY_TIER),
