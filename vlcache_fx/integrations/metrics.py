@@ -96,7 +96,7 @@ def register(
     if collector is None:
         collector = EngineCollector()
         setattr(registry, COLLECTOR, collector)
-    registry.register(collector)  # type: ignore[arg-type]  # has no effect if it is registered
+    registry.register(collector)  # has no effect if it is registered
     collector.add(engine, {name: str(value) for name, value in labels.items()})
     return collector
 

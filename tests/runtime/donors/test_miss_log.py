@@ -17,27 +17,27 @@ def parts(content: str, **others: str) -> dict[str, str]:
 
 def test_reasons_of_lookups() -> None:
     log = MissLog()
-    assert log.look_up("a", parts("x")) is Reason.NEW_ITEM
-    assert log.look_up("a", parts("x")) is Reason.NOT_RECORDED
-    assert log.look_up("b", parts("x", weights="v")) is Reason.OTHER_WEIGHTS
-    assert log.look_up("c", parts("y")) is Reason.NEW_ITEM
+    assert log.note("a", parts("x")) is Reason.NEW_ITEM
+    assert log.note("a", parts("x")) is Reason.NOT_RECORDED
+    assert log.note("b", parts("x", weights="v")) is Reason.OTHER_WEIGHTS
+    assert log.note("c", parts("y")) is Reason.NEW_ITEM
     log.clear()
-    assert log.look_up("a", parts("x")) is Reason.NEW_ITEM
+    assert log.note("a", parts("x")) is Reason.NEW_ITEM
 
 
 def test_lookups_of_another_tenant_do_not_count() -> None:
     log = MissLog()
-    log.look_up("a", parts("x"))
-    assert log.look_up("b", parts("x", salt="two")) is Reason.NEW_ITEM
-    assert log.look_up("c", parts("x", salt="two", weights="v")) is Reason.OTHER_WEIGHTS
-    assert log.look_up("d", parts("x", salt="three", weights="u")) is Reason.NEW_ITEM
+    log.note("a", parts("x"))
+    assert log.note("b", parts("x", salt="two")) is Reason.NEW_ITEM
+    assert log.note("c", parts("x", salt="two", weights="v")) is Reason.OTHER_WEIGHTS
+    assert log.note("d", parts("x", salt="three", weights="u")) is Reason.NEW_ITEM
 
 
 def test_same_pixels() -> None:
     log = MissLog()
-    log.look_up("a", {**parts("x"), "encoder.content": "pixels", "encoder.fields": "1"})
+    log.note("a", {**parts("x"), "encoder.content": "pixels", "encoder.fields": "1"})
     same = {**parts("y"), "encoder.content": "pixels", "encoder.fields": "2"}
-    assert log.look_up("b", same) is Reason.OTHER_ENCODING
+    assert log.note("b", same) is Reason.OTHER_ENCODING
 
 
 def test_lookups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

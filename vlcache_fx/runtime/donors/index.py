@@ -187,7 +187,7 @@ class DonorIndex:
             for span in sample.spans:
                 if span.key not in reasons:  # else the same item twice in a call
                     parts = {**parts_of(span.key), **notes[span.start]}
-                    reasons[span.key] = self._engine.misses.look_up(span.key, parts)
+                    reasons[span.key] = self._engine.misses.note(span.key, parts)
         return reasons
 
     def _find(self, sample: Sample, request: Request, misses: Mapping[str, Reason]) -> Sample:

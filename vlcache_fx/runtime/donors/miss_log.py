@@ -42,7 +42,7 @@ class MissLog:
         self._misses: OrderedDict[str, Miss] = OrderedDict()
         self._lock = threading.Lock()
 
-    def look_up(self, key: str, parts: Mapping[str, str]) -> Reason:
+    def note(self, key: str, parts: Mapping[str, str]) -> Reason:
         """Record a lookup; return the reason if it is a miss and the store knows no better.
 
         Lookups with another salt do not count: a report must not tell what other tenants have.
