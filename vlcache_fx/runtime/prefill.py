@@ -146,6 +146,8 @@ class DecoderRunner:
                 request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the cold program failed"
             )
         if request.spans:
+            tokens = request.num_tokens * len(request.samples)
+            self._donors.cost.note(request.clock.elapsed_ms["run"], tokens)
             self._admit(request, self._cold.spec.recorded, results, plans)
             missed = [(span.miss, span.miss_detail) for span in request.found if span.miss is not None]
             reason, code = why_cold([miss for miss, _ in missed], [detail for _, detail in missed])

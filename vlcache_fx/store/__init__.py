@@ -4,6 +4,7 @@ from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
+from vlcache_fx.store.tiered import TieredStore
 from vlcache_fx.store.url import open_store
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "MemoryStore",
     "Store",
     "StoreStats",
+    "TieredStore",
     "open_store",
 ]

@@ -92,7 +92,8 @@ def explain_key(
     lookup = None if log is None else log.lookups.get(key)
     miss = log.get(key) if miss is None and log is not None else miss
     if miss is None:
-        if key in store:
+        # Tiers behind a network answer listings, but not ``in``.
+        if key in store or any(entry.key == key for entry in store.entries()):
             return MissExplanation(key, None)
         miss = with_eviction(Reason.NEW_ITEM, store.evicted(key))
     explanation = MissExplanation(key, miss.reason, miss.detail, eviction=miss.eviction)
