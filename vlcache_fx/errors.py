@@ -129,10 +129,21 @@ class Reason(StrEnum):
     NEW_ITEM = "new_item", "its content is new"
     NOT_RECORDED = "not_recorded", "seen before, but not recorded or no longer stored"
     OTHER_WEIGHTS = "other_weights", "seen before, but only with other weights"
+    OTHER_ENCODING = (
+        "other_encoding",
+        "its pixels were seen before, but with another grid, other settings or another encoder",
+    )
+    OTHER_POSITIONS = "other_positions", "seen before, but only at other positions or under another mask"
+    OTHER_COMPUTATION = (
+        "other_computation",
+        "seen before, but only in another dtype, numeric mode or kind of attention",
+    )
+    EVICTED = "evicted", "its donor was evicted to make room"
+    DAMAGED_ENTRY = "damaged_entry", "its donor was damaged and set aside"
     TOO_LARGE = "too_large", "its donor is too large for the store"
     STORE_CLOSED = "store_closed", "the store is closed"
     STORE_FAILED = "store_failed", "the store failed"
-    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another structure"
+    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor does not fit the graph"
     RECOMPUTED_TO_RECORD = (
         "recomputed_to_record",
         "it has a donor, but is recomputed to record another context",

@@ -181,7 +181,7 @@ def _report(report: dict[str, Any]) -> str:
     )
     lines = [f"{name:<21} {_plain(value)}" for name, value in report.items() if name not in left_out]
     for span in report["spans"]:
-        kept = {name: _plain(value) for name, value in span.items() if name != "key"}
+        kept = {name: _plain(value) for name, value in span.items() if name not in ("key", "miss_detail")}
         lines.append(f"{'span':<21} {', '.join(f'{name}={value}' for name, value in kept.items())}")
     return "\n".join(lines)
 

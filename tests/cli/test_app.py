@@ -7,7 +7,7 @@ import pytest
 
 from .helpers import run
 
-COMMANDS = ["version", "policies", "bench", "fidelity", "calibrate", "export"]
+COMMANDS = ["version", "policies", "bench", "fidelity", "calibrate", "export", "store"]
 
 
 def test_help_names_the_commands() -> None:

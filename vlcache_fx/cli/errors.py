@@ -11,10 +11,10 @@ from vlcache_fx.errors import VlcacheError
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
-    """Print errors of this package without a traceback, and exit with status 1."""
+def readable_errors(status: int = 1) -> Iterator[None]:
+    """Print errors of this package without a traceback, and exit with ``status``."""
     try:
         yield
     except VlcacheError as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(status) from error

@@ -18,7 +18,7 @@ from vlcache_fx.integrations.module_tensors import ModuleTensors
 from vlcache_fx.integrations.object_graph import SMALL_BYTES
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
-from vlcache_fx.keys.entry_key import EntryKey, KeyScope
+from vlcache_fx.keys.entry_key import EntryKey, KeyScope, parts_of
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
 from vlcache_fx.runtime.in_flight import Claim, Missing, Pace
@@ -70,12 +70,12 @@ class EncoderCache:
         grids = self.arguments(args, kwargs).get(self.grids_name)
         # Before the encoder runs: reading a tensor on a GPU would wait for it.
         patches = grids.tolist() if isinstance(grids, Tensor) and grids.dim() == 2 else ()
+        self._engine.pending.note_parts(self._modality, ())
         output = self._encoded(args, kwargs)
         features = getattr(output, "pooler_output", None)
         if isinstance(features, list | tuple) and all(isinstance(item, Tensor) for item in features):
-            self._engine.pending.note_items(
-                self._modality, MediaItems.of_patches([item.shape[0] for item in features], patches)
-            )
+            items = MediaItems.of_patches([item.shape[0] for item in features], patches)
+            self._engine.pending.note_items(self._modality, items)
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -201,7 +201,7 @@ class EncoderCache:
         common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
-            return [
+            keys = [
                 scope.key(
                     "features",
                     {
@@ -213,6 +213,8 @@ class EncoderCache:
                 )
                 for content, item in zip(contents, items, strict=True)
             ]
+            self._engine.pending.note_parts(self._modality, [key.parts for key in keys])
+            return keys
         except StoreError:
             return None
 
@@ -233,7 +235,8 @@ class EncoderCache:
         # NotImplementedError: a container type that pytree cannot serialize.
         with contextlib.suppress(NotImplementedError), self._engine.tolerating_store_errors():
             results = [output_class.__name__, pytree.treespec_dumps(structure), *leaves]
-            return self._engine.put({key: pack(results, cost_ms=self._pace.cost_ms(units))}, began)
+            packed = pack(results, parts_of(key), cost_ms=self._pace.cost_ms(units))
+            return self._engine.put({key: packed}, began)
         return []
 
     def _class(self, name: str) -> type | None:

@@ -44,6 +44,11 @@ class EntryKey(str):
         return key
 
 
+def parts_of(key: str) -> Mapping[str, str]:
+    """Return the parts of a key; empty for a plain string."""
+    return key.parts if isinstance(key, EntryKey) else NO_PARTS
+
+
 @dataclass(frozen=True)
 class KeyScope:
     """Makes the keys of one tenant and one model.

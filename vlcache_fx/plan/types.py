@@ -30,6 +30,7 @@ class Span:
         tier: store tier of the donor; None without a donor.
         contexts: number of contexts averaged in the donor; 0 without a donor.
         miss: reason why rows are not reused; None if they are, or if nothing was looked up.
+        miss_detail: details of the reason, such as the slot that does not fit; may be empty.
         grid: grid of the media item, if known.
     """
 
@@ -42,6 +43,7 @@ class Span:
     contexts: int = 0
     miss: Reason | None = None
     grid: Grid | None = None
+    miss_detail: str = ""
 
     @property
     def end(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vlcache_fx.runtime.context_value import ContextValue
@@ -15,15 +16,19 @@ class CallContext:
     Attributes:
         encoder_hit: True if all were skipped, False if one ran, None without encoders.
         items: the encoded items of each modality.
+        parts: per modality, the parts of the features' keys: a mapping per item, or one for items that are
+            encoded as one.
     """
 
     encoder_hit: bool | None = None
     items: tuple[tuple[str, MediaItems], ...] = ()
+    parts: tuple[tuple[str, tuple[Mapping[str, str], ...]], ...] = ()
 
     @property
     def media_items(self) -> list[MediaItems]:
         """The items of all modalities."""
-        return [items for _, items in self.items]
+        parts = dict(self.parts)
+        return [items.with_notes(parts.get(modality, ())) for modality, items in self.items]
 
     def with_items(self, modality: str, items: MediaItems) -> CallContext:
         """Return the context with the items of one modality."""
@@ -63,6 +68,11 @@ class PendingContext:
     def note_items(self, modality: str, items: MediaItems) -> None:
         """Note encoded items."""
         self._note(self._context.with_items(modality, items))
+
+    def note_parts(self, modality: str, parts: Sequence[Mapping[str, str]]) -> None:
+        """Note the parts of the features' keys, see ``CallContext``."""
+        context, others = self._context, dict(self._context.parts)
+        self._note(replace(context, parts=tuple({**others, modality: tuple(parts)}.items())))
 
     def take(self) -> CallContext:
         """Return and clear what was noted since the last call.

@@ -13,6 +13,7 @@ from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store.codec import pack, unpack
+from vlcache_fx.store.entry import Entry
 
 
 class EncoderRunner:
@@ -52,8 +53,9 @@ class EncoderRunner:
             stored_keys: list[str] = []
             with engine.tolerating_store_errors():
                 cost_ms = self._pace.cost_ms(units, share=1 / len(keys))
-                packed = {
-                    key: pack([result], cost_ms=cost_ms) for key, result in zip(keys, results, strict=True)
+                packed: dict[str, Entry] = {
+                    key: pack([result], key.parts, cost_ms=cost_ms)
+                    for key, result in zip(keys, results, strict=True)
                 }
                 stored_keys = engine.put(packed, began)
             claim.end(stored_keys)

@@ -2,9 +2,9 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError, StoreClosedError, StoreError
@@ -14,8 +14,9 @@ from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.collected import CollectedReports
+from vlcache_fx.runtime.donors.explain_miss import MissExplanation, explain_key, explain_spans
 from vlcache_fx.runtime.donors.refine import exact_key
-from vlcache_fx.runtime.report import ReportView
+from vlcache_fx.runtime.report import Report, ReportView
 from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
 
@@ -90,9 +91,13 @@ class ServingEngine(ServingState):
         self._explained = weakref.ref(forward)
 
     def stats(self) -> dict[str, Any]:
-        """Return counts since the start: calls by mode, store, compilations, refusals, shadow runs."""
+        """Return counts since the start, as JSON data; see ``docs/metrics.md``.
+
+        Calls by mode and reason, spans that hit by tier and missed by reason, tokens reused and recomputed,
+        seconds saved, store, compilations, refusals, shadow runs.
+        """
         with self._lock:
-            counts = dict(self._counts)
+            counts, usage = dict(self._counts), self._usage.stats()
         store = self.store.stats()
         return {
             "calls": {mode: counts.get(mode, 0) for mode in ("cold", "warm", "bypass")},
@@ -100,12 +105,36 @@ class ServingEngine(ServingState):
             "uncompiled_calls": counts.get("uncompiled_calls", 0),
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
-            "store": {name: getattr(store, name) for name in store.__dataclass_fields__},
+            **usage,
+            "budget": self.options.budget,
+            "store": asdict(store),
             "compilations": 0,
             "compile_seconds": 0.0,
             "refusals": dict(Counter(str(refusal.reason) for refusal in self.refusals)),
             "shadow": self.guards.stats(),
         }
+
+    def explain_miss(
+        self, report: Report | Mapping[str, Any] | None = None, *, key: str | None = None
+    ) -> tuple[MissExplanation, ...]:
+        """Explain why spans were not reused: the nearest entry and what differs, or when it was evicted.
+
+        For operators: explanations name entries of any salt, reports never do. The listing of every tier is
+        read, but no tensor; recent calls are remembered, so that a miss is explained after its item was
+        stored.
+
+        Args:
+            report: explain each span of this report that missed; by default the last report.
+            key: explain this key instead of a report.
+
+        Raises:
+            StoreError: the store is closed or cannot be read.
+        """
+        if key is not None:
+            return (explain_key(key, self.store, self.misses),)
+        report = self.last_report if report is None else report
+        view = report.as_view() if isinstance(report, Report) else report or {"spans": ()}
+        return tuple(explain_spans(view["spans"], self.store, self.misses))
 
     def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
         """Explain the graphs of ``model(**inputs)``: how each is rewritten, or why not.
@@ -208,7 +237,7 @@ class ServingEngine(ServingState):
         except StoreError as error:
             if not (self._closed or isinstance(error, StoreClosedError)):
                 raise
-        for memory in (self.missed, self.unstorable, self.contents):
+        for memory in (self.missed, self.unstorable, self.misses):
             memory.clear(selection)
         return dropped
 

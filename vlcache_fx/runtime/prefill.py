@@ -159,7 +159,8 @@ class DecoderRunner:
             return self._give_up(request, Reason.PROGRAM_FAILED, "the cold program failed")
         if request.spans:
             self._admit(request, self._cold.spec.recorded, results, plans)
-            reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
+            missed = [(span.miss, span.miss_detail) for span in request.found if span.miss is not None]
+            reason, code = why_cold([miss for miss, _ in missed], [detail for _, detail in missed])
             self.engine.report(request.report("cold", reason, plans, 1.0, code))
         else:
             report = request.report("bypass", Reason.NO_SPAN.text, plans, 1.0, Reason.NO_SPAN)

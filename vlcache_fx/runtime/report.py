@@ -22,6 +22,8 @@ class SpanReport:
         sample: index of the sample.
         miss_reason: why its rows were not reused; None for a hit. ``recomputed_to_record`` means that a donor
             exists, but the call computed all rows to record another donor.
+        miss_detail: details of the reason, such as the slot that does not fit; may be empty. It never tells
+            of entries of other salts.
     """
 
     start: int
@@ -32,6 +34,7 @@ class SpanReport:
     sample: int = 0
     donor_contexts: int = 0
     miss_reason: Reason | None = None
+    miss_detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,15 +158,21 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def why_cold(misses: list[Reason]) -> tuple[str, Reason]:
+def why_cold(misses: Sequence[Reason], details: Sequence[str] = ()) -> tuple[str, Reason]:
     """Return ``(reason, reason_code)`` of a cold call, given the miss reasons of its spans.
 
     The code is that of the first span without a donor.
+
+    Args:
+        misses: the reason of each span.
+        details: their details, in the same order; may be empty.
     """
     code = next((miss for miss in misses if miss is not Reason.RECOMPUTED_TO_RECORD), misses[0])
-    if len(set(misses)) == 1:
-        return f"no donor for its spans: {code.text}", code
-    counts = [f"{misses.count(miss)} x {miss.text}" for miss in dict.fromkeys(misses)]
+    pairs = zip(misses, [*details, *("" for _ in misses)], strict=False)
+    texts = [f"{miss.text} ({detail})" if detail else miss.text for miss, detail in pairs]
+    if len(set(texts)) == 1:
+        return f"no donor for its spans: {texts[0]}", code
+    counts = [f"{texts.count(text)} x {text}" for text in dict.fromkeys(texts)]
     return f"no donor for its spans: {'; '.join(counts)}", code
 
 

@@ -25,11 +25,13 @@ from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
 from vlcache_fx.runtime.clears import Clears
 from vlcache_fx.runtime.collected import ContextReports
-from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentContents, RecentKeys
+from vlcache_fx.runtime.donors.miss_log import MissLog
+from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing, Pace
 from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ContextSettings
+from vlcache_fx.runtime.usage import Usage
 from vlcache_fx.store import Entry, open_store
 
 log = logging.getLogger("vlcache_fx")
@@ -48,7 +50,7 @@ class ServingState:
         guards: shadow runs, and the models whose reuse is off.
         fingerprints: fingerprints of weights.
         graphs: compiled graphs by number; they live as long as the engine.
-        contents: digests of recent items, and the weights with which they were looked up.
+        misses: recent lookups and misses, to explain the misses.
         missed: recent keys without a donor.
         unstorable: keys of donors that the store refused as too large; they are not recorded again.
         pending: context of the next call, from encoders outside the decoder's graph.
@@ -70,10 +72,11 @@ class ServingState:
         self._closed = self._logged_closed = False
         self._reports = ContextReports()
         self._counts: Counter[str] = Counter()
+        self._usage = Usage()
         self._lock = threading.Lock()
         self.fingerprints = Fingerprints()
         self.missed, self.unstorable = RecentKeys(), RecentKeys()
-        self.contents = RecentContents()
+        self.misses = MissLog()
         self.pending = PendingContext()
         self.in_flight, self.clears = InFlight(), Clears()
         self._call = threading.local()
@@ -104,7 +107,9 @@ class ServingState:
             continues: see ``ContextReports.add``.
         """
         self._reports.add(report, continues=continues)
-        self.count(report.mode)
+        with self._lock:
+            self._counts[report.mode] += 1
+            self._usage.add(report, self.num_compilations)
 
     def count(self, event: str) -> None:
         """Count an event."""

@@ -1,19 +1,25 @@
 """Encoder results as store entries, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vlcache_fx.keys.digest_cache import cached_digests, digest_rows, track
+from vlcache_fx.keys.entry_key import NO_PARTS
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.eviction import with_cost
 
 
-def pack(results: Sequence[Any], *, cost_ms: float | None = None) -> Entry:
+def pack(
+    results: Sequence[Any], parts: Mapping[str, str] = NO_PARTS, *, cost_ms: float | None = None
+) -> Entry:
     """Return an entry of tensors and JSON values; the entry's tensors carry their digests.
 
-    ``cost_ms`` is what computing them again would take, None if not measured.
+    Args:
+        results: tensors and JSON values.
+        parts: what the entry's key covers, by name; to explain misses.
+        cost_ms: what computing them again would take; None if not measured.
 
     Raises:
         StoreError: a value is neither a tensor nor JSON data.
@@ -22,6 +28,7 @@ def pack(results: Sequence[Any], *, cost_ms: float | None = None) -> Entry:
     info = [_metadata(value) if isinstance(value, Tensor) else value for value in results]
     devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
     packed: dict[str, Json] = {"kind": "encoder", "results": info, "devices": devices}
+    packed |= {"parts": dict(parts)} if parts else {}
     entry = Entry(tensors, with_cost(packed, cost_ms))
     for name, tensor in tensors.items():
         if tensor.dim() > 0:

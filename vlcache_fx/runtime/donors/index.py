@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import Reason, StoreClosedError
+from vlcache_fx.errors import DamagedEntryError, Reason, StoreClosedError
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope
+from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope, parts_of
 from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.donors.miss_log import Miss, with_eviction
 from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.input_values import InputValues
@@ -167,7 +168,6 @@ class DonorIndex:
         return replace(
             request,
             samples=tuple(samples),
-            identity=identities[True],
             scope=scope,
         )
 
@@ -197,22 +197,11 @@ class DonorIndex:
         """Return the reason of a miss for each span's key, given earlier calls; record this call."""
         reasons: dict[str, Reason] = {}
         for sample in request.samples:
-            by_start = {media_span.start: media_span for media_span in sample.media_spans}
+            notes = {media_span.start: media_span.notes for media_span in sample.media_spans}
             for span in sample.spans:
-                if span.key in reasons:
-                    continue  # the same item twice in a call
-                was_looked_up = self._engine.contents.add(span.key, request.identity)
-                content = content_digest(by_start[span.start].digests)
-                item = KeyScope(request.scope.salt, "").with_digest("content", content)
-                earlier_weights = self._engine.contents.add(item, request.identity)
-                if span.key in self._engine.unstorable:
-                    reasons[span.key] = Reason.TOO_LARGE
-                elif was_looked_up:
-                    reasons[span.key] = Reason.NOT_RECORDED
-                elif earlier_weights and request.identity not in earlier_weights:
-                    reasons[span.key] = Reason.OTHER_WEIGHTS
-                else:
-                    reasons[span.key] = Reason.NEW_ITEM
+                if span.key not in reasons:  # else the same item twice in a call
+                    parts = {**parts_of(span.key), **notes[span.start]}
+                    reasons[span.key] = self._engine.misses.note(span.key, parts)
         return reasons
 
     def _find(self, sample: Sample, request: Request, misses: Mapping[str, Reason]) -> Sample:
@@ -232,12 +221,25 @@ class DonorIndex:
                     )
                 )
             else:
-                reason = misses[span.key] if entry is None else Reason.INCOMPATIBLE_ENTRY
-                spans.append(replace(span, miss=failure or reason))
+                miss = self._miss(span, entry, failure, misses[span.key])
+                self._engine.misses.add(span.key, miss)
+                spans.append(replace(span, miss=miss.reason, miss_detail=miss.detail))
         prefix, entries = self._exact_prefix(request, sample, found)
         entries += [entry for start, entry in found.items() if start >= prefix]
         spans = [replace(span, contexts=1) if span.start < prefix else span for span in spans]
         return replace(sample, spans=tuple(spans), prefix=prefix, donors=tuple(entries))
+
+    def _miss(self, span: Span, entry: Entry | None, failure: Reason | None, reason: Reason) -> Miss:
+        """Return why a span missed. ``reason`` is that of earlier calls."""
+        if failure is not None:
+            return Miss(failure)
+        if entry is not None:
+            return Miss(Reason.INCOMPATIBLE_ENTRY, donors.misfit(entry, self._spec.rows, span.length))
+        if span.key in self._engine.unstorable:
+            return Miss(Reason.TOO_LARGE)
+        with self._engine.tolerating_store_errors():
+            return with_eviction(reason, self._engine.store.evicted(span.key))
+        return Miss(reason)
 
     def _get_or_reason(self, key: str) -> tuple[Entry | None, Reason | None]:
         """Return the entry of a key, and the reason if the store failed."""
@@ -247,6 +249,9 @@ class DonorIndex:
                 return self._engine.store.get(key), None
             except StoreClosedError:
                 failure = Reason.STORE_CLOSED
+                raise
+            except DamagedEntryError:
+                failure = Reason.DAMAGED_ENTRY
                 raise
         return None, failure
 

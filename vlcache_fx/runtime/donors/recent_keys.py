@@ -1,8 +1,10 @@
-"""Bounded records of recent keys, contents and fingerprints of an engine."""
+"""Bounded records of recent keys, lookups and fingerprints of an engine."""
 
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,6 +13,11 @@ from vlcache_fx.keys.weights import WeightsFingerprint
 
 MAX_KEYS = 4096
 MAX_WEIGHT_SETS = 16
+MAX_SAME_SUBJECT = 16
+"""Keys of one content that are found; of more, the latest."""
+
+SUBJECTS = ("content", "encoder.content")
+"""Parts that say which item a key is about: its features, and its pixels."""
 
 
 class RecentKeys:
@@ -40,30 +47,78 @@ class RecentKeys:
                 del self._keys[key]
 
 
-class RecentContents:
-    """The last ``MAX_KEYS`` contents, with the weights of their calls. Safe to share between threads."""
+@dataclass(frozen=True)
+class Lookup:
+    """A key that was looked up.
+
+    Attributes:
+        number: the order of first lookups.
+        key: the key.
+        parts: what it covers, and the notes of its media span, by name.
+    """
+
+    number: int
+    key: str
+    parts: Mapping[str, str]
+
+
+class RecentLookups:
+    """The last ``MAX_KEYS`` keys that were looked up, found by content. Safe to share between threads."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[str, tuple[str, ...]] = OrderedDict()
+        self._lookups: OrderedDict[str, Lookup] = OrderedDict()
+        self._by_subject: dict[str, tuple[str, ...]] = {}
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
 
-    def add(self, content: str, weights: str) -> tuple[str, ...]:
-        """Add a content with the weights of its call; return the weights of earlier calls."""
+    def add(self, key: str, parts: Mapping[str, str]) -> tuple[Lookup, bool]:
+        """Add a key; return its lookup, and True if it was present."""
         with self._lock:
-            earlier = self._seen.get(content, ())
-            self._seen[content] = (*(other for other in earlier if other != weights), weights)[
-                -MAX_WEIGHT_SETS:
-            ]
-            self._seen.move_to_end(content)
-            while len(self._seen) > MAX_KEYS:
-                self._seen.popitem(last=False)
-            return earlier
+            earlier = self._lookups.get(key)
+            if earlier is not None:
+                self._lookups.move_to_end(key)
+                return earlier, True
+            lookup = self._lookups[key] = Lookup(next(self._numbers), key, dict(parts))
+            for subject in _subjects(lookup):
+                self._by_subject[subject] = (*self._by_subject.get(subject, ()), key)[-MAX_SAME_SUBJECT:]
+            while len(self._lookups) > MAX_KEYS:
+                self._forget(self._lookups.popitem(last=False)[1])
+            return lookup, False
+
+    def get(self, key: str) -> Lookup | None:
+        """Return the lookup of a key; None if it is unknown."""
+        return self._lookups.get(key)
+
+    def related(self, lookup: Lookup) -> list[Lookup]:
+        """Return earlier lookups of other keys with the same features or the same pixels."""
+        with self._lock:
+            keys = [key for subject in _subjects(lookup) for key in self._by_subject.get(subject, ())]
+            found = [self._lookups[key] for key in dict.fromkeys(keys)]
+        return [other for other in found if other.number < lookup.number]
+
+    def before(self, number: int) -> list[Lookup]:
+        """Return the lookups before a number, earliest first."""
+        with self._lock:
+            return [lookup for lookup in self._lookups.values() if lookup.number < number]
 
     def clear(self, selection: Selection | None = None) -> None:
         """Remove the contents whose keys are selected, by default all."""
         with self._lock:
-            for key in [key for key in self._seen if selection is None or selection.matches(key)]:
-                del self._seen[key]
+            for key in [key for key in self._lookups if selection is None or selection.matches(key)]:
+                self._forget(self._lookups.pop(key))
+
+    def _forget(self, lookup: Lookup) -> None:
+        for subject in _subjects(lookup):
+            left = tuple(key for key in self._by_subject.get(subject, ()) if key != lookup.key)
+            if left:
+                self._by_subject[subject] = left
+            else:
+                self._by_subject.pop(subject, None)
+
+
+def _subjects(lookup: Lookup) -> set[str]:
+    """The digests by which a lookup is found: those of its features and of its pixels."""
+    return {lookup.parts[name] for name in SUBJECTS if name in lookup.parts}
 
 
 class Fingerprints:

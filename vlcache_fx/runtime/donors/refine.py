@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vlcache_fx.keys.entry_key import NO_PARTS, parts_of
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.eviction import with_cost
@@ -31,10 +32,26 @@ def exact_key(key: str) -> str:
 
 
 def exact_donor(
-    rows: Mapping[str, Tensor], length: int, before: str, *, cost_ms: float | None = None
+    rows: Mapping[str, Tensor],
+    length: int,
+    before: str,
+    parts: Mapping[str, str] = NO_PARTS,
+    notes: Mapping[str, str] = NO_PARTS,
+    *,
+    cost_ms: float | None = None,
 ) -> Entry:
-    """Return a donor of one context; ``before`` is the digest of the blocks before the item."""
+    """Return a donor of one context.
+
+    Args:
+        rows: ``length`` rows of each slot.
+        length: tokens of the item.
+        before: digest of the blocks before the item.
+        parts: what its key covers, by name; to explain misses.
+        notes: what explains its features, see ``MediaSpan``.
+        cost_ms: what computing the rows again would take; None if not measured.
+    """
     info: dict[str, Json] = {"kind": "donor", "length": length, "before": before, "contexts": [before]}
+    info |= {name: dict(value) for name, value in (("parts", parts), ("notes", notes)) if value}
     return Entry(rows, with_cost(info, cost_ms))
 
 
@@ -71,6 +88,7 @@ def admit_item(
     length: int,
     before: str,
     max_contexts: int,
+    notes: Mapping[str, str] = NO_PARTS,
     *,
     cost_ms: float | None = None,
 ) -> bool:
@@ -85,18 +103,20 @@ def admit_item(
         length: tokens of the item.
         before: digest of the blocks before the item; a context counts once.
         max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
+        notes: what explains the item's features, see ``MediaSpan``.
         cost_ms: what computing the rows again would take; None if not measured.
     """
+    parts = parts_of(key)
     donor = store.get(key) if max_contexts > 1 and key in store else None
     if donor is None or not _match(donor.tensors, rows):
         if donor is not None and rows.keys() < donor.tensors.keys():
             return True  # a graph that records more slots stored it; it serves this graph too
-        return store.put(key, exact_donor(rows, length, before, cost_ms=cost_ms))
+        return store.put(key, exact_donor(rows, length, before, parts, notes, cost_ms=cost_ms))
     contexts = contexts_of(donor)
     if contexts == (before,):
         return True
     # The copy comes first: the donor is then more recent, and the copy is evicted before it.
-    store.put(exact_key(key), exact_donor(rows, length, before, cost_ms=cost_ms))
+    store.put(exact_key(key), exact_donor(rows, length, before, parts, notes, cost_ms=cost_ms))
     if before in contexts or len(contexts) >= max_contexts:
         return True
     return store.put(key, refined(donor, rows, before, cost_ms=cost_ms))

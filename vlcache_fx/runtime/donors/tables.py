@@ -78,6 +78,21 @@ def fits(entry: Entry | None, specs: Mapping[StoredSlot, RowSpec], length: int) 
     )
 
 
+def misfit(entry: Entry, specs: Mapping[StoredSlot, RowSpec], length: int) -> str:
+    """Return which slot of an entry does not fit: what is read and what is there. Empty if all do."""
+    for slot, spec in specs.items():
+        name, sizes = str(slot), list(spec.sizes)
+        if name not in entry.tensors:
+            return f"slot {name} is missing"
+        found = entry.peek(name)
+        if not _are_rows(spec, found, length):
+            sizes[spec.dim] = length
+            wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+            dtype = str(found.dtype).removeprefix("torch.")
+            return f"slot {name}: expected {spec.dtype} [{wanted}], found {dtype} {list(found.shape)}"
+    return ""
+
+
 def length_of(entry: Entry) -> int:
     """Return the number of rows of a donor."""
     length = entry.info["length"]
@@ -112,7 +127,7 @@ def admit(
         rows[str(slot)] = own.narrow(spec.dim, starts[id(active)], block.length)
     if block.span is not None:
         return refine.admit_item(
-            store, block.key, rows, block.length, block.before, max_contexts, cost_ms=cost_ms
+            store, block.key, rows, block.length, block.before, max_contexts, block.notes, cost_ms=cost_ms
         )
     return store.put(block.key, refine.exact_donor(rows, block.length, block.before, cost_ms=cost_ms))
 

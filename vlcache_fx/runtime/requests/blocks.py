@@ -7,15 +7,15 @@ of a block of text covers all blocks before it (the chained hashes of PagedAtten
     text[0:16]  text[16:23]  <image>[23:279]  text[279:290]
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
-from vlcache_fx.keys.entry_key import KeyScope
+from vlcache_fx.keys.entry_key import NO_PARTS, KeyScope
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
@@ -33,6 +33,7 @@ class Block:
         key: key of the stored rows; that of a span does not cover ``before``.
         before: digest of all blocks before this one.
         span: the span that fills the block; None for text and for media too short to be a span.
+        notes: what explains the features of a span, see ``MediaSpan``.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Block:
     key: str
     before: str
     span: Span | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -98,7 +100,8 @@ class BlockSplitter:
                 parts.append(media_span.digests if span is None else span.key)
             after = content_digest(["piece", before, length, *parts])
             key = scope.with_digest("text", after) if span is None else span.key
-            yield Block(start, length, key, before, span)
+            notes = NO_PARTS if media_span is None else media_span.notes
+            yield Block(start, length, key, before, span, notes)
             before = after
 
     def _embedded_text(

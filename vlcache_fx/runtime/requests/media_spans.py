@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise, zip_longest
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.keys.digest_cache import NO_DIGESTS, RowRange, digest_rows
+from vlcache_fx.keys.entry_key import NO_PARTS
 from vlcache_fx.plan.types import Grid
 
 
@@ -19,10 +20,12 @@ class MediaItems:
     Attributes:
         lengths: feature rows of each item.
         grids: grid of each item, None where unknown; empty where all are unknown.
+        notes: what explains each item's features, see ``MediaSpan``; empty where unknown.
     """
 
     lengths: tuple[int, ...] = ()
     grids: tuple[Grid | None, ...] = ()
+    notes: tuple[Mapping[str, str], ...] = ()
 
     @classmethod
     def of_patches(cls, lengths: Sequence[int], patches: Sequence[Sequence[int]]) -> "MediaItems":
@@ -37,6 +40,21 @@ class MediaItems:
         grids = [merged_grid(grid, length) for grid, length in zip(patches, lengths, strict=True)]
         return cls(tuple(lengths), tuple(grids))
 
+    def with_notes(self, parts: Sequence[Mapping[str, str]]) -> "MediaItems":
+        """Return the items with the parts of their features' keys, if there is a mapping per item."""
+        if len(parts) != len(self.lengths):
+            return self
+        notes = tuple(
+            {f"{ENCODER}{name}": digest for name, digest in own.items() if name not in OF_ALL_KEYS}
+            for own in parts
+        )
+        return replace(self, notes=notes)
+
+    @property
+    def notes_of_rows(self) -> dict[tuple[int, int], Mapping[str, str]]:
+        """Notes by ``(start, end)``, an item's rows in the features of all items."""
+        return dict(zip(pairwise(accumulate(self.lengths, initial=0)), self.notes, strict=False))
+
     @property
     def grid_of_rows(self) -> dict[tuple[int, int], Grid]:
         """Grids by ``(start, end)``, an item's rows in the features of all items."""
@@ -45,6 +63,12 @@ class MediaItems:
 
 
 NO_ITEMS = MediaItems()
+
+ENCODER = "encoder."
+"""Begins the names of notes: the rest names a part of the key of features."""
+
+OF_ALL_KEYS = ("format", "salt")
+"""Parts that the keys of features share with those of donors; not noted."""
 
 
 def merged_grid(patches: Sequence[int], length: int) -> Grid | None:
@@ -73,6 +97,8 @@ class MediaSpan:
         content: feature rows of these tokens, [length, width] each: the merged rows, then any deepstack rows.
         cached_digests: digests of ``content``, in its order; None or missing where a tensor was not read yet.
         grid: grid of the media item; None where it is unknown or the span is only a part of the item.
+        notes: digests that explain where the features come from, by name, such as ``encoder.content`` for the
+            pixels. Not part of any key.
     """
 
     sample: int
@@ -81,6 +107,7 @@ class MediaSpan:
     content: tuple[Tensor, ...]
     cached_digests: tuple[str | None, ...] = ()
     grid: Grid | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digests(self) -> tuple[str, ...]:
@@ -134,7 +161,7 @@ def media_spans_of(
     ends = (positions.diff() != 1) | (positions[1:] % num_tokens == 0)
     cuts = [cut for cut in accumulate(items.lengths) if 0 < cut < len(positions)]
     ends[torch.tensor(cuts, dtype=torch.int64) - 1] = True
-    grids = items.grid_of_rows
+    grids, notes = items.grid_of_rows, items.notes_of_rows
     firsts = [0, *(ends.nonzero().flatten() + 1).tolist(), len(positions)]
     return [
         MediaSpan(
@@ -143,6 +170,7 @@ def media_spans_of(
             (features[first:after],),
             (digests.get((first, after)),),
             grids.get((first, after)),
+            notes.get((first, after), NO_PARTS),
         )
         for first, after in pairwise(firsts)
     ]

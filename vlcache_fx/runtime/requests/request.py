@@ -72,7 +72,6 @@ class Request:
             more than this prompt, and the earlier keys may be reused ones, not exact.
         model_fingerprint: fingerprint of the layers' weights; empty without spans.
         weights: fingerprint of all weights on which rows depend.
-        identity: digest of how rows are computed: computation, weights and global state.
         scope: tenant and model of its keys.
         positions: tokens that results need, int64 [n], on the CPU; None for all.
         found: the spans as the store had them, before ``find`` drops donors so as to record; empty before.
@@ -92,7 +91,6 @@ class Request:
     ignores_past: bool = True
     model_fingerprint: str = ""
     weights: str = ""
-    identity: str = ""
     scope: KeyScope = NO_SCOPE
     positions: Tensor | None = None
     found: tuple[Span, ...] = ()
@@ -144,6 +142,7 @@ class Request:
                     s.sample,
                     s.contexts,
                     s.miss,
+                    s.miss_detail,
                 )
                 for s in self.found or self.spans
             ),
