@@ -170,7 +170,15 @@ def _row(values: list[int]) -> str:
 
 
 def _report(report: dict[str, Any]) -> str:
-    left_out = ("timings_ms", "model_fingerprint", "spans", "shadow_kl", "explanations", "num_samples", "samples")
+    left_out = (
+        "timings_ms",
+        "model_fingerprint",
+        "spans",
+        "shadow_kl",
+        "explanations",
+        "num_samples",
+        "samples",
+    )
     lines = [f"{name:<21} {_plain(value)}" for name, value in report.items() if name not in left_out]
     for span in report["spans"]:
         kept = {name: _plain(value) for name, value in span.items() if name != "key"}

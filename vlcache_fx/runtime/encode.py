@@ -12,6 +12,7 @@ from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
+from vlcache_fx.store import Entry
 from vlcache_fx.store.codec import pack, unpack
 
 
@@ -51,7 +52,9 @@ class EncoderRunner:
             engine.count("encoder_misses")
             stored_keys: list[str] = []
             with engine.tolerating_store_errors():
-                packed = {key: pack([result]) for key, result in zip(keys, results, strict=True)}
+                packed: dict[str, Entry] = {
+                    key: pack([result]) for key, result in zip(keys, results, strict=True)
+                }
                 stored_keys = engine.put(packed, began)
             claim.end(stored_keys)
         return results, False
