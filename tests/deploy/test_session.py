@@ -429,3 +429,19 @@ def test_prefill_short_images_reuse_the_encoder_only(tiny: Exported) -> None:
             assert_close(session.prefill(**inputs), {"result.0": tiny.model(**inputs)})
         assert report_of(session)["encoder_hit"] is hit
         assert not any(span["hit"] for span in report_of(session)["spans"])
+
+
+def test_salt_and_reports_of_a_call(tiny: Exported) -> None:
+    session = tiny.session(policy="full")
+    given = tiny.given([0])
+    with session.vlcache.reports() as reports:
+        for salt in ("a", "b", "a"):
+            with session.vlcache.using(salt=salt):
+                session.prefill(**given)
+    assert [(report.mode, report.encoder_hit) for report in reports] == [
+        ("cold", False),
+        ("cold", False),
+        ("warm", True),
+    ]
+    assert session.vlcache.clear(salt="a") == session.vlcache.clear(salt="b") > 0
+    assert len(session.vlcache.store) == 0

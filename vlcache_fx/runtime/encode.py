@@ -12,6 +12,7 @@ from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
+from vlcache_fx.store import Entry
 from vlcache_fx.store.codec import pack, unpack
 from vlcache_fx.store.entry import Entry
 

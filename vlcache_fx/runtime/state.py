@@ -52,7 +52,7 @@ class ServingState:
         graphs: compiled graphs by number; they live as long as the engine.
         misses: recent lookups and misses, to explain the misses.
         missed: recent keys without a donor.
-        unstorable: keys of donors that the store refused as too large; they are not recorded again.
+        unstorable: keys of entries that the store refused as too large; such donors are not recorded again.
         pending: context of the next call, from encoders outside the decoder's graph.
         in_flight: the keys that requests compute at present.
         clears: the latest calls of ``clear``.
