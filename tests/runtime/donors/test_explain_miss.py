@@ -152,6 +152,20 @@ def test_evicted(pair: Pair) -> None:
     assert store.listings == listings  # neither calls nor evictions read the listing
 
 
+def test_evicted_from_memory() -> None:
+    store = MemoryStore(1 << 20)
+    pair = with_backend(tiny_vlm(last_only=False), store=store)
+    first, _ = ask(pair, ONE)
+    store.put(KEY, Entry({"k": torch.zeros(1 << 18)}, {}))  # fills the store
+    store.clear(Selection(key=KEY))
+    report, (found,) = ask(pair, ONE)
+    assert report.reason_code is Reason.EVICTED
+    assert found.key == first.spans[0].key
+    assert found.eviction is not None
+    assert (found.eviction.cause, found.eviction.for_key) == ("capacity", KEY)
+    assert KEY not in json.dumps(report.as_dict())  # it may be another tenant's
+
+
 def test_entry_that_does_not_fit() -> None:
     store = MemoryStore(1 << 24)
     last = with_backend(tiny_vlm(last_only=True), store=store)
