@@ -15,6 +15,7 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.donors.donor_dtype import MODEL, check_device, is_packed
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.masks import MaskSummary
@@ -38,6 +39,9 @@ class DonorIndex:
         input_values: reads the values that enter keys.
         device: device of the decoder.
         engine: has the store.
+
+    Raises:
+        OptionError: the device does not support the option ``donor_dtype``.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class DonorIndex:
         self._spec, self._input_values = spec, input_values
         self._device, self._engine = device, engine
         self._splitter = BlockSplitter(spec.spans.embeddings)
+        check_device(engine.options.donor_dtype, device)
 
     def request(
         self,
@@ -108,7 +113,11 @@ class DonorIndex:
         Args:
             request: a request with spans.
             summary: summary of its masks.
+
+        Raises:
+            OptionError: the device does not support the option ``donor_dtype``.
         """
+        check_device(self._engine.options.donor_dtype, self._device)  # options may change
         scope = KeyScope(self._engine.options.key_salt, request.model_fingerprint)
         common = {
             "weights": request.weights,
@@ -140,6 +149,7 @@ class DonorIndex:
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
                 own: dict[str, Part] = {**covered[is_unified], "mask": text, "positions": tuple(parts)}
+                own["stored_as"] = self._engine.options.donor_dtype
                 key = donor_key(by_start[span.start], own, scope)
                 spans.append(replace(span, key=key))
             is_unified, by_token, whole = self._input_values.of_prompt(
@@ -242,7 +252,12 @@ class DonorIndex:
 
         def find(block: Block) -> Entry | None:
             entry = self._get(block.key) if block.span is None else found.get(block.start)
-            if block.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
+            if (
+                block.span is not None
+                and entry is not None
+                and len(refine.contexts_of(entry)) > 1
+                and not is_packed(entry)
+            ):
                 return self._get(refine.exact_key(block.key))
             return entry
 
@@ -292,14 +307,25 @@ class DonorIndex:
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
-            for block in self._blocks(request, sample):
+            for block in self._kept_blocks(request, sample):
                 with self._engine.tolerating_store_errors():
                     if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
                         contexts = self._engine.options.donor_contexts
-                        stored = donors.admit(store, block, recorded, self._spec.rows, plan, index, contexts)
+                        dtype = self._engine.options.donor_dtype
+                        stored = donors.admit(
+                            store, block, recorded, self._spec.rows, plan, index, contexts, dtype
+                        )
                         if not stored and block.span is not None:
                             self._engine.unstorable.add(block.key)
+
+    def _kept_blocks(self, request: Request, sample: Sample) -> Iterable[Block]:
+        """Yield the blocks that later requests can find; text after a packed donor is in no exact prefix."""
+        packs, is_exact = self._engine.options.donor_dtype != MODEL, True
+        for block in self._blocks(request, sample):
+            if is_exact or block.span is not None:
+                yield block
+            is_exact = is_exact and not (packs and block.span is not None)
 
     def _is_wanted(self, block: Block, request: Request) -> bool:
         """Return True for spans, whose donor may be of another context, and for new blocks of text."""
