@@ -20,15 +20,15 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy (name or object), a budget, an optional profile, and how donors are stored.
+    """A policy (name or object), a budget, and an optional profile, to compare with full recompute.
 
-    Compared with full recompute. ``donor_dtype`` is the option of that name.
+    ``donor_dtype`` is the option of that name; None for the engine's.
     """
 
     policy: str | Policy
     budget: float
     profile: Profile | None = None
-    donor_dtype: str = MODEL
+    donor_dtype: str | None = None
 
     @property
     def name(self) -> str:
@@ -37,15 +37,15 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Label in tables: the policy, and the donors' dtype unless it is the model's."""
-        return self.name if self.donor_dtype == MODEL else f"{self.name}, {self.donor_dtype}"
+        """Label in tables: the policy, and the donors' dtype unless it is the model's or the engine's."""
+        return self.name if self.donor_dtype in (None, MODEL) else f"{self.name}, {self.donor_dtype}"
 
 
 def settings(
     policies: Sequence[str | Policy],
     budgets: Sequence[float] = BUDGETS,
     profile: Profile | None = None,
-    donor_dtypes: Sequence[str] = (MODEL,),
+    donor_dtypes: Sequence[str | None] = (None,),
 ) -> list[Setting]:
     """Combine policies, budgets and dtypes; ``none`` represents all policies at 0, ``full`` at 1."""
     chosen = []
@@ -112,15 +112,33 @@ def run(
     if not cases or not compared:
         raise OptionError(f"nothing to compare: {len(cases)} cases, {len(compared)} settings")
     found: dict[tuple[int, str], _Found] = {}
+    options = subject.engine.options
+    try:
+        _fill(found, subject, cases, compared, batch, after_batch)
+    finally:
+        subject.engine.set_options(options)
+    return [_score(compared[index], family, results) for (index, family), results in sorted(found.items())]
+
+
+def _fill(
+    found: dict[tuple[int, str], _Found],
+    subject: Subject,
+    cases: Sequence[Case],
+    compared: Sequence[Setting],
+    batch: int,
+    after_batch: Callable[[int], None] | None,
+) -> None:
+    options = subject.engine.options
     for own in batches(cases, batch):
         question = subject.prepare([case.asked for case in own])
         exact = subject.exact(question)
         truth = compare(exact, exact, question.answers)
         recorded = None
         for index, setting in enumerate(compared):
-            if setting.donor_dtype != recorded:
-                recorded = setting.donor_dtype
-                subject.engine.set_options(replace(subject.engine.options, donor_dtype=recorded))
+            dtype = setting.donor_dtype or options.donor_dtype
+            if dtype != recorded:
+                recorded = dtype
+                subject.engine.set_options(replace(options, donor_dtype=dtype))
                 subject.record(own)
             with subject.engine.using(policy=setting.policy, budget=setting.budget, profile=setting.profile):
                 comparisons = compare(exact, subject.answer(question), question.answers)
@@ -132,7 +150,6 @@ def run(
                 results.recomputed += [share] * len(own)
         if after_batch is not None:
             after_batch(len(own))
-    return [_score(compared[index], family, results) for (index, family), results in sorted(found.items())]
 
 
 def _score(setting: Setting, family: str, found: _Found) -> Score:
