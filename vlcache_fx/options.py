@@ -26,6 +26,8 @@ CUDA_GRAPHS = "triton.cudagraphs"
 
 LOWERINGS = ("eager", "inductor", "tensorrt")
 
+DONOR_DTYPES = ("model", "int8", "float8")
+
 
 @dataclass(frozen=True)
 class InsertedPass:
@@ -80,6 +82,10 @@ class Options:
             computed. Default: 16.
         donor_contexts: largest number of contexts over which a donor is averaged (those in which its item
             was computed exactly), a positive integer. With 1 the latest replaces the donor. Default: 4.
+        donor_dtype: how rows of media items are stored: ``"model"`` (as computed), ``"int8"`` (with scales,
+            about half of the bytes of bfloat16), or ``"float8"`` (NVIDIA GPUs of compute capability 8.9 or
+            later). Packed rows are approximate everywhere: exact prefixes end before the first media item.
+            Default: ``"model"``.
         shadow: share of the warm requests that are computed in full as well, to compare the logits, a number
             in [0, 1]. Default: 0.0.
         shadow_max_kl: largest mean KL divergence of a shadow run's logits that is accepted, in nats, a
@@ -115,6 +121,7 @@ class Options:
     profile: str | os.PathLike[str] | None = None
     min_span_tokens: int = 16
     donor_contexts: int = 4
+    donor_dtype: str = "model"
     shadow: float = 0.0
     shadow_max_kl: float | None = 0.1
     shadow_max_violations: int = 3
@@ -230,10 +237,13 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
-def _lowering(name: str, value: Any) -> str:
-    if isinstance(value, str) and value in LOWERINGS:
-        return value
-    raise _bad(name, value, f"one of {', '.join(map(repr, LOWERINGS))}")
+def _one_of(valid: tuple[str, ...]) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        if isinstance(value, str) and value in valid:
+            return value
+        raise _bad(name, value, f"one of {', '.join(map(repr, valid))}")
+
+    return check
 
 
 def _path(name: str, value: Any) -> str | os.PathLike[str] | None:
@@ -281,12 +291,13 @@ def _optional_flag(name: str, value: Any) -> bool | None:
 _CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "policy": _named_or_object("select", "the name of a policy or a Policy object"),
     "budget": _share,
-    "lowering": _lowering,
+    "lowering": _one_of(LOWERINGS),
     "store": _stores,
     "capacity_bytes": _positive_int,
     "profile": _path,
     "min_span_tokens": _positive_int,
     "donor_contexts": _positive_int,
+    "donor_dtype": _one_of(DONOR_DTYPES),
     "shadow": _share,
     "shadow_max_kl": _optional_bound,
     "shadow_max_violations": _positive_int,

@@ -47,6 +47,21 @@ def features_of(exported: Exported, session: OnnxSession, images: list[int]) -> 
     return found
 
 
+def test_session_with_packed_donors(tiny: Exported) -> None:
+    session = tiny.session(policy="full", donor_dtype="int8")
+    for text, mode in enumerate(("cold", "warm")):
+        assert_close(session.prefill(**tiny.given([0], text)), tiny.expected([0], text), tiny.atol)
+        assert report_of(session)["mode"] == mode
+    donor = session.vlcache.store.get(report_of(session)["spans"][0]["key"])
+    assert donor is not None
+    assert donor.tensors["0.k"].dtype == torch.int8
+    with session.vlcache.using(policy="none"):
+        found = session.prefill(**tiny.given([0], 2))
+    assert report_of(session)["mode"] == "warm"
+    for name, exact in tiny.expected([0], 2).items():
+        assert float((found[name] - exact).abs().max()) < 0.5
+
+
 @pytest.mark.parametrize("any_export", FAMILIES, indirect=True)
 def test_prefill_equals_unmodified_model_at_any_shape(any_export: Exported) -> None:
     session = any_export.session(policy="full")

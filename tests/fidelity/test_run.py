@@ -12,6 +12,12 @@ def test_settings_none_and_full() -> None:
     ]  # fmt: skip
 
 
+def test_settings_with_donor_dtypes() -> None:
+    chosen = settings(["uniform"], (0.1,), donor_dtypes=("model", "int8"))
+    assert [one.label for one in chosen] == ["uniform", "uniform, int8"]
+    assert [one.label for one in settings(["uniform"], (0.1,))] == ["uniform"]
+
+
 def test_pareto_front() -> None:
     certain = Interval(1.0, 1.0, 1.0)
 

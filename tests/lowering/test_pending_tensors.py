@@ -45,6 +45,17 @@ def test_pending_tensors_awaited_before_read(lowering: Lowering) -> None:
     assert [one.waits for one in late] == [1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("lowering", [EagerLowering(), InductorLowering()], ids=lambda one: one.name)
+def test_pending_tensors_made_after_wait(lowering: Lowering) -> None:
+    late = [Late(torch.arange(4.0)), Late(torch.full((4,), 3.0))]
+    run = lowering.lower(two_layers(), name="test")
+    pending = [PendingTensor(one.tensor.clone, one.arrive) for one in late]
+    for _ in range(2):
+        (result,) = run([torch.ones(4), *pending])
+        assert torch.equal(result, (torch.ones(4) + torch.arange(4.0)) * 3)
+
+
 def test_pending_tensors_awaited_layer_by_layer() -> None:
     order: list[str] = []
     late = [

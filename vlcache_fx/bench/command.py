@@ -36,12 +36,20 @@ def choose_model(preset: str, config: Path | None, model_class: str | None, laye
 
 
 def combine(
-    policies: Sequence[str] | None, budgets: Sequence[float] | None, stores: Sequence[str] | None
+    policies: Sequence[str] | None,
+    budgets: Sequence[float] | None,
+    stores: Sequence[str] | None,
+    donor_dtypes: Sequence[str] | None = None,
 ) -> tuple[Variant, ...]:
     """Return every combination; a missing list means its default."""
     default = Variant()
-    lists = policies or [default.policy], budgets or [default.budget], stores or [default.store]
-    return tuple(dict.fromkeys(Variant(*values) for values in itertools.product(*lists)))
+    lists = (
+        policies or [default.policy],
+        budgets or [default.budget],
+        stores or [default.store],
+        donor_dtypes or [default.donor_dtype],
+    )
+    return tuple(dict.fromkeys(itertools.starmap(Variant, itertools.product(*lists))))
 
 
 def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: Any) -> None:

@@ -35,12 +35,14 @@ class WarmRun:
         report: the engine's report of the last timed run.
         step_ms: milliseconds per step of a call, from the engine's reports; ``other`` is the rest of the
             call (guards, the model's Python, and on a GPU the kernels still running).
+        donor_bytes: bytes of the images' donors in the store.
     """
 
     variant: Variant
     floor: str
     report: dict[str, Any]
     step_ms: dict[str, Summary]
+    donor_bytes: int
 
     @property
     def tier(self) -> str:
@@ -121,6 +123,7 @@ class _PointBench:
         self._bench, self._workload, self._eager_rounds = systems, workload, eager_rounds
         self.systems: dict[str, System] = {}
         self._variants: dict[str, Variant] = {}
+        self._donor_bytes: dict[str, int] = {}
         self._floors: dict[str, PrefixHitBaseline] = {}
         self._floor_of: dict[str, str] = {}
         self._reports: dict[str, list[dict[str, Any]]] = {}
@@ -203,6 +206,7 @@ class _PointBench:
             self._first_calls.pop(name)
             return
         self._variants[name], self._reports[name] = variant, [report]
+        self._donor_bytes[name] = bench.donor_bytes()
         self._add(name, run.run, prepare=run.prepare, check=check)
 
     def _check_warm(self, name: str) -> Callable[[], None]:
@@ -268,4 +272,6 @@ class _PointBench:
                 steps.setdefault(step, []).append(milliseconds)
             steps.setdefault("other", []).append(1e3 * total - sum(timings.values()))
         summaries = {step: Summary.of(values) for step, values in steps.items()}
-        return WarmRun(self._variants[name], self._floor_of[name], timed[-1], summaries)
+        return WarmRun(
+            self._variants[name], self._floor_of[name], timed[-1], summaries, self._donor_bytes[name]
+        )

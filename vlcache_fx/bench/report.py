@@ -113,7 +113,8 @@ def time_table(measured: MeasuredPoint) -> Table:
         peak, first = point.peak_memory[name], point.first_call_seconds.get(name)
         label = system_name(name)
         if name in point.warm:
-            label += f"\n  donors from {point.warm[name].tier}"
+            run = point.warm[name]
+            label += f"\n  donors from {run.tier}, {run.donor_bytes / MIB:,.1f} MiB"
         table.add_row(
             label,
             *(milliseconds(value) for value in (summary.median, summary.low, summary.high)),

@@ -18,16 +18,18 @@ GIB = 1024**3
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A policy, its budget (share of the span's token-layers), and the URL of a store."""
+    """A policy, its budget (share of the span's token-layers), the URL of a store, and the donors' dtype."""
 
     policy: str = "layer_aware"
     budget: float = 0.02
     store: str = "memory://"
+    donor_dtype: str = "model"
 
     @property
     def label(self) -> str:
         """Label in tables."""
-        return f"{self.policy} {100 * self.budget:g} % {self.store}"
+        dtype = "" if self.donor_dtype == "model" else f" {self.donor_dtype}"
+        return f"{self.policy} {100 * self.budget:g} % {self.store}{dtype}"
 
 
 class Systems:
@@ -66,6 +68,7 @@ class Systems:
                 policy=variant.policy,
                 budget=variant.budget,
                 store=variant.store,
+                donor_dtype=variant.donor_dtype,
                 lowering=lowering,
                 capacity_bytes=capacity_bytes,
                 cuda_graphs=cuda_graphs,
@@ -137,6 +140,11 @@ class Systems:
         """Return the reasons of the last call and of all refused graphs."""
         reasons = [str(self.report()["reason"]), *(str(refusal) for refusal in self.engine.refusals)]
         return "; ".join(dict.fromkeys(reasons))
+
+    def donor_bytes(self) -> int:
+        """Return the bytes of the donors of the last call."""
+        entries = [self.engine.store.get(key) for key in {span["key"] for span in self.report()["spans"]}]
+        return sum(entry.nbytes for entry in entries if entry is not None)
 
     def close(self) -> None:
         """Release the stores."""

@@ -37,6 +37,9 @@ def bench(
         list[float] | None, typer.Option(help="share of token-layers to recompute (default: 0.02)")
     ] = None,
     store: Annotated[list[str] | None, typer.Option(help="store URLs (default: memory://)")] = None,
+    donor_dtype: Annotated[
+        list[str] | None, typer.Option(help="how donors are stored: model, int8, float8 (default: model)")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:<number>")] = "auto",
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "inductor",
@@ -74,7 +77,7 @@ def bench(
             command.choose_model(preset, config, model_class, layers),
             output_dir,
             compile_time=compile_time,
-            variants=command.combine(policy, budget, store),
+            variants=command.combine(policy, budget, store, donor_dtype),
             text_before=text_before,
             text_after=text_after,
             dtype=dtype,

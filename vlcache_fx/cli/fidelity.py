@@ -35,6 +35,9 @@ def fidelity(
     profile: Annotated[
         Path | None, typer.Option(help="profile of this model, from vlcache calibrate")
     ] = None,
+    donor_dtype: Annotated[
+        list[str] | None, typer.Option(help="how donors are stored: model, int8, float8 (default: model)")
+    ] = None,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int, POSITIONS] = 1,
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
@@ -48,6 +51,7 @@ def fidelity(
         # deferred: importing torch takes a second
         from vlcache_fx.fidelity.models import load_cases, load_subject
         from vlcache_fx.fidelity.run import BUDGETS, run, settings
+        from vlcache_fx.options import Options
         from vlcache_fx.policies import Profile, get_policy
 
         budgets = budget or BUDGETS
@@ -58,6 +62,7 @@ def fidelity(
             [get_policy(name) for name in policy or POLICIES],
             sorted(set(budgets)),
             None if profile is None else Profile.load(profile),
+            tuple(Options(donor_dtype=dtype).donor_dtype for dtype in donor_dtype or ("model",)),
         )
         cases = load_cases(model, data, tuple(family or ()), count, split="test", seed=seed)
         subject = load_subject(model, positions, {"lowering": lowering, "strict": True})

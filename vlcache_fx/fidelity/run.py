@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from vlcache_fx.errors import OptionError
@@ -12,6 +12,7 @@ from vlcache_fx.fidelity.prompts import Case, batches
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
+from vlcache_fx.runtime.donors.donor_dtype import MODEL
 
 BUDGETS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 ALL = "all"
@@ -19,22 +20,34 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Setting:
-    """A policy (name or object), a budget, and an optional profile, to compare with full recompute."""
+    """A policy (name or object), a budget, and an optional profile, to compare with full recompute.
+
+    ``donor_dtype`` is the option of that name; None for the engine's.
+    """
 
     policy: str | Policy
     budget: float
     profile: Profile | None = None
+    donor_dtype: str | None = None
 
     @property
     def name(self) -> str:
         """Name of the policy."""
         return self.policy if isinstance(self.policy, str) else self.policy.name
 
+    @property
+    def label(self) -> str:
+        """Label in tables: the policy, and the donors' dtype unless it is the model's or the engine's."""
+        return self.name if self.donor_dtype in (None, MODEL) else f"{self.name}, {self.donor_dtype}"
+
 
 def settings(
-    policies: Sequence[str | Policy], budgets: Sequence[float] = BUDGETS, profile: Profile | None = None
+    policies: Sequence[str | Policy],
+    budgets: Sequence[float] = BUDGETS,
+    profile: Profile | None = None,
+    donor_dtypes: Sequence[str | None] = (None,),
 ) -> list[Setting]:
-    """Combine policies and budgets; ``none`` represents all policies at 0, ``full`` at 1."""
+    """Combine policies, budgets and dtypes; ``none`` represents all policies at 0, ``full`` at 1."""
     chosen = []
     if 0 in budgets:
         chosen.append(Setting("none", 0.0))
@@ -42,7 +55,7 @@ def settings(
     chosen += [Setting(policy, budget, profile) for policy in policies for budget in between]
     if 1 in budgets:
         chosen.append(Setting("full", 1.0))
-    return chosen
+    return [replace(setting, donor_dtype=dtype) for dtype in donor_dtypes for setting in chosen]
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Score:
     """Scores of a setting in a family (or ``all``).
 
     Attributes:
+        policy: label of the setting: its policy and the donors' dtype.
         recomputed: recomputed share of the reused spans' token-layers, mean over the prompts.
         accuracy: share of correct answers.
         exact_accuracy: the unmodified model's share of correct answers, on the same prompts.
@@ -98,12 +112,34 @@ def run(
     if not cases or not compared:
         raise OptionError(f"nothing to compare: {len(cases)} cases, {len(compared)} settings")
     found: dict[tuple[int, str], _Found] = {}
+    options = subject.engine.options
+    try:
+        _fill(found, subject, cases, compared, batch, after_batch)
+    finally:
+        subject.engine.set_options(options)
+    return [_score(compared[index], family, results) for (index, family), results in sorted(found.items())]
+
+
+def _fill(
+    found: dict[tuple[int, str], _Found],
+    subject: Subject,
+    cases: Sequence[Case],
+    compared: Sequence[Setting],
+    batch: int,
+    after_batch: Callable[[int], None] | None,
+) -> None:
+    options = subject.engine.options
     for own in batches(cases, batch):
-        subject.record(own)
         question = subject.prepare([case.asked for case in own])
         exact = subject.exact(question)
         truth = compare(exact, exact, question.answers)
+        recorded = None
         for index, setting in enumerate(compared):
+            dtype = setting.donor_dtype or options.donor_dtype
+            if dtype != recorded:
+                recorded = dtype
+                subject.engine.set_options(replace(options, donor_dtype=dtype))
+                subject.record(own)
             with subject.engine.using(policy=setting.policy, budget=setting.budget, profile=setting.profile):
                 comparisons = compare(exact, subject.answer(question), question.answers)
             share = subject.recomputed()
@@ -114,12 +150,11 @@ def run(
                 results.recomputed += [share] * len(own)
         if after_batch is not None:
             after_batch(len(own))
-    return [_score(compared[index], family, results) for (index, family), results in sorted(found.items())]
 
 
 def _score(setting: Setting, family: str, found: _Found) -> Score:
     return Score(
-        policy=setting.name,
+        policy=setting.label,
         budget=setting.budget,
         family=family,
         prompts=len(found.comparisons),

@@ -14,7 +14,6 @@ from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store import Entry
 from vlcache_fx.store.codec import pack, unpack
-from vlcache_fx.store.entry import Entry
 
 
 class EncoderRunner:

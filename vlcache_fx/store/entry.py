@@ -111,6 +111,9 @@ class _Arriving(Mapping[str, Tensor]):
             self._waits[name]()
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's would read the tensor, and so wait
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -15,6 +15,7 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.donors.donor_dtype import MODEL, check_device, is_packed
 from vlcache_fx.runtime.donors.miss_log import Miss, with_eviction
 from vlcache_fx.runtime.in_flight import Missing, Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
@@ -46,6 +47,9 @@ class DonorIndex:
 
     Attributes:
         pace: time of the graph's cold runs, per token.
+
+    Raises:
+        OptionError: the device does not support the option ``donor_dtype``.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DonorIndex:
         self._device, self._engine = device, engine
         self.pace = Pace()
         self._splitter = BlockSplitter(spec.spans.embeddings)
+        check_device(engine.options.donor_dtype, device)
 
     def request(
         self,
@@ -118,7 +123,11 @@ class DonorIndex:
         Args:
             request: a request with spans.
             summary: summary of its masks.
+
+        Raises:
+            OptionError: the device does not support the option ``donor_dtype``.
         """
+        check_device(self._engine.options.donor_dtype, self._device)  # options may change
         scope = KeyScope(self._engine.key_salt, request.model_fingerprint)
         common = {
             "weights": request.weights,
@@ -150,6 +159,7 @@ class DonorIndex:
                     values, sample.index, span.start, span.length, request.num_tokens
                 )
                 own: dict[str, Part] = {**covered[is_unified], "mask": text, "positions": tuple(parts)}
+                own["stored_as"] = self._engine.options.donor_dtype
                 key = donor_key(by_start[span.start], own, scope)
                 spans.append(replace(span, key=key))
             is_unified, by_token, whole = self._input_values.of_prompt(
@@ -267,7 +277,12 @@ class DonorIndex:
 
         def find(block: Block) -> Entry | None:
             entry = self._get(block.key) if block.span is None else found.get(block.start)
-            if block.span is not None and entry is not None and len(refine.contexts_of(entry)) > 1:
+            if (
+                block.span is not None
+                and entry is not None
+                and len(refine.contexts_of(entry)) > 1
+                and not is_packed(entry)
+            ):
                 return self._get(refine.exact_key(block.key))
             return entry
 
@@ -341,14 +356,13 @@ class DonorIndex:
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
-            for block in self._blocks(request, sample):
+            for block in self._kept_blocks(request, sample):
                 with self._engine.tolerating_store_errors():
                     if self._engine.clears.covers(block.key, request.began):
                         continue
                     if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
                         contexts = self._engine.options.donor_contexts
-                        cost_ms = self.pace.cost_ms(block.length)
                         stored = donors.admit(
                             store,
                             block,
@@ -357,7 +371,8 @@ class DonorIndex:
                             plan,
                             index,
                             contexts,
-                            cost_ms=cost_ms,
+                            self._engine.options.donor_dtype,
+                            cost_ms=self.pace.cost_ms(block.length),
                         )
                         keys = [block.key] if block.span is None else [block.key, refine.exact_key(block.key)]
                         if self._engine.drop_if_cleared(keys, request.began) or block.span is None:
@@ -367,6 +382,14 @@ class DonorIndex:
                         else:
                             self._engine.unstorable.add(block.key)
         return admitted
+
+    def _kept_blocks(self, request: Request, sample: Sample) -> Iterable[Block]:
+        """Yield the blocks that later requests can find; text after a packed donor is in no exact prefix."""
+        packs, is_exact = self._engine.options.donor_dtype != MODEL, True
+        for block in self._blocks(request, sample):
+            if is_exact or block.span is not None:
+                yield block
+            is_exact = is_exact and not (packs and block.span is not None)
 
     def _is_wanted(self, block: Block, request: Request) -> bool:
         """Return True for spans, whose donor may be of another context, and for new blocks of text."""

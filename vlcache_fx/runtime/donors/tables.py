@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
+from vlcache_fx.runtime.donors.donor_dtype import MODEL, Packing, are_complete, is_packed, parts_of, unpacked
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.blocks import Block
 from vlcache_fx.spec.decoder import RowSpec
@@ -21,13 +23,14 @@ def rows_of_sample(spec: RowSpec, recorded: Tensor, sample: int) -> Tensor:
     return recorded if spec.batch_dim is None else recorded.narrow(spec.batch_dim, sample, 1)
 
 
-def _are_rows(spec: RowSpec, tensor: Tensor, length: int) -> bool:
-    """Return True if the tensor has ``length`` rows that match ``spec``."""
+def _are_rows(slot: StoredSlot, spec: RowSpec, entry: Entry, length: int) -> bool:
+    """Return True if the entry has ``length`` rows of a slot that match ``spec``."""
+    tensor = entry.peek(str(slot))
     return (
-        tensor.dtype == getattr(torch, spec.dtype)
-        and tensor.dim() == len(spec.sizes)
+        tensor.dim() == len(spec.sizes)
         and tensor.shape[spec.dim] == length
         and all(want is None or size == want for size, want in zip(tensor.shape, spec.sizes, strict=True))
+        and are_complete(entry, slot, spec)
     )
 
 
@@ -38,31 +41,63 @@ def tables(
 
     A single donor is used without a copy. Donors of the host tier are copied on a side stream, in the order
     of ``specs``, which is that of layers, while earlier layers compute. A single donor of a slow tier, on the
-    CPU, is pending: later layers may arrive while earlier ones compute.
+    CPU, is pending: later layers may arrive while earlier ones compute. Packed donors are pending, too: a
+    layer's rows are unpacked when its program first reads them, so only one layer's are full-size at a time.
     """
-
-    def table(slot: StoredSlot, dim: int) -> Tensor:
-        parts = [entry.tensors[str(slot)].to(device, non_blocking=True) for entry in entries]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-    if len(entries) == 1 and device.type == "cpu":
+    if len(entries) == 1 and device.type == "cpu" and not is_packed(entries[0]):
         (entry,), slots = entries, [str(slot) for slot in specs]
         waits = [entry.wait_of(slot) for slot in slots]
         return {
             slot: entry.peek(name) if wait is None else PendingTensor(entry.peek(name), wait)
             for slot, name, wait in zip(specs, slots, waits, strict=True)
         }
-    if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
-        return {slot: table(slot, spec.dim) for slot, spec in specs.items()}
+    is_there = device.type != "cuda" or all(
+        entry.peek(name).device == device for entry in entries for name in entry.tensors
+    )
+    if is_there and not any(map(is_packed, entries)):
+        return {slot: _table(_parts(entries, slot, device), spec.dim) for slot, spec in specs.items()}
+    if is_there:
+        return {
+            slot: PendingTensor(functools.partial(_late_table, entries, slot, spec.dim, device), _no_wait)
+            for slot, spec in specs.items()
+        }
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     for slot, spec in specs.items():
         with torch.cuda.stream(side):
-            tensor, event = table(slot, spec.dim), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            parts, event = _parts(entries, slot, device), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            made = None if any(map(is_packed, entries)) else _table(parts, spec.dim)
             event.record(side)
-        tensor.record_stream(current)  # its memory was allocated for the side stream
-        found[slot] = PendingTensor(tensor, functools.partial(current.wait_event, event))
+        # Their memory was allocated for the side stream.
+        for tensor in [made] if made is not None else [part for own in parts for part in own]:
+            tensor.record_stream(current)
+        later = functools.partial(_table, parts, spec.dim) if made is None else made
+        found[slot] = PendingTensor(later, functools.partial(current.wait_event, event))
     return found
+
+
+Parts: TypeAlias = Sequence[Sequence[Tensor]]
+"""Per entry, the tensors of one slot: its rows, and what unpacks them."""
+
+
+def _parts(entries: Sequence[Entry], slot: StoredSlot, device: torch.device) -> Parts:
+    return [
+        [entry.tensors[part].to(device, non_blocking=True) for part in parts_of(entry, str(slot))]
+        for entry in entries
+    ]
+
+
+def _table(parts: Parts, dim: int) -> Tensor:
+    rows = [unpacked(*own) for own in parts]
+    return rows[0] if len(rows) == 1 else torch.cat(rows, dim)
+
+
+def _late_table(entries: Sequence[Entry], slot: StoredSlot, dim: int, device: torch.device) -> Tensor:
+    return _table(_parts(entries, slot, device), dim)
+
+
+def _no_wait() -> None:
+    """The tensors are there."""
 
 
 @functools.cache
@@ -73,8 +108,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def fits(entry: Entry | None, specs: Mapping[StoredSlot, RowSpec], length: int) -> bool:
     """Return True if the entry has ``length`` rows of every slot that a program reads."""
     return entry is not None and all(
-        str(slot) in entry.tensors and _are_rows(spec, entry.peek(str(slot)), length)
-        for slot, spec in specs.items()
+        str(slot) in entry.tensors and _are_rows(slot, spec, entry, length) for slot, spec in specs.items()
     )
 
 
@@ -85,7 +119,7 @@ def misfit(entry: Entry, specs: Mapping[StoredSlot, RowSpec], length: int) -> st
         if name not in entry.tensors:
             return f"slot {name} is missing"
         found = entry.peek(name)
-        if not _are_rows(spec, found, length):
+        if not _are_rows(slot, spec, entry, length):
             sizes[spec.dim] = length
             wanted = ", ".join("any" if size is None else str(size) for size in sizes)
             dtype = str(found.dtype).removeprefix("torch.")
@@ -108,13 +142,15 @@ def admit(
     plan: Plan,
     sample: int = 0,
     max_contexts: int = 1,
+    donor_dtype: str = MODEL,
     *,
     cost_ms: float | None = None,
 ) -> bool:
     """Store the exact rows of one block; return False if the store refused them.
 
-    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``. ``cost_ms`` is what
-    computing the rows again would take, None if not measured.
+    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``, in ``donor_dtype``. Rows of
+    text are never packed: they serve as exact prefixes. ``cost_ms`` is what computing the rows again would
+    take, None if not measured.
     """
     starts: dict[int, int] = {}  # by id: levels of a plan share equal row tensors
     rows = {}
@@ -126,8 +162,17 @@ def admit(
         own = rows_of_sample(spec, recorded[slot], sample)
         rows[str(slot)] = own.narrow(spec.dim, starts[id(active)], block.length)
     if block.span is not None:
+        packing = Packing.of(donor_dtype, specs)
         return refine.admit_item(
-            store, block.key, rows, block.length, block.before, max_contexts, block.notes, cost_ms=cost_ms
+            store,
+            block.key,
+            rows,
+            block.length,
+            block.before,
+            max_contexts,
+            packing,
+            notes=block.notes,
+            cost_ms=cost_ms,
         )
     return store.put(block.key, refine.exact_donor(rows, block.length, block.before, cost_ms=cost_ms))
 
@@ -146,7 +191,7 @@ def exact_prefix(
     for block in blocks:
         entry = find(block)
         # A span's donor may be of another context: fit for reuse, but not exact. A refined donor has no
-        # ``before``.
+        # ``before``, nor has a packed one.
         if entry is None or entry.info.get("before") != block.before or not fits(entry, specs, block.length):
             break
         entries.append(entry)

@@ -1,4 +1,4 @@
-"""Lowered programs, and tensor arguments whose copy to the device may still be pending."""
+"""Lowered programs, and tensor arguments that may still be pending."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ __all__ = ["Lowered", "PendingTensor", "resolved"]
 
 @dataclass(frozen=True)
 class PendingTensor:
-    """A tensor argument whose copy to the device is pending; programs wait before they first read it.
+    """A tensor argument that is still copied to the device, or made, when programs first read it.
 
     Attributes:
-        tensor: valid after ``wait``; in the layout that the program declares.
+        tensor: valid after ``wait``, in the layout that the program declares; or a function that returns it
+            then. Such a tensor need not exist before its layer runs, nor after it: it is not kept.
         wait: makes the current stream wait for the copy; need not block the host.
     """
 
-    tensor: Tensor
+    tensor: Tensor | Callable[[], Tensor]
     wait: Callable[[], None]
 
     def get(self) -> Tensor:
         """Wait, and return the tensor for work that is queued from now on."""
         self.wait()
-        return self.tensor
+        return self.tensor if isinstance(self.tensor, Tensor) else self.tensor()
 
 
 def resolved(value: Any) -> Any:
