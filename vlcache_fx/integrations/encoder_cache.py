@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
+from vlcache_fx.integrations.encoder_weights import Dependence, EncoderWeights
 from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
-from vlcache_fx.integrations.module_state import ModuleState
-from vlcache_fx.integrations.module_tensors import ModuleTensors
-from vlcache_fx.integrations.object_graph import SMALL_BYTES
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
@@ -46,15 +44,15 @@ class EncoderCache:
 
     Args:
         encode: the encoder, with the pixels as first parameter and the grids, if any, as second.
-        module: the model; its weights and state are part of the keys.
+        module: the model; its weights and state are part of the keys, without its decoder's weights if the
+            encoder does not read them (``EncoderWeights``).
         modality: ``image`` or ``video``.
         engine: owns the store, options and counters.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
-        self._state = ModuleState(module, encode, weights=self._tensors)
+        self._weights = EncoderWeights(module, encode)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._split = True  # until a result cannot be split into items
@@ -84,42 +82,49 @@ class EncoderCache:
         items = self._items(call) if self._split else None
         if items is None or len(items) < 2:
             return self._undivided(call)
-        keys = self._keys(items, call)
-        if keys is None:
+        found = self._keys(items, call)
+        if found is None:
             return self.encode(*args, **kwargs)
+        keys, dependence = found
         outputs = [self._get(key) for key in keys]
         missing = [index for index, stored in enumerate(outputs) if stored is None]
         if missing:
-            output = self._run(call | _joined([items[index] for index in missing]))
+            new = call | _joined([items[index] for index in missing])
+            output, keys = self._run(new, keys, dependence, lambda: self._keys(items, call))
             fields = feature_fields(output)
             parts = None if fields is None else split_items(fields, len(missing))
             if parts is None:
                 self._split = False
-                key = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
-                return self._undivided(call) if key is None else self._store_undivided(key[0], output)
+                found = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
+                return self._undivided(call) if found is None else self._store_undivided(found[0], output)
             for index, part in zip(missing, parts, strict=True):
                 outputs[index] = (type(output).__name__, part)
-                self._put(keys[index], type(output), part)
+                if keys:
+                    self._put(keys[index], type(output), part)
         result = self._result(outputs)
         self._note(hit=not missing and result is not None)
         return self.encode(*args, **kwargs) if result is None else result
 
     def _undivided(self, call: dict[str, Any]) -> Any:
         """Encode or look up a call as one item."""
-        keys = self._keys([_tensors(call)], call)
-        if keys is None:
+        found = self._keys([_tensors(call)], call)
+        if found is None:
             return self.encode(**call)
+        keys, dependence = found
         stored = self._get(keys[0])
         result = None if stored is None else self._result([stored])
         self._note(hit=result is not None)
-        return self._store_undivided(keys[0], self._run(call)) if result is None else result
+        if result is not None:
+            return result
+        output, keys = self._run(call, keys, dependence, lambda: self._keys([_tensors(call)], call))
+        return self._store_undivided(keys, output)
 
-    def _store_undivided(self, key: str, output: Any) -> Any:
+    def _store_undivided(self, keys: Sequence[str], output: Any) -> Any:
         fields = feature_fields(output)
-        if fields is None:
+        if fields is None or not keys:
             return output
         items = split_items(fields, 1) or [{name: (UNSPLIT, value) for name, value in fields.items()}]
-        self._put(key, type(output), items[0])
+        self._put(keys[0], type(output), items[0])
         return self._result([(type(output).__name__, items[0])]) or output
 
     def _note(self, *, hit: bool) -> None:
@@ -127,11 +132,30 @@ class EncoderCache:
         self._engine.count("encoder_hits" if hit else "encoder_misses")
         self._engine.pending.note_encoder(hit=hit)
 
-    def _run(self, call: dict[str, Any]) -> Any:
-        with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
-            output = self.encode(**call)
+    def _run(
+        self,
+        call: dict[str, Any],
+        keys: list[EntryKey],
+        dependence: Dependence,
+        again: Callable[[], tuple[list[EntryKey], Dependence] | None],
+    ) -> tuple[Any, list[EntryKey]]:
+        """Encode; return the output and the keys to store it under, none if these are unknown.
+
+        Args:
+            call: arguments of the encoder.
+            keys: keys that were looked up.
+            dependence: what they cover.
+            again: computes the keys again, if the run shows that they cover too little.
+        """
+
+        def encode() -> Any:
+            with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
+                return self.encode(**call)
+
+        output, held = self._weights.run(encode, dependence)
         self._classes[type(output).__name__] = type(output)
-        return output
+        found = (keys, dependence) if held else again()
+        return output, [] if found is None else found[0]
 
     def _items(self, call: dict[str, Any]) -> list[Item] | None:
         """Return the tensors of each item, or None if the arguments cannot be split."""
@@ -154,15 +178,16 @@ class EncoderCache:
             for index, part in enumerate(parts)
         ]
 
-    def _keys(self, items: list[Item], call: dict[str, Any]) -> list[EntryKey] | None:
-        """Return a key per item, or None if an argument or a weight cannot be part of a key."""
-        # The weights that an encoder reads are unknown here; the model's are a safe superset. They are listed
-        # in every call, because adapters add parameters and loading can replace them.
-        state = self._state.digest()
-        if state is None or self._module.training:  # encoders may apply dropout in training
+    def _keys(self, items: list[Item], call: dict[str, Any]) -> tuple[list[EntryKey], Dependence] | None:
+        """Return a key per item and what they cover; None if something cannot be part of a key."""
+        if self._module.training:  # encoders may apply dropout
             return None
         try:
-            weights = self._engine.fingerprints.of(self._tensors())
+            # In every call, because adapters add parameters and loading can replace them.
+            dependence = self._weights.current()
+            if dependence.state is None:
+                return None
+            weights = self._engine.fingerprints.of(dependence.weights)
         except UnreadableWeightsError as error:
             self._engine.refuse_weights(error)
             return None
@@ -170,10 +195,11 @@ class EncoderCache:
         lengths = [item[self._pixels_name].shape[0] for item in items]
         arithmetic = numerics(device_type_of(call.values()))
         scope = KeyScope(self._engine.options.key_salt, weights)
+        state = (dependence.state, dependence.unread_dtypes)
         common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
-            return [
+            keys = [
                 scope.key(
                     "features",
                     {
@@ -187,6 +213,7 @@ class EncoderCache:
             ]
         except StoreError:
             return None
+        return keys, dependence
 
     def _get(self, key: str) -> tuple[str, Fields] | None:
         entry = None
