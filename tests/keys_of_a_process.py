@@ -31,8 +31,12 @@ PROMPTS = {
 def from_folder() -> Any:
     """Save a LLaVA once, load it in other processes."""
     if not FOLDER.exists():
-        tiny_llava(2).save_pretrained(FOLDER)
-        return tiny_llava(2)
+        model = tiny_llava(2)
+        # As loading does. Code may read it, so it is part of keys.
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            config.dtype = torch.float32
+        model.save_pretrained(FOLDER)
+        return model
     return type(tiny_llava(1)).from_pretrained(FOLDER).eval()
 
 
@@ -55,7 +59,7 @@ def quantised() -> Any:
 
 
 MODELS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "tiny": ("tiny", lambda: tiny_vlm()),
+    "tiny": ("tiny", tiny_vlm),
     "llava from a folder": ("llava", from_folder),
     "qwen with LoRA": ("qwen", adapted),
     "quantised qwen": ("qwen", quantised),
