@@ -1,104 +1,181 @@
-"""Block hashes on the CPU; the function is the same on every device. ``test_digest`` has the GPU test."""
+"""Digests computed on a device are those of the host."""
+
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from blake3 import blake3
 
-from vlcache_fx.keys import device_digest
-from vlcache_fx.keys.device_digest import (
-    BLOCK_WORDS,
-    CHUNK_BLOCKS,
-    KEYS,
-    as_words,
-    block_hashes,
-    device_hashes,
-    process_keys,
-)
+from vlcache_fx.keys import content_digest, device_digest
+from vlcache_fx.keys.device_digest import DeviceHasher, byte_view, hasher_of
+from vlcache_fx.keys.digest import LARGE_BYTES, tensor_bytes
+
+from .blake3_steps import TorchSteps
 
 CPU = torch.device("cpu")
-SIZES = [0, 1, BLOCK_WORDS - 1, BLOCK_WORDS, BLOCK_WORDS + 1, 3 * BLOCK_WORDS + 17]
 
 
-def words(count: int, seed: int = 0) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**31), 2**31, (count,), generator=draw, dtype=torch.int64).int()
+def test_hasher_equals_blake3() -> None:
+    hasher = DeviceHasher(TorchSteps(), CPU)
+    for tensor in (torch.arange(5000.0), torch.arange(4097, dtype=torch.int16).flip(0)):
+        assert hasher.digest(byte_view(tensor)) == blake3(tensor_bytes(tensor)).digest()
 
 
-@pytest.mark.parametrize("count", SIZES)
-def test_block_hashes_equal_definition(count: int) -> None:
-    values, keys = words(count), process_keys(CPU)
-    found = block_hashes(values, keys)
-    assert found.shape == (max(1, -(-count // BLOCK_WORDS)), KEYS)
-    for block, hashes in enumerate(found.tolist()):
-        part = values[block * BLOCK_WORDS : (block + 1) * BLOCK_WORDS].tolist()
-        for row, value in zip(keys.tolist(), hashes, strict=True):
-            total = sum(word * key for word, key in zip(part, row, strict=False))
-            assert (total - value) % 2**64 == 0
+class Failing:
+    """Fails, or is wrong, from some call on."""
 
+    def __init__(self, good_calls: int, error: Exception | None) -> None:
+        self.calls, self._good_calls, self._error = 0, good_calls, error
 
-@given(st.integers(0, 2 * BLOCK_WORDS + 4), st.integers(0, 31), st.integers(0, 2**16))
-def test_block_hashes_depend_on_every_bit(place: int, bit: int, seed: int) -> None:
-    values = words(2 * BLOCK_WORDS + 5, seed)
-    other = values.clone()
-    other[place] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
-    before, after = (block_hashes(one, process_keys(CPU)) for one in (values, other))
-    differs = (before != after).all(1).tolist()
-    assert differs == [block == place // BLOCK_WORDS for block in range(3)]
+    def chunks(self, words: torch.Tensor, values: torch.Tensor, first: int, used: int, flags: int) -> None:
+        self.calls += 1
+        TorchSteps().chunks(words, values, first, used, flags)
+        if self.calls > self._good_calls:
+            if self._error is not None:
+                raise self._error
+            values += 1
 
-
-def test_block_hashes_depend_on_order() -> None:
-    values = words(2 * BLOCK_WORDS)
-    swapped = values.view(2, -1).flip(0).flatten()
-    keys = process_keys(CPU)
-    assert torch.equal(block_hashes(values, keys).flip(0), block_hashes(swapped, keys))
-    turned = torch.cat([values[1:2], values[:1], values[2:]])
-    assert not torch.equal(block_hashes(values, keys), block_hashes(turned, keys))
-
-
-def test_block_hashes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, keys = words(5 * BLOCK_WORDS + 3), process_keys(CPU)
-    assert CHUNK_BLOCKS > 6
-    at_once = block_hashes(values, keys)
-    monkeypatch.setattr(device_digest, "CHUNK_BLOCKS", 2)
-    assert torch.equal(block_hashes(values, keys), at_once)
-
-
-def test_device_hashes_ignore_layout() -> None:
-    tensor = torch.randn(40, 300)
-    assert torch.equal(device_hashes(tensor), device_hashes(tensor.t().contiguous().t()))
-    assert torch.equal(device_hashes(tensor), device_hashes(torch.cat([tensor, tensor])[40:]))
-    assert not torch.equal(device_hashes(tensor), device_hashes(-tensor))
-    assert torch.equal(device_hashes(tensor), device_hashes(tensor.neg()._neg_view()))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool])
-def test_as_words_shares_memory(dtype: torch.dtype) -> None:
-    tensor = torch.arange(8).to(dtype)
-    found = as_words(tensor)
-    assert found is not None
-    assert found.data_ptr() == tensor.data_ptr()
-    assert found.numel() * 4 == tensor.numel() * tensor.element_size()
+    def pairs(self, values: torch.Tensor, joined: torch.Tensor, flags: int) -> None:
+        TorchSteps().pairs(values, joined, flags)
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("steps", "text"),
     [
-        torch.zeros(3, dtype=torch.bfloat16),
-        torch.zeros(9, dtype=torch.bfloat16)[1:],
-        torch.zeros(4, dtype=torch.complex64),
+        (Failing(0, None), "the digest of 1 bytes is wrong"),
+        (Failing(0, RuntimeError("no compiler\nat all")), "no compiler"),
+        (Failing(4, RuntimeError("out of memory")), "out of memory"),
     ],
-    ids=["half a word", "unaligned offset", "complex"],
+    ids=["wrong", "fails", "fails later"],
 )
-def test_as_words_unaligned(tensor: torch.Tensor) -> None:
-    assert as_words(tensor) is None
-    assert device_hashes(tensor) is None
+def test_hasher_leaves_failures_to_the_host(
+    steps: Failing, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    hasher = DeviceHasher(steps, CPU)
+    with caplog.at_level(logging.WARNING, "vlcache_fx"):
+        assert hasher.digest(torch.ones(8, dtype=torch.uint8)) is None
+        calls = steps.calls
+        assert hasher.digest(torch.ones(8, dtype=torch.uint8)) is None
+    assert steps.calls == calls
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"cannot hash on cpu, the host hashes instead: {text}")
 
 
-def test_process_keys_are_random_and_cached() -> None:
-    keys = process_keys(CPU)
-    assert keys is process_keys(CPU)
-    assert keys.shape == (KEYS, BLOCK_WORDS)
-    assert len(set(keys.flatten().tolist())) == keys.numel()
-    assert keys.min() < -(2**62)
-    assert keys.max() > 2**62
+def test_hasher_checks_once() -> None:
+    steps = Failing(100, None)
+    hasher = DeviceHasher(steps, CPU)
+    hasher.digest(torch.ones(8, dtype=torch.uint8))
+    checks = steps.calls - 1
+    hasher.digest(torch.ones(8, dtype=torch.uint8))
+    assert (checks, steps.calls) == (4, checks + 2)
+
+
+def test_digest_of_a_device_is_that_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = torch.arange(LARGE_BYTES // 4 + 3, dtype=torch.float32)
+    tensors = [
+        values,
+        values.view(-1, 1),
+        values[1:],
+        values.to(torch.bfloat16).repeat(2)[1:],
+        values.neg()._neg_view(),
+    ]
+    on_host = [content_digest([tensor]) for tensor in tensors]
+    hasher = DeviceHasher(TorchSteps(), CPU)
+    seen: list[bytes | None] = []
+
+    def digest(tensor: torch.Tensor) -> bytes | None:
+        seen.append(hasher.digest(byte_view(tensor)))
+        return seen[-1]
+
+    monkeypatch.setattr("vlcache_fx.keys.digest.device_digest", digest)
+    assert [content_digest([tensor]) for tensor in tensors] == on_host
+    assert len(seen) == len(tensors)
+    assert None not in seen
+
+
+def test_byte_view_is_aligned() -> None:
+    data = torch.arange(100, dtype=torch.uint8)
+    assert byte_view(data).data_ptr() == data.data_ptr()
+    for offset in (1, 2, 3, 4):
+        view = byte_view(data[offset:])
+        assert view.data_ptr() % 4 == 0
+        assert torch.equal(view, data[offset:])
+    assert torch.equal(byte_view(torch.ones(2, 3).t()), byte_view(torch.ones(6)))
+
+
+def test_hasher_of_the_host() -> None:
+    assert hasher_of(CPU).digest(torch.ones(8, dtype=torch.uint8)) is None
+    assert device_digest.device_digest(torch.ones(8)) is None
+
+
+INTERPRETED = """
+import torch
+from blake3 import blake3
+from vlcache_fx.keys.tree_hash import tree_digest
+from vlcache_fx.keys import triton_blake3
+from vlcache_fx.keys.triton_blake3 import TritonSteps
+triton_blake3.LANES = 2  # several programs
+for nbytes in (1, 130, 5 * 1024 + 7):
+    data = torch.arange(nbytes).mul(7919).remainder(256).to(torch.uint8)
+    assert tree_digest(data, TritonSteps()).numpy().tobytes() == blake3(data.numpy().data).digest(), nbytes
+print("equal")
+"""
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import triton
+from vlcache_fx.keys import triton_blake3 as kernels
+signatures = {
+    kernels._chunks: ("*words", "*values", "count", "first", "used_bytes", "flags"),
+    kernels._pairs: ("*values", "*joined", "count", "length", "flags"),
+}
+for kernel, names in signatures.items():
+    signature = {name.strip("*"): "*i32" if name[0] == "*" else "i32" for name in names}
+    source = ASTSource(kernel, signature | {"size": "constexpr"}, constexprs={(len(signature),): 128})
+    assert ".visible .entry" in triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["ptx"]
+print("compiled")
+"""
+
+
+def with_triton(code: str, cache: Path, **environment: str) -> str:
+    """Run code in an interpreter of its own, because Triton's interpreter replaces the compiler for good."""
+    if find_spec("triton") is None:
+        pytest.skip("needs Triton, which PyTorch for CUDA brings along")
+    variables = os.environ | environment | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        env=variables,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_equal_blake3(tmp_path: Path) -> None:
+    assert with_triton(INTERPRETED, tmp_path, TRITON_INTERPRET="1").endswith("equal\n")
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    assert with_triton(COMPILED, tmp_path).endswith("compiled\n")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nbytes", [1, 64, 1023, 1025, LARGE_BYTES, LARGE_BYTES + 3, (1 << 26) + 1025])
+def test_kernels_on_gpu(nbytes: int) -> None:
+    data = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    assert device_digest.device_digest(data.cuda()) == blake3(data.numpy().data).digest()
+
+
+@pytest.mark.gpu
+def test_digests_on_gpu_and_cpu_are_equal() -> None:
+    values = torch.randn(512, 517, dtype=torch.bfloat16)
+    for tensor in (values, values.t(), values.flatten()[1:], values[3:].float()):
+        assert content_digest([tensor.cuda()]) == content_digest([tensor])

@@ -116,6 +116,13 @@ def test_content_digest_format_is_stable() -> None:
     assert content_digest(parts) == "d30e4b5d7d37e407fab4c7f941c5a307d28152bfbef2b27725bf0374c0d7878c"
 
 
+def test_content_digest_format_of_large_tensors_is_stable() -> None:
+    # A digest of the tensor's digest, which devices compute.
+    large = torch.arange(1 << 16, dtype=torch.int32)
+    assert content_digest([large]) == "f709a81dd974b89c94b00203d4782c00c27b06ae09d19477053399da396491be"
+    assert content_digest([large[1:]]) == "bfe8204c7829739000442e0f35fc68387791200980298722c25d40438ee81458"
+
+
 @pytest.mark.parametrize("part", [object(), {1, 2}, {"a": 1}, [object()], torch.eye(2).to_sparse(), 1j])
 def test_content_digest_rejects_other_types(part: Any) -> None:
     with pytest.raises(StoreError):

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
+from vlcache_fx.integrations.encoder_weights import Dependence, EncoderWeights
 from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
-from vlcache_fx.integrations.module_state import ModuleState
-from vlcache_fx.integrations.module_tensors import ModuleTensors
-from vlcache_fx.integrations.object_graph import SMALL_BYTES
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope, parts_of
@@ -47,15 +45,15 @@ class EncoderCache:
 
     Args:
         encode: the encoder, with the pixels as first parameter and the grids, if any, as second.
-        module: the model; its weights and state are part of the keys.
+        module: the model; its weights and state are part of the keys, without its decoder's weights if the
+            encoder does not read them (``EncoderWeights``).
         modality: ``image`` or ``video``.
         engine: owns the store, options and counters.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
-        self._tensors = ModuleTensors(module, min_bytes=SMALL_BYTES + 1)
-        self._state = ModuleState(module, encode, weights=self._tensors)
+        self._weights = EncoderWeights(module, encode)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._pace = Pace()
@@ -87,28 +85,31 @@ class EncoderCache:
         items = self._items(call) if self._split else None
         if items is None or len(items) < 2:
             return self._undivided(call, began)
-        keys = self._keys(items, call)
-        if keys is None:
+        found = self._keys(items, call)
+        if found is None:
             return self.encode(*args, **kwargs)
+        keys, dependence = found
         outputs, claim = self._find_or_claim(keys, items)
         missing = [index for index, stored in enumerate(outputs) if stored is None]
         with claim:
             if missing:
-                output = self._run(call | _joined([items[index] for index in missing]))
+                new = call | _joined([items[index] for index in missing])
+                output, keys = self._run(new, keys, dependence, lambda: self._keys(items, call))
                 fields = feature_fields(output)
                 parts = None if fields is None else split_items(fields, len(missing))
                 if parts is None:
                     self._split = False
                     claim.end(())
-                    key = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
-                    if key is None:
+                    found = self._keys([_tensors(call)], call) if len(missing) == len(items) else None
+                    if found is None:
                         return self._undivided(call, began)
-                    return self._store_undivided(key[0], output, began, claim, call)
+                    return self._store_undivided(found[0], output, began, claim, call)
                 stored_keys = []
                 for index, part in zip(missing, parts, strict=True):
                     outputs[index] = (type(output).__name__, part)
-                    units = items[index][self._pixels_name].numel()
-                    stored_keys += self._put(keys[index], type(output), part, began, units)
+                    if keys:
+                        units = items[index][self._pixels_name].numel()
+                        stored_keys += self._put(keys[index], type(output), part, began, units)
                 claim.end(stored_keys)
         result = self._result(outputs)
         self._note(hit=not missing and result is not None)
@@ -128,24 +129,28 @@ class EncoderCache:
 
     def _undivided(self, call: dict[str, Any], began: int) -> Any:
         """Encode or look up a call as one item."""
-        keys = self._keys([_tensors(call)], call)
-        if keys is None:
+        found = self._keys([_tensors(call)], call)
+        if found is None:
             return self.encode(**call)
+        keys, dependence = found
         (stored,), claim = self._find_or_claim(keys, [_tensors(call)])
         with claim:
             result = None if stored is None else self._result([stored])
             self._note(hit=result is not None)
             if result is not None:
                 return result
-            return self._store_undivided(keys[0], self._run(call), began, claim, call)
+            output, keys = self._run(call, keys, dependence, lambda: self._keys([_tensors(call)], call))
+            return self._store_undivided(keys, output, began, claim, call)
 
-    def _store_undivided(self, key: str, output: Any, began: int, claim: Claim, call: dict[str, Any]) -> Any:
+    def _store_undivided(
+        self, keys: Sequence[EntryKey], output: Any, began: int, claim: Claim, call: dict[str, Any]
+    ) -> Any:
         fields = feature_fields(output)
-        if fields is None:
+        if fields is None or not keys:
             claim.end(())
             return output
         items = split_items(fields, 1) or [{name: (UNSPLIT, value) for name, value in fields.items()}]
-        claim.end(self._put(key, type(output), items[0], began, call[self._pixels_name].numel()))
+        claim.end(self._put(keys[0], type(output), items[0], began, call[self._pixels_name].numel()))
         return self._result([(type(output).__name__, items[0])]) or output
 
     def _note(self, *, hit: bool) -> None:
@@ -153,13 +158,32 @@ class EncoderCache:
         self._engine.count("encoder_hits" if hit else "encoder_misses")
         self._engine.pending.note_encoder(hit=hit)
 
-    def _run(self, call: dict[str, Any]) -> Any:
+    def _run(
+        self,
+        call: dict[str, Any],
+        keys: list[EntryKey],
+        dependence: Dependence,
+        again: Callable[[], tuple[list[EntryKey], Dependence] | None],
+    ) -> tuple[Any, list[EntryKey]]:
+        """Encode; return the output and the keys to store it under, none if these are unknown.
+
+        Args:
+            call: arguments of the encoder.
+            keys: keys that were looked up.
+            dependence: what they cover.
+            again: computes the keys again, if the run shows that they cover too little.
+        """
         is_fast = self._engine.lowering.name == "inductor"
-        timing = self._engine.timing(self._pace, call[self._pixels_name].numel())
-        with FastAttention() if is_fast else contextlib.nullcontext(), timing:
-            output = self.encode(**call)
+
+        def encode() -> Any:
+            timing = self._engine.timing(self._pace, call[self._pixels_name].numel())
+            with FastAttention() if is_fast else contextlib.nullcontext(), timing:
+                return self.encode(**call)
+
+        output, held = self._weights.run(encode, dependence)
         self._classes[type(output).__name__] = type(output)
-        return output
+        found = (keys, dependence) if held else again()
+        return output, [] if found is None else found[0]
 
     def _items(self, call: dict[str, Any]) -> list[Item] | None:
         """Return the tensors of each item, or None if the arguments cannot be split."""
@@ -182,15 +206,16 @@ class EncoderCache:
             for index, part in enumerate(parts)
         ]
 
-    def _keys(self, items: list[Item], call: dict[str, Any]) -> list[EntryKey] | None:
-        """Return a key per item, or None if an argument or a weight cannot be part of a key."""
-        # The weights that an encoder reads are unknown here; the model's are a safe superset. They are listed
-        # in every call, because adapters add parameters and loading can replace them.
-        state = self._state.digest()
-        if state is None or self._module.training:  # encoders may apply dropout in training
+    def _keys(self, items: list[Item], call: dict[str, Any]) -> tuple[list[EntryKey], Dependence] | None:
+        """Return a key per item and what they cover; None if something cannot be part of a key."""
+        if self._module.training:  # encoders may apply dropout
             return None
         try:
-            weights = self._engine.fingerprints.of(self._tensors())
+            # In every call, because adapters add parameters and loading can replace them.
+            dependence = self._weights.current()
+            if dependence.state is None:
+                return None
+            weights = self._engine.fingerprints.of(dependence.weights)
         except UnreadableWeightsError as error:
             self._engine.refuse_weights(error)
             return None
@@ -198,7 +223,8 @@ class EncoderCache:
         lengths = [item[self._pixels_name].shape[0] for item in items]
         arithmetic = numerics(device_type_of(call.values()))
         scope = KeyScope(self._engine.key_salt, weights)
-        common = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
+        state = (dependence.state, dependence.unread_dtypes)
+        common: dict[str, Part] = {"state": state, "numerics": arithmetic, "modality": self._pixels_name}
         try:
             contents = digest_rows(call[self._pixels_name], row_ranges(lengths), threaded=True)
             keys = [
@@ -213,10 +239,10 @@ class EncoderCache:
                 )
                 for content, item in zip(contents, items, strict=True)
             ]
-            self._engine.pending.note_parts(self._modality, [key.parts for key in keys])
-            return keys
         except StoreError:
             return None
+        self._engine.pending.note_parts(self._modality, [key.parts for key in keys])
+        return keys, dependence
 
     def _get(self, key: str) -> tuple[str, Fields] | None:
         entry = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,11 @@ class ModuleTensors:
         module: the module.
         min_bytes: smaller tensors in plain attributes are left out: models store results there, and
             ``ModuleState`` finds the ones that are read.
+        without: submodules to leave out, with all that is found through them alone.
     """
 
-    def __init__(self, module: nn.Module, *, min_bytes: int = 0) -> None:
-        self._module, self._min_bytes = module, min_bytes
+    def __init__(self, module: nn.Module, *, min_bytes: int = 0, without: Sequence[nn.Module] = ()) -> None:
+        self._module, self._min_bytes, self._without = module, min_bytes, tuple(without)
         self._modules: list[nn.Module] = []
         self._children: list[nn.Module | None] = []
         self._names: list[list[str]] = []
@@ -49,7 +50,8 @@ class ModuleTensors:
             UnreadableWeightsError: packed weights cannot be unpacked.
         """
         if not self._modules or self._children != _children(self._modules):
-            self._modules = list(self._module.modules())
+            found_by_name = self._module.named_modules(memo=set(self._without))
+            self._modules = [module for _, module in found_by_name]
             self._children = _children(self._modules)
             self._names = []
         names = [list(vars(module)) for module in self._modules]

@@ -9,7 +9,7 @@ import enum
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import PurePath
 from typing import Any, TypeAlias
@@ -37,6 +37,11 @@ IRRELEVANT_MODULES = frozenset(
     {"_contextvars", "_thread", "_weakref", "inspect", "logging", "threading", "warnings", "weakref"}
 )
 """Modules whose objects do not affect computations: locks, loggers, signatures."""
+
+PROVENANCE = frozenset(
+    {"_name_or_path", "_commit_hash", "transformers_version", "architectures", "model_type"}
+)
+"""Attributes of configurations that say where a model came from. The class says the type of model."""
 
 SMALL_BYTES = 1 << 20
 """Tensors in plain attributes are hashed in every call up to this size."""
@@ -88,11 +93,17 @@ class ObjectGraph:
             return f"{type(value).__name__} {value!r}"
         if isinstance(value, BY_NAME):
             return f"{type(value).__name__} {getattr(value, '__module__', '')}.{value.__name__}"
+        if type(value) in (tuple, frozenset) and _is_constant(value):
+            # Not numbered: whether equal constants are one object depends on how Python loaded the code.
+            return f"{type(value).__name__} [{', '.join(self._texts(value))}]"
         if id(value) in self._numbers:
             return f"#{self._numbers[id(value)]}"
+        self._number(value)
+        return self._describe(value)
+
+    def _number(self, value: Any) -> None:
         self._numbers[id(value)] = len(self._numbers)
         self._kept.append(value)
-        return self._describe(value)
 
     def _describe(self, value: Any) -> str:
         match value:
@@ -117,7 +128,7 @@ class ObjectGraph:
             case types.CodeType():
                 return self._code(value)
             case dict() | types.MappingProxyType():
-                self._note(lambda: (*value.keys(), *value.values()))
+                self._note(functools.partial(_of_mapping, value))
                 pairs = [f"{self.text(key)}: {self.text(item)}" for key, item in value.items()]
                 return f"{type(value).__name__} {{{', '.join(pairs)}}}" + self._attributes(value)
             case list() | tuple():
@@ -125,8 +136,13 @@ class ObjectGraph:
                 return f"{type(value).__name__} [{', '.join(map(self.text, value))}]"
             case AbstractSet():
                 self._note(lambda: tuple(value))
-                return f"set {sorted(map(self.text, value))}"
+                return f"set {self._texts(value)}"
         return self._object(value)
+
+    def _texts(self, values: Iterable[Any]) -> list[str]:
+        # Numbers follow the order of visits, which must not be that of a set, another one in each process.
+        ordered = sorted(values, key=_name) if isinstance(values, AbstractSet) else values
+        return [self.text(value) for value in ordered]
 
     def _note(self, read: Callable[[], tuple[Any, ...]]) -> None:
         self.notes.append((read, read()))
@@ -233,7 +249,29 @@ class ObjectGraph:
             return f"{kind.__module__}.{kind.__qualname__}"
         if not hasattr(value, "__dict__") or not _is_of_python(kind):
             raise UnknownStateError(f"a {kind.__module__}.{kind.__qualname__}")
+        if hasattr(kind, "to_json_string"):
+            return f"{self.text(kind)} {self._configuration(value)}"
         return f"{self.text(kind)}{self._attributes(value)}"
+
+    def _configuration(self, value: Any) -> str:
+        """Describe a configuration of the transformers library by its settings, in the order of their names.
+
+        A model that was built and one that was loaded, from whichever folder, have equal settings.
+        """
+        self._note(lambda: tuple(vars(value).values()))
+        return self._sorted({name: item for name, item in vars(value).items() if name not in PROVENANCE})
+
+    def _sorted(self, settings: dict[Any, Any]) -> str:
+        texts = []
+        for name, item in sorted(settings.items(), key=lambda pair: str(pair[0])):
+            if type(item) is dict and id(item) not in self._numbers:  # files sort these as well
+                self._number(item)
+                self._note(functools.partial(_of_mapping, item))
+                texts.append(f"{self.text(name)}: {self._sorted(item)}")
+            else:
+                named = getattr(torch, item, None) if name == "dtype" and isinstance(item, str) else None
+                texts.append(f"{self.text(name)}: {self.text(named or item)}")
+        return f"{{{', '.join(texts)}}}"
 
     def _attributes(self, value: Any) -> str:
         attributes = getattr(value, "__dict__", None)
@@ -241,6 +279,20 @@ class ObjectGraph:
             return ""
         self._note(lambda: tuple(vars(value).values()))
         return f" ({', '.join(f'{name}={self.text(item)}' for name, item in list(attributes.items()))})"
+
+
+def _of_mapping(mapping: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return (*mapping.keys(), *mapping.values())
+
+
+def _is_constant(value: Any) -> bool:
+    return type(value) in PLAIN or (type(value) in (tuple, frozenset) and all(map(_is_constant, value)))
+
+
+def _name(value: Any) -> str:
+    """Return what sorts the members of a set in the same order in every process."""
+    named = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return f"{type(value).__name__} {value!r}" if _is_constant(value) else named
 
 
 def _is_of_python(kind: type) -> bool:

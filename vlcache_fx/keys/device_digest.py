@@ -1,82 +1,105 @@
-"""Digest of device tensors without copying their bytes to the host: a keyed hash of blocks, at memory speed.
+"""BLAKE3 of a tensor on a GPU, computed there: the digest that the host computes from the same bytes.
 
-Copying a photo's features to the host and hashing them there takes longer than a warm prefill. A random
-linear map hashes each block on the device, with a secret key per process (multilinear hashing; Lemire and
-Kaser, arXiv 1202.4961). Only the hashes, 1/500 of the bytes, are copied to the host. Over the choice of the
-key, two different blocks share their hashes with probability at most 2**-128. Every process has its own key,
-so these digests are valid within one process.
+Copying a photo's features to the host and hashing them there takes longer than a warm prefill. Kernels hash
+them on the device; only the digest is copied. So keys are the same on every device, in every process and on
+every machine. They need no secret: nobody can find other bytes with the same digest of a cryptographic hash,
+whether or not they know how it is computed. The secret of a store authenticates what is read back from it, it
+does not make keys.
 """
 
 from __future__ import annotations
 
 import functools
-import secrets
+import logging
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from vlcache_fx.keys.tensor_bytes import flat, plain
+from vlcache_fx.keys.tensor_bytes import flat, plain, reading_bytes
+from vlcache_fx.keys.tree_hash import CHUNK_BYTES, Steps, tree_digest
 
-BLOCK_WORDS = 4096
-"""32-bit words of a block."""
+_log = logging.getLogger("vlcache_fx")
 
-KEYS = 4
-"""64-bit hashes per block."""
-
-CHUNK_BLOCKS = 2048
-"""Blocks per step; bounds the scratch memory to about 150 MB."""
+CHECKED_BYTES = (1, 3 * CHUNK_BYTES, 4 * CHUNK_BYTES + 65)
+"""Lengths that are compared with the host before the first use of a device."""
 
 
-def block_hashes(words: Tensor, keys: Tensor) -> Tensor:
-    """Hash every block of ``words``.
+class DeviceHasher:
+    """BLAKE3 on one device. The first failure or difference is logged; from then on the host hashes.
 
     Args:
-        words: int32 [words], contiguous. The last block is padded with zeros, so callers must compare
-            lengths separately.
-        keys: int64 [KEYS, BLOCK_WORDS], random, on the same device.
+        steps: computes the steps of the tree; None if the device cannot.
+        device: the device.
+    """
+
+    def __init__(self, steps: Steps | None, device: torch.device) -> None:
+        self._steps, self._device = steps, device
+        self._was_checked = False
+
+    def digest(self, data: Tensor) -> bytes | None:
+        """Return the digest of bytes on this device, see ``tree_digest``; None where the host has to hash."""
+        if self._steps is None:
+            return None
+        try:
+            if not self._was_checked:
+                self._check(self._steps)
+                self._was_checked = True
+            return _bytes_of(tree_digest(data, self._steps))
+        except Exception as error:  # noqa: BLE001 - compilers and drivers raise anything
+            self._steps = None
+            text = str(error).partition("\n")[0]
+            _log.warning("vlcache: cannot hash on %s, the host hashes instead: %s", self._device, text)
+            return None
+
+    def _check(self, steps: Steps) -> None:
+        for nbytes in CHECKED_BYTES:
+            data = torch.arange(nbytes).remainder(251).to(torch.uint8)
+            found = _bytes_of(tree_digest(data.to(self._device), steps))
+            if found != blake3(data.numpy().data).digest():
+                raise ValueError(f"the digest of {nbytes} bytes is wrong")
+
+
+@functools.cache
+def hasher_of(device: torch.device) -> DeviceHasher:
+    """Return the hasher of a device: kernels for CUDA, none for others."""
+    if device.type != "cuda":
+        return DeviceHasher(None, device)
+    try:
+        from vlcache_fx.keys.triton_blake3 import TritonSteps
+
+        return DeviceHasher(TritonSteps(), device)
+    except Exception as error:  # noqa: BLE001 - see above
+        _log.warning("vlcache: cannot hash on %s, the host hashes instead: %s", device, error)
+        return DeviceHasher(None, device)
+
+
+def device_digest(tensor: Tensor) -> bytes | None:
+    """Return the BLAKE3 digest of a tensor's values in row-major order, computed on its device.
+
+    Args:
+        tensor: of at least one byte.
 
     Returns:
-        int64 [blocks, KEYS]: sums of the products of words and keys, modulo 2**64.
+        32 bytes; None where the host has to hash.
+
+    Raises:
+        StoreError: the tensor has no plain bytes (fake, meta).
     """
-    blocks, rest = divmod(words.numel(), BLOCK_WORDS)
-    whole = words[: blocks * BLOCK_WORDS].view(blocks, BLOCK_WORDS)
-    chunks = list(torch.split(whole, CHUNK_BLOCKS)) if blocks else []
-    hashes = [_hash(chunk, keys) for chunk in chunks]
-    if rest or not blocks:
-        hashes.append(_hash(words[blocks * BLOCK_WORDS :].view(1, rest), keys[:, :rest]))
-    return torch.cat(hashes)
-
-
-def _hash(blocks: Tensor, keys: Tensor) -> Tensor:
-    wide = blocks.to(torch.int64)
-    return torch.stack([(wide * key).sum(1) for key in keys], 1)
-
-
-def as_words(tensor: Tensor) -> Tensor | None:
-    """Return a view of a contiguous tensor's bytes as 32-bit words, or None where they are not aligned."""
-    size = tensor.element_size()
-    if tensor.is_complex() or (tensor.numel() * size) % 4 or (tensor.storage_offset() * size) % 4:
+    if tensor.device.type != "cuda":
         return None
-    return flat(tensor.detach()).view(torch.int32)
+    with torch.inference_mode(False), torch.no_grad():
+        with reading_bytes():
+            data = byte_view(tensor)
+        with torch.cuda.device(tensor.device):
+            return hasher_of(tensor.device).digest(data)
 
 
-@functools.cache
-def process_keys(device: torch.device) -> Tensor:
-    """Return this process's secret keys, int64 [KEYS, BLOCK_WORDS], on ``device``."""
-    with torch.inference_mode(False):
-        return _secret().to(device)
+def byte_view(tensor: Tensor) -> Tensor:
+    """Return the values in row-major order as uint8 [bytes]; a copy where kernels cannot read the memory."""
+    data = flat(plain(tensor)).view(torch.uint8)
+    return data if data.data_ptr() % 4 == 0 and data.storage_offset() % 4 == 0 else data.clone()
 
 
-@functools.cache
-def _secret() -> Tensor:
-    drawn = bytearray(secrets.token_bytes(8 * KEYS * BLOCK_WORDS))
-    return torch.frombuffer(drawn, dtype=torch.int64).view(KEYS, BLOCK_WORDS)
-
-
-def device_hashes(tensor: Tensor) -> Tensor | None:
-    """Return the block hashes of a tensor's values in row-major order, on the CPU: int64 [blocks, KEYS].
-
-    Returns None where the bytes cannot be read as 32-bit words.
-    """
-    words = as_words(plain(tensor))
-    return None if words is None else block_hashes(words, process_keys(words.device)).cpu()
+def _bytes_of(words: Tensor) -> bytes:
+    return words.cpu().numpy().astype("<i4").tobytes()

@@ -1,7 +1,8 @@
 """Complete keys: different lists of parts never share a digest.
 
 Each part contributes a type tag, its length and its bytes, so the hashed stream is unambiguous: a 30x150 and
-a 150x30 image with the same bytes differ, and so do ("ab", "c") and ("a", "bc"). The hash is BLAKE3.
+a 150x30 image with the same bytes differ, and so do ("ab", "c") and ("a", "bc"). The hash is BLAKE3. Digests
+are the same in every process and on every device.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from blake3 import blake3
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.keys.device_digest import device_hashes
+from vlcache_fx.keys.device_digest import device_digest
 from vlcache_fx.keys.tensor_bytes import flat, plain, reading_bytes
 
 Part: TypeAlias = bool | int | float | str | bytes | Tensor | tuple["Part", ...] | list["Part"] | None
 
-# Smaller tensors are copied to the host: launching kernels takes longer than copying.
-_DEVICE_BYTES = 1 << 18
+LARGE_BYTES = 1 << 18
+"""Tensors of this size or more contribute the BLAKE3 digest of their bytes, others the bytes.
+
+A device can compute the former. Smaller tensors are copied to the host: launching kernels takes longer.
+"""
 
 # Smaller tensors are hashed by one thread: waking others takes longer than hashing.
 _THREADED_BYTES = 1 << 20
@@ -37,22 +41,15 @@ def content_digest(parts: Sequence[Part], *, threaded: bool = False) -> str:
     Args:
         parts: strings, bytes, numbers, booleans, None, tensors, and tuples or lists of them. Tensors
             contribute dtype, shape and values, not strides. A tuple differs from a list, 1 from 1.0 and True,
-            0.0 from -0.0. Large device tensors contribute hashes computed on the device (``device_digest``);
-            such a digest is valid within this process.
-        threaded: hash with a thread per core if a top-level part is a large CPU tensor. Slower right after
-            OpenMP work, as within a request, because OpenMP's threads keep spinning for a while.
+            0.0 from -0.0. Large tensors on a GPU are hashed there (``device_digest``).
+        threaded: hash large CPU tensors with a thread per core. Slower right after OpenMP work, as within a
+            request, because OpenMP's threads keep spinning for a while.
 
     Raises:
         StoreError: a part has another type, or is a tensor without plain bytes.
     """
-    is_large = any(
-        isinstance(part, Tensor)
-        and part.device.type == "cpu"
-        and part.numel() * part.element_size() >= _THREADED_BYTES
-        for part in parts
-    )
-    hasher = blake3(max_threads=blake3.AUTO if threaded and is_large else 1)
-    _write_parts(hasher, b"l", parts)
+    hasher = blake3()
+    _write_parts(hasher, b"l", parts, threaded)
     return hasher.hexdigest()
 
 
@@ -61,13 +58,13 @@ def _write(hasher: _Hasher, tag: bytes, data: bytes | memoryview) -> None:
     hasher.update(data)
 
 
-def _write_parts(hasher: _Hasher, tag: bytes, parts: Sequence[Part]) -> None:
+def _write_parts(hasher: _Hasher, tag: bytes, parts: Sequence[Part], threaded: bool) -> None:
     hasher.update(tag + struct.pack("<Q", len(parts)))
     for part in parts:
-        _write_part(hasher, part)
+        _write_part(hasher, part, threaded)
 
 
-def _write_part(hasher: _Hasher, part: Part) -> None:
+def _write_part(hasher: _Hasher, part: Part, threaded: bool) -> None:
     match part:
         case None:
             _write(hasher, b"n", b"")
@@ -82,31 +79,28 @@ def _write_part(hasher: _Hasher, part: Part) -> None:
         case bytes():
             _write(hasher, b"b", part)
         case Tensor():
-            _write_tensor(hasher, part)
+            _write_tensor(hasher, part, threaded)
         case tuple():
-            _write_parts(hasher, b"t", part)
+            _write_parts(hasher, b"t", part, threaded)
         case list():
-            _write_parts(hasher, b"l", part)
+            _write_parts(hasher, b"l", part, threaded)
         case _:
             raise StoreError(f"a {type(part).__name__} cannot be part of a key")
 
 
-def _write_tensor(hasher: _Hasher, tensor: Tensor) -> None:
+def _write_tensor(hasher: _Hasher, tensor: Tensor, threaded: bool) -> None:
     hasher.update(b"T")
     _write(hasher, b"s", str(tensor.dtype).encode())
-    _write_parts(hasher, b"t", tuple(int(size) for size in tensor.shape))
-    hashes = _hash_on_device(tensor)
-    if hashes is not None:
-        _write(hasher, b"d", tensor_bytes(hashes))
-    else:
+    _write_parts(hasher, b"t", tuple(int(size) for size in tensor.shape), threaded=False)
+    nbytes = tensor.numel() * tensor.element_size()
+    if nbytes < LARGE_BYTES:
         _write(hasher, b"b", tensor_bytes(tensor))
-
-
-def _hash_on_device(tensor: Tensor) -> Tensor | None:
-    if tensor.device.type != "cuda" or tensor.numel() * tensor.element_size() < _DEVICE_BYTES:
-        return None
-    with reading_bytes():
-        return device_hashes(tensor)
+        return
+    digest = device_digest(tensor)
+    if digest is None:
+        threads = blake3.AUTO if threaded and nbytes >= _THREADED_BYTES else 1
+        digest = blake3(tensor_bytes(tensor), max_threads=threads).digest()
+    _write(hasher, b"d", digest)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -134,7 +134,9 @@ def _state(value: Any, leaves: list[Tensor], depth: int) -> Part:
             return "tensor"
         case Tensor():
             return _flatten(value, leaves, inner)
-        case torch.dtype() | torch.device() | torch.layout() | torch.memory_format() | torch.qscheme():
+        case torch.device():
+            return "device"  # the same bytes are the same weights everywhere
+        case torch.dtype() | torch.layout() | torch.memory_format() | torch.qscheme():
             return (type(value).__name__, str(value))
         case torch.SymInt() | torch.SymFloat() | torch.SymBool():
             raise UnreadableWeightsError("a weight has a symbolic size")
@@ -162,10 +164,11 @@ def _state(value: Any, leaves: list[Tensor], depth: int) -> Part:
 
 
 def _outer(tensor: Tensor) -> Part:
+    # Without the device: the same bytes are the same weights everywhere.
     sizes = [*tensor.shape, *(tensor.stride() if tensor.layout is torch.strided else ())]
     if not all(isinstance(size, int) for size in sizes):
-        return [str(tensor.dtype), str(tensor.device.type), tensor.dim()]  # ragged: leaves have the sizes
-    return [str(tensor.dtype), str(tensor.device.type), *(int(size) for size in sizes)]
+        return [str(tensor.dtype), tensor.dim()]  # ragged: leaves have the sizes
+    return [str(tensor.dtype), *(int(size) for size in sizes)]
 
 
 def _has_own_dispatch(kind: type[Tensor]) -> bool:

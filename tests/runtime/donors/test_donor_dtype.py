@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.runtime.donors.donor_dtype import Packing, check_device, is_packed, rows_of, slots_of
-from vlcache_fx.runtime.donors.refine import admit_item, contexts_of, exact_donor, exact_key, packed
+from vlcache_fx.runtime.donors.refine import admit_item, contexts_of, exact_donor, exact_key
+from vlcache_fx.runtime.donors.refine import packed as pack_donor
 from vlcache_fx.runtime.donors.tables import fits, tables
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.spec.decoder import RowSpec
@@ -64,7 +65,7 @@ def packed(
     specs = specs_of(layout, dtype or rows.dtype)
     shape, dim = LAYOUTS[layout]
     packing = Packing(donor_dtype, specs)
-    return packed(exact_donor({str(slot): rows for slot in specs}, shape[dim], "a"), packing), specs
+    return pack_donor(exact_donor({str(slot): rows for slot in specs}, shape[dim], "a"), packing), specs
 
 
 def largest_error(rows: Tensor, donor: Entry, slot: StoredSlot) -> Tensor:
@@ -138,7 +139,7 @@ def test_rows_that_are_not_finite_keep_their_dtype(bad: float, donor_dtype: str)
     spoilt = good.clone()
     spoilt[0, 1, 2, 3] = bad
     rows = {"0.k": good, "0.v": spoilt, "residual": good}
-    donor = packed(exact_donor(rows, 5, "a"), Packing(donor_dtype, specs))
+    donor = pack_donor(exact_donor(rows, 5, "a"), Packing(donor_dtype, specs))
     assert fits(donor, specs, 5)
     assert slots_of(donor) == set(rows)
     assert donor.tensors["0.k"].dtype != torch.float32
@@ -176,7 +177,7 @@ def test_bytes_of_packed_rows(dtype: torch.dtype, donor_dtype: str, ratio: float
     rows = torch.randn(1, 2, 1024, 64).to(dtype)
     spec = RowSpec(2, name_of(dtype), (1, 2, None, 64))
     specs: dict[StoredSlot, RowSpec] = {Key(0): spec, Value(0): spec}
-    donor = packed(exact_donor({"0.k": rows, "0.v": rows}, 1024, "a"), Packing(donor_dtype, specs))
+    donor = pack_donor(exact_donor({"0.k": rows, "0.v": rows}, 1024, "a"), Packing(donor_dtype, specs))
     assert donor.nbytes <= ratio * 2 * rows.nbytes
 
 
