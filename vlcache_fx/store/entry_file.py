@@ -7,6 +7,7 @@ that are torn, flipped, of another key or written without the secret are noticed
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -111,9 +112,9 @@ def read_metadata(path: Path, secret: bytes) -> tuple[str, dict[str, Json]]:
     """
     handle = open_file(path)
     try:
-        metadata = Header(handle).metadata
-        authenticate(metadata, secret)
-        return metadata["key"], json.loads(metadata["info"])
+        header = Header(handle)
+        authenticate(header, secret)
+        return header.metadata["key"], json.loads(header.metadata["info"])
     finally:
         os.close(handle)
 
@@ -145,27 +146,42 @@ class Header:
             with safe_open(f"/dev/fd/{handle}", "pt") as file:
                 self.metadata: Mapping[str, str] = file.metadata() or {}
                 self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, MemoryError) as error:  # the mapping failed
+            raise OSError(str(error)) from error
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedEntryError(f"it is no whole safetensors file: {error}") from error
 
 
 def open_file(path: Path) -> int:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedEntryError("it is a link") from error
+        raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise DamagedEntryError("it is no regular file")
     return handle
 
 
-def authenticate(metadata: Mapping[str, str], secret: bytes, key: str | None = None) -> None:
+def authenticate(header: Header, secret: bytes, key: str | None = None) -> None:
+    """Check that a file's metadata is what a store with this secret wrote, for this key if one is given.
+
+    Raises:
+        DamagedEntryError: it is not.
+    """
+    metadata = header.metadata
     if metadata.get("format") != FORMAT:
-        raise DamagedEntryError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+        raise DamagedEntryError(f"its format is {metadata.get('format', '')[:40]!r}, not {FORMAT!r}")
     if not secrets.compare_digest(
         _code_of_metadata(secret, metadata).encode(), metadata.get("code", "").encode()
     ):
         raise DamagedEntryError("its metadata was not written with this store's secret")
-    if key is not None and metadata.get("key") != key:
-        raise DamagedEntryError(f"it has another key, {metadata.get('key')!r}")
+    if key is not None and metadata["key"] != key:
+        raise DamagedEntryError(f"it is the entry of another key, {metadata['key']}")
+    if {name for name, _ in json.loads(metadata["codes"])} != header.tensors.keys():
+        raise DamagedEntryError("its tensors are not those that were stored")
 
 
 def _code_of_metadata(secret: bytes, metadata: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from vlcache_fx.errors import DamagedEntryError, OptionError, StoreClosedError, 
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry, Json
-from vlcache_fx.store.entry_file import Writer, encode, inode_of, read_metadata
+from vlcache_fx.store.entry_file import Writer, encode, read_metadata
 from vlcache_fx.store.file_folder import Folder
 from vlcache_fx.store.file_index import FileIndex
 from vlcache_fx.store.jobs import Jobs
@@ -79,8 +79,9 @@ class FileStore(Store):
         self._folder = Folder(path)
         self._is_writable = self._folder.prepare()
         self._secret = load_secret(path / "secret") if secret is None else secret
+        scan = functools.partial(_scan, self._folder, self._secret)  # without a reference to this store
         marker = authentication_code(self._secret, b"marker")
-        self._index = FileIndex(self._folder, self._is_writable, marker, capacity_bytes, self._scan)
+        self._index = FileIndex(self._folder, self._is_writable, marker, capacity_bytes, scan)
         self._close_index = weakref.finalize(self, self._index.close)
         if self._is_writable:
             if not keeps_capacity:
@@ -114,33 +115,30 @@ class FileStore(Store):
         path = self._folder.path_of(key)
         try:
             return OpenedFile(path, key, self._secret, self._reads == "mapped", self._set_aside)
-        except DamagedEntryError as error:
-            with contextlib.suppress(OSError):
-                self._drop_damaged(key, inode_of(path.lstat()), str(error))
+        except DamagedEntryError:
+            return None
         except (FileNotFoundError, NotADirectoryError):
             self._jobs.submit(functools.partial(self._check_vanished, key))
         except OSError as error:
             self._tally.failed("read", f"entry {key} cannot be read: {error.strerror or error}")
         return None
 
-    def _set_aside(self, opened: OpenedFile, cause: str) -> None:
-        self._drop_damaged(opened.key, opened.inode, cause)
-
-    def _drop_damaged(self, key: str, inode: tuple[int, int] | None, cause: str) -> None:
-        where = "it stays, the folder is read-only"
-        if self._is_writable:
-            where = "set aside"
-            try:
-                self._index.set_aside(key, inode)
-            except StoreError as error:
-                where = f"it stays: {error}"
+    def _set_aside(self, key: str, inode: tuple[int, int] | None, cause: str) -> None:
         self._tally.count("damaged")
-        log.warning("vlcache: entry %s is damaged, %s: %s", key, where, " ".join(cause.split()))
+        text = f"entry {key} is damaged: {cause}"
+        if not self._is_writable:
+            self._tally.failed("read", text)
+            return
+        try:
+            if self._index.set_aside(key, inode):  # else another process was faster
+                log.warning("vlcache: set aside: %s", " ".join(text.split()))
+        except StoreError as error:
+            self._tally.failed("read", f"{text}; it stays, since {error}")
 
     def _check_vanished(self, key: str) -> None:
         """Forget an entry whose file someone removed. Eviction commits after it removed files, so wait."""
         try:
-            if self._is_writable and self._index.has(key) and self._index.set_aside(key, None):
+            if self._is_writable and self._index.has(key) and self._index.forget_vanished(key):
                 self._tally.count("damaged")
                 log.warning("vlcache: the file of entry %s has vanished", key)
         except StoreError as error:
@@ -255,17 +253,18 @@ class FileStore(Store):
             with contextlib.suppress(StoreError):  # costs a better order of eviction
                 self._index.touch(touched)
 
-    def _scan(self) -> Iterator[tuple[str, int, float, Mapping[str, Json]]]:
-        for path in self._folder.files():
-            with contextlib.suppress(DamagedEntryError, OSError):
-                key, info = read_metadata(path, self._secret)
-                status = path.stat()
-                if path == self._folder.path_of(key):
-                    yield key, status.st_size, status.st_mtime, info
-
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosedError("the store is closed")
+
+
+def _scan(folder: Folder, secret: bytes) -> Iterator[tuple[str, int, float, Mapping[str, Json]]]:
+    for path in folder.files():
+        with contextlib.suppress(DamagedEntryError, OSError):
+            key, info = read_metadata(path, secret)
+            status = path.stat()
+            if path == folder.path_of(key):
+                yield key, status.st_size, status.st_mtime, info
 
 
 def open_file_store(url: StoreURL, capacity_bytes: int) -> FileStore:

@@ -131,6 +131,7 @@ class Folder:
     def new_file(self) -> Iterator[tuple[int, Path]]:
         """Create a file to write an entry to; it is locked as long as the body runs, then gone or renamed."""
         path = self.writing / f"{time.time_ns()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.writing.mkdir(mode=0o700, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -167,7 +168,7 @@ class Folder:
     def place(self, new: Path, key: str) -> None:
         """Give a written file its name, in place of an earlier file of the key."""
         path = self.path_of(key)
-        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True, parents=True)
         os.rename(new, path)
 
     def remove(self, key: str) -> None:
@@ -193,6 +194,7 @@ class Folder:
             if status.st_size > limit_bytes or not stat.S_ISREG(status.st_mode):
                 path.unlink()
                 return True
+            self.damaged.mkdir(mode=0o700, exist_ok=True)
             os.rename(path, self.damaged / f"{time.time_ns()}-{path.name}")
         except FileNotFoundError:
             return False

@@ -136,12 +136,18 @@ class FileIndex:
             )
 
     def set_aside(self, key: str, inode: tuple[int, int] | None) -> bool:
-        """Set a damaged file aside, unless another has replaced it; return whether there was an entry."""
+        """Set a damaged file aside; return False if it was replaced, or nothing is left to be done."""
         with self._connections.write() as tx:
             limit = int(rows.fact(tx, "capacity_bytes")) // 4
-            if not self._folder.set_aside(key, inode, limit) and self._folder.path_of(key).exists():
+            was_moved = self._folder.set_aside(key, inode, limit)
+            if not was_moved and self._folder.path_of(key).exists():
                 return False
-            return rows.forget(tx, key, "damaged")
+            return rows.forget(tx, key, "damaged") or was_moved
+
+    def forget_vanished(self, key: str) -> bool:
+        """Forget an entry whose file is gone; return whether there was one."""
+        with self._connections.write() as tx:
+            return not self._folder.path_of(key).exists() and rows.forget(tx, key, "damaged")
 
     def clear(self, selection: Selection | None) -> int:
         """Drop the selected entries; return how many."""

@@ -36,10 +36,8 @@ class OpenedFile:
         key: key of the entry that it must have.
         secret: secret of the store.
         is_mapped: use a mapping of the file; otherwise read into memory of its own.
-        damaged: is called once with the file and the cause, if a tensor's bytes turn out wrong.
-
-    Attributes:
-        inode: device and inode number, to tell the file from one that replaces it.
+        damaged: is called once if the file turns out wrong, with the key, the file's device and inode number
+            (to tell it from one that replaces it; None for what is no file) and the cause.
 
     Raises:
         DamagedEntryError: it is not the file of this key that this store wrote.
@@ -52,18 +50,21 @@ class OpenedFile:
         key: str,
         secret: bytes,
         is_mapped: bool,
-        damaged: Callable[[OpenedFile, str], None],
+        damaged: Callable[[str, tuple[int, int] | None, str], None],
     ) -> None:
         self.key, self._secret, self._report = key, secret, damaged
-        self._handle = open_file(path)
-        self._close = weakref.finalize(self, os.close, self._handle)
-        self.inode = inode_of(os.fstat(self._handle))
-        header = Header(self._handle)
-        authenticate(header.metadata, secret, key)
+        self._inode: tuple[int, int] | None = None
+        try:
+            self._handle = open_file(path)
+            self._close = weakref.finalize(self, os.close, self._handle)
+            self._inode = inode_of(os.fstat(self._handle))
+            header = Header(self._handle)
+            authenticate(header, secret, key)
+        except DamagedEntryError as error:
+            damaged(key, self._inode, str(error))
+            raise
         self.info: dict[str, Json] = json.loads(header.metadata["info"])
         self._codes: dict[str, str] = dict(json.loads(header.metadata["codes"]))
-        if self._codes.keys() != header.tensors.keys():
-            raise DamagedEntryError(f"entry {key}: its tensors are not those that were stored")
         # What is verified is what is used: places in the file follow from places in the mapping.
         first = min((tensor.data_ptr() for tensor in header.tensors.values() if tensor.nbytes), default=0)
         self._starts = {
@@ -111,7 +112,7 @@ class OpenedFile:
                 is_first = self._failure is None
                 self._failure = f"entry {self.key}: tensor {name!r}: {cause}"
             if is_first:
-                self._report(self, f"tensor {name!r}: {cause}")
+                self._report(self.key, self._inode, f"tensor {name!r}: {cause}")
             return
         self._verified.add(name)
         if len(self._verified) == len(self._codes):
