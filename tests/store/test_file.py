@@ -131,7 +131,13 @@ def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert store.stats().evictions == 1
     gone = store.evicted("b")
     assert gone is not None
-    assert (gone.key, gone.tier, gone.cause, gone.nbytes, gone.for_key) == ("b", "file", "capacity", SIZE, "d")
+    assert (gone.key, gone.tier, gone.cause, gone.nbytes, gone.for_key) == (
+        "b",
+        "file",
+        "capacity",
+        SIZE,
+        "d",
+    )
     assert store.evicted("a") is None
     assert [info.key for info in store.entries()] == ["c", "a", "d"]
     store.close()
@@ -268,7 +274,9 @@ def test_store_is_thread_safe(tmp_path: Path) -> None:
 
 @settings(max_examples=15)
 @given(st.lists(st.tuples(st.sampled_from("abcde"), st.integers(0, 3), st.booleans()), max_size=12))
-def test_bound_and_contents(tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]) -> None:
+def test_bound_and_contents(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]
+) -> None:
     """Whatever is stored: files stay within the bound, and what is found is what was stored last."""
     directory = tmp_path_factory.mktemp("store")
     capacity = 5 * SIZE // 2

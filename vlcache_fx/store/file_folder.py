@@ -112,7 +112,7 @@ class Folder:
                 os.write(handle, code.encode())
                 with contextlib.suppress(FileExistsError):
                     os.link(new, path)
-        if path.read_text(encoding="ascii", errors="replace") != code:
+        if path.read_bytes() != code.encode():
             raise StoreError(
                 f"the folder {self.path} was made with another secret: give that one, or another folder"
             )
