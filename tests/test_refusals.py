@@ -215,6 +215,7 @@ def test_reasons_are_covered() -> None:
         Reason.NO_SPAN, Reason.ONE_TOKEN, Reason.MISMATCH, Reason.CANNOT_WRITE, Reason.TOO_FEW_ROWS,
         Reason.GUARDED, Reason.NO_PLAN, Reason.PROGRAM_FAILED, Reason.NEW_ITEM, Reason.NOT_RECORDED,
         Reason.OTHER_WEIGHTS, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED,
+        Reason.DAMAGED_ENTRY,  # tests/runtime/test_damaged_donors.py
         Reason.INCOMPATIBLE_ENTRY, Reason.RECOMPUTED_TO_RECORD,
     }  # fmt: skip
     assert {*CASES, *elsewhere, *of_calls_and_spans} == set(Reason)

@@ -58,7 +58,10 @@ class StoreClosedError(StoreError):
 
 
 class DamagedEntryError(StoreError):
-    """The bytes of an entry are not those that were stored; names the key. The entry counts as a miss."""
+    """The bytes of an entry are not those that were stored; names the key.
+
+    The entry counts as a miss. Its store has logged it.
+    """
 
 
 class UnreadableWeightsError(StoreError):
@@ -132,6 +135,7 @@ class Reason(StrEnum):
     TOO_LARGE = "too_large", "its donor is too large for the store"
     STORE_CLOSED = "store_closed", "the store is closed"
     STORE_FAILED = "store_failed", "the store failed"
+    DAMAGED_ENTRY = "damaged_entry", "the stored bytes are not those of its donor, or of one used with it"
     INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor was recorded by a graph of another structure"
     RECOMPUTED_TO_RECORD = (
         "recomputed_to_record",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vlcache_fx.errors import (
+    DamagedEntryError,
     PlanError,
     PolicyError,
     Reason,
@@ -162,6 +163,8 @@ class ServingState:
             if self.options.strict:
                 raise
             self.count("store_failures")
+            if isinstance(error, DamagedEntryError):
+                return  # the store has logged it
             log.warning("vlcache: the store failed, computing without reuse: %s", error)
 
     def _log_closed(self) -> None:

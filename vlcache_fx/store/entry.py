@@ -111,6 +111,9 @@ class _Arriving(Mapping[str, Tensor]):
             self._waits[name]()
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # the inherited one reads the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

@@ -75,7 +75,7 @@ def admit_item(
         max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
     """
     donor = store.get(key) if max_contexts > 1 and key in store else None
-    if donor is None or not _match(donor.tensors, rows):
+    if donor is None or not _match(donor, rows):
         if donor is not None and rows.keys() < donor.tensors.keys():
             return True  # a graph that records more slots stored it; it serves this graph too
         return store.put(key, exact_donor(rows, length, before))
@@ -89,7 +89,7 @@ def admit_item(
     return store.put(key, refined(donor, rows, before))
 
 
-def _match(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:
-    return old.keys() == new.keys() and all(
-        (old[name].shape, old[name].dtype) == (new[name].shape, new[name].dtype) for name in old
+def _match(old: Entry, new: Mapping[str, Tensor]) -> bool:
+    return old.tensors.keys() == new.keys() and all(
+        (old.peek(name).shape, old.peek(name).dtype) == (new[name].shape, new[name].dtype) for name in new
     )

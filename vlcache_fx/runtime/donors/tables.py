@@ -13,7 +13,7 @@ from vlcache_fx.runtime.requests.blocks import Block
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.base import Store
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Wait
 
 
 def rows_of_sample(spec: RowSpec, recorded: Tensor, sample: int) -> Tensor:
@@ -37,21 +37,16 @@ def tables(
     """Return the donor table of each slot: the concatenated rows of all entries.
 
     A single donor is used without a copy. Donors of the host tier are copied on a side stream, in the order
-    of ``specs``, which is that of layers, while earlier layers compute. A single donor of a slow tier, on the
-    CPU, is pending: later layers may arrive while earlier ones compute.
+    of ``specs``, which is that of layers, while earlier layers compute. Donors of a slow tier, on the CPU, are
+    pending: later layers may arrive while earlier ones compute.
     """
 
     def table(slot: StoredSlot, dim: int) -> Tensor:
         parts = [entry.tensors[str(slot)].to(device, non_blocking=True) for entry in entries]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    if len(entries) == 1 and device.type == "cpu":
-        (entry,), slots = entries, [str(slot) for slot in specs]
-        waits = [entry.wait_of(slot) for slot in slots]
-        return {
-            slot: entry.peek(name) if wait is None else PendingTensor(entry.peek(name), wait)
-            for slot, name, wait in zip(specs, slots, waits, strict=True)
-        }
+    if device.type == "cpu" and any(_waits(entries, slot) for slot in specs):
+        return {slot: _pending(entries, slot, spec.dim) for slot, spec in specs.items()}
     if device.type != "cuda" or all(t.device == device for entry in entries for t in entry.tensors.values()):
         return {slot: table(slot, spec.dim) for slot, spec in specs.items()}
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
@@ -63,6 +58,28 @@ def tables(
         tensor.record_stream(current)  # its memory was allocated for the side stream
         found[slot] = PendingTensor(tensor, functools.partial(current.wait_event, event))
     return found
+
+
+def _waits(entries: Iterable[Entry], slot: StoredSlot) -> list[Wait]:
+    waits = (entry.wait_of(str(slot)) for entry in entries)
+    return [wait for wait in waits if wait is not None]
+
+
+def _pending(entries: Sequence[Entry], slot: StoredSlot, dim: int) -> PendingTensor:
+    """Return a table on the CPU that is complete after its ``wait``."""
+    waits, parts = _waits(entries, slot), [entry.peek(str(slot)) for entry in entries]
+    sizes = list(parts[0].shape)
+    sizes[dim] = sum(part.shape[dim] for part in parts)
+    table = parts[0] if len(parts) == 1 else parts[0].new_empty(sizes)
+
+    @functools.cache  # a probe and a run share it; an error is raised to both
+    def wait() -> None:
+        for arrive in waits:
+            arrive()
+        if len(parts) > 1:
+            torch.cat(parts, dim, out=table)
+
+    return PendingTensor(table, wait)
 
 
 @functools.cache
