@@ -1,4 +1,4 @@
-"""Donors and features whose bytes turn out damaged while a request uses them: the right answer, computed again."""
+"""Donors and features that turn out damaged while a request uses them: it is computed as if they were not."""
 
 from __future__ import annotations
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import json
 import logging
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -62,27 +69,96 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
-def start(code: str, *args: object) -> subprocess.Popen[str]:
-    """Run code in another interpreter, with helpers imported and ``args`` as strings."""
-    head = (
-        "import os, sys, time, torch\n"
-        "from pathlib import Path\n"
-        "from vlcache_fx.store.file import FileStore\n"
-        "from vlcache_fx.errors import *\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from files import *\n"
-        "args = sys.argv[1:]\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", head + code, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+_FORKING = """
+import contextlib, json, logging, os, signal, sys, time, traceback
+from pathlib import Path
+import torch
+from vlcache_fx.errors import *
+from vlcache_fx.store.file import FileStore
+sys.path.insert(0, sys.argv[1])
+from files import *
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+logging.getLogger("vlcache_fx").addHandler(logging.NullHandler())
+for line in sys.stdin:
+    code, args, out = json.loads(line)
+    pid = os.fork()
+    if pid:
+        print(pid, flush=True)
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sys.stdout = sys.stderr = open(out, "w", buffering=1)
+    failed = 1
+    try:
+        exec(code, globals())
+        failed = 0
+    except SystemExit:
+        failed = 0
+    except BaseException:
+        traceback.print_exc()
+    print(f"exit {failed}")
+    os._exit(failed)
+"""
 
 
-def output_of(process: subprocess.Popen[str]) -> str:
-    """Wait for a process that must succeed; return what it printed."""
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    return out
+@functools.cache
+def _forking() -> subprocess.Popen[str]:
+    """A process that has imported torch, which takes seconds, and forks the others."""
+    command = [sys.executable, "-c", _FORKING, str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def stop() -> None:
+        process.kill()
+        process.communicate()
+
+    atexit.register(stop)
+    return process
+
+
+class Child:
+    """Another process, which runs code with the names of this module, ``FileStore`` and ``args``."""
+
+    def __init__(self, code: str, args: tuple[str, ...]) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._out = Path(self._folder.name) / "out"
+        forking = _forking()
+        assert forking.stdin is not None
+        assert forking.stdout is not None
+        forking.stdin.write(json.dumps([code, args, str(self._out)]) + "\n")
+        forking.stdin.flush()
+        self.pid = int(forking.stdout.readline())
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the process has printed ``text``."""
+        while text not in self._printed():
+            assert self._is_alive(), self._printed()
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """Send SIGKILL, and wait."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.output(None)
+
+    def output(self, status: int | None = 0) -> str:
+        """Wait for the end; return what was printed."""
+        while self._is_alive():
+            time.sleep(0.005)
+        printed = self._printed()
+        self._folder.cleanup()
+        end = f"exit {status}\n"
+        assert status is None or printed.endswith(end), printed
+        return printed.removesuffix(end)
+
+    def _printed(self) -> str:
+        return self._out.read_text() if self._out.exists() else ""
+
+    def _is_alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def start(code: str, *args: object) -> Child:
+    """Run code in another process."""
+    return Child(code, tuple(map(str, args)))

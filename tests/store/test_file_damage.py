@@ -335,9 +335,11 @@ def test_header_covers_all_it_says(tmp_path: Path) -> None:
     """Whoever has no secret cannot move, retype or rename a tensor, or change the info."""
     store = FileStore(tmp_path, 1 << 20)
     for field, old, new in [
-        ("key 1", '"U8"', '"I8"'), ("key 1", "[2048]", "[1024, 2]"), ("info", '"mark\\\\": 0', '"mark\\\\": 1'),
-        ("key 1", '"key 1": {', '"key 2": {'),
-    ]:  # fmt: skip
+        ("dtype", '"U8"', '"I8"'),
+        ("shape", "[2048]", "[1024, 2]"),
+        ("info", '"mark\\\\": 0', '"mark\\\\": 1'),
+        ("name", '"key 1": {', '"key 2": {'),
+    ]:
         store.put("a", entry())
         content = file_of(tmp_path, "a").read_bytes()
         (length,) = struct.unpack("<Q", content[:8])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -12,17 +10,17 @@ import pytest
 from vlcache_fx.store.entry_file import encode
 from vlcache_fx.store.file import FileStore
 
-from .files import bytes_on_disk, entry, output_of, same, start
+from .files import bytes_on_disk, entry, same, start
 
 SIZE = encode("k0", entry(), b"s" * 32).nbytes
 
 
 def test_one_stores_another_finds(tmp_path: Path) -> None:
-    told = output_of(start('FileStore(args[0], 1 << 20).put("a", entry(mark=7)); print("stored")', tmp_path))
-    assert told == "stored\n"
+    told = start('print(FileStore(args[0], 1 << 20).put("a", entry(mark=7)))', tmp_path).output()
+    assert told == "True\n"
     store = FileStore(tmp_path, 1 << 20)
     assert same(store.get("a"), entry(mark=7))
-    told = output_of(start('print(same(FileStore(args[0], 1 << 20).get("a"), entry(mark=7)))', tmp_path))
+    told = start('print(same(FileStore(args[0], 1 << 20).get("a"), entry(mark=7)))', tmp_path).output()
     assert told == "True\n"
     store.close()
 
@@ -30,7 +28,7 @@ def test_one_stores_another_finds(tmp_path: Path) -> None:
 def test_processes_that_start_together(tmp_path: Path) -> None:
     code = "s = FileStore(args[0], 1 << 20); print(s.put(args[1], entry())); s.close()"
     processes = [start(code, tmp_path / "new/cache", f"k{number}") for number in range(3)]
-    assert [output_of(process) for process in processes] == ["True\n"] * 3
+    assert [process.output() for process in processes] == ["True\n"] * 3
     store = FileStore(tmp_path / "new/cache", 1 << 20)
     assert len(store) == 3
     assert all(same(store.get(f"k{number}"), entry()) for number in range(3))
@@ -68,17 +66,15 @@ def test_bound_holds_while_processes_write_and_one_is_killed(tmp_path: Path) -> 
     capacity = 7 * SIZE // 2
     processes = [start(HAMMER, tmp_path, seed, capacity, 5) for seed in range(3)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        process.wait_for("ready")
     highest = 0
     for step in range(30):
         highest = max(highest, bytes_on_disk(tmp_path))
         time.sleep(0.05)
         if step == 15:
             processes[0].kill()
-    processes[0].communicate()
-    told = [output_of(process) for process in processes[1:]]
-    assert told == ["0 True True 0\n"] * 2
+    told = [process.output() for process in processes[1:]]
+    assert told == ["ready\n0 True True 0\n"] * 2
     assert SIZE <= highest <= capacity
     store = FileStore(tmp_path, capacity)
     assert store.put("last", entry())
@@ -102,14 +98,12 @@ def test_killed_writer_leaves_nothing(tmp_path: Path) -> None:
     store = FileStore(tmp_path, 2 * SIZE)
     store.put("b", entry(mark=1))
     writer = start(STUCK, tmp_path, 2 * SIZE)
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "writing\n"
+    writer.wait_for("writing")
     assert store.stats().used_bytes == 2 * SIZE  # reserved before it is written
     assert store.get("a") is None
     store.put("c", entry(mark=2))  # takes the place of b, not of what is being written
     assert [key for key in "abc" if key in store] == ["c"]
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.communicate()
+    writer.kill()
     assert store.put("d", entry(mark=3))
     assert [key for key in "abcd" if key in store] == ["c", "d"]
     assert list((tmp_path / "writing").iterdir()) == []
@@ -119,11 +113,11 @@ def test_killed_writer_leaves_nothing(tmp_path: Path) -> None:
 
 KILLED_AT_COMMIT = """
 from vlcache_fx.store.file_folder import Folder
-place = Folder.place
+publish = Folder.publish
 def killed(self, new, key):
-    place(self, new, key)
+    publish(self, new, key)
     os.kill(os.getpid(), 9)
-Folder.place = killed
+Folder.publish = killed
 FileStore(args[0], 1 << 20).put("a", entry(int(args[1]), mark=5))
 """
 
@@ -134,7 +128,7 @@ def test_writer_killed_before_its_commit(tmp_path: Path, replaces: bool) -> None
         first = FileStore(tmp_path, 1 << 20)
         first.put("a", entry(mark=1))
         first.close()
-    start(KILLED_AT_COMMIT, tmp_path, 8192).communicate()
+    start(KILLED_AT_COMMIT, tmp_path, 8192).output(None)
     store = FileStore(tmp_path, 1 << 20)
     assert store.get("a") is None
     assert store.stats().used_bytes == bytes_on_disk(tmp_path) == 0
@@ -156,4 +150,4 @@ store.close()
 
 
 def test_store_after_a_fork(tmp_path: Path) -> None:
-    assert output_of(start(FORKED, tmp_path)) == "0 True True 3\n"
+    assert start(FORKED, tmp_path).output() == "0 True True 3\n"

@@ -14,7 +14,7 @@ from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.store.file import FileStore, open_file_store
 from vlcache_fx.store.url import parse_url
 
-from .files import bytes_on_disk, entry, file_of, lines, output_of, same, start
+from .files import bytes_on_disk, entry, file_of, lines, same, start
 
 
 def test_url_with_all_parameters(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ print(same(store.get("small"), entry()), len(os.listdir(args[0] + "/writing")))
 
 
 def test_write_that_the_kernel_refuses(tmp_path: Path) -> None:
-    told = output_of(start(LIMITED, tmp_path)).splitlines()
+    told = start(LIMITED, tmp_path).output().splitlines()
     assert told == [f"entry large was not stored in {tmp_path}: File too large", "True 0"]
 
 
@@ -173,12 +173,12 @@ def open_path(tmp_path: Path) -> Iterator[Path]:
 
 def test_no_permission(open_path: Path) -> None:
     assert (
-        output_of(start(AS_NOBODY, open_path)).strip()
+        start(AS_NOBODY, open_path).output().strip()
         == f"cannot use the folder {open_path}: Permission denied"
     )
     FileStore(open_path, 1 << 20, secret=b"s" * 32).close()
     open_path.chmod(0o755)
-    told = output_of(start(AS_NOBODY, open_path))
+    told = start(AS_NOBODY, open_path).output()
     assert "has mode 0755 and belongs to user 0" in told
 
 
@@ -192,7 +192,7 @@ def test_read_only_folder(open_path: Path, keeps_journal: bool) -> None:
     for path in [open_path, *open_path.rglob("*")]:
         os.chown(path, 65534, 65534)
         path.chmod(0o500 if path.is_dir() else 0o400)
-    told = output_of(start(AS_NOBODY, open_path)).splitlines()
+    told = start(AS_NOBODY, open_path).output().splitlines()
     assert told[0] == "True True 1"
     assert told[1] == f"entry b was not stored in {open_path}: the folder is read-only"
     assert told[2] == "1"

@@ -165,7 +165,7 @@ class Folder:
                 if is_old and item.name not in reserved and self.is_abandoned(path):
                     path.unlink()
 
-    def place(self, new: Path, key: str) -> None:
+    def publish(self, new: Path, key: str) -> None:
         """Give a written file its name, in place of an earlier file of the key."""
         path = self.path_of(key)
         path.parent.mkdir(mode=0o700, exist_ok=True, parents=True)

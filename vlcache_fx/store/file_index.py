@@ -115,7 +115,7 @@ class FileIndex:
         with self._connections.write() as tx:
             if not tx.execute("DELETE FROM reservations WHERE file = ?", (file.name,)).rowcount:
                 raise StoreError(f"the reservation of {key} is gone: its writer took too long")
-            self._folder.place(file, key)
+            self._folder.publish(file, key)
             rows.insert(tx, key, nbytes, time.time(), info)
             tx.execute("DELETE FROM evictions WHERE key = ?", (key,))
             # The bound may have become smaller since.

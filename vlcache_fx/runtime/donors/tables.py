@@ -37,7 +37,7 @@ def tables(
     """Return the donor table of each slot: the concatenated rows of all entries.
 
     A single donor is used without a copy. Donors of the host tier are copied on a side stream, in the order
-    of ``specs``, which is that of layers, while earlier layers compute. Donors of a slow tier, on the CPU, are
+    of ``specs``, which is that of layers, while earlier layers compute. On the CPU, donors of a slow tier are
     pending: later layers may arrive while earlier ones compute.
     """
 
