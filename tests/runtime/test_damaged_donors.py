@@ -100,8 +100,11 @@ def test_damage_in_mid_program(
     assert off <= max(tolerance, 1e-5)
 
 
-def test_damage_of_one_of_two_donors(store: FileStore) -> None:
-    pair = compiled(store)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_damage_of_one_of_two_donors(store: FileStore, lowering: str) -> None:
+    pair = compiled(store, lowering=lowering)
+    tolerance = 0.0 if lowering == "eager" else 1e-5
     pair.run(**prompt(A, B))
     second = prompt(B, A, seed=1)
     assert pair.run(**second)[1]["mode"] == "warm"
@@ -111,7 +114,7 @@ def test_damage_of_one_of_two_donors(store: FileStore) -> None:
     path.unlink()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     off, report = pair.run(**prompt(B, A, seed=2))
-    assert off == 0.0
+    assert off <= tolerance
     assert [span["miss_reason"] for span in report["spans"]] == [Reason.DAMAGED_ENTRY] * 2
     off, report = pair.run(**prompt(B, A, seed=3))
     assert (report["mode"], hits(report)) == ("warm", [True, True])

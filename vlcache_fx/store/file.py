@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlcache_fx.errors import DamagedEntryError, OptionError, StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
@@ -244,7 +244,8 @@ class FileStore(Store):
         if not self._closed:
             with contextlib.suppress(StoreError):
                 self._totals = self._index.totals()
-        return StoreStats(*self._totals, tier=self.tier, **self._tally.counts())
+        counts: dict[str, Any] = self._tally.counts()
+        return StoreStats(*self._totals, tier=self.tier, **counts)
 
     def _tell_touches(self) -> None:
         with self._lock:
