@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlcache_fx.errors import DamagedEntryError, OptionError, StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
@@ -25,7 +25,9 @@ from vlcache_fx.store.jobs import Jobs
 from vlcache_fx.store.opened_file import OpenedFile, verify_ahead
 from vlcache_fx.store.secret import authentication_code, load_secret
 from vlcache_fx.store.tally import Tally
-from vlcache_fx.store.url import StoreURL
+
+if TYPE_CHECKING:  # it imports this module
+    from vlcache_fx.store.url import StoreURL
 
 log = logging.getLogger("vlcache_fx")
 
