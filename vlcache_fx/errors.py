@@ -58,7 +58,10 @@ class StoreClosedError(StoreError):
 
 
 class DamagedEntryError(StoreError):
-    """The bytes of an entry are not those that were stored; names the key. The entry counts as a miss."""
+    """The bytes of an entry are not those that were stored; names the key.
+
+    The entry counts as a miss. Its store has logged it.
+    """
 
 
 class UnreadableWeightsError(StoreError):

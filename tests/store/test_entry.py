@@ -72,3 +72,17 @@ def test_entry_info_must_be_json(info: dict[str, Any]) -> None:
 def test_entry_tensors_must_be_dense(value: Any) -> None:
     with pytest.raises(StoreError, match="'x' must be a dense tensor"):
         Entry({"x": value}, {})
+
+
+def test_only_reading_a_tensor_waits_for_it() -> None:
+    waited: list[str] = []
+    tensor = torch.arange(4.0)
+    entry = Entry.arriving({"x": tensor}, {}, {"x": lambda: waited.append("x")}, "file")
+    assert "x" in entry.tensors
+    assert "y" not in entry.tensors
+    assert entry.tensors.keys() == {"x"}
+    assert (list(entry.tensors), len(entry.tensors), entry.nbytes) == (["x"], 1, 16)
+    assert entry.peek("x") is tensor
+    assert waited == []
+    assert entry.tensors["x"] is tensor
+    assert waited == ["x"]

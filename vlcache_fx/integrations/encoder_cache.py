@@ -245,10 +245,10 @@ class EncoderCache:
         return keys, dependence
 
     def _get(self, key: str) -> tuple[str, Fields] | None:
-        entry = None
+        stored = None
         with self._engine.tolerating_store_errors():
             entry = self._engine.store.get(key)
-        stored = None if entry is None else unpack(entry)
+            stored = None if entry is None else unpack(entry)
         if stored is None or not isinstance(stored[0], str) or self._class(stored[0]) is None:
             return None
         return stored[0], pytree.tree_unflatten(stored[2:], pytree.treespec_loads(stored[1]))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vlcache_fx.errors import (
+    DamagedEntryError,
     PlanError,
     PolicyError,
     Reason,
@@ -130,7 +131,7 @@ class DecoderRunner:
                 request = self._donors.with_keys(request, summary)
         request = self._find_or_claim(request)
         with request.claim:
-            return self._run_warm(request) if request.donors else self._run_cold(request)
+            return self._run_with_donors(request) if request.donors else self._run_cold(request)
 
     def _find_or_claim(self, request: Request) -> Request:
         """Return the request with its donors. Waits for a request that computes one of them."""
@@ -143,6 +144,17 @@ class DecoderRunner:
         if claim.waited_s:
             request.clock.elapsed_ms["wait"] = claim.waited_s * 1e3
         return replace(found, claim=claim)
+
+    def _run_with_donors(self, request: Request) -> Sequence[Any]:
+        """Run warm; compute everything if a donor that still arrives turns out damaged."""
+        reason = Reason.STORE_FAILED
+        with self.engine.tolerating_store_errors():
+            try:
+                return self._run_warm(request)
+            except DamagedEntryError:
+                reason = Reason.DAMAGED_ENTRY
+                raise
+        return self._run_cold(request.with_lost_donors(reason))
 
     def _run_cold(self, request: Request) -> Sequence[Any]:
         request = request.without_donors()

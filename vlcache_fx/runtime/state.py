@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from vlcache_fx.errors import (
+    DamagedEntryError,
     PlanError,
     PolicyError,
     Reason,
@@ -179,6 +180,8 @@ class ServingState:
             if self.options.strict:
                 raise
             self.count("store_failures")
+            if isinstance(error, DamagedEntryError):
+                return  # the store has logged it
             log.warning("vlcache: the store failed, computing without reuse: %s", error)
 
     def find_or_claim(

@@ -2,6 +2,7 @@
 
 from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.file import FileStore
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
 from vlcache_fx.store.tiered import TieredStore
@@ -11,6 +12,7 @@ __all__ = [
     "Entry",
     "EntryInfo",
     "Eviction",
+    "FileStore",
     "HostStore",
     "MemoryStore",
     "Store",

@@ -72,6 +72,11 @@ class Entry:
         """Return the function that waits for a tensor; None if it is there."""
         return self._waits.get(name)
 
+    @property
+    def is_arriving(self) -> bool:
+        """True if reading a tensor may wait."""
+        return bool(self._waits)
+
     def wait(self) -> None:
         """Wait for all tensors.
 

@@ -20,6 +20,34 @@ from vlcache_fx.errors import StoreError
 SECRET_BYTES = 32
 
 
+class Authenticator:
+    """Computes a code, part by part; a long part can come in chunks.
+
+    Args:
+        secret: ``SECRET_BYTES`` bytes.
+        parts: the first parts.
+    """
+
+    def __init__(self, secret: bytes, *parts: bytes | memoryview) -> None:
+        self._hasher = blake3(key=secret)
+        for part in parts:
+            view = memoryview(part)
+            self.begin(view.nbytes)
+            self.update(view)
+
+    def begin(self, nbytes: int) -> None:
+        """Begin a part of that many bytes, which ``update`` then takes."""
+        self._hasher.update(struct.pack("<Q", nbytes))
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Take the next bytes of a part."""
+        self._hasher.update(chunk)
+
+    def code(self) -> str:
+        """Return the code of all parts so far, as 64 hexadecimal digits."""
+        return self._hasher.hexdigest()
+
+
 def authentication_code(secret: bytes, *parts: bytes | memoryview) -> str:
     """Return the keyed BLAKE3 hash of length-prefixed parts, as 64 hexadecimal digits.
 
@@ -27,12 +55,7 @@ def authentication_code(secret: bytes, *parts: bytes | memoryview) -> str:
         secret: ``SECRET_BYTES`` bytes.
         parts: bytes, such as a key, a name and a tensor's bytes.
     """
-    hasher = blake3(key=secret)
-    for part in parts:
-        view = memoryview(part)
-        hasher.update(struct.pack("<Q", view.nbytes))
-        hasher.update(view)
-    return hasher.hexdigest()
+    return Authenticator(secret, *parts).code()
 
 
 def load_secret(path: Path) -> bytes:

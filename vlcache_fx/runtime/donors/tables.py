@@ -40,21 +40,15 @@ def tables(
     """Return the donor table of each slot: the concatenated rows of all entries.
 
     A single donor is used without a copy. Donors of the host tier are copied on a side stream, in the order
-    of ``specs``, which is that of layers, while earlier layers compute. A single donor of a slow tier, on the
-    CPU, is pending: later layers may arrive while earlier ones compute. Packed donors are pending, too: a
-    layer's rows are unpacked when its program first reads them, so only one layer's are full-size at a time.
+    of ``specs``, which is that of layers, while earlier layers compute. On the CPU, donors of a slow tier are
+    pending: later layers may arrive while earlier ones compute. Packed donors are pending, too: a layer's
+    rows are unpacked when its program first reads them, so only one layer's are full-size at a time.
     """
-    if len(entries) == 1 and device.type == "cpu" and not is_packed(entries[0]):
-        (entry,), slots = entries, [str(slot) for slot in specs]
-        waits = [entry.wait_of(slot) for slot in slots]
-        return {
-            slot: entry.peek(name) if wait is None else PendingTensor(entry.peek(name), wait)
-            for slot, name, wait in zip(specs, slots, waits, strict=True)
-        }
+    is_late = any(is_packed(entry) or entry.is_arriving for entry in entries)
     is_there = device.type != "cuda" or all(
         entry.peek(name).device == device for entry in entries for name in entry.tensors
     )
-    if is_there and not any(map(is_packed, entries)):
+    if is_there and not is_late:
         return {slot: _table(_parts(entries, slot, device), spec.dim) for slot, spec in specs.items()}
     if is_there:
         return {

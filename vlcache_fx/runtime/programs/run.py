@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import LoweringError, Reason, UnsupportedGraphError
+from vlcache_fx.errors import LoweringError, Reason, StoreError, UnsupportedGraphError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.bind import Tables, bind
@@ -80,10 +80,15 @@ class ProgramRunner:
         Returns:
             The results, or None if the program failed; it is then refused and not tried again. Rows that it
             wrote to a cache are overwritten by the program that runs instead.
+
+        Raises:
+            StoreError: a donor did not arrive as it was stored. That is no fault of the program, which stays.
         """
         assert self._lowered is not None
         try:
             return self._lowered([*args, *bound])
+        except StoreError:
+            raise
         except Exception as error:
             if self._engine.options.strict:
                 raise

@@ -118,6 +118,14 @@ class Request:
         """Return the request without donors, to compute all rows."""
         return replace(self, samples=tuple(sample.without_donors() for sample in self.samples))
 
+    def with_lost_donors(self, reason: Reason) -> "Request":
+        """Return the request without donors, after they were found and could not be read."""
+        found = tuple(
+            replace(span, hit=False, tier=None, contexts=0, miss=reason) if span.hit else span
+            for span in self.found
+        )
+        return replace(self.without_donors(), found=found)
+
     def report(
         self,
         mode: Mode,
