@@ -4,6 +4,7 @@ from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
+from vlcache_fx.store.mooncake import MooncakeSettings, MooncakeStore
 from vlcache_fx.store.url import open_store
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Eviction",
     "HostStore",
     "MemoryStore",
+    "MooncakeSettings",
+    "MooncakeStore",
     "Store",
     "StoreStats",
     "open_store",

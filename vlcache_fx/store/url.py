@@ -92,6 +92,12 @@ def _host(url: StoreURL, capacity_bytes: int) -> Store:
     return HostStore(capacity_bytes)
 
 
+def _mooncake(url: StoreURL, capacity_bytes: int) -> Store:
+    from vlcache_fx.store.mooncake import open_mooncake_store  # it reads URLs with this module
+
+    return open_mooncake_store(url, capacity_bytes)
+
+
 def _refuse_rest(url: StoreURL) -> None:
     if url.address:
         raise OptionError(f"option store={url.url!r} is not valid: nothing may follow '{url.scheme}://'")
@@ -100,7 +106,11 @@ def _refuse_rest(url: StoreURL) -> None:
         raise OptionError(f"option store={url.url!r} is not valid: unknown {unknown}; valid: capacity")
 
 
-_STORES: Mapping[str, Callable[[StoreURL, int], Store]] = {"memory": _memory, "host": _host}
+_STORES: Mapping[str, Callable[[StoreURL, int], Store]] = {
+    "memory": _memory,
+    "host": _host,
+    "mooncake": _mooncake,
+}
 _AVAILABLE = " or ".join(repr(f"{scheme}://") for scheme in _STORES)
 
 
