@@ -26,7 +26,7 @@ def missing() -> str:
     spec = importlib.util.find_spec("mooncake")
     if spec is None or not spec.submodule_search_locations:
         return "needs the package mooncake-transfer-engine-non-cuda (the extra mooncake-cpu)"
-    started = subprocess.run(
+    started = subprocess.run(  # noqa: S603 - nothing in it comes from outside
         [_program("mooncake_client"), "--version"], capture_output=True, text=True, check=False
     )
     if "shared libraries" in started.stderr:
@@ -119,7 +119,7 @@ class MooncakeCluster:
     def _start(self, name: str, program: str, *arguments: str) -> None:
         log = (self._folder / f"{name}.log").open("ab")
         self._logs.append(log)
-        self._processes[name] = subprocess.Popen(  # noqa: S603: nothing in it comes from outside
+        self._processes[name] = subprocess.Popen(  # noqa: S603 - nothing in it comes from outside
             [_program(program), "--logtostderr", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -167,7 +167,7 @@ def _spawn(arena_fd: int) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]
     with theirs:
         worker = Path(__file__).with_name("worker.py")
         # -P: the folder of the script holds modules of ours, which nothing there should import by chance.
-        process = subprocess.Popen(  # noqa: S603: nothing in it comes from outside
+        process = subprocess.Popen(  # noqa: S603 - nothing in it comes from outside
             [sys.executable, "-P", str(worker), str(theirs.fileno())],
             pass_fds=[theirs.fileno(), arena_fd],
             stdin=subprocess.DEVNULL,

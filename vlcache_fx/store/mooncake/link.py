@@ -1,4 +1,4 @@
-"""The connection to a master over time: after a failure it rests, then a new client is made, in the background."""
+"""The connection to a master over time: after a failure it rests, and is made anew in the background."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ class MooncakeSettings:
         local: address of this machine for the others; empty: that of the interface that leads to the master.
         buffer_bytes: memory that is registered with Mooncake; entries arrive in it, so it bounds the bytes
             of what is read and written at a time.
-        admin_port: port of the master's HTTP server (Mooncake: ``metrics_port``), which lists keys; None: list
-            what this process wrote.
+        admin_port: port of the master's HTTP server (Mooncake's ``metrics_port``), which lists keys; None:
+            only what this process wrote is listed.
     """
 
     host: str

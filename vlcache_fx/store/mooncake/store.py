@@ -41,8 +41,8 @@ def open_mooncake_store(url: StoreURL, capacity_bytes: int) -> Store:
 class MooncakeStore(Store):
     """Entries in a Mooncake Store, shared with all processes and machines that have the same secret.
 
-    How much the Mooncake Store holds is set where its storage is started; it evicts by itself. The bound here is
-    on what this process writes: beyond it, the entries are removed that it has not used for longest.
+    How much the Mooncake Store holds is set where its storage is started; it evicts by itself. The bound here
+    is on what this process writes: beyond it, the entries are removed that it has not used for longest.
     ``stats()``, ``len()`` count what this process wrote and believes stored, and so does ``entries()``
     unless ``admin_port`` is set.
 
@@ -88,7 +88,10 @@ class MooncakeStore(Store):
         self._finalizer = weakref.finalize(self, self._link.close)
 
     def get(self, key: str) -> Entry | None:
-        """See ``Store.get``; waits at most ``timeout_ms``. A tensor arrives within ``transfer_ms``, or not at all."""
+        """See ``Store.get``; waits at most ``timeout_ms``.
+
+        The tensors arrive within ``transfer_ms``, or waiting for them raises ``DamagedEntryError``.
+        """
         self._check_open()
         entry = None
         with self._using() as client:
@@ -147,7 +150,9 @@ class MooncakeStore(Store):
         return removed[0]
 
     def entries(self) -> Iterator[EntryInfo]:
-        """See ``Store.entries``. With ``admin_port``, those of all processes; ``used_at`` is 0 where unknown.
+        """See ``Store.entries``. With ``admin_port``, those of all processes.
+
+        ``used_at`` is 0 for entries of others.
 
         Raises:
             StoreError: the master's HTTP server does not answer.
@@ -177,13 +182,20 @@ class MooncakeStore(Store):
     def stats(self) -> StoreStats:
         """See ``Store.stats``; works on a closed store."""
         with self._lock:
-            counts = dict(self._counts)
+            counts = self._counts.copy()
         return StoreStats(
             entries=len(self._written),
             used_bytes=self._written.used_bytes,
             capacity_bytes=self._written.capacity_bytes,
             tier=self.tier,
-            **counts,
+            hits=counts["hits"],
+            misses=counts["misses"],
+            admissions=counts["admissions"],
+            evictions=counts["evictions"],
+            rejections=counts["rejections"],
+            removals=counts["removals"],
+            failures=counts["failures"],
+            damaged=counts["damaged"],
         )
 
     def _get(self, client: MooncakeClient, key: str) -> Entry | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vlcache_fx.errors import DamagedEntryError, StoreError
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Wait
 from vlcache_fx.store.mooncake.arena import Region, aligned
 from vlcache_fx.store.mooncake.client import BUFFER_TOO_SMALL, NOT_FOUND, MooncakeClient
 from vlcache_fx.store.mooncake.manifest import Manifest, Part, part_code
@@ -89,7 +89,7 @@ class Transfer:
     def entry(self, tier: str) -> Entry:
         """Return the entry, whose tensors may still arrive."""
         tensors: dict[str, Tensor] = {}
-        waits = {}
+        waits: dict[str, Wait] = {}
         for group in self._groups:
             for index in group.indices:
                 part = self._manifest.parts[index]
@@ -105,9 +105,8 @@ class Transfer:
     def _wait(self, group: _Group) -> None:
         late = not group.done.wait(max(0.0, self._deadline - time.monotonic()))
         if late or group.error:
-            raise DamagedEntryError(
-                f"entry {self._manifest.key!r} of the Mooncake Store: {group.error or 'it did not arrive in time'}"
-            )
+            reason = group.error or "it did not arrive in time"
+            raise DamagedEntryError(f"entry {self._manifest.key!r} of the Mooncake Store: {reason}")
 
     def _receive(self, codes: Iterator[list[int]]) -> None:
         outcome = Outcome()

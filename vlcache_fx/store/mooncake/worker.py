@@ -95,7 +95,7 @@ def main() -> None:
                 send({"id": request["id"], "codes": codes})
         except OSError:
             os._exit(0)  # the parent is gone
-        except Exception as error:  # noqa: BLE001: the parent learns of each
+        except Exception as error:  # noqa: BLE001 - the parent learns of each
             send({"id": request["id"], "error": f"{type(error).__name__}: {error}"})
 
     worker: Worker | None = None
