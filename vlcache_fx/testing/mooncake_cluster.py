@@ -82,6 +82,10 @@ class MooncakeCluster:
         )
         _await(lambda: self._ask("/get_all_segments").strip() != b"", "the storage")
 
+    def pid(self, name: str) -> int:
+        """Return the process id of ``master`` or ``storage``."""
+        return self._processes[name].pid
+
     def kill(self, name: str) -> None:
         """Kill ``master`` or ``storage``."""
         process = self._processes.pop(name)

@@ -34,8 +34,15 @@ INSTALL = (
 )
 
 # Mooncake's error codes (mooncake-store/include/types.h).
-NO_ROOM = -200
-NOT_FOUND = -704
+NO_ROOM = frozenset({-200, -1700})
+"""No space, or none for this tenant."""
+
+ABSENT = frozenset({-702, -703, -704, -707, -712})
+"""Not there, not whole yet, or evicted while it was read."""
+
+TAKEN = frozenset({-703, -705, -714})
+"""Another client puts the same name, or has put it."""
+
 BUFFER_TOO_SMALL = -600
 
 Answers: TypeAlias = "queue.SimpleQueue[dict[str, Any] | None]"

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import DamagedEntryError, StoreError
 from vlcache_fx.store.entry import Entry, Wait
 from vlcache_fx.store.mooncake.arena import Region, aligned
-from vlcache_fx.store.mooncake.client import BUFFER_TOO_SMALL, NOT_FOUND, MooncakeClient
+from vlcache_fx.store.mooncake.client import ABSENT, BUFFER_TOO_SMALL, MooncakeClient
 from vlcache_fx.store.mooncake.manifest import Manifest, Part, part_code
 
 GROUP_BYTES = 8 << 20
@@ -128,7 +128,7 @@ class Transfer:
     def _verified(self, group: _Group, received: list[int]) -> Outcome:
         for index, code in zip(group.indices, received, strict=True):
             part = self._manifest.parts[index]
-            if code == NOT_FOUND:
+            if code in ABSENT:
                 return Outcome(reason=f"{part.name!r} is no longer stored")
             if code < 0 and code != BUFFER_TOO_SMALL:
                 raise self._client.failure(f"Mooncake returned {code} for {part.name!r}")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from vlcache_fx.errors import DamagedEntryError, StoreError
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.mooncake.arena import Region
-from vlcache_fx.store.mooncake.client import BUFFER_TOO_SMALL, NO_ROOM, NOT_FOUND, MooncakeClient, failed
+from vlcache_fx.store.mooncake.client import ABSENT, BUFFER_TOO_SMALL, NO_ROOM, TAKEN, MooncakeClient, failed
 from vlcache_fx.store.mooncake.manifest import (
     LARGEST_MANIFEST_BYTES,
     LARGEST_RANK,
@@ -80,7 +80,7 @@ def read_small(client: MooncakeClient, name: str, deadline: float) -> bytes | No
         return None  # all memory is in use: a miss
     group = {"names": [name], "offsets": [region.offset], "sizes": [LARGEST_MANIFEST_BYTES]}
     (code,) = client.call("read", left(deadline), groups=[group])
-    if code == NOT_FOUND:
+    if code in ABSENT:
         return None
     if code == BUFFER_TOO_SMALL:
         return b""
@@ -147,10 +147,9 @@ def write(
     if not done:
         remove(client, names, left(deadline))
     elif replaces is not None:
-        # The manifest of a smaller rank; one of a larger is gone already.
-        remove(
-            client, [name for name in replaces.names if name != manifest.name], left(deadline), force=False
-        )
+        if replaces.rank < manifest.rank:
+            remove(client, [replaces.name], left(deadline))
+        remove(client, replaces.part_names, left(deadline), force=False)
     return done
 
 
@@ -211,9 +210,9 @@ def _write(
             "sizes": [t[2] for t in todo],
         }
         codes = client.call("write", left(deadline), pinned=pinned, **columns)
-        if any(code < 0 and code != NO_ROOM for code in codes):
+        if any(code < 0 and code not in NO_ROOM | TAKEN for code in codes):
             raise client.failure(f"Mooncake returned {min(codes)} for a write")
-        todo = [value for value, code in zip(todo, codes, strict=True) if code == NO_ROOM]
+        todo = [value for value, code in zip(todo, codes, strict=True) if code in NO_ROOM]
         if todo and left(deadline) < 2 * RETRY_S:
             return False
         if todo:
