@@ -28,7 +28,7 @@ def main() -> None:
             distance = float((model(**inputs) - reference(**inputs)).abs().max())
         report = engine.last_report
         assert report is not None
-        tiers = [span["tier"] for span in report["spans"]]
+        tiers = [span["donor_tier"] for span in report["spans"]]
         print(json.dumps({"mode": report["mode"], "tiers": tiers, "distance": distance}), flush=True)
         if question != questions[-1]:
             sys.stdin.readline()
