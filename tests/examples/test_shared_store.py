@@ -5,7 +5,7 @@ from vlcache_fx.testing.mooncake_cluster import missing
 from .loading import load
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_second_worker_computes_no_prompt_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     if missing():
         pytest.skip(missing())

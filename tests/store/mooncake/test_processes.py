@@ -68,20 +68,16 @@ def test_two_engine_processes_survive_the_master(tmp_path: Path) -> None:
 
 
 ENDS = {
-    "closed": "store.close()",
-    "not closed": "pass",
-    "with an entry that arrives": "found = store.get('a'); print(found is not None)",
-    "by an exception": "raise SystemExit(0)",
-    "after a failure": "os.kill(master, 9); print(store.get('a'))",
-    "while the master hangs": "os.kill(master, 19); print(store.get('a'))",
-    "while the tier connects again": "os.kill(master, 9); store.get('a'); time.sleep(0.3); store.close()",
+    "with an entry on its way": "found = store.get('a'); assert found is not None",
+    "while the tier connects again": "os.kill(master, 9); assert store.get('a') is None; time.sleep(0.3)",
+    "while the master hangs": "os.kill(master, 19); assert store.get('a') is None; store.close()",
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS.values(), ids=ENDS.keys())
 def test_processes_end_with_code_0(tmp_path: Path, end: str) -> None:
-    """Without a word, and not later than the test's limit, which is shorter than any timeout of Mooncake."""
+    """Without a word of native threads, and without waiting for a master that is dead or hangs."""
     if missing():
         pytest.skip(missing())
     with MooncakeCluster(tmp_path, segment_bytes=64 << 20) as cluster:
@@ -94,7 +90,11 @@ assert store.put('a', Entry({{'k': torch.ones(1000, 1000)}}, {{}}))
 {end}
 """
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=100, check=False
+            [sys.executable, "-W", "error", "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         assert not [line for line in done.stderr.splitlines() if "going on without it" not in line]
