@@ -1,7 +1,7 @@
 """Two workers share a Mooncake Store: what the first has computed of a picture, the second reuses.
 
-Starts everything itself, on 127.0.0.1: a Mooncake master, a process that stores, and two workers, one after the
-other. Each answers questions about one picture, after system prompts of its own. The second worker has never
+Starts everything itself, on 127.0.0.1: a Mooncake master, a process that stores, and two workers, one after
+the other. Each answers questions about one picture, after system prompts of its own. The second worker has never
 seen the picture, and computes no prompt of it in full.
 
     pip install 'vlcache_fx[transformers,mooncake-cpu]' && python examples/shared_store.py

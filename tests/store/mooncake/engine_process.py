@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - the test reads what it prints
 """A process with an engine: answers about pictures, and prints the reports as JSON.
 
 Arguments: the URL of a store, and the numbers of the questions, which are all about the same picture.

@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - the test reads what it prints
 """What others do to a Mooncake Store: a script that uses Mooncake's own client.
 
 Arguments: port of the master, then ``put NAME HEX``, ``get NAME`` or ``remove NAME``, any number of them.

@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - the test reads what it prints
 """A process that refines donors of three keys: arguments are a URL, and a number that tells its rows."""
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_regions_never_overlap_and_all_memory_comes_back(steps: list[tuple[bool,
             held.append(region)
         del region
         spans = sorted((each.offset, each.offset + each.view.nbytes) for each in held)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     held.clear()
     assert arena.free_bytes() == arena.nbytes
     assert arena.allocate(arena.nbytes) is not None

@@ -240,7 +240,7 @@ def test_library_is_missing(imitation: Imitation, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("operation", ["setup", "register"])
 def test_setup_fails(imitation: Imitation, operation: str) -> None:
     imitation.fault(operation, "-1")
-    with pytest.raises(StoreError, match="cannot connect to Mooncake at 127.0.0.1:.* returned -1"):
+    with pytest.raises(StoreError, match=r"cannot connect to Mooncake at 127.0.0.1:.* returned -1"):
         imitation.open()
 
 

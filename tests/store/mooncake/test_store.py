@@ -85,7 +85,7 @@ def test_wrong_secret(open_real: Opener, tmp_path: Path) -> None:
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="nothing answers at mooncake://127.0.0.1:1: Connection refused"):
+    with pytest.raises(StoreError, match=r"nothing answers at mooncake://127.0.0.1:1: Connection refused"):
         MooncakeStore(MooncakeSettings("127.0.0.1", 1, secret_file=tmp_path / "secret"), 1)
 
 
@@ -243,7 +243,7 @@ def test_entries_lists_own_or_all(cluster: MooncakeCluster, open_real: Opener) -
 
 
 def test_listing_without_the_http_server(open_real: Opener) -> None:
-    with pytest.raises(StoreError, match="HTTP server at 127.0.0.1:1 does not answer"):
+    with pytest.raises(StoreError, match=r"HTTP server at 127.0.0.1:1 does not answer"):
         list(open_real("timeout_ms=5000&admin_port=1").entries())
 
 

@@ -1,10 +1,11 @@
 """What a Mooncake Store holds of an entry: a value per tensor, and a manifest that authenticates them.
 
-Names. A manifest is ``vlcache1.KEY.N``, where N is the number of contexts in a donor's mean, and 0 for other
-entries. A tensor is ``vlcache1p.KEY.N.WRITER.INDEX``. Values of a Mooncake Store are put once: a second put of a
-name keeps the first value. So a refined donor, a better value under the same key, gets a manifest of its own,
-and readers take that of the largest N. WRITER is random: tensors of two processes that store the same key at
-the same time never mix, and the manifest, which is put last, names those of one of them.
+Names. A manifest is ``vlcache1.KEY.N``, where N is the number of contexts in a donor's mean, and 0 for
+other entries. A tensor is ``vlcache1p.KEY.N.WRITER.INDEX``. Values of a Mooncake Store are put once: a
+second put of a name keeps the first value. So a refined donor, a better value under the same key, gets a
+manifest of its own, and readers take that of the largest N. WRITER is random: tensors of two processes that
+store the same key at the same time never mix, and the manifest, which is put last, names those of one of
+them.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class MooncakeStore(Store):
         return len(self._written)
 
     def clear(self, selection: Selection | None = None) -> int:
-        """See ``Store.clear``: drops the selected entries of all processes. A donor counts once for each rank.
+        """See ``Store.clear``: drops the selected entries of all processes.
 
         Raises:
             StoreError: the Mooncake Store rests, or failed.
