@@ -1,8 +1,8 @@
 """Two workers share a Mooncake Store: what the first has computed of a picture, the second reuses.
 
 Starts everything itself, on 127.0.0.1: a Mooncake master, a process that stores, and two workers, one after
-the other. Each answers questions about one picture, after system prompts of its own. The second worker has never
-seen the picture, and computes no prompt of it in full.
+the other. Each answers questions about one picture, after system prompts of its own. The second worker has
+never seen the picture, and computes no prompt of it in full.
 
     pip install 'vlcache_fx[transformers,mooncake-cpu]' && python examples/shared_store.py
 
@@ -48,7 +48,9 @@ class Answer:
 
 def work(worker: int, url: str) -> None:
     """Be a worker: answer questions about the picture, and print the answers as JSON."""
-    model = vlcache_fx.compile(reference_vlm.load_model(), store=url, lowering="eager", strict=True)
+    model = vlcache_fx.compile(
+        reference_vlm.load_model(), store=url, lowering="eager", dynamic=True, strict=True
+    )
     processor = reference_vlm.load_processor()
     question, *others = reference_vlm.make_questions(count=3)
     # Tracing takes seconds and is not the point here: it happens with a picture that the other has not.

@@ -37,7 +37,9 @@ INSTALL = (
 NO_ROOM = frozenset({-200, -1700})
 """No space, or none for this tenant."""
 
-ABSENT = frozenset({-702, -703, -704, -707, -712})
+LEASE_EXPIRED = -707
+
+ABSENT = frozenset({-702, -703, -704, LEASE_EXPIRED, -712})
 """Not there, not whole yet, or evicted while it was read."""
 
 TAKEN = frozenset({-703, -705, -714})

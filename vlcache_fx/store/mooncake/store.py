@@ -252,7 +252,7 @@ class MooncakeStore(Store):
                 manifest.key,
                 outcome.reason,
             )
-        if not outcome.client_failed and outcome.reason:
+        if outcome.damaged or outcome.gone:
             self._written.drop(manifest.key)
             try:
                 values.remove(client, manifest.names, self._timeout_s)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlcache_fx.errors import DamagedEntryError, StoreError
 from vlcache_fx.store.entry import Entry, Wait
 from vlcache_fx.store.mooncake.arena import Region, aligned
-from vlcache_fx.store.mooncake.client import ABSENT, BUFFER_TOO_SMALL, MooncakeClient
+from vlcache_fx.store.mooncake.client import ABSENT, BUFFER_TOO_SMALL, LEASE_EXPIRED, MooncakeClient
 from vlcache_fx.store.mooncake.manifest import Manifest, Part, part_code
 
 GROUP_BYTES = 8 << 20
@@ -26,11 +26,13 @@ class Outcome:
 
     Attributes:
         damaged: the bytes were not those that were stored.
+        gone: a tensor is no longer stored, so the entry is of no use.
         client_failed: the client failed, or did not answer in time.
         reason: in words; empty if all is well.
     """
 
     damaged: bool = False
+    gone: bool = False
     client_failed: bool = False
     reason: str = ""
 
@@ -128,8 +130,10 @@ class Transfer:
     def _verified(self, group: _Group, received: list[int]) -> Outcome:
         for index, code in zip(group.indices, received, strict=True):
             part = self._manifest.parts[index]
+            if code == LEASE_EXPIRED:
+                return Outcome(reason=f"the transfer of {part.name!r} took longer than its lease")
             if code in ABSENT:
-                return Outcome(reason=f"{part.name!r} is no longer stored")
+                return Outcome(gone=True, reason=f"{part.name!r} is no longer stored")
             if code < 0 and code != BUFFER_TOO_SMALL:
                 raise self._client.failure(f"Mooncake returned {code} for {part.name!r}")
             start = self._offsets[index]
