@@ -193,3 +193,17 @@ def test_key_salt_covers_inserted_passes() -> None:
     assert options[0].key_salt == "a"
     assert len({one.key_salt for one in options}) == len(options)
     assert options[1].key_salt == Options(salt="a", passes=options[1].passes).key_salt
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_store_takes_lists(kind: type) -> None:
+    shared = MemoryStore(1)
+    options = Options(store=kind(["memory://", "file:///d", shared]))
+    assert options.store == ("memory://", "file:///d", shared)
+    assert hash(options) == hash(Options(store=("memory://", "file:///d", shared)))
+
+
+@pytest.mark.parametrize("store", [[], (), [None], ["memory://", 3], ["memory://", []], {"memory://"}, [""]])
+def test_bad_lists_of_stores(store: Any) -> None:
+    with pytest.raises(OptionError, match=r"file:///folder.*mooncake://host:port.*a list of them"):
+        Options(store=store)

@@ -65,10 +65,15 @@ class Options:
             Default: 0.02 (2 %).
         lowering: compiler of the rewritten graphs: ``"inductor"``, ``"eager"`` (no compiler), or
             ``"tensorrt"`` (needs an NVIDIA GPU). Default: ``"inductor"``.
-        store: store of the donors: ``"memory://"`` (the model's device), ``"host://"`` (pinned host memory),
-            or a ``Store`` object, which several models can share. Default: ``"memory://"``.
-        capacity_bytes: capacity in bytes of a store opened from a URL, a positive integer. The least recently
-            used entries are evicted first. Default: 4 GiB.
+        store: where donors live: ``"memory://"`` (the model's device), ``"host://"`` (pinned host memory),
+            ``"file:///folder"`` (shared by processes, outlives them), ``"mooncake://host:port"`` (a Mooncake
+            Store, shared by machines), a ``Store`` object, which several models can share, or a list of
+            these, fastest first. Each URL may have a bound of its own: ``"memory://?capacity=2GiB"``. What
+            cannot be opened is an error with ``strict``; otherwise one warning, and the model runs without
+            it. Default: ``"memory://"``.
+        capacity_bytes: bound in bytes of each tier whose URL has none, a positive integer. The entries that
+            are cheapest to lose are evicted first: by measured cost per byte, and by how long ago they were
+            used. Default: 4 GiB.
         profile: path of the model's profile for the policies ``layer_aware`` and ``auto`` (JSON, written by
             ``vlcache calibrate``), or None. Default: None.
         min_span_tokens: shortest span that is reused, in tokens, a positive integer. Shorter spans are
@@ -184,7 +189,10 @@ def _named_or_object(method: str, noun: str) -> Callable[[str, Any], Any]:
     return check
 
 
-_STORE = "a store URL ('memory://', 'host://'), a Store object, or a list of them, fastest first"
+_STORE = (
+    "a store URL ('memory://', 'host://', 'file:///folder', 'mooncake://host:port', each with ?capacity=8GiB "
+    "where it has a bound of its own), a Store object, or a list of them, fastest first"
+)
 
 
 def _stores(name: str, value: Any) -> Any:

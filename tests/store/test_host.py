@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlcache_fx.store import Entry, HostStore, open_store
+from vlcache_fx.store import Entry, HostStore, host, open_store
 
 
 def test_host_store_by_url() -> None:
@@ -40,3 +40,21 @@ def test_put_moves_device_entries_to_pinned_memory() -> None:
     assert torch.equal(found.tensors["rows"], rows.cpu())
     assert found.info["kind"] == "donor"
     assert store.stats().used_bytes == rows.numel() * 4
+
+
+def test_room_is_made_before_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of a GPU's entry, stood in for by one of host memory."""
+    store = HostStore(100)
+    store.put("old", Entry({"rows": torch.zeros(60, dtype=torch.uint8)}, {}))
+    entry = Entry({"rows": torch.ones(80, dtype=torch.uint8)}, {})
+    seen: list[tuple[int, int]] = []
+
+    def on_host(copied: Entry) -> Entry:
+        seen.append((len(store), store.stats().used_bytes))
+        return copied
+
+    monkeypatch.setattr(host, "_on_device", lambda copied: copied is entry)
+    monkeypatch.setattr(host, "_on_host", on_host)
+    assert store.put("new", entry)
+    assert seen == [(0, 80)]
+    assert store.get("new") is entry

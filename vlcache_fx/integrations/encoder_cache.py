@@ -21,6 +21,8 @@ from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
+from vlcache_fx.runtime.clock import Clock
+from vlcache_fx.runtime.costs import RunCost, nbytes_of
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.store.codec import pack, unpack
 
@@ -57,6 +59,7 @@ class EncoderCache:
         self._state = ModuleState(module, encode, weights=self._tensors)
         self._pixels_name, self.grids_name = PIXELS[modality]
         self._classes: dict[str, type] = {}
+        self._cost = RunCost()
         self._split = True  # until a result cannot be split into items
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,8 +131,10 @@ class EncoderCache:
         self._engine.pending.note_encoder(hit=hit)
 
     def _run(self, call: dict[str, Any]) -> Any:
-        with FastAttention() if self._engine.lowering.name == "inductor" else contextlib.nullcontext():
+        is_fast, clock = self._engine.lowering.name == "inductor", Clock()
+        with FastAttention() if is_fast else contextlib.nullcontext(), clock.measure("encode"):
             output = self.encode(**call)
+        self._cost.note(clock.elapsed_ms["encode"], nbytes_of(pytree.tree_leaves(feature_fields(output))))
         self._classes[type(output).__name__] = type(output)
         return output
 
@@ -204,7 +209,7 @@ class EncoderCache:
         # NotImplementedError: a container type that pytree cannot serialize.
         with contextlib.suppress(NotImplementedError), self._engine.tolerating_store_errors():
             results = [output_class.__name__, pytree.treespec_dumps(structure), *leaves]
-            self._engine.store.put(key, pack(results))
+            self._engine.store.put(key, pack(results, cost_ms=self._cost.of(nbytes_of(leaves))))
 
     def _class(self, name: str) -> type | None:
         """Return the output class of that name, from an earlier call or from the model's module."""

@@ -7,6 +7,8 @@ from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
+from vlcache_fx.runtime.clock import Clock
+from vlcache_fx.runtime.costs import RunCost, nbytes_of
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store.codec import pack, unpack
@@ -23,6 +25,7 @@ class EncoderRunner:
 
     def __init__(self, run: Callable[..., Sequence[Any]], spec: EncoderSpec, engine: ServingState) -> None:
         self._run, self._spec, self._engine = run, spec, engine
+        self._cost = RunCost()
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """Return ``(results, hit)`` for the graph's inputs."""
@@ -35,11 +38,14 @@ class EncoderRunner:
         if stored is not None:
             self._engine.count("encoder_hits")
             return stored, True
-        results = self._run(*args)
+        clock = Clock()
+        with clock.measure("run"):
+            results = self._run(*args)
+        self._cost.note(clock.elapsed_ms["run"], nbytes_of(results))
         self._engine.count("encoder_misses")
         with self._engine.tolerating_store_errors():
             for key, result in zip(keys, results, strict=True):
-                self._engine.store.put(key, pack([result]))
+                self._engine.store.put(key, pack([result], cost_ms=self._cost.of(nbytes_of([result]))))
         return results, False
 
     def _keys(self, args: Sequence[Any]) -> list[EntryKey]:

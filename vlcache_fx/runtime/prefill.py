@@ -146,6 +146,8 @@ class DecoderRunner:
                 request.args, Reason.PROGRAM_FAILED, request.num_tokens, "the cold program failed"
             )
         if request.spans:
+            tokens = request.num_tokens * len(request.samples)
+            self._donors.cost.note(request.clock.elapsed_ms["run"], tokens)
             self._admit(request, self._cold.spec.recorded, results, plans)
             reason, code = why_cold([span.miss for span in request.found if span.miss is not None])
             self.engine.report(request.report("cold", reason, plans, 1.0, code))

@@ -5,6 +5,7 @@ from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
 from vlcache_fx.store.mooncake import MooncakeSettings, MooncakeStore
+from vlcache_fx.store.tiered import TieredStore
 from vlcache_fx.store.url import open_store
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "MooncakeStore",
     "Store",
     "StoreStats",
+    "TieredStore",
     "open_store",
 ]

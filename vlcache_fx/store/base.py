@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.entry import Entry, Json
+
+OnEvict: TypeAlias = Callable[[str, Entry], None]
+"""Takes the key and the value of an evicted entry."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,14 @@ class Store(ABC):
 
     Attributes:
         tier: name of the kind of memory, used in reports.
+        is_local: ``in`` is answered quickly, without a network.
+        is_memory: ``put`` and ``get`` take no longer than copies in memory. Such a store is never written to
+            in the background.
     """
 
     tier: ClassVar[str]
+    is_local: ClassVar[bool] = False
+    is_memory: ClassVar[bool] = False
 
     @abstractmethod
     def get(self, key: str) -> Entry | None:
@@ -142,6 +150,15 @@ class Store(ABC):
         """Return why a key that was stored is no longer; None if unknown. Stores remember the latest."""
         del key
         return None
+
+    def on_evict(self, listener: OnEvict) -> Callable[[], None]:
+        """Call ``listener`` for each entry that is dropped to make room; return a function that ends this.
+
+        It is called in the thread whose ``put`` needs the room, outside all locks of the store. It must be
+        quick and must not raise. Stores whose entries are not in memory never call it.
+        """
+        del listener
+        return lambda: None
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """Wait for queued writes. Return False if some are left after ``timeout_s`` seconds."""

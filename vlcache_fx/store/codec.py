@@ -7,10 +7,13 @@ from torch import Tensor
 
 from vlcache_fx.keys.digest_cache import cached_digests, digest_rows, track
 from vlcache_fx.store.entry import Entry, Json
+from vlcache_fx.store.eviction import with_cost
 
 
-def pack(results: Sequence[Any]) -> Entry:
+def pack(results: Sequence[Any], *, cost_ms: float | None = None) -> Entry:
     """Return an entry of tensors and JSON values; the entry's tensors carry their digests.
+
+    ``cost_ms`` is what computing them again would take, None if not measured.
 
     Raises:
         StoreError: a value is neither a tensor nor JSON data.
@@ -18,7 +21,8 @@ def pack(results: Sequence[Any]) -> Entry:
     tensors = {str(index): value for index, value in enumerate(results) if isinstance(value, Tensor)}
     info = [_metadata(value) if isinstance(value, Tensor) else value for value in results]
     devices: dict[str, Json] = {name: str(tensor.device) for name, tensor in tensors.items()}
-    entry = Entry(tensors, {"kind": "encoder", "results": info, "devices": devices})
+    packed: dict[str, Json] = {"kind": "encoder", "results": info, "devices": devices}
+    entry = Entry(tensors, with_cost(packed, cost_ms))
     for name, tensor in tensors.items():
         if tensor.dim() > 0:
             track(tensor)

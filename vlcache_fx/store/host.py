@@ -23,12 +23,6 @@ class HostStore(MemoryStore):
 
     tier: ClassVar[str] = "host"
 
-    def put(self, key: str, entry: Entry) -> bool:
-        """See ``Store.put``."""
-        if entry.nbytes <= self._capacity:  # larger entries are rejected below
-            entry = _on_host(entry)
-        return super().put(key, entry)
-
     def get(self, key: str) -> Entry | None:
         """See ``Store.get``."""
         entry = super().get(key)
@@ -36,21 +30,34 @@ class HostStore(MemoryStore):
             entry.arrived.synchronize()
         return entry
 
+    def _is_ready(self, entry: Entry) -> bool:
+        return super()._is_ready(entry) and not _on_device(entry)
+
+    def _prepared(self, entry: Entry) -> Entry:
+        entry = super()._prepared(entry)
+        return _on_host(entry) if _on_device(entry) else entry
+
 
 class _Copied(Entry):
     """An entry whose tensors are complete after the event ``arrived``."""
 
     arrived: torch.cuda.Event
 
+    def wait(self) -> None:
+        """See ``Entry.wait``."""
+        self.arrived.synchronize()
+
+
+def _on_device(entry: Entry) -> set[torch.device]:
+    """Return the GPUs of an entry's tensors; none are read, since they may still arrive."""
+    return {entry.peek(name).device for name in entry.tensors if entry.peek(name).is_cuda}
+
 
 def _on_host(entry: Entry) -> Entry:
-    devices = {tensor.device for tensor in entry.tensors.values() if tensor.is_cuda}
-    if not devices:
-        return entry
+    (device,) = _on_device(entry)
     copied = _Copied(
         {name: _pinned(tensor) for name, tensor in entry.tensors.items()}, entry.info, copy=False
     )
-    (device,) = devices
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record(torch.cuda.current_stream(device))
     object.__setattr__(copied, "arrived", arrived)

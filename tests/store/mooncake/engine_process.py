@@ -20,7 +20,8 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 def main() -> None:
     url, *questions = sys.argv[1:]
     model, reference = tiny_vlm(), tiny_vlm()
-    options = {"lowering": "eager", "policy": "full", "store": open_store(url, 1 << 26)}
+    store = open_store(url, 1 << 26)
+    options = {"lowering": "eager", "policy": "full", "store": store}
     model.forward = torch.compile(model.forward, backend="vlcache", options=options, dynamic=True)
     engine = engine_for(options)
     for question in questions:
@@ -33,7 +34,9 @@ def main() -> None:
         print(json.dumps({"mode": report["mode"], "tiers": tiers, "distance": distance}), flush=True)
         if question != questions[-1]:
             sys.stdin.readline()
-    print(json.dumps(engine.stats()["calls"]))
+    print(json.dumps(engine.stats()["calls"]), flush=True)
+    store.flush(60)
+    store.close()
     assert vlcache_fx.__version__
 
 

@@ -7,11 +7,13 @@ import sys
 
 import torch
 
-from vlcache_fx.store import Entry, open_store
+from vlcache_fx.store import Entry
+from vlcache_fx.store.mooncake import open_mooncake_store
+from vlcache_fx.store.url import parse_url
 
 
 def main() -> None:
-    store, number = open_store(sys.argv[1], 1 << 26), float(sys.argv[2])
+    store, number = open_mooncake_store(parse_url(sys.argv[1]), 1 << 26), float(sys.argv[2])
     print("ready", flush=True)
     sys.stdin.readline()
     for contexts in (1, 2, 3, 4):

@@ -13,6 +13,7 @@ from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope
 from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
+from vlcache_fx.runtime.costs import RunCost
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
@@ -38,6 +39,9 @@ class DonorIndex:
         input_values: reads the values that enter keys.
         device: device of the decoder.
         engine: has the store.
+
+    Attributes:
+        cost: time of the graph's cold runs, per token.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class DonorIndex:
     ) -> None:
         self._spec, self._input_values = spec, input_values
         self._device, self._engine = device, engine
+        self.cost = RunCost()
         self._splitter = BlockSplitter(spec.spans.embeddings)
 
     def request(
@@ -297,7 +302,17 @@ class DonorIndex:
                     if block.start >= sample.prefix and self._is_wanted(block, request):
                         store, index = self._engine.store, sample.index
                         contexts = self._engine.options.donor_contexts
-                        stored = donors.admit(store, block, recorded, self._spec.rows, plan, index, contexts)
+                        cost_ms = self.cost.of(block.length)
+                        stored = donors.admit(
+                            store,
+                            block,
+                            recorded,
+                            self._spec.rows,
+                            plan,
+                            index,
+                            contexts,
+                            cost_ms=cost_ms,
+                        )
                         if not stored and block.span is not None:
                             self._engine.unstorable.add(block.key)
 

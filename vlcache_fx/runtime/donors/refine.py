@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.store.base import Store
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Json
+from vlcache_fx.store.eviction import with_cost
 
 
 def contexts_of(entry: Entry) -> tuple[str, ...]:
@@ -29,12 +30,15 @@ def exact_key(key: str) -> str:
     return f"exact{key.removeprefix('donor')}"
 
 
-def exact_donor(rows: Mapping[str, Tensor], length: int, before: str) -> Entry:
+def exact_donor(
+    rows: Mapping[str, Tensor], length: int, before: str, *, cost_ms: float | None = None
+) -> Entry:
     """Return a donor of one context; ``before`` is the digest of the blocks before the item."""
-    return Entry(rows, {"kind": "donor", "length": length, "before": before, "contexts": [before]})
+    info: dict[str, Json] = {"kind": "donor", "length": length, "before": before, "contexts": [before]}
+    return Entry(rows, with_cost(info, cost_ms))
 
 
-def refined(donor: Entry, rows: Mapping[str, Tensor], before: str) -> Entry:
+def refined(donor: Entry, rows: Mapping[str, Tensor], before: str, *, cost_ms: float | None = None) -> Entry:
     """Return a new donor with one more context in its mean; it has no ``before``, as it is exact nowhere.
 
     A running mean, in float32 or wider, rounded to the donor's dtype once per context. After n contexts its
@@ -44,12 +48,13 @@ def refined(donor: Entry, rows: Mapping[str, Tensor], before: str) -> Entry:
         donor: the mean so far; its tensors are only read.
         rows: exact rows of the same slots and shapes.
         before: digest of the blocks before them, not in ``contexts_of(donor)``.
+        cost_ms: as in ``admit_item``; None keeps that of the donor.
     """
     contexts = [*contexts_of(donor), before]
     info = {name: value for name, value in donor.info.items() if name != "before"}
     with torch.no_grad():
         means = {name: _mean(donor.tensors[name], rows[name], len(contexts)) for name in donor.tensors}
-    return Entry(means, {**info, "contexts": list(contexts)}, copy=False)
+    return Entry(means, with_cost({**info, "contexts": list(contexts)}, cost_ms), copy=False)
 
 
 def _mean(mean: Tensor, new: Tensor, count: int) -> Tensor:
@@ -60,7 +65,14 @@ def _mean(mean: Tensor, new: Tensor, count: int) -> Tensor:
 
 
 def admit_item(
-    store: Store, key: str, rows: Mapping[str, Tensor], length: int, before: str, max_contexts: int
+    store: Store,
+    key: str,
+    rows: Mapping[str, Tensor],
+    length: int,
+    before: str,
+    max_contexts: int,
+    *,
+    cost_ms: float | None = None,
 ) -> bool:
     """Store exact rows of an item; return False if the store refused them.
 
@@ -73,20 +85,21 @@ def admit_item(
         length: tokens of the item.
         before: digest of the blocks before the item; a context counts once.
         max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
+        cost_ms: what computing the rows again would take; None if not measured.
     """
     donor = store.get(key) if max_contexts > 1 and key in store else None
     if donor is None or not _match(donor.tensors, rows):
         if donor is not None and rows.keys() < donor.tensors.keys():
             return True  # a graph that records more slots stored it; it serves this graph too
-        return store.put(key, exact_donor(rows, length, before))
+        return store.put(key, exact_donor(rows, length, before, cost_ms=cost_ms))
     contexts = contexts_of(donor)
     if contexts == (before,):
         return True
     # The copy comes first: the donor is then more recent, and the copy is evicted before it.
-    store.put(exact_key(key), exact_donor(rows, length, before))
+    store.put(exact_key(key), exact_donor(rows, length, before, cost_ms=cost_ms))
     if before in contexts or len(contexts) >= max_contexts:
         return True
-    return store.put(key, refined(donor, rows, before))
+    return store.put(key, refined(donor, rows, before, cost_ms=cost_ms))
 
 
 def _match(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> bool:

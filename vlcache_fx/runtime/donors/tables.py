@@ -93,10 +93,13 @@ def admit(
     plan: Plan,
     sample: int = 0,
     max_contexts: int = 1,
+    *,
+    cost_ms: float | None = None,
 ) -> bool:
     """Store the exact rows of one block; return False if the store refused them.
 
-    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``.
+    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``. ``cost_ms`` is what
+    computing the rows again would take, None if not measured.
     """
     starts: dict[int, int] = {}  # by id: levels of a plan share equal row tensors
     rows = {}
@@ -108,8 +111,10 @@ def admit(
         own = rows_of_sample(spec, recorded[slot], sample)
         rows[str(slot)] = own.narrow(spec.dim, starts[id(active)], block.length)
     if block.span is not None:
-        return refine.admit_item(store, block.key, rows, block.length, block.before, max_contexts)
-    return store.put(block.key, refine.exact_donor(rows, block.length, block.before))
+        return refine.admit_item(
+            store, block.key, rows, block.length, block.before, max_contexts, cost_ms=cost_ms
+        )
+    return store.put(block.key, refine.exact_donor(rows, block.length, block.before, cost_ms=cost_ms))
 
 
 def exact_prefix(

@@ -55,7 +55,7 @@ class MooncakeStore(Store):
     Everything read is authenticated before a byte is used. Values of others, of another secret, under another
     name, or with changed bytes are misses, logged once and removed.
 
-    A failure is a miss, or a lost write, never an error. After it the tier rests, and a new client is made in
+    A failure of a read is a miss, that of a write a ``StoreError``. After it the tier rests, and a new client is made in
     the background (``MooncakeLink``).
 
     Args:
@@ -81,9 +81,9 @@ class MooncakeStore(Store):
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._closed = False
-        name = f"mooncake://{settings.address}"
+        self._name = f"mooncake://{settings.address}"
         secret = self._secret  # the link must not keep the store alive
-        self._link = MooncakeLink(lambda: _connect(settings, secret), name, first_rest_s)
+        self._link = MooncakeLink(lambda: _connect(settings, secret), self._name, first_rest_s)
         # Also at exit of the interpreter, where nobody closed the store.
         self._finalizer = weakref.finalize(self, self._link.close)
 
@@ -101,19 +101,31 @@ class MooncakeStore(Store):
         return entry
 
     def put(self, key: str, entry: Entry) -> bool:
-        """See ``Store.put``; also False if the Mooncake Store is full or rests.
+        """See ``Store.put``; waits at most ``timeout_ms + transfer_ms``.
 
-        Waits at most ``timeout_ms + transfer_ms``.
+        Raises:
+            StoreError: the Mooncake Store is full, rests, or failed.
         """
         self._check_open()
+        nbytes = room_of(values.draft_of(entry, key))
+        if entry.nbytes > self._written.capacity_bytes or nbytes > self._settings.buffer_bytes:
+            self._count("rejections")
+            return False
         entry.wait()  # of another slow tier
-        done = False
-        if values.draft_of(entry, key).nbytes <= self._written.capacity_bytes:
-            with self._using() as client:
-                if client is not None:
-                    done = self._put(client, key, entry)
-        self._count("admissions" if done else "rejections")
-        return done
+        client = self._link.client()
+        if client is None:
+            raise StoreError(f"{self._name} rests after a failure")
+        try:
+            done = self._put(client, key, entry)
+        except StoreError as error:
+            self._failed(client, str(error))
+            raise
+        self._link.succeeded()
+        if not done:
+            self._count("failures")
+            raise StoreError(f"{self._name} is full")
+        self._count("admissions")
+        return True
 
     def __contains__(self, key: object) -> bool:
         self._check_open()
@@ -135,7 +147,7 @@ class MooncakeStore(Store):
         self._check_open()
         client = self._link.client()
         if client is None:
-            raise StoreError(f"mooncake://{self._settings.address} does not answer")
+            raise StoreError(f"{self._name} rests after a failure")
         removed = []
         try:
             for pattern in patterns_of(selection):
@@ -236,7 +248,6 @@ class MooncakeStore(Store):
         for old in evicted:
             values.remove(client, old.names, values.left(deadline), force=False)
         if not values.write(client, manifest, region, self._secret, deadline, replaces=found):
-            log.debug("vlcache: the Mooncake Store at %s is full", self._settings.address)
             return False
         self._written.add(manifest)
         return True
