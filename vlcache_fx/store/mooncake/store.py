@@ -55,8 +55,8 @@ class MooncakeStore(Store):
     Everything read is authenticated before a byte is used. Values of others, of another secret, under another
     name, or with changed bytes are misses, logged once and removed.
 
-    A failure of a read is a miss, that of a write a ``StoreError``. After it the tier rests, and a new client is made in
-    the background (``MooncakeLink``).
+    A failure of a read is a miss, that of a write a ``StoreError``. After it the tier rests, and a new
+    client is made in the background (``MooncakeLink``).
 
     Args:
         settings: address, limits of time, and more.
