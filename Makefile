@@ -22,7 +22,7 @@ env: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Modules are compiled when they are imported: compiling all of them takes longer than the rest.
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,dev,demo,docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,mooncake-cpu,dev,demo,docs]'
 	touch $@
 
 # One process per core, one thread each: the tensors of tests are too small to share out. In the order of their names:

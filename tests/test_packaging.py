@@ -62,7 +62,7 @@ def test_make_env_pins_versions() -> None:
             pinned.add(match[1].lower().replace("_", "-"))
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = list(PROJECT["project"]["dependencies"])
-    for extra in ("transformers", "dev", "demo", "docs"):
+    for extra in ("transformers", "mooncake-cpu", "dev", "demo", "docs"):
         wanted += extras[extra]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
     assert names <= pinned

@@ -5,6 +5,7 @@ from vlcache_fx.store.entry import Entry
 from vlcache_fx.store.file import FileStore
 from vlcache_fx.store.host import HostStore
 from vlcache_fx.store.memory import MemoryStore
+from vlcache_fx.store.mooncake import MooncakeSettings, MooncakeStore
 from vlcache_fx.store.tiered import TieredStore
 from vlcache_fx.store.url import open_store
 
@@ -15,6 +16,8 @@ __all__ = [
     "FileStore",
     "HostStore",
     "MemoryStore",
+    "MooncakeSettings",
+    "MooncakeStore",
     "Store",
     "StoreStats",
     "TieredStore",
