@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from torch import Tensor
 
 import vlcache_fx
 from vlcache_fx.bench.stress.audit import AuditedStore, Ledger
-from vlcache_fx.bench.stress.faulty_store import FaultyStore
+from vlcache_fx.bench.stress.opening import open_disturbed
 from vlcache_fx.bench.stress.requests import POLICIES, Call, Prompt, build_model, make_pool
 from vlcache_fx.bench.stress.settings import StressSettings
-from vlcache_fx.store import MemoryStore, open_store
+from vlcache_fx.errors import StoreError
+from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.store import MemoryStore
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,12 @@ class Fleet:
         model, store = self._compiled[call.prompt.model], self._store
         if call.reopens:
             self._reopen()
-        if call.clears:
-            model.vlcache.clear()
-        with torch.no_grad(), model.vlcache.using(policy=call.policy, budget=call.budget):
+        with torch.no_grad(), model.vlcache.using(policy=call.policy, budget=call.budget, salt=call.salt):
+            if call.clears:
+                with contextlib.suppress(StoreError):  # a tier that fails while it clears
+                    model.vlcache.store.clear(
+                        Selection(salt=model.vlcache.key_salt) if call.clears == "salt" else None
+                    )
             logits = _logits(model(**call.prompt.inputs()))
         report = model.vlcache.last_report
         wrong = [f"bytes of {key} that nobody stored" for key in store.wrong_keys()]
@@ -118,11 +124,9 @@ class Fleet:
         old.close()
 
     def _open_store(self) -> AuditedStore:
-        settings, urls = self._settings, self._settings.stores
-        store = open_store(urls[0] if len(urls) == 1 else list(urls), settings.capacity_bytes)
-        seed = f"faults-{settings.seed}-{self._label}-{self._openings}"
         self._openings += 1
-        return AuditedStore(FaultyStore(store, seed, settings.rates, self._on_fault), self._ledger)
+        label = f"{self._settings.seed}-{self._label}-{self._openings}"
+        return AuditedStore(open_disturbed(self._settings, label, self._on_fault), self._ledger)
 
 
 def _ignore(fault: str) -> None:

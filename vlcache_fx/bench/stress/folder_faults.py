@@ -6,11 +6,15 @@ import contextlib
 import os
 import random
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 ENTRIES, INDEX = "entries", "index.sqlite"
 """Names in the folder of a file tier."""
+
+BOUNDED = (ENTRIES, "damaged", "writing")
+"""Folders whose files count towards its bound."""
 
 
 class FolderFaults:
@@ -154,20 +158,20 @@ class FolderFaults:
 
 
 def stored_bytes(folder: Path) -> int:
-    """Return the bytes of the entries' files that lay in the folder at one moment, or less.
+    """Return the bytes of files that count towards the bound and lay in the folder at one moment, or less.
 
     Listing takes time in which files come and go. Files that two listings show lay there between the two.
     """
-    before, after = _listing(folder / ENTRIES), _listing(folder / ENTRIES)
-    return sum(size for (_, _, size) in before & after)
+    return sum(size for _, _, size in _listing(folder) & _listing(folder))
 
 
 def _listing(folder: Path) -> set[tuple[str, int, int]]:
-    """Name, inode and bytes of each file."""
+    """Path, inode and bytes of each file."""
     found = set()
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            status = path.lstat()
-            if path.is_file():
-                found.add((str(path), status.st_ino, status.st_size))
+    for name in BOUNDED:
+        for path in (folder / name).rglob("*"):
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    found.add((str(path), status.st_ino, status.st_size))
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from vlcache_fx.keys.entry_key import Selection
-from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
+from vlcache_fx.store.base import EntryInfo, Eviction, OnEvict, Store, StoreStats
 from vlcache_fx.store.entry import Entry
 
 
@@ -21,6 +21,11 @@ class StoreWrapper(Store):
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
+
+    @property
+    def is_local(self) -> bool:  # type: ignore[override]
+        """See ``Store``."""
+        return self.inner.is_local
 
     def get(self, key: str) -> Entry | None:
         """See ``Store.get``."""
@@ -47,6 +52,10 @@ class StoreWrapper(Store):
     def evicted(self, key: str) -> Eviction | None:
         """See ``Store.evicted``."""
         return self.inner.evicted(key)
+
+    def on_evict(self, listener: OnEvict) -> Callable[[], None]:
+        """See ``Store.on_evict``."""
+        return self.inner.on_evict(listener)
 
     def flush(self, timeout_s: float | None = None) -> bool:
         """See ``Store.flush``."""
