@@ -169,7 +169,7 @@ class ServingState:
     def tolerating_store_errors(self) -> Iterator[None]:
         """Log store errors of the body: they cost reuse, never the request. Raise them in strict mode.
 
-        A closed store is not a failure.
+        A closed store is not a failure. A damaged entry is a miss, also in strict mode.
         """
         try:
             yield
@@ -177,7 +177,7 @@ class ServingState:
             if self._closed or isinstance(error, StoreClosedError):
                 self._log_closed()
                 return
-            if self.options.strict:
+            if self.options.strict and not isinstance(error, DamagedEntryError):
                 raise
             self.count("store_failures")
             if isinstance(error, DamagedEntryError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ class Answer:
 
     Attributes:
         mode: as in the report.
+        seconds: duration of the call.
         difference: largest difference of the logits from the unmodified model's; None if not compared.
         wrong: what is wrong; empty if nothing is.
     """
 
     mode: str
+    seconds: float
     difference: float | None
     wrong: str = ""
 
@@ -92,20 +95,20 @@ class Fleet:
                     model.vlcache.store.clear(
                         Selection(salt=model.vlcache.key_salt) if call.clears == "salt" else None
                     )
+            start = time.perf_counter()
             logits = _logits(model(**call.prompt.inputs()))
+            seconds = time.perf_counter() - start
         report = model.vlcache.last_report
         wrong = [f"bytes of {key} that nobody stored" for key in store.wrong_keys()]
-        expected = self._oracle[call.prompt]
-        if logits.shape != expected.shape or not logits.isfinite().all():
-            wrong.append(f"logits of shape {tuple(logits.shape)}, or not finite")
-            return Answer(report["mode"], None, "; ".join(wrong))
         wrong += _incoherent(report, call.prompt)
-        if not _is_exact(call, report):
-            return Answer(report["mode"], None, "; ".join(wrong))
-        difference = float((logits - expected).abs().max())
-        if difference > self._settings.tolerance:
-            wrong.append(f"logits differ by {difference:.3g}")
-        return Answer(report["mode"], difference, "; ".join(wrong))
+        difference = None
+        if logits.shape != self._oracle[call.prompt].shape or not logits.isfinite().all():
+            wrong.append(f"logits of shape {tuple(logits.shape)}, or not finite")
+        elif _is_exact(call, report):
+            difference = float((logits - self._oracle[call.prompt]).abs().max())
+            if difference > self._settings.tolerance:
+                wrong.append(f"logits differ by {difference:.3g}")
+        return Answer(report["mode"], seconds, difference, "; ".join(wrong))
 
     def bounds(self) -> list[tuple[str, int, int]]:
         """Return name, used bytes and bound of the store and of each tier."""

@@ -90,22 +90,22 @@ def _calls(settings: StressSettings, label: str) -> Iterator[Call]:
 
 def _call_until(ended: threading.Event, fleet: Fleet, calls: Iterator[Call], emit: Emit) -> None:
     while not ended.is_set():
-        call, start = next(calls), time.monotonic()
+        call = next(calls)
         try:
             answer = fleet.answer(call)
         except Exception:  # noqa: BLE001 - every failure of a request counts
             emit({"event": "failure", "error": f"{call}\n{traceback.format_exc()[-LONGEST_TEXT:]}"})
             continue
-        emit(_event(answer, call, time.monotonic() - start))
+        emit(_event(answer, call))
 
 
-def _event(answer: Answer, call: Call, seconds: float) -> Event:
+def _event(answer: Answer, call: Call) -> Event:
     event: dict[str, Any] = {
         "event": "answer",
         "mode": answer.mode,
         "compared": answer.difference is not None,
         "difference": answer.difference or 0.0,
-        "seconds": round(seconds, 4),
+        "seconds": round(answer.seconds, 4),
     }
     return event | ({"wrong": f"{answer.wrong}: {call}"[:LONGEST_TEXT]} if answer.wrong else {})
 
