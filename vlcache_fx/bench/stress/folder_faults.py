@@ -111,10 +111,14 @@ class FolderFaults:
         return path is not None
 
     def _swap(self) -> bool:
-        files = self._files()
-        if len(files) < 2:
+        by_size: dict[int, list[Path]] = {}
+        for path in self._files():
+            by_size.setdefault(path.stat().st_size, []).append(path)
+        # Of one size: nobody can keep a bound on files that grow under a name.
+        groups = [paths for paths in by_size.values() if len(paths) > 1]
+        if not groups:
             return False
-        first, second = self._draw.sample(files, 2)
+        first, second = self._draw.sample(self._draw.choice(groups), 2)
         temporary = self._folder / f"swapped-{os.getpid()}"
         first.rename(temporary)
         second.rename(first)
