@@ -17,7 +17,7 @@ from torch import Tensor
 import vlcache_fx
 from vlcache_fx.bench.stress.audit import AuditedStore, Ledger
 from vlcache_fx.bench.stress.opening import open_disturbed
-from vlcache_fx.bench.stress.requests import POLICIES, Call, Prompt, build_model, make_pool
+from vlcache_fx.bench.stress.requests import Call, Prompt, build_model, make_pool
 from vlcache_fx.bench.stress.settings import StressSettings
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.entry_key import Selection
@@ -69,10 +69,14 @@ class Fleet:
             )
 
     def warm_up(self) -> None:
-        """Compile the programs of all prompts."""
-        for policy in ("full", *POLICIES):
+        """Compile the programs of all prompts, with and without a probe."""
+        for policy in ("full", "cacheblend"):
             for prompt in self._oracle:
                 self.answer(Call(prompt, policy, 0.1, ""))
+
+    def use(self, settings: StressSettings) -> None:
+        """Use other settings when the store is opened next; models and ledger stay."""
+        self._settings = settings
 
     def open(self, label: str, on_fault: Callable[[str], None]) -> None:
         """Use the disturbed store from now on.
