@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,10 @@ class TierBench:
     def add_references(self) -> None:
         """Add the plain model, and cold runs with features and with pixels."""
         bench, request = self._bench, self._workload.second
-        self._add("plain", lambda: bench.compiled(**request))
+        self._add("plain", functools.partial(bench.compiled, **request))
         for name, asked in ((COLD, request), (COLD_PIXELS, self.pixels[1])):
-            self._add(
-                name, lambda asked=asked: bench.reusing(**asked), bench.prepare_cold, self._checked("cold")
-            )
+            run = functools.partial(bench.reusing, **asked)
+            self._add(name, run, bench.prepare_cold, self._checked("cold"))
 
     def add_tier(self, name: str, variant: Variant, prepare: Callable[[], None] = do_nothing) -> None:
         """Record donors in a tier, and add warm runs from it; ``prepare`` is called before each."""
@@ -89,7 +89,7 @@ class TierBench:
             prepare()
 
         tier = variant.store.partition("://")[0]
-        self._add(name, lambda: bench.reusing(**request), ready, self._checked("warm", tier))
+        self._add(name, functools.partial(bench.reusing, **request), ready, self._checked("warm", tier))
         self.rows[name] = dataclasses.replace(row, donor_bytes=bench.donor_bytes())
 
     def _add(

@@ -13,13 +13,14 @@ import os
 import select
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 
 import torch
 
 from vlcache_fx.bench.stress.fleet import Fleet
 from vlcache_fx.bench.stress.settings import StressSettings
-from vlcache_fx.bench.stress.worker import Emit, Event, work
+from vlcache_fx.bench.stress.worker import LONGEST_TEXT, Emit, Event, work
 
 POLL_S = 0.02
 
@@ -66,6 +67,8 @@ def _run(fleet: Fleet, settings: StressSettings, label: str, ends: int, emit: Em
     try:
         threading.Thread(target=wait, daemon=True).start()
         code = 0 if work(fleet, settings, label, ended, emit) else 3
+    except Exception:  # noqa: BLE001 - it counts, whatever it is
+        emit({"event": "failure", "error": f"worker {label}: {traceback.format_exc()[-LONGEST_TEXT:]}"})
     finally:
         sys.stderr.flush()
         os._exit(code)  # also if a request is stuck

@@ -11,15 +11,17 @@ from dataclasses import replace
 
 from vlcache_fx.bench.stress.faulty_store import FaultyStore
 from vlcache_fx.bench.stress.settings import FaultRates, StressSettings
-from vlcache_fx.errors import OptionError
+from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.memory import MemoryStore
 from vlcache_fx.store.tiered import TieredStore
 from vlcache_fx.store.url import StoreURL, parse_url
 
 
-def open_disturbed(settings: StressSettings, label: str, on_fault: Callable[[str], None]) -> Store:
+def open_disturbed(settings: StressSettings, label: str, on_fault: Callable[[str], None]) -> FaultyStore:
     """Open the tiers of ``settings.stores`` as one store that fails at random.
+
+    As with the option ``strict=False``, a tier that cannot be opened now is left out.
 
     Args:
         settings: of the run.
@@ -28,16 +30,20 @@ def open_disturbed(settings: StressSettings, label: str, on_fault: Callable[[str
 
     Raises:
         OptionError: a URL is not valid.
-        StoreError: a tier cannot be opened now.
     """
     tiers: list[Store] = []
     for number, text in enumerate(settings.stores):
         url = parse_url(text)
-        tier = open_tier(url, settings, label, on_fault)
+        try:
+            tier = open_tier(url, settings, label, on_fault)
+        except (StoreError, OSError):
+            on_fault("tier not opened")
+            continue
         slow = FaultyStore(tier, f"{label}-{number}", settings.rates, on_fault)
         tiers.append(tier if tier.is_memory else slow)
-    if len(tiers) == 1 and tiers[0].is_memory:
-        return FaultyStore(tiers[0], label, settings.rates, on_fault)
+    if not tiers or (len(tiers) == 1 and tiers[0].is_memory):
+        memory = tiers[0] if tiers else MemoryStore(settings.capacity_bytes)
+        return FaultyStore(memory, label, settings.rates, on_fault)
     # What stands in front of all tiers fails seldom: it hides them from the request.
     rare = replace(settings.rates, **{name: value / 4 for name, value in vars(settings.rates).items()})
     return FaultyStore(TieredStore(tiers), label, replace(rare, timeout_s=settings.rates.timeout_s), on_fault)
