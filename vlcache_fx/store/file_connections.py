@@ -6,7 +6,6 @@ import contextlib
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -192,7 +191,8 @@ class Connections:
         index, self._cause = self._folder.index, f"damaged ({cause})"
         for suffix in ("-wal", "-shm"):
             Path(f"{index}{suffix}").unlink(missing_ok=True)
-        os.rename(index, self._folder.damaged / f"{time.time_ns()}-index.sqlite")
+        # Beside the new one, not among damaged entries: those count towards the bound, an index does not.
+        os.replace(index, f"{index}-damaged")
 
 
 def _quoted(path: Path) -> str:
