@@ -35,7 +35,7 @@ def check(pair: Pair, inner: MemoryStore, first: dict[str, Any], second: dict[st
     assert off <= 1e-5
     assert faults
     assert report["mode"] == "cold"
-    assert report["reason_code"] is Reason.STORE_FAILED
+    assert report["reason_code"] is Reason.DAMAGED_ENTRY
     assert not any(span["hit"] for span in report["spans"])
     pair.engine.store = inner
     assert pair.run(**second)[1]["mode"] == "warm"
