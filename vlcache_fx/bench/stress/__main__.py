@@ -33,7 +33,9 @@ def main(
     folder_fault_s: Annotated[
         float, typer.Option(help="seconds between two faults of the folder; 0 for none")
     ] = 0.1,
-    in_place: Annotated[bool, typer.Option(help="also change files in place")] = True,
+    in_place: Annotated[
+        bool, typer.Option(help="also change files in place, which file:// bears with read=copy alone")
+    ] = True,
     inner_faults: Annotated[bool, typer.Option(help="inject failures of the store")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="print the table in Markdown")] = False,
@@ -44,7 +46,9 @@ def main(
     """
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="vlcache-stress-") as temporary:
-        urls = tuple(store or ("memory://?capacity=200KiB", f"file://{temporary}/store?capacity=800KiB"))
+        # Who changes files in place changes mapped ones under the eyes of their readers.
+        file = f"file://{temporary}/store?capacity=800KiB&read={'copy' if in_place else 'mapped'}"
+        urls = tuple(store or ("memory://?capacity=200KiB", file))
         try:
             folders = [url.address for url in map(parse_url, urls) if url.scheme == "file"]
             settings = StressSettings(

@@ -64,7 +64,7 @@ def open_tier(url: StoreURL, settings: StressSettings, label: str, on_fault: Cal
             from vlcache_fx.store.file import FileStore
 
             write = FaultyWriter(label, settings.rates, on_fault)
-            reads = url.parameters.get("reads", "mapped")
+            reads = url.parameters.get("read", "mapped")
             return FileStore(url.address, capacity_bytes, reads=reads, write=write)
         case "mooncake":
             from vlcache_fx.store.mooncake import open_mooncake_store
