@@ -79,7 +79,7 @@ def cells(result: TiersResult) -> Iterator[tuple[str, ...]]:
         ratios = (
             result.ratio(row.name, row.beside),
             result.ratio(row.cold, row.name),
-            result.ratio("plain", row.name) if row.beside else None,
+            result.ratio("plain", row.name) if row.cold == "cold" else None,  # the same request
         )
         yield (
             row.name,
