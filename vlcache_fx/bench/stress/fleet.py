@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,13 @@ class Fleet:
             )
 
     def warm_up(self) -> None:
-        """Compile the programs of all prompts, with and without a probe."""
-        for policy in ("full", "cacheblend"):
-            for prompt in self._oracle:
+        """Compile the programs of all prompts: with and without a probe, and where one image is known."""
+        for prompt, policy in itertools.product(self._oracle, ("full", "cacheblend")):
+            model = self._compiled[prompt.model]
+            model.vlcache.clear()
+            with torch.no_grad():
+                model(**replace(prompt, images=prompt.images[:1]).inputs())
+            for _ in range(2):
                 self.answer(Call(prompt, policy, 0.1, ""))
 
     def use(self, settings: StressSettings) -> None:
