@@ -45,7 +45,7 @@ class StandIn(MemoryStore):
             if key in self.damaged:
                 raise DamagedEntryError(f"{key} is damaged")
 
-        return Entry.arriving(entry.tensors, entry.info, dict.fromkeys(entry.tensors, wait), self.tier)
+        return Entry.pending(entry.tensors, entry.info, dict.fromkeys(entry.tensors, wait), self.tier)
 
     def evicted(self, key: str) -> Eviction | None:
         return self.dropped.get(key)

@@ -181,7 +181,7 @@ def test_damaged_features_are_encoded_again(store: FileStore) -> None:
     assert report["encoder_hit"] is True
 
 
-def arriving(mark: float, log: list[str], fails: bool = False) -> Entry:
+def pending(mark: float, log: list[str], fails: bool = False) -> Entry:
     """A donor of four rows whose tensors are NaN until they arrive."""
     tensors = {name: torch.full((1, 4, 2), float("nan")) for name in ("0.k", "0.v")}
 
@@ -192,7 +192,7 @@ def arriving(mark: float, log: list[str], fails: bool = False) -> Entry:
         tensors[name].fill_(mark)
 
     waits = {name: lambda name=name: wait(name) for name in tensors}
-    return Entry.arriving(tensors, {"length": 4}, waits, "file")
+    return Entry.pending(tensors, {"length": 4}, waits, "file")
 
 
 def test_tables_of_several_donors_are_pending() -> None:
@@ -202,14 +202,14 @@ def test_tables_of_several_donors_are_pending() -> None:
     log: list[str] = []
     assert names == {"0.k", "0.v"}
     memory = Entry({name: torch.full((1, 4, 2), 3.0) for name in names}, {"length": 4})
-    found = donors.tables([arriving(1.0, log), memory, arriving(2.0, log)], specs, torch.device("cpu"))
+    found = donors.tables([pending(1.0, log), memory, pending(2.0, log)], specs, torch.device("cpu"))
     assert log == []
     key = found[Key(0)]
     assert isinstance(key, PendingTensor)
     for _ in range(2):
         assert key.get()[0, :, 0].tolist() == [1.0] * 4 + [3.0] * 4 + [2.0] * 4
     assert log == ["0.k of 1", "0.k of 2"]
-    found = donors.tables([memory, arriving(2.0, log, fails=True)], specs, torch.device("cpu"))
+    found = donors.tables([memory, pending(2.0, log, fails=True)], specs, torch.device("cpu"))
     for _ in range(2):
         with pytest.raises(DamagedEntryError):
             found[Value(0)].get()  # type: ignore[union-attr]

@@ -77,7 +77,7 @@ def test_entry_tensors_must_be_dense(value: Any) -> None:
 def test_only_reading_a_tensor_waits_for_it() -> None:
     waited: list[str] = []
     tensor = torch.arange(4.0)
-    entry = Entry.arriving({"x": tensor}, {}, {"x": lambda: waited.append("x")}, "file")
+    entry = Entry.pending({"x": tensor}, {}, {"x": lambda: waited.append("x")}, "file")
     assert "x" in entry.tensors
     assert "y" not in entry.tensors
     assert entry.tensors.keys() == {"x"}

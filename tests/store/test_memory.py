@@ -177,14 +177,14 @@ def test_listeners_hear_of_evictions() -> None:
     assert heard == [("a", 5)]
 
 
-class Arriving:
+class Pending:
     """An entry of a slow tier whose tensor arrives when ``gate`` opens."""
 
     def __init__(self, nbytes: int, mark: int = 0) -> None:
         self.gate, self.waiting = threading.Event(), threading.Event()
         self.error: Exception | None = None
         storage = torch.full((2 * nbytes,), mark, dtype=torch.uint8)
-        self.entry = Entry.arriving({"x": storage[:nbytes]}, {"mark": mark}, {"x": self.wait}, "slow")
+        self.entry = Entry.pending({"x": storage[:nbytes]}, {"mark": mark}, {"x": self.wait}, "slow")
 
     def wait(self) -> None:
         self.waiting.set()
@@ -194,29 +194,29 @@ class Arriving:
 
 
 def test_put_copies_entries_that_arrive() -> None:
-    store, arriving = MemoryStore(10), Arriving(4, 7)
-    arriving.gate.set()
-    assert store.put("a", arriving.entry)
+    store, pending = MemoryStore(10), Pending(4, 7)
+    pending.gate.set()
+    assert store.put("a", pending.entry)
     found = store.get("a")
     assert found is not None
     assert found.tier is None
     assert found.wait_of("x") is None
     assert found.tensors["x"].untyped_storage().nbytes() == 4
     assert found.tensors["x"].tolist() == [7] * 4
-    assert not store.put("b", Arriving(11).entry)  # too large: nothing is waited for
+    assert not store.put("b", Pending(11).entry)  # too large: nothing is waited for
 
 
 def test_room_is_made_before_a_copy() -> None:
-    store, arriving = MemoryStore(10), Arriving(6)
+    store, pending = MemoryStore(10), Pending(6)
     store.put("old", entry(6))
-    thread = threading.Thread(target=store.put, args=("a", arriving.entry))
+    thread = threading.Thread(target=store.put, args=("a", pending.entry))
     thread.start()
-    assert arriving.waiting.wait(60)
+    assert pending.waiting.wait(60)
     assert (len(store), store.stats().used_bytes) == (0, 6)
     store.put("b", entry(4))  # fits beside the copy
     blocked = threading.Thread(target=store.put, args=("c", entry(5)))
     blocked.start()
-    arriving.gate.set()
+    pending.gate.set()
     for one in (thread, blocked):
         one.join(60)
         assert not one.is_alive()
@@ -226,18 +226,18 @@ def test_room_is_made_before_a_copy() -> None:
 
 @pytest.mark.parametrize("event", ["clear", "put", "close", "damage"])
 def test_copy_that_is_void_is_not_stored(event: str) -> None:
-    store, arriving = MemoryStore(20), Arriving(6, 1)
+    store, pending = MemoryStore(20), Pending(6, 1)
     failures: list[StoreError] = []
 
     def put() -> None:
         try:
-            store.put("a", arriving.entry)
+            store.put("a", pending.entry)
         except StoreError as error:
             failures.append(error)
 
     thread = threading.Thread(target=put)
     thread.start()
-    assert arriving.waiting.wait(60)
+    assert pending.waiting.wait(60)
     if event == "clear":
         store.clear()
     elif event == "put":
@@ -245,8 +245,8 @@ def test_copy_that_is_void_is_not_stored(event: str) -> None:
     elif event == "close":
         store.close()
     else:
-        arriving.error = DamagedEntryError("flipped bytes")
-    arriving.gate.set()
+        pending.error = DamagedEntryError("flipped bytes")
+    pending.gate.set()
     thread.join(60)
     assert len(failures) == (event == "damage")
     assert store.stats().used_bytes == (5 if event == "put" else 0)

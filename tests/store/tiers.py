@@ -57,9 +57,7 @@ class SlowStore(Store):
         found = self.memory.get(key)
         if found is None:
             return None
-        return Entry.arriving(
-            found.tensors, found.info, dict.fromkeys(found.tensors, self._arrive), self.tier
-        )
+        return Entry.pending(found.tensors, found.info, dict.fromkeys(found.tensors, self._arrive), self.tier)
 
     def _arrive(self) -> None:
         self.waits += 1

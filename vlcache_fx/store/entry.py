@@ -55,25 +55,25 @@ class Entry:
         object.__setattr__(self, "info", MappingProxyType(info))
 
     @classmethod
-    def arriving(
+    def pending(
         cls, tensors: Mapping[str, Tensor], info: Mapping[str, Json], waits: Mapping[str, Wait], tier: str
     ) -> Entry:
         """Return an entry of a slow tier, whose tensors may still arrive; ``waits`` has one function each.
 
         The tensors may be views of larger storage, such as a mapped file. Nothing is copied.
         """
-        return cls(_Arriving(dict(tensors), dict(waits)), info, copy=False, tier=tier, _waits=waits)
+        return cls(_Pending(dict(tensors), dict(waits)), info, copy=False, tier=tier, _waits=waits)
 
     def peek(self, name: str) -> Tensor:
         """Return a tensor whose bytes may still arrive: for its dtype and shape."""
-        return self.tensors.peek(name) if isinstance(self.tensors, _Arriving) else self.tensors[name]
+        return self.tensors.peek(name) if isinstance(self.tensors, _Pending) else self.tensors[name]
 
     def wait_of(self, name: str) -> Wait | None:
         """Return the function that waits for a tensor; None if it is there."""
         return self._waits.get(name)
 
     @property
-    def is_arriving(self) -> bool:
+    def is_pending(self) -> bool:
         """True if reading a tensor may wait."""
         return bool(self._waits)
 
@@ -100,7 +100,7 @@ class Entry:
         return sum(self.peek(name).nbytes for name in self.tensors)
 
 
-class _Arriving(Mapping[str, Tensor]):
+class _Pending(Mapping[str, Tensor]):
     """Tensors that may still arrive; reading one waits for it."""
 
     def __init__(self, tensors: Mapping[str, Tensor], waits: Mapping[str, Wait]) -> None:

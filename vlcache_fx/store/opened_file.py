@@ -84,7 +84,7 @@ class OpenedFile:
     def entry(self, tier: str) -> Entry:
         """Return the entry; its tensors wait until they are verified."""
         waits = {name: functools.partial(self.wait, name) for name in self._codes}
-        return Entry.arriving({name: self._tensors[name] for name in self._codes}, self.info, waits, tier)
+        return Entry.pending({name: self._tensors[name] for name in self._codes}, self.info, waits, tier)
 
     def wait(self, name: str) -> None:
         """Verify a tensor, unless that is done.

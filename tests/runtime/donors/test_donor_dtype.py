@@ -232,7 +232,7 @@ def test_tables_wait_for_scales() -> None:
     donor, specs = packed(rows_like("heads first", 0), "heads first")
     waited: list[str] = []
     waits = {name: functools.partial(waited.append, name) for name in donor.tensors}
-    slow = Entry.arriving(donor.tensors, donor.info, waits, "file")
+    slow = Entry.pending(donor.tensors, donor.info, waits, "file")
     assert fits(slow, specs, 5)
     found = tables([slow], specs, CPU)
     assert waited == []

@@ -43,7 +43,7 @@ class FaultyStore(StoreWrapper):
         entry = self.inner.get(key)
         if entry is None or not entry.tensors or not self._due(self._rates.late_damage):
             return entry
-        self._on_fault("damaged while arriving")
+        self._on_fault("damaged on arrival")
         return _damaged(entry, key, self.inner.tier)
 
     def put(self, key: str, entry: Entry) -> bool:
@@ -80,4 +80,4 @@ def _damaged(entry: Entry, key: str, tier: str) -> Entry:
     waits: dict[str, Wait] = {name: wait for name in tensors if (wait := entry.wait_of(name)) is not None} | {
         list(tensors)[-1]: fail
     }
-    return Entry.arriving(tensors, entry.info, waits, entry.tier or tier)
+    return Entry.pending(tensors, entry.info, waits, entry.tier or tier)

@@ -44,7 +44,7 @@ def tables(
     pending: later layers may arrive while earlier ones compute. Packed donors are pending, too: a layer's
     rows are unpacked when its program first reads them, so only one layer's are full-size at a time.
     """
-    is_late = any(is_packed(entry) or entry.is_arriving for entry in entries)
+    is_late = any(is_packed(entry) or entry.is_pending for entry in entries)
     is_there = device.type != "cuda" or all(
         entry.peek(name).device == device for entry in entries for name in entry.tensors
     )

@@ -102,7 +102,7 @@ class Transfer:
                 tensors[part.name] = self._region.tensor(0, part.torch_dtype, part.shape)
                 waits[part.name] = _nothing
         ordered = {part.name: tensors[part.name] for part in self._manifest.parts}
-        return Entry.arriving(ordered, self._manifest.info, waits, tier)
+        return Entry.pending(ordered, self._manifest.info, waits, tier)
 
     def _wait(self, group: _Group) -> None:
         late = not group.done.wait(max(0.0, self._deadline - time.monotonic()))
