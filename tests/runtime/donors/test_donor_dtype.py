@@ -411,9 +411,9 @@ def test_float8_needs_a_device_that_has_it() -> None:
     check_device("int8", CPU)
     pair = with_api(tiny_vlm(num_layers=1), donor_dtype="float8", store=vlcache_store())
     with pytest.raises(OptionError, match="float8"):
-        pair.model(**prompt(A))
+        pair.run(**prompt(A))  # without gradients
 
 
 def test_float8_set_later_needs_such_a_device(vlm: Pair) -> None:
     with settings_of(vlm.engine, donor_dtype="float8"), pytest.raises(OptionError, match="float8"):
-        vlm.model(**prompt(A))
+        vlm.run(**prompt(A))

@@ -79,24 +79,19 @@ class Packing:
         """
         dtype = PACKED[self.donor_dtype]
         with torch.no_grad():
-            wide = {slot: _wide(rows[str(slot)]) for slot in self.specs}
             ranges = {
-                slot: _range(wide[slot], _dim(slot, spec), _has_offset(slot, dtype))
+                slot: _range(rows[str(slot)], _dim(slot, spec), _has_offset(slot, dtype))
                 for slot, spec in self.specs.items()
             }
             sizes = [
                 (torch.maximum(-low, high).amax() / torch.finfo(rows[str(slot)].dtype).max).double()
                 for slot, (low, high) in ranges.items()
             ]
-            packable = (torch.stack(sizes) < 0.5).tolist()  # False for NaN
+            packable = (torch.stack(sizes) < 0.5).tolist()  # False for NaN; waits for a GPU once
             found: dict[str, Tensor] = {}
             for slot, is_packable in zip(self.specs, packable, strict=True):
                 own = rows[str(slot)]
-                found |= (
-                    _packed(slot, wide[slot], ranges[slot], own.dtype, dtype)
-                    if is_packable
-                    else {str(slot): own.clone()}
-                )
+                found |= _packed(slot, own, ranges[slot], dtype) if is_packable else {str(slot): own.clone()}
         return found
 
 
@@ -172,18 +167,19 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _range(wide: Tensor, dim: int, has_offset: bool) -> tuple[Tensor, Tensor]:
+def _range(rows: Tensor, dim: int, has_offset: bool) -> tuple[Tensor, Tensor]:
+    low, high = (_wide(bound) for bound in torch.aminmax(rows, dim=dim, keepdim=True))
     if has_offset:
-        low, high = torch.aminmax(wide, dim=dim, keepdim=True)
         return low, high
-    most = wide.abs().amax(dim, keepdim=True)
+    most = torch.maximum(-low, high)
     return -most, most
 
 
 def _packed(
-    slot: StoredSlot, wide: Tensor, bounds: tuple[Tensor, Tensor], own: torch.dtype, dtype: torch.dtype
+    slot: StoredSlot, rows: Tensor, bounds: tuple[Tensor, Tensor], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    (low, high), beside = bounds, {}
+    (low, high), wide, own = bounds, _wide(rows), rows.dtype
+    beside: dict[str, Tensor] = {}
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     if _has_offset(slot, dtype):
         offset = (low / 2 + high / 2).to(own)
