@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlcache_fx.deploy.sessions import EngineSession, OnnxSession
     from vlcache_fx.errors import (
         CopyError,
+        DamagedEntryError,
         ExportError,
         LoweringError,
         NoCompilerError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CopyError",
+    "DamagedEntryError",
     "Engine",
     "EngineOptions",
     "EngineSession",

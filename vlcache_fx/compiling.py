@@ -16,7 +16,7 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, cast
 
-__all__ = ["compiling", "dynamo_settings", "missing_tool", "raise_graph_limit"]
+__all__ = ["compiling", "dynamo_settings", "missing_tool", "no_compilation", "raise_graph_limit"]
 
 FLAG = "_is_fx_tracing_flag"
 """A global of torch's tracer that is true for all threads while any thread traces."""
@@ -33,6 +33,17 @@ def compiling() -> Iterator[None]:
 
     with compile_lock, _private_traces():
         yield
+
+
+def no_compilation() -> AbstractContextManager[Any]:
+    """Let no other thread compile in the body.
+
+    For eager code that asks ``torch.compiler.is_compiling()``, as encoders of transformers do: while one
+    thread compiles, the answer is True in all threads, and they take branches that are not safe in threads.
+    """
+    from torch._dynamo.convert_frame import compile_lock
+
+    return cast(AbstractContextManager[Any], compile_lock)
 
 
 @contextmanager

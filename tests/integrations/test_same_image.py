@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.compiling import compiling
 from vlcache_fx.keys.entry_key import salt_tag
 from vlcache_fx.runtime import in_flight
 from vlcache_fx.store import MemoryStore
@@ -101,3 +102,22 @@ def test_salt_of_a_call() -> None:
     assert hits == [False, False, True]
     assert pair.engine.clear(salt="a") == pair.engine.clear(salt="b") > 0
     assert not [entry for entry in pair.engine.store.entries() if salt_tag("a") in entry.key]
+
+
+def test_no_thread_compiles_while_an_encoder_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a compilation, ``torch.compiler.is_compiling()`` is true in all threads: encoders misread it."""
+    pair = with_api(tiny_llava(1))
+    pair.run(**llava_prompt(3, 0))
+    seen: list[bool] = []
+    tower = pair.model.model.vision_tower
+    tower.register_forward_pre_hook(lambda module, args: seen.append(torch.compiler.is_compiling()))
+    asks = threading.Thread(target=pair.run, kwargs=llava_prompt(3, 1))
+    with compiling():
+        monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+        asks.start()
+        asks.join(0.5)
+        assert asks.is_alive()
+        assert seen == []
+        monkeypatch.undo()
+    asks.join(60)
+    assert seen == [False]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from vlcache_fx.compiling import no_compilation
 from vlcache_fx.errors import StoreError, UnreadableWeightsError
 from vlcache_fx.integrations.encoder_weights import Dependence, EncoderWeights
 from vlcache_fx.integrations.items import Fields, feature_fields, join_items, split_items
@@ -177,7 +178,7 @@ class EncoderCache:
 
         def encode() -> Any:
             timing = self._engine.timing(self._pace, call[self._pixels_name].numel())
-            with FastAttention() if is_fast else contextlib.nullcontext(), timing:
+            with no_compilation(), FastAttention() if is_fast else contextlib.nullcontext(), timing:
                 return self.encode(**call)
 
         output, held = self._weights.run(encode, dependence)

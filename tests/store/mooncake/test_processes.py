@@ -86,7 +86,7 @@ import os, time, torch
 from vlcache_fx.store import Entry, open_store
 store = open_store({url_of(cluster, tmp_path / "secret").replace("20000", "1000")!r}, 1 << 26)
 master = {cluster.pid("master")}
-assert store.put('a', Entry({{'k': torch.ones(1000, 1000)}}, {{}}))
+assert store.put('a', Entry({{'k': torch.ones(1000, 1000)}}, {{}})) and store.flush(60)
 {end}
 """
         done = subprocess.run(
