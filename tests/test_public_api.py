@@ -12,6 +12,7 @@ from vlcache_fx import errors
 
 PUBLIC = {
     "CopyError",
+    "DamagedEntryError",
     "Engine",
     "EngineOptions",
     "EngineSession",

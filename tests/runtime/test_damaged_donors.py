@@ -136,7 +136,7 @@ def test_damaged_header_is_a_plain_miss(store: FileStore) -> None:
     damage(store, "donor", lambda size: 40)
     off, report = pair.run(**prompt(A, seed=1))
     assert off == 0.0
-    assert (report["mode"], report["reason_code"]) == ("cold", Reason.NOT_RECORDED)
+    assert (report["mode"], report["reason_code"]) == ("cold", Reason.DAMAGED_ENTRY)
     assert pair.engine.stats().get("store_failures", 0) == 0
 
 
@@ -208,7 +208,7 @@ def test_tables_of_several_donors_are_pending() -> None:
     assert isinstance(key, PendingTensor)
     for _ in range(2):
         assert key.get()[0, :, 0].tolist() == [1.0] * 4 + [3.0] * 4 + [2.0] * 4
-    assert log == ["0.k of 1", "0.k of 2"]
+    assert set(log) == {"0.k of 1", "0.k of 2"}
     found = donors.tables([memory, pending(2.0, log, fails=True)], specs, torch.device("cpu"))
     for _ in range(2):
         with pytest.raises(DamagedEntryError):

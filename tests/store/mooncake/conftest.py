@@ -15,6 +15,8 @@ from vlcache_fx.store.mooncake import MooncakeSettings, MooncakeStore
 from vlcache_fx.store.url import parse_url
 from vlcache_fx.testing.mooncake_cluster import MooncakeCluster, missing
 
+LEASE_MS = 200
+
 Opener = Callable[..., MooncakeStore]
 
 
@@ -22,7 +24,7 @@ Opener = Callable[..., MooncakeStore]
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MooncakeCluster]:
     if missing():
         pytest.skip(missing())
-    with MooncakeCluster(tmp_path_factory.mktemp("mooncake"), lease_ms=200) as cluster:
+    with MooncakeCluster(tmp_path_factory.mktemp("mooncake"), lease_ms=LEASE_MS) as cluster:
         yield cluster
 
 

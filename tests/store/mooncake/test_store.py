@@ -17,7 +17,7 @@ from vlcache_fx.keys.entry_key import KeyScope, Selection
 from vlcache_fx.store import Entry, MooncakeSettings, MooncakeStore, open_store
 from vlcache_fx.testing.mooncake_cluster import MooncakeCluster
 
-from .conftest import Opener
+from .conftest import LEASE_MS, Opener
 
 
 def donor(value: float, contexts: int, layers: int = 4, rows: int = 100) -> Entry:
@@ -120,6 +120,7 @@ def test_refined_donors_replace_those_of_fewer_contexts(cluster: MooncakeCluster
 def test_unread_tensors_of_older_donors_are_removed(cluster: MooncakeCluster, open_real: Opener) -> None:
     store = open_real()
     assert store.put("a", donor(1.0, 1))
+    time.sleep(2 * LEASE_MS / 1000)  # writing an entry asks for its tensors, and so leases them
     assert store.put("a", donor(2.0, 2))
     assert len(names_in(cluster)) == 1 + 4
     before = names_in(cluster)
@@ -203,7 +204,8 @@ def test_a_planted_tensor_is_a_miss(
     assert store.put("a", donor(1.0, 1))
     (name,) = [name for name in names_in(cluster) if name.startswith("vlcache1p.a.") and name.endswith(".2")]
     nbytes = 100 * 8 * 4
-    assert "0" in raw(cluster, "remove", name, "put", name, "00" * nbytes)
+    assert eventually(lambda: raw(cluster, "remove", name)[0] == "0")  # its lease must end
+    raw(cluster, "put", name, "00" * nbytes)
     found = store.get("a")
     assert found is not None
     with pytest.raises(DamagedEntryError, match=r"'k.2' are not those that were stored"):
