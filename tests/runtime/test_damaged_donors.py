@@ -16,7 +16,7 @@ from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, Value
 from vlcache_fx.store import Entry
 from vlcache_fx.store.file import FileStore
-from vlcache_fx.store.opened_file import OpenedFile
+from vlcache_fx.store.file.opened_file import OpenedFile
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

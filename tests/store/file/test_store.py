@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from vlcache_fx.errors import StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import KeyScope, Selection
 from vlcache_fx.store import Entry
-from vlcache_fx.store.entry_file import encode
-from vlcache_fx.store.file import TOUCHES, FileStore
+from vlcache_fx.store.file import FileStore
+from vlcache_fx.store.file.entry_file import encode
+from vlcache_fx.store.file.store import TOUCHES
 
 from .files import bytes_on_disk, entry, file_of, lines, same
 

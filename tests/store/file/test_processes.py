@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlcache_fx.store.entry_file import encode
 from vlcache_fx.store.file import FileStore
+from vlcache_fx.store.file.entry_file import encode
 
 from .files import bytes_on_disk, entry, same, start
 
@@ -112,7 +112,7 @@ def test_killed_writer_leaves_nothing(tmp_path: Path) -> None:
 
 
 KILLED_AT_COMMIT = """
-from vlcache_fx.store.file_folder import Folder
+from vlcache_fx.store.file.folder import Folder
 publish = Folder.publish
 def killed(self, new, key):
     publish(self, new, key)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from vlcache_fx.store import Entry
-from vlcache_fx.store.file_folder import Folder
+from vlcache_fx.store.file.folder import Folder
 
 
 def entry(nbytes: int = 4096, mark: int = 0, **info: float) -> Entry:

@@ -27,7 +27,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.store.entry_file import inode_of
+from vlcache_fx.store.file.entry_file import inode_of
 
 log = logging.getLogger("vlcache_fx")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.store.entry_file import inode_of
-from vlcache_fx.store.file_folder import Folder
+from vlcache_fx.store.file.entry_file import inode_of
+from vlcache_fx.store.file.folder import Folder
 
 BUSY_TIMEOUT_S = 10.0
 """How long a write waits for another process's."""

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from vlcache_fx.errors import StoreError
 from vlcache_fx.keys.entry_key import Selection
-from vlcache_fx.store import file_rows as rows
 from vlcache_fx.store.base import Eviction
 from vlcache_fx.store.entry import Json
-from vlcache_fx.store.file_connections import Connections
-from vlcache_fx.store.file_folder import Folder
+from vlcache_fx.store.file import rows
+from vlcache_fx.store.file.connections import Connections
+from vlcache_fx.store.file.folder import Folder
 
 log = logging.getLogger("vlcache_fx")
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlcache_fx.errors import DamagedEntryError, StoreError
-from vlcache_fx.store import Entry, entry_file
-from vlcache_fx.store.file import FileStore
+from vlcache_fx.store import Entry
+from vlcache_fx.store.file import FileStore, entry_file
 
 from .files import bytes_on_disk, entry, file_of, lines, same
 
@@ -252,7 +252,7 @@ def test_locked_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Another process that holds the index delays no hit, and costs writes alone."""
-    monkeypatch.setattr("vlcache_fx.store.file_connections.BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("vlcache_fx.store.file.connections.BUSY_TIMEOUT_S", 0.05)
     store = FileStore(tmp_path, 1 << 20)
     store.put("a", entry(mark=1))
     holder = sqlite3.connect(tmp_path / "index.sqlite", isolation_level=None)

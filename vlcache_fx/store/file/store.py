@@ -18,13 +18,13 @@ from vlcache_fx.errors import DamagedEntryError, OptionError, StoreClosedError, 
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
 from vlcache_fx.store.entry import Entry, Json
-from vlcache_fx.store.entry_file import Writer, encode, read_metadata
-from vlcache_fx.store.file_folder import Folder
-from vlcache_fx.store.file_index import FileIndex
-from vlcache_fx.store.jobs import Jobs
-from vlcache_fx.store.opened_file import OpenedFile, verify_ahead
+from vlcache_fx.store.file.entry_file import Writer, encode, read_metadata
+from vlcache_fx.store.file.folder import Folder
+from vlcache_fx.store.file.index import FileIndex
+from vlcache_fx.store.file.jobs import Jobs
+from vlcache_fx.store.file.opened_file import OpenedFile, verify_ahead
+from vlcache_fx.store.file.tally import Tally
 from vlcache_fx.store.secret import authentication_code, load_secret
-from vlcache_fx.store.tally import Tally
 
 if TYPE_CHECKING:  # it imports this module
     from vlcache_fx.store.url import StoreURL

@@ -23,7 +23,7 @@ import torch
 
 from vlcache_fx.errors import DamagedEntryError
 from vlcache_fx.store.entry import Entry, Json
-from vlcache_fx.store.entry_file import Header, authenticate, bytes_of, code_of, inode_of, open_file
+from vlcache_fx.store.file.entry_file import Header, authenticate, bytes_of, code_of, inode_of, open_file
 
 _CHUNK_BYTES = 1 << 18  # fits in a core's cache
 
