@@ -165,6 +165,11 @@ class Folder:
                 if is_old and item.name not in reserved and self.is_abandoned(path):
                     path.unlink()
 
+    def discard_unfinished(self) -> None:
+        """Remove all files that are being written; their writers notice when they publish them."""
+        for path in self.writing.glob("*"):
+            path.unlink(missing_ok=True)
+
     def publish(self, new: Path, key: str) -> None:
         """Give a written file its name, in place of an earlier file of the key."""
         path = self.path_of(key)

@@ -61,6 +61,9 @@ class FileIndex:
             connection.execute(statement)
         facts = {"clock": 0.0, "capacity_bytes": self._first_capacity}
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+        # Their reservations are lost, so they could never be published. Before the scan: a writer that was
+        # about to rename its file either did, and the scan finds it, or fails.
+        self._folder.discard_unfinished()
         found = list(self._scan())
         for key, nbytes, at, info in found:
             rows.insert(connection, key, nbytes, at, info)
