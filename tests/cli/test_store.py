@@ -177,7 +177,7 @@ def test_evict_to(store: StandIn) -> None:
 
 @pytest.mark.parametrize("name", [str(KEYS[2]), KEYS[2][-64:-50]])
 def test_evict_key(store: StandIn, name: str) -> None:
-    assert "dropped 1 entries, 3.0 KiB" in run("store", "evict", URL, name)
+    assert "dropped 1 entry, 3.0 KiB" in run("store", "evict", URL, name)
     assert KEYS[2] not in store
 
 

@@ -20,6 +20,7 @@ from vlcache_fx.cli.store_access import (
     as_time,
     beyond,
     bytes_of,
+    counted,
     named,
     names_of,
     opened,
@@ -77,7 +78,7 @@ def list_entries(
     console = wide_console()
     console.print(table)
     more = f" ({len(shown)} shown)" if len(shown) < len(entries) else ""
-    console.print(f"{len(entries)} entries, {as_size(nbytes)}{more}", highlight=False)
+    console.print(f"{counted(len(entries))}, {as_size(nbytes)}{more}", highlight=False)
 
 
 @app.command()
@@ -101,7 +102,7 @@ def stats(url: Url = None, as_json: Json = False) -> None:
     console = wide_console()
     console.print(table)
     for kind, (count, size) in sorted(kinds.items()):
-        console.print(f"{kind}: {count} entries, {as_size(size)}", highlight=False)
+        console.print(f"{kind}: {counted(count)}, {as_size(size)}", highlight=False)
 
 
 @app.command()
@@ -174,7 +175,7 @@ def clear(
         dropped = selected(store, salt, model, kind)
         if dropped and not yes:
             size = as_size(sum(one.nbytes for one in dropped))
-            typer.confirm(f"drop {len(dropped)} entries, {size}?", abort=True, err=True)
+            typer.confirm(f"drop {counted(len(dropped))}, {size}?", abort=True, err=True)
         wanted = Selection(salt, model)
         if kind is None and all(wanted.matches(one.key) for one in dropped):
             count = store.clear(wanted)
@@ -239,7 +240,7 @@ def _print_dropped(count: int, dropped: list[EntryInfo], as_json: bool) -> None:
     if as_json:
         _print_json({"dropped": count, "nbytes": nbytes, "keys": [entry.key for entry in dropped]})
     else:
-        typer.echo(f"dropped {count} entries, {as_size(nbytes)}")
+        typer.echo(f"dropped {counted(count)}, {as_size(nbytes)}")
 
 
 def _print_json(data: Any) -> None:

@@ -155,6 +155,11 @@ def bytes_of(text: str) -> int:
         raise OptionError(f"--to: {error}; vlcache store clear drops all") from error
 
 
+def counted(count: int) -> str:
+    """Return a number of entries, in words."""
+    return "1 entry" if count == 1 else f"{count} entries"
+
+
 def as_size(nbytes: int) -> str:
     """Return a number of bytes in a unit that people read."""
     size, unit = float(nbytes), "B"

@@ -25,6 +25,7 @@ WORDS = {
     "salt": "salt",
     "numerics": "dtype or numeric mode",
     "layout": "dtype or width of rows",
+    "stored_as": "donor dtype",
     "computation": "computation",
     "positions": "positions",
     "mask": "mask",
