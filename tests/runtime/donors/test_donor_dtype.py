@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.errors import OptionError
+from vlcache_fx.errors import LoweringError, OptionError
 from vlcache_fx.runtime.donors import tables as donor_tables
 from vlcache_fx.runtime.donors.donor_dtype import Packing, check_device, is_packed, rows_of, slots_of
 from vlcache_fx.runtime.donors.refine import admit_item, contexts_of, exact_donor, exact_key
@@ -433,6 +433,42 @@ def test_program_takes_table_of_several_donors(vlm: Pair, monkeypatch: pytest.Mo
     assert hits(report) == [True, True]
     _, report = vlm.run(**prompt(A))  # text before the image is an exact prefix
     assert (hits(report), report["prefix_tokens"] > 0) == ([True], True)
+    assert names == ["cold", "warm", "warm"]
+
+
+def test_table_program_serves_where_the_other_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = with_backend(tiny_vlm(), policy="none", donor_dtype="int8", lowering="eager")
+    names, lower = programs_run(pair, monkeypatch), pair.engine.lower
+
+    def fail(program: Any, *, name: str) -> Any:
+        if name == "packed":
+            raise LoweringError("no")
+        return lower(program, name=name)
+
+    monkeypatch.setattr(pair.engine, "lower", fail)
+    for seed, before in ((0, 40), (1, 30), (2, 20)):
+        pair.run(**prompt(A, before=before, seed=seed))
+    assert names == ["cold", "warm", "warm"]
+    assert "no" in caplog.text
+
+
+def test_eager_program_equals_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = with_backend(tiny_vlm(), policy="none", donor_dtype="int8", lowering="eager")
+    names = programs_run(pair, monkeypatch)
+    pair.run(**prompt(A))
+    off, _ = pair.run(**prompt(A, before=30, seed=1))
+    monkeypatch.setattr(donor_tables, "single_packed", lambda *_: None)
+    assert pair.run(**prompt(A, before=30, seed=1))[0] == off
+    assert names == ["cold", "packed", "warm"]
+
+
+def test_probes_read_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = with_backend(tiny_vlm(num_layers=3), policy="cacheblend", donor_dtype="int8", lowering="eager")
+    names = programs_run(pair, monkeypatch)
+    for seed, before in ((0, 40), (1, 30)):
+        pair.run(**prompt(A, before=before, seed=seed))
     assert names == ["cold", "warm", "warm"]
 
 

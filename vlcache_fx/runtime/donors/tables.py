@@ -80,7 +80,7 @@ def tables(
 
 def single_packed(
     entries: Sequence[Entry], specs: Mapping[StoredSlot, RowSpec], device: torch.device
-) -> tuple[torch.dtype, dict[StoredSlot | Packed, Tensor | PendingTensor]] | None:
+) -> tuple[torch.dtype, dict[Packed, Tensor | PendingTensor]] | None:
     """Return the dtype and the tensors of a packed donor, for programs that unpack a table of one donor.
 
     None where ``tables`` must unpack: several donors (each has scales of its own), exact text beside it, a
@@ -88,7 +88,8 @@ def single_packed(
     """
     if len(entries) != 1 or not is_packed(entries[0]):
         return None
-    entry, found = entries[0], {}
+    entry = entries[0]
+    found: dict[Packed, Tensor | PendingTensor] = {}
     dtypes = {entry.peek(str(slot)).dtype for slot in specs}
     if len(dtypes) != 1 or not dtypes <= {*PACKED.values()}:
         return None

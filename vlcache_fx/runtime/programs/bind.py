@@ -1,6 +1,7 @@
 """Binds the inputs that passes add to a program: values from a plan and donor tables."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +10,9 @@ from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
-from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Packed, Positions, Results, Rows, Source, StoredSlot
+from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Packed, Positions, Results, Rows, Source
 
-Tables = Callable[[], Mapping[StoredSlot | Packed, Tensor | PendingTensor]]
+Tables = Callable[[], Mapping[Any, Tensor | PendingTensor]]
 """Returns the donor table of each stored slot; or, where a program unpacks its donor, the donor's tensors."""
 
 
