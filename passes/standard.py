@@ -1,11 +1,12 @@
 """The standard pipelines, and the programs that they build."""
 
+import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis import DecoderFacts, analyze, analyze_decode_step
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured
-from vlcache_fx.ir.copies import copy_captured
+from vlcache_fx.ir.copies import copy_captured, copy_module
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
@@ -32,6 +33,7 @@ from vlcache_fx.passes.rewrite import (
     RestrictRows,
     SpliceRows,
     TrimTail,
+    UnpackDonors,
     WriteInPlace,
 )
 from vlcache_fx.passes.rewrite.write_in_place import find_copied_input
@@ -121,6 +123,26 @@ def warm_program(captured: Captured, pipeline: Pipeline = WARM, facts: DecoderFa
         program.add_input(Rows(level)) for level in range(program.decoder.num_layers + 1)
     )
     pipeline.run(program)
+    return program
+
+
+def packed_program(warm: Program, dtype: torch.dtype) -> Program:
+    """Build the variant of a warm program that takes one donor, packed, and unpacks it itself.
+
+    Args:
+        warm: a complete warm program; it is not changed.
+        dtype: dtype of the donor's packed rows.
+    """
+    nodes: dict[Node, Node] = {}
+    program = Program(
+        copy_module(warm.graph_module, nodes),
+        writes=warm.writes,
+        slots={slot: nodes[node] for slot, node in warm.slots.items()},
+        recorded=list(warm.recorded),
+        in_place=list(warm.in_place),
+        properties=set(warm.properties),
+    )
+    Pipeline((UnpackDonors(dtype),), name="packed").run(program)
     return program
 
 

@@ -10,6 +10,7 @@ from vlcache_fx.passes.rewrite.restrict_merge import RestrictMerge
 from vlcache_fx.passes.rewrite.restrict_rows import RestrictRows
 from vlcache_fx.passes.rewrite.splice_rows import SpliceRows
 from vlcache_fx.passes.rewrite.trim_tail import TrimTail
+from vlcache_fx.passes.rewrite.unpack_donors import UnpackDonors
 from vlcache_fx.passes.rewrite.use_row_positions import UseRowPositions
 from vlcache_fx.passes.rewrite.write_in_place import WriteInPlace
 
@@ -24,6 +25,7 @@ __all__ = [
     "RestrictRows",
     "SpliceRows",
     "TrimTail",
+    "UnpackDonors",
     "UseRowPositions",
     "WriteInPlace",
 ]

@@ -12,6 +12,7 @@ from vlcache_fx.spec.slots import (
     InputSlot,
     Keep,
     Key,
+    Packed,
     Positions,
     Residual,
     Results,
@@ -31,6 +32,7 @@ inputs = st.one_of(
     st.builds(Source, levels),
     st.builds(Results),
     st.builds(Donor, stored),
+    st.builds(Packed, stored, st.sampled_from(Packed.parts)),
 )
 
 

@@ -23,6 +23,7 @@ from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
+from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
@@ -48,6 +49,7 @@ class DecoderRunner:
         engine: the state shared by the model's graphs.
         unmodified: computes the graph's results without reuse, for calls that the programs do not serve.
         logits: index of the result that shadow runs compare; None without shadow runs.
+        packed: returns the variant of ``warm`` that takes one packed donor; None without variants.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class DecoderRunner:
         engine: ServingState,
         unmodified: Callable[..., Sequence[Any]],
         logits: int | None = None,
+        packed: Callable[[torch.dtype], ProgramRunner] | None = None,
     ) -> None:
         self.engine = engine
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
@@ -68,7 +71,7 @@ class DecoderRunner:
             MaskChecker(spec.masks, prologue),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
-        self._unmodified, self._logits = unmodified, logits
+        self._unmodified, self._logits, self._packed = unmodified, logits, packed
         self._donors = DonorIndex(spec, InputValues(spec.leaves, prologue.input_values), device, engine)
 
     def __call__(
@@ -190,23 +193,22 @@ class DecoderRunner:
         plans = self._plans(request)
         if plans is None:
             return self._give_up(request, Reason.NO_PLAN)
-        if not self._warm.ready():
+        positions, policy = request.positions, self.engine.settings.current.policy
+        program, tables = self._warm_program(request, policy)
+        if not program.ready():
             return self._give_up(request, Reason.PROGRAM_FAILED)
-        positions = request.positions
-        tables = functools.cache(lambda: donors.tables(request.donors, self._spec.rows, self._device))
-        policy = self.engine.settings.current.policy
         if needs_probe(policy, request):
             with request.clock.measure("probe"):
-                found = measure(policy, self._warm, request, plans, tables, self._spec.rows, positions)
+                found = measure(policy, program, request, plans, tables, self._spec.rows, positions)
             if found is None:
                 return self._give_up(request, Reason.PROGRAM_FAILED, "the warm program failed")
             plans = self._plans(request, ChosenRows(policy, found))
             if plans is None:
                 return self._give_up(request, Reason.NO_PLAN)
         with request.clock.measure("bind"):
-            bound = self._warm.bind(stack_if_batched(plans), positions, tables)
+            bound = program.bind(stack_if_batched(plans), positions, tables)
         with request.clock.measure("run"):
-            results = self._warm.run(request.args, bound)
+            results = program.run(request.args, bound)
         if results is None:
             return self._give_up(request, Reason.PROGRAM_FAILED, "the warm program failed")
         shadow = self._shadow(request, results)
@@ -219,6 +221,21 @@ class DecoderRunner:
             self.engine.guards.record(request.model_fingerprint, comparison)
         self.engine.report(report)
         return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
+
+    def _warm_program(self, request: Request, policy: Policy) -> tuple[ProgramRunner, Tables]:
+        """Return the warm program of a call, and what binds its donors.
+
+        A single packed donor is unpacked by the program, unless a probe needs its rows.
+        """
+        specs, device = self._spec.rows, self._device
+        if self._packed is not None and not needs_probe(policy, request):
+            alone = donors.single_packed(request.donors, specs, device)
+            if alone is not None:
+                dtype, parts = alone
+                program = self._packed(dtype)
+                if program.ready():
+                    return program, lambda: parts
+        return self._warm, functools.cache(lambda: donors.tables(request.donors, specs, device))
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
         """Return exact results and the comparison of their logits with ``reused``; None if no run is due.

@@ -13,15 +13,18 @@ slot                name            shape               content
 ``Source(l)``       ``source.3``    [N]                 per token donor row v >= 0, or computed row -(v + 1)
 ``Results()``       ``results``     [s]                 indices of results' tokens within level L's rows
 ``Donor(stored)``   ``donor.3.k``   as stored, D rows   the donor table of a stored slot
+``Packed(...)``      ``packed.``...  as in the donor     rows, scale or offset of a packed donor
 ``Key(l)``          ``3.k``         as in the graph     keys of layer l, before positions enter
 ``Value(l)``        ``3.v``         as in the graph     values of layer l
 ``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
 ==================  ==============  ==================  ===================================================
 
-The first six are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
+The first seven are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
 others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``gather_cross_layer_values`` ``Positions``,
 ``splice_rows`` ``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs``
-declares their sizes, and ``runtime.programs.bind`` makes their values from a plan and donor tables.
+declares their sizes, and ``runtime.programs.bind`` makes their values from a plan and donor tables. In
+programs for a packed donor, ``unpack_donors`` replaces ``Donor`` by ``Packed``, such as ``packed.3.k.rows``,
+``packed.3.k.scale`` and ``packed.3.k.offset``.
 
 The last three are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
 program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never
@@ -151,6 +154,16 @@ class Donor(InputSlot):
 
 
 @dataclass(frozen=True)
+class Packed(InputSlot):
+    """A tensor of a stored slot in a packed donor: its ``rows``, or their ``scale`` or ``offset``."""
+
+    stored: StoredSlot
+    part: str
+    kind: ClassVar[str] = "packed"
+    parts: ClassVar[tuple[str, ...]] = ("rows", "scale", "offset")
+
+
+@dataclass(frozen=True)
 class _LayerRows(StoredSlot):
     layer: int
 
@@ -193,6 +206,8 @@ def _read(name: str) -> Slot:
             return Residual()
         case ["donor", *stored]:
             return Donor(StoredSlot.parse(".".join(stored)))
+        case ["packed", *stored, part] if part in Packed.parts:
+            return Packed(StoredSlot.parse(".".join(stored)), part)
         case [layer, "k"]:
             return Key(_number(layer))
         case [layer, "v"]:

@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.errors import OptionError
+from vlcache_fx.errors import LoweringError, OptionError
+from vlcache_fx.runtime.donors import tables as donor_tables
 from vlcache_fx.runtime.donors.donor_dtype import Packing, check_device, is_packed, rows_of, slots_of
 from vlcache_fx.runtime.donors.refine import admit_item, contexts_of, exact_donor, exact_key
 from vlcache_fx.runtime.donors.refine import packed as pack_donor
-from vlcache_fx.runtime.donors.tables import fits, tables
+from vlcache_fx.runtime.donors.tables import fits, single_packed, tables
 from vlcache_fx.runtime.programs.lowered import PendingTensor
+from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.decoder import RowSpec
-from vlcache_fx.spec.slots import Key, Residual, StoredSlot, Value
+from vlcache_fx.spec.slots import Key, Packed, Residual, StoredSlot, Value
 from vlcache_fx.store import Entry, MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -242,6 +244,43 @@ def test_tables_wait_for_scales() -> None:
     assert set(waited) == {"0.k", "0.k.scale", "0.k.offset"}
 
 
+def test_single_packed_donor_is_not_unpacked() -> None:
+    donor, specs = packed(rows_like("heads first", 0), "heads first")
+    alone = single_packed([donor], specs, CPU)
+    assert alone is not None
+    dtype, parts = alone
+    assert dtype == torch.int8
+    assert {str(slot): tensor for slot, tensor in parts.items()} == {
+        f"packed.{slot}.{part}": donor.tensors[str(slot) + ("" if part == "rows" else f".{part}")]
+        for slot in specs
+        for part in ("rows", "scale", "offset")
+        if part != "offset" or slot == Key(0)
+    }
+
+
+def test_pending_packed_donor_is_read_late() -> None:
+    donor, specs = packed(rows_like("heads first", 0), "heads first")
+    waited: list[str] = []
+    waits = {name: functools.partial(waited.append, name) for name in donor.tensors}
+    alone = single_packed([Entry.pending(donor.tensors, donor.info, waits, "file")], specs, CPU)
+    assert alone is not None
+    assert waited == []
+    late = alone[1][Packed(Key(0), "scale")]
+    assert isinstance(late, PendingTensor)
+    assert torch.equal(late.get(), donor.tensors["0.k.scale"])
+    assert waited == ["0.k.scale"]
+
+
+def test_other_tables_are_unpacked() -> None:
+    donor, specs = packed(rows_like("heads first", 0), "heads first")
+    exact = {str(slot): rows_like("heads first", 1) for slot in specs}
+    text = Entry(exact, {"length": 5})
+    partly = changed(donor, **{"0.v": exact["0.v"], "0.v.scale": None})
+    for entries in ([], [text], [donor, donor], [text, donor], [partly]):
+        assert single_packed(entries, specs, CPU) is None
+    assert single_packed([donor], specs, torch.device("meta")) is None  # it is on another device
+
+
 # Refined donors ---------------------------------------------------------------------------------------------
 
 
@@ -359,6 +398,90 @@ def test_full_recompute_equals_model_with_int8_donors(
         for step, seed in enumerate(seeds):
             off, _ = compiled.run(**prompt((24, image), before=before + step, seed=seed))
             assert off == 0.0
+
+
+def programs_run(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that receives the names of the programs that run from now on."""
+    names: list[str] = []
+    run = ProgramRunner.run
+
+    def noted(self: ProgramRunner, *args: Any) -> Any:
+        names.append(self.name)
+        return run(self, *args)
+
+    monkeypatch.setattr(ProgramRunner, "run", noted)
+    return names
+
+
+def test_program_unpacks_single_donor(vlm: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = programs_run(vlm, monkeypatch)
+    vlm.run(**prompt(A))
+    off, report = vlm.run(**prompt(A, before=30, seed=1))
+    assert (hits(report), report["prefix_tokens"]) == ([True], 0)
+    assert names == ["cold", "packed"]
+    with monkeypatch.context() as patch:  # the same call, unpacked before the program
+        patch.setattr(donor_tables, "single_packed", lambda *_: None)
+        same, _ = vlm.run(**prompt(A, before=30, seed=1))
+    assert names.pop() == "warm"
+    assert off == pytest.approx(same, abs=1e-5)
+
+
+def test_program_takes_table_of_several_donors(vlm: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = programs_run(vlm, monkeypatch)
+    vlm.run(**prompt(A, B))
+    _, report = vlm.run(**prompt(A, B, before=30, seed=1))
+    assert hits(report) == [True, True]
+    _, report = vlm.run(**prompt(A))  # text before the image is an exact prefix
+    assert (hits(report), report["prefix_tokens"] > 0) == ([True], True)
+    assert names == ["cold", "warm", "warm"]
+
+
+def test_table_program_serves_where_the_other_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = with_backend(tiny_vlm(), policy="none", donor_dtype="int8", lowering="eager")
+    names, lower = programs_run(pair, monkeypatch), pair.engine.lower
+
+    def fail(program: Any, *, name: str) -> Any:
+        if name == "packed":
+            raise LoweringError("no")
+        return lower(program, name=name)
+
+    monkeypatch.setattr(pair.engine, "lower", fail)
+    for seed, before in ((0, 40), (1, 30), (2, 20)):
+        pair.run(**prompt(A, before=before, seed=seed))
+    assert names == ["cold", "warm", "warm"]
+    assert "no" in caplog.text
+
+
+def test_eager_program_equals_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = with_backend(tiny_vlm(), policy="none", donor_dtype="int8", lowering="eager")
+    names = programs_run(pair, monkeypatch)
+    pair.run(**prompt(A))
+    off, _ = pair.run(**prompt(A, before=30, seed=1))
+    monkeypatch.setattr(donor_tables, "single_packed", lambda *_: None)
+    assert pair.run(**prompt(A, before=30, seed=1))[0] == off
+    assert names == ["cold", "packed", "warm"]
+
+
+def test_probes_read_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = with_backend(tiny_vlm(num_layers=3), policy="cacheblend", donor_dtype="int8", lowering="eager")
+    names = programs_run(pair, monkeypatch)
+    for seed, before in ((0, 40), (1, 30)):
+        pair.run(**prompt(A, before=before, seed=seed))
+    assert names == ["cold", "warm", "warm"]
+
+
+def test_other_lengths_compile_nothing(vlm: Pair) -> None:
+    for seed, before in ((0, 40), (1, 30)):
+        vlm.run(**prompt(A, before=before, seed=seed))
+    compiled_before = vlm.engine.stats()["compilations"]
+    for seed in range(2, 8):
+        image = (24 + seed, 0)
+        vlm.run(**prompt(image, before=20 + seed, seed=seed))
+        _, report = vlm.run(**prompt(image, before=30 + seed, after=6 + seed, seed=9 + seed))
+        assert hits(report) == [True]
+    assert vlm.engine.stats()["compilations"] == compiled_before
 
 
 def test_exact_prefix_ends_at_packed_donor(vlm: Pair) -> None:

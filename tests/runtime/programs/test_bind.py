@@ -15,7 +15,18 @@ from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.programs.bind import bind, of_plan
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.program import ProgramSpec
-from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Key, Positions, Residual, Results, Rows, Source
+from vlcache_fx.spec.slots import (
+    Donor,
+    InputSlot,
+    Keep,
+    Key,
+    Packed,
+    Positions,
+    Residual,
+    Results,
+    Rows,
+    Source,
+)
 
 
 def plan(shift: int = 0) -> Plan:
@@ -70,6 +81,13 @@ def test_bind_keeps_slot_order() -> None:
     assert bound[0] is table
     assert [value.tolist() for value in bound[1:] if isinstance(value, Tensor)] == [[-1, -4], [0, -2]]
     assert len(sent) == 2
+
+
+def test_bind_tensors_of_packed_donor() -> None:
+    slots = [Packed(Key(0), part) for part in Packed.parts]
+    parts = {slot: torch.ones(1) for slot in slots}
+    bound = bind([*slots, Rows(2)], plan(), None, lambda: parts)
+    assert all(value is parts[slot] for value, slot in zip(bound, slots, strict=False))
 
 
 def test_bind_does_not_confuse_temporaries() -> None:

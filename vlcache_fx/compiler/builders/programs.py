@@ -11,6 +11,7 @@ from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import CudaGraphs, Lowered
 from vlcache_fx.passes import Program
+from vlcache_fx.passes.standard import packed_program
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.program import ProgramSpec
 
@@ -24,7 +25,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     """Return the runner of a rewritten program, with the engine's lowering.
 
     Args:
-        name: ``cold`` or ``warm``.
+        name: ``cold``, ``warm`` or ``packed``.
         program: the program.
         device: device of its inputs.
         engine: has the lowering.
@@ -37,10 +38,33 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
 
     def lower() -> Lowered:
         lowered = engine.lower(program.graph_module, name=name)
-        is_recorded = name == "warm" and device.type == "cuda" and engine.options.cuda_graphs
+        is_recorded = name != "cold" and device.type == "cuda" and engine.options.cuda_graphs
         return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
 
     return ProgramRunner(name, program_spec(program), Once(lower), device, engine)
+
+
+class PackedRunners:
+    """Runners of the variants of a warm program for packed donors, each built when first needed.
+
+    Args:
+        warm: the warm program.
+        device: device of its inputs.
+        engine: has the lowering.
+    """
+
+    def __init__(self, warm: Program, device: torch.device, engine: Engine) -> None:
+        self._warm, self._device, self._engine = warm, device, engine
+        self._runners: dict[torch.dtype, ProgramRunner] = {}
+
+    def __call__(self, dtype: torch.dtype) -> ProgramRunner:
+        """Return the runner for packed rows of this dtype."""
+        if dtype not in self._runners:
+            with compiling():
+                if dtype not in self._runners:
+                    program = packed_program(self._warm, dtype)
+                    self._runners[dtype] = program_runner("packed", program, self._device, self._engine)
+        return self._runners[dtype]
 
 
 class Once:

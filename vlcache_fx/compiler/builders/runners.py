@@ -8,7 +8,7 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.compiler.builders.decoder import Decoder, describe_decoder
 from vlcache_fx.compiler.builders.logits import find_logits
-from vlcache_fx.compiler.builders.programs import program_runner
+from vlcache_fx.compiler.builders.programs import PackedRunners, program_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -32,7 +32,8 @@ def decoder_runner(
 ) -> DecoderRunner:
     """Return the runner of a decoder graph whose encoder features are inputs.
 
-    Both programs are built now and lowered when first used.
+    Both programs are built now and lowered when first used. The variants of the warm program for
+    packed donors are built then, too; TensorRT has none, as its engines were not tried with rows in int8.
 
     Args:
         captured: the graph after clean-up.
@@ -54,6 +55,7 @@ def decoder_runner(
         engine,
         unmodified,
         _logits_to_shadow(decoder, engine),
+        PackedRunners(warm, decoder.device, engine) if engine.lowering.name != "tensorrt" else None,
     )
 
 

@@ -9,11 +9,19 @@ from torch import Tensor
 
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
-from vlcache_fx.runtime.donors.donor_dtype import MODEL, Packing, are_complete, is_packed, parts_of, unpacked
+from vlcache_fx.runtime.donors.donor_dtype import (
+    MODEL,
+    PACKED,
+    Packing,
+    are_complete,
+    is_packed,
+    parts_of,
+    unpacked,
+)
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.blocks import Block
 from vlcache_fx.spec.decoder import RowSpec
-from vlcache_fx.spec.slots import Key, StoredSlot, Value
+from vlcache_fx.spec.slots import Key, Packed, StoredSlot, Value
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
 
@@ -68,6 +76,33 @@ def tables(
         later = functools.partial(_table, parts, spec.dim) if made is None else made
         found[slot] = PendingTensor(later, functools.partial(current.wait_event, event))
     return found
+
+
+def single_packed(
+    entries: Sequence[Entry], specs: Mapping[StoredSlot, RowSpec], device: torch.device
+) -> tuple[torch.dtype, dict[Packed, Tensor | PendingTensor]] | None:
+    """Return the dtype and the tensors of a packed donor, for programs that unpack a table of one donor.
+
+    None where ``tables`` must unpack: several donors (each has scales of its own), exact text beside it, a
+    slot that could not be packed, or a donor on another device. Tensors of slow tiers are pending.
+    """
+    if len(entries) != 1 or not is_packed(entries[0]):
+        return None
+    entry = entries[0]
+    found: dict[Packed, Tensor | PendingTensor] = {}
+    dtypes = {entry.peek(str(slot)).dtype for slot in specs}
+    if len(dtypes) != 1 or not dtypes <= {*PACKED.values()}:
+        return None
+    for slot in specs:
+        for name, part in zip(parts_of(entry, str(slot)), Packed.parts, strict=False):
+            if entry.peek(name).device != device:
+                return None
+            found[Packed(slot, part)] = (
+                PendingTensor(functools.partial(entry.tensors.__getitem__, name), _no_wait)
+                if entry.is_pending
+                else entry.tensors[name]
+            )
+    return dtypes.pop(), found
 
 
 Parts: TypeAlias = Sequence[Sequence[Tensor]]

@@ -1,6 +1,7 @@
 """Binds the inputs that passes add to a program: values from a plan and donor tables."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +10,10 @@ from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
-from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source, StoredSlot
+from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Packed, Positions, Results, Rows, Source
 
-Tables = Callable[[], Mapping[StoredSlot, Tensor | PendingTensor]]
-"""Returns the donor table of each stored slot."""
+Tables = Callable[[], Mapping[Any, Tensor | PendingTensor]]
+"""Returns the donor table of each stored slot; or, where a program unpacks its donor, the donor's tensors."""
 
 
 def bind(
@@ -35,9 +36,20 @@ def bind(
     Raises:
         PlanError: the program has a slot ``results``, and ``positions`` is None.
     """
-    sent = {slot: send(of_plan(slot, plan, positions)) for slot in slots if not isinstance(slot, Donor)}
+    sent = {
+        slot: send(of_plan(slot, plan, positions)) for slot in slots if not isinstance(slot, Donor | Packed)
+    }
     found = tables()
-    return [found[slot.stored] if isinstance(slot, Donor) else sent[slot] for slot in slots]
+    values = []
+    for slot in slots:
+        match slot:
+            case Donor(stored):
+                values.append(found[stored])
+            case Packed():
+                values.append(found[slot])
+            case _:
+                values.append(sent[slot])
+    return values
 
 
 def of_plan(slot: InputSlot, plan: Plan | StackedPlan, positions: Tensor | None) -> Tensor:

@@ -17,10 +17,10 @@ from vlcache_fx.spec.program import ProgramSpec
 
 
 class ProgramRunner:
-    """A cold or warm program.
+    """A cold or warm program, or the variant of a warm one for a packed donor.
 
     Args:
-        name: ``cold`` or ``warm``; appears in logs.
+        name: ``cold``, ``warm`` or ``packed``; appears in logs.
         spec: spec of its inputs and results.
         lower: returns the lowered program, the same in every call; may raise LoweringError.
         device: device of the program's inputs.
