@@ -20,8 +20,10 @@ from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.donors.admission import Admission
 from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
+from vlcache_fx.runtime.in_flight import Pace
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
@@ -29,6 +31,7 @@ from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.input_values import InputValues
+from vlcache_fx.runtime.requests.keyed import KeyedRequests
 from vlcache_fx.runtime.requests.masks import MaskChecker
 from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.request import Request, stack_if_batched
@@ -72,7 +75,11 @@ class DecoderRunner:
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
         self._unmodified, self._logits, self._packed = unmodified, logits, packed
-        self._donors = DonorIndex(spec, InputValues(spec.leaves, prologue.input_values), device, engine)
+        self._pace = Pace()
+        values = InputValues(spec.leaves, prologue.input_values)
+        self._requests = KeyedRequests(spec, values, device, engine)
+        self._donors = DonorIndex(spec, engine, self._pace)
+        self._admission = Admission(spec, engine, self._pace)
 
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
@@ -94,7 +101,7 @@ class DecoderRunner:
             size = num_samples, num_tokens
             hit = context.encoder_hit if encoder_hit is None else encoder_hit
             try:
-                request = self._donors.request(
+                request = self._requests.request(
                     args, host_args, num_samples, num_tokens, media_spans, hit, clock
                 )
             except UnreadableWeightsError as error:
@@ -131,7 +138,7 @@ class DecoderRunner:
                 ignores_past=summary.ignores_past,
             )
             with clock.measure("identify"):
-                request = self._donors.with_keys(request, summary)
+                request = self._requests.with_keys(request, summary)
         request = self._find_or_claim(request)
         with request.claim:
             return self._run_with_donors(request) if request.donors else self._run_cold(request)
@@ -168,7 +175,7 @@ class DecoderRunner:
             return self._give_up(request, Reason.PROGRAM_FAILED)
         bound = self._cold.bind(stack_if_batched(plans), request.positions, dict)
         num_samples, num_tokens = request.size
-        with request.clock.measure("run"), self.engine.timing(self._donors.pace, num_samples * num_tokens):
+        with request.clock.measure("run"), self.engine.timing(self._pace, num_samples * num_tokens):
             results = self._cold.run(request.args, bound)
         if results is None:
             return self._give_up(request, Reason.PROGRAM_FAILED, "the cold program failed")
@@ -187,7 +194,7 @@ class DecoderRunner:
     ) -> None:
         recorded = dict(zip(slots, results[self._spec.num_outputs :], strict=True))
         with request.clock.measure("admit"):
-            request.claim.end(self._donors.admit(request, recorded, plans))
+            request.claim.end(self._admission.admit(request, recorded, plans))
 
     def _run_warm(self, request: Request) -> Sequence[Any]:
         plans = self._plans(request)

@@ -7,9 +7,9 @@ of a block of text covers all blocks before it (the chained hashes of PagedAtten
     text[0:16]  text[16:23]  <image>[23:279]  text[279:290]
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
 from vlcache_fx.keys.entry_key import NO_PARTS, KeyScope
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
+
+if TYPE_CHECKING:
+    from vlcache_fx.runtime.requests.request import Request, Sample
 
 BLOCK_TOKENS = 16
 """Tokens of a block of text; the last one of a text may be shorter. A prompt that differs inside a block
@@ -103,6 +106,28 @@ class BlockSplitter:
             notes = NO_PARTS if media_span is None else media_span.notes
             yield Block(start, length, key, before, span, notes)
             before = after
+
+    def of_sample(self, request: "Request", sample: "Sample") -> Iterable[Block]:
+        """Return the blocks of a sample of a request with keys; of a batch, those of its spans alone."""
+        blocks = self.blocks(
+            request.args,
+            sample.by_token,
+            sample.media_spans,
+            sample.spans,
+            request.num_tokens,
+            sample.root,
+            request.scope,
+            sample.seen,
+            sample.index,
+        )
+        if len(request.samples) == 1:
+            return blocks
+        # The context of an item after padding differs from that after the same text alone.
+        return [
+            replace(block, before=content_digest(["batch", block.before]))
+            for block in blocks
+            if block.span is not None
+        ]
 
     def _embedded_text(
         self, args: Sequence[Any], sample: int, cuts: Sequence["Cut"]
