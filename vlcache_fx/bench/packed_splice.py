@@ -2,9 +2,9 @@
 
 ``python -m vlcache_fx.bench.packed_splice``. A warm program splices the keys and the values of every layer
 from donor rows and recomputed rows. Packed rows can be unpacked before a layer's compiled code reads them,
-which is what the engine does, or by that code itself, which then reads half of the bytes and makes no
-full-size copy. The second needs programs of their own for packed donors, and cannot serve exact prefixes,
-whose rows are not packed: its gain is measured here. Keys have an offset, values have none.
+or by that code itself, which then reads half of the bytes and makes no full-size copy. The engine does the
+second where a single packed donor is all that a call reads, and the first beside other donors. Keys have an
+offset, values have none.
 """
 
 from collections.abc import Callable
