@@ -11,7 +11,7 @@ import torch
 from vlcache_fx.errors import OptionError, Reason
 from vlcache_fx.keys.entry_key import KeyScope, Selection
 from vlcache_fx.runtime.clears import MAX_CLEARS, Clears
-from vlcache_fx.runtime.donors.recent_keys import RecentContents, RecentKeys
+from vlcache_fx.runtime.donors.recent_keys import RecentKeys, RecentLookups
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -171,14 +171,14 @@ def test_clears() -> None:
 
 def test_memories_forget_selected_keys() -> None:
     made = {salt: KeyScope(salt, "0" * 64).key("donor", {"content": "x"}) for salt in "ab"}
-    missed, contents = RecentKeys(), RecentContents()
+    missed, lookups = RecentKeys(), RecentLookups()
     for key in made.values():
         missed.add(key)
-        contents.add(key, "weights")
-    for memory in (missed, contents):
+        lookups.add(key, {"content": "x"})
+    for memory in (missed, lookups):
         memory.clear(Selection(salt="a"))
     assert (made["a"] in missed, made["b"] in missed) == (False, True)
-    assert [contents.add(made[salt], "weights") for salt in "ab"] == [(), ("weights",)]
+    assert [lookups.add(made[salt], {"content": "x"})[1] for salt in "ab"] == [False, True]
     missed.clear()
     assert made["b"] not in missed
 
