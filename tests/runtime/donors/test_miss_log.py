@@ -65,7 +65,7 @@ def test_present_lookup_keeps_its_number() -> None:
 @pytest.mark.parametrize(
     ("cause", "reason"),
     [
-        ("capacity", Reason.EVICTED), ("damaged", Reason.DAMAGED_ENTRY), ("cleared", Reason.NOT_RECORDED),
+        ("capacity", Reason.EVICTED), ("damaged", Reason.DAMAGED_ENTRY), ("cleared", Reason.NEW_ITEM),
     ],
 )  # fmt: skip
 def test_evictions(cause: str, reason: Reason) -> None:

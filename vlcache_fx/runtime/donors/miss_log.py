@@ -88,4 +88,4 @@ def with_eviction(reason: Reason, eviction: Eviction | None) -> Miss:
             return Miss(Reason.EVICTED, tier, eviction)
         case "damaged":
             return Miss(Reason.DAMAGED_ENTRY, tier, eviction)
-    return Miss(Reason.NOT_RECORDED, eviction.cause, eviction)
+    return Miss(reason, "", eviction)  # cleared: to calls it is as if it had never been there
