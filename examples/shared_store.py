@@ -10,8 +10,6 @@ With several machines, start ``mooncake_master`` on one, ``mooncake_client`` on 
 ``~/.config/vlcache/secret`` to all, and give every worker ``store="mooncake://HOST:PORT"``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -58,7 +58,8 @@ def decoder_weight(base: Any) -> torch.Tensor:
 
 def encoder_weight(base: Any) -> torch.Tensor:
     inner = {id(weight) for weight in base.get_decoder().parameters()}
-    return next(weight for weight in base.parameters() if id(weight) not in inner)
+    others = (weight for weight in base.parameters() if id(weight) not in inner)
+    return next(weight for weight in others if weight.any())  # of zeros, a multiple is the same
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "internvl"])
@@ -174,6 +175,8 @@ def test_donors_follow_both(model: Callable[[int], Any], inputs: dict[str, Any])
             pair.model(**inputs)
         return pair.report["encoder_hit"], pair.report["mode"]
 
+    ask()  # LLaVA's encoder installs hooks in its first call, which are part of its keys
+    pair.engine.clear()
     assert [ask(), ask()] == [(False, "cold"), (True, "warm")]
     change(decoder_weight(base))
     assert [ask(), ask()] == [(True, "cold"), (True, "warm")]
