@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import shutil
@@ -15,6 +16,9 @@ ENTRIES, INDEX = "entries", "index.sqlite"
 
 BOUNDED = (ENTRIES, "damaged", "writing")
 """Folders whose files count towards its bound."""
+
+AT_FDCWD = -100
+"""The working folder, for system calls."""
 
 
 class FolderFaults:
@@ -73,7 +77,10 @@ class FolderFaults:
             return False
         temporary = self._folder / f"damaged-{os.getpid()}"
         temporary.write_bytes(damage(path.read_bytes()))
-        temporary.replace(path)
+        try:
+            _exchange(temporary, path)
+        finally:
+            temporary.unlink()
         return True
 
     def _flipped(self, data: bytes) -> bytes:
@@ -119,17 +126,16 @@ class FolderFaults:
         if not groups:
             return False
         first, second = self._draw.sample(self._draw.choice(groups), 2)
-        temporary = self._folder / f"swapped-{os.getpid()}"
-        first.rename(temporary)
-        second.rename(first)
-        temporary.rename(second)
+        _exchange(first, second)
         return True
 
     def _foreign(self) -> bool:
         path = self._file()
-        if path is not None:
-            path.write_bytes(self._draw.randbytes(100))
-        return path is not None
+        if path is None:
+            return False
+        with path.open("r+b") as file:
+            file.truncate(file.write(self._draw.randbytes(100)))
+        return True
 
     def _lock(self) -> bool:
         path = self._file()
@@ -159,6 +165,20 @@ class FolderFaults:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{index}{suffix}").unlink(missing_ok=True)
         return True
+
+
+def _exchange(first: Path, second: Path) -> None:
+    """Exchange two files at once.
+
+    A plain rename would bring back the name of a file that the store evicts at this moment: bytes that the
+    store does not know of, and cannot bound.
+
+    Raises:
+        OSError: one of them is gone.
+    """
+    renameat2, exchange = ctypes.CDLL(None, use_errno=True).renameat2, 2
+    if renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), exchange):
+        raise OSError(ctypes.get_errno(), "cannot exchange", str(first), None, str(second))
 
 
 def stored_bytes(folder: Path) -> int:

@@ -89,6 +89,9 @@ class Connections:
                     with contextlib.suppress(sqlite3.Error):
                         self._writer.execute("ROLLBACK")
                     raise
+            # Of an index that was deleted meanwhile nobody sees the transaction: what it reserved is not.
+            if inode_of(self._folder.index.stat()) != self._inode:
+                raise StoreError(f"the index {self._folder.index} was replaced during a write")
 
     def close(self) -> None:
         """Close both."""
