@@ -127,15 +127,17 @@ class FileStore(Store):
         return None
 
     def _set_aside(self, key: str, inode: tuple[int, int] | None, cause: str) -> None:
-        self._tally.count("damaged")
         text = f"entry {key} is damaged: {cause}"
         if not self._is_writable:
+            self._tally.count("damaged")
             self._tally.failed("read", text)
             return
         try:
-            if self._index.set_aside(key, inode):  # else another process was faster
+            if self._index.set_aside(key, inode):  # else another reader was faster
+                self._tally.count("damaged")
                 log.warning("vlcache: set aside: %s", " ".join(text.split()))
         except StoreError as error:
+            self._tally.count("damaged")
             self._tally.failed("read", f"{text}; it stays, since {error}")
 
     def _check_vanished(self, key: str) -> None:
