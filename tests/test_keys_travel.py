@@ -14,7 +14,7 @@ import torch
 
 from vlcache_fx.keys import entry_key
 from vlcache_fx.keys.entry_key import KeyScope
-from vlcache_fx.runtime.donors import index
+from vlcache_fx.runtime.requests import keyed
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -68,6 +68,6 @@ def test_entries_of_another_version_are_not_found(monkeypatch: pytest.MonkeyPatc
 
     with own_compiler_state(), torch.no_grad():
         assert [ask(), ask()] == [("cold", False), ("warm", True)]
-        for module in (entry_key, index):
+        for module in (entry_key, keyed):
             monkeypatch.setattr(module, "KEY_VERSION", 2)
         assert [ask(), ask()] == [("cold", False), ("warm", True)]
