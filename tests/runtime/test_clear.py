@@ -10,9 +10,9 @@ import torch
 
 from vlcache_fx.errors import OptionError, Reason
 from vlcache_fx.keys.entry_key import KeyScope, Selection
-from vlcache_fx.runtime.clears import MAX_CLEARS, Clears
 from vlcache_fx.runtime.donors.recent_keys import RecentKeys, RecentLookups
 from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.store.clears import MAX_CLEARS, Clears
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, keys, with_api

@@ -24,7 +24,6 @@ from vlcache_fx.options import Options
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
-from vlcache_fx.runtime.clears import Clears
 from vlcache_fx.runtime.collected import ContextReports
 from vlcache_fx.runtime.donors.miss_log import MissLog
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
@@ -34,6 +33,7 @@ from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ContextSettings
 from vlcache_fx.runtime.usage import Usage
 from vlcache_fx.store import Entry, open_store
+from vlcache_fx.store.clears import Clears
 
 log = logging.getLogger("vlcache_fx")
 

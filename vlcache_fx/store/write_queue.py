@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 
 from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.store.clears import Clears
 from vlcache_fx.store.entry import Entry
 
 IDLE_S = 5.0
@@ -89,7 +90,7 @@ class WriteQueue:
     @property
     def generation(self) -> int:
         """Number of calls of ``cancel``."""
-        return self._state.generation
+        return self._state.clears.number
 
     @property
     def drops(self) -> int:
@@ -112,7 +113,7 @@ class WriteQueue:
             running = state.running
             if running is not None and (running.key, running.kind) == (job.key, Kind.PROMOTION):
                 running.is_cancelled |= job.kind is Kind.PUT
-            if not job.targets or state.cleared_since(job):
+            if not job.targets or state.clears.covers(job.key, job.generation):
                 return False
             queued = state.jobs.get(job.key)
             if queued is not None and queued.kind > job.kind:
@@ -179,8 +180,7 @@ class WriteQueue:
         """Drop the selected jobs, and those that are offered late; the running one becomes void."""
         state = self._state
         with state.changed:
-            state.generation += 1
-            state.clears.append((state.generation, selection))
+            state.clears.add(selection)
             for key in [key for key in state.jobs if selection is None or selection.matches(key)]:
                 state.used_bytes -= state.jobs.pop(key).nbytes
             running = state.running
@@ -220,18 +220,10 @@ class _State:
         self.changed = threading.Condition(threading.RLock())
         self.jobs: OrderedDict[str, Job] = OrderedDict()
         self.running: Job | None = None
-        self.used_bytes = self.drops = self.generation = 0
-        self.clears: deque[tuple[int, Selection | None]] = deque(maxlen=REMEMBERED_CLEARS)
+        self.used_bytes = self.drops = 0
+        self.clears = Clears(REMEMBERED_CLEARS)
         self.thread: threading.Thread | None = None
         self.is_closing = False
-
-    def cleared_since(self, job: Job) -> bool:
-        """Return whether the job's key was cleared after its generation, or may have been."""
-        if job.generation == self.generation:
-            return False
-        later = [selection for generation, selection in self.clears if generation > job.generation]
-        is_known = len(later) == self.generation - job.generation
-        return not is_known or any(one is None or one.matches(job.key) for one in later)
 
     def start_thread(self) -> bool:
         """Start the thread unless it runs; return False if the process can start none."""

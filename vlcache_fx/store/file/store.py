@@ -23,8 +23,8 @@ from vlcache_fx.store.file.folder import Folder
 from vlcache_fx.store.file.index import FileIndex
 from vlcache_fx.store.file.jobs import Jobs
 from vlcache_fx.store.file.opened_file import OpenedFile, verify_ahead
-from vlcache_fx.store.file.tally import Tally
 from vlcache_fx.store.secret import authentication_code, load_secret
+from vlcache_fx.store.tally import Tally
 
 if TYPE_CHECKING:  # it imports this module
     from vlcache_fx.store.url import StoreURL

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlcache_fx.errors import StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
@@ -23,6 +21,7 @@ from vlcache_fx.store.mooncake.settings import MooncakeSettings, default_secret_
 from vlcache_fx.store.mooncake.transfer import Outcome, Transfer, room_of
 from vlcache_fx.store.mooncake.written import Written
 from vlcache_fx.store.secret import load_secret
+from vlcache_fx.store.tally import Tally
 from vlcache_fx.store.url import StoreURL
 
 log = logging.getLogger("vlcache_fx")
@@ -78,8 +77,7 @@ class MooncakeStore(Store):
         self._secret = _load_secret(settings)
         self._timeout_s, self._transfer_s = settings.timeout_ms / 1000, settings.transfer_ms / 1000
         self._written = Written(capacity_bytes)
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._tally = Tally()
         self._closed = False
         self._name = f"mooncake://{settings.address}"
         secret = self._secret  # the link must not keep the store alive
@@ -97,7 +95,7 @@ class MooncakeStore(Store):
         with self._using() as client:
             if client is not None:
                 entry = self._get(client, key)
-        self._count("misses" if entry is None else "hits")
+        self._tally.count("misses" if entry is None else "hits")
         return entry
 
     def put(self, key: str, entry: Entry) -> bool:
@@ -109,7 +107,7 @@ class MooncakeStore(Store):
         self._check_open()
         nbytes = room_of(values.draft_of(entry, key))
         if entry.nbytes > self._written.capacity_bytes or nbytes > self._settings.buffer_bytes:
-            self._count("rejections")
+            self._tally.count("rejections")
             return False
         entry.wait()  # of another slow tier
         client = self._link.client()
@@ -122,9 +120,9 @@ class MooncakeStore(Store):
             raise
         self._link.succeeded()
         if not done:
-            self._count("failures")
+            self._tally.count("failures")
             raise StoreError(f"{self._name} is full")
-        self._count("admissions")
+        self._tally.count("admissions")
         return True
 
     def __contains__(self, key: object) -> bool:
@@ -158,7 +156,7 @@ class MooncakeStore(Store):
             self._failed(client, str(error))
             raise
         self._written.clear(selection)
-        self._count("removals", removed[0])
+        self._tally.count("removals", removed[0])
         return removed[0]
 
     def entries(self) -> Iterator[EntryInfo]:
@@ -193,26 +191,13 @@ class MooncakeStore(Store):
 
     def stats(self) -> StoreStats:
         """See ``Store.stats``; works on a closed store."""
-        with self._lock:
-            counts = self._counts.copy()
-        return StoreStats(
-            entries=len(self._written),
-            used_bytes=self._written.used_bytes,
-            capacity_bytes=self._written.capacity_bytes,
-            tier=self.tier,
-            hits=counts["hits"],
-            misses=counts["misses"],
-            admissions=counts["admissions"],
-            evictions=counts["evictions"],
-            rejections=counts["rejections"],
-            removals=counts["removals"],
-            failures=counts["failures"],
-            damaged=counts["damaged"],
-        )
+        counts: dict[str, Any] = self._tally.counts()
+        written = self._written
+        return StoreStats(len(written), written.used_bytes, written.capacity_bytes, tier=self.tier, **counts)
 
     def _get(self, client: MooncakeClient, key: str) -> Entry | None:
         manifest, damaged = values.find(client, key, self._secret, time.monotonic() + self._timeout_s)
-        self._count("damaged", int(damaged))
+        self._tally.count("damaged", int(damaged))
         if manifest is None:
             return None
         region = client.arena.allocate(room_of(manifest))
@@ -233,7 +218,7 @@ class MooncakeStore(Store):
     def _put(self, client: MooncakeClient, key: str, entry: Entry) -> bool:
         deadline = time.monotonic() + self._timeout_s + self._transfer_s
         found, damaged = values.find(client, key, self._secret, time.monotonic() + self._timeout_s)
-        self._count("damaged", int(damaged))
+        self._tally.count("damaged", int(damaged))
         draft = values.draft_of(entry, key)
         if found is not None and found.rank > draft.rank and found.has_layout_of(draft):
             return True  # a better one is there
@@ -244,7 +229,7 @@ class MooncakeStore(Store):
         if found is not None and found.has_content_of(manifest):
             return True
         evicted = self._written.make_room(manifest.nbytes, key)
-        self._count("evictions", len(evicted))
+        self._tally.count("evictions", len(evicted))
         for old in evicted:
             values.remove(client, old.names, values.left(deadline), force=False)
         if not values.write(client, manifest, region, self._secret, deadline, replaces=found):
@@ -257,7 +242,7 @@ class MooncakeStore(Store):
         if outcome.client_failed:
             self._failed(client, outcome.reason)
         if outcome.damaged:
-            self._count("damaged")
+            self._tally.count("damaged")
             log.warning(
                 "vlcache: entry %r of the Mooncake Store counts as a miss, and is removed: %s",
                 manifest.key,
@@ -286,12 +271,8 @@ class MooncakeStore(Store):
 
     def _failed(self, client: MooncakeClient, reason: str) -> None:
         if not self._closed:
-            self._count("failures")
+            self._tally.count("failures")
             self._link.failed(client, reason)
-
-    def _count(self, name: str, number: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += number
 
     def _check_open(self) -> None:
         if self._closed:

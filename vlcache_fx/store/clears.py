@@ -11,11 +11,15 @@ MAX_CLEARS = 64
 
 
 class Clears:
-    """The last ``MAX_CLEARS`` calls of ``clear``. Safe to share between threads."""
+    """The last calls of ``clear``. Safe to share between threads.
 
-    def __init__(self) -> None:
+    Args:
+        limit: how many are remembered.
+    """
+
+    def __init__(self, limit: int = MAX_CLEARS) -> None:
         self._number = 0
-        self._latest: deque[Selection | None] = deque(maxlen=MAX_CLEARS)
+        self._latest: deque[Selection | None] = deque(maxlen=limit)
         self._lock = threading.Lock()
 
     @property
