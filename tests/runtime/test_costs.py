@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlcache_fx.runtime.in_flight import Pace
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.store.eviction import cost_of
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 
 from vlcache_fx.runtime import in_flight
-from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing, Pace
+from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing
+from vlcache_fx.runtime.pace import Pace
 
 THREADS = 8
 FOR_EVER_S = 60.0  # a failure of the test, not of the machine

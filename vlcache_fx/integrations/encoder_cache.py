@@ -20,7 +20,8 @@ from vlcache_fx.keys.digest_cache import digest_rows, row_ranges
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope, parts_of
 from vlcache_fx.keys.numerics import device_type_of, numerics
 from vlcache_fx.ops import FastAttention
-from vlcache_fx.runtime.in_flight import Claim, Missing, Pace
+from vlcache_fx.runtime.in_flight import Claim, Missing
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 from vlcache_fx.store.codec import pack, unpack
 

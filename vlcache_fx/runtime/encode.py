@@ -9,7 +9,8 @@ from vlcache_fx.errors import UnreadableWeightsError
 from vlcache_fx.keys.digest import Part, content_digest
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
 from vlcache_fx.keys.numerics import device_type_of, numerics
-from vlcache_fx.runtime.in_flight import Missing, Pace
+from vlcache_fx.runtime.in_flight import Missing
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import EncoderSpec
 from vlcache_fx.store import Entry

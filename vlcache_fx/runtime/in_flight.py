@@ -35,32 +35,6 @@ MAX_STORED = 4096
 _has_claim: ContextVar[bool] = ContextVar("vlcache_has_claim", default=False)
 
 
-class Pace:
-    """Moving estimate of the time of a computation, in seconds for each unit of work.
-
-    Safe to share between threads: of two updates at once, one may be lost.
-    """
-
-    SHARE = 0.3  # of the latest computation in the estimate
-
-    def __init__(self) -> None:
-        self._seconds_per_unit: float | None = None
-
-    def add(self, units: int, elapsed_s: float) -> None:
-        """Add a computation that compiled nothing."""
-        latest, before = elapsed_s / max(units, 1), self._seconds_per_unit
-        self._seconds_per_unit = latest if before is None else before + self.SHARE * (latest - before)
-
-    def seconds(self, units: int) -> float | None:
-        """Return the estimated time of a computation; None before the first."""
-        return None if self._seconds_per_unit is None else self._seconds_per_unit * units
-
-    def cost_ms(self, units: int, share: float = 1.0) -> float | None:
-        """Return the estimated milliseconds of a ``share`` of a computation; None before the first."""
-        seconds = self.seconds(units)
-        return None if seconds is None else 1e3 * share * seconds
-
-
 @dataclass(frozen=True)
 class Missing:
     """The keys that a request looked up in vain.

@@ -23,8 +23,8 @@ from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.admission import Admission
 from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
-from vlcache_fx.runtime.in_flight import Pace
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner

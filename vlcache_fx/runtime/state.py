@@ -28,7 +28,8 @@ from vlcache_fx.runtime.collected import ContextReports
 from vlcache_fx.runtime.donors.miss_log import MissLog
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
 from vlcache_fx.runtime.guards.guards import Guards
-from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing, Pace
+from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ContextSettings
 from vlcache_fx.runtime.usage import Usage

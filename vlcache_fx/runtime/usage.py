@@ -6,19 +6,13 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.report import Report
 
 MAX_MODELS = 1024
 
 NEW_SHARE = 0.25
 """Weight of the latest cold call in the moving average."""
-
-
-@dataclass
-class _ColdTime:
-    """Moving average of a model's cold calls; ``ms_per_token`` is None until a call counted."""
-
-    ms_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Usage:
         self._reasons: Counter[str] = Counter()
         self._reused = self._recomputed = 0
         self._seconds_saved = 0.0
-        self._cold: OrderedDict[str, _ColdTime] = OrderedDict()
+        self._cold: OrderedDict[str, Pace] = OrderedDict()
         self._num_compilations = 0
 
     def add(self, report: Report, num_compilations: int = 0) -> None:
@@ -92,15 +86,14 @@ class Usage:
         num_tokens = report.num_tokens * samples
         if not num_tokens or not report.model_fingerprint or report.shadow_kl is not None:
             return
-        elapsed_ms = sum(report.timings_ms.values())
-        model = self._cold.get(report.model_fingerprint)
+        elapsed_s = sum(report.timings_ms.values()) / 1e3
+        pace = self._cold.get(report.model_fingerprint)
         if report.mode == "cold":
-            if model is None:  # programs run for the first time: slower than later
-                self._cold[report.model_fingerprint] = _ColdTime()
+            if pace is None:  # programs run for the first time: slower than later
+                self._cold[report.model_fingerprint] = Pace(NEW_SHARE)
                 while len(self._cold) > MAX_MODELS:
                     self._cold.popitem(last=False)
             elif not compiled:
-                latest, before = elapsed_ms / num_tokens, model.ms_per_token
-                model.ms_per_token = latest if before is None else before + NEW_SHARE * (latest - before)
-        elif report.mode == "warm" and model is not None and model.ms_per_token is not None:
-            self._seconds_saved += max(0.0, model.ms_per_token * num_tokens - elapsed_ms) / 1e3
+                pace.add(num_tokens, elapsed_s)
+        elif report.mode == "warm" and pace is not None:
+            self._seconds_saved += max(0.0, (pace.seconds(num_tokens) or 0.0) - elapsed_s)

@@ -8,7 +8,7 @@ from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.donor_dtype import MODEL
-from vlcache_fx.runtime.in_flight import Pace
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.state import ServingState

@@ -10,7 +10,8 @@ from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.donor_dtype import is_packed
 from vlcache_fx.runtime.donors.miss_log import Miss, with_eviction
-from vlcache_fx.runtime.in_flight import Missing, Pace
+from vlcache_fx.runtime.in_flight import Missing
+from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.state import ServingState
