@@ -5,7 +5,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from vlcache_fx.errors import OptionError, PassError
-from vlcache_fx.options import InsertedPass, Options
+from vlcache_fx.inserted_pass import InsertedPass
+from vlcache_fx.options import Options
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.standard import CLEANUP, COLD, DECODE_STEP, WARM
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.options import InsertedPass, Options
+from vlcache_fx.inserted_pass import InsertedPass
+from vlcache_fx.options import Options
 from vlcache_fx.passes import Pass, Program
 from vlcache_fx.policies.uniform import Uniform
 from vlcache_fx.store.memory import MemoryStore

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
         VlcacheError,
     )
     from vlcache_fx.fidelity.gate import check as gate
-    from vlcache_fx.options import InsertedPass, Options
+    from vlcache_fx.inserted_pass import InsertedPass
+    from vlcache_fx.options import Options
 
 __all__ = [
     "CopyError",
@@ -74,7 +75,7 @@ _HOMES = {
     "EngineOptions": "vlcache_fx.deploy.engines",
     "EngineSession": "vlcache_fx.deploy.sessions",
     "OnnxSession": "vlcache_fx.deploy.sessions",
-    "InsertedPass": "vlcache_fx.options",
+    "InsertedPass": "vlcache_fx.inserted_pass",
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.compiler.exported_program",

@@ -28,7 +28,7 @@ from vlcache_fx.deploy.engines import EngineOptions
 from vlcache_fx.deploy.manifest import MANIFEST, Manifest
 from vlcache_fx.deploy.sessions import OnnxSession
 from vlcache_fx.errors import ExportError, OptionError, PolicyError, Reason, UnsupportedGraphError
-from vlcache_fx.options import InsertedPass
+from vlcache_fx.inserted_pass import InsertedPass
 from vlcache_fx.passes import Pass, Program
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.testing.families import llava_inputs, tiny_llava, tiny_qwen2_5_vl

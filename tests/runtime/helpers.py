@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,3 +129,18 @@ def hits(report: dict[str, Any]) -> list[bool]:
 def keys(report: dict[str, Any]) -> list[str]:
     """Return the key of each span."""
     return [span["key"] for span in report["spans"]]
+
+
+def ask_at_once(pair: Pair, prompts: Sequence[Mapping[str, Tensor]], tolerance: float = 1e-5) -> None:
+    """Call the model from a thread per prompt, and check every result."""
+    begin = threading.Barrier(len(prompts))
+
+    def ask(inputs: Mapping[str, Tensor]) -> float:
+        begin.wait(60)
+        with torch.no_grad():
+            return distance(pair.model(**inputs), pair.reference(**inputs))
+
+    contexts = [contextvars.copy_context() for _ in prompts]  # with settings of Dynamo
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        work = [pool.submit(one.run, ask, inputs) for one, inputs in zip(contexts, prompts, strict=True)]
+        assert max(one.result() for one in work) <= tolerance

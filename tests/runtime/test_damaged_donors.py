@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from vlcache_fx.bench.stress.faulty_store import FaultyStore
+from vlcache_fx.bench.stress.settings import FaultRates
 from vlcache_fx.errors import DamagedEntryError, Reason, StoreError
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, Value
-from vlcache_fx.store import Entry
+from vlcache_fx.store import Entry, MemoryStore
 from vlcache_fx.store.file import FileStore
 from vlcache_fx.store.file.opened_file import OpenedFile
-from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from .helpers import Pair, hits, with_api, with_backend
@@ -213,3 +215,46 @@ def test_tables_of_several_donors_are_pending() -> None:
     for _ in range(2):
         with pytest.raises(DamagedEntryError):
             found[Value(0)].get()  # type: ignore[union-attr]
+
+
+# Every entry, whichever path reads it -----------------------------------------------------------------------
+
+DAMAGED = FaultRates(0, 0, 0, 0, late_damage=1)
+
+
+def check_every_path(pair: Pair, inner: MemoryStore, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """After ``first``, ``second`` is right with damaged entries, and warm again with sound ones."""
+    assert pair.run(**first)[0] <= 1e-5
+    faults: list[str] = []
+    pair.engine.store = FaultyStore(inner, 0, DAMAGED, faults.append)
+    off, report = pair.run(**second)
+    assert off <= 1e-5
+    assert faults
+    assert report["mode"] == "cold"
+    assert report["reason_code"] is Reason.DAMAGED_ENTRY
+    assert not any(span["hit"] for span in report["spans"])
+    pair.engine.store = inner
+    assert pair.run(**second)[1]["mode"] == "warm"
+    assert pair.engine.refusals == []
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("images", [[(20, 0)], [(20, 0), (24, 1)]], ids=["one donor", "two donors"])
+def test_damaged_in_every_read(images: list[tuple[int, int]], strict: bool) -> None:
+    inner = MemoryStore(1 << 30)
+    pair = with_api(tiny_vlm(last_only=False), policy="none", store=inner, strict=strict)
+    check_every_path(pair, inner, tiny_vlm_inputs(3, 5, images), tiny_vlm_inputs(9, 5, images, text_seed=1))
+
+
+def test_damaged_in_every_read_of_features_and_donors() -> None:
+    inner = MemoryStore(1 << 30)
+    pair = with_api(tiny_llava(1), policy="none", store=inner)
+    check_every_path(pair, inner, llava_inputs(3, 5, [0]), llava_inputs(9, 5, [0], text_seed=1))
+
+
+def test_damaged_in_every_read_of_a_probe() -> None:
+    inner = MemoryStore(1 << 30)
+    pair = with_api(tiny_vlm(num_layers=3, last_only=False), policy="cacheblend", budget=0.2, store=inner)
+    check_every_path(
+        pair, inner, tiny_vlm_inputs(3, 5, [(20, 0)]), tiny_vlm_inputs(9, 5, [(20, 0)], text_seed=1)
+    )

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import random
-import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from vlcache_fx.runtime import in_flight
@@ -20,7 +16,7 @@ from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, distance, settings_of, with_api
+from .helpers import Pair, ask_at_once, settings_of, with_api
 
 THREADS = 8
 IMAGE = 20
@@ -64,21 +60,6 @@ class Counted(Pair):
 
 def prompt(text: int, *images: int) -> Mapping[str, Tensor]:
     return tiny_vlm_inputs(3 + text % 5, 4, [(IMAGE, image) for image in images], text_seed=text)
-
-
-def ask_at_once(pair: Pair, prompts: list[Mapping[str, Tensor]]) -> None:
-    """Call the model from a thread per prompt, and check every result."""
-    begin = threading.Barrier(len(prompts))
-
-    def ask(inputs: Mapping[str, Tensor]) -> float:
-        begin.wait(60)
-        with torch.no_grad():
-            return distance(pair.model(**inputs), pair.reference(**inputs))
-
-    contexts = [contextvars.copy_context() for _ in prompts]  # with settings of Dynamo
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        work = [pool.submit(one.run, ask, inputs) for one, inputs in zip(contexts, prompts, strict=True)]
-        assert max(one.result() for one in work) <= 1e-5
 
 
 @pytest.mark.parametrize("salt", ["", "tenant"])

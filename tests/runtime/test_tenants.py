@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from vlcache_fx.errors import OptionError, Reason
-from vlcache_fx.options import InsertedPass, Options
+from vlcache_fx.inserted_pass import InsertedPass
+from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 

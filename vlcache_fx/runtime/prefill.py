@@ -7,16 +7,9 @@ from typing import Any
 
 import torch
 
-from vlcache_fx.errors import (
-    DamagedEntryError,
-    PlanError,
-    PolicyError,
-    Reason,
-    UnreadableWeightsError,
-)
-from vlcache_fx.plan.build import RowChooser, build_plan
+from vlcache_fx.errors import DamagedEntryError, Reason, UnreadableWeightsError
 from vlcache_fx.plan.types import Plan
-from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.policies.base import Policy
 from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
@@ -25,8 +18,9 @@ from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.pace import Pace
+from vlcache_fx.runtime.planner import Planner
 from vlcache_fx.runtime.programs.bind import Tables
-from vlcache_fx.runtime.programs.probe import ChosenRows, first_chooser, measure, needs_probe
+from vlcache_fx.runtime.programs.probe import ChosenRows, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
 from vlcache_fx.runtime.requests.host_inputs import on_host
@@ -80,6 +74,7 @@ class DecoderRunner:
         self._requests = KeyedRequests(spec, values, device, engine)
         self._donors = DonorIndex(spec, engine, self._pace)
         self._admission = Admission(spec, engine, self._pace)
+        self._planner = Planner(spec, engine)
 
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
@@ -168,7 +163,7 @@ class DecoderRunner:
 
     def _run_cold(self, request: Request) -> Sequence[Any]:
         request = request.without_donors()
-        plans = self._plans(request)
+        plans = self._planner.plans(request)
         if plans is None:
             return self._give_up(request, Reason.NO_PLAN)
         if not self._cold.ready():
@@ -197,7 +192,7 @@ class DecoderRunner:
             request.claim.end(self._admission.admit(request, recorded, plans))
 
     def _run_warm(self, request: Request) -> Sequence[Any]:
-        plans = self._plans(request)
+        plans = self._planner.plans(request)
         if plans is None:
             return self._give_up(request, Reason.NO_PLAN)
         positions, policy = request.positions, self.engine.settings.current.policy
@@ -209,7 +204,7 @@ class DecoderRunner:
                 found = measure(policy, program, request, plans, tables, self._spec.rows, positions)
             if found is None:
                 return self._give_up(request, Reason.PROGRAM_FAILED, "the warm program failed")
-            plans = self._plans(request, ChosenRows(policy, found))
+            plans = self._planner.plans(request, ChosenRows(policy, found))
             if plans is None:
                 return self._give_up(request, Reason.NO_PLAN)
         with request.clock.measure("bind"):
@@ -256,7 +251,7 @@ class DecoderRunner:
             return None
         with request.clock.measure("shadow"):
             full = replace(request.without_donors(), clock=Clock())
-            plans = self._plans(full)
+            plans = self._planner.plans(full)
             if plans is None or not self._cold.ready():
                 return None
             positions = request.positions
@@ -268,54 +263,6 @@ class DecoderRunner:
             comparison = compare(exact[self._logits], reused[self._logits], rows, last)
             self._admit(full, self._cold.spec.recorded, exact, plans)
         return exact, comparison
-
-    def _plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
-        """Return a plan per sample; None if planning fails (raised in strict mode).
-
-        The policy chooses rows by default, or the rows of its probe.
-        """
-        strict = self.engine.options.strict
-        settings = self.engine.settings.current
-        chooser = chooser or first_chooser(settings.policy, self._spec.rows)
-        plans: list[Plan] = []
-        first_donor = 0
-        with request.clock.measure("plan"):
-            try:
-                self._check_groups(settings.policy)
-                profile = self.engine.settings.profile_for(
-                    request.model_fingerprint, self._spec.dtype, strict=strict
-                )
-                for sample in request.samples:
-                    plans.append(
-                        build_plan(
-                            num_tokens=request.num_tokens,
-                            spans=sample.spans,
-                            num_layers=self._spec.num_layers,
-                            policy=chooser,
-                            profile=profile,
-                            budget=settings.budget,
-                            output_rows=request.positions,
-                            strict=strict,
-                            prefix=sample.prefix,
-                            padding=sample.padding if request.donors else None,
-                            first_donor=first_donor,
-                            groups=self._spec.layer_groups,
-                        )
-                    )
-                    first_donor += sum(donors.length_of(entry) for entry in sample.donors)
-            except (PlanError, PolicyError) as error:
-                if strict:
-                    raise
-                self.engine.plan_failed(error)
-                return None
-        return plans
-
-    def _check_groups(self, policy: Policy) -> None:
-        if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._spec.layer_groups):
-            raise PlanError(
-                f"policy {policy.name!r} needs rows of its own in every layer; these programs share rows in "
-                f"groups of {list(self._spec.layer_groups)} layers: make them with this policy"
-            )
 
     def _give_up(self, request: Request, code: Reason, text: str | None = None) -> Sequence[Any]:
         """Run without reuse after the lookup; requests that wait for this one need not wait for that."""

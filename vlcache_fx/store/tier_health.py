@@ -36,7 +36,7 @@ class TierHealth:
         self.capacities = [tier.stats().capacity_bytes for tier in tiers]
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._logged: set[str] = set()
+        self._logged: dict[tuple[int, str], set[str]] = {}  # kinds of errors, by tier and operation
         self._closed = False
 
     def count(self, event: str, index: int | None = None) -> None:
@@ -50,7 +50,7 @@ class TierHealth:
 
     @contextmanager
     def tolerating(self, index: int, doing: str, *, everything: bool = False) -> Iterator[None]:
-        """Count a failure of a tier in the body, and log each kind once.
+        """Count a failure of a tier in the body; log the first of its kind since the operation worked.
 
         Args:
             index: index of the tier.
@@ -66,13 +66,17 @@ class TierHealth:
             if self._closed and isinstance(error, StoreClosedError):
                 return
             self.count("failures", index)
-            kind = f"{doing}, {type(error).__name__}"
+            kind = type(error).__name__
             with self._lock:
-                is_new = f"{index} {kind}" not in self._logged
-                self._logged.add(f"{index} {kind}")
+                logged = self._logged.setdefault((index, doing), set())
+                is_new = kind not in logged
+                logged.add(kind)
             if is_new:
-                tier = self._tiers[index].tier
-                log.warning("vlcache: the %s tier failed (%s), going on without: %s", tier, kind, error)
+                tier, text = self._tiers[index].tier, f"{doing}, {kind}"
+                log.warning("vlcache: the %s tier failed (%s), going on without: %s", tier, text, error)
+        else:
+            with self._lock:
+                self._logged.pop((index, doing), None)
 
     def stats(self, queue_drops: int) -> StoreStats:
         """Return the stats of all tiers as one. Sizes are sums: an entry in two tiers counts twice.

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.bench.stress.wrapper import StoreWrapper
 from vlcache_fx.errors import StoreError
-from vlcache_fx.keys.entry_key import Selection
-from vlcache_fx.store import Entry, EntryInfo, MemoryStore, Store, StoreStats
+from vlcache_fx.store import Entry, MemoryStore
 from vlcache_fx.testing.families import qwen_inputs, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
@@ -204,13 +203,11 @@ def test_second_donor_too_large_for_store() -> None:
     assert modes == ["warm", "cold", "warm", "warm"]
 
 
-class Wrapped(Store):
+class Wrapped(StoreWrapper):
     """A store that fails on request."""
 
-    tier: ClassVar[str] = "wrapped"
-
     def __init__(self) -> None:
-        self.inner = MemoryStore(1 << 30)
+        super().__init__(MemoryStore(1 << 30))
         self.fail_get = self.fail_put = False
         self.spoil: Any = None
 
@@ -224,24 +221,6 @@ class Wrapped(Store):
         if self.fail_put:
             raise StoreError("cannot be written")
         return self.inner.put(key, entry)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.inner
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def clear(self, selection: Selection | None = None) -> int:
-        return self.inner.clear(selection)
-
-    def entries(self) -> Iterator[EntryInfo]:
-        return self.inner.entries()
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def stats(self) -> StoreStats:
-        return self.inner.stats()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,71 @@
+"""Plans of a request: which rows each layer recomputes in each prompt."""
+
+from vlcache_fx.errors import PlanError, PolicyError
+from vlcache_fx.plan.build import RowChooser, build_plan
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.policies.base import Policy, ProbingPolicy
+from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.programs.probe import first_chooser
+from vlcache_fx.runtime.requests.request import Request
+from vlcache_fx.runtime.state import ServingState
+from vlcache_fx.spec.decoder import DecoderSpec
+
+
+class Planner:
+    """Plans requests with the policy, budget and profile in force.
+
+    Args:
+        spec: spec of the decoder's graph.
+        engine: the settings, and what counts failures.
+    """
+
+    def __init__(self, spec: DecoderSpec, engine: ServingState) -> None:
+        self._spec, self._engine = spec, engine
+
+    def plans(self, request: Request, chooser: RowChooser | None = None) -> list[Plan] | None:
+        """Return a plan per sample; None if planning fails (raised in strict mode).
+
+        The policy chooses rows by default, or the rows of its probe.
+        """
+        strict = self._engine.options.strict
+        settings = self._engine.settings.current
+        chooser = chooser or first_chooser(settings.policy, self._spec.rows)
+        plans: list[Plan] = []
+        first_donor = 0
+        with request.clock.measure("plan"):
+            try:
+                self._check_groups(settings.policy)
+                profile = self._engine.settings.profile_for(
+                    request.model_fingerprint, self._spec.dtype, strict=strict
+                )
+                for sample in request.samples:
+                    plans.append(
+                        build_plan(
+                            num_tokens=request.num_tokens,
+                            spans=sample.spans,
+                            num_layers=self._spec.num_layers,
+                            policy=chooser,
+                            profile=profile,
+                            budget=settings.budget,
+                            output_rows=request.positions,
+                            strict=strict,
+                            prefix=sample.prefix,
+                            padding=sample.padding if request.donors else None,
+                            first_donor=first_donor,
+                            groups=self._spec.layer_groups,
+                        )
+                    )
+                    first_donor += sum(donors.length_of(entry) for entry in sample.donors)
+            except (PlanError, PolicyError) as error:
+                if strict:
+                    raise
+                self._engine.plan_failed(error)
+                return None
+        return plans
+
+    def _check_groups(self, policy: Policy) -> None:
+        if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._spec.layer_groups):
+            raise PlanError(
+                f"policy {policy.name!r} needs rows of its own in every layer; these programs share rows in "
+                f"groups of {list(self._spec.layer_groups)} layers: make them with this policy"
+            )
