@@ -12,6 +12,7 @@ from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
     AnchorSizes,
+    CanonicaliseConvolutions,
     CanonicaliseFlex,
     DenseDeepstack,
     DropEmptyCats,
@@ -23,11 +24,13 @@ from vlcache_fx.passes.cleanup import (
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
+    CarryStates,
     GatherCrossLayerValues,
     HoistLookups,
     InsertLookups,
     KvOnlyRows,
     RecordDonors,
+    RecordStates,
     RestrictMasks,
     RestrictMerge,
     RestrictRows,
@@ -46,6 +49,7 @@ CLEANUP = Pipeline(
         DropEmptyCats(),
         DenseDeepstack(),
         DropMergeChecks(),
+        CanonicaliseConvolutions(),
         CanonicaliseFlex(),
         FuseAttention(),
         FoldRepeatedHeads(),
@@ -58,6 +62,7 @@ CLEANUP = Pipeline(
 COLD = Pipeline(
     (
         RecordDonors(),
+        RecordStates(),
         RestrictRows(),
         KvOnlyRows(),
         GatherCrossLayerValues(),
@@ -74,7 +79,9 @@ WARM = Pipeline(
     (
         InsertLookups(),
         SpliceRows(),
+        CarryStates(),
         RecordDonors(),
+        RecordStates(),
         HoistLookups(),
         RestrictRows(),
         RestrictMerge(),

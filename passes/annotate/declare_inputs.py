@@ -13,7 +13,22 @@ from vlcache_fx.errors import SlotError
 from vlcache_fx.ir.fakes import FakeInputs
 from vlcache_fx.ir.sizes import expression, is_one
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Positions, Results, Rows, Source
+from vlcache_fx.spec.slots import (
+    Donor,
+    InputSlot,
+    Joined,
+    JumpAt,
+    JumpMap,
+    Keep,
+    Last,
+    Own,
+    PieceEnd,
+    PieceStart,
+    Positions,
+    Results,
+    Rows,
+    Source,
+)
 
 
 class DeclareInputs(Pass):
@@ -76,12 +91,20 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node
     match slot:
         case Donor():
             return _donor_value(program, fakes, node)
+        case JumpAt() | JumpMap():
+            return fakes.tensor([1, fakes.size("jumps")], torch.int64, start.device)
+        case PieceStart() | PieceEnd():
+            return fakes.tensor([1, fakes.size("pieces")], torch.int64, start.device)
+        case Joined(width):
+            return fakes.tensor([fakes.size(f"joined_{width}")], torch.int64, start.device)
+        case Last(width):
+            return fakes.tensor([fakes.size(f"last_{width}")], torch.int64, start.device)
         case Source():
             count = tokens
         case Results():
             # With the symbol of the trace, which later nodes use as well.
             count = fakes.like(program.decoder.tail_rows.num_taken)
-        case Rows() | Keep() | Positions():
+        case Rows() | Keep() | Positions() | Own():
             count = fakes.size(f"rows_{slot.row_level}")
         case _:
             raise SlotError(f"slot {slot} has no declared size")
@@ -90,10 +113,22 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node
 
 
 def _donor_value(program: Program, fakes: FakeInputs, node: Node) -> Any:
+    device = program.decoder.stream.boundaries[0].meta["val"].device
+    if "state_of" in node.meta:
+        state = node.meta["state_of"]
+        heads, key_width, value_width = state.recurrence.state_sizes
+        last = key_width if node.meta["is_factor"] else value_width
+        return fakes.tensor([fakes.size("maps"), heads, key_width, last], torch.float32, device)
+    if "tail_of" in node.meta:
+        convolution = node.meta["tail_of"].convolution
+        value = convolution.source.meta["val"]
+        sizes = list(fakes.like(value).shape)
+        sizes[convolution.dim] = fakes.size(f"tails_{convolution.width}")
+        return fakes.tensor(sizes, value.dtype, device)
     frontier, dim = node.meta["donor_of"]
     value = frontier.meta["val"]
     sizes = list(fakes.like(value).shape)
     sizes[dim] = fakes.size("donor_rows")
     if program.decoder.batch_dims is not None:
         sizes[program.decoder.batch_dims[frontier]] = 1
-    return fakes.tensor(sizes, value.dtype, program.decoder.stream.boundaries[0].meta["val"].device)
+    return fakes.tensor(sizes, value.dtype, device)

@@ -1,6 +1,7 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
+from vlcache_fx.passes.cleanup.canonicalise_convolutions import CanonicaliseConvolutions
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
@@ -12,6 +13,7 @@ from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
 
 __all__ = [
     "AnchorSizes",
+    "CanonicaliseConvolutions",
     "CanonicaliseFlex",
     "DenseDeepstack",
     "DropEmptyCats",

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from vlcache_fx.ir.nodes import is_full_slice
+from vlcache_fx.ir.nodes import NO_BOUND, is_full_slice, slice_bounds
+from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -25,7 +26,7 @@ class DropNoops(Pass):
         for node in list(program.graph.nodes):
             if node.target in ASSERTIONS:
                 program.graph.erase_node(node)
-            elif node.target in IDENTITIES or (node.target is aten.slice.Tensor and is_full_slice(node)):
+            elif node.target in IDENTITIES or (node.target is aten.slice.Tensor and _keeps_all(node)):
                 source = node.args[0]
                 assert isinstance(source, Node)
                 node.replace_all_uses_with(source)
@@ -34,3 +35,15 @@ class DropNoops(Pass):
                 continue
             changed = True
         return changed
+
+
+def _keeps_all(node: Node) -> bool:
+    """Return True for a slice over the whole dimension, such as ``x[..., -tokens:]``."""
+    if is_full_slice(node):
+        return True
+    dim, start, end, step = slice_bounds(node)
+    if step != 1 or end not in (None, NO_BOUND) or not isinstance(start, Node):
+        return False
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return equal(-start.meta["val"], source.meta["val"].shape[dim])

@@ -1,10 +1,12 @@
 """From a decoder's graph to the cold program, which records donors, or the warm one, which reads them."""
 
+from vlcache_fx.passes.rewrite.carry_states import CarryStates
 from vlcache_fx.passes.rewrite.gather_cross_layer_values import GatherCrossLayerValues
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
 from vlcache_fx.passes.rewrite.kv_only_rows import KvOnlyRows
 from vlcache_fx.passes.rewrite.record_donors import RecordDonors
+from vlcache_fx.passes.rewrite.record_states import RecordStates
 from vlcache_fx.passes.rewrite.restrict_masks import RestrictMasks
 from vlcache_fx.passes.rewrite.restrict_merge import RestrictMerge
 from vlcache_fx.passes.rewrite.restrict_rows import RestrictRows
@@ -15,11 +17,13 @@ from vlcache_fx.passes.rewrite.use_row_positions import UseRowPositions
 from vlcache_fx.passes.rewrite.write_in_place import WriteInPlace
 
 __all__ = [
+    "CarryStates",
     "GatherCrossLayerValues",
     "HoistLookups",
     "InsertLookups",
     "KvOnlyRows",
     "RecordDonors",
+    "RecordStates",
     "RestrictMasks",
     "RestrictMerge",
     "RestrictRows",

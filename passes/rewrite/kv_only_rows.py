@@ -42,17 +42,18 @@ def _restrict_q_part(program: Program, index: int) -> None:
         if node not in layer.q_part:
             continue
         for operand in node.all_input_nodes:
-            if node is layer.site.node and operand is not node.args[0]:
+            if layer.site is not None and node is layer.site.node and operand is not node.args[0]:
                 continue
             if _enters(operand, layer.kv_part, facts.stream.boundaries[index]):
                 if operand not in kept:
-                    axis = facts.flows[operand].dim if operand in facts.flows else facts.tail_rows.axis
+                    source = operand if operand in facts.flows else operand.meta.get("gathers", (None,))[0]
+                    axis = facts.flows[source].dim if source in facts.flows else facts.tail_rows.axis
                     kept[operand] = gather(program, operand, axis, keep, node, segment)
                 node.replace_input_with(operand, kept[operand])
         restrict_node(program, node, facts.flows[node], rows_after, layer.site, segment)
 
 
 def _enters(operand: Node, kv_part: dict[Node, None], entering: Node) -> bool:
-    """Return True for operands with the layer's rows: kv nodes, and the residual or its first gather."""
+    """Return True for operands with the layer's rows: kv nodes, the residual, or gathers of them."""
     gathered = operand.meta.get("gathers", (None,))[0]
-    return operand in kv_part or operand is entering or gathered is entering
+    return operand in kv_part or operand is entering or gathered is entering or gathered in kv_part

@@ -67,7 +67,7 @@ def sample_dim(program: Program, node: Node) -> int:
 
 
 def restrict_node(
-    program: Program, node: Node, flow: TokenFlow, rows: Node, site: Site, segment: str
+    program: Program, node: Node, flow: TokenFlow, rows: Node, site: Site | None, segment: str
 ) -> None:
     """Restrict ``node`` to ``rows``, also if it was restricted to other rows before.
 
@@ -84,7 +84,7 @@ def restrict_node(
                 node.replace_input_with(current, taken)
     if flow.size_argument is not None:
         _set_size(program, node, flow, rows, segment)
-    if node is site.node and site.mask is None:
+    if site is not None and node is site.node and site.mask is None:
         _set_row_mask(program, site, rows, segment)
 
 

@@ -26,7 +26,8 @@ class SpliceRows(Pass):
         """Insert ``vlcache.splice_rows`` after each lookup and let the full part of the layer read it."""
         facts = program.decoder
         lookups = {node.meta["slot"]: node for node in program.graph.nodes if "slot" in node.meta}
-        full = {node for layer in facts.layers for node in (*layer.full_part, layer.site.node)}
+        full = {node for layer in facts.layers for node in layer.full_part}
+        full |= {site.node for site in facts.sites}
         for frontier in facts.frontiers:
             lookup, segment = lookups[frontier.slot], f"layer.{frontier.layer}"
             spliced = _splice(program, lookup, frontier.node, Source(frontier.layer), segment)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from vlcache_fx.analysis import DecoderFacts, analyze
+from vlcache_fx.analysis import DecoderFacts, LayerSplit, analyze
 from vlcache_fx.compiler.builders.runners import decoder_programs, decoder_runner, encoder_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
@@ -97,7 +97,7 @@ class Prefill:
             encoder_in_graph=bool(facts.encoder),
             key_frontiers=_frontiers(facts, Key),
             value_frontiers=_frontiers(facts, Value),
-            attention=tuple("causal" if layer.site.mask is None else "mask" for layer in facts.layers),
+            attention=tuple(map(_mixing, facts.layers)),
             results_need="all rows" if selection is None else str(selection.format_node()),
             nodes=tuple(len(graph.nodes) for graph in graphs),
             engines=engines.engines,
@@ -107,3 +107,10 @@ class Prefill:
 
 def _frontiers(facts: DecoderFacts, kind: type[StoredSlot]) -> tuple[str, ...]:
     return tuple(found.node.name for found in facts.frontiers if isinstance(found.slot, kind))
+
+
+def _mixing(layer: LayerSplit) -> str:
+    """Return in a word how tokens of a layer mix."""
+    if layer.site is None:
+        return "recurrent" if layer.recurrences else "convolution"
+    return "causal" if layer.site.mask is None else "mask"

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vlcache_fx.ops.recurrence  # noqa: F401
 from vlcache_fx.errors import StoreError
 from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
 from vlcache_fx.ops.attention import FastAttention, decompose_attention, row_mask
+from vlcache_fx.ops.causal_conv1d import causal_conv1d
 from vlcache_fx.ops.linear import decompose_linear
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "attend_reference",
     "attention",
     "bind_donors",
+    "causal_conv1d",
     "decompose_attend",
     "decompose_attention",
     "decompose_linear",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan.repair import checked_rows, grouped_rows
+from vlcache_fx.plan.jumps import Jump, Piece
+from vlcache_fx.plan.repair import checked_rows, first_rows, grouped_rows
 from vlcache_fx.plan.types import Plan, Span, SpanContext
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def build_plan(
     padding: Tensor | None = None,
     first_donor: int = 0,
     groups: Sequence[int] = (),
+    pieces: Sequence[Piece] | None = None,
 ) -> Plan:
     """Return the plan of one request.
 
@@ -65,6 +67,8 @@ def build_plan(
         first_donor: the sample's first row in the donor table.
         groups: sizes of groups of neighbouring layers that compute the same rows, those of the group's last
             layer. The sizes add up to L; by default each layer is a group.
+        pieces: pieces whose states are recorded; None without recurrent layers. With these, all layers
+            compute the same first rows of a hit span, up to one of its cuts.
 
     Raises:
         PlanError: invalid spans, sizes or output rows; in strict mode also any repair.
@@ -104,6 +108,9 @@ def build_plan(
         if groups:
             rows_of_span, grouping = grouped_rows(rows_of_span, span, groups)
             repairs = [*repairs, *grouping]
+        if pieces is not None:
+            rows_of_span, first = first_rows(rows_of_span, span, outputs, strict)
+            repairs = [*repairs, *first]
         chosen.append(rows_of_span)
         notes.extend(repairs)
 
@@ -122,7 +129,10 @@ def build_plan(
         offset += span.length
     if outputs is not None:
         computed[outputs] = True
-    notes.extend(_at_least_two(computed, hits, [rows_of_span[-1] for rows_of_span in chosen]))
+    more = _at_least_two(computed, hits, [rows_of_span[-1] for rows_of_span in chosen])
+    if more and pieces is not None and (hits or prefix):
+        raise PlanError("recurrent layers need two computed tokens, and a donor has all others")
+    notes.extend(more)
 
     rows, source = _layer_rows(num_layers, computed, donors, hits, chosen)
     last = rows[-1] if outputs is None else _outputs_in(rows[-1], outputs)
@@ -136,7 +146,23 @@ def build_plan(
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
         explanations=tuple(notes),
+        jumps=() if pieces is None else _jumps(prefix, hits, chosen),
+        pieces=tuple(pieces or ()),
     )
+
+
+def _jumps(prefix: int, hits: Sequence[Span], chosen: Sequence[Sequence[Tensor]]) -> tuple[Jump, ...]:
+    """Return the jumps over an exact prefix and over reused rows, with the donors' maps in order."""
+    jumps = [Jump(0, prefix, (0,), 0)] if prefix else []
+    num_maps = num_tails = len(jumps)
+    for span, rows_of_span in zip(hits, chosen, strict=True):
+        cut = len(rows_of_span[0])
+        maps = tuple(num_maps + index for index, start in enumerate(span.cuts[:-1]) if start >= cut)
+        if maps:
+            jumps.append(Jump(span.start + cut, span.end, maps, num_tails))
+        num_maps += len(span.cuts) - 1
+        num_tails += 1
+    return tuple(jumps)
 
 
 def _check_spans(spans: Sequence[Span], num_tokens: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.budget import token_layer_allowance
+from vlcache_fx.plan.jumps import chosen_cut
 from vlcache_fx.plan.types import Span
 
 _INTEGER_TYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -74,6 +75,34 @@ def grouped_rows(rows: Sequence[Tensor], span: Span, groups: Sequence[int]) -> t
 
 def _name(span: Span) -> str:
     return f"span [{span.start}, {span.end})"
+
+
+def first_rows(
+    rows: Sequence[Tensor], span: Span, outputs: Tensor | None, strict: bool
+) -> tuple[list[Tensor], list[str]]:
+    """Give all layers the same first rows of a span, up to one of its cuts; see ``plan.jumps``.
+
+    Args:
+        rows: per layer, checked offsets.
+        span: the span.
+        outputs: positions that results need; None for all rows of the last layer.
+        strict: raise if the policy chose other rows than first ones.
+
+    Returns:
+        The rows per layer, and a sentence if the policy chose other rows than first ones.
+
+    Raises:
+        PlanError: see ``strict``.
+    """
+    notes = []
+    if any(len(tensor) and int(tensor[-1]) != len(tensor) - 1 for tensor in rows):
+        notes.append(f"{_name(span)}: recurrent layers can recompute the first rows only")
+    if strict and notes:
+        raise PlanError(f"strict mode: {notes[0]}")
+    cut = chosen_cut(span.cuts, [len(tensor) for tensor in rows])
+    if outputs is not None and bool(((outputs >= span.start + cut) & (outputs < span.end)).any()):
+        cut = span.length
+    return [torch.arange(cut)] * len(rows), notes
 
 
 def _tensor(rows: Tensor, layer: int) -> Tensor:

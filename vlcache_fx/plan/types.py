@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from vlcache_fx.errors import Reason
+from vlcache_fx.plan.jumps import Jump, Piece
 
 if TYPE_CHECKING:
     from vlcache_fx.policies.profile import Profile
@@ -32,6 +33,8 @@ class Span:
         miss: reason why rows are not reused; None if they are, or if nothing was looked up.
         miss_detail: details of the reason, such as the slot that does not fit; may be empty.
         grid: grid of the media item, if known.
+        cuts: offsets at which the donor's maps of recurrent layers begin and end, see ``plan.jumps``; empty
+            without recurrent layers.
     """
 
     sample: int
@@ -44,6 +47,7 @@ class Span:
     miss: Reason | None = None
     grid: Grid | None = None
     miss_detail: str = ""
+    cuts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -118,6 +122,8 @@ class Plan:
         token_layer_fraction: computed share of the hit spans' token-layers (layers 0 to L - 1), including
             rows for outputs; 0.0 without hit spans.
         explanations: one sentence per repair of the policy's choice.
+        jumps: tokens that recurrent layers skip, in order; empty without such layers.
+        pieces: tokens whose states are recorded.
     """
 
     num_tokens: int
@@ -127,6 +133,8 @@ class Plan:
     rows_per_layer: tuple[int, ...]
     token_layer_fraction: float
     explanations: tuple[str, ...] = ()
+    jumps: tuple[Jump, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -2,11 +2,13 @@
 
 from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.plan.build import RowChooser, build_plan
+from vlcache_fx.plan.jumps import Piece, pieces_of
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.programs.probe import first_chooser
-from vlcache_fx.runtime.requests.request import Request
+from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS
+from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
 
@@ -53,6 +55,7 @@ class Planner:
                             padding=sample.padding if request.donors else None,
                             first_donor=first_donor,
                             groups=self._spec.layer_groups,
+                            pieces=self._pieces(request, sample) if self._spec.states else None,
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
@@ -63,7 +66,20 @@ class Planner:
                 return None
         return plans
 
+    def _pieces(self, request: Request, sample: Sample) -> list[Piece]:
+        """Return the pieces to record; none where rows are approximate, or depend on earlier calls."""
+        if not request.spans or not request.ignores_past or not sample.reuse_is_exact:
+            return []
+        reused = {span.start for span in sample.spans}
+        media = [(item.start, item.length, item.start in reused) for item in sample.media_spans]
+        pieces = pieces_of(request.num_tokens, media, self._engine.settings.current.budget, BLOCK_TOKENS)
+        return [piece for piece in pieces if piece.start >= sample.prefix]
+
     def _check_groups(self, policy: Policy) -> None:
+        if isinstance(policy, ProbingPolicy) and self._spec.states:
+            raise PlanError(
+                f"policy {policy.name!r} picks scattered rows; recurrent layers need the first ones"
+            )
         if isinstance(policy, ProbingPolicy) and any(count > 1 for count in self._spec.layer_groups):
             raise PlanError(
                 f"policy {policy.name!r} needs rows of its own in every layer; these programs share rows in "

@@ -1,11 +1,12 @@
 """Serves prefills of one decoder graph: spans -> keys -> lookup -> policy -> plan -> run -> admit."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlcache_fx.errors import DamagedEntryError, Reason, UnreadableWeightsError
 from vlcache_fx.plan.types import Plan
@@ -15,11 +16,13 @@ from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.admission import Admission
 from vlcache_fx.runtime.donors.index import DonorIndex
+from vlcache_fx.runtime.donors.states import state_tables, uses_of
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
 from vlcache_fx.runtime.mutations import apply_input_mutations, inputs_allow_mutation
 from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.planner import Planner
 from vlcache_fx.runtime.programs.bind import Tables
+from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.probe import ChosenRows, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
@@ -130,7 +133,7 @@ class DecoderRunner:
                 request,
                 samples=tuple(samples),
                 is_causal=summary.is_causal,
-                ignores_past=summary.ignores_past,
+                ignores_past=summary.ignores_past and not self._spec.reads_states,
             )
             with clock.measure("identify"):
                 request = self._requests.with_keys(request, summary)
@@ -230,14 +233,20 @@ class DecoderRunner:
         A single packed donor is unpacked by the program, unless a probe needs its rows.
         """
         specs, device = self._spec.rows, self._device
-        if self._packed is not None and not needs_probe(policy, request):
+        if self._packed is not None and not self._spec.states and not needs_probe(policy, request):
             alone = donors.single_packed(request.donors, specs, device)
             if alone is not None:
                 dtype, parts = alone
                 program = self._packed(dtype)
                 if program.ready():
                     return program, lambda: parts
-        return self._warm, functools.cache(lambda: donors.tables(request.donors, specs, device))
+        return self._warm, functools.cache(lambda: self._tables(request))
+
+    def _tables(self, request: Request) -> Mapping[Any, Tensor | PendingTensor]:
+        rows = donors.tables(request.donors, self._spec.rows, self._device)
+        if not self._spec.states:
+            return rows
+        return rows | state_tables(uses_of(request), self._spec.states, self._device)
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
         """Return exact results and the comparison of their logits with ``reused``; None if no run is due.

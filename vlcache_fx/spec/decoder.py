@@ -32,6 +32,21 @@ class RowSpec:
 
 
 @dataclass(frozen=True)
+class StateSpec:
+    """What donors store of one operator that carries a state from token to token.
+
+    Attributes:
+        slot: ``Inputs`` of a convolution, or ``Matrix``, ``Factor`` or ``Term`` of a recurrence.
+        dtype: dtype of the stored tensor.
+        sizes: its sizes; None for the number of maps.
+    """
+
+    slot: StoredSlot
+    dtype: str
+    sizes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class InputValueSpec:
     """A value of a call on which stored rows depend; it enters keys.
 
@@ -181,6 +196,8 @@ class DecoderSpec:
         spans: inputs from which media spans are found.
         leaves: the other values that enter keys.
         masks: attention masks.
+        states: states of recurrent layers, in the order of layers; empty without such layers.
+        reads_states: the call continues states that are inputs of the graph.
     """
 
     num_layers: int
@@ -202,6 +219,8 @@ class DecoderSpec:
     spans: SpanSpec
     leaves: tuple[InputValueSpec, ...]
     masks: MaskSpec
+    states: tuple[StateSpec, ...] = ()
+    reads_states: bool = False
 
     @property
     def continues_prompts(self) -> bool:

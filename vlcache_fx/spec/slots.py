@@ -17,6 +17,24 @@ slot                name            shape               content
 ``Key(l)``          ``3.k``         as in the graph     keys of layer l, before positions enter
 ``Value(l)``        ``3.v``         as in the graph     values of layer l
 ``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
+``Inputs(l, i)``    ``3.inputs.0``  [1, channels, W]    last inputs of convolution i of layer l
+``Matrix(l, i)``    ``3.matrix.0``  [heads, k, v]       state of recurrence i of layer l
+``Factor(l, i)``    ``3.factor.0``  [m, heads, k, k]    A of the maps ``state -> A state + B`` of m pieces
+``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
+==================  ==============  ==================  ===================================================
+
+Recurrent decoders have more inputs. Their jumps and pieces are explained in ``plan.jumps``. T tails of W rows,
+j jumps, p pieces:
+
+==================  ==============  ==================  ===================================================
+``JumpAt()``        ``jump_at``     [1, j]              computed rows before each jump
+``JumpMap()``       ``jump_map``    [1, j]              entry of ``Factor`` and ``Term``; -1 for no jump
+``Joined(W)``       ``joined.4``    [n + T W]           per row of a convolution's input: as in ``Source``
+``Own(l, W)``       ``own.3.4``     [n(l)]              indices of the computed rows in this input
+``PieceStart()``    ``piece_start`` [1, p]              computed rows before each piece
+``PieceEnd()``      ``piece_end``   [1, p]              computed rows before the end of each piece
+``Last(W)``         ``last.4``      [p W]               indices of the last W rows of each piece in the
+                                                        convolution's input behind W rows of zeros
 ==================  ==============  ==================  ===================================================
 
 The first seven are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
@@ -26,7 +44,7 @@ declares their sizes, and ``runtime.programs.bind`` makes their values from a pl
 programs for a packed donor, ``unpack_donors`` replaces ``Donor`` by ``Packed``, such as ``packed.3.k.rows``,
 ``packed.3.k.scale`` and ``packed.3.k.offset``.
 
-The last three are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
+The last seven are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
 program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never
 change.
 """
@@ -146,6 +164,64 @@ class Results(InputSlot):
 
 
 @dataclass(frozen=True)
+class JumpAt(InputSlot):
+    """Computed rows before each jump."""
+
+    kind: ClassVar[str] = "jump_at"
+
+
+@dataclass(frozen=True)
+class JumpMap(InputSlot):
+    """Per jump, the index of its map; -1 for none."""
+
+    kind: ClassVar[str] = "jump_map"
+
+
+@dataclass(frozen=True)
+class PieceStart(InputSlot):
+    """Computed rows before each piece."""
+
+    kind: ClassVar[str] = "piece_start"
+
+
+@dataclass(frozen=True)
+class PieceEnd(InputSlot):
+    """Computed rows before the end of each piece."""
+
+    kind: ClassVar[str] = "piece_end"
+
+
+@dataclass(frozen=True)
+class Joined(InputSlot):
+    """Per row of a convolution's input, a stored input or a computed row, as in ``Source``."""
+
+    width: int
+    kind: ClassVar[str] = "joined"
+
+
+@dataclass(frozen=True)
+class Last(InputSlot):
+    """Indices of the last inputs of each piece."""
+
+    width: int
+    kind: ClassVar[str] = "last"
+
+
+@dataclass(frozen=True)
+class Own(InputSlot):
+    """Indices of the computed rows in a convolution's input."""
+
+    level: int
+    width: int
+    kind: ClassVar[str] = "own"
+
+    @property
+    def row_level(self) -> int:
+        """The level whose rows have an entry each."""
+        return self.level
+
+
+@dataclass(frozen=True)
 class Donor(InputSlot):
     """The donor table of a stored slot."""
 
@@ -183,10 +259,47 @@ class Value(_LayerRows):
     kind: ClassVar[str] = "v"
 
 
+@dataclass(frozen=True)
+class _Carried(StoredSlot):
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.kind}.{self.index}"
+
+
+class Inputs(_Carried):
+    """The last inputs of a convolution."""
+
+    kind: ClassVar[str] = "inputs"
+
+
+class Matrix(_Carried):
+    """The state of a recurrence after a token."""
+
+    kind: ClassVar[str] = "matrix"
+
+
+class Factor(_Carried):
+    """The factors of what pieces of a media item make of a recurrence's state."""
+
+    kind: ClassVar[str] = "factor"
+
+
+class Term(_Carried):
+    """The terms of what pieces of a media item make of a recurrence's state."""
+
+    kind: ClassVar[str] = "term"
+
+
 class Residual(StoredSlot):
     """Output of the last layer; stored where results need all rows."""
 
     kind: ClassVar[str] = "residual"
+
+
+_OF_JUMPS: dict[str, type[InputSlot]] = {slot.kind: slot for slot in (JumpAt, JumpMap, PieceStart, PieceEnd)}
+_CARRIED: dict[str, type[_Carried]] = {slot.kind: slot for slot in (Inputs, Matrix, Factor, Term)}
 
 
 def _read(name: str) -> Slot:
@@ -202,12 +315,22 @@ def _read(name: str) -> Slot:
             return Source(_number(level))
         case ["results"]:
             return Results()
+        case [name] if name in _OF_JUMPS:
+            return _OF_JUMPS[name]()
+        case ["joined", width]:
+            return Joined(_number(width))
+        case ["last", width]:
+            return Last(_number(width))
+        case ["own", level, width]:
+            return Own(_number(level), _number(width))
         case ["residual"]:
             return Residual()
         case ["donor", *stored]:
             return Donor(StoredSlot.parse(".".join(stored)))
         case ["packed", *stored, part] if part in Packed.parts:
             return Packed(StoredSlot.parse(".".join(stored)), part)
+        case [layer, kind, index] if kind in _CARRIED:
+            return _CARRIED[kind](_number(layer), _number(index))
         case [layer, "k"]:
             return Key(_number(layer))
         case [layer, "v"]:

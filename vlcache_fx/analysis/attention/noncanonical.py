@@ -48,6 +48,7 @@ def _kernel(node: Node) -> str | None:
             return str(target) if target._opname.startswith(ATEN_KERNELS) else None
         leading = target._schema.arguments[:3]
         tensors = [argument.name for argument in leading if isinstance(argument.type, torch.TensorType)]
-        if len(tensors) == 3 and [name[0] for name in tensors] == ["q", "k", "v"]:
+        is_ours = target.namespace == "vlcache"
+        if not is_ours and len(tensors) == 3 and [name[0] for name in tensors] == ["q", "k", "v"]:
             return str(target)
     return None

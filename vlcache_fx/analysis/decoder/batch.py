@@ -22,7 +22,7 @@ def find_batch_dims(stream: Stream, layers: Sequence[LayerSplit], tail_rows: Tai
     Samples are followed with the rules for tokens: a token-wise operator is sample-wise too.
     """
     axes = {stream.boundaries[0]: TokenAxis(0)}
-    attended = {layer.site.node: layer.site.query for layer in layers}
+    attended = {layer.site.node: layer.site.query for layer in layers if layer.site is not None}
     full = {node for layer in layers for node in layer.full_part}
     nodes = [node for members in stream.members for node in members if node not in full]
     for node in (*nodes, *tail_rows.flows):
@@ -50,7 +50,7 @@ def check_batch_dims(
         UnsupportedGraphError: BATCHED, otherwise.
     """
     needed = [node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node]
-    needed += [layer.site.node for layer in layers]
+    needed += [layer.site.node for layer in layers if layer.site is not None]
     needed += [value.operand for value in carried]
     for node in needed:
         if node not in dims:

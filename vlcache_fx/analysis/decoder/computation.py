@@ -49,7 +49,12 @@ def computation_of(captured: Captured, facts: DecoderFacts) -> Computation:
     Raises:
         UnsupportedGraphError: RANDOM, if they depend on random numbers.
     """
-    results = [*(frontier.node for frontier in facts.frontiers), facts.stream.boundaries[-1]]
+    results = [
+        *(frontier.node for frontier in facts.frontiers),
+        *(tail.convolution.source for tail in facts.tails),
+        *(state.recurrence.node for state in facts.states),
+        facts.stream.boundaries[-1],
+    ]
 
     def write(writer: RowWriter) -> str:
         rows = [writer.text(node) for node in results]

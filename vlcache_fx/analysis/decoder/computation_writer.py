@@ -16,6 +16,7 @@ from vlcache_fx.analysis.decoder.leaves import LeafFinder
 from vlcache_fx.analysis.decoder.lengths import ANY, Lengths
 from vlcache_fx.analysis.decoder.merge import MERGE_OPS
 from vlcache_fx.analysis.randomness import DROPOUTS, draws_numbers
+from vlcache_fx.analysis.recurrences import convolution_of, recurrence_of
 from vlcache_fx.analysis.tokens.axis import rank_of, shape_of
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured, InputKind
@@ -90,6 +91,11 @@ class RowWriter(ComputationWriter):
             ]
         if packet_of(node) in COPIES | VIEWS | CASTS:
             return (_first(node),)
+        carried = recurrence_of(node)
+        if carried is not None:
+            return carried.operands
+        if convolution_of(node) is not None:
+            return node.all_input_nodes[: 3 if node.args[2:] and node.args[2] is not None else 2]
         sized = packet_of(node) in SIZED or packet_of(node) in (aten.slice, aten.select)
         return [
             operand
@@ -123,6 +129,10 @@ class RowWriter(ComputationWriter):
             return text if embeddings.target in MERGE_OPS else content_digest(["merged", text])
         if draws_numbers(node):
             raise refuse(Reason.RANDOM, node, f"{node.target} draws random numbers")
+        if recurrence_of(node) is not None or convolution_of(node) is not None:
+            # Without the states of earlier calls, which are known to be none where rows are stored.
+            operands = [self.texts[operand] for operand in self.reads(node)]
+            return content_digest([target_text(node.target), *operands, argument_text(node.kwargs, repr)])
         site = site_of(node) if carries_data(node) else None
         return self._site(site) if site is not None else self._operator(node)
 

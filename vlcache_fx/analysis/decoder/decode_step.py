@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vlcache_fx.analysis.attention.sites import Site, find_sites
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream
+from vlcache_fx.analysis.recurrences import find_mixers
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.ir.refusal import refuse
@@ -16,7 +17,7 @@ class DecodeStepFacts:
     """The layers of a decoding step.
 
     Attributes:
-        sites: the attention site of each layer, in graph order.
+        sites: the attention sites, in graph order.
         stream: the residual stream and its layers.
     """
 
@@ -34,4 +35,5 @@ def analyze_decode_step(captured: Captured) -> DecodeStepFacts:
     sites = find_sites(graph)
     if not sites:
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
-    return DecodeStepFacts(sites, find_stream(graph, sites, captured.inputs_of(InputKind.DATA)))
+    mixers = find_mixers(graph, sites, None)
+    return DecodeStepFacts(sites, find_stream(graph, mixers, captured.inputs_of(InputKind.DATA)))

@@ -14,6 +14,7 @@ from vlcache_fx.analysis.decoder.merge import Deepstack, Merge, find_deepstack, 
 from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
+from vlcache_fx.analysis.recurrences import Convolution, Recurrence, find_mixers
 from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
@@ -24,7 +25,7 @@ from vlcache_fx.ir.dataflow import ancestors, carries_data, descendants, positio
 from vlcache_fx.ir.nodes import LAYOUT, packet_of
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.sizes import is_one
-from vlcache_fx.spec.slots import Key, StoredSlot, Value
+from vlcache_fx.spec.slots import Inputs, Key, Matrix, StoredSlot, Value
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,24 @@ class Frontier:
     layer: int
     node: Node
     dim: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The input of a convolution, whose last rows before a token are all that it remembers of them."""
+
+    slot: Inputs
+    layer: int
+    convolution: Convolution
+
+
+@dataclass(frozen=True)
+class State:
+    """A recurrence, and the slots of its states and of what spans make of them."""
+
+    slot: Matrix
+    layer: int
+    recurrence: Recurrence
 
 
 @dataclass(frozen=True)
@@ -72,13 +91,31 @@ class DecoderFacts:
 
     @property
     def num_layers(self) -> int:
-        """Number of decoder layers, equal to the number of attention sites."""
+        """Number of decoder layers."""
         return len(self.layers)
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The attention site of each layer."""
-        return tuple(layer.site for layer in self.layers)
+        """The attention sites, at most one per layer."""
+        return tuple(layer.site for layer in self.layers if layer.site is not None)
+
+    @property
+    def tails(self) -> tuple[Tail, ...]:
+        """The inputs of convolutions, layer by layer."""
+        return tuple(
+            Tail(Inputs(index, number), index, convolution)
+            for index, layer in enumerate(self.layers)
+            for number, convolution in enumerate(layer.convolutions)
+        )
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """The recurrences, layer by layer."""
+        return tuple(
+            State(Matrix(index, number), index, recurrence)
+            for index, layer in enumerate(self.layers)
+            for number, recurrence in enumerate(layer.recurrences)
+        )
 
     @property
     def frontiers(self) -> tuple[Frontier, ...]:
@@ -92,9 +129,16 @@ class DecoderFacts:
 
     @property
     def past(self) -> frozenset[Node]:
-        """Tensors that keys and values of this call are joined with; empty without a KV cache."""
+        """Tensors of earlier calls that rows of this call meet: keys, values, states; empty without a cache."""
         found = [path for paths in self.caches for path in paths if path is not None]
-        return frozenset(node for path in found for node in path.past)
+        states = [tail.convolution.before for tail in self.tails]
+        states += [state.recurrence.state for state in self.states]
+        return frozenset(
+            [
+                *(node for path in found for node in path.past),
+                *(node for node in states if node is not None),
+            ]
+        )
 
     def on(self, nodes: NodeMap) -> "DecoderFacts":
         """Return the facts of a copy of the graph with ``nodes[n]`` for each node ``n``."""
@@ -125,10 +169,11 @@ def analyze(captured: Captured) -> DecoderFacts:
         raise refuse(Reason.NO_ATTENTION, None, "the graph has no attention call")
     merges = find_merges(graph, sites)
     sites = sites_after(sites, merges)
+    mixers = find_mixers(graph, sites, descendants([merges[-1].node]) if merges else None)
     _check_others(graph, others, merges)
     _check_attention(sites)
     try:
-        stream = find_stream(graph, sites, data)
+        stream = find_stream(graph, mixers, data)
     except UnsupportedGraphError as refusal:
         raise mixing_refusal(graph, merges, sites) or refusal from None
     start = stream.boundaries[0]
@@ -141,8 +186,8 @@ def analyze(captured: Captured) -> DecoderFacts:
     taint = position_taint(stream.nodes, data, graph)
     _check_positions(stream, merges, graph)
     layers = tuple(
-        split_layer(site, entering, members, taint, position)
-        for site, entering, members in zip(sites, stream.boundaries, stream.members, strict=False)
+        split_layer(inside, entering, members, taint, position)
+        for inside, entering, members in zip(stream.mixers, stream.boundaries, stream.members, strict=False)
     )
     flows = follow_rows(stream, layers)
     carried = find_carried(stream, layers, flows)
@@ -152,6 +197,9 @@ def analyze(captured: Captured) -> DecoderFacts:
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
     if not is_one(shape[0]):
+        carrying = [mixer for mixer in mixers if not isinstance(mixer, Site)]
+        if carrying:
+            raise refuse(Reason.BATCHED, carrying[0].node, "states of several prompts are not carried yet")
         batch_dims = find_batch_dims(stream, layers, tail_rows)
         check_batch_dims(batch_dims, layers, flows, carried)
     return DecoderFacts(

@@ -65,10 +65,13 @@ def cache_paths(
 
     A path is None if its operand has no tokens of this call.
     """
-    paths = []
+    paths: list[tuple[CachePath | None, CachePath | None]] = []
     full: NodeSet = {}
     frontiers: list[Node] = []
     for layer in layers:
+        if layer.site is None:
+            paths.append((None, None))
+            continue
         full |= layer.full_part
         frontiers += [node for node in (layer.key_frontier, layer.value_frontier) if node is not None]
         found: list[CachePath | None] = []

@@ -6,16 +6,23 @@ reads on the way to the K operand (rotary embeddings read k and slices of it), m
 change no value: layout, casts to a wider dtype, views as complex numbers. So the stored K is free of
 positions for any position scheme.
 
+A layer may also carry a state from token to token, beside its attention or in place of it. Its recurrences
+and convolutions run on the rows whose keys and values are computed, since each row of theirs needs the rows
+before.
+
 Operators that must run on all tokens are tainted too: those that mix tokens, and readers of graph outputs. A
 quantised cache has both: scales over all tokens, and integers that it returns and reads back.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import getitem
 
 import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.recurrences import Convolution, Mixer, Recurrence, is_state
 from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -26,7 +33,7 @@ from vlcache_fx.ir.dataflow import (
     data_inputs,
     descendants,
 )
-from vlcache_fx.ir.nodes import LAYOUT, is_full_slice, packet_of
+from vlcache_fx.ir.nodes import LAYOUT, NO_BOUND, is_full_slice, packet_of, slice_bounds
 from vlcache_fx.ir.refusal import refuse
 
 aten = torch.ops.aten
@@ -39,21 +46,25 @@ class LayerSplit:
     """One decoder layer, split by the rows that its nodes run on.
 
     Attributes:
-        site: the layer's attention call.
+        site: the layer's attention call; None if it has recurrences or convolutions alone.
         key_frontier, value_frontier: tensors at which K and V are stored and spliced; None if the layer reads
             K and V of an earlier layer.
         kv_part: the frontiers and the nodes that they need, and all slices of a fused projection; runs on the
             rows whose K/V is recomputed.
-        full_part: nodes between the frontiers and the attention call; runs on all tokens.
+        full_part: nodes between the frontiers and the attention call, and those that compute states to
+            return; runs on all tokens.
         q_part: queries, attention and MLP; runs on the rows that the next layer needs.
+        recurrences, convolutions: the other operators of the layer that mix tokens; in ``kv_part``.
     """
 
-    site: Site
+    site: Site | None
     key_frontier: Node | None
     value_frontier: Node | None
     kv_part: NodeSet
     full_part: NodeSet
     q_part: NodeSet
+    recurrences: tuple[Recurrence, ...] = ()
+    convolutions: tuple[Convolution, ...] = ()
 
 
 def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Graph) -> NodeSet:
@@ -63,14 +74,65 @@ def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Gr
 
 
 def split_layer(
-    site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
+    mixers: Sequence[Mixer],
+    entering: Node,
+    members: tuple[Node, ...],
+    taint: NodeSet,
+    position: dict[Node, int],
 ) -> LayerSplit:
     """Find the frontiers of a layer and split its members around them.
 
     Raises:
         UnsupportedGraphError: POSITION_IN_STREAM, K or V has no position-free tensor inside the layer;
-            TOKEN_AXIS_LOST, the parts overlap.
+            TOKEN_AXIS_LOST, the parts overlap; TOKEN_MIXING, a recurrence reads attention of its layer.
     """
+    sites = [mixer for mixer in mixers if isinstance(mixer, Site)]
+    recurrences = tuple(mixer for mixer in mixers if isinstance(mixer, Recurrence))
+    convolutions = tuple(mixer for mixer in mixers if isinstance(mixer, Convolution))
+    if len(sites) == len(mixers):
+        return _split_attention(sites[0], entering, members, taint, position)
+    inside = dict.fromkeys(members)
+    needed = ancestors([members[-1]], inside)
+    carriers = [mixer.node for mixer in (*recurrences, *convolutions)]
+    rows = [user for node in carriers for user in node.users if user.target is getitem and not is_state(user)]
+    carrying = ancestors([*carriers, *rows], inside)
+    states = {node: None for node in members if node not in needed}
+    for convolution in convolutions:
+        _check_memory(convolution, states)
+    site = sites[0] if sites else None
+    if site is None:
+        rest = {node: None for node in members if node not in carrying and node not in states}
+        return LayerSplit(None, None, None, carrying, states, rest, recurrences, convolutions)
+    if site.node in carrying:
+        raise refuse(Reason.TOKEN_MIXING, site.node, "a recurrence of the same layer reads its result")
+    kept = tuple(node for node in members if node not in states or node not in descendants(carrying, inside))
+    split = _split_attention(site, entering, kept, taint, position)
+    kv_part = {**split.kv_part, **carrying}
+    return replace(
+        split,
+        kv_part=kv_part,
+        full_part={node: None for node in members if node in split.full_part or node not in kept},
+        q_part={node: None for node in split.q_part if node not in kv_part},
+        recurrences=recurrences,
+        convolutions=convolutions,
+    )
+
+
+def _check_memory(convolution: Convolution, states: NodeSet) -> None:
+    """Check that what the graph returns of a convolution's input are its last few rows."""
+    for reader in convolution.source.users:
+        if reader not in states or reader.target is not aten.slice.Tensor:
+            continue
+        _, start, end, step = slice_bounds(reader)
+        is_last = isinstance(start, int) and -convolution.width <= start < 0
+        if not is_last or end not in (None, NO_BOUND) or step != 1:
+            raise refuse(Reason.TOKEN_MIXING, reader, "more inputs of the convolution than it reads")
+
+
+def _split_attention(
+    site: Site, entering: Node, members: tuple[Node, ...], taint: NodeSet, position: dict[Node, int]
+) -> LayerSplit:
+    """Split a layer of attention alone; see ``split_layer``."""
     inside = dict.fromkeys(members)
     key, value = (  # None for K/V of an earlier layer, which is spliced there
         _frontier(site, operand, entering, inside, taint, position)

@@ -49,7 +49,9 @@ def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, Toke
         for node in members:
             if node in layer.full_part:
                 continue
-            flow = _attention_flow(layer.site, axes) if node is layer.site.node else _flow(node, axes)
+            site = layer.site
+            is_site = site is not None and node is site.node
+            flow = _attention_flow(site, axes) if site is not None and is_site else _flow(node, axes)
             flows[node] = flow
             axes[node] = flow.axis
     for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
@@ -98,7 +100,7 @@ def find_carried(
             for operand in data_inputs(node):
                 if operand not in levels or operand is entering or operand in members:
                     continue
-                if node is layer.site.node and operand is not layer.site.query:
+                if layer.site is not None and node is layer.site.node and operand is not layer.site.query:
                     continue  # shared keys and values are spliced later
                 if node in full:
                     raise refuse(

@@ -1,7 +1,9 @@
 """The residual stream: its start, and the first and last node of each decoder layer.
 
-Layer boundaries are articulation points of the dataflow between consecutive attention sites, so the search
-does not depend on parallel or sequential blocks, norm placement or module layout.
+Layer boundaries are articulation points of the dataflow between consecutive mixers (attention, recurrences,
+convolutions), so the search does not depend on parallel or sequential blocks, norm placement or module
+layout. Mixers without a boundary between them share a layer: a convolution in front of a recurrence, or
+attention beside one.
 """
 
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.kv_caches import sources_of_rows
 from vlcache_fx.analysis.decoder.merge import SCATTER_ROWS
+from vlcache_fx.analysis.recurrences import Mixer, rows_after
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.dataflow import (
@@ -37,12 +40,14 @@ class Stream:
             graph order.
         tail: the nodes after the last boundary, in graph order.
         nodes: the embeddings and everything computed from them.
+        mixers: per layer, the operators that mix tokens, in graph order.
     """
 
     boundaries: tuple[Node, ...]
     members: tuple[tuple[Node, ...], ...]
     tail: tuple[Node, ...]
     nodes: NodeSet
+    mixers: tuple[tuple[Mixer, ...], ...]
 
 
 def _floating(node: Node) -> bool:
@@ -56,56 +61,69 @@ def output_nodes(graph: Graph) -> list[Node]:
     return [node for node in output.all_input_nodes if carries_data(node)]
 
 
-def find_stream(graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node]) -> Stream:
-    """Find the residual stream through ``sites``.
+def find_stream(graph: Graph, mixers: tuple[Mixer, ...], data_placeholders: list[Node]) -> Stream:
+    """Find the residual stream through ``mixers``.
 
     Args:
         graph: the IR.
-        sites: the decoder's attention sites, in graph order.
+        mixers: the operators of the decoder that mix tokens, in graph order.
         data_placeholders: the inputs of kind DATA.
 
     Raises:
-        UnsupportedGraphError: NO_STREAM, if no single tensor is the residual between two sites.
+        UnsupportedGraphError: NO_STREAM, if no single tensor is the residual between two attention sites.
     """
     position = positions(graph)
-    start = _find_start(graph, sites, data_placeholders, position)
+    start = _find_start(graph, mixers[0], mixers[-1], data_placeholders, position)
     stream = descendants([start])
-    after_last = descendants([sites[-1].node])
+    after_last = rows_after(mixers[-1].node)
     results = [node for node in output_nodes(graph) if node in after_last]
     if not results:
-        raise refuse(Reason.NO_STREAM, sites[-1].node, "no output depends on the last attention")
+        raise refuse(Reason.NO_STREAM, mixers[-1].node, "no output depends on the last attention")
     boundaries: list[Node] = []
+    groups: list[list[Mixer]] = []
     origin = start
-    for site in sites:
-        # From the previous attention, not from the start: inputs of layers besides the residual, such as an
+    for mixer in mixers:
+        # From the previous mixer, not from the start: inputs of layers besides the residual, such as an
         # embedding for each layer, bypass every node.
         points = articulation_points([origin], results, position, stream)
-        before = ancestors([site.node], stream)
-        inner = [point for point in points if point in before and point not in (site.node, origin)]
+        before = ancestors([mixer.node], stream)
+        inner = [point for point in points if point in before and point not in (mixer.node, origin)]
         inner = [start, *inner] if origin is start else inner
+        if boundaries and not (isinstance(mixer, Site) and isinstance(groups[-1][-1], Site)):
+            # Within a layer, all paths from a mixer may meet before the residual joins them.
+            through = set(articulation_points([boundaries[-1]], results, position, stream))
+            inner = [point for point in inner if point in through and point is not boundaries[-1]]
+            if not inner:
+                groups[-1].append(mixer)
+                origin = mixer.node
+                continue
         if not inner or (boundaries and inner[-1] is boundaries[-1]):
             raise refuse(
-                Reason.NO_STREAM, site.node, "no single residual tensor enters the layer of this attention"
+                Reason.NO_STREAM, mixer.node, "no single residual tensor enters the layer of this attention"
             )
         boundaries.append(inner[-1])
-        origin = site.node
+        groups.append([mixer])
+        origin = mixer.node
     after = articulation_points([origin], results, position, stream)
     after = [point for point in after if point is not origin]
-    boundaries.append(_last_boundary(after, boundaries, stream, position, sites[-1].node))
-    return _split(boundaries, stream, position)
+    if not isinstance(groups[-1][-1], Site):
+        through = set(articulation_points([boundaries[-1]], results, position, stream))
+        after = [point for point in after if point in through]
+    boundaries.append(_last_boundary(after, boundaries, stream, position, mixers[-1].node))
+    return _split(boundaries, stream, position, groups)
 
 
 def _find_start(
-    graph: Graph, sites: tuple[Site, ...], data_placeholders: list[Node], position: dict[Node, int]
+    graph: Graph, first: Mixer, last: Mixer, data_placeholders: list[Node], position: dict[Node, int]
 ) -> Node:
-    value = sites[0].value
+    value, query = (first.value, first.query) if isinstance(first, Site) else (first.sources[0],) * 2
     # Contents of a cache are no source of the embeddings: queries do not depend on them.
-    needed, query_sources = sources_of_rows(value), ancestors([sites[0].query])
+    needed, query_sources = sources_of_rows(value), ancestors([query])
     sources = [node for node in data_placeholders if node in needed and node in query_sources]
     dependent = descendants(sources, needed)
     # Deepstack features come from the encoder, not from the embeddings.
     without_deepstack = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
-    useful = ancestors([*output_nodes(graph), sites[-1].node], without_deepstack)
+    useful = ancestors([*output_nodes(graph), last.node], without_deepstack)
     for candidate in reversed(articulation_points(sources, [value], position, dependent)):
         before = ancestors([candidate])
         leaks = (
@@ -117,9 +135,7 @@ def _find_start(
         )
         if _floating(candidate) and next(leaks, None) is None:
             return candidate
-    raise refuse(
-        Reason.NO_STREAM, sites[0].node, "no single tensor of token embeddings enters the first layer"
-    )
+    raise refuse(Reason.NO_STREAM, first.node, "no single tensor of token embeddings enters the first layer")
 
 
 def _last_boundary(
@@ -149,11 +165,14 @@ def _operations(first: Node, last: Node, stream: NodeSet, position: dict[Node, i
     return [str(node.target) for node in in_graph_order(between, position) if node is not first]
 
 
-def _split(boundaries: list[Node], stream: NodeSet, position: dict[Node, int]) -> Stream:
+def _split(
+    boundaries: list[Node], stream: NodeSet, position: dict[Node, int], groups: list[list[Mixer]]
+) -> Stream:
     reach = [descendants([boundary], stream) for boundary in boundaries]
     members = []
     for index, leaving in enumerate(boundaries[1:]):
         inside = {n: None for n in reach[index] if n not in reach[index + 1] and n is not boundaries[index]}
         members.append(tuple(in_graph_order([*inside, leaving], position)))
     tail = [node for node in reach[-1] if node is not boundaries[-1]]
-    return Stream(tuple(boundaries), tuple(members), tuple(in_graph_order(tail, position)), stream)
+    ordered = tuple(in_graph_order(tail, position))
+    return Stream(tuple(boundaries), tuple(members), ordered, stream, tuple(map(tuple, groups)))

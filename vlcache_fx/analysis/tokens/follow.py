@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.tokens.axis import Axes, TokenFlow
+from vlcache_fx.analysis.tokens.carry_rules import CARRY_RULES
 from vlcache_fx.analysis.tokens.layout_rules import LAYOUT_RULES, same
 from vlcache_fx.analysis.tokens.math_rules import MATH_RULES, pointwise
 from vlcache_fx.analysis.tokens.routing_rules import rule_for, sorted_indices
@@ -34,7 +35,9 @@ def follow_tokens(node: Node, axes: Axes) -> TokenFlow:
     if node.target is operator.getitem:
         return _getitem(node, axes)
     packet = getattr(node.target, "overloadpacket", None)
-    rule = rule_for(node, axes) or LAYOUT_RULES.get(packet) or MATH_RULES.get(packet)
+    rule = (
+        rule_for(node, axes) or LAYOUT_RULES.get(packet) or MATH_RULES.get(packet) or CARRY_RULES.get(packet)
+    )
     if rule is not None:
         return rule(node, axes)
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):

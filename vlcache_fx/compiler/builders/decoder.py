@@ -19,8 +19,8 @@ from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.plan.selection import RowSelection
 from vlcache_fx.runtime.requests.prologue import Prologue, Values, no_values
-from vlcache_fx.spec.decoder import DecoderSpec, RowSpec
-from vlcache_fx.spec.slots import Residual, StoredSlot
+from vlcache_fx.spec.decoder import DecoderSpec, RowSpec, StateSpec
+from vlcache_fx.spec.slots import Factor, Residual, StoredSlot, Term
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,9 @@ def describe_decoder(
         spans=span_spec(facts, index),
         leaves=input_value_specs(computation.leaves, index),
         masks=masks.spec,
+        states=_states(facts),
+        reads_states=any(state.recurrence.state is not None for state in facts.states)
+        or any(tail.convolution.before is not None for tail in facts.tails),
     )
     return Decoder(captured, facts, spec, computation, masks)
 
@@ -146,7 +149,25 @@ def _rows(facts: DecoderFacts, recorded: Sequence[StoredSlot]) -> dict[StoredSlo
     }
     nodes[Residual()] = (facts.stream.boundaries[-1], facts.tail_rows.axis)
     batch = facts.batch_dims or {}
-    return {slot: _row_spec(*nodes[slot], batch.get(nodes[slot][0])) for slot in recorded}
+    return {slot: _row_spec(*nodes[slot], batch.get(nodes[slot][0])) for slot in recorded if slot in nodes}
+
+
+def _states(facts: DecoderFacts) -> tuple[StateSpec, ...]:
+    """Return what donors store of convolutions and recurrences."""
+    found: list[StateSpec] = []
+    for tail in facts.tails:
+        value = tail.convolution.source.meta["val"]
+        sizes = (*map(int, value.shape[:2]), tail.convolution.width)
+        found.append(StateSpec(tail.slot, str(value.dtype).removeprefix("torch."), sizes))
+    for state in facts.states:
+        heads, keys, values = state.recurrence.state_sizes
+        layer, index = state.layer, state.slot.index
+        found += [
+            StateSpec(state.slot, "float32", (heads, keys, values)),
+            StateSpec(Factor(layer, index), "float32", (None, heads, keys, keys)),
+            StateSpec(Term(layer, index), "float32", (None, heads, keys, values)),
+        ]
+    return tuple(sorted(found, key=lambda spec: spec.slot.layer))  # type: ignore[attr-defined]
 
 
 def _row_spec(node: Node, dim: int, batch_dim: int | None) -> RowSpec:
@@ -162,7 +183,7 @@ def _row_spec(node: Node, dim: int, batch_dim: int | None) -> RowSpec:
 def _layout(facts: DecoderFacts, recorded: Sequence[StoredSlot]) -> str:
     """Return text for the dtypes and widths of stored keys and values."""
     nodes = {frontier.slot: frontier.node for frontier in facts.frontiers}
-    slots = [slot for slot in recorded if slot != Residual()]
-    return str(
-        [(str(slot), str(nodes[slot].meta["val"].dtype), str(shape_of(nodes[slot])[-1])) for slot in slots]
-    )
+    slots = [slot for slot in recorded if slot in nodes]
+    rows = [(str(slot), str(nodes[slot].meta["val"].dtype), str(shape_of(nodes[slot])[-1])) for slot in slots]
+    states = [(str(spec.slot), spec.dtype, spec.sizes) for spec in _states(facts)]
+    return str([*rows, *states])

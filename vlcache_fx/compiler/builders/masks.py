@@ -40,9 +40,10 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
     sites: dict[Node | None, MaskSite] = {}
     cache_values: dict[Node, int] = {}
     for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True):
-        mask, site = layer.site.mask, layer.site
-        if keys is None or mask in sites or (mask is None and site.is_prefill):
+        site = layer.site
+        if site is None or keys is None or site.mask in sites or (site.mask is None and site.is_prefill):
             continue
+        mask = site.mask
         if not keys.is_known and not site.is_prefill:
             raise refuse(Reason.MASK_FORM, site.node, "the keys of this call cannot be identified")
         sites[mask] = MaskSite(
@@ -57,9 +58,11 @@ def find_masks(facts: DecoderFacts, index: Mapping[Node, int]) -> FoundMasks:
     spec = MaskSpec(
         sites=tuple(sites.values()),
         inputs=tuple(i for node, i in index.items() if node in needed and node not in facts.past),
-        every_layer_has_one=all(layer.site.mask is not None for layer in facts.layers),
+        every_layer_has_one=all(site.mask is not None for site in facts.sites),
         site_of_layer=tuple(
-            kinds.index(layer.site.mask) if keys is not None and layer.site.mask in sites else None
+            kinds.index(layer.site.mask)
+            if layer.site is not None and keys is not None and layer.site.mask in sites
+            else None
             for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
         ),
     )
@@ -71,6 +74,6 @@ def masks_of(facts: DecoderFacts) -> list[Node]:
     kinds = dict.fromkeys(
         layer.site.mask
         for layer, (keys, _) in zip(facts.layers, facts.caches, strict=True)
-        if keys is not None
+        if layer.site is not None and keys is not None
     )
     return [mask for mask in kinds if mask is not None]

@@ -59,6 +59,7 @@ class Admission:
                             index,
                             contexts,
                             self._engine.options.donor_dtype,
+                            states=self._spec.states,
                             cost_ms=self._pace.cost_ms(block.length),
                         )
                         keys = [block.key] if block.span is None else [block.key, refine.exact_key(block.key)]

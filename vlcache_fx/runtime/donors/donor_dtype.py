@@ -92,6 +92,8 @@ class Packing:
             for slot, is_packable in zip(self.specs, packable, strict=True):
                 own = rows[str(slot)]
                 found |= _packed(slot, own, ranges[slot], dtype) if is_packable else {str(slot): own.clone()}
+            states = set(rows) - {str(slot) for slot in self.specs}  # of recurrent layers: as they are
+            found |= {name: rows[name].clone() for name in sorted(states)}
         return found
 
 

@@ -10,6 +10,7 @@ from vlcache_fx.runtime.donors import refine
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.donor_dtype import is_packed
 from vlcache_fx.runtime.donors.miss_log import Miss, with_eviction
+from vlcache_fx.runtime.donors.states import cuts_of
 from vlcache_fx.runtime.in_flight import Missing
 from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.requests.blocks import Block, BlockSplitter
@@ -75,7 +76,9 @@ class DonorIndex:
         spans, found = [], {}
         for span in sample.spans:
             entry, failure = self._get_or_reason(span.key)
-            if entry is not None and donors.fits(entry, self._spec.rows, span.length):
+            cuts = cuts_of(entry, self._spec.states, span.length) if entry and self._spec.states else ()
+            fits = entry is not None and donors.fits(entry, self._spec.rows, span.length)
+            if entry is not None and fits and (cuts or not self._spec.states):
                 found[span.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 spans.append(
@@ -85,6 +88,7 @@ class DonorIndex:
                         tier=entry.tier or self._engine.store.tier,
                         contexts=contexts,
                         miss=None,
+                        cuts=cuts,
                     )
                 )
             else:
@@ -144,10 +148,24 @@ class DonorIndex:
             return entry
 
         length, entries = donors.exact_prefix(
-            self._splitter.of_sample(request, sample), find, self._spec.rows
+            self._splitter.of_sample(request, sample),
+            find,
+            self._spec.rows,
+            self._spec.states,
+            self._longest_prefix(request),
         )
         reuses = any(start < length for start in found)
         return (length, entries) if reuses or length >= LEAST_PREFIX_SHARE * request.num_tokens else (0, [])
+
+    def _longest_prefix(self, request: Request) -> int | None:
+        """Return the most tokens of an exact prefix; None for any.
+
+        Recurrent layers compute all tokens behind it, two or more, and those that results need.
+        """
+        if not self._spec.states:
+            return None
+        first = request.num_tokens if request.positions is None else int(request.positions.min())
+        return min(first, request.num_tokens - 2)
 
     def _keeps_prefixes(self, request: Request) -> bool:
         """Return True if exact prefixes may be used; batched prompts are padded, so they share none."""

@@ -4,13 +4,14 @@ The context of an item is all that precedes it. A donor of one context is exact 
 others. The mean of several contexts is exact in none, but closer in most others.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.keys.entry_key import NO_PARTS, parts_of
 from vlcache_fx.runtime.donors.donor_dtype import Packing, dtype_of, is_packed, rows_of, slots_of
+from vlcache_fx.runtime.donors.states import CUTS
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.eviction import with_cost
@@ -39,6 +40,7 @@ def exact_donor(
     parts: Mapping[str, str] = NO_PARTS,
     notes: Mapping[str, str] = NO_PARTS,
     *,
+    cuts: Sequence[int] = (),
     cost_ms: float | None = None,
 ) -> Entry:
     """Return a donor of one context.
@@ -49,9 +51,12 @@ def exact_donor(
         before: digest of the blocks before the item.
         parts: what its key covers, by name; to explain misses.
         notes: what explains its features, see ``MediaSpan``.
+        cuts: where its maps of recurrent layers begin and end, see ``plan.jumps``.
         cost_ms: what computing the rows again would take; None if not measured.
     """
     info: dict[str, Json] = {"kind": "donor", "length": length, "before": before, "contexts": [before]}
+    if cuts:
+        info[CUTS] = list(cuts)
     info |= {name: dict(value) for name, value in (("parts", parts), ("notes", notes)) if value}
     return Entry(rows, with_cost(info, cost_ms))
 
@@ -111,6 +116,7 @@ def admit_item(
     packing: Packing | None = None,
     *,
     notes: Mapping[str, str] = NO_PARTS,
+    cuts: Sequence[int] = (),
     cost_ms: float | None = None,
 ) -> bool:
     """Store exact rows of an item; return False if the store refused them.
@@ -127,21 +133,23 @@ def admit_item(
         packing: packs the donor; None for full size. A packed donor has no exact copy beside it: the copy
             would take twice the donor's bytes.
         notes: what explains the item's features, see ``MediaSpan``.
+        cuts: where maps of recurrent layers begin and end. Maps of other cuts are no context of one mean.
         cost_ms: what computing the rows again would take; None if not measured.
     """
     parts = parts_of(key)
     donor = store.get(key) if max_contexts > 1 and key in store else None
-    if donor is None or is_packed(donor) != (packing is not None) or not _match(donor, rows):
+    is_like = donor is not None and _match(donor, rows) and donor.info.get(CUTS, []) == [*cuts]
+    if donor is None or is_packed(donor) != (packing is not None) or not is_like:
         if donor is not None and rows.keys() < slots_of(donor):
             return True  # a graph that records more slots stored it; it serves this graph too
-        exact = exact_donor(rows, length, before, parts, notes, cost_ms=cost_ms)
+        exact = exact_donor(rows, length, before, parts, notes, cuts=cuts, cost_ms=cost_ms)
         return store.put(key, exact if packing is None else packed(exact, packing))
     contexts = contexts_of(donor)
     if contexts == (before,):
         return True
     if packing is None:
         # The copy comes first: the donor is then more recent, and the copy is evicted before it.
-        store.put(exact_key(key), exact_donor(rows, length, before, parts, notes, cost_ms=cost_ms))
+        store.put(exact_key(key), exact_donor(rows, length, before, parts, notes, cuts=cuts, cost_ms=cost_ms))
     if before in contexts or len(contexts) >= max_contexts:
         return True
     return store.put(key, refined(donor, rows, before, packing, cost_ms=cost_ms))

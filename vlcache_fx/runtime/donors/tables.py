@@ -18,9 +18,10 @@ from vlcache_fx.runtime.donors.donor_dtype import (
     parts_of,
     unpacked,
 )
+from vlcache_fx.runtime.donors.states import has_states, recorded_states
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.blocks import Block
-from vlcache_fx.spec.decoder import RowSpec
+from vlcache_fx.spec.decoder import RowSpec, StateSpec
 from vlcache_fx.spec.slots import Key, Packed, StoredSlot, Value
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry
@@ -173,9 +174,10 @@ def admit(
     max_contexts: int = 1,
     donor_dtype: str = MODEL,
     *,
+    states: Sequence[StateSpec] = (),
     cost_ms: float | None = None,
 ) -> bool:
-    """Store the exact rows of one block; return False if the store refused them.
+    """Store the exact rows and states of one block; return False if the store refused them.
 
     Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``, in ``donor_dtype``. Rows of
     text are never packed: they serve as exact prefixes. ``cost_ms`` is what computing the rows again would
@@ -190,6 +192,14 @@ def admit(
             starts[id(active)] = int(torch.searchsorted(active, block.start))
         own = rows_of_sample(spec, recorded[slot], sample)
         rows[str(slot)] = own.narrow(spec.dim, starts[id(active)], block.length)
+    carried, cuts = (
+        recorded_states(
+            recorded, states, plan.pieces, block.start, block.end, with_maps=block.span is not None
+        )
+        if states
+        else ({}, ())
+    )
+    rows |= carried
     if block.span is not None:
         packing = Packing.of(donor_dtype, specs)
         return refine.admit_item(
@@ -201,13 +211,18 @@ def admit(
             max_contexts,
             packing,
             notes=block.notes,
+            cuts=cuts,
             cost_ms=cost_ms,
         )
     return store.put(block.key, refine.exact_donor(rows, block.length, block.before, cost_ms=cost_ms))
 
 
 def exact_prefix(
-    blocks: Iterable[Block], find: Callable[[Block], Entry | None], specs: Mapping[StoredSlot, RowSpec]
+    blocks: Iterable[Block],
+    find: Callable[[Block], Entry | None],
+    specs: Mapping[StoredSlot, RowSpec],
+    states: Sequence[StateSpec] = (),
+    longest: int | None = None,
 ) -> tuple[int, list[Entry]]:
     """Return the number of leading tokens with exact donors, and these donors.
 
@@ -215,9 +230,14 @@ def exact_prefix(
         blocks: the blocks of the prompt, in order.
         find: returns the entry of a block.
         specs: the rows that programs read.
+        states: states of recurrent layers: the last of these donors has them.
+        longest: most tokens of the prefix.
     """
     length, entries = 0, []
+    num_kept = kept = 0  # up to the last donor from whose states the prompt can continue
     for block in blocks:
+        if longest is not None and block.end > longest:
+            break
         entry = find(block)
         # A span's donor may be of another context: fit for reuse, but not exact. A refined donor has no
         # ``before``, nor has a packed one.
@@ -225,4 +245,6 @@ def exact_prefix(
             break
         entries.append(entry)
         length = block.end
-    return length, entries
+        if not states or has_states(entry, states):
+            num_kept, kept = len(entries), length
+    return kept, entries[:num_kept]

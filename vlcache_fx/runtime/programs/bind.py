@@ -7,10 +7,27 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
+from vlcache_fx.plan.jumps import joined, jump_at, last, own, piece_bounds
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
-from vlcache_fx.spec.slots import Donor, InputSlot, Keep, Packed, Positions, Results, Rows, Source
+from vlcache_fx.spec.slots import (
+    Donor,
+    InputSlot,
+    Joined,
+    JumpAt,
+    JumpMap,
+    Keep,
+    Last,
+    Own,
+    Packed,
+    PieceEnd,
+    PieceStart,
+    Positions,
+    Results,
+    Rows,
+    Source,
+)
 
 Tables = Callable[[], Mapping[Any, Tensor | PendingTensor]]
 """Returns the donor table of each stored slot; or, where a program unpacks its donor, the donor's tensors."""
@@ -68,4 +85,26 @@ def of_plan(slot: InputSlot, plan: Plan | StackedPlan, positions: Tensor | None)
                 raise PlanError("the program needs the positions of results, but no positions are given")
             last = plan.rows[-1]
             return torch.searchsorted(last, positions.expand(*last.shape[:-1], -1).contiguous())
+    if isinstance(plan, Plan):
+        return _of_jumps(slot, plan)
+    raise PlanError(f"slot {slot} has no value in a plan")
+
+
+def _of_jumps(slot: InputSlot, plan: Plan) -> Tensor:
+    rows, jumps, pieces = plan.rows[0], plan.jumps, plan.pieces
+    match slot:
+        case JumpAt():
+            return jump_at(jumps, rows)[0]
+        case JumpMap():
+            return jump_at(jumps, rows)[1]
+        case Joined(width):
+            return joined(jumps, rows, width)
+        case Own(_, width):
+            return own(jumps, rows, width)
+        case PieceStart():
+            return piece_bounds(pieces, rows)[0]
+        case PieceEnd():
+            return piece_bounds(pieces, rows)[1]
+        case Last(width):
+            return last(pieces, jumps, rows, width)
     raise PlanError(f"slot {slot} has no value in a plan")
