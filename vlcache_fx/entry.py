@@ -1,7 +1,8 @@
-"""What torch loads for ``torch.compile(model, backend="vlcache")``: once per process, before it traces a graph.
+"""What torch loads for ``torch.compile(model, backend="vlcache")``, once per process, before it traces.
 
-Importing this module does nothing. Looking ``vlcache`` up registers the recurrences of all models that are imported
-by then, so that Dynamo traces each as one node: a graph with unrolled loops takes long to trace, to be thrown away.
+Importing this module does nothing. Looking up ``vlcache`` substitutes the recurrences of all models that are
+imported by then, so that Dynamo traces them as one node each. Without it, the backend would do so when Dynamo
+has traced their loops, which takes long, for nothing.
 """
 
 from typing import Any

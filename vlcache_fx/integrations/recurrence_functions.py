@@ -1,8 +1,8 @@
 """Linear recurrences of well-known libraries as one operator, ``torch.ops.vlcache.recur``.
 
-Each function takes the arguments of a kernel of flash-linear-attention (``fla``) or ``mamba_ssm`` by name, and
-returns what the kernel and the torch code of transformers in its place return. It returns None where it does not
-know an argument: the caller then runs the original. Dynamo traces these functions.
+Each function takes the arguments of a kernel of flash-linear-attention (``fla``) or ``mamba_ssm`` by name,
+and returns what the kernel returns, and transformers' torch code in its place. It returns None where it does
+not know an argument: the caller then runs the original. Dynamo traces these functions.
 
 Argument names and layouts: ``fla/ops/gated_delta_rule/chunk.py``, ``fla/ops/kda/chunk.py`` and
 ``mamba_ssm/ops/triton/ssd_combined.py``.
@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (torch's own name for it)
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["delta_rule", "delta_rule_of_rows", "state_space_scan"]

@@ -1,9 +1,9 @@
 """Lets Dynamo trace linear recurrences of models as ``torch.ops.vlcache.recur``, one node each.
 
-Models of transformers write recurrences as Python loops over chunks of tokens, which Dynamo unrolls, so that
-graphs differ in every length. ``torch.compiler.substitute_in_graph`` makes Dynamo trace another function in the
-place of one. It changes nothing outside traces, and the substitutes here run the original code in the traces of
-all backends but ours.
+Models of transformers write recurrences as Python loops over chunks of tokens. Dynamo unrolls them, so each
+length has a graph of its own. ``torch.compiler.substitute_in_graph`` makes Dynamo trace another function in
+the place of one. It changes nothing outside traces, and in the traces of all backends but ours, the substitutes
+run the original code.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def substitute_recurrences(model: nn.Module | None = None) -> list[FunctionType]
 def trace_again(functions: Iterable[FunctionType]) -> None:
     """Let Dynamo start over if it has traced one of ``functions``; for backends, while they compile.
 
-    So a graph gets the operator although the module of its model was imported after torch had loaded the backend.
-    Without effect in versions of torch that cannot start over: then only later graphs get it.
+    So graphs get the operator although the model's module was imported after torch had loaded the backend.
+    Without effect in versions of torch that cannot start over: there, only later graphs get it.
 
     Raises:
         TorchDynamoException: Dynamo answers it by tracing again.
@@ -137,7 +137,7 @@ def _recurrences(modules: Iterable[ModuleType]) -> Iterator[tuple[FunctionType, 
 
 
 def _function(value: Any) -> FunctionType | None:
-    """Return the function that a global of a module is; the library ``kernels`` makes modules of functions."""
+    """Return ``value``, a global of a module, if it is a function; ``kernels`` makes modules of functions."""
     if isinstance(value, nn.Module) and hasattr(type(value), "kernel_layer_name"):
         value = inspect.getclosurevars(type(value).forward).nonlocals.get("func")
     return value if isinstance(value, FunctionType) else None
@@ -149,7 +149,7 @@ def _kernel_name(function: FunctionType) -> str:
 
 
 def _decorated(function: FunctionType) -> dict[str, Any]:
-    """Return the variables of the decorator that calls a kernel or torch code, by name, if it has this one."""
+    """Return the variables of the decorator that calls a kernel or torch code, if ``function`` has it."""
     names, cells = function.__code__.co_freevars, function.__closure__ or ()
     if "func_name" not in names and "implementation" not in names:
         return {}
@@ -157,7 +157,7 @@ def _decorated(function: FunctionType) -> dict[str, Any]:
 
 
 def _code(function: FunctionType) -> CodeType:
-    """Return the code of ``function``, or of what its decorator calls: the decorated functions share theirs."""
+    """Return the code of ``function``, or of what its decorator calls: decorated functions share theirs."""
     code: CodeType = _decorated(function).get("implementation", function).__code__
     return code
 
