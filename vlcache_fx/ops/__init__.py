@@ -15,6 +15,8 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
 from vlcache_fx.ops.attention import FastAttention, decompose_attention, row_mask
 from vlcache_fx.ops.linear import decompose_linear
+from vlcache_fx.ops.recurrence import recur
+from vlcache_fx.ops.recurrence_reference import recur_reference
 
 __all__ = [
     "FastAttention",
@@ -26,6 +28,8 @@ __all__ = [
     "decompose_attention",
     "decompose_linear",
     "lookup",
+    "recur",
+    "recur_reference",
     "row_mask",
     "scatter_rows",
     "scatter_rows_reference",

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _library = torch.library.Library("vlcache", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_operator(implementation: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
+def define_operator(implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``torch.ops.vlcache.<implementation.__name__>``, without gradients.
 
     ``torch.library.custom_op`` adds 7 microseconds per call, and a decoding step calls an operator for every
