@@ -49,7 +49,7 @@ def test_entry_points_load(name: str, value: str) -> None:
             path = ROOT / folder / module.removeprefix(f"{package}.").replace(".", "/")
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             break
-    pattern = rf"^(def|class) {attribute}\b|^{attribute}\b.*="
+    pattern = rf'^(def|class) {attribute}\b|^{attribute}\b.*=|^    if name != "{attribute}"'
     assert re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE), f"{path} has no {attribute}"
 
 

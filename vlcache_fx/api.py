@@ -18,6 +18,7 @@ from vlcache_fx.compiler.turns import Turns
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.integrations.recurrences import substitute_recurrences, takes_recurrences
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     concat_encoder_outputs,
@@ -96,6 +97,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
 
     hook_encoders(inner, engine)
     hook_placeholder_check(inner)
+    substitute_recurrences(inner)
     engine.explains(forward, explanation)
     object.__setattr__(inner, "forward", forward)
     for module in {id(module): module for module in (inner, getattr(inner, "base_model", inner))}.values():
@@ -105,6 +107,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     return model
 
 
+@takes_recurrences
 class _Backend:
     """Dynamo backend of one model.
 

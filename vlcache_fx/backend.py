@@ -19,11 +19,13 @@ from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.regions import raise_limits, watch
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
+from vlcache_fx.integrations.recurrences import substitute_recurrences, takes_recurrences, trace_again
 from vlcache_fx.options import Options
 from vlcache_fx.passes.configured import configured
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 
 
+@takes_recurrences
 def vlcache(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
@@ -42,6 +44,7 @@ def vlcache(
         OptionError: an option is unknown or has a bad value.
         UnsupportedGraphError: the graph cannot be rewritten, and ``strict`` is set.
     """
+    trace_again(substitute_recurrences())
     engine = engine_for(options if mode is None else {**(options or {}), "mode": mode})
     raise_limits()
     watch(engine)

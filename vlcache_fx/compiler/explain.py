@@ -12,6 +12,7 @@ from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.kinds import on_kind
 from vlcache_fx.compiler.traced import STANDARD, Traced
 from vlcache_fx.compiling import dynamo_settings
+from vlcache_fx.integrations.recurrences import takes_recurrences
 from vlcache_fx.passes.configured import Pipelines
 
 __all__ = ["Arguments", "GraphExplanation", "explain", "explain_graph"]
@@ -45,6 +46,7 @@ def explain(
     """
     explained: list[GraphExplanation] = []
 
+    @takes_recurrences
     def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         explained.append(explain_graph(graph_module, example_inputs, pipelines))
         return graph_module.forward

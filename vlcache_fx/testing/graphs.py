@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlcache_fx.capture import capture_dynamo
+from vlcache_fx.integrations.recurrences import substitute_recurrences, takes_recurrences
 from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import CLEANUP
@@ -40,6 +41,7 @@ def traced_graphs(
     """
     graphs: list[TracedGraph] = []
 
+    @takes_recurrences
     def record(graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         graph = TracedGraph(graph_module, list(example_inputs), [])
         graphs.append(graph)
@@ -53,6 +55,7 @@ def traced_graphs(
         return run
 
     torch._dynamo.reset()
+    substitute_recurrences(model)
     compiled = torch.compile(model, backend=record, dynamic=dynamic)
     with torch.no_grad():
         for call in calls:
