@@ -118,7 +118,7 @@ def _donor_value(program: Program, fakes: FakeInputs, node: Node) -> Any:
         state = node.meta["state_of"]
         heads, key_width, value_width = state.recurrence.state_sizes
         last = key_width if node.meta["is_factor"] else value_width
-        return fakes.tensor([fakes.size("maps"), heads, key_width, last], torch.float32, device)
+        return fakes.tensor([fakes.size("maps"), heads, key_width, last], state.recurrence.dtype, device)
     if "tail_of" in node.meta:
         convolution = node.meta["tail_of"].convolution
         value = convolution.source.meta["val"]

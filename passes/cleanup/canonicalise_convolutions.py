@@ -75,11 +75,11 @@ def _keeps_first(node: Node, size: Any) -> bool:
 
 
 def _pads_left(node: Node, count: int) -> bool:
-    if node.target is not aten.constant_pad_nd.default:
+    if node.target not in (aten.constant_pad_nd.default, aten.pad.default):
         return False
     sizes: Any = node.args[1]
-    value = node.args[2] if len(node.args) > 2 else 0
-    return [*sizes] == [count, 0] and value == 0
+    others = [argument for argument in node.args[2:] if argument not in ("constant", None, 0)]
+    return [*sizes] == [count, 0] and not others
 
 
 def _split_past(program: Program, node: Node) -> bool:
@@ -107,7 +107,7 @@ def _split_past(program: Program, node: Node) -> bool:
         made = insert_call(program.graph, CONV, x, node.args[1], bias, past, origin=node)
     for step in chain[:-1]:
         with program.graph.inserting_after(step):
-            operand, *others = step.args
+            others = step.args[1:]
             made = insert_call(program.graph, step.target, made, *others, origin=step, **step.kwargs)
     end.replace_all_uses_with(made)
     for step in (*reversed(chain), node):

@@ -50,6 +50,11 @@ class Recurrence:
         heads, value_width = shape_of(self.operands[2])[-2:]
         return int(heads), int(shape_of(self.operands[0])[-1]), int(value_width)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the state."""
+        return torch.promote_types(self.operands[0].meta["val"].dtype, torch.float32)
+
 
 @dataclass(frozen=True)
 class Convolution:

@@ -16,7 +16,6 @@ quantised cache has both: scales over all tokens, and integers that it returns a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import getitem
 
 import torch
 from torch.fx import Node
@@ -93,9 +92,11 @@ def split_layer(
         return _split_attention(sites[0], entering, members, taint, position)
     inside = dict.fromkeys(members)
     needed = ancestors([members[-1]], inside)
-    carriers = [mixer.node for mixer in (*recurrences, *convolutions)]
-    rows = [user for node in carriers for user in node.users if user.target is getitem and not is_state(user)]
-    carrying = ancestors([*carriers, *rows], inside)
+    carrying = ancestors([mixer.node for mixer in (*recurrences, *convolutions)], inside)
+    for node in members:  # parts of results that are tuples
+        if any(parent in carrying and not _is_tensor(parent) for parent in data_inputs(node)):
+            if not is_state(node):
+                carrying[node] = None
     states = {node: None for node in members if node not in needed}
     for convolution in convolutions:
         _check_memory(convolution, states)

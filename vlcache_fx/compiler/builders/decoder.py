@@ -161,11 +161,12 @@ def _states(facts: DecoderFacts) -> tuple[StateSpec, ...]:
         found.append(StateSpec(tail.slot, str(value.dtype).removeprefix("torch."), sizes))
     for state in facts.states:
         heads, keys, values = state.recurrence.state_sizes
+        dtype = str(state.recurrence.dtype).removeprefix("torch.")
         layer, index = state.layer, state.slot.index
         found += [
-            StateSpec(state.slot, "float32", (heads, keys, values)),
-            StateSpec(Factor(layer, index), "float32", (None, heads, keys, keys)),
-            StateSpec(Term(layer, index), "float32", (None, heads, keys, values)),
+            StateSpec(state.slot, dtype, (heads, keys, values)),
+            StateSpec(Factor(layer, index), dtype, (None, heads, keys, keys)),
+            StateSpec(Term(layer, index), dtype, (None, heads, keys, values)),
         ]
     return tuple(sorted(found, key=lambda spec: spec.slot.layer))  # type: ignore[attr-defined]
 
