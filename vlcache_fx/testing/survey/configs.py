@@ -54,6 +54,7 @@ VISION: Mapping[str, Any] = {
     "image_size": 24,
     "patch_size": 4,
     "num_position_embeddings": 144,
+    "num_patches": 36,
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0, 1],
     "window_size": 16,

@@ -34,6 +34,12 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         # Longer than the prompts: chunks that end within an image would split it.
         "text_config.attention_chunk_size": 64,
     },
+    "lfm2_vl": {
+        # By default, every layer attends; the checkpoints have short convolutions in between.
+        "text_config.num_hidden_layers": 5,
+        "text_config.layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "projector_hidden_size": HIDDEN,
+    },
     **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "mllama": {

@@ -98,6 +98,12 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "aspect_ratio_ids": torch.tensor([[1]]),
             "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
         }
+    if "spatial_shapes" in taken:
+        return {
+            "pixel_values": noise(seed, 1, rows * columns, channels * patch**2),
+            "spatial_shapes": torch.tensor([[rows, columns]]),
+            "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
+        }
     if "pixel_attention_mask" in taken:
         mask = torch.ones(1, 1, size, size, dtype=torch.bool)
         return {"pixel_values": noise(seed, 1, 1, channels, size, size), "pixel_attention_mask": mask}
