@@ -65,8 +65,12 @@ VISION: Mapping[str, Any] = {
 
 TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config"})
 IGNORED = frozenset(
-    {"architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"}
+    {
+        *("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"),
+        "number_of_conv_states",
+    }
 )
+"""Settings without sizes, or derived from others."""
 
 
 def small_values(

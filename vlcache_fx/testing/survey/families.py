@@ -12,6 +12,9 @@ from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
 
+SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ratio": 4}
+"""Sizes of an index that chooses tokens to attend to."""
+
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
     **{
@@ -20,6 +23,19 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "glm4v_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
     "aria": {"projector_patch_to_query_dict": {36: 9}},
+    "qwen4_exp": {
+        "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
+        "text_config.eos_token_id": 199,
+        # The defaults are none of both; the checkpoints have both.
+        **{f"text_config.indexer_{name}": size for name, size in SPARSE.items()},
+        "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "text_config.ple_layer_ids": [1],
+        "text_config.ple_embed_dim": 32,
+        "text_config.heads_per_ngram": 2,
+        "text_config.ngram_vocab_size_base": 100,
+        "text_config.make_ngram_vocab_size_divisible_by": 8,
+        "text_config.split_ngram_parts": 1,
+    },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "video_llama_3": {"vision_config.merge_size": 2},
     "llava_onevision": {"image_grid_pinpoints": TILES},
