@@ -33,6 +33,8 @@ TEXT: Mapping[str, Any] = {
     **dict.fromkeys(("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"), 4),
     **dict.fromkeys(("linear_num_key_heads", "first_k_dense_replace"), 2),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), 16),
+    **dict.fromkeys(("index_topk",), 8),
+    **dict.fromkeys(("share_expert_dim", "moe_hidden_size"), 32),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
@@ -55,6 +57,10 @@ VISION: Mapping[str, Any] = {
     "patch_size": 4,
     "num_position_embeddings": 144,
     "num_patches": 36,
+    **dict.fromkeys(("d_model", "num_mel_bins"), 32),
+    **dict.fromkeys(("encoder_layers", "encoder_attention_heads"), 2),
+    "encoder_ffn_dim": 64,
+    "output_dim": HIDDEN,
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0, 1],
     "window_size": 16,
@@ -92,7 +98,7 @@ def small_values(
         if isinstance(value, dict) and name.endswith("_config") and name != "per_layer_config":
             part = name not in TEXT_PARTS
             small[name] = small_values(value, special, vision=part)
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
+        elif name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")) and value is not None:
             small[name] = _special(name, value, special)
         elif name in sizes and value is not None:
             small[name] = _like(value, sizes[name])
@@ -104,6 +110,8 @@ def small_values(
             small[name] = {}
         else:
             small[name] = copy.deepcopy(value)
+    if small.get("kv_lora_rank") and small.get("num_key_value_heads"):
+        small["num_key_value_heads"] = sizes["num_attention_heads"]  # one latent for all heads
     return small
 
 

@@ -9,11 +9,14 @@ from typing import Any
 from vlcache_fx.testing.prompts import seeded
 from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = ROPE | {"mrope_section": [2, 3, 3]}
 TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
 
 SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ratio": 4}
 """Sizes of an index that chooses tokens to attend to."""
+
+MINICPM = {"image_token_id": 190, "video_token_id": 191, "insert_layer_id": 0}
 
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
@@ -23,6 +26,53 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "glm4v_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
     "aria": {"projector_patch_to_query_dict": {36: 9}},
+    "minicpm_ocr": MINICPM,
+    "minicpmv4_6": MINICPM,
+    "minicpmv4_7": MINICPM
+    | {
+        "image_start_id": 192,
+        "image_end_id": 193,
+        "slice_start_id": 194,
+        "slice_end_id": 195,
+        "newline_id": 196,
+    },
+    "mistral_large4": {
+        "text_config.head_dim": 8,
+        "text_config.index_n_heads": 2,
+        "text_config.index_head_dim": 16,
+    },
+    "molmo2": {
+        "adapter_config.text_hidden_size": HIDDEN,
+        "adapter_config.vision_feature_layer": [1, 0],
+        "vision_config.num_position_embeddings": 36,
+    },
+    "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": HIDDEN},
+    "muse_spark": {"out_hidden_size": 128, "projector_hidden_size": HIDDEN},
+    "nemotron_h_omni": {
+        "image_token_id": 190,
+        "projector_hidden_size": HIDDEN,
+        "vision_hidden_size": 32,
+        "vision_config.patch_dim": 48,
+        "vision_config.video_patch_dim": 96,
+        "vision_config.max_img_size": 64,
+        "text_config.mamba_num_heads": 4,
+        "text_config.mamba_head_dim": 32,
+        "text_config.n_groups": 2,
+        "text_config.ssm_state_size": 16,
+        "text_config.chunk_size": 16,
+        "text_config.moe_shared_expert_intermediate_size": 32,
+    },
+    "paddleocr_vl": {"text_config.rope_parameters": MROPE},
+    "qwen2_5_omni_thinker": {
+        "text_config.rope_parameters": MROPE,
+        "vision_start_token_id": 198,
+        "vision_end_token_id": 199,
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
+        "vision_start_token_id": 198,
+        "vision_end_token_id": 199,
+    },
     "qwen4_exp": {
         "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
         "text_config.eos_token_id": 199,
@@ -35,6 +85,18 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.ngram_vocab_size_base": 100,
         "text_config.make_ngram_vocab_size_divisible_by": 8,
         "text_config.split_ngram_parts": 1,
+    },
+    "step3p7": {
+        "text_config.layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "text_config.sliding_window": 16,
+        "text_config.num_sliding_attention_heads": 4,
+        "text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+    },
+    "unlimited_ocr": {
+        "vision_config.sam_config.downsample_channels": [32, 32],
+        "vision_config.sam_config.output_channels": 32,
+        "vision_config.sam_config.global_attn_indexes": [1],
+        "vision_config.sam_config.mlp_dim": 64,
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "video_llama_3": {"vision_config.merge_size": 2},
@@ -50,6 +112,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         # Longer than the prompts: chunks that end within an image would split it.
         "text_config.attention_chunk_size": 64,
     },
+    "kimi_k25": {"projection_hidden_size": 32, "text_config.head_dim": 8},
     "lfm2_vl": {
         # By default, every layer attends; the checkpoints have short convolutions in between.
         "text_config.num_hidden_layers": 5,

@@ -11,12 +11,14 @@ from torch import Tensor
 from vlcache_fx.testing.prompts import noise
 from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
 from vlcache_fx.testing.survey.families import FamilyModel
+from vlcache_fx.testing.survey.layouts import LAYOUTS, ImageSizes
 
 PREFIX_LM = frozenset({"paligemma"})
 """Families whose token types mark the prompt (0) instead of images (1)."""
 
-GRID = (6, 8)
-"""Rows and columns of patches, if the shape is free."""
+STARTS = ("vision_start_token_id", "image_start_id")
+ENDS = ("vision_end_token_id", "image_end_id")
+"""Settings that name the tokens around an image."""
 
 
 def image_prompt(
@@ -41,7 +43,10 @@ def image_prompt(
     def words(count: int) -> list[int]:
         return torch.randint(3, FIRST_SPECIAL, (count,), generator=generator).tolist()
 
-    ids = torch.tensor([[*words(before), *[token] * image_tokens(family, pixels), *words(after)]])
+    start, end = (_ids(family.model.config, names) for names in (STARTS, ENDS))
+    left, right = words(before), words(after)
+    left[len(left) - len(start) :], right[: len(end)] = start, end
+    ids = torch.tensor([[*left, *[token] * image_tokens(family, pixels), *right]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     kinds = {"mm_token_type_ids", "token_type_ids"} & _parameters(type(family.model).forward)
     prefix = family.model_type in PREFIX_LM
@@ -79,13 +84,13 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     taken, vision = _parameters(encode), getattr(model.config, "vision_config", None)
     patch, size = _number(vision, "patch_size", 4), _number(vision, "image_size", 24)
     channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
-    rows, columns = GRID
-    if "image_grid_thw" in taken:
-        width = channels * _number(vision, "temporal_patch_size", 1) * patch**2
-        return {
-            "pixel_values": noise(seed, rows * columns, width),
-            "image_grid_thw": torch.tensor([[1, rows, columns]]),
-        }
+    frames = _number(vision, "temporal_patch_size", 0) or _number(vision, "patch_temporal", 1)
+    sizes = ImageSizes(
+        family.model_type, patch, size, channels, frames, _number(model.config, "merge_size", 2)
+    )
+    for name, layout in LAYOUTS.items():
+        if name in taken:
+            return layout(sizes, seed)
     if "image_position_ids" in taken:
         positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
@@ -97,12 +102,6 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "pixel_values": noise(seed, 1, 1, 4, channels, size, size),
             "aspect_ratio_ids": torch.tensor([[1]]),
             "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
-        }
-    if "spatial_shapes" in taken:
-        return {
-            "pixel_values": noise(seed, 1, rows * columns, channels * patch**2),
-            "spatial_shapes": torch.tensor([[rows, columns]]),
-            "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.long),
         }
     if "pixel_attention_mask" in taken:
         mask = torch.ones(1, 1, size, size, dtype=torch.bool)
@@ -118,6 +117,11 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "image_sizes": torch.tensor([[size, size]]),
         }
     return {"pixel_values": noise(seed, 1, channels, size, size)}
+
+
+def _ids(config: Any, names: tuple[str, ...]) -> list[int]:
+    """Return the first id that the configuration has for one of the names, if any."""
+    return [value for name in names if isinstance(value := getattr(config, name, None), int)][:1]
 
 
 def _parameters(function: Any) -> set[str]:
