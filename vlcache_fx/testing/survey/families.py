@@ -12,6 +12,9 @@ from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
 
+CODES = range(16)
+"""Codes of an image: encoders that turn images into tokens of the vocabulary."""
+
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
     **{
@@ -42,6 +45,38 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.vision_output_dim": 64,
         "text_config.vocab_size": 200,
     },
+    # The other helper's families end here.
+    "blip-2": {"num_query_tokens": 9, "image_token_index": 190},
+    "chameleon": {
+        "image_token_id": 190,
+        "vocabulary_map": {"<image>": 190} | {f"IMGIMG{'ABCDEFGHIJ'[c // 10]}{'ABCDEFGHIJ'[c % 10]}Z": 100 + c for c in CODES},
+        "vq_config.channel_multiplier": [1, 1, 1],
+    },
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": MROPE}},
+    "deepseek_ocr2": {"text_config.num_experts_per_tok": 2, "text_config.n_group": 1, "text_config.topk_group": 1, "text_config.mlp_layer_types": ["dense", "sparse", "sparse"], "vision_config.sam_config.downsample_channels": [32, 32]},
+    "diffusion_gemma": {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 32},
+    "emu3": {
+        "image_token_id": 190,
+        "vocabulary_map": {"<image>": 190, "<|extra_200|>": 191} | {f"<|visual token {c:06d}|>": 100 + c for c in CODES},
+        "vq_config.channel_multiplier": [1, 1, 1],
+    },
+    "florence2": {
+        "vision_config.depths": [1, 1], "vision_config.patch_size": [7, 3], "vision_config.patch_stride": [4, 2],
+        "vision_config.patch_padding": [3, 1], "vision_config.patch_prenorm": [False, True], "vision_config.embed_dim": [32, 32],
+        "vision_config.num_heads": [2, 2], "vision_config.num_groups": [2, 2], "vision_config.window_size": 3,
+    },
+    "granite_docling": {"vision_config.scale_factor": 2},
+    "instructblip": {"num_query_tokens": 9, "image_token_index": 190},
+    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
+    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision", "patch_size": 4, "pooling_kernel_size": 1, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32}},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 1, 1, 2], "image_grid_pinpoints": TILES,
+       "vision_config.hidden_size": 64, "vision_config.num_attention_heads": 2},
+    "inkling2": {"text_config.layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"], "text_config.n_layers_per_attn_res_block": 2},
+    "inkling_mm_model": {"vision_config.num_hidden_layers": 3},
+    "glm5_next": {"text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"], "text_config.indexer_types": ["full"] * 3},
+    "dots3_note": {"text_config.layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"]},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": MROPE},
 }
 """Model type -> dotted name of a setting -> value."""
 
