@@ -18,7 +18,7 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 64, 3, 4, 2, 16
 
 TEXT: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "projection_dim", "word_embed_proj_dim"), HIDDEN),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "max_window_layers", "n_layer"), LAYERS),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "max_window_layers", "n_layer", "n_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "num_heads"), HEADS),
     **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), KV_HEADS),
     **dict.fromkeys(("head_dim", "global_head_dim", "v_head_dim", "query_pre_attn_scalar"), HEAD_DIM),
@@ -50,16 +50,17 @@ TEXT: Mapping[str, Any] = {
 
 VISION: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "width", "projector_input_dim", "projector_output_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "layers", "num_global_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "layers", "n_layers", "num_global_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "attention_heads"), 2),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "vision_output_dim"), HIDDEN),
     **dict.fromkeys(("text_hidden_size", "adapter_out_dim"), HIDDEN),
     **dict.fromkeys(("num_channels", "in_channels"), 3),
-    **dict.fromkeys(("output_channels", "base_channels", "latent_channels", "adapter_in_dim"), 32),
+    **dict.fromkeys(("output_channels", "base_channels", "latent_channels", "adapter_in_dim", "mm_embed_dim"), 32),
     **dict.fromkeys(("mlp_dim", "projection_hidden_dim", "projection_intermediate_size"), 64),
     **dict.fromkeys(("num_embeddings", "codebook_size"), 16),
     **dict.fromkeys(("image_size", "resolution"), 24),
-    "adapter_input_size": 32,
+    **dict.fromkeys(("adapter_input_size", "output_proj_dims"), 32),
+    "mm_posemb_size": 16,
     "global_attn_indexes": [1],
     "intermediate_size": 64,
     "head_dim": HEAD_DIM,

@@ -22,6 +22,10 @@ GRID = (6, 8)
 """Rows and columns of patches, if the shape is free."""
 
 
+class NoImagesError(Exception):
+    """A model takes no images."""
+
+
 def image_prompt(
     family: FamilyModel, before: int, after: int, *, image: int, text: int = 0
 ) -> dict[str, Any]:
@@ -33,7 +37,13 @@ def image_prompt(
         after: text tokens after the image.
         image: seed of the pixels.
         text: seed of the text.
+
+    Raises:
+        NoImagesError: ``forward`` has no parameter for images.
     """
+    parameters = _parameters(type(family.model).forward)
+    if not any(word in name for name in parameters for word in ("pixel", "image", "patch", "mm_encoder")):
+        raise NoImagesError(f"takes no images: its inputs are {', '.join(sorted(parameters - {'self', 'kwargs'}))}")
     pixels = image_pixels(family, image)
     token = image_token(family)
     filled = [] if token is None else [token] * image_tokens(family, pixels)
@@ -44,7 +54,8 @@ def image_prompt(
 
     ids = torch.tensor([[*words(before), *filled, *words(after)]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    parameters = _parameters(type(family.model).forward)
+    if hasattr(family.model.config, "canvas_length"):  # the tokens that a diffusion model refines
+        prompt["decoder_input_ids"] = torch.arange(3, 3 + family.model.config.canvas_length)[None]
     if "image_attention_mask" in parameters:  # which images a token sees
         prompt["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
     kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
@@ -152,11 +163,11 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
 
 def encoder_of(family: FamilyModel) -> Any:
     """Return the function that computes an image's features, or a video's; None if it is no function of its own."""
-    for name in ("get_image_features", "get_video_features"):
-        found = getattr(family.model.base_model, name, None)
-        if found is not None:
-            return found
-    return None
+    base = family.model.base_model
+    parts = (base, getattr(base, "encoder", None))
+    names = ("get_image_features", "get_video_features")
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((function for function in found if function is not None), None)
 
 
 def vision_config(family: FamilyModel) -> Any:
