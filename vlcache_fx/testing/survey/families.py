@@ -17,6 +17,8 @@ SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ra
 """Sizes of an index that chooses tokens to attend to."""
 
 MINICPM = {"image_token_id": 190, "video_token_id": 191, "insert_layer_id": 0}
+CODES = range(16)
+"""Codes of an image: encoders that turn images into tokens of the vocabulary."""
 
 CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": {"vision_config.hidden_size": HIDDEN, "text_config.rope_parameters": MROPE},
@@ -120,15 +122,87 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "projector_hidden_size": HIDDEN,
     },
     **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
-    "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "mllama": {
         "vision_config.max_num_tiles": 4,
         "vision_config.intermediate_layers_indices": [0],
         "vision_config.vision_output_dim": 64,
         "text_config.vocab_size": 200,
     },
+    # The other helper's families end here.
+    "blip-2": {"num_query_tokens": 9, "image_token_index": 190},
+    "chameleon": {
+        "image_token_id": 190,
+        "vocabulary_map": {"<image>": 190}
+        | {f"IMGIMG{'ABCDEFGHIJ'[c // 10]}{'ABCDEFGHIJ'[c % 10]}Z": 100 + c for c in CODES},
+        "vq_config.channel_multiplier": [1, 1, 1],
+    },
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": MROPE}},
+    "deepseek_ocr2": {
+        "text_config.num_experts_per_tok": 2,
+        "text_config.n_group": 1,
+        "text_config.topk_group": 1,
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "vision_config.sam_config.downsample_channels": [32, 32],
+    },
+    "diffusion_gemma": {
+        "canvas_length": 8,
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 32,
+    },
+    "emu3": {
+        "image_token_id": 190,
+        "vocabulary_map": {"<image>": 190, "<|extra_200|>": 191}
+        | {f"<|visual token {c:06d}|>": 100 + c for c in CODES},
+        "vq_config.channel_multiplier": [1, 1, 1],
+    },
+    "florence2": {
+        "vision_config.depths": [1, 1],
+        "vision_config.patch_size": [7, 3],
+        "vision_config.patch_stride": [4, 2],
+        "vision_config.patch_padding": [3, 1],
+        "vision_config.patch_prenorm": [False, True],
+        "vision_config.embed_dim": [32, 32],
+        "vision_config.num_heads": [2, 2],
+        "vision_config.num_groups": [2, 2],
+        "vision_config.window_size": 3,
+    },
+    "gemma3n": {"vision_soft_tokens_per_image": 36},
+    "granite_docling": {"vision_config.scale_factor": 2},
+    "instructblip": {"num_query_tokens": 9, "image_token_index": 190},
+    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
+    "gemma4_unified": {"vision_config.pooling_kernel_size": 1},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [0, 1, 1, 2],
+        "image_grid_pinpoints": TILES,
+        "vision_config.hidden_size": 64,
+        "vision_config.num_attention_heads": 2,
+    },
+    "inkling2": {
+        "text_config.layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
+        "text_config.n_layers_per_attn_res_block": 2,
+    },
+    "inkling_mm_model": {"audio_config.n_mel_bins": 4, "audio_config.mel_vocab_size": 8},
+    "glm5_next": {
+        "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "text_config.indexer_types": ["full"] * 3,
+    },
+    "dots3_note": {
+        "vision_config.num_local_experts": 4,
+        "vision_config.mlp_layer_types": ["dense", "sparse"],
+        "vision_config.per_layer_config": {},
+        "audio_config.downsample_hidden_size": 8,
+        "text_config.layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"],
+    },
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": MROPE},
 }
 """Model type -> dotted name of a setting -> value."""
+
+STAND_INS = frozenset({"fast_vlm", "gemma3n"})
+"""Families whose encoder needs timm; another one takes its place."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +244,30 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
 
     special: dict[str, int] = {}
     config_class = CONFIG_MAPPING[model_type]
-    values = small_values(config_class().to_dict(), special)
+    values = small_values({**config_class().to_dict(), **_encoder(config_class)}, special)
     for path, value in CORRECTIONS.get(model_type, {}).items():
         _set(values, path, value)
+    if model_type in STAND_INS:
+        from vlcache_fx.testing.survey.stand_in import stand_in_config
+
+        values["vision_config"] = stand_in_config()
     config = config_class(**values)
     if attention is not None:
         config._attn_implementation = attention
     with seeded(seed):
         model = getattr(transformers, known_families()[model_type])(config)
     return FamilyModel(model_type, model.eval(), special)
+
+
+def _encoder(config_class: Any) -> dict[str, Any]:
+    """Return the encoder's default configuration, of families whose own default has none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    spec = getattr(config_class, "sub_configs_defaults", {}).get("vision_config")
+    if spec is None or config_class().vision_config is not None:
+        return {}
+    own = spec.model_type in CONFIG_MAPPING
+    return {"vision_config": (CONFIG_MAPPING[spec.model_type] if own else spec.config_class)().to_dict()}
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:

@@ -13,12 +13,19 @@ from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
 from vlcache_fx.testing.survey.families import FamilyModel
 from vlcache_fx.testing.survey.layouts import LAYOUTS, ImageSizes
 
+CHANNELS_LAST = frozenset({"inkling2"})
+"""Families whose encoders take the pixels of an image token each, channels last, and count grids in tokens."""
+
 PREFIX_LM = frozenset({"paligemma"})
 """Families whose token types mark the prompt (0) instead of images (1)."""
 
 STARTS = ("vision_start_token_id", "image_start_id")
 ENDS = ("vision_end_token_id", "image_end_id")
 """Settings that name the tokens around an image."""
+
+
+class NoImagesError(Exception):
+    """A model takes no images."""
 
 
 def image_prompt(
@@ -34,10 +41,16 @@ def image_prompt(
         text: seed of the text.
 
     Raises:
-        LookupError: the configuration names no image token.
+        NoImagesError: ``forward`` has no parameter for images.
     """
+    parameters = _parameters(type(family.model).forward)
+    if not any(word in name for name in parameters for word in ("pixel", "image", "patch", "mm_encoder")):
+        raise NoImagesError(
+            f"takes no images: its inputs are {', '.join(sorted(parameters - {'self', 'kwargs'}))}"
+        )
     pixels = image_pixels(family, image)
     token = image_token(family)
+    filled = [] if token is None else [token] * image_tokens(family, pixels)
     generator = torch.Generator().manual_seed(text)
 
     def words(count: int) -> list[int]:
@@ -46,32 +59,45 @@ def image_prompt(
     start, end = (_ids(family.model.config, names) for names in (STARTS, ENDS))
     left, right = words(before), words(after)
     left[len(left) - len(start) :], right[: len(end)] = start, end
-    ids = torch.tensor([[*left, *[token] * image_tokens(family, pixels), *right]])
+    ids = torch.tensor([[*left, *filled, *right]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
-    kinds = {"mm_token_type_ids", "token_type_ids"} & _parameters(type(family.model).forward)
+    if hasattr(family.model.config, "canvas_length"):  # the tokens that a diffusion model refines
+        prompt["decoder_input_ids"] = torch.arange(3, 3 + family.model.config.canvas_length)[None]
+    if "image_attention_mask" in parameters:  # which images a token sees
+        prompt["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
+    kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
     prefix = family.model_type in PREFIX_LM
     return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
 
 
-def image_token(family: FamilyModel) -> int:
-    """Return the placeholder id of an image's features."""
+def image_token(family: FamilyModel) -> int | None:
+    """Return the placeholder id of an image's features; None if prompts hold no placeholders."""
     config = family.model.config
-    for name in ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id"):
+    for name in (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "media_placeholder_token_id",
+        "video_token_id",
+        "video_token_index",
+    ):
         found = getattr(config, name, None)
         if isinstance(found, int):
             return found
-    raise LookupError(f"the configuration of {family.model_type} names no image token")
+    return None
 
 
 def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
     """Return the number of rows that the encoder computes from these pixels."""
-    encode = getattr(family.model.base_model, "get_image_features", None)
+    encode = encoder_of(family)
     if encode is None:
         return 1  # cross-attention: the image fills no tokens
     taken = _parameters(encode)
     with torch.no_grad():
         output = encode(**{name: value for name, value in pixels.items() if name in taken}, return_dict=True)
     features = getattr(output, "pooler_output", output)
+    if features is None and hasattr(output, "deepstack_features"):
+        features = output.deepstack_features[0][-1]
     features = output.last_hidden_state if features is None else features
     parts = features if isinstance(features, list | tuple) else [features]
     return sum(part.numel() // part.shape[-1] for part in parts)
@@ -80,10 +106,19 @@ def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
 def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     """Create one image in the layout of the family's processor."""
     model = family.model
-    encode = getattr(model.base_model, "get_image_features", model.forward)
-    taken, vision = _parameters(encode), getattr(model.config, "vision_config", None)
-    patch, size = _number(vision, "patch_size", 4), _number(vision, "image_size", 24)
+    encode = encoder_of(family) or model.forward
+    taken, vision = _parameters(encode), vision_config(family)
+    patch, size = (
+        _number(vision, "patch_size", 4),
+        _number(vision, "image_size", 0) or _number(vision, "resolution", 24),
+    )
     channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
+    if family.model_type in CHANNELS_LAST:
+        side = patch * _number(vision, "spatial_merge_size", 1)
+        return {
+            "pixel_values": noise(seed, 12, side, side, channels),
+            "image_grid_thw": torch.tensor([[1, 3, 4]]),
+        }
     frames = _number(vision, "temporal_patch_size", 0) or _number(vision, "patch_temporal", 1)
     sizes = ImageSizes(
         family.model_type, patch, size, channels, frames, _number(model.config, "merge_size", 2)
@@ -102,6 +137,30 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "pixel_values": noise(seed, 1, 1, 4, channels, size, size),
             "aspect_ratio_ids": torch.tensor([[1]]),
             "aspect_ratio_mask": torch.tensor([[[1, 0, 0, 0]]]),
+        }
+    if "tile_fine_mask" in taken:
+        return {
+            "pixel_values": noise(seed, 1, 1, channels, size, size),
+            "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+        }
+    if "qformer_input_ids" in taken:  # the encoder sees the question
+        frames = (1, 2) if "get_video" in encode.__name__ else (1,)
+        return {
+            "pixel_values": noise(seed, *frames, channels, size, size),
+            "qformer_input_ids": torch.arange(3, 9)[None],
+        }
+    if "image_attention_mask" in taken:
+        return {"pixel_values": noise(seed, 1, 1, channels, size, size)}
+    if vision is model.config and taken == {"pixel_values", "kwargs"}:  # patches are projected
+        return {"pixel_values": noise(seed, 1, 36, channels * patch**2)}
+    if taken == {"pixel_values", "kwargs"} and hasattr(vision, "temporal_patch_size"):
+        frames = vision.temporal_patch_size
+        return {"pixel_values": noise(seed, 9, frames, patch, patch, channels)}
+    if "high_res_pixel_values" in taken:
+        fine = _number(model.config.high_res_vision_config, "image_size", 24)
+        return {
+            "pixel_values": noise(seed, 1, channels, size, size),
+            "high_res_pixel_values": noise(seed, 1, channels, fine, fine),
         }
     if "pixel_attention_mask" in taken:
         mask = torch.ones(1, 1, size, size, dtype=torch.bool)
@@ -122,6 +181,22 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
 def _ids(config: Any, names: tuple[str, ...]) -> list[int]:
     """Return the first id that the configuration has for one of the names, if any."""
     return [value for name in names if isinstance(value := getattr(config, name, None), int)][:1]
+
+
+def encoder_of(family: FamilyModel) -> Any:
+    """Return the function that computes an image's features, or a video's; None if it is no function of its own."""
+    base = family.model.base_model
+    parts = (base, getattr(base, "encoder", None))
+    names = ("get_image_features", "get_video_features")
+    found = (getattr(part, name, None) for part in parts for name in names)
+    return next((function for function in found if function is not None), None)
+
+
+def vision_config(family: FamilyModel) -> Any:
+    """Return the encoder's part of the configuration; the whole one if it has no such part."""
+    config = family.model.config
+    parts = (getattr(config, name, None) for name in ("vision_config", "vq_config"))
+    return next((part for part in parts if part is not None), config)
 
 
 def _parameters(function: Any) -> set[str]:

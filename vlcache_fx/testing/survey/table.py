@@ -28,7 +28,8 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     others = defaultdict(list)
     for outcome in outcomes:
         if outcome.model_type not in NAMED:
-            others[_group(outcome)].append(outcome.model_type)
+            reason = "" if outcome.results else f" ({outcome.detail})"
+            others[_group(outcome)].append(outcome.model_type + reason)
     if others:
         lines += ["", "Others, with the same test:", ""]
         lines += [f"- {group}: {', '.join(names)}" for group, names in sorted(others.items())]

@@ -1,0 +1,41 @@
+"""An encoder of one convolution, where a family's own needs a package that is not installed (timm).
+
+The family's projection, merge and decoder stay its own. ``AutoModel.register`` is transformers' way to add models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, Gemma3nVisionConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+WIDTH, PATCH = 32, 4
+
+
+class StandInConfig(Gemma3nVisionConfig):
+    """Configuration of ``StandInEncoder``: Gemma3n accepts no other type than its own."""
+
+    model_type = "vlcache_stand_in"
+
+
+class StandInEncoder(PreTrainedModel):
+    """Turns pixels ``[images, 3, height, width]`` into features ``[images, WIDTH, height / 4, width / 4]``."""
+
+    config_class = StandInConfig
+
+    def __init__(self, config: StandInConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Conv2d(3, WIDTH, kernel_size=PATCH, stride=PATCH)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Compute the features; other arguments are ignored."""
+        return BaseModelOutputWithPooling(last_hidden_state=self.embed(pixel_values))
+
+
+def stand_in_config() -> StandInConfig:
+    """Return the configuration of an encoder that ``AutoModel`` can build."""
+    AutoModel.register(StandInConfig, StandInEncoder, exist_ok=True)
+    return StandInConfig(hidden_size=WIDTH, vocab_size=8, vocab_offset=192)
