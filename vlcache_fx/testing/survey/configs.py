@@ -41,6 +41,11 @@ TEXT: Mapping[str, Any] = {
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("layers", "attention_heads", "num_decoder_layers"), 2),
+    **dict.fromkeys(("embed_dim",), HIDDEN),
+    **dict.fromkeys(("d_ff",), 96),
+    "d_kv": HEAD_DIM,
+    "latent_query_num": 9,
     "qk_head_dim": HEAD_DIM,
     "num_kv_shared_layers": 0,
     "max_position_embeddings": 1024,
@@ -75,8 +80,12 @@ VISION: Mapping[str, Any] = {
     "num_patches": 36,
     **dict.fromkeys(("d_model", "num_mel_bins"), 32),
     **dict.fromkeys(("encoder_layers", "encoder_attention_heads"), 2),
-    "encoder_ffn_dim": 64,
-    "output_dim": HIDDEN,
+    **dict.fromkeys(("encoder_ffn_dim", "d_ff"), 64),
+    **dict.fromkeys(("output_dim", "decoder_hidden_size", "post_conv_out_channels"), HIDDEN),
+    **dict.fromkeys(("post_conv_in_channels", "post_conv_mid_channels", "pooler_output_size"), 32),
+    **dict.fromkeys(("max_num_patches", "seq_len"), 64),
+    "patch_embed_hidden_size": 48,
+    "d_kv": HEAD_DIM,
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0, 1],
     "window_size": 16,
@@ -85,7 +94,9 @@ VISION: Mapping[str, Any] = {
 }
 """Sizes of encoders."""
 
-TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config"})
+TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config", "decoder"})
+PARTS = frozenset({"encoder", "decoder"})
+"""Parts of a configuration with other names than ``*_config``."""
 IGNORED = frozenset(
     {
         *("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"),
@@ -111,7 +122,9 @@ def small_values(
     for name, value in values.items():
         if name in IGNORED:
             continue
-        if isinstance(value, dict) and name.endswith("_config") and name != "per_layer_config":
+        if isinstance(value, dict) and (
+            name in PARTS or name.endswith("_config") and value.get("model_type")
+        ):
             part = name not in TEXT_PARTS
             small[name] = small_values(value, special, vision=part)
         elif name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")) and value is not None:

@@ -65,6 +65,13 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.moe_shared_expert_intermediate_size": 32,
     },
     "paddleocr_vl": {"text_config.rope_parameters": MROPE},
+    "pi0": {
+        "chunk_size": 6,
+        "dit_config.num_hidden_layers": 3,
+        "dit_config.vocab_size": 200,
+        "vlm_config.vocab_size": 200,
+    },
+    "pix2struct": {"vision_config.hidden_size": HIDDEN},
     "qwen2_5_omni_thinker": {
         "text_config.rope_parameters": MROPE,
         "vision_start_token_id": 198,
@@ -94,12 +101,15 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.num_sliding_attention_heads": 4,
         "text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
     },
+    "t5gemma2": {"encoder.mm_tokens_per_image": 9},
+    "udop": {"decoder_start_token_id": 160},
     "unlimited_ocr": {
         "vision_config.sam_config.downsample_channels": [32, 32],
         "vision_config.sam_config.output_channels": 32,
         "vision_config.sam_config.global_attn_indexes": [1],
         "vision_config.sam_config.mlp_dim": 64,
     },
+    "vision-encoder-decoder": {"decoder_start_token_id": 161, "pad_token_id": 160},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "video_llama_3": {"vision_config.merge_size": 2},
     "llava_onevision": {"image_grid_pinpoints": TILES},
@@ -115,6 +125,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.attention_chunk_size": 64,
     },
     "kimi_k25": {"projection_hidden_size": 32, "text_config.head_dim": 8},
+    "kosmos-2": {"image_token_id": 190},
+    "kosmos-2.5": {"image_token_id": 190},
     "lfm2_vl": {
         # By default, every layer attends; the checkpoints have short convolutions in between.
         "text_config.num_hidden_layers": 5,
@@ -205,6 +217,10 @@ STAND_INS = frozenset({"fast_vlm", "gemma3n"})
 """Families whose encoder needs timm; another one takes its place."""
 
 
+WRAPPERS = {"mistral4": "mistral3"}
+"""Text models -> the family with images in which checkpoints use them."""
+
+
 @dataclass(frozen=True)
 class FamilyModel:
     """A small model of a family.
@@ -243,7 +259,8 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     special: dict[str, int] = {}
-    config_class = CONFIG_MAPPING[model_type]
+    wrapper = WRAPPERS.get(model_type, model_type)
+    config_class = CONFIG_MAPPING[wrapper]
     values = small_values({**config_class().to_dict(), **_encoder(config_class)}, special)
     for path, value in CORRECTIONS.get(model_type, {}).items():
         _set(values, path, value)
@@ -255,7 +272,7 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
     if attention is not None:
         config._attn_implementation = attention
     with seeded(seed):
-        model = getattr(transformers, known_families()[model_type])(config)
+        model = getattr(transformers, known_families()[wrapper])(config)
     return FamilyModel(model_type, model.eval(), special)
 
 

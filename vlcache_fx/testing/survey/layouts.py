@@ -51,6 +51,14 @@ def patches_of_a_grid(sizes: ImageSizes, seed: int) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, *GRID]])}
 
 
+def numbered_patches(sizes: ImageSizes, seed: int) -> dict[str, Tensor]:
+    """One row a patch in a batch of images: its row and column, counted from 1, and its pixels."""
+    rows, columns = (torch.arange(1, 1 + count, dtype=torch.float32) for count in GRID)
+    places = torch.cartesian_prod(rows, columns)[None]
+    pixels = noise(seed, 1, GRID[0] * GRID[1], sizes.channels * sizes.patch**2)
+    return {"flattened_patches": torch.cat([places, pixels], dim=-1)}
+
+
 def patches_of_an_image(sizes: ImageSizes, seed: int) -> dict[str, Tensor]:
     """One row a patch, with the grid's rows and columns."""
     return {
@@ -98,6 +106,7 @@ def pooled_patches(sizes: ImageSizes, seed: int) -> dict[str, Tensor]:
 LAYOUTS: Mapping[str, Layout] = {
     "image_merge_sizes": merged_patches,
     "image_grid_thw": patches_of_a_grid,
+    "flattened_patches": numbered_patches,
     "image_grid_hw": patches_of_an_image,
     "spatial_shapes": padded_patches,
     "target_sizes": strip_of_patches,

@@ -56,6 +56,8 @@ def image_prompt(
     def words(count: int) -> list[int]:
         return torch.randint(3, FIRST_SPECIAL, (count,), generator=generator).tolist()
 
+    if _encodes_images_alone(family.model):
+        return {"decoder_input_ids": torch.tensor([words(before + after)]), **pixels}
     start, end = (_ids(family.model.config, names) for names in (STARTS, ENDS))
     left, right = words(before), words(after)
     left[len(left) - len(start) :], right[: len(end)] = start, end
@@ -65,6 +67,12 @@ def image_prompt(
         prompt["decoder_input_ids"] = torch.arange(3, 3 + family.model.config.canvas_length)[None]
     if "image_attention_mask" in parameters:  # which images a token sees
         prompt["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
+    if "image_embeds_position_mask" in parameters:
+        prompt["image_embeds_position_mask"] = (ids == token).long()
+    if "bbox" in parameters:  # where each word stands on the page
+        prompt["bbox"] = torch.zeros(*ids.shape, 4)
+    if "state" in parameters:  # of a robot, whose actions a diffusion model refines
+        prompt |= _robot(family.model.config)
     kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
     prefix = family.model_type in PREFIX_LM
     return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
@@ -72,7 +80,7 @@ def image_prompt(
 
 def image_token(family: FamilyModel) -> int | None:
     """Return the placeholder id of an image's features; None if prompts hold no placeholders."""
-    config = family.model.config
+    config = getattr(family.model.config, "vlm_config", None) or family.model.config
     for name in (
         "image_token_id",
         "image_token_index",
@@ -90,6 +98,9 @@ def image_token(family: FamilyModel) -> int | None:
 def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
     """Return the number of rows that the encoder computes from these pixels."""
     encode = encoder_of(family)
+    queries = getattr(family.model.config, "latent_query_num", None)
+    if isinstance(queries, int):
+        return queries
     if encode is None:
         return 1  # cross-attention: the image fills no tokens
     taken = _parameters(encode)
@@ -126,6 +137,8 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     for name, layout in LAYOUTS.items():
         if name in taken:
             return layout(sizes, seed)
+    if "state" in taken:  # a robot's cameras
+        return {"pixel_values": noise(seed, 1, 1, channels, size, size)}
     if "image_position_ids" in taken:
         positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
@@ -186,7 +199,7 @@ def _ids(config: Any, names: tuple[str, ...]) -> list[int]:
 def encoder_of(family: FamilyModel) -> Any:
     """Return the function that computes an image's features, or a video's; None if it is no function of its own."""
     base = family.model.base_model
-    parts = (base, getattr(base, "encoder", None))
+    parts = (base, getattr(base, "encoder", None), getattr(base, "vlm", None))
     names = ("get_image_features", "get_video_features")
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((function for function in found if function is not None), None)
@@ -195,8 +208,25 @@ def encoder_of(family: FamilyModel) -> Any:
 def vision_config(family: FamilyModel) -> Any:
     """Return the encoder's part of the configuration; the whole one if it has no such part."""
     config = family.model.config
-    parts = (getattr(config, name, None) for name in ("vision_config", "vq_config"))
-    return next((part for part in parts if part is not None), config)
+    outer = getattr(config, "vlm_config", None) or getattr(config, "encoder", None) or config
+    parts = (getattr(outer, name, None) for name in ("vision_config", "vq_config"))
+    return next((part for part in parts if part is not None), outer)
+
+
+def _robot(config: Any) -> dict[str, Tensor]:
+    return {
+        "state": noise(7, 1, config.max_state_dim),
+        "noise": noise(8, 1, config.chunk_size, config.max_action_dim),
+        "timestep": torch.tensor([0.5]),
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
+def _encodes_images_alone(model: Any) -> bool:
+    """Whether the model has an encoder that sees no text, and a decoder that attends to it."""
+    if not model.config.is_encoder_decoder:
+        return False
+    return "input_ids" not in _parameters(model.get_encoder().forward)
 
 
 def _parameters(function: Any) -> set[str]:
