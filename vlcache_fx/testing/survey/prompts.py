@@ -72,7 +72,7 @@ def image_prompt(
     if "bbox" in parameters:  # where each word stands on the page
         prompt["bbox"] = torch.zeros(*ids.shape, 4)
     if "state" in parameters:  # of a robot, whose actions a diffusion model refines
-        prompt |= _robot(family.model.config)
+        prompt |= _robot(family.model.config) | {"pixel_values": pixels["pixel_values"][:, None]}
     kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
     prefix = family.model_type in PREFIX_LM
     return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
@@ -137,8 +137,6 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     for name, layout in LAYOUTS.items():
         if name in taken:
             return layout(sizes, seed)
-    if "state" in taken:  # a robot's cameras
-        return {"pixel_values": noise(seed, 1, 1, channels, size, size)}
     if "image_position_ids" in taken:
         positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
@@ -214,6 +212,7 @@ def vision_config(family: FamilyModel) -> Any:
 
 
 def _robot(config: Any) -> dict[str, Tensor]:
+    """Return the state of a robot with one camera, and the noise of its next actions."""
     return {
         "state": noise(7, 1, config.max_state_dim),
         "noise": noise(8, 1, config.chunk_size, config.max_action_dim),
