@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vlcache_fx.testing.prompts import seeded
 from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 
@@ -135,6 +137,9 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
         config._attn_implementation = attention
     with seeded(seed):
         model = getattr(transformers, known_families()[model_type])(config)
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and queries of zeros would hide the image
+                torch.nn.init.normal_(parameter, std=0.02)
     return FamilyModel(model_type, model.eval(), special)
 
 
