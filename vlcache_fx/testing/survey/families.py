@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vlcache_fx.testing.prompts import seeded
 from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 
@@ -65,6 +67,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.moe_shared_expert_intermediate_size": 32,
     },
     "paddleocr_vl": {"text_config.rope_parameters": MROPE},
+    "perception_lm": {"vision_use_cls_token": False},
     "pi0": {
         "chunk_size": 6,
         "dit_config.num_hidden_layers": 3,
@@ -213,8 +216,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Model type -> dotted name of a setting -> value."""
 
-STAND_INS = frozenset({"fast_vlm", "gemma3n"})
-"""Families whose encoder needs timm; another one takes its place."""
+STAND_INS = {"fast_vlm": None, "gemma3n": None, "perception_lm": {"embed_dim": 32}}
+"""Families whose encoder needs timm; another one takes its place -> ``model_args`` of its configuration."""
 
 
 WRAPPERS = {"mistral4": "mistral3"}
@@ -267,12 +270,15 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
     if model_type in STAND_INS:
         from vlcache_fx.testing.survey.stand_in import stand_in_config
 
-        values["vision_config"] = stand_in_config()
+        values["vision_config"] = stand_in_config(model_args=STAND_INS[model_type])
     config = config_class(**values)
     if attention is not None:
         config._attn_implementation = attention
     with seeded(seed):
         model = getattr(transformers, known_families()[wrapper])(config)
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and queries of zeros would hide the image
+                torch.nn.init.normal_(parameter, std=0.02)
     return FamilyModel(model_type, model.eval(), special)
 
 

@@ -49,8 +49,8 @@ class Outcome:
     Attributes:
         model_type: the family's model type.
         model_class: its class in transformers.
-        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``; empty if
-            the small model cannot be built or run without this package.
+        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``, and how far
+            the reuse goes if it is less than elsewhere; empty if the small model cannot be built or run.
         detail: reason of a refusal or failure.
     """
 
@@ -95,6 +95,7 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
         dynamic = None if family.model_type in STATIC_FIRST else True
         part = compiled.model.get_submodule(COMPILED_PARTS.get(family.model_type, ""))
         engine = _compile(part, entry, dynamic)
+        # Said of how far the reuse goes, where that is less than elsewhere.
         scope = " of `forward` alone" if family.model_type in FORWARD_ALONE else ""
         # No length equals a width of the small models: such an input would be part of keys as a whole, and
         # its item could not move.
@@ -107,10 +108,15 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
                 return _refused(engine)
             _expect(engine, "cold")
             _compare(family, compiled, moved)
+            if _report(engine)["reason_code"] == "other_positions":
+                scope += " at equal offsets"
+                moved = image_prompt(family, 5, 6, image=1, text=1)
+                _compare(family, compiled, moved)
             _expect(engine, "warm")
         if not _report(engine)["spans"]:
             return f"exact reuse{scope}", ""
-        again = image_prompt(family, 7, 8, image=1, text=2)
+        before = 5 if scope.endswith("offsets") else 7
+        again = image_prompt(family, before, 8, image=1, text=2)
         _answer(compiled, again)
         _expect(engine, "warm")
         if not 0 < _report(engine)["token_layer_fraction"] < 1:

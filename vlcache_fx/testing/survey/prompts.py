@@ -16,6 +16,9 @@ from vlcache_fx.testing.survey.layouts import LAYOUTS, ImageSizes
 CHANNELS_LAST = frozenset({"inkling2"})
 """Families whose encoders take the pixels of an image token each, channels last, and count grids in tokens."""
 
+TILED = frozenset({"perception_lm"})
+"""Families whose images are batches of tiles."""
+
 PREFIX_LM = frozenset({"paligemma"})
 """Families whose token types mark the prompt (0) instead of images (1)."""
 
@@ -137,6 +140,8 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     for name, layout in LAYOUTS.items():
         if name in taken:
             return layout(sizes, seed)
+    if family.model_type in TILED:
+        return {"pixel_values": noise(seed, 1, 1, channels, size, size)}
     if "image_position_ids" in taken:
         positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
