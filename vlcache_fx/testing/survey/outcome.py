@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vlcache_fx
 from vlcache_fx.backend import engine_for
@@ -18,7 +19,7 @@ from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.store import MemoryStore
 from vlcache_fx.testing.survey.families import FamilyModel, build_family, known_families
-from vlcache_fx.testing.survey.prompts import image_prompt
+from vlcache_fx.testing.survey.prompts import NoImagesError, image_prompt
 
 ENTRIES = ("vlcache_fx.compile", "torch.compile")
 NEW_TOKENS = 3
@@ -29,6 +30,12 @@ OPTIONS: dict[str, Any] = {"lowering": "eager", "min_span_tokens": 2, "budget": 
 STATIC_FIRST = frozenset({"gemma4"})
 """Families that are traced with static lengths first: with symbolic lengths, their check of the number of
 features contradicts torch's constraints."""
+FORWARD_ALONE = frozenset({"blip", "blip-2", "diffusion_gemma", "instructblip", "instructblipvideo", "pi0"})
+"""Families whose ``generate()`` runs parts of the model itself and never calls ``forward``: calls of ``forward``
+are compared."""
+
+COMPILED_PARTS = {"diffusion_gemma": "model.encoder", "kosmos-2": "text_model"}
+"""Part that computes the prompt, and is compiled instead of the whole model: the rest computes no prompt."""
 
 
 class SurveyError(Exception):
@@ -42,8 +49,8 @@ class Outcome:
     Attributes:
         model_type: the family's model type.
         model_class: its class in transformers.
-        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``; empty if
-            the small model cannot be built or run without this package.
+        results: per entry ``reuse``, ``exact reuse`` (cross-attention), or ``refused: <reason>``, and how far
+            the reuse goes if it is less than elsewhere; empty if the small model cannot be built or run.
         detail: reason of a refusal or failure.
     """
 
@@ -69,7 +76,9 @@ def try_family(model_type: str, entries: tuple[str, ...] = ENTRIES) -> Outcome:
     name = known_families()[model_type]
     try:
         family = build_family(model_type)
-        _generate(family.model, image_prompt(family, 5, 7, image=1))
+        _answer(family, image_prompt(family, 5, 7, image=1))
+    except NoImagesError as error:
+        return Outcome(model_type, name, {}, str(error))
     except Exception as error:  # noqa: BLE001 - any error of the family's code
         detail = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return Outcome(model_type, name, {}, detail[:200])
@@ -84,7 +93,10 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
     with _quiet_compiler():
         compiled = FamilyModel(family.model_type, copy.deepcopy(family.model), family.special)
         dynamic = None if family.model_type in STATIC_FIRST else True
-        engine = _compile(compiled.model, entry, dynamic)
+        part = compiled.model.get_submodule(COMPILED_PARTS.get(family.model_type, ""))
+        engine = _compile(part, entry, dynamic)
+        # Said of how far the reuse goes, where that is less than elsewhere.
+        scope = " of `forward` alone" if family.model_type in FORWARD_ALONE else ""
         # No length equals a width of the small models: such an input would be part of keys as a whole, and
         # its item could not move.
         first = image_prompt(family, 5, 9, image=1)
@@ -96,15 +108,20 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
                 return _refused(engine)
             _expect(engine, "cold")
             _compare(family, compiled, moved)
+            if _report(engine)["reason_code"] == "other_positions":
+                scope += " at equal offsets"
+                moved = image_prompt(family, 5, 6, image=1, text=1)
+                _compare(family, compiled, moved)
             _expect(engine, "warm")
         if not _report(engine)["spans"]:
-            return "exact reuse", ""
-        again = image_prompt(family, 7, 8, image=1, text=2)
-        _generate(compiled.model, again)
+            return f"exact reuse{scope}", ""
+        before = 5 if scope.endswith("offsets") else 7
+        again = image_prompt(family, before, 8, image=1, text=2)
+        _answer(compiled, again)
         _expect(engine, "warm")
         if not 0 < _report(engine)["token_layer_fraction"] < 1:
             raise SurveyError(f"{family.model_type}: {_report(engine)['token_layer_fraction']} recomputed")
-        return "reuse", ""
+        return f"reuse{scope}", ""
 
 
 def _compile(model: Any, entry: str, dynamic: bool | None) -> Engine:
@@ -116,19 +133,25 @@ def _compile(model: Any, entry: str, dynamic: bool | None) -> Engine:
     return engine_for(options)
 
 
-def _generate(model: Any, prompt: dict[str, Any]) -> Any:
+def _answer(family: FamilyModel, prompt: dict[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return logits of the prefill, and of the decoding steps where the family decodes, and tokens."""
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     with torch.no_grad():
-        return model.generate(**prompt, **settings, return_dict_in_generate=True, output_logits=True)
+        if family.model_type in FORWARD_ALONE:
+            logits = family.model(**prompt).logits
+            return (logits,), logits.argmax(-1)
+        found = family.model.generate(**prompt, **settings, return_dict_in_generate=True, output_logits=True)
+        return found.logits, found.sequences
 
 
 def _compare(family: FamilyModel, compiled: FamilyModel, prompt: dict[str, Any]) -> None:
-    want, got = _generate(family.model, dict(prompt)), _generate(compiled.model, dict(prompt))
-    for ours, theirs in zip(got.logits, want.logits, strict=True):
+    want, want_tokens = _answer(family, dict(prompt))
+    got, tokens = _answer(compiled, dict(prompt))
+    for ours, theirs in zip(got, want, strict=True):
         off, scale = float((ours - theirs).abs().max()), float(theirs.abs().max())
         if not off <= TOLERANCE * max(scale, 1.0):
             raise SurveyError(f"{family.model_type}: logits are off by {off:.2g}, the largest is {scale:.2g}")
-    if not torch.equal(got.sequences, want.sequences):
+    if not torch.equal(tokens, want_tokens):
         raise SurveyError(f"{family.model_type}: tokens differ")
 
 

@@ -18,20 +18,25 @@ BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:
-    """Format a table of the named families, and lists of the others per result."""
+    """Format a table of the named families, lists of the others per result, and why some were not tried."""
     by_type = {outcome.model_type: outcome for outcome in outcomes}
     lines = [
         f"| family | class | {' | '.join(f'`{entry}`' for entry in ENTRIES)} | why not |",
         "|---|---|---|---|---|",
-        *(row(by_type[name]) for name in NAMED if name in by_type),
+        *(row(by_type[name]) for name in NAMED if name in by_type and by_type[name].results),
     ]
     others = defaultdict(list)
     for outcome in outcomes:
         if outcome.model_type not in NAMED:
-            others[_group(outcome)].append(outcome.model_type)
+            if outcome.results:
+                others[_group(outcome)].append(outcome.model_type)
     if others:
         lines += ["", "Others, with the same test:", ""]
         lines += [f"- {group}: {', '.join(names)}" for group, names in sorted(others.items())]
+    untried = [outcome for outcome in outcomes if not outcome.results]
+    if untried:
+        lines += ["", "Not tried:", ""]
+        lines += [f"- {outcome.model_type}: {outcome.detail}" for outcome in untried]
     return "\n".join(lines)
 
 
@@ -43,8 +48,6 @@ def row(outcome: Outcome) -> str:
 
 
 def _group(outcome: Outcome) -> str:
-    if not outcome.results:
-        return "small model could not be built or run without this package"
     results = list(dict.fromkeys(outcome.results.values()))
     if len(results) == 1:
         return results[0]
