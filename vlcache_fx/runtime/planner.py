@@ -73,7 +73,9 @@ class Planner:
         reused = {span.start for span in sample.spans}
         media = [(item.start, item.length, item.start in reused) for item in sample.media_spans]
         pieces = pieces_of(request.num_tokens, media, self._engine.settings.current.budget, BLOCK_TOKENS)
-        return [piece for piece in pieces if piece.start >= sample.prefix]
+        return [
+            Piece(max(piece.start, sample.prefix), piece.end) for piece in pieces if piece.end > sample.prefix
+        ]
 
     def _check_groups(self, policy: Policy) -> None:
         if isinstance(policy, ProbingPolicy) and self._spec.states:
