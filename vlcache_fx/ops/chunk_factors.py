@@ -175,17 +175,17 @@ def _channel_products(halves: Tensor, total: Tensor) -> Tensor:
     step = 1
     while step < padded:
         split = (padded // (2 * step), 2, step)
-        own_total = total.unflatten(-2, split)
+        own_total = torch.unflatten(total, -2, split)
         first, second = own_total[..., 0, :, :], own_total[..., 1, :, :]
         middle = second[..., :1, :]
-        earlier = halves[:, :, 0].unflatten(-2, split)[..., 0, :, :]
+        earlier = torch.unflatten(halves[:, :, 0], -2, split)[..., 0, :, :]
         earlier = earlier * _exp((middle - first).to(halves.dtype))
-        later = halves.unflatten(-2, split)[..., 1, :, :]
+        later = torch.unflatten(halves, -2, split)[..., 1, :, :]
         later = later * _exp((second - middle).to(halves.dtype)).unsqueeze(2)
         # Keys and queries of a half are rows of one product.
         later = later.transpose(2, 3).flatten(3, 4)
-        product = (later @ earlier.transpose(-1, -2)).unflatten(3, (2, step))
-        blocks = products.unflatten(-1, (split[0], 2 * step)).unflatten(-3, (split[0], 2 * step))
+        product = torch.unflatten(later @ earlier.transpose(-1, -2), 3, (2, step))
+        blocks = products.view(chunks, heads, 2, split[0], 2 * step, split[0], 2 * step)
         target = blocks.diagonal(dim1=3, dim2=5)[..., step:, :step, :]
         target.copy_(product.permute(0, 1, 3, 4, 5, 2))
         step *= 2
