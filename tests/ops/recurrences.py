@@ -7,6 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import vlcache_fx.ops  # noqa: F401 (defines the operators)
+
+recur = torch.ops.vlcache.recur
+
+KINDS = ["delta", "linear", "kda", "gla"]
+"""With and without a delta rule; the decay per head, or per key channel."""
+
 
 def inputs(
     rows: int,
@@ -30,7 +37,7 @@ def inputs(
         groups: heads of q and k.
         dim: dk.
         width: dv.
-        kind: "delta" or "linear", with a decay per head; "kda" or "gla", with a decay per channel.
+        kind: one of ``KINDS``.
         strength: about the size of a row's log decay; that of every fifth row is 50 times as large.
         dtype: of all.
         seed: of the generator.
