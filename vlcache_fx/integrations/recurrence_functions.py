@@ -52,9 +52,8 @@ def delta_rule(
     """
     if _any_given(unknown):
         return None
-    state = None if initial_state is None else initial_state.float()
     outputs, final_state, *_ = torch.ops.vlcache.recur(
-        query, key, value, g, beta, state, scale=scale, l2norm=use_qk_l2norm_in_kernel
+        query, key, value, g, beta, initial_state, scale=scale, l2norm=use_qk_l2norm_in_kernel
     )
     return outputs, final_state if output_final_state else None
 
@@ -116,7 +115,7 @@ def state_space_scan(
     dt = dt.clamp(min=dt_limit[0], max=dt_limit[1]).float()
     inputs = hidden_states.float()
     # The operator's states are [batch, heads, state dim, head dim].
-    state = None if initial_states is None else initial_states.float().transpose(-1, -2)
+    state = None if initial_states is None else initial_states.transpose(-1, -2)
     outputs, final_state, *_ = torch.ops.vlcache.recur(
         C.float(), B.float(), inputs * dt[..., None], A.float() * dt, None, state, scale=1.0
     )

@@ -2,8 +2,8 @@
 
 Models of transformers write recurrences as Python loops over chunks of tokens. Dynamo unrolls them, so each
 length has a graph of its own. ``torch.compiler.substitute_in_graph`` makes Dynamo trace another function in
-the place of one. It changes nothing outside traces, and in the traces of all backends but ours, the substitutes
-run the original code.
+the place of one. It changes nothing outside traces, and in those of other backends, substitutes run the
+original code.
 """
 
 from __future__ import annotations
