@@ -151,4 +151,5 @@ def test_unknown_arguments_are_left_to_the_original() -> None:
     assert delta_rule(*rule_inputs(9, by_channel=False), cu_seqlens=lengths) is None
     assert state_space_scan(*scan_inputs(9), seq_idx=lengths) is None
     assert state_space_scan(*scan_inputs(9), dt_min=math.inf) is None
+    assert delta_rule(*rule_inputs(9, by_channel=False)[:4]) is None
     assert delta_rule(*rule_inputs(9, by_channel=False), cu_seqlens=None, safe_gate=False) is not None

@@ -202,6 +202,79 @@ def own_code(monkeypatch: pytest.MonkeyPatch) -> OwnCode:
     return OwnCode(function)
 
 
+def test_functions_that_kernels_made_modules(own_code: OwnCode) -> None:
+    """The library ``kernels`` does so, to exchange them."""
+    func = own_code.function
+
+    class Func(nn.Module):
+        kernel_layer_name = "chunk_gated_delta_rule"
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return func(*args, **kwargs)
+
+    module = Func()
+    sys.modules["transformers_modules.recurrent"].torch_chunk_gated_delta_rule = module  # type: ignore[attr-defined]
+    assert func in substitute_recurrences()
+    graphs: Graphs = []
+    model = OwnCode(module)
+    compiled = torch.compile(model, backend=takes_recurrences(kept_in(graphs)))
+    torch.testing.assert_close(compiled(*rule_inputs()), model(*rule_inputs()), rtol=1e-4, atol=1e-5)
+    assert [len(recurrences(graph.graph)) for graph in graphs] == [1]
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function with the signature of ``fla``, which forbids Dynamo to trace it."""
+
+    @torch.compiler.disable
+    def chunk_gated_delta_rule(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None = None,
+        beta: Tensor | None = None,
+        scale: float | None = None,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        head_first: bool = False,
+    ) -> Any:
+        assert not head_first
+        assert scale is None
+        return qwen.torch_chunk_gated_delta_rule.__wrapped__(
+            q, k, v, g, beta, initial_state=initial_state, output_final_state=output_final_state
+        )
+
+    module = ModuleType("fla.ops.gated_delta_rule")
+    module.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return chunk_gated_delta_rule
+
+
+class Calling(OwnCode):
+    """A model that calls a library's kernel by keywords."""
+
+    def forward(self, *inputs: Tensor, **options: Any) -> Tensor:
+        named = dict(zip(("q", "k", "v", "g", "beta"), inputs, strict=True))
+        outputs: Tensor = self.function(**named, **options)[0] + 1
+        return outputs
+
+
+def test_kernels_of_libraries(kernel: Callable[..., Any]) -> None:
+    model, inputs = Calling(kernel), rule_inputs()
+    expected = model(*inputs)
+    before: Graphs = []
+    torch.compile(model, backend=kept_in(before))(*inputs)
+    assert kernel in substitute_recurrences()
+    graphs: Graphs = []
+    compiled = torch.compile(model, backend=takes_recurrences(kept_in(graphs)))
+    torch.testing.assert_close(compiled(*inputs), expected, rtol=1e-4, atol=1e-5)
+    assert [len(recurrences(graph.graph)) for graph in graphs] == [1]
+    torch._dynamo.reset()
+    after: Graphs = []
+    assert torch.equal(torch.compile(model, backend=kept_in(after))(*inputs), expected)
+    assert [str(graph.graph) for graph in after] == [str(graph.graph) for graph in before]
+
+
 def rule_inputs(tokens: int = 70) -> list[Tensor]:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, tokens, 2, 4) / 4 for _ in range(3))

@@ -25,8 +25,8 @@ def delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
@@ -50,7 +50,7 @@ def delta_rule(
         chunk_size: without effect.
         **unknown: arguments that must be None or False.
     """
-    if _any_given(unknown):
+    if g is None or beta is None or _any_given(unknown):
         return None
     outputs, final_state, *_ = torch.ops.vlcache.recur(
         query, key, value, g, beta, initial_state, scale=scale, l2norm=use_qk_l2norm_in_kernel
@@ -59,7 +59,12 @@ def delta_rule(
 
 
 def delta_rule_of_rows(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Any,
 ) -> Recurred | None:
     """Compute ``fused_recurrent_gated_delta_rule`` or ``fused_recurrent_kda``, see ``delta_rule``.
 
