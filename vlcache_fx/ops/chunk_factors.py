@@ -25,8 +25,9 @@ from torch import Tensor
 
 __all__ = ["ChunkFactors", "chunk_factors", "normalize"]
 
-LOG_ZERO = -80.0
-"""Log decays up to here count as zero: exp of them would be denormal, which slows processors down."""
+LOG_ZERO = -60.0
+"""Log decays up to here count as zero. Products of such small factors would be denormal numbers, which slow
+processors down; float32 shows nothing that is as much smaller than the rest."""
 
 EPSILON = 1e-6
 """Of the L2 norm, as in transformers and in fla."""
@@ -117,6 +118,7 @@ def chunk_factors(
     system = products[:, :, 0] * weights.unsqueeze(-1)
     # The inverse costs less than solving for values, and its product with them less than either.
     solve = torch.linalg.solve_triangular(system, torch.diag_embed(weights), upper=False, unitriangular=True)
+    solve = F.hardshrink(solve, math.exp(LOG_ZERO))
     return ChunkFactors(read, write, scores, solve, row_decay, rest_decay, decay)
 
 
@@ -175,17 +177,17 @@ def _channel_products(halves: Tensor, total: Tensor) -> Tensor:
     step = 1
     while step < padded:
         split = (padded // (2 * step), 2, step)
-        own_total = total.unflatten(-2, split)
+        own_total = torch.unflatten(total, -2, split)
         first, second = own_total[..., 0, :, :], own_total[..., 1, :, :]
         middle = second[..., :1, :]
-        earlier = halves[:, :, 0].unflatten(-2, split)[..., 0, :, :]
+        earlier = torch.unflatten(halves[:, :, 0], -2, split)[..., 0, :, :]
         earlier = earlier * _exp((middle - first).to(halves.dtype))
-        later = halves.unflatten(-2, split)[..., 1, :, :]
+        later = torch.unflatten(halves, -2, split)[..., 1, :, :]
         later = later * _exp((second - middle).to(halves.dtype)).unsqueeze(2)
         # Keys and queries of a half are rows of one product.
         later = later.transpose(2, 3).flatten(3, 4)
-        product = (later @ earlier.transpose(-1, -2)).unflatten(3, (2, step))
-        blocks = products.unflatten(-1, (split[0], 2 * step)).unflatten(-3, (split[0], 2 * step))
+        product = torch.unflatten(later @ earlier.transpose(-1, -2), 3, (2, step))
+        blocks = products.view(chunks, heads, 2, split[0], 2 * step, split[0], 2 * step)
         target = blocks.diagonal(dim1=3, dim2=5)[..., step:, :step, :]
         target.copy_(product.permute(0, 1, 3, 4, 5, 2))
         step *= 2

@@ -81,7 +81,7 @@ class RowsMap:
         for i, own in enumerate(values):
             write_chunk(factors, i, self._written(factors, i, own), self.columns)
         if decay is None:
-            a = self.columns.unflatten(-1, (ratio, -1))[..., self.width :]
+            a = torch.unflatten(self.columns, -1, (ratio, -1))[..., self.width :]
             a.copy_(F.hardshrink(a, NEGLIGIBLE))
             is_left = (a != 0).flatten(1).any(-1)
         else:
@@ -96,7 +96,7 @@ class RowsMap:
             return values
         _, ratio, size, width = values.shape
         stored = torch.bmm(factors.read[i, :, :size], self.columns)
-        stored = stored.unflatten(-1, (ratio, -1)).transpose(1, 2)
+        stored = torch.unflatten(stored, -1, (ratio, -1)).transpose(1, 2)
         written = stored.neg() if factors.row_decay is None else stored * -factors.row_decay[i]
         written[..., :width] += values
         return torch.bmm(factors.solve[i], written.flatten(0, 1)).view_as(written)
@@ -110,8 +110,8 @@ class RowsMap:
         """
         batch, heads, dim, width = state.shape
         ratio = batch * heads // columns.shape[0]
-        b = columns.clone().unflatten(-1, (ratio, width))
-        own = self.columns.unflatten(-1, (ratio, -1))
+        b = torch.unflatten(columns.clone(), -1, (ratio, width))
+        own = torch.unflatten(self.columns, -1, (ratio, -1))
         b[self.groups] = own[..., :width]
         if self.decay is None:
             a = state.new_zeros(*b.shape[:-1], dim)

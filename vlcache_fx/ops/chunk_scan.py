@@ -15,14 +15,14 @@ def as_columns(state: Tensor, groups: int) -> Tensor:
 
     The states of heads that share keys stand side by side, so that one matrix product reads them all.
     """
-    split = state.unflatten(1, (groups, -1)).transpose(2, 3)
+    split = torch.unflatten(state, 1, (groups, -1)).transpose(2, 3)
     return split.flatten(0, 1).clone(memory_format=torch.contiguous_format).flatten(-2)
 
 
 def as_state(columns: Tensor, batch: int, heads: int) -> Tensor:
     """Return the inverse of ``as_columns``."""
     ratio = heads * batch // columns.shape[0]
-    split = columns.unflatten(-1, (ratio, -1)).unflatten(0, (batch, -1))
+    split = torch.unflatten(torch.unflatten(columns, -1, (ratio, -1)), 0, (batch, -1))
     return split.transpose(2, 3).flatten(1, 2)
 
 
@@ -42,7 +42,7 @@ def scan(factors: ChunkFactors, values: Tensor, state: Tensor) -> Tensor:
     out = torch.empty_like(values)
     written = values.new_empty(groups, ratio, size, width)
     for i in range(chunks):
-        read = torch.bmm(factors.read[i], state).unflatten(-1, (ratio, width)).transpose(1, 2)
+        read = torch.bmm(factors.read[i], state).view(groups, -1, ratio, width).transpose(1, 2)
         fresh = values[i]
         if solve is not None:
             stored = read[:, :, :size]
@@ -72,5 +72,5 @@ def write_chunk(factors: ChunkFactors, i: int, fresh: Tensor, columns: Tensor) -
     """
     groups, ratio, size, width = fresh.shape
     sent = fresh if factors.rest_decay is None else fresh * factors.rest_decay[i]
-    columns.unflatten(-1, (ratio, width)).mul_(factors.decay[i])
+    columns.view(groups, -1, ratio, width).mul_(factors.decay[i])
     columns.baddbmm_(factors.write[i], sent.transpose(1, 2).reshape(groups, size, ratio * width))

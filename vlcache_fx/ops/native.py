@@ -18,8 +18,10 @@ _log = logging.getLogger(__name__)
 _library = torch.library.Library("vlcache", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def define_operator(implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define ``torch.ops.vlcache.<implementation.__name__>``, without gradients.
+def define_operator(
+    implementation: Callable[..., Any], fake: Callable[..., Any], has_gradients: bool = False
+) -> None:
+    """Define ``torch.ops.vlcache.<implementation.__name__>``.
 
     ``torch.library.custom_op`` adds 7 microseconds per call, and a decoding step calls an operator for every
     linear layer.
@@ -27,11 +29,15 @@ def define_operator(implementation: Callable[..., Any], fake: Callable[..., Any]
     Args:
         implementation: function with type annotations for the schema; mutates none of its arguments.
         fake: fake implementation.
+        has_gradients: autograd differentiates ``implementation`` as it is, outside of compiled graphs.
+            Otherwise the operator has no gradients.
     """
     name = implementation.__name__
     schema = torch.library.infer_schema(implementation, mutates_args=())
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     _library.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    if has_gradients:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"vlcache::{name}", fake, lib=_library)
 
 

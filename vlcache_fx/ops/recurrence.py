@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlcache_fx.ops.chunked import recur_chunked
+from vlcache_fx.ops.chunked import recur_chunked, without_records
 from vlcache_fx.ops.native import define_operator
-from vlcache_fx.ops.recurrence_reference import expand_heads, step
+from vlcache_fx.ops.recurrence_reference import expand_heads, recur_reference, step
 
 __all__ = ["recur"]
 
@@ -81,19 +82,25 @@ def recur(
     Raises:
         PlanError: a row is out of bounds, jumps are not in order, or a jump lies inside a record's rows.
     """
-    if all(x is None for x in (jump_at, start, num_rows)):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if q.shape[1] == 1:
-            return _one_row(q, k, v, g, beta, state, scale, l2norm)
-        kernel = _fla_kernel(q, g, beta)
-        if kernel is not None:
-            options = {"use_qk_l2norm_in_kernel": l2norm, "output_final_state": True}
-            out, final = kernel(q, k, v, g, beta, scale=scale, initial_state=state, **options)
-            return out.to(q.dtype), *_without_records(final.float())
-    return recur_chunked(
-        q, k, v, g, beta, state, jump_at, jump_map, map_a, map_b, start, end, num_rows,
-        scale=scale, l2norm=l2norm,
-    )  # fmt: skip
+    with _without_autocast(q.device.type):
+        if all(x is None for x in (jump_at, start, num_rows)):
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            if q.shape[1] == 1:
+                return _one_row(q, k, v, g, beta, state, scale, l2norm)
+            kernel = _fla_kernel(q, g, beta)
+            if kernel is not None:
+                options = {"use_qk_l2norm_in_kernel": l2norm, "output_final_state": True}
+                out, final = kernel(q, k, v, g, beta, scale=scale, initial_state=state, **options)
+                return out.to(q.dtype), *without_records(final.float())
+        # The chunked implementation writes in place; the other one is slow, but has gradients.
+        has_gradients = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, g, beta, state, map_a, map_b)
+        )
+        implementation = recur_reference if has_gradients else recur_chunked
+        return implementation(
+            q, k, v, g, beta, state, jump_at, jump_map, map_a, map_b, start, end, num_rows,
+            scale=scale, l2norm=l2norm,
+        )  # fmt: skip
 
 
 def _fake(
@@ -125,13 +132,14 @@ def _fake(
     return q.new_empty(v.shape), final, states, maps_a, maps_b
 
 
-define_operator(recur, _fake)
+define_operator(recur, _fake, has_gradients=True)
 
 
-def _without_records(final: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, dim, width = final.shape
-    states, maps_a, maps_b = (final.new_empty(batch, 0, heads, dim, size) for size in (width, dim, width))
-    return final, states, maps_a, maps_b
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Return a context in which products of float32 tensors stay in float32."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _one_row(
@@ -149,10 +157,10 @@ def _one_row(
     q, k = (expand_heads(x.to(wide), v.shape[2], l2norm) for x in (q, k))
     if state is None:
         state = q.new_zeros(*v.shape[:1], *v.shape[2:3], q.shape[-1], v.shape[-1])
-    rows = (x[:, 0].to(wide) for x in (k, v, g))
-    state = step(state.to(wide).contiguous(), *rows, None if beta is None else beta[:, 0].to(wide))
+    k, v, g = (x[:, 0].to(wide) for x in (k, v, g))
+    state = step(state.to(wide).contiguous(), k, v, g, None if beta is None else beta[:, 0].to(wide))
     out = (q[:, 0] * scale).unsqueeze(-2) @ state
-    return out.squeeze(-2).unsqueeze(1).to(dtype), *_without_records(state)
+    return out.squeeze(-2).unsqueeze(1).to(dtype), *without_records(state)
 
 
 def _fla_kernel(q: Tensor, g: Tensor, beta: Tensor | None) -> Callable[..., Any] | None:
