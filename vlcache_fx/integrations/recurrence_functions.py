@@ -25,8 +25,8 @@ def delta_rule(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    g: Tensor,
-    beta: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
@@ -50,17 +50,21 @@ def delta_rule(
         chunk_size: without effect.
         **unknown: arguments that must be None or False.
     """
-    if _any_given(unknown):
+    if g is None or beta is None or _any_given(unknown):
         return None
-    state = None if initial_state is None else initial_state.float()
     outputs, final_state, *_ = torch.ops.vlcache.recur(
-        query, key, value, g, beta, state, scale=scale, l2norm=use_qk_l2norm_in_kernel
+        query, key, value, g, beta, initial_state, scale=scale, l2norm=use_qk_l2norm_in_kernel
     )
     return outputs, final_state if output_final_state else None
 
 
 def delta_rule_of_rows(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Any,
 ) -> Recurred | None:
     """Compute ``fused_recurrent_gated_delta_rule`` or ``fused_recurrent_kda``, see ``delta_rule``.
 
@@ -116,7 +120,7 @@ def state_space_scan(
     dt = dt.clamp(min=dt_limit[0], max=dt_limit[1]).float()
     inputs = hidden_states.float()
     # The operator's states are [batch, heads, state dim, head dim].
-    state = None if initial_states is None else initial_states.float().transpose(-1, -2)
+    state = None if initial_states is None else initial_states.transpose(-1, -2)
     outputs, final_state, *_ = torch.ops.vlcache.recur(
         C.float(), B.float(), inputs * dt[..., None], A.float() * dt, None, state, scale=1.0
     )

@@ -2,8 +2,8 @@
 
 Models of transformers write recurrences as Python loops over chunks of tokens. Dynamo unrolls them, so each
 length has a graph of its own. ``torch.compiler.substitute_in_graph`` makes Dynamo trace another function in
-the place of one. It changes nothing outside traces, and in the traces of all backends but ours, the substitutes
-run the original code.
+the place of one. It changes nothing outside traces, and in those of other backends, substitutes run the
+original code.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 }
 """Name of a kernel in ``fla`` or ``mamba_ssm`` -> its substitute."""
 
-FAMILIES = ("transformers.models.", "transformers_modules.")
-"""Modules that may define recurrences: those of the library, and models with code of their own."""
+FAMILIES = ("transformers.models.", "transformers_modules.", "fla.ops.", "mamba_ssm.ops.")
+"""Modules that may define recurrences; ``transformers_modules`` are models with code of their own."""
 
 SHORT_NAMES = {"q": "query", "k": "key", "v": "value", "x": "hidden_states"}
 """Argument of the kernels -> of transformers' functions, and of the substitutes."""
@@ -57,14 +57,16 @@ def substitute_recurrences(model: nn.Module | None = None) -> list[FunctionType]
     Functions that have a substitute keep it, so calls may be repeated. Nothing else than traces changes.
 
     Args:
-        model: look in the Python modules of its layers; by default in all modules of transformers that are
-            imported.
+        model: look in the Python modules of its layers, too; by default only in those of transformers and of
+            the libraries of kernels, as far as they are imported.
 
     Returns:
         The functions that had no substitute before.
     """
-    names = FAMILIES if model is None else tuple({type(layer).__module__ for layer in model.modules()})
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(names)]
+    own = () if model is None else {type(layer).__module__ for layer in model.modules()}
+    modules = [
+        module for name, module in list(sys.modules.items()) if name in own or name.startswith(FAMILIES)
+    ]
     _register(compiles_recurrences, _never, can_constant_fold_through=True)
     return [
         function
@@ -187,6 +189,7 @@ def _substitute(function: FunctionType, computes: Callable[..., Any]) -> Callabl
         function.__closure__,
     )
     original.__kwdefaults__ = function.__kwdefaults__
+    vars(original).update(vars(function))
     names = _parameters(function)
     drops_others = bool(_decorated(function))
 
