@@ -194,9 +194,7 @@ def test_tenants_and_weights_share_nothing() -> None:
 
 def test_float64() -> None:
     with own_compiler_state():
-        pair = with_backend(
-            tiny_hybrid("sda", last_only=False).to(torch.float64), policy="none", strict=True
-        )
+        pair = with_backend(tiny_hybrid("sda", last_only=False).to(torch.float64), policy="none", strict=True)
         pair.run(**cast(prompt(A), torch.float64))
         clear_text(pair)
         off, report = pair.run(**cast(prompt(A, after=12), torch.float64))

@@ -95,7 +95,7 @@ class Reason(StrEnum):
     NO_STREAM = "no_stream", "no residual stream is found between two attention calls"
     UNKNOWN_OP = "unknown_op", "an operator on the token dimension is not known to be token-wise"
     TOKEN_AXIS_LOST = "token_axis_lost", "an operator merges, flattens or permutes the token dimension away"
-    TOKEN_MIXING = "token_mixing", "recurrent layers or convolutions mix tokens outside attention"
+    TOKEN_MIXING = "token_mixing", "tokens mix outside attention, in a form that is not known as a recurrence"
     POSITION_IN_STREAM = "position_in_stream", "learned position embeddings are added to the residual stream"
     BATCHED = "batched", "rows cannot be gathered for each sample of a batch"
     MUTATED_INPUTS = "mutated_inputs", "the graph writes to its inputs in a way that cannot be repeated"

@@ -99,6 +99,11 @@ def _split(
     stages: GenerationStages | None,
 ) -> ExportInput:
     facts = analyze(captured)
+    carriers = [tail.convolution.node for tail in facts.tails]
+    carriers += [state.recurrence.node for state in facts.states]
+    if carriers:
+        text = f"exports have no states of recurrent layers yet ({carriers[0].name})"
+        raise UnsupportedGraphError(Reason.TOKEN_MIXING, text)
     if facts.batch_dims is not None:
         raise UnsupportedGraphError(Reason.BATCHED, "exported graphs do not support batches")
     if not facts.merges and facts.stream.boundaries[0].op != "placeholder":
