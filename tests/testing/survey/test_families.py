@@ -16,19 +16,15 @@ from vlcache_fx.testing.survey.table import NAMED
 
 from ...runtime.helpers import own_compiler_state
 
-EVERY_TIME = frozenset({"qwen3_vl"})
-"""A family with deepstack. Qwen2.5-VL, LLaVA and Mllama are in other tests."""
+EVERY_TIME = frozenset({"qwen3_vl", "qwen3_5"})
+"""A family with deepstack, and one with recurrent layers. Others are in other tests."""
 
-KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
+KINDS = {"mllama": "cross-attending decoder"}
 """Of the graph of a call; a decoder's, otherwise."""
 
 
 NOT_REUSED = {
     "paligemma": ("refused: mask_form", "tokens of the span at 5 attend to tokens after the span"),
-    "qwen3_5": (
-        "refused: token_mixing",
-        "aten.conv1d.default mixes tokens outside attention: it convolves over tokens",
-    ),
     "mllama": ("exact reuse", ""),
 }
 """Result and reason of families without reuse; all others reuse rows."""

@@ -39,6 +39,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     def lower() -> Lowered:
         lowered = engine.lower(program.graph_module, name=name)
         is_recorded = name != "cold" and device.type == "cuda" and engine.options.cuda_graphs
+        is_recorded = is_recorded and not program.decoder.states  # `vlcache.recur` reads jumps on the host
         return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
 
     return ProgramRunner(name, program_spec(program), Once(lower), device, engine)

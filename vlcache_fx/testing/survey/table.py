@@ -10,7 +10,8 @@ from vlcache_fx.testing.survey.outcome import ENTRIES, Outcome
 
 NAMED = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "llava", "llava_onevision", "internvl",
-    "idefics3", "smolvlm", "mistral3", "llama4", "gemma3", "gemma4", "paligemma", "qwen3_5", "mllama",
+    "idefics3", "smolvlm", "mistral3", "llama4", "gemma3", "gemma4", "paligemma", "qwen3_5", "qwen3_5_moe",
+    "lfm2_vl", "mllama",
 )  # fmt: skip
 """Families with a separate row; the tests try each of them."""
 
