@@ -23,7 +23,7 @@ slot                name            shape               content
 ``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
 ==================  ==============  ==================  ===================================================
 
-Recurrent decoders have more inputs. Their jumps and pieces are explained in ``plan.jumps``. T tails of W rows,
+Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and pieces. T tails of W rows,
 j jumps, p pieces:
 
 ==================  ==============  ==================  ===================================================

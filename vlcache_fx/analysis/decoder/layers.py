@@ -94,9 +94,9 @@ def split_layer(
     needed = ancestors([members[-1]], inside)
     carrying = ancestors([mixer.node for mixer in (*recurrences, *convolutions)], inside)
     for node in members:  # parts of results that are tuples
-        if any(parent in carrying and not _is_tensor(parent) for parent in data_inputs(node)):
-            if not is_state(node):
-                carrying[node] = None
+        is_part = any(parent in carrying and not _is_tensor(parent) for parent in data_inputs(node))
+        if is_part and not is_state(node):
+            carrying[node] = None
     states = {node: None for node in members if node not in needed}
     for convolution in convolutions:
         _check_memory(convolution, states)
