@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.ir.nodes import CASTS, NO_BOUND, packet_of, slice_bounds
@@ -116,8 +117,10 @@ def _split_past(program: Program, node: Node) -> bool:
 
 
 def _is_unary(node: Node) -> bool:
+    """Return True for a pointwise operator of one tensor, its first argument."""
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in CASTS
-    return is_pointwise and len(node.all_input_nodes) == 1
+    operands = [argument for argument in tree_leaves((node.args, node.kwargs)) if isinstance(argument, Node)]
+    return is_pointwise and operands == [node.args[0]]
 
 
 def _keeps_last(node: Node, size: Any) -> bool:

@@ -42,8 +42,9 @@ def _keeps_all(node: Node) -> bool:
     if is_full_slice(node):
         return True
     dim, start, end, step = slice_bounds(node)
-    if step != 1 or end not in (None, NO_BOUND) or not isinstance(start, Node):
+    if step != 1 or end not in (None, NO_BOUND):
         return False
     source = node.args[0]
     assert isinstance(source, Node)
-    return equal(-start.meta["val"], source.meta["val"].shape[dim])
+    start = start.meta["val"] if isinstance(start, Node) else start
+    return equal(-start, source.meta["val"].shape[dim])

@@ -14,6 +14,7 @@ from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.testing.graphs import traced_graphs
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..runtime.test_cross_attention import Attending as CrossAttending
@@ -86,6 +87,16 @@ class SteppingOnFolded(Stepping):
         return super().forward(x, torch.func.vmap(torch.func.grad(lambda row: (row**2).sum()))(past))
 
 
+class SteppingOnStates(Stepping):
+    """A decoding step with a recurrent layer first, whose state it continues."""
+
+    def forward(self, x: Tensor, past: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        heads = self.layers[0](x)[:, :, None]
+        decay = -heads.square().sum(-1)
+        rows, state, *_ = torch.ops.vlcache.recur(heads, heads, heads, decay, None, state)
+        return super().forward(x + rows[:, :, 0], past), state
+
+
 class Dropping(nn.Module):
     """A decoder with attention dropout: refused when its programs are built."""
 
@@ -118,7 +129,19 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], list[str]]] = {
     "merge and decoder": (cut, PROMPT, ["merge", "decoder"]),
     "cross-attention": (lambda: CrossAttending().eval(), cross_call(0, 0), ["cross-attending decoder"]),
     "prefill": (tiny_vlm, PROMPT, ["decoder"]),
+    "prefill with recurrent layers": (lambda: tiny_hybrid("dcap"), PROMPT, ["decoder"]),
+    "recurrent layers alone": (lambda: tiny_hybrid("dc"), PROMPT, ["unmodified"]),
+    "recurrent layers of two prompts": (
+        lambda: tiny_hybrid("da"),
+        {name: torch.cat([value, value]) for name, value in PROMPT.items()},
+        ["unmodified"],
+    ),
     "decoding step": (Stepping, STEP, ["decoding step"]),
+    "decoding step with recurrent layers": (
+        SteppingOnStates,
+        STEP | {"state": torch.ones(1, 1, 8, 8)},
+        ["decoding step"],
+    ),
     "decoding step that cannot be captured": (SteppingOnFolded, STEP, ["decoding step"]),
     "piece": (Adding, {"x": torch.ones(2)}, ["unmodified"]),
     "text": (tiny_vlm, tiny_vlm_inputs(9, 3, []), ["unmodified"]),

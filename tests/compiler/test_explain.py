@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vlcache_fx.compiler.explain import explain
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 
 from ..runtime.helpers import own_compiler_state
 from ..runtime.test_merge import cut
@@ -25,6 +26,13 @@ def test_explain_graphs_cut_after_the_merge() -> None:
     assert (merge.kind, merge.reason) == ("merge", None)
     assert (decoder.kind, decoder.merges) == ("decoder", ())
     assert decoder.as_dict()["num_layers"] == decoder.num_layers > 0
+
+
+def test_explain_recurrent_layers() -> None:
+    (found,) = explain(tiny_hybrid("dcap"), dict(PROMPT))
+    assert (found.kind, found.reason) == ("decoder", None)
+    assert found.attention == ("recurrent", "convolution", "causal", "causal")
+    assert (len(found.key_frontiers), len(found.value_frontiers)) == (2, 2)
 
 
 def test_explain_encoder() -> None:

@@ -12,6 +12,7 @@ from torch.export import Dim
 from vlcache_fx.deploy.trace import ExportInput, capture_for_export, trace, unrolled
 from vlcache_fx.errors import ExportError, Reason, UnsupportedGraphError
 from vlcache_fx.integrations.stages import Stage
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 from vlcache_fx.testing.tiny_vlm import PATCH_WIDTH, TinyVlm, tiny_vlm, tiny_vlm_inputs
 
 from .helpers import tiny_shapes
@@ -103,6 +104,15 @@ class Scaled(nn.Module):
     def forward(self, input_ids: Tensor, pixel_values: Tensor, scale: float = 1.0) -> Tensor:
         logits: Tensor = self.vlm(input_ids, pixel_values) * scale
         return logits
+
+
+@pytest.mark.parametrize("kinds", ["da", "ca"])
+def test_capture_refuses_recurrent_layers(kinds: str) -> None:
+    """Sessions have no states yet."""
+    with pytest.raises(UnsupportedGraphError, match="exports have no states of recurrent layers") as refusal:
+        capture_for_export(tiny_hybrid(kinds), EXAMPLE, tiny_shapes())
+    assert refusal.value.reason is Reason.TOKEN_MIXING
+    assert "causal_conv1d" in refusal.value.detail
 
 
 def test_capture_rejects_numbers_as_inputs() -> None:

@@ -9,10 +9,20 @@ from hypothesis import strategies as st
 from vlcache_fx.errors import SlotError
 from vlcache_fx.spec.slots import (
     Donor,
+    Factor,
+    Inputs,
     InputSlot,
+    Joined,
+    JumpAt,
+    JumpMap,
     Keep,
     Key,
+    Last,
+    Matrix,
+    Own,
     Packed,
+    PieceEnd,
+    PieceStart,
     Positions,
     Residual,
     Results,
@@ -20,17 +30,27 @@ from vlcache_fx.spec.slots import (
     Slot,
     Source,
     StoredSlot,
+    Term,
     Value,
 )
 
 levels = st.integers(0, 10**6)
-stored = st.one_of(st.builds(Key, levels), st.builds(Value, levels), st.builds(Residual))
+stored = st.one_of(
+    st.builds(Key, levels),
+    st.builds(Value, levels),
+    st.builds(Residual),
+    *(st.builds(kind, levels, levels) for kind in (Inputs, Matrix, Factor, Term)),
+)
 inputs = st.one_of(
     st.builds(Rows, levels),
     st.builds(Keep, levels),
     st.builds(Positions, levels, levels),
     st.builds(Source, levels),
     st.builds(Results),
+    *(st.builds(kind) for kind in (JumpAt, JumpMap, PieceStart, PieceEnd)),
+    st.builds(Joined, levels),
+    st.builds(Last, levels),
+    st.builds(Own, levels, levels),
     st.builds(Donor, stored),
     st.builds(Packed, stored, st.sampled_from(Packed.parts)),
 )
@@ -74,6 +94,18 @@ def test_parse_any_text(text: str) -> None:
         (Key(12), "12.k"),
         (Value(12), "12.v"),
         (Residual(), "residual"),
+        (Inputs(3, 0), "3.inputs.0"),
+        (Matrix(3, 1), "3.matrix.1"),
+        (Factor(3, 0), "3.factor.0"),
+        (Term(3, 0), "3.term.0"),
+        (JumpAt(), "jump_at"),
+        (JumpMap(), "jump_map"),
+        (Joined(4), "joined.4"),
+        (Own(3, 4), "own.3.4"),
+        (PieceStart(), "piece_start"),
+        (PieceEnd(), "piece_end"),
+        (Last(4), "last.4"),
+        (Donor(Factor(3, 0)), "donor.3.factor.0"),
     ],
 )
 def test_str_names(slot: Slot, name: str) -> None:
@@ -84,7 +116,8 @@ def test_str_names(slot: Slot, name: str) -> None:
     "name",
     ["", ".", "row.3", "rows", "rows.", "rows.x", "rows.03", "rows. 3", "rows.+3", "rows.-3", "rows.1_0",
      "keep.1.2", "place.1", "results.1", "donor", "donor.rows.1", "donor.donor.0.k", "k", "3.K", "3.k.",
-     "Residual"],
+     "Residual", "3.matrix", "3.matrix.", "3.matrix.x", "matrix.0", "3.matrix.0.0", "3.inputs.00", "joined",
+     "joined.4.1", "own.3", "jump_at.0", "last", "donor.jump_at", "donor.joined.4"],
 )  # fmt: skip
 def test_parse_invalid_name(name: str) -> None:
     with pytest.raises(SlotError, match="slot"):
@@ -92,8 +125,10 @@ def test_parse_invalid_name(name: str) -> None:
 
 
 def test_row_level() -> None:
-    assert [slot.row_level for slot in (Rows(3), Keep(3), Positions(1, 3))] == [3, 4, 3]
+    assert [slot.row_level for slot in (Rows(3), Keep(3), Positions(1, 3), Own(3, 4))] == [3, 4, 3, 3]
 
 
 def test_kinds_are_not_equal() -> None:
     assert len({Rows(3), Keep(3), Source(3), Key(3), Value(3), Results(), Residual()}) == 7
+    assert len({JumpAt(), JumpMap(), PieceStart(), PieceEnd(), Joined(3), Last(3), Own(3, 3)}) == 7
+    assert len({Inputs(3, 0), Matrix(3, 0), Factor(3, 0), Term(3, 0)}) == 4

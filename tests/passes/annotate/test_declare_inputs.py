@@ -13,6 +13,7 @@ from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.annotate import DeclareInputs
 from vlcache_fx.passes.standard import cold_program, warm_program
 
+from .. import hybrids
 from ..programs import (
     bare,
     everything,
@@ -67,6 +68,22 @@ def test_values_propagate(make: Callable[..., Program], last_only: bool) -> None
     assert all(value.fake_mode is mode for value in values)
     results = FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*values)
     assert tuple(results[0].shape) == (1, 1 if last_only else 10, 200)
+
+
+@pytest.mark.parametrize("make", [cold_program, warm_program])
+@pytest.mark.parametrize("last_only", [True, False])
+def test_values_propagate_through_recurrent_layers(
+    make: Callable[..., Program], last_only: bool, golden: Callable[[str, str], None]
+) -> None:
+    """Maps, pieces and last inputs have sizes of their own; donors of equal layers have equal ones."""
+    program = make(hybrids.small("dcap", last_only)[0])
+    if make is warm_program and not last_only:
+        golden("declare_inputs_recurrent_layers", declared(program))
+    values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    assert all(value.fake_mode is mode for value in values)
+    results = FakeTensorProp(program.graph_module, mode).propagate_dont_convert_inputs(*values)
+    assert tuple(results[0].shape) == (1, 1 if last_only else hybrids.TOKENS, 200)
 
 
 def test_numbers() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from vlcache_fx.passes import Program
 from vlcache_fx.passes.cleanup import DropNoops
 
 from ..programs import before_and_after, unchanged
@@ -31,6 +33,32 @@ def test_numbers() -> None:
     DropNoops().run(program)
     program.graph_module.recompile()
     assert torch.equal(program.graph_module(X)[0], identities(X)[0])
+
+
+def test_drops_slices_of_all_last_entries() -> None:
+    """``x[-tokens:]``, as caches write it: behind no earlier tokens, it is the whole."""
+
+    def last_entries(x: Tensor) -> tuple[Tensor]:
+        return (x[-x.shape[0] :] * 2,)
+
+    for mode in ("fake", "symbolic"):
+        module = make_fx(last_entries, tracing_mode=mode, pre_dispatch=True)(X)
+        program = Program(module)
+        assert DropNoops().run(program)
+        assert not program.graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+        module.recompile()
+        assert torch.equal(module(X)[0], X * 2)
+
+
+def test_keeps_slices_of_fewer_last_entries() -> None:
+    def last_entries(x: Tensor) -> tuple[Tensor, ...]:
+        return x[-x.shape[0] + 1 :] * 2, x[-x.shape[1] :] * 2, x[-2:] * 2, x[-x.shape[0] :: 2] * 2
+
+    for mode in ("fake", "symbolic"):
+        module = make_fx(last_entries, tracing_mode=mode, pre_dispatch=True)(X)
+        program = Program(module)
+        DropNoops().run(program)
+        assert len(program.graph.find_nodes(op="call_function", target=aten.slice.Tensor)) == 4
 
 
 def test_keeps_computing_nodes() -> None:

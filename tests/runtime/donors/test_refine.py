@@ -103,6 +103,39 @@ def test_admit_item_with_donor_of_other_graph() -> None:
         assert (len(donor.tensors), contexts_of(donor)) == (slots, ("1",) if slots == 1 else ("2",))
 
 
+def test_maps_of_other_cuts_are_no_context() -> None:
+    """Maps of recurrent layers between other rows: the latest donor replaces the earlier one."""
+    store = MemoryStore(1 << 20)
+    for context, cuts, want in (
+        (0, [0, 2, LENGTH], ("0",)),
+        (1, [0, 2, LENGTH], ("0", "1")),
+        (2, [0, 3, LENGTH], ("2",)),
+        (3, [0, 3, LENGTH], ("2", "3")),
+        (4, [], ("4",)),
+    ):
+        maps = {"0.factor.0": torch.full((2, 1, 3, 3), float(context))} if cuts else {}
+        rows = {**rows_of(context), **maps} if cuts else rows_of(context) | {"0.factor.0": torch.zeros(2)}
+        admit_item(store, "item", rows, LENGTH, str(context), 4, cuts=cuts)
+        donor = store.get("item")
+        assert donor is not None
+        assert contexts_of(donor) == want
+        assert donor.info.get("cuts", []) == cuts
+
+
+def test_refined_maps_are_means() -> None:
+    store = MemoryStore(1 << 20)
+    maps = [torch.full((2, 1, 3, 3), value) for value in (1.0, 4.0)]
+    for context, own in enumerate(maps):
+        rows = rows_of(context) | {"0.factor.0": own}
+        admit_item(store, "item", rows, LENGTH, str(context), 4, cuts=[0, 2, LENGTH])
+    donor, exact = store.get("item"), store.get(exact_key("item"))
+    assert donor is not None
+    assert exact is not None
+    assert torch.equal(donor.tensors["0.factor.0"], torch.full((2, 1, 3, 3), 2.5))
+    assert donor.info["cuts"] == exact.info["cuts"] == [0, 2, LENGTH]
+    assert torch.equal(exact.tensors["0.factor.0"], maps[1])
+
+
 def test_exact_copy_is_evicted_first() -> None:
     one = sum(tensor.nbytes for tensor in rows_of(0).values())
     for room, held in ((1, False), (2, True)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch.fx import Graph, Node
 
@@ -186,8 +187,10 @@ def analyze(captured: Captured) -> DecoderFacts:
     taint = position_taint(stream.nodes, data, graph)
     _check_positions(stream, merges, graph)
     layers = tuple(
-        split_layer(inside, entering, members, taint, position)
-        for inside, entering, members in zip(stream.mixers, stream.boundaries, stream.members, strict=False)
+        split_layer(inside, boundaries, members, taint, position)
+        for inside, boundaries, members in zip(
+            stream.mixers, pairwise(stream.boundaries), stream.members, strict=True
+        )
     )
     flows = follow_rows(stream, layers)
     carried = find_carried(stream, layers, flows)

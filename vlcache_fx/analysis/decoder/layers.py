@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.attention.sites import Site
+from vlcache_fx.analysis.decoder.states import check_states
 from vlcache_fx.analysis.recurrences import Convolution, Mixer, Recurrence, is_state
 from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
@@ -32,7 +33,7 @@ from vlcache_fx.ir.dataflow import (
     data_inputs,
     descendants,
 )
-from vlcache_fx.ir.nodes import LAYOUT, NO_BOUND, is_full_slice, packet_of, slice_bounds
+from vlcache_fx.ir.nodes import LAYOUT, is_full_slice, packet_of
 from vlcache_fx.ir.refusal import refuse
 
 aten = torch.ops.aten
@@ -74,24 +75,33 @@ def position_taint(stream: NodeSet, placeholders: list[Node], graph: torch.fx.Gr
 
 def split_layer(
     mixers: Sequence[Mixer],
-    entering: Node,
+    boundaries: tuple[Node, Node],
     members: tuple[Node, ...],
     taint: NodeSet,
     position: dict[Node, int],
 ) -> LayerSplit:
     """Find the frontiers of a layer and split its members around them.
 
+    Args:
+        mixers: the operators of the layer that mix tokens.
+        boundaries: the residual that enters the layer, and the one that leaves it.
+        members: the layer's nodes, in graph order.
+        taint: see ``position_taint``.
+        position: of each node in the graph.
+
     Raises:
         UnsupportedGraphError: POSITION_IN_STREAM, K or V has no position-free tensor inside the layer;
-            TOKEN_AXIS_LOST, the parts overlap; TOKEN_MIXING, a recurrence reads attention of its layer.
+            TOKEN_AXIS_LOST, the parts overlap; TOKEN_MIXING, a recurrence reads attention of its layer, or
+            the layer returns other rows than the last inputs of a convolution.
     """
+    entering, leaving = boundaries
     sites = [mixer for mixer in mixers if isinstance(mixer, Site)]
     recurrences = tuple(mixer for mixer in mixers if isinstance(mixer, Recurrence))
     convolutions = tuple(mixer for mixer in mixers if isinstance(mixer, Convolution))
     if len(sites) == len(mixers):
         return _split_attention(sites[0], entering, members, taint, position)
     inside = dict.fromkeys(members)
-    needed = ancestors([members[-1]], inside)
+    needed = ancestors([leaving], inside)
     carriers = [mixer.node for mixer in mixers if not isinstance(mixer, Site)]
     carrying = ancestors(carriers, inside)
     for node in members:  # parts of results that are tuples
@@ -99,15 +109,16 @@ def split_layer(
         if is_part and not is_state(node):
             carrying[node] = None
     states = {node: None for node in members if node not in needed}
-    for convolution in convolutions:
-        _check_memory(convolution, states)
     site = sites[0] if sites else None
     if site is None:
+        check_states(states, convolutions, recurrences, inside | {entering: None})
         rest = {node: None for node in members if node not in carrying and node not in states}
         return LayerSplit(None, None, None, carrying, states, rest, recurrences, convolutions)
     if site.node in carrying:
         raise refuse(Reason.TOKEN_MIXING, site.node, "a recurrence of the same layer reads its result")
-    kept = tuple(node for node in members if node not in states or node not in descendants(carrying, inside))
+    after = descendants(carrying, inside)
+    check_states({n: None for n in states if n in after}, convolutions, recurrences, inside)
+    kept = tuple(node for node in members if node not in states or node not in after)
     split = _split_attention(site, entering, kept, taint, position)
     kv_part = {**split.kv_part, **carrying}
     return replace(
@@ -118,17 +129,6 @@ def split_layer(
         recurrences=recurrences,
         convolutions=convolutions,
     )
-
-
-def _check_memory(convolution: Convolution, states: NodeSet) -> None:
-    """Check that what the graph returns of a convolution's input are its last few rows."""
-    for reader in convolution.source.users:
-        if reader not in states or reader.target is not aten.slice.Tensor:
-            continue
-        _, start, end, step = slice_bounds(reader)
-        is_last = isinstance(start, int) and -convolution.width <= start < 0
-        if not is_last or end not in (None, NO_BOUND) or step != 1:
-            raise refuse(Reason.TOKEN_MIXING, reader, "more inputs of the convolution than it reads")
 
 
 def _split_attention(
