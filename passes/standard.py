@@ -13,6 +13,7 @@ from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
     AnchorSizes,
     CanonicaliseFlex,
+    CanonicalNames,
     DenseDeepstack,
     DropEmptyCats,
     DropMergeChecks,
@@ -43,6 +44,7 @@ from vlcache_fx.spec.slots import Rows
 CLEANUP = Pipeline(
     (
         AnchorSizes(),
+        CanonicalNames(),
         DropNoops(),
         DropEmptyCats(),
         DenseDeepstack(),

@@ -1,6 +1,7 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
+from vlcache_fx.passes.cleanup.canonical_names import CanonicalNames
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
@@ -13,6 +14,7 @@ from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
 
 __all__ = [
     "AnchorSizes",
+    "CanonicalNames",
     "CanonicaliseFlex",
     "DenseDeepstack",
     "DropEmptyCats",

@@ -144,6 +144,23 @@ def test_encoders_first_keeps_given_positions() -> None:
     assert set(kwargs) == {"input_ids", "mm_encoder_outputs"}
 
 
+class PixelsFirst(Preparing):
+    """A model whose ``forward`` requires pixels."""
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: Any, input_ids: Any = None, mm_encoder_outputs: Any = None
+    ) -> None:
+        raise AssertionError("only its arguments are asked for")
+
+
+@torch.no_grad()
+def test_encoders_first_gives_required_parameters() -> None:
+    kwargs = EncodersFirst(PixelsFirst())((PIXELS, IDS), {})[1]
+    assert kwargs["pixel_values"] is None
+    assert kwargs["input_ids"] is IDS
+    assert torch.equal(kwargs["mm_encoder_outputs"]["image"], PIXELS * 2)
+
+
 @pytest.mark.parametrize(
     "change",
     [

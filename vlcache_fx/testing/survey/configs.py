@@ -50,12 +50,16 @@ TEXT: Mapping[str, Any] = {
 
 VISION: Mapping[str, Any] = {
     **dict.fromkeys(("hidden_size", "embed_dim", "width", "projector_input_dim", "projector_output_dim"), 32),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "depth", "layers", "n_layers", "num_global_layers"), 2),
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "depth", "layers", "n_layers", "num_global_layers"), 2
+    ),
     **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "attention_heads"), 2),
     **dict.fromkeys(("out_hidden_size", "projection_dim", "vision_output_dim"), HIDDEN),
     **dict.fromkeys(("text_hidden_size", "adapter_out_dim"), HIDDEN),
     **dict.fromkeys(("num_channels", "in_channels"), 3),
-    **dict.fromkeys(("output_channels", "base_channels", "latent_channels", "adapter_in_dim", "mm_embed_dim"), 32),
+    **dict.fromkeys(
+        ("output_channels", "base_channels", "latent_channels", "adapter_in_dim", "mm_embed_dim"), 32
+    ),
     **dict.fromkeys(("mlp_dim", "projection_hidden_dim", "projection_intermediate_size"), 64),
     **dict.fromkeys(("num_embeddings", "codebook_size"), 16),
     **dict.fromkeys(("image_size", "resolution"), 24),

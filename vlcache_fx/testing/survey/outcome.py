@@ -142,9 +142,7 @@ def _answer(family: FamilyModel, prompt: dict[str, Any]) -> tuple[tuple[Tensor, 
         if family.model_type in FORWARD_ALONE:
             logits = family.model(**prompt).logits
             return (logits,), logits.argmax(-1)
-        found = family.model.generate(
-            **prompt, **settings, return_dict_in_generate=True, output_logits=True
-        )
+        found = family.model.generate(**prompt, **settings, return_dict_in_generate=True, output_logits=True)
         return found.logits, found.sequences
 
 

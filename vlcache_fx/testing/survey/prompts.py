@@ -43,7 +43,9 @@ def image_prompt(
     """
     parameters = _parameters(type(family.model).forward)
     if not any(word in name for name in parameters for word in ("pixel", "image", "patch", "mm_encoder")):
-        raise NoImagesError(f"takes no images: its inputs are {', '.join(sorted(parameters - {'self', 'kwargs'}))}")
+        raise NoImagesError(
+            f"takes no images: its inputs are {', '.join(sorted(parameters - {'self', 'kwargs'}))}"
+        )
     pixels = image_pixels(family, image)
     token = image_token(family)
     filled = [] if token is None else [token] * image_tokens(family, pixels)
@@ -66,7 +68,14 @@ def image_prompt(
 def image_token(family: FamilyModel) -> int | None:
     """Return the placeholder id of an image's features; None if prompts hold no placeholders."""
     config = family.model.config
-    for name in ("image_token_id", "image_token_index", "image_patch_id", "media_placeholder_token_id", "video_token_id", "video_token_index"):
+    for name in (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "media_placeholder_token_id",
+        "video_token_id",
+        "video_token_index",
+    ):
         found = getattr(config, name, None)
         if isinstance(found, int):
             return found
@@ -94,7 +103,10 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     model = family.model
     encode = encoder_of(family) or model.forward
     taken, vision = _parameters(encode), vision_config(family)
-    patch, size = _number(vision, "patch_size", 4), _number(vision, "image_size", 0) or _number(vision, "resolution", 24)
+    patch, size = (
+        _number(vision, "patch_size", 4),
+        _number(vision, "image_size", 0) or _number(vision, "resolution", 24),
+    )
     channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
     rows, columns = GRID
     if family.model_type in CHANNELS_LAST:
