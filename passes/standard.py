@@ -20,6 +20,7 @@ from vlcache_fx.passes.cleanup import (
     FoldRepeatedHeads,
     FuseAttention,
     InvertPermutations,
+    MergeAdditions,
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
@@ -45,6 +46,7 @@ CLEANUP = Pipeline(
         DropNoops(),
         DropEmptyCats(),
         DenseDeepstack(),
+        MergeAdditions(),
         DropMergeChecks(),
         CanonicaliseFlex(),
         FuseAttention(),

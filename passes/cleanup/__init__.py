@@ -9,6 +9,7 @@ from vlcache_fx.passes.cleanup.drop_noops import DropNoops
 from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
+from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
 
 __all__ = [
     "AnchorSizes",
@@ -20,4 +21,5 @@ __all__ = [
     "FoldRepeatedHeads",
     "FuseAttention",
     "InvertPermutations",
+    "MergeAdditions",
 ]
