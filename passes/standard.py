@@ -22,6 +22,7 @@ from vlcache_fx.passes.cleanup import (
     FuseAttention,
     InvertPermutations,
     MergeAdditions,
+    WrittenMerges,
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
@@ -49,6 +50,7 @@ CLEANUP = Pipeline(
         DropEmptyCats(),
         DenseDeepstack(),
         MergeAdditions(),
+        WrittenMerges(),
         DropMergeChecks(),
         CanonicaliseFlex(),
         FuseAttention(),

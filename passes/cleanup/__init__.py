@@ -11,6 +11,7 @@ from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
 from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
+from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
     "AnchorSizes",
@@ -24,4 +25,5 @@ __all__ = [
     "FuseAttention",
     "InvertPermutations",
     "MergeAdditions",
+    "WrittenMerges",
 ]

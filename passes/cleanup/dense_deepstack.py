@@ -66,9 +66,9 @@ def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
     for read, features in (total.args, total.args[::-1]):
         if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
             continue
-        given = _only_mask(read.args[1])
+        given = only_mask(read.args[1])
         if read.args[0] is stream and given is not None and by_token(given) is by_token(mask):
-            return (stream, given, read, features) if _fits(stream, features) else None
+            return (stream, given, read, features) if fits(stream, features) else None
     return None
 
 
@@ -80,7 +80,7 @@ def _write(node: Node) -> tuple[object, Node | None, object]:
     """
     if packet_of(node) is aten.index_put:
         accumulates = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
-        return node.args[0], None if accumulates else _only_mask(node.args[1]), node.args[2]
+        return node.args[0], None if accumulates else only_mask(node.args[1]), node.args[2]
     if packet_of(node) is not aten.masked_scatter:
         return None, None, None
     stream, mask, rows = node.args
@@ -103,7 +103,8 @@ def by_token(mask: Node) -> Node:
         mask = source
 
 
-def _only_mask(indices: object) -> Node | None:
+def only_mask(indices: object) -> Node | None:
+    """Return the mask [batch, tokens] of an index that is a mask and nothing else; else None."""
     given = indices if isinstance(indices, list | tuple) else ()
     if not given or not isinstance(given[0], Node) or any(index is not None for index in given[1:]):
         return None
@@ -111,7 +112,7 @@ def _only_mask(indices: object) -> Node | None:
     return mask if mask.meta["val"].dtype == torch.bool and len(shape_of(mask)) == 2 else None
 
 
-def _fits(stream: object, features: Node) -> bool:
+def fits(stream: object, features: Node) -> bool:
     """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False

@@ -36,9 +36,16 @@ TEXT: Mapping[str, Any] = {
     **dict.fromkeys(("swa_num_attention_heads", "index_n_heads", "linear_num_heads"), HEADS),
     **dict.fromkeys(("swa_head_dim", "index_head_dim", "linear_head_dim"), HEAD_DIM),
     **dict.fromkeys(("swa_num_key_value_heads",), KV_HEADS),
+    **dict.fromkeys(("index_topk",), 8),
+    **dict.fromkeys(("share_expert_dim", "moe_hidden_size"), 32),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    **dict.fromkeys(("layers", "attention_heads", "num_decoder_layers"), 2),
+    **dict.fromkeys(("embed_dim",), HIDDEN),
+    **dict.fromkeys(("d_ff",), 96),
+    "d_kv": HEAD_DIM,
+    "latent_query_num": 9,
     "qk_head_dim": HEAD_DIM,
     "num_kv_shared_layers": 0,
     "max_position_embeddings": 1024,
@@ -70,6 +77,15 @@ VISION: Mapping[str, Any] = {
     "head_dim": HEAD_DIM,
     "patch_size": 4,
     "num_position_embeddings": 144,
+    "num_patches": 36,
+    **dict.fromkeys(("d_model", "num_mel_bins"), 32),
+    **dict.fromkeys(("encoder_layers", "encoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "d_ff"), 64),
+    **dict.fromkeys(("output_dim", "decoder_hidden_size", "post_conv_out_channels"), HIDDEN),
+    **dict.fromkeys(("post_conv_in_channels", "post_conv_mid_channels", "pooler_output_size"), 32),
+    **dict.fromkeys(("max_num_patches", "seq_len"), 64),
+    "patch_embed_hidden_size": 48,
+    "d_kv": HEAD_DIM,
     "fullatt_block_indexes": [1],
     "deepstack_visual_indexes": [0, 1],
     "window_size": 16,
@@ -78,10 +94,16 @@ VISION: Mapping[str, Any] = {
 }
 """Sizes of encoders."""
 
-TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config"})
+TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config", "decoder"})
+PARTS = frozenset({"encoder", "decoder"})
+"""Parts of a configuration with other names than ``*_config``."""
 IGNORED = frozenset(
-    {"architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"}
+    {
+        *("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"),
+        "number_of_conv_states",
+    }
 )
+"""Settings without sizes, or derived from others."""
 
 
 def small_values(
@@ -100,10 +122,12 @@ def small_values(
     for name, value in values.items():
         if name in IGNORED:
             continue
-        if isinstance(value, dict) and name.endswith("_config") and name != "per_layer_config":
+        if isinstance(value, dict) and (
+            name in PARTS or (name.endswith("_config") and value.get("model_type"))
+        ):
             part = name not in TEXT_PARTS
             small[name] = small_values(value, special, vision=part)
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")) and value is not None:
+        elif name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")) and value is not None:
             small[name] = _special(name, value, special)
         elif isinstance(value, list | tuple) and depth not in (None, 0) and len(value) == depth:
             kinds = _like(value, sizes[name]) if name in sizes else value

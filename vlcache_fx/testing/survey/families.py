@@ -11,9 +11,14 @@ import torch
 from vlcache_fx.testing.prompts import seeded
 from vlcache_fx.testing.survey.configs import HIDDEN, small_values
 
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = ROPE | {"mrope_section": [2, 3, 3]}
 TILES = [[24, 24], [24, 48], [48, 24], [48, 48]]
 
+SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ratio": 4}
+"""Sizes of an index that chooses tokens to attend to."""
+
+MINICPM = {"image_token_id": 190, "video_token_id": 191, "insert_layer_id": 0}
 CODES = range(16)
 """Codes of an image: encoders that turn images into tokens of the vocabulary."""
 
@@ -25,6 +30,89 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "glm4v_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}},
     "aria": {"projector_patch_to_query_dict": {36: 9}},
+    "minicpm_ocr": MINICPM,
+    "minicpmv4_6": MINICPM,
+    "minicpmv4_7": MINICPM
+    | {
+        "image_start_id": 192,
+        "image_end_id": 193,
+        "slice_start_id": 194,
+        "slice_end_id": 195,
+        "newline_id": 196,
+    },
+    "mistral_large4": {
+        "text_config.head_dim": 8,
+        "text_config.index_n_heads": 2,
+        "text_config.index_head_dim": 16,
+    },
+    "molmo2": {
+        "adapter_config.text_hidden_size": HIDDEN,
+        "adapter_config.vision_feature_layer": [1, 0],
+        "vision_config.num_position_embeddings": 36,
+    },
+    "muse_glimmer": {"out_hidden_size": 128, "projector_hidden_size": HIDDEN},
+    "muse_spark": {"out_hidden_size": 128, "projector_hidden_size": HIDDEN},
+    "nemotron_h_omni": {
+        "image_token_id": 190,
+        "projector_hidden_size": HIDDEN,
+        "vision_hidden_size": 32,
+        "vision_config.patch_dim": 48,
+        "vision_config.video_patch_dim": 96,
+        "vision_config.max_img_size": 64,
+        "text_config.mamba_num_heads": 4,
+        "text_config.mamba_head_dim": 32,
+        "text_config.n_groups": 2,
+        "text_config.ssm_state_size": 16,
+        "text_config.chunk_size": 16,
+        "text_config.moe_shared_expert_intermediate_size": 32,
+    },
+    "paddleocr_vl": {"text_config.rope_parameters": MROPE},
+    "perception_lm": {"vision_use_cls_token": False},
+    "pi0": {
+        "chunk_size": 6,
+        "dit_config.num_hidden_layers": 3,
+        "dit_config.vocab_size": 200,
+        "vlm_config.vocab_size": 200,
+    },
+    "pix2struct": {"vision_config.hidden_size": HIDDEN},
+    "qwen2_5_omni_thinker": {
+        "text_config.rope_parameters": MROPE,
+        "vision_start_token_id": 198,
+        "vision_end_token_id": 199,
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
+        "vision_start_token_id": 198,
+        "vision_end_token_id": 199,
+    },
+    "qwen4_exp": {
+        "text_config.rope_parameters": MROPE | {"mrope_interleaved": True},
+        "text_config.eos_token_id": 199,
+        # The defaults are none of both; the checkpoints have both.
+        **{f"text_config.indexer_{name}": size for name, size in SPARSE.items()},
+        "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "text_config.ple_layer_ids": [1],
+        "text_config.ple_embed_dim": 32,
+        "text_config.heads_per_ngram": 2,
+        "text_config.ngram_vocab_size_base": 100,
+        "text_config.make_ngram_vocab_size_divisible_by": 8,
+        "text_config.split_ngram_parts": 1,
+    },
+    "step3p7": {
+        "text_config.layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "text_config.sliding_window": 16,
+        "text_config.num_sliding_attention_heads": 4,
+        "text_config.rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+    },
+    "t5gemma2": {"encoder.mm_tokens_per_image": 9},
+    "udop": {"decoder_start_token_id": 160},
+    "unlimited_ocr": {
+        "vision_config.sam_config.downsample_channels": [32, 32],
+        "vision_config.sam_config.output_channels": 32,
+        "vision_config.sam_config.global_attn_indexes": [1],
+        "vision_config.sam_config.mlp_dim": 64,
+    },
+    "vision-encoder-decoder": {"decoder_start_token_id": 161, "pad_token_id": 160},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "video_llama_3": {"vision_config.merge_size": 2},
     "llava_onevision": {"image_grid_pinpoints": TILES},
@@ -38,6 +126,15 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.moe_layers": [1, 2],
         # Longer than the prompts: chunks that end within an image would split it.
         "text_config.attention_chunk_size": 64,
+    },
+    "kimi_k25": {"projection_hidden_size": 32, "text_config.head_dim": 8},
+    "kosmos-2": {"image_token_id": 190},
+    "kosmos-2.5": {"image_token_id": 190},
+    "lfm2_vl": {
+        # By default, every layer attends; the checkpoints have short convolutions in between.
+        "text_config.num_hidden_layers": 5,
+        "text_config.layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "projector_hidden_size": HIDDEN,
     },
     **{name: {"mm_tokens_per_image": 9} for name in ("gemma3", "shieldgemma2")},
     "mllama": {
@@ -120,8 +217,12 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """Model type -> dotted name of a setting -> value."""
 
-STAND_INS = frozenset({"fast_vlm", "gemma3n"})
-"""Families whose encoder needs timm; another one takes its place."""
+STAND_INS = {"fast_vlm": None, "gemma3n": None, "perception_lm": {"embed_dim": 32}}
+"""Families whose encoder needs timm; another one takes its place -> ``model_args`` of its configuration."""
+
+
+WRAPPERS = {"mistral4": "mistral3"}
+"""Text models -> the family with images in which checkpoints use them."""
 
 
 @dataclass(frozen=True)
@@ -162,19 +263,20 @@ def build_family(model_type: str, *, seed: int = 0, attention: str | None = None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     special: dict[str, int] = {}
-    config_class = CONFIG_MAPPING[model_type]
+    wrapper = WRAPPERS.get(model_type, model_type)
+    config_class = CONFIG_MAPPING[wrapper]
     values = small_values({**config_class().to_dict(), **_encoder(config_class)}, special)
     for path, value in CORRECTIONS.get(model_type, {}).items():
         _set(values, path, value)
     if model_type in STAND_INS:
         from vlcache_fx.testing.survey.stand_in import stand_in_config
 
-        values["vision_config"] = stand_in_config()
+        values["vision_config"] = stand_in_config(model_args=STAND_INS[model_type])
     config = config_class(**values)
     if attention is not None:
         config._attn_implementation = attention
     with seeded(seed):
-        model = getattr(transformers, known_families()[model_type])(config)
+        model = getattr(transformers, known_families()[wrapper])(config)
         for parameter in model.parameters():
             if not parameter.any():  # gates and queries of zeros would hide the image
                 torch.nn.init.normal_(parameter, std=0.02)

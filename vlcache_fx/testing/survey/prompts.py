@@ -11,15 +11,20 @@ from torch import Tensor
 from vlcache_fx.testing.prompts import noise
 from vlcache_fx.testing.survey.configs import FIRST_SPECIAL
 from vlcache_fx.testing.survey.families import FamilyModel
+from vlcache_fx.testing.survey.layouts import LAYOUTS, ImageSizes
 
 CHANNELS_LAST = frozenset({"inkling2"})
-"""Families whose encoders take the pixels of an image token each, channels last, and count grids in tokens."""
+"""Families whose encoders take the pixels of each token, channels last, and count grids in tokens."""
+
+TILED = frozenset({"perception_lm"})
+"""Families whose images are batches of tiles."""
 
 PREFIX_LM = frozenset({"paligemma"})
 """Families whose token types mark the prompt (0) instead of images (1)."""
 
-GRID = (6, 8)
-"""Rows and columns of patches, if the shape is free."""
+STARTS = ("vision_start_token_id", "image_start_id")
+ENDS = ("vision_end_token_id", "image_end_id")
+"""Settings that name the tokens around an image."""
 
 
 class NoImagesError(Exception):
@@ -54,12 +59,23 @@ def image_prompt(
     def words(count: int) -> list[int]:
         return torch.randint(3, FIRST_SPECIAL, (count,), generator=generator).tolist()
 
-    ids = torch.tensor([[*words(before), *filled, *words(after)]])
+    if _encodes_images_alone(family.model):
+        return {"decoder_input_ids": torch.tensor([words(before + after)]), **pixels}
+    start, end = (_ids(family.model.config, names) for names in (STARTS, ENDS))
+    left, right = words(before), words(after)
+    left[len(left) - len(start) :], right[: len(end)] = start, end
+    ids = torch.tensor([[*left, *filled, *right]])
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
     if hasattr(family.model.config, "canvas_length"):  # the tokens that a diffusion model refines
         prompt["decoder_input_ids"] = torch.arange(3, 3 + family.model.config.canvas_length)[None]
     if "image_attention_mask" in parameters:  # which images a token sees
         prompt["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
+    if "image_embeds_position_mask" in parameters:
+        prompt["image_embeds_position_mask"] = (ids == token).long()
+    if "bbox" in parameters:  # where each word stands on the page
+        prompt["bbox"] = torch.zeros(*ids.shape, 4)
+    if "state" in parameters:  # of a robot, whose actions a diffusion model refines
+        prompt |= _robot(family.model.config) | {"pixel_values": pixels["pixel_values"][:, None]}
     kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
     prefix = family.model_type in PREFIX_LM
     return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
@@ -67,7 +83,7 @@ def image_prompt(
 
 def image_token(family: FamilyModel) -> int | None:
     """Return the placeholder id of an image's features; None if prompts hold no placeholders."""
-    config = family.model.config
+    config = getattr(family.model.config, "vlm_config", None) or family.model.config
     for name in (
         "image_token_id",
         "image_token_index",
@@ -85,6 +101,9 @@ def image_token(family: FamilyModel) -> int | None:
 def image_tokens(family: FamilyModel, pixels: dict[str, Tensor]) -> int:
     """Return the number of rows that the encoder computes from these pixels."""
     encode = encoder_of(family)
+    queries = getattr(family.model.config, "latent_query_num", None)
+    if isinstance(queries, int):
+        return queries
     if encode is None:
         return 1  # cross-attention: the image fills no tokens
     taken = _parameters(encode)
@@ -108,19 +127,21 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
         _number(vision, "image_size", 0) or _number(vision, "resolution", 24),
     )
     channels = _number(vision, "num_channels", 0) or _number(vision, "in_channels", 3)
-    rows, columns = GRID
     if family.model_type in CHANNELS_LAST:
         side = patch * _number(vision, "spatial_merge_size", 1)
         return {
             "pixel_values": noise(seed, 12, side, side, channels),
             "image_grid_thw": torch.tensor([[1, 3, 4]]),
         }
-    if "image_grid_thw" in taken:
-        width = channels * _number(vision, "temporal_patch_size", 1) * patch**2
-        return {
-            "pixel_values": noise(seed, rows * columns, width),
-            "image_grid_thw": torch.tensor([[1, rows, columns]]),
-        }
+    frames = _number(vision, "temporal_patch_size", 0) or _number(vision, "patch_temporal", 1)
+    sizes = ImageSizes(
+        family.model_type, patch, size, channels, frames, _number(model.config, "merge_size", 2)
+    )
+    for name, layout in LAYOUTS.items():
+        if name in taken:
+            return layout(sizes, seed)
+    if family.model_type in TILED:
+        return {"pixel_values": noise(seed, 1, 1, channels, size, size)}
     if "image_position_ids" in taken:
         positions = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1)
         return {
@@ -173,10 +194,15 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
     return {"pixel_values": noise(seed, 1, channels, size, size)}
 
 
+def _ids(config: Any, names: tuple[str, ...]) -> list[int]:
+    """Return the first id that the configuration has for one of the names, if any."""
+    return [value for name in names if isinstance(value := getattr(config, name, None), int)][:1]
+
+
 def encoder_of(family: FamilyModel) -> Any:
-    """Return the function that computes an image's features, or a video's; None if it is no function of its own."""
+    """Return the function that computes the features of an image or a video; None if there is none."""
     base = family.model.base_model
-    parts = (base, getattr(base, "encoder", None))
+    parts = (base, getattr(base, "encoder", None), getattr(base, "vlm", None))
     names = ("get_image_features", "get_video_features")
     found = (getattr(part, name, None) for part in parts for name in names)
     return next((function for function in found if function is not None), None)
@@ -185,8 +211,26 @@ def encoder_of(family: FamilyModel) -> Any:
 def vision_config(family: FamilyModel) -> Any:
     """Return the encoder's part of the configuration; the whole one if it has no such part."""
     config = family.model.config
-    parts = (getattr(config, name, None) for name in ("vision_config", "vq_config"))
-    return next((part for part in parts if part is not None), config)
+    outer = getattr(config, "vlm_config", None) or getattr(config, "encoder", None) or config
+    parts = (getattr(outer, name, None) for name in ("vision_config", "vq_config"))
+    return next((part for part in parts if part is not None), outer)
+
+
+def _robot(config: Any) -> dict[str, Tensor]:
+    """Return the state of a robot with one camera, and the noise of its next actions."""
+    return {
+        "state": noise(7, 1, config.max_state_dim),
+        "noise": noise(8, 1, config.chunk_size, config.max_action_dim),
+        "timestep": torch.tensor([0.5]),
+        "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
+    }
+
+
+def _encodes_images_alone(model: Any) -> bool:
+    """Whether the model has an encoder that sees no text, and a decoder that attends to it."""
+    if not model.config.is_encoder_decoder:
+        return False
+    return "input_ids" not in _parameters(model.get_encoder().forward)
 
 
 def _parameters(function: Any) -> set[str]:

@@ -1,6 +1,7 @@
 """An encoder of one convolution, where a family's own needs a package that is not installed (timm).
 
-The family's projection, merge and decoder stay its own. ``AutoModel.register`` is transformers' way to add models.
+The family's projection, merge and decoder stay its own. ``AutoModel.register`` is transformers' way to add
+models.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ class StandInConfig(Gemma3nVisionConfig):
 
 
 class StandInEncoder(PreTrainedModel):
-    """Turns pixels ``[images, 3, height, width]`` into features ``[images, WIDTH, height / 4, width / 4]``."""
+    """Turns pixels ``[images, 3, height, width]`` into features ``[images, WIDTH, height / 4, width / 4]``.
+
+    With ``model_args``, as a transformer of timm has them, the features are ``[images, places, WIDTH]``.
+    """
 
     config_class = StandInConfig
 
@@ -32,10 +36,13 @@ class StandInEncoder(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Compute the features; other arguments are ignored."""
-        return BaseModelOutputWithPooling(last_hidden_state=self.embed(pixel_values))
+        features = self.embed(pixel_values)
+        if self.config.model_args is not None:
+            features = features.flatten(2).transpose(1, 2)
+        return BaseModelOutputWithPooling(last_hidden_state=features)
 
 
-def stand_in_config() -> StandInConfig:
+def stand_in_config(*, model_args: dict[str, int] | None = None) -> StandInConfig:
     """Return the configuration of an encoder that ``AutoModel`` can build."""
     AutoModel.register(StandInConfig, StandInEncoder, exist_ok=True)
-    return StandInConfig(hidden_size=WIDTH, vocab_size=8, vocab_offset=192)
+    return StandInConfig(hidden_size=WIDTH, vocab_size=8, vocab_offset=192, model_args=model_args)
