@@ -98,8 +98,8 @@ class Preparing(nn.Module):
         raise AssertionError("only its arguments are asked for")
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, known: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in known.items() if name != "pixel_values"}
-        return rest | {"mm_encoder_outputs": {"image": known["pixel_values"] * 2}}
+        pixels = known.pop("pixel_values")  # the library's method changes the given arguments, too
+        return known | {"mm_encoder_outputs": {"image": pixels * 2}}
 
     def _prepare_position_ids_for_generation(self, input_ids: Tensor, known: dict[str, Any]) -> Tensor:
         return input_ids + len(known)

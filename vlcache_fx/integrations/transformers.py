@@ -125,7 +125,7 @@ class EncodersFirst:
         if positions is not None:
             inputs["position_ids"] = positions
         prepared = getattr(self._model, PREPARE_ENCODERS)(inputs)
-        taken = {name: None for name in self._required if name in inputs}  # pixels without a default
+        taken = {name: None for name in self._required if name in given}  # pixels without a default
         return (), taken | prepared
 
     def positions(self, inputs: dict[str, Any]) -> Tensor | None:
