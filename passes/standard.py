@@ -14,6 +14,7 @@ from vlcache_fx.passes.cleanup import (
     AnchorSizes,
     CanonicaliseConvolutions,
     CanonicaliseFlex,
+    CanonicalNames,
     DenseDeepstack,
     DropEmptyCats,
     DropMergeChecks,
@@ -21,6 +22,8 @@ from vlcache_fx.passes.cleanup import (
     FoldRepeatedHeads,
     FuseAttention,
     InvertPermutations,
+    MergeAdditions,
+    WrittenMerges,
 )
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
@@ -45,9 +48,12 @@ from vlcache_fx.spec.slots import Rows
 CLEANUP = Pipeline(
     (
         AnchorSizes(),
+        CanonicalNames(),
         DropNoops(),
         DropEmptyCats(),
         DenseDeepstack(),
+        MergeAdditions(),
+        WrittenMerges(),
         DropMergeChecks(),
         CanonicaliseConvolutions(),
         CanonicaliseFlex(),

@@ -1,6 +1,7 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
+from vlcache_fx.passes.cleanup.canonical_names import CanonicalNames
 from vlcache_fx.passes.cleanup.canonicalise_convolutions import CanonicaliseConvolutions
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
@@ -10,9 +11,12 @@ from vlcache_fx.passes.cleanup.drop_noops import DropNoops
 from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
+from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
+from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
     "AnchorSizes",
+    "CanonicalNames",
     "CanonicaliseConvolutions",
     "CanonicaliseFlex",
     "DenseDeepstack",
@@ -22,4 +26,6 @@ __all__ = [
     "FoldRepeatedHeads",
     "FuseAttention",
     "InvertPermutations",
+    "MergeAdditions",
+    "WrittenMerges",
 ]

@@ -16,6 +16,8 @@ aten = torch.ops.aten
 class DenseDeepstack(Pass):
     """``x[mask] = x[mask] + features`` becomes ``where(mask, x + scatter_rows(features, mask), x)``.
 
+    The write is an ``index_put`` or a ``masked_scatter``.
+
     Deepstack features then enter the residual stream token by token, without a size that depends on data, and
     a single node maps features to rows.
     """
@@ -51,17 +53,12 @@ class DenseDeepstack(Pass):
 
 
 def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
-    """Match ``index_put(x, [mask], read + features)`` with ``read = index(x, [mask])``.
+    """Match a write of ``read + features`` to ``x`` at ``mask``, with ``read = index(x, [mask])``.
 
     Returns:
         ``(x, mask, read, features)``, or None.
     """
-    if packet_of(node) is not aten.index_put:
-        return None
-    if node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False):
-        return None
-    stream, indices, total = node.args[:3]
-    mask = _only_mask(indices)
+    stream, mask, total = _write(node)
     if mask is None or not isinstance(stream, Node) or not isinstance(total, Node):
         return None
     if total.target is not aten.add.Tensor or total.kwargs:
@@ -69,12 +66,45 @@ def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
     for read, features in (total.args, total.args[::-1]):
         if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
             continue
-        if read.args[0] is stream and _only_mask(read.args[1]) is mask and _fits(stream, features):
-            return stream, mask, read, features
+        given = only_mask(read.args[1])
+        if read.args[0] is stream and given is not None and by_token(given) is by_token(mask):
+            return (stream, given, read, features) if fits(stream, features) else None
     return None
 
 
-def _only_mask(indices: object) -> Node | None:
+def _write(node: Node) -> tuple[object, Node | None, object]:
+    """Match ``index_put(x, [mask], rows)`` or ``masked_scatter(x, mask [batch, tokens, 1], rows)``.
+
+    Returns:
+        ``(x, mask, rows)``; no mask if the node is no such write.
+    """
+    if packet_of(node) is aten.index_put:
+        accumulates = node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate", False)
+        return node.args[0], None if accumulates else only_mask(node.args[1]), node.args[2]
+    if packet_of(node) is not aten.masked_scatter:
+        return None, None, None
+    stream, mask, rows = node.args
+    assert isinstance(mask, Node)
+    while isinstance(rows, Node) and packet_of(rows) in (aten.view, aten.reshape):
+        rows = rows.args[0]
+    shape = shape_of(mask)
+    return stream, mask if len(shape) == 3 and shape[-1] == 1 else None, rows
+
+
+def by_token(mask: Node) -> Node:
+    """Return the tensor of which ``mask`` is a view with or without a last dimension of size 1."""
+    while True:
+        source = mask.args[0] if mask.args else None
+        if not isinstance(source, Node) or packet_of(mask) not in (aten.squeeze, aten.unsqueeze):
+            return mask
+        smaller, larger = sorted((shape_of(source), shape_of(mask)), key=len)
+        if [str(size) for size in larger] != [*map(str, smaller), "1"]:
+            return mask
+        mask = source
+
+
+def only_mask(indices: object) -> Node | None:
+    """Return the mask [batch, tokens] of an index that is a mask and nothing else; else None."""
     given = indices if isinstance(indices, list | tuple) else ()
     if not given or not isinstance(given[0], Node) or any(index is not None for index in given[1:]):
         return None
@@ -82,7 +112,7 @@ def _only_mask(indices: object) -> Node | None:
     return mask if mask.meta["val"].dtype == torch.bool and len(shape_of(mask)) == 2 else None
 
 
-def _fits(stream: object, features: Node) -> bool:
+def fits(stream: object, features: Node) -> bool:
     """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False

@@ -71,6 +71,52 @@ def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
     return Program(fx.GraphModule(torch.nn.Module(), graph))
 
 
+def scattered(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
+    """Return a program of ``x.masked_scatter(mask[..., None], (x[mask] + features).view(-1))``."""
+    program = added(call, **change)
+    (put,) = program.graph.find_nodes(op="call_function", target=aten.index_put.default)
+    x, (mask,), total = put.args
+    mode, make = x.meta["val"].fake_mode, program.graph.call_function
+    with program.graph.inserting_before(put), mode:
+        (read,) = program.graph.find_nodes(op="call_function", target=aten.index.Tensor)
+        wide = make(aten.unsqueeze.default, (mask, change.get("dim", -1)))
+        wide.meta["val"] = mask.meta["val"].unsqueeze(change.get("dim", -1))
+        with program.graph.inserting_before(read):
+            narrow = make(aten.squeeze.dim, (wide, -1)) if change.get("narrow") else mask
+        if narrow is not mask:
+            read.prepend(wide)
+            read.prepend(narrow)
+            narrow.meta["val"] = mask.meta["val"]
+            read.args = (read.args[0], [narrow])
+        flat = make(aten.view.default, (total, [-1]))
+        flat.meta["val"] = torch.empty(12)
+        result = make(aten.masked_scatter.default, (x, wide, flat))
+        result.meta["val"] = put.meta["val"]
+    put.replace_all_uses_with(result)
+    program.graph.erase_node(put)
+    program.graph_module.recompile()
+    return program
+
+
+@pytest.mark.parametrize("change", [{}, {"order": -1}, {"narrow": True}], ids=str)
+def test_numbers_of_masked_scatter(change: dict[str, Any]) -> None:
+    program, call = scattered(**change), inputs()
+    (want,) = program.graph_module(**call)
+    assert DenseDeepstack().run(program)
+    program.graph.lint()
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    assert not program.graph.find_nodes(op="call_function", target=aten.masked_scatter.default)
+    assert torch.equal(program.graph_module(**call)[0], want)
+
+
+@pytest.mark.parametrize(
+    "change", [{"into": "other_mask"}, {"read": "other_x"}, {"features": "wide"}, {"dim": 0}], ids=str
+)
+def test_keeps_other_scatters(change: dict[str, Any]) -> None:
+    assert unchanged(DenseDeepstack(), scattered(**change))
+
+
 def test_graph(golden: Callable[[str, str], None]) -> None:
     golden("dense_deepstack", before_and_after(DenseDeepstack(), added()))
 

@@ -123,7 +123,7 @@ def small_values(
         if name in IGNORED:
             continue
         if isinstance(value, dict) and (
-            name in PARTS or name.endswith("_config") and value.get("model_type")
+            name in PARTS or (name.endswith("_config") and value.get("model_type"))
         ):
             part = name not in TEXT_PARTS
             small[name] = small_values(value, special, vision=part)

@@ -184,6 +184,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma3n": {"vision_soft_tokens_per_image": 36},
     "granite_docling": {"vision_config.scale_factor": 2},
+    "idefics": {"alpha_initializer": "ones"},
     "instructblip": {"num_query_tokens": 9, "image_token_index": 190},
     "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
