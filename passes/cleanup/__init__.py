@@ -1,5 +1,6 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
+from vlcache_fx.passes.cleanup.added_merges import AddedMerges
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
@@ -13,6 +14,7 @@ from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
 from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
+    "AddedMerges",
     "AnchorSizes",
     "CanonicaliseFlex",
     "DenseDeepstack",
