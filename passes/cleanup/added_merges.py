@@ -1,21 +1,23 @@
-"""Rewrite features that are added to the placeholders' embeddings as a merge and an addition."""
+"""Rewrite features that are added to the placeholders' embeddings as a merge of the sums."""
 
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
+from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import packet_of
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.cleanup.dense_deepstack import by_token
 
 aten = torch.ops.aten
 
 
 class AddedMerges(Pass):
-    """``masked_scatter(x, mask, x[mask] + features)`` becomes a merge of the features plus ``x`` at the mask.
+    """``masked_scatter(x, mask, x[mask] + features)`` becomes a merge of rows ``features + weight[token]``.
 
-    That is ``masked_scatter(x, mask, features) + masked_fill(x, ~mask, 0)``. Features alone then enter at the
-    merge, where analysis looks for them, and no size depends on data.
+    That is equal for ``x = embedding(weight, ids)`` and ``mask = ids == token``: all placeholders have one
+    embedding. No size then depends on data, and features of any number can be matched with placeholders.
     """
 
     name: ClassVar[str] = "added_merges"
@@ -27,46 +29,59 @@ class AddedMerges(Pass):
             parts = _sum(node)
             if parts is None:
                 continue
-            embeddings, mask, features = parts
-            call, values = program.graph.call_function, node.meta["val"]
-            with program.graph.inserting_before(node):
-                merge = call(aten.masked_scatter.default, (embeddings, mask, features))
-                others = call(aten.logical_not.default, (mask,))
-                placeholders = call(aten.masked_fill.Scalar, (embeddings, others, 0))
-                result = call(aten.add.Tensor, (merge, placeholders))
-            others.meta["val"] = mask.meta["val"]
-            merge.meta["val"] = placeholders.meta["val"] = result.meta["val"] = values
-            for made in (merge, others, placeholders, result):
+            features, weight, token = parts
+            embeddings, mask, _ = node.args
+            call, width = program.graph.call_function, shape_of(node)[-1]
+            with program.graph.inserting_before(node), node.meta["val"].fake_mode:
+                rows = call(aten.view.default, (features, [-1, width]))
+                rows.meta["val"] = features.meta["val"].view(-1, width)
+                placeholder = call(aten.select.int, (weight, 0, token))
+                placeholder.meta["val"] = weight.meta["val"].select(0, token)
+                total = call(aten.add.Tensor, (rows, placeholder))
+                total.meta["val"] = rows.meta["val"] + placeholder.meta["val"]
+                merge = call(aten.masked_scatter.default, (embeddings, mask, total))
+                merge.meta["val"] = node.meta["val"]
+            for made in (rows, placeholder, total, merge):
                 made.meta["stack_trace"] = node.meta.get("stack_trace")
-            node.replace_all_uses_with(result)
+            node.replace_all_uses_with(merge)
             program.graph.erase_node(node)
             changed = True
         return changed
 
 
-def _sum(node: Node) -> tuple[Node, Node, Node] | None:
-    """Match ``masked_scatter(x, mask, index(x, [mask]) + features)`` with a mask of the shape of ``x``.
+def _sum(node: Node) -> tuple[Node, Node, int] | None:
+    """Match the merge of a sum, with a mask of the shape of the embeddings and features of one dimension.
 
     Returns:
-        ``(x, mask, features)``, or None.
+        ``(features, weight, token)``, or None.
     """
     if packet_of(node) is not aten.masked_scatter:
         return None
     embeddings, mask, total = node.args
-    if not isinstance(total, Node) or total.target is not aten.add.Tensor or total.kwargs:
+    if not (isinstance(embeddings, Node) and isinstance(mask, Node) and isinstance(total, Node)):
         return None
+    if total.target is not aten.add.Tensor or total.kwargs:
+        return None
+    found = _placeholder(embeddings, mask)
     for read, features in (total.args, total.args[::-1]):
         if not isinstance(read, Node) or packet_of(read) is not aten.index or not isinstance(features, Node):
             continue
-        assert isinstance(embeddings, Node)
-        assert isinstance(mask, Node)
         source, indices = read.args
         same = source is embeddings and isinstance(indices, list | tuple) and list(indices) == [mask]
-        if same and len(features.meta["val"].shape) == 1 and _same_shape(embeddings, mask):
-            return embeddings, mask, features
+        elements = len(shape_of(embeddings)) == len(shape_of(mask)) and len(shape_of(features)) == 1
+        if found is not None and same and elements:
+            return features, *found
     return None
 
 
-def _same_shape(embeddings: Node, mask: Node) -> bool:
-    """Whether the mask names elements: with fewer dimensions, ``index`` reads rows."""
-    return len(embeddings.meta["val"].shape) == len(mask.meta["val"].shape)
+def _placeholder(embeddings: Node, mask: Node) -> tuple[Node, int] | None:
+    """Match ``embedding(weight, ids)`` and a mask ``ids == token``; return ``(weight, token)``, or None."""
+    source = mask.args[0] if packet_of(mask) is aten.expand else mask
+    mask = by_token(source) if isinstance(source, Node) else mask
+    if packet_of(embeddings) is not aten.embedding or mask.target is not aten.eq.Scalar:
+        return None
+    weight, ids = embeddings.args[:2]
+    compared, token = mask.args
+    if ids is not compared or not isinstance(weight, Node) or not isinstance(token, int):
+        return None
+    return weight, token

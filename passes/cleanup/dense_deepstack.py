@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from vlcache_fx.analysis.decoder.merge import SCATTER_ROWS
 from vlcache_fx.analysis.tokens.axis import shape_of
@@ -116,5 +117,5 @@ def fits(stream: object, features: Node) -> bool:
     """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False
-    same_width = str(shape_of(stream)[-1]) == str(shape_of(features)[-1])
+    same_width = statically_known_true(sym_eq(shape_of(stream)[-1], shape_of(features)[-1]))
     return same_width and stream.meta["val"].dtype == features.meta["val"].dtype

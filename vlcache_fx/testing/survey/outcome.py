@@ -179,6 +179,8 @@ def _expect(engine: Engine, mode: str, expected: str) -> None:
 
 def _refused(engine: Engine) -> tuple[str, str]:
     refusal = next(iter(engine.refusals), None)
+    if refusal is None and engine.last_report is None:
+        return "not reused", "no compiled graph computes a prompt: its encoder is called apart from `forward`"
     if refusal is None:
         return "not reused", str(_report(engine)["reason"])
     return f"refused: {refusal.reason.value}", refusal.detail
