@@ -14,6 +14,7 @@ from vlcache_fx.passes.cleanup import (
     AddedMerges,
     AnchorSizes,
     CanonicaliseFlex,
+    CanonicalNames,
     DenseDeepstack,
     DropEmptyCats,
     DropMergeChecks,
@@ -45,6 +46,7 @@ from vlcache_fx.spec.slots import Rows
 CLEANUP = Pipeline(
     (
         AnchorSizes(),
+        CanonicalNames(),
         DropNoops(),
         DropEmptyCats(),
         DenseDeepstack(),

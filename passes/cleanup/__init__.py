@@ -2,6 +2,7 @@
 
 from vlcache_fx.passes.cleanup.added_merges import AddedMerges
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
+from vlcache_fx.passes.cleanup.canonical_names import CanonicalNames
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
 from vlcache_fx.passes.cleanup.dense_deepstack import DenseDeepstack
 from vlcache_fx.passes.cleanup.drop_empty_cats import DropEmptyCats
@@ -16,6 +17,7 @@ from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 __all__ = [
     "AddedMerges",
     "AnchorSizes",
+    "CanonicalNames",
     "CanonicaliseFlex",
     "DenseDeepstack",
     "DropEmptyCats",

@@ -98,8 +98,8 @@ class Preparing(nn.Module):
         raise AssertionError("only its arguments are asked for")
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, known: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in known.items() if name != "pixel_values"}
-        return rest | {"mm_encoder_outputs": {"image": known["pixel_values"] * 2}}
+        pixels = known.pop("pixel_values")  # the library's method changes the given arguments, too
+        return known | {"mm_encoder_outputs": {"image": pixels * 2}}
 
     def _prepare_position_ids_for_generation(self, input_ids: Tensor, known: dict[str, Any]) -> Tensor:
         return input_ids + len(known)
@@ -142,6 +142,23 @@ def test_encoders_first_keeps_given_positions() -> None:
     assert EncodersFirst(Preparing())((), call)[1]["position_ids"] is IDS
     kwargs = EncodersFirst(Counting())((IDS,), {"pixel_values": PIXELS})[1]
     assert set(kwargs) == {"input_ids", "mm_encoder_outputs"}
+
+
+class PixelsFirst(Preparing):
+    """A model whose ``forward`` requires pixels."""
+
+    def forward(  # type: ignore[override]
+        self, pixel_values: Any, input_ids: Any = None, mm_encoder_outputs: Any = None
+    ) -> None:
+        raise AssertionError("only its arguments are asked for")
+
+
+@torch.no_grad()
+def test_encoders_first_gives_required_parameters() -> None:
+    kwargs = EncodersFirst(PixelsFirst())((PIXELS, IDS), {})[1]
+    assert kwargs["pixel_values"] is None
+    assert kwargs["input_ids"] is IDS
+    assert torch.equal(kwargs["mm_encoder_outputs"]["image"], PIXELS * 2)
 
 
 @pytest.mark.parametrize(

@@ -279,6 +279,25 @@ def test_encoder_cache_positional_and_keyword_arguments(cache: EncoderCache, enc
     assert encoder.calls == [8, 8, 8]
 
 
+class TwoScales(nn.Module):
+    """An encoder whose second parameter is no grid."""
+
+    def forward(self, pixel_values: Tensor, fine_pixels: Tensor) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=pixel_values + fine_pixels)
+
+
+@torch.no_grad()
+def test_encoder_cache_second_argument_is_no_grid() -> None:
+    module = TwoScales().eval()
+    cache = EncoderCache(module.forward, module, "image", Engine(Options(lowering="eager")))
+    coarse, fine = torch.ones(1, 3, 2, 2), torch.full((1, 3, 2, 2), 2.0)
+    for _ in range(2):
+        assert torch.equal(cache(coarse, fine).pooler_output, coarse + fine)
+    assert torch.equal(cache(coarse, 2 * fine).pooler_output, coarse + 2 * fine)
+
+
 def images(*values: float) -> Tensor:
     return torch.tensor(values)[:, None, None, None].expand(-1, 3, 2, 2).contiguous()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -57,13 +58,14 @@ class EncoderCache:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
         self._weights = EncoderWeights(module, encode)
         self._pixels_name, self.grids_name = PIXELS[modality]
+        self._parameters = _parameters(encode) or PIXELS[modality]
         self._classes: dict[str, type] = {}
         self._pace = Pace()
         self._split = True  # until a result cannot be split into items
 
     def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments by name."""
-        return dict(zip((self._pixels_name, self.grids_name), args, strict=False)) | dict(kwargs)
+        return dict(zip(self._parameters, args, strict=False)) | dict(kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the arguments and return the result of the encoder's own method."""
@@ -289,6 +291,12 @@ class EncoderCache:
             return output_class(**{name: value for name, (_, value) in parts[0].items()})
         fields = join_items(parts)
         return None if fields is None else output_class(**fields)
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of parameters that can be given by position: a second one is not always the grids."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, one in inspect.signature(function).parameters.items() if one.kind in kinds)
 
 
 def _tensors(call: dict[str, Any]) -> Item:

@@ -93,8 +93,10 @@ class EncodersFirst:
 
     def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        parameters = list(inspect.signature(model.forward).parameters)
-        self._names = parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._names = list(parameters)
+        positional = (one for one in parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD)
+        self._required = [one.name for one in positional if one.default is one.empty]
         offered = all(callable(getattr(model, name, None)) for name in (PREPARE_ENCODERS, PREPARE_POSITIONS))
         self.is_supported = OUTPUTS in parameters and offered
 
@@ -122,7 +124,9 @@ class EncodersFirst:
         positions = self.positions(inputs)
         if positions is not None:
             inputs["position_ids"] = positions
-        return (), getattr(self._model, PREPARE_ENCODERS)(inputs)
+        prepared = getattr(self._model, PREPARE_ENCODERS)(inputs)
+        taken = {name: None for name in self._required if name in given}  # pixels without a default
+        return (), taken | prepared
 
     def positions(self, inputs: dict[str, Any]) -> Tensor | None:
         """Return multimodal positions for a call without positions; None if they only count tokens."""

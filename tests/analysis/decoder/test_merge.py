@@ -52,6 +52,20 @@ def test_find_merges_two_modalities() -> None:
     assert sites[0].node in facts.encoder
 
 
+def updated_rows(x: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+    x = x.masked_scatter(mask[..., None], features)
+    x = x.masked_scatter(mask[..., None], x * 2)
+    return (x + attend(x))[:, -1]
+
+
+def test_rows_of_the_embeddings_are_no_features() -> None:
+    mask = torch.tensor([[False, True, True, False]])
+    call = {"x": torch.randn(1, 4, 4), "features": torch.randn(2, 4), "mask": mask}
+    graph = capture(updated_rows, call).graph_module.graph
+    (merge,) = find_merges(graph, find_sites(graph))
+    assert merge.features.op == "placeholder"
+
+
 def test_find_merges_none() -> None:
     captured, _ = captured_graph(tiny_vlm(), tiny_vlm_inputs(4, 3, []))
     facts = analyze(captured)

@@ -72,7 +72,7 @@ def added(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
 
 
 def scattered(call: dict[str, Tensor] | None = None, **change: Any) -> Program:
-    """Return a program of ``x.masked_scatter(mask, (x[mask] + features).view(-1))``, mask [batch, tokens, 1]."""
+    """Return a program of ``x.masked_scatter(mask[..., None], (x[mask] + features).view(-1))``."""
     program = added(call, **change)
     (put,) = program.graph.find_nodes(op="call_function", target=aten.index_put.default)
     x, (mask,), total = put.args

@@ -36,7 +36,10 @@ class Merge:
 
 
 def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
-    """Return the merges that ``sites`` depend on, in graph order (often one per modality)."""
+    """Return the merges that ``sites`` depend on, in graph order (often one per modality).
+
+    A write of rows that are computed from the embeddings is no merge.
+    """
     needed = ancestors([site.node for site in sites])
     merges = []
     for node in graph.nodes:
@@ -45,7 +48,8 @@ def find_merges(graph: Graph, sites: tuple[Site, ...]) -> tuple[Merge, ...]:
             assert isinstance(embeddings, Node)
             assert isinstance(mask, Node)
             assert isinstance(features, Node)
-            merges.append(Merge(node, embeddings, mask, features))
+            if embeddings not in ancestors([features]):
+                merges.append(Merge(node, embeddings, mask, features))
     return tuple(merges)
 
 

@@ -31,8 +31,8 @@ STATIC_FIRST = frozenset({"gemma4"})
 """Families that are traced with static lengths first: with symbolic lengths, their check of the number of
 features contradicts torch's constraints."""
 FORWARD_ALONE = frozenset({"blip", "blip-2", "diffusion_gemma", "instructblip", "instructblipvideo", "pi0"})
-"""Families whose ``generate()`` runs parts of the model itself and never calls ``forward``: calls of ``forward``
-are compared."""
+"""Families whose ``generate()`` never calls ``forward``, but parts of the model: calls of ``forward`` are
+compared."""
 
 COMPILED_PARTS = {"diffusion_gemma": "model.encoder", "kosmos-2": "text_model"}
 """Part that computes the prompt, and is compiled instead of the whole model: the rest computes no prompt."""
@@ -165,7 +165,7 @@ def _report(engine: Engine) -> dict[str, Any]:
 
 
 def _mode(engine: Engine, call: Callable[[], object]) -> str:
-    """Return how the graphs of ``call`` ran: a cold one counts, since decoding steps may be warm behind it."""
+    """Return how the graphs of ``call`` ran; one that was cold decides, since decoding steps may be warm."""
     before = engine.stats()["calls"]
     call()
     after = engine.stats()["calls"]

@@ -14,7 +14,7 @@ from vlcache_fx.testing.survey.families import FamilyModel
 from vlcache_fx.testing.survey.layouts import LAYOUTS, ImageSizes
 
 CHANNELS_LAST = frozenset({"inkling2"})
-"""Families whose encoders take the pixels of an image token each, channels last, and count grids in tokens."""
+"""Families whose encoders take the pixels of each token, channels last, and count grids in tokens."""
 
 TILED = frozenset({"perception_lm"})
 """Families whose images are batches of tiles."""
@@ -200,7 +200,7 @@ def _ids(config: Any, names: tuple[str, ...]) -> list[int]:
 
 
 def encoder_of(family: FamilyModel) -> Any:
-    """Return the function that computes an image's features, or a video's; None if it is no function of its own."""
+    """Return the function that computes the features of an image or a video; None if there is none."""
     base = family.model.base_model
     parts = (base, getattr(base, "encoder", None), getattr(base, "vlm", None))
     names = ("get_image_features", "get_video_features")

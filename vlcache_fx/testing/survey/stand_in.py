@@ -1,6 +1,7 @@
 """An encoder of one convolution, where a family's own needs a package that is not installed (timm).
 
-The family's projection, merge and decoder stay its own. ``AutoModel.register`` is transformers' way to add models.
+The family's projection, merge and decoder stay its own. ``AutoModel.register`` is transformers' way to add
+models.
 """
 
 from __future__ import annotations

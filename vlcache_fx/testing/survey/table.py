@@ -27,9 +27,8 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     ]
     others = defaultdict(list)
     for outcome in outcomes:
-        if outcome.model_type not in NAMED:
-            if outcome.results:
-                others[_group(outcome)].append(outcome.model_type)
+        if outcome.model_type not in NAMED and outcome.results:
+            others[_group(outcome)].append(outcome.model_type)
     if others:
         lines += ["", "Others, with the same test:", ""]
         lines += [f"- {group}: {', '.join(names)}" for group, names in sorted(others.items())]
