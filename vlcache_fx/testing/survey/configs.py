@@ -1,7 +1,7 @@
 """Small configurations: the defaults of a family with small sizes.
 
 Sizes are recognised by names that configurations share, which usually works for new families of later
-versions of transformers. ``families.py`` has corrections per family.
+versions of transformers. ``corrections.py`` has corrections per family.
 """
 
 from __future__ import annotations
