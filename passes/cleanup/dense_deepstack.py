@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from vlcache_fx.analysis.decoder.merge import SCATTER_ROWS
 from vlcache_fx.analysis.tokens.axis import shape_of
@@ -69,7 +68,7 @@ def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
             continue
         given = only_mask(read.args[1])
         if read.args[0] is stream and given is not None and by_token(given) is by_token(mask):
-            return (stream, given, read, features) if fits(stream, features) else None
+            return (stream, given, read, features) if _fits(stream, features) else None
     return None
 
 
@@ -113,9 +112,9 @@ def only_mask(indices: object) -> Node | None:
     return mask if mask.meta["val"].dtype == torch.bool and len(shape_of(mask)) == 2 else None
 
 
-def fits(stream: object, features: Node) -> bool:
+def _fits(stream: object, features: Node) -> bool:
     """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False
-    same_width = statically_known_true(sym_eq(shape_of(stream)[-1], shape_of(features)[-1]))
+    same_width = str(shape_of(stream)[-1]) == str(shape_of(features)[-1])
     return same_width and stream.meta["val"].dtype == features.meta["val"].dtype
