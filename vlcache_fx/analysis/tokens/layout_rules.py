@@ -218,6 +218,16 @@ def _stack(node: Node, axes: Axes) -> TokenFlow:
     return TokenFlow(flow.axis.at(flow.dim + (dim <= flow.dim)), flow.gathers)
 
 
+def _index_copy(node: Node, axes: Axes) -> TokenFlow:
+    tensor, dim, index, source = node.args
+    if index in axes or not isinstance(tensor, Node) or not isinstance(source, Node):
+        raise lost(node, "its places depend on tokens")
+    flow = joined(node, [tensor, source], axes)
+    if dimension(dim, rank_of(node)) == flow.dim:
+        raise lost(node, "it writes to places along the token axis")
+    return flow
+
+
 def joined(node: Node, parts: Sequence[Node], axes: Axes) -> TokenFlow:
     """Return the flow of a join of tensors with equal token axes; operands without one are gathered."""
     found = [with_token_dim(node, axes[part]) for part in parts if part in axes]
@@ -260,6 +270,7 @@ LAYOUT_RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.unbind: _unbind,
         aten.select: _select,
         aten.index_select: _index_select,
+        aten.index_copy: _index_copy,
         aten.cat: _cat,
         aten.stack: _stack,
         aten.view_as_complex: _as_complex,
