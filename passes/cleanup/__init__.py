@@ -1,5 +1,6 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
+from vlcache_fx.passes.cleanup.added_merges import AddedMerges
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonical_names import CanonicalNames
 from vlcache_fx.passes.cleanup.canonicalise_convolutions import CanonicaliseConvolutions
@@ -15,6 +16,7 @@ from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
 from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
+    "AddedMerges",
     "AnchorSizes",
     "CanonicalNames",
     "CanonicaliseConvolutions",
