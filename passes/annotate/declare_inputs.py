@@ -22,9 +22,9 @@ from vlcache_fx.spec.slots import (
     Keep,
     Last,
     Own,
-    PieceEnd,
-    PieceStart,
     Positions,
+    RecordEnd,
+    RecordStart,
     Results,
     Rows,
     Source,
@@ -93,8 +93,8 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node
             return _donor_value(program, fakes, node)
         case JumpAt() | JumpMap():
             return fakes.tensor([1, fakes.size("jumps")], torch.int64, start.device)
-        case PieceStart() | PieceEnd():
-            return fakes.tensor([1, fakes.size("pieces")], torch.int64, start.device)
+        case RecordStart() | RecordEnd():
+            return fakes.tensor([1, fakes.size("records")], torch.int64, start.device)
         case Joined(width):
             return fakes.tensor([fakes.size(f"joined_{width}")], torch.int64, start.device)
         case Last(width):

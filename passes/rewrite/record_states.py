@@ -1,4 +1,4 @@
-"""Return the states that recurrent layers have at the ends of pieces, and what pieces make of them."""
+"""Return the states that recurrent layers have at the ends of records, and what records make of them."""
 
 import operator
 from typing import ClassVar
@@ -6,17 +6,17 @@ from typing import ClassVar
 import torch
 
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.spec.slots import Factor, Last, PieceEnd, PieceStart, Term
+from vlcache_fx.spec.slots import Factor, Last, RecordEnd, RecordStart, Term
 
 aten = torch.ops.aten
-PIECES = slice(10, 12)
-"""Arguments of ``vlcache.recur``: the pieces."""
+RECORDS = slice(10, 12)
+"""Arguments of ``vlcache.recur``: the records."""
 
 
 class RecordStates(Pass):
-    """Appends to the results, per piece, each recurrence's state and map, and each convolution's last inputs.
+    """Appends to the results, per record, each recurrence's state and map, and last inputs of convolutions.
 
-    A piece is some consecutive tokens of the prompt, see ``plan.jumps``.
+    A record is some consecutive tokens of the prompt, see ``plan.jumps``.
     """
 
     name: ClassVar[str] = "record_states"
@@ -37,8 +37,8 @@ class RecordStates(Pass):
             program.add_outputs([(tail.slot, taken)])
         for state in facts.states:
             node, layer, index = state.recurrence.node, state.layer, state.slot.index
-            arguments = [*node.args, *[None] * (PIECES.stop - len(node.args))]
-            arguments[PIECES] = [program.add_input(slot) for slot in (PieceStart(), PieceEnd())]
+            arguments = [*node.args, *[None] * (RECORDS.stop - len(node.args))]
+            arguments[RECORDS] = [program.add_input(slot) for slot in (RecordStart(), RecordEnd())]
             node.args = tuple(arguments)
             slots = (state.slot, Factor(layer, index), Term(layer, index))
             with graph.inserting_after(node):

@@ -1,7 +1,7 @@
 """Programs of a decoder with recurrent layers, for tests of passes.
 
-The prompt has 16 tokens, an item at 3 to 11. Its donor has maps of two pieces: from its start to ``CUT``, and
-from there to its end.
+The prompt has 16 tokens, an item at 3 to 11. Its donor has maps of two records: from its start to ``CUT``,
+and from there to its end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.standard import cold_program
 from vlcache_fx.plan.build import build_plan
-from vlcache_fx.plan.jumps import Piece
+from vlcache_fx.plan.jumps import Record
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.spec.slots import Factor, Inputs, Matrix, Residual, StoredSlot, Term
 from vlcache_fx.testing.graphs import TracedGraph, captured_graph
@@ -29,7 +29,7 @@ from .programs import Rows, nothing_stored, run
 START, LENGTH, TOKENS, CUT = 3, 9, 16, 2
 PROMPT = tiny_vlm_inputs(START, TOKENS - START - LENGTH, [(LENGTH, 0)])
 CUTS = (0, CUT, LENGTH)
-PIECES = (Piece(0, START), Piece(START, START + CUT), Piece(START + CUT, START + LENGTH))
+RECORDS = (Record(0, START), Record(START, START + CUT), Record(START + CUT, START + LENGTH))
 
 
 @functools.cache  # programs copy the graph, so tests can share it
@@ -41,7 +41,7 @@ def small(kinds: str, last_only: bool = True) -> tuple[Captured, TracedGraph, Te
         return captured, graph, model(**PROMPT), model
 
 
-def plan_of(program: Program, rows: int, pieces: Sequence[Piece] = (), hit: bool = True) -> Plan:
+def plan_of(program: Program, rows: int, records: Sequence[Record] = (), hit: bool = True) -> Plan:
     """Return a plan of ``PROMPT`` in which the item is a hit, with its first ``rows`` rows recomputed."""
     layers = program.decoder.num_layers
     return build_plan(
@@ -51,7 +51,7 @@ def plan_of(program: Program, rows: int, pieces: Sequence[Piece] = (), hit: bool
         policy=Rows((tuple(range(rows)),) * layers),
         budget=1.0,
         output_rows=program.decoder.tail_rows.positions(TOKENS),
-        pieces=pieces,
+        records=records,
     )
 
 
@@ -79,7 +79,7 @@ def unset(program: Program, maps: int = 2) -> dict[StoredSlot, Tensor]:
 def own_donors(captured: Captured, args: Sequence[Any]) -> dict[StoredSlot, Tensor]:
     """Return donor tables with the item of this call."""
     cold = cold_program(captured)
-    found = recorded(cold, args, plan_of(cold, 0, PIECES, hit=False))
+    found = recorded(cold, args, plan_of(cold, 0, RECORDS, hit=False))
     tables: dict[StoredSlot, Tensor] = {}
     dims = {frontier.slot: frontier.dim for frontier in cold.decoder.frontiers}
     dims[Residual()] = cold.decoder.tail_rows.axis
@@ -87,7 +87,7 @@ def own_donors(captured: Captured, args: Sequence[Any]) -> dict[StoredSlot, Tens
         value = found[str(slot)]
         match slot:
             case Inputs():
-                width = value.shape[-1] // len(PIECES)
+                width = value.shape[-1] // len(RECORDS)
                 tables[slot] = value[..., -width:]
             case Factor() | Term():
                 tables[slot] = value[0, 1:]

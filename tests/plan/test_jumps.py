@@ -1,4 +1,4 @@
-"""Jumps and pieces of recurrent decoders: the index tensors that programs read."""
+"""Jumps and records of recurrent decoders: the index tensors that programs read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.build import build_plan
 from vlcache_fx.plan.jumps import (
     Jump,
-    Piece,
+    Record,
     chosen_cut,
     cuts_of,
     joined,
     jump_at,
     last,
     own,
-    piece_bounds,
-    pieces_of,
+    record_bounds,
+    records_of,
 )
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.policies import get_policy
@@ -74,30 +74,30 @@ def test_states_jump_before_the_next_row(prompt: tuple[int, list[Jump]]) -> None
 
 
 @given(prompts(), st.data())
-def test_pieces_in_computed_rows(prompt: tuple[int, list[Jump]], data: st.DataObject) -> None:
+def test_records_in_computed_rows(prompt: tuple[int, list[Jump]], data: st.DataObject) -> None:
     num_tokens, jumps = prompt
     first = jumps[-1].end if jumps else 0
     start = data.draw(st.integers(first, num_tokens - 1))
-    pieces = [Piece(start, data.draw(st.integers(start + 1, num_tokens)))]
+    records = [Record(start, data.draw(st.integers(start + 1, num_tokens)))]
     rows = rows_of(num_tokens, jumps)
-    starts, ends = piece_bounds(pieces, rows)
+    starts, ends = record_bounds(records, rows)
     assert starts.shape == ends.shape == (1, 2)
-    assert rows[starts[0, 0] : ends[0, 0]].tolist() == list(range(start, pieces[0].end))
+    assert rows[starts[0, 0] : ends[0, 0]].tolist() == list(range(start, records[0].end))
     source = joined(jumps, rows, WIDTH)
     stored = {jump.tail * WIDTH + w: jump.end - WIDTH + w for jump in jumps for w in range(WIDTH)}
     tokens: list[int] = [-1] * WIDTH  # zeros, as for tokens before the prompt
     tokens += [stored[value] if value >= 0 else int(rows[-value - 1]) for value in source.tolist()]
-    found = [tokens[at] for at in last(pieces, jumps, rows, WIDTH)[:WIDTH].tolist()]
-    wanted = list(range(pieces[0].end - WIDTH, pieces[0].end))
+    found = [tokens[at] for at in last(records, jumps, rows, WIDTH)[:WIDTH].tolist()]
+    wanted = list(range(records[0].end - WIDTH, records[0].end))
     assert [max(token, -1) for token in found] == [max(token, -1) for token in wanted]
 
 
-def test_pieces_of_a_prompt() -> None:
+def test_records_of_a_prompt() -> None:
     """Text before items, items from cut to cut, and whole blocks of the last text."""
-    assert pieces_of(100, [(5, 40, True), (47, 3, False)], 0.1, 16) == [
-        Piece(0, 5), Piece(5, 9), Piece(9, 45), Piece(45, 47), Piece(47, 50), Piece(50, 98),
+    assert records_of(100, [(5, 40, True), (47, 3, False)], 0.1, 16) == [
+        Record(0, 5), Record(5, 9), Record(9, 45), Record(45, 47), Record(47, 50), Record(50, 98),
     ]  # fmt: skip
-    assert pieces_of(50, [(0, 40, True)], 0.0, 16) == [Piece(0, 40)]
+    assert records_of(50, [(0, 40, True)], 0.0, 16) == [Record(0, 40)]
 
 
 def test_cuts() -> None:
@@ -113,7 +113,7 @@ def plan(policy: str, *, strict: bool = False, prefix: int = 0, outputs: int = 5
     spans = [Span(0, 10, 40, "a", True, cuts=(0, 4, 40))]
     return build_plan(
         num_tokens=60, spans=spans, num_layers=3, policy=get_policy(policy), budget=0.1, strict=strict,
-        output_rows=torch.tensor([outputs]), prefix=prefix, pieces=[],
+        output_rows=torch.tensor([outputs]), prefix=prefix, records=[],
     )  # fmt: skip
 
 

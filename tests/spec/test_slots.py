@@ -21,9 +21,9 @@ from vlcache_fx.spec.slots import (
     Matrix,
     Own,
     Packed,
-    PieceEnd,
-    PieceStart,
     Positions,
+    RecordEnd,
+    RecordStart,
     Residual,
     Results,
     Rows,
@@ -47,7 +47,7 @@ inputs = st.one_of(
     st.builds(Positions, levels, levels),
     st.builds(Source, levels),
     st.builds(Results),
-    *(st.builds(kind) for kind in (JumpAt, JumpMap, PieceStart, PieceEnd)),
+    *(st.builds(kind) for kind in (JumpAt, JumpMap, RecordStart, RecordEnd)),
     st.builds(Joined, levels),
     st.builds(Last, levels),
     st.builds(Own, levels, levels),
@@ -102,8 +102,8 @@ def test_parse_any_text(text: str) -> None:
         (JumpMap(), "jump_map"),
         (Joined(4), "joined.4"),
         (Own(3, 4), "own.3.4"),
-        (PieceStart(), "piece_start"),
-        (PieceEnd(), "piece_end"),
+        (RecordStart(), "record_start"),
+        (RecordEnd(), "record_end"),
         (Last(4), "last.4"),
         (Donor(Factor(3, 0)), "donor.3.factor.0"),
     ],
@@ -130,5 +130,5 @@ def test_row_level() -> None:
 
 def test_kinds_are_not_equal() -> None:
     assert len({Rows(3), Keep(3), Source(3), Key(3), Value(3), Results(), Residual()}) == 7
-    assert len({JumpAt(), JumpMap(), PieceStart(), PieceEnd(), Joined(3), Last(3), Own(3, 3)}) == 7
+    assert len({JumpAt(), JumpMap(), RecordStart(), RecordEnd(), Joined(3), Last(3), Own(3, 3)}) == 7
     assert len({Inputs(3, 0), Matrix(3, 0), Factor(3, 0), Term(3, 0)}) == 4

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan.jumps import Jump, Piece
+from vlcache_fx.plan.jumps import Jump, Record
 from vlcache_fx.plan.repair import checked_rows, first_rows, grouped_rows
 from vlcache_fx.plan.types import Plan, Span, SpanContext
 
@@ -43,7 +43,7 @@ def build_plan(
     padding: Tensor | None = None,
     first_donor: int = 0,
     groups: Sequence[int] = (),
-    pieces: Sequence[Piece] | None = None,
+    records: Sequence[Record] | None = None,
 ) -> Plan:
     """Return the plan of one request.
 
@@ -67,7 +67,7 @@ def build_plan(
         first_donor: the sample's first row in the donor table.
         groups: sizes of groups of neighbouring layers that compute the same rows, those of the group's last
             layer. The sizes add up to L; by default each layer is a group.
-        pieces: pieces whose states are recorded; None without recurrent layers. With these, all layers
+        records: records whose states are recorded; None without recurrent layers. With these, all layers
             compute the same first rows of a hit span, up to one of its cuts.
 
     Raises:
@@ -108,7 +108,7 @@ def build_plan(
         if groups:
             rows_of_span, grouping = grouped_rows(rows_of_span, span, groups)
             repairs = [*repairs, *grouping]
-        if pieces is not None:
+        if records is not None:
             rows_of_span, first = first_rows(rows_of_span, span, outputs, strict)
             repairs = [*repairs, *first]
         chosen.append(rows_of_span)
@@ -130,7 +130,7 @@ def build_plan(
     if outputs is not None:
         computed[outputs] = True
     more = _at_least_two(computed, hits, [rows_of_span[-1] for rows_of_span in chosen])
-    if more and pieces is not None and (hits or prefix):
+    if more and records is not None and (hits or prefix):
         raise PlanError("recurrent layers need two computed tokens, and a donor has all others")
     notes.extend(more)
 
@@ -146,8 +146,8 @@ def build_plan(
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
         explanations=tuple(notes),
-        jumps=() if pieces is None else _jumps(prefix, hits, chosen),
-        pieces=tuple(pieces or ()),
+        jumps=() if records is None else _jumps(prefix, hits, chosen),
+        records=tuple(records or ()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Jumps of recurrent layers over reused tokens, and the pieces of a prompt whose states are recorded.
+"""Jumps of recurrent layers over reused tokens, and the records that are made of a prompt's states.
 
 A recurrent layer computes its rows one after the other, so reused tokens must be consecutive: a *jump*. It
 replaces the state by what the tokens make of it. Tokens of a media item are a map, ``state -> A state + B``;
@@ -9,7 +9,7 @@ an exact prefix is the state behind it, a map with A = 0. The first tokens of an
     computed     t0 t1   a0 a1               t8 t9
     jump                      `-- map 1 ---^            from token 4 to 8, with the donor's second map
 
-Pieces of this prompt: ``t0 t1``, for prompts that share this prefix; ``a0 a1`` and ``a2 .. a5``, for the
+Records of this prompt: ``t0 t1``, for prompts that share this prefix; ``a0 a1`` and ``a2 .. a5``, for the
 donor's maps; and text up to the last block boundary, for prompts that continue this one.
 """
 
@@ -45,7 +45,7 @@ class Jump:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Record:
     """Consecutive tokens after which states are recorded, with the map that they make."""
 
     start: int
@@ -67,10 +67,10 @@ def cuts_of(length: int, budget: float) -> tuple[int, ...]:
     return tuple(sorted({0, row_allowance(budget, length), length}))
 
 
-def pieces_of(
+def records_of(
     num_tokens: int, media: Sequence[tuple[int, int, bool]], budget: float, block_tokens: int
-) -> list[Piece]:
-    """Return the pieces of a prompt: each media item from cut to cut, and text up to where a prefix may end.
+) -> list[Record]:
+    """Return the records of a prompt: each media item from cut to cut, and text up to where a prefix may end.
 
     Args:
         num_tokens: length of the prompt.
@@ -78,15 +78,15 @@ def pieces_of(
         budget: share of an item that is recomputed when it is reused.
         block_tokens: tokens of a block of text, from which the last text is cut.
     """
-    pieces, at = [], 0
+    records, at = [], 0
     for start, length, is_reused in media:
         if start > at:
-            pieces.append(Piece(at, start))
+            records.append(Record(at, start))
         cuts = cuts_of(length, budget) if is_reused else (0, length)
-        pieces += [Piece(start + before, start + after) for before, after in pairwise(cuts)]
+        records += [Record(start + before, start + after) for before, after in pairwise(cuts)]
         at = start + length
     whole = (num_tokens - at) // block_tokens * block_tokens
-    return [*pieces, Piece(at, at + whole)] if whole else pieces
+    return [*records, Record(at, at + whole)] if whole else records
 
 
 def jump_at(jumps: Sequence[Jump], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,18 +119,18 @@ def own(jumps: Sequence[Jump], rows: Tensor, width: int) -> Tensor:
     return torch.arange(len(rows)) + width * torch.searchsorted(ends, rows, right=True)
 
 
-def piece_bounds(pieces: Sequence[Piece], rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values of ``PieceStart`` and ``PieceEnd``."""
-    starts, ends = ([getattr(piece, name) for piece in pieces] for name in ("start", "end"))
-    padding = [0] * (LEAST_ENTRIES - len(pieces))
+def record_bounds(records: Sequence[Record], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values of ``RecordStart`` and ``RecordEnd``."""
+    starts, ends = ([getattr(record, name) for record in records] for name in ("start", "end"))
+    padding = [0] * (LEAST_ENTRIES - len(records))
     bounds = [torch.tensor([[*_ranks(rows, tokens), *padding]]) for tokens in (starts, ends)]
     return bounds[0], bounds[1]
 
 
-def last(pieces: Sequence[Piece], jumps: Sequence[Jump], rows: Tensor, width: int) -> Tensor:
+def last(records: Sequence[Record], jumps: Sequence[Jump], rows: Tensor, width: int) -> Tensor:
     """Return the value of ``Last``: indices in the joined rows behind W rows of zeros."""
     index = own(jumps, rows, width)
-    ends = _ranks(rows, [piece.end for piece in pieces]) + [0] * (LEAST_ENTRIES - len(pieces))
+    ends = _ranks(rows, [record.end for record in records]) + [0] * (LEAST_ENTRIES - len(records))
     first = torch.tensor([int(index[end - 1]) + 1 if end else 0 for end in ends])
     return (first[:, None] + torch.arange(width)).flatten()
 

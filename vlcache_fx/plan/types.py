@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from torch import Tensor
 
 from vlcache_fx.errors import Reason
-from vlcache_fx.plan.jumps import Jump, Piece
+from vlcache_fx.plan.jumps import Jump, Record
 
 if TYPE_CHECKING:
     from vlcache_fx.policies.profile import Profile
@@ -123,7 +123,7 @@ class Plan:
             rows for outputs; 0.0 without hit spans.
         explanations: one sentence per repair of the policy's choice.
         jumps: tokens that recurrent layers skip, in order; empty without such layers.
-        pieces: tokens whose states are recorded.
+        records: tokens whose states are recorded.
     """
 
     num_tokens: int
@@ -134,7 +134,7 @@ class Plan:
     token_layer_fraction: float
     explanations: tuple[str, ...] = ()
     jumps: tuple[Jump, ...] = ()
-    pieces: tuple[Piece, ...] = ()
+    records: tuple[Record, ...] = ()
 
     @property
     def num_layers(self) -> int:

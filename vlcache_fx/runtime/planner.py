@@ -2,7 +2,7 @@
 
 from vlcache_fx.errors import PlanError, PolicyError
 from vlcache_fx.plan.build import RowChooser, build_plan
-from vlcache_fx.plan.jumps import Piece, pieces_of
+from vlcache_fx.plan.jumps import Record, records_of
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.policies.base import Policy, ProbingPolicy
 from vlcache_fx.runtime.donors import tables as donors
@@ -55,7 +55,7 @@ class Planner:
                             padding=sample.padding if request.donors else None,
                             first_donor=first_donor,
                             groups=self._spec.layer_groups,
-                            pieces=self._pieces(request, sample) if self._spec.states else None,
+                            records=self._records(request, sample) if self._spec.states else None,
                         )
                     )
                     first_donor += sum(donors.length_of(entry) for entry in sample.donors)
@@ -66,15 +66,17 @@ class Planner:
                 return None
         return plans
 
-    def _pieces(self, request: Request, sample: Sample) -> list[Piece]:
-        """Return the pieces to record; none where rows are approximate, or depend on earlier calls."""
+    def _records(self, request: Request, sample: Sample) -> list[Record]:
+        """Return the records to record; none where rows are approximate, or depend on earlier calls."""
         if not request.spans or not request.ignores_past or not sample.reuse_is_exact:
             return []
         reused = {span.start for span in sample.spans}
         media = [(item.start, item.length, item.start in reused) for item in sample.media_spans]
-        pieces = pieces_of(request.num_tokens, media, self._engine.settings.current.budget, BLOCK_TOKENS)
+        records = records_of(request.num_tokens, media, self._engine.settings.current.budget, BLOCK_TOKENS)
         return [
-            Piece(max(piece.start, sample.prefix), piece.end) for piece in pieces if piece.end > sample.prefix
+            Record(max(record.start, sample.prefix), record.end)
+            for record in records
+            if record.end > sample.prefix
         ]
 
     def _check_groups(self, policy: Policy) -> None:

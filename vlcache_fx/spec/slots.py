@@ -19,21 +19,21 @@ slot                name            shape               content
 ``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
 ``Inputs(l, i)``    ``3.inputs.0``  [1, channels, W]    last inputs of convolution i of layer l
 ``Matrix(l, i)``    ``3.matrix.0``  [heads, k, v]       state of recurrence i of layer l
-``Factor(l, i)``    ``3.factor.0``  [m, heads, k, k]    A of the maps ``state -> A state + B`` of m pieces
+``Factor(l, i)``    ``3.factor.0``  [m, heads, k, k]    A of the maps ``state -> A state + B`` of m records
 ``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
 ==================  ==============  ==================  ===================================================
 
-Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and pieces. T tails of W rows,
-j jumps, p pieces:
+Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and records. T tails of W rows,
+j jumps, p records:
 
 ==================  ==============  ==================  ===================================================
 ``JumpAt()``        ``jump_at``     [1, j]              computed rows before each jump
 ``JumpMap()``       ``jump_map``    [1, j]              entry of ``Factor`` and ``Term``; -1 for no jump
 ``Joined(W)``       ``joined.4``    [n + T W]           per row of a convolution's input: as in ``Source``
 ``Own(l, W)``       ``own.3.4``     [n(l)]              indices of the computed rows in this input
-``PieceStart()``    ``piece_start`` [1, p]              computed rows before each piece
-``PieceEnd()``      ``piece_end``   [1, p]              computed rows before the end of each piece
-``Last(W)``         ``last.4``      [p W]               indices of the last W rows of each piece in the
+``RecordStart()``    ``record_start`` [1, p]              computed rows before each record
+``RecordEnd()``      ``record_end``   [1, p]              computed rows before the end of each record
+``Last(W)``         ``last.4``      [p W]               indices of the last W rows of each record in the
                                                         convolution's input behind W rows of zeros
 ==================  ==============  ==================  ===================================================
 
@@ -178,17 +178,17 @@ class JumpMap(InputSlot):
 
 
 @dataclass(frozen=True)
-class PieceStart(InputSlot):
-    """Computed rows before each piece."""
+class RecordStart(InputSlot):
+    """Computed rows before each record."""
 
-    kind: ClassVar[str] = "piece_start"
+    kind: ClassVar[str] = "record_start"
 
 
 @dataclass(frozen=True)
-class PieceEnd(InputSlot):
-    """Computed rows before the end of each piece."""
+class RecordEnd(InputSlot):
+    """Computed rows before the end of each record."""
 
-    kind: ClassVar[str] = "piece_end"
+    kind: ClassVar[str] = "record_end"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class Joined(InputSlot):
 
 @dataclass(frozen=True)
 class Last(InputSlot):
-    """Indices of the last inputs of each piece."""
+    """Indices of the last inputs of each record."""
 
     width: int
     kind: ClassVar[str] = "last"
@@ -281,13 +281,13 @@ class Matrix(_Carried):
 
 
 class Factor(_Carried):
-    """The factors of what pieces of a media item make of a recurrence's state."""
+    """The factors of what records of a media item make of a recurrence's state."""
 
     kind: ClassVar[str] = "factor"
 
 
 class Term(_Carried):
-    """The terms of what pieces of a media item make of a recurrence's state."""
+    """The terms of what records of a media item make of a recurrence's state."""
 
     kind: ClassVar[str] = "term"
 
@@ -298,7 +298,9 @@ class Residual(StoredSlot):
     kind: ClassVar[str] = "residual"
 
 
-_OF_JUMPS: dict[str, type[InputSlot]] = {slot.kind: slot for slot in (JumpAt, JumpMap, PieceStart, PieceEnd)}
+_OF_JUMPS: dict[str, type[InputSlot]] = {
+    slot.kind: slot for slot in (JumpAt, JumpMap, RecordStart, RecordEnd)
+}
 _CARRIED: dict[str, type[_Carried]] = {slot.kind: slot for slot in (Inputs, Matrix, Factor, Term)}
 
 

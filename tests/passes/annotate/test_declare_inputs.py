@@ -75,7 +75,7 @@ def test_values_propagate(make: Callable[..., Program], last_only: bool) -> None
 def test_values_propagate_through_recurrent_layers(
     make: Callable[..., Program], last_only: bool, golden: Callable[[str, str], None]
 ) -> None:
-    """Maps, pieces and last inputs have sizes of their own; donors of equal layers have equal ones."""
+    """Maps, records and last inputs have sizes of their own; donors of equal layers have equal ones."""
     program = make(hybrids.small("dcap", last_only)[0])
     if make is warm_program and not last_only:
         golden("declare_inputs_recurrent_layers", declared(program))

@@ -1,4 +1,4 @@
-"""``record_states``: the program returns states at the ends of pieces, and what pieces make of them."""
+"""``record_states``: the program returns states at the ends of records, and what records make of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlcache_fx.ops import recur_reference
 from vlcache_fx.passes import Pipeline
 from vlcache_fx.passes.rewrite import RecordDonors, RecordStates
 from vlcache_fx.passes.standard import cold_program, warm_program
-from vlcache_fx.plan.jumps import Piece
+from vlcache_fx.plan.jumps import Record
 from vlcache_fx.testing.tiny_hybrid import GROUPS, HEADS, KEY, VALUE, DeltaRule
 from vlcache_fx.testing.tiny_vlm import TinyVlm
 
 from .. import programs
-from ..hybrids import LENGTH, PIECES, PROMPT, START, TOKENS, own_donors, plan_of, recorded, small
+from ..hybrids import LENGTH, PROMPT, RECORDS, START, TOKENS, own_donors, plan_of, recorded, small
 from ..programs import PassCase, prepared, run, unchanged
 
 CASE = PassCase(RecordStates(), (RecordDonors(),))
@@ -38,11 +38,11 @@ def first_operands(model: TinyVlm) -> tuple[DeltaRule, Tensor, Tensor]:
     return layer.mixer, normed, layer.mixer.qkv(normed).transpose(1, 2)
 
 
-def test_records_states_at_the_ends_of_pieces() -> None:
+def test_records_states_at_the_ends_of_records() -> None:
     """Those of the first layer, computed by hand."""
     captured, graph, want, model = small("da")
     program = CASE.program(captured, warm=False)
-    plan = plan_of(program, 0, PIECES, hit=False)
+    plan = plan_of(program, 0, RECORDS, hit=False)
     assert torch.equal(run(program, graph.calls[0], plan)[0], want)
     got = recorded(program, graph.calls[0], plan)
     with torch.no_grad():
@@ -53,27 +53,27 @@ def test_records_states_at_the_ends_of_pieces() -> None:
         decay, beta = mixer.gates(normed).chunk(2, -1)
         operands = (q, k, v, -F.softplus(decay), beta.sigmoid())
         padded = F.pad(inputs, (4, 0))
-        for number, piece in enumerate(PIECES):
-            before = (operand[:, : piece.end] for operand in operands)
+        for number, record in enumerate(RECORDS):
+            before = (operand[:, : record.end] for operand in operands)
             state = recur_reference(*before, l2norm=True)[1]
             torch.testing.assert_close(got["0.matrix.0"][0, number], state[0], atol=2e-6, rtol=1e-5)
             last = got["0.inputs.0"][..., 4 * number : 4 * (number + 1)]
-            torch.testing.assert_close(last, padded[..., piece.end : piece.end + 4], atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(last, padded[..., record.end : record.end + 4], atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kinds", ["da", "sap"])
-def test_records_maps_of_pieces(kinds: str) -> None:
-    """A piece takes the state at its start to that at its end."""
+def test_records_maps_of_records(kinds: str) -> None:
+    """A record takes the state at its start to that at its end."""
     captured, graph, _, _ = small(kinds)
     program = cold_program(captured)
-    got = recorded(program, graph.calls[0], plan_of(program, 0, PIECES, hit=False))
+    got = recorded(program, graph.calls[0], plan_of(program, 0, RECORDS, hit=False))
     assert program.decoder.states
     for state in program.decoder.states:
         matrix, factor, term = (
             got[f"{state.layer}.{name}.{state.slot.index}"][0] for name in ("matrix", "factor", "term")
         )
         after = torch.zeros_like(matrix[0])
-        for number in range(len(PIECES)):
+        for number in range(len(RECORDS)):
             after = factor[number] @ after + term[number]
             torch.testing.assert_close(matrix[number], after, atol=2e-6, rtol=1e-5)
 
@@ -91,18 +91,18 @@ def test_slots_of_results() -> None:
 def test_warm_program_records_like_the_cold_one(kinds: str, rows: int) -> None:
     """Behind a jump over the item's own rows, states are those of the unmodified model."""
     captured, graph, _, _ = small(kinds)
-    pieces = [PIECES[0], Piece(START + LENGTH, TOKENS)]
+    records = [RECORDS[0], Record(START + LENGTH, TOKENS)]
     cold, warm = cold_program(captured), warm_program(captured)
-    want = recorded(cold, graph.calls[0], plan_of(cold, 0, pieces, hit=False))
+    want = recorded(cold, graph.calls[0], plan_of(cold, 0, records, hit=False))
     donors = own_donors(captured, graph.calls[0])
-    got = recorded(warm, graph.calls[0], plan_of(warm, rows, pieces), donors)
+    got = recorded(warm, graph.calls[0], plan_of(warm, rows, records), donors)
     names = [name for name in want if name.count(".") == 2]
     assert names
     for name in names:
         torch.testing.assert_close(got[name], want[name], atol=5e-6, rtol=1e-5)
 
 
-def test_without_pieces() -> None:
+def test_without_records() -> None:
     """Inputs have two entries then, as compiled programs need."""
     captured, graph, want, _ = small("da")
     program = cold_program(captured)

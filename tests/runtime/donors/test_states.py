@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlcache_fx.plan.jumps import Piece
+from vlcache_fx.plan.jumps import Record
 from vlcache_fx.runtime.donors.states import (
     CUTS,
     Use,
@@ -39,7 +39,7 @@ SPECS = (
 
 
 def tensors_of(num_maps: int, seed: int = 0) -> dict[str, Tensor]:
-    """Return the states of a donor, with maps of ``num_maps`` pieces."""
+    """Return the states of a donor, with maps of ``num_maps`` records."""
     generator = torch.Generator().manual_seed(seed)
     return {
         str(spec.slot): torch.randn(
@@ -116,9 +116,9 @@ def test_has_states() -> None:
 # What is recorded -------------------------------------------------------------------------------------------
 
 
-def results_of(pieces: list[Piece]) -> dict[StoredSlot, Tensor]:
-    """Return the results of a program: the number of the piece is in every element."""
-    numbers = torch.arange(float(len(pieces)))
+def results_of(records: list[Record]) -> dict[StoredSlot, Tensor]:
+    """Return the results of a program: the number of the record is in every element."""
+    numbers = torch.arange(float(len(records)))
     found: dict[StoredSlot, Tensor] = {
         Inputs(0, 0): numbers.repeat_interleave(WIDTH).expand(1, CHANNELS, -1).contiguous()
     }
@@ -132,12 +132,12 @@ def numbers_in(found: dict[str, Tensor]) -> dict[str, list[float]]:
     return {name: sorted(set(tensor.flatten().tolist())) for name, tensor in found.items()}
 
 
-PIECES = [Piece(0, 4), Piece(4, 6), Piece(6, 11), Piece(11, 27)]
-"""Text, an item of two pieces, and a block of text."""
+RECORDS = [Record(0, 4), Record(4, 6), Record(6, 11), Record(11, 27)]
+"""Text, an item of two records, and a block of text."""
 
 
 def test_records_maps_of_an_item() -> None:
-    found, cuts = recorded_states(results_of(PIECES), SPECS, PIECES, 4, 11, with_maps=True)
+    found, cuts = recorded_states(results_of(RECORDS), SPECS, RECORDS, 4, 11, with_maps=True)
     assert cuts == (0, 2, 7)
     assert numbers_in(found) == {
         "0.inputs.0": [2.0],
@@ -149,18 +149,18 @@ def test_records_maps_of_an_item() -> None:
     assert cuts_of(entry, SPECS, 7) == cuts
 
 
-@pytest.mark.parametrize(("start", "end", "piece"), [(0, 4, 0), (2, 4, 0), (11, 27, 3)])
-def test_records_the_state_behind_text(start: int, end: int, piece: int) -> None:
-    """A piece may be longer than the last block of a text."""
-    found, cuts = recorded_states(results_of(PIECES), SPECS, PIECES, start, end, with_maps=False)
+@pytest.mark.parametrize(("start", "end", "record"), [(0, 4, 0), (2, 4, 0), (11, 27, 3)])
+def test_records_the_state_behind_text(start: int, end: int, record: int) -> None:
+    """A record may be longer than the last block of a text."""
+    found, cuts = recorded_states(results_of(RECORDS), SPECS, RECORDS, start, end, with_maps=False)
     assert cuts == ()
-    assert numbers_in(found) == {"0.inputs.0": [float(piece)], "0.matrix.0": [float(piece)]}
+    assert numbers_in(found) == {"0.inputs.0": [float(record)], "0.matrix.0": [float(record)]}
     assert has_states(Entry(found, {"length": end - start}), SPECS)
 
 
 @pytest.mark.parametrize("with_maps", [False, True])
-def test_records_nothing_where_no_piece_ends(with_maps: bool) -> None:
-    found = recorded_states(results_of(PIECES), SPECS, PIECES, 11, 25, with_maps=with_maps)
+def test_records_nothing_where_no_record_ends(with_maps: bool) -> None:
+    found = recorded_states(results_of(RECORDS), SPECS, RECORDS, 11, 25, with_maps=with_maps)
     assert found == ({}, ())
     assert recorded_states(results_of([]), SPECS, [], 4, 11, with_maps=with_maps) == ({}, ())
 
@@ -259,7 +259,7 @@ def prefix_of(has: list[bool], longest: int | None = None, found: int = 4) -> in
 
 
 def test_exact_prefix_ends_at_a_state() -> None:
-    """States are stored at the ends of pieces, not behind each block."""
+    """States are stored at the ends of records, not behind each block."""
     assert prefix_of([True] * 4) == 45
     assert prefix_of([False, True, True, False]) == 36
     assert prefix_of([True, False, False, False]) == 4

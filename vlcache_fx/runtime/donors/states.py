@@ -1,6 +1,6 @@
-"""States of recurrent layers in donors: what is stored of pieces, and the tables that programs read.
+"""States of recurrent layers in donors: what is stored of records, and the tables that programs read.
 
-A media item's donor has the maps of its pieces, and the state behind it in the prompt in which it was
+A media item's donor has the maps of its records, and the state behind it in the prompt in which it was
 computed; a block of text has the state, where a prompt may continue from it. See ``plan.jumps``.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlcache_fx.plan.jumps import LEAST_ENTRIES, Piece
+from vlcache_fx.plan.jumps import LEAST_ENTRIES, Record
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.request import Request
 from vlcache_fx.spec.decoder import StateSpec
@@ -119,7 +119,7 @@ def _table(uses: Sequence[Use], spec: StateSpec, device: torch.device) -> Tensor
 def recorded_states(
     recorded: Mapping[StoredSlot, Tensor],
     specs: Sequence[StateSpec],
-    pieces: Sequence[Piece],
+    records: Sequence[Record],
     start: int,
     end: int,
     *,
@@ -130,17 +130,17 @@ def recorded_states(
     Args:
         recorded: results of the program.
         specs: the states.
-        pieces: the pieces that were recorded.
+        records: the records that were recorded.
         start, end: the tokens.
-        with_maps: also the maps of the pieces inside, for a media item. Otherwise the state alone.
+        with_maps: also the maps of the records inside, for a media item. Otherwise the state alone.
 
     Returns:
-        Nothing where no piece ends with the tokens.
+        Nothing where no record ends with the tokens.
     """
-    last = next((index for index, piece in enumerate(pieces) if piece.end == end), None)
+    last = next((index for index, record in enumerate(records) if record.end == end), None)
     if last is None:
         return {}, ()
-    inside = [i for i, piece in enumerate(pieces) if piece.start >= start and piece.end <= end]
+    inside = [i for i, record in enumerate(records) if record.start >= start and record.end <= end]
     found = {}
     for spec in specs:
         results, slot = recorded[spec.slot], spec.slot
@@ -153,5 +153,5 @@ def recorded_states(
                 found[str(slot)] = results[0, last]
             case Factor() | Term() if with_maps:
                 found[str(slot)] = results[0, inside[0] : inside[-1] + 1]
-    cuts = (0, *(pieces[index].end - start for index in inside)) if with_maps else ()
+    cuts = (0, *(records[index].end - start for index in inside)) if with_maps else ()
     return found, cuts

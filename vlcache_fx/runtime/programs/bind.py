@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
-from vlcache_fx.plan.jumps import joined, jump_at, last, own, piece_bounds
+from vlcache_fx.plan.jumps import joined, jump_at, last, own, record_bounds
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
@@ -21,9 +21,9 @@ from vlcache_fx.spec.slots import (
     Last,
     Own,
     Packed,
-    PieceEnd,
-    PieceStart,
     Positions,
+    RecordEnd,
+    RecordStart,
     Results,
     Rows,
     Source,
@@ -91,7 +91,7 @@ def of_plan(slot: InputSlot, plan: Plan | StackedPlan, positions: Tensor | None)
 
 
 def _of_jumps(slot: InputSlot, plan: Plan) -> Tensor:
-    rows, jumps, pieces = plan.rows[0], plan.jumps, plan.pieces
+    rows, jumps, records = plan.rows[0], plan.jumps, plan.records
     match slot:
         case JumpAt():
             return jump_at(jumps, rows)[0]
@@ -101,10 +101,10 @@ def _of_jumps(slot: InputSlot, plan: Plan) -> Tensor:
             return joined(jumps, rows, width)
         case Own(_, width):
             return own(jumps, rows, width)
-        case PieceStart():
-            return piece_bounds(pieces, rows)[0]
-        case PieceEnd():
-            return piece_bounds(pieces, rows)[1]
+        case RecordStart():
+            return record_bounds(records, rows)[0]
+        case RecordEnd():
+            return record_bounds(records, rows)[1]
         case Last(width):
-            return last(pieces, jumps, rows, width)
+            return last(records, jumps, rows, width)
     raise PlanError(f"slot {slot} has no value in a plan")
