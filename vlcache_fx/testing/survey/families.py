@@ -19,6 +19,17 @@ SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ra
 """Sizes of an index that chooses tokens to attend to."""
 
 MINICPM = {"image_token_id": 190, "video_token_id": 191, "insert_layer_id": 0}
+VICUNA = {
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+}
+"""The decoder of InstructBLIP's checkpoints; the default, OPT, is BLIP-2's."""
+
 CODES = range(16)
 """Codes of an image: encoders that turn images into tokens of the vocabulary."""
 
@@ -143,7 +154,6 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.vision_output_dim": 64,
         "text_config.vocab_size": 200,
     },
-    # The other helper's families end here.
     "blip-2": {"num_query_tokens": 9, "image_token_index": 190},
     "chameleon": {
         "image_token_id": 190,
@@ -165,12 +175,20 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.top_k_experts": 2,
         "text_config.moe_intermediate_size": 32,
     },
+    "dots3_note": {
+        "vision_config.num_local_experts": 4,
+        "vision_config.mlp_layer_types": ["dense", "sparse"],
+        "vision_config.per_layer_config": {},
+        "audio_config.downsample_hidden_size": 8,
+        "text_config.layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"],
+    },
     "emu3": {
         "image_token_id": 190,
         "vocabulary_map": {"<image>": 190, "<|extra_200|>": 191}
         | {f"<|visual token {c:06d}|>": 100 + c for c in CODES},
         "vq_config.channel_multiplier": [1, 1, 1],
     },
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
     "florence2": {
         "vision_config.depths": [1, 1],
         "vision_config.patch_size": [7, 3],
@@ -183,12 +201,11 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.window_size": 3,
     },
     "gemma3n": {"vision_soft_tokens_per_image": 36},
-    "granite_docling": {"vision_config.scale_factor": 2},
-    "idefics": {"alpha_initializer": "ones"},
-    "instructblip": {"num_query_tokens": 9, "image_token_index": 190},
-    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190},
-    "ernie4_5_vl_moe": {"text_config.rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
     "gemma4_unified": {"vision_config.pooling_kernel_size": 1},
+    "glm5_next": {
+        "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
+        "text_config.indexer_types": ["full"] * 3,
+    },
     "granite4_vision": {
         "downsample_rate": "1/2",
         "deepstack_layer_map": [[-1, 0]],
@@ -197,23 +214,16 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "vision_config.hidden_size": 64,
         "vision_config.num_attention_heads": 2,
     },
+    "granite_docling": {"vision_config.scale_factor": 2},
+    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": MROPE},
+    "idefics": {"alpha_initializer": "ones"},
     "inkling2": {
         "text_config.layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"],
         "text_config.n_layers_per_attn_res_block": 2,
     },
     "inkling_mm_model": {"audio_config.n_mel_bins": 4, "audio_config.mel_vocab_size": 8},
-    "glm5_next": {
-        "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
-        "text_config.indexer_types": ["full"] * 3,
-    },
-    "dots3_note": {
-        "vision_config.num_local_experts": 4,
-        "vision_config.mlp_layer_types": ["dense", "sparse"],
-        "vision_config.per_layer_config": {},
-        "audio_config.downsample_hidden_size": 8,
-        "text_config.layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"],
-    },
-    "hunyuan_vl": {"text_config.head_dim": 16, "text_config.rope_parameters": MROPE},
+    "instructblip": {"num_query_tokens": 9, "image_token_index": 190, "text_config": VICUNA},
+    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190, "text_config": VICUNA},
 }
 """Model type -> dotted name of a setting -> value."""
 
