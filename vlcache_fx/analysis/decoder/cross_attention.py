@@ -15,8 +15,8 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     """Return the nodes that depend on cross-attended items and on no other input, sizes included.
 
     A site is cross-attention if its query depends on data, and its keys and values on other data alone. In
-    later layers a query depends on the items too: one such site tells what the items are. Reuse of these nodes
-    is exact: they are functions of the item's own inputs. Empty without such a site.
+    later layers a query depends on the items too: one such site tells what the items are. Reuse of
+    these nodes is exact: they are functions of the item's own inputs. Empty without such a site.
     """
     graph = captured.graph_module.graph
     data = captured.inputs_of(InputKind.DATA)
