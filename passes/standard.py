@@ -11,6 +11,7 @@ from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
 from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.cleanup import (
+    AddedMerges,
     AnchorSizes,
     CanonicaliseFlex,
     CanonicalNames,
@@ -51,6 +52,7 @@ CLEANUP = Pipeline(
         DenseDeepstack(),
         MergeAdditions(),
         WrittenMerges(),
+        AddedMerges(),
         DropMergeChecks(),
         CanonicaliseFlex(),
         FuseAttention(),

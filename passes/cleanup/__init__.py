@@ -1,5 +1,6 @@
 """Lossless clean-up before analysis: graphs of different tracers and models come out alike."""
 
+from vlcache_fx.passes.cleanup.added_merges import AddedMerges
 from vlcache_fx.passes.cleanup.anchor_sizes import AnchorSizes
 from vlcache_fx.passes.cleanup.canonical_names import CanonicalNames
 from vlcache_fx.passes.cleanup.canonicalise_flex import CanonicaliseFlex
@@ -14,6 +15,7 @@ from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
 from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
+    "AddedMerges",
     "AnchorSizes",
     "CanonicalNames",
     "CanonicaliseFlex",

@@ -68,7 +68,7 @@ def _deepstack(node: Node) -> tuple[Node, Node, Node, Node] | None:
             continue
         given = only_mask(read.args[1])
         if read.args[0] is stream and given is not None and by_token(given) is by_token(mask):
-            return (stream, given, read, features) if fits(stream, features) else None
+            return (stream, given, read, features) if _fits(stream, features) else None
     return None
 
 
@@ -112,7 +112,7 @@ def only_mask(indices: object) -> Node | None:
     return mask if mask.meta["val"].dtype == torch.bool and len(shape_of(mask)) == 2 else None
 
 
-def fits(stream: object, features: Node) -> bool:
+def _fits(stream: object, features: Node) -> bool:
     """Return True for features [rows, width] of the stream's width and dtype."""
     if not isinstance(stream, Node) or len(shape_of(stream)) != 3 or len(shape_of(features)) != 2:
         return False

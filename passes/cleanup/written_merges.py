@@ -8,7 +8,7 @@ from torch.fx import Node
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.ir.nodes import packet_of
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.passes.cleanup.dense_deepstack import fits, only_mask
+from vlcache_fx.passes.cleanup.dense_deepstack import only_mask
 
 aten = torch.ops.aten
 
@@ -58,4 +58,19 @@ def _write(node: Node) -> tuple[Node, Node, Node] | None:
     mask = only_mask(indices)
     if mask is None or not isinstance(stream, Node) or not isinstance(features, Node):
         return None
-    return (stream, mask, features) if fits(stream, features) and shape_of(features)[0] != 1 else None
+    return (stream, mask, features) if _fits(stream, features) else None
+
+
+def _fits(stream: Node, features: Node) -> bool:
+    """Return True for features [rows, width] of the stream's width and dtype, and for more than one row.
+
+    A width that the trace does not know counts as the one that it saw: the runtime compares both.
+    """
+    if len(shape_of(stream)) != 3 or len(shape_of(features)) != 2 or shape_of(features)[0] == 1:
+        return False
+    wanted, width = shape_of(stream)[-1], shape_of(features)[-1]
+    if isinstance(width, torch.SymInt):
+        width = width.node.hint if width.node.has_hint() else width
+    return bool(
+        isinstance(width, int) and width == wanted and stream.meta["val"].dtype == features.meta["val"].dtype
+    )

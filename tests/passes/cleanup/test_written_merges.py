@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlcache_fx.passes import Program
 from vlcache_fx.passes.cleanup import WrittenMerges
 
 from ..programs import unchanged
@@ -56,6 +57,20 @@ def test_numbers() -> None:
     assert torch.equal(got, want)
     assert merge.meta["val"].shape == want.shape
     assert not WrittenMerges().run(program)
+
+
+def test_width_that_the_trace_does_not_know() -> None:
+    width = torch.export.Dim.DYNAMIC
+
+    class Writes(torch.nn.Module):
+        def forward(self, x: Tensor, mask: Tensor, features: Tensor) -> Tensor:
+            return aten.index_put(x, [mask], features)
+
+    shapes = {"x": None, "mask": None, "features": {0: width, 1: width}}
+    exported = torch.export.export(Writes(), INPUTS, dynamic_shapes=shapes)
+    program = Program(exported.graph_module)
+    assert WrittenMerges().run(program)
+    assert program.graph.find_nodes(op="call_function", target=aten.masked_scatter.default)
 
 
 @pytest.mark.parametrize("build", [one_row_for_all, accumulated, by_number, of_columns])

@@ -32,6 +32,11 @@ def test_markdown_rows_and_lists() -> None:
     assert lines[-3:] == ["Not tried:", "", "- other: TypeError: no"]
 
 
+def test_reasons_in_lists() -> None:
+    refused = [Outcome(name, "Mixer", {"torch.compile": "refused: x"}, "convolves") for name in ("a", "b")]
+    assert "- refused: x (convolves): a, b" in markdown(refused).splitlines()
+
+
 def test_row_of_missing_entry() -> None:
     outcome = Outcome("llava", "Llava", {"torch.compile": "reuse"})
     assert "| llava | `Llava` | not run | reuse |  |" in markdown([outcome])

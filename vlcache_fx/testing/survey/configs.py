@@ -1,7 +1,7 @@
 """Small configurations: the defaults of a family with small sizes.
 
 Sizes are recognised by names that configurations share, which usually works for new families of later
-versions of transformers. ``families.py`` has corrections per family.
+versions of transformers. ``corrections.py`` has corrections per family.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ VISION: Mapping[str, Any] = {
 TEXT_PARTS = frozenset({"text_config", "language_config", "llm_config", "decoder"})
 PARTS = frozenset({"encoder", "decoder"})
 """Parts of a configuration with other names than ``*_config``."""
+PER_LAYER = "per_layer_config"
+
 IGNORED = frozenset(
     {
         *("architectures", "id2label", "label2id", "transformers_version", "dtype", "_name_or_path"),
@@ -122,9 +124,7 @@ def small_values(
     for name, value in values.items():
         if name in IGNORED:
             continue
-        if isinstance(value, dict) and (
-            name in PARTS or (name.endswith("_config") and value.get("model_type"))
-        ):
+        if isinstance(value, dict) and (name in PARTS or name.endswith("_config")) and name != PER_LAYER:
             part = name not in TEXT_PARTS
             small[name] = small_values(value, special, vision=part)
         elif name.endswith(("_token_id", "_token_index", "_token_ids", "_patch_id")) and value is not None:
@@ -136,7 +136,7 @@ def small_values(
             small[name] = _like(value, sizes[name])
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             small[name] = _rope(value)
-        elif name == "per_layer_config" and isinstance(value, dict):
+        elif name == PER_LAYER and isinstance(value, dict):
             small[name] = {}
         else:
             small[name] = copy.deepcopy(value)

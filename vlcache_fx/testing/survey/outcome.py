@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import vlcache_fx
 from vlcache_fx.backend import engine_for
@@ -36,6 +38,10 @@ compared."""
 
 COMPILED_PARTS = {"diffusion_gemma": "model.encoder", "kosmos-2": "text_model"}
 """Part that computes the prompt, and is compiled instead of the whole model: the rest computes no prompt."""
+
+
+SKIPPED = re.compile(r"frame skipped: (\w+) \(\S*?([^/\s]+\.py) line")
+"""What Dynamo counts where a loop breaks the graph."""
 
 
 class SurveyError(Exception):
@@ -179,9 +185,17 @@ def _expect(engine: Engine, mode: str, expected: str) -> None:
 
 def _refused(engine: Engine) -> tuple[str, str]:
     refusal = next(iter(engine.refusals), None)
+    if refusal is None and engine.last_report is None:
+        return "not reused", "no compiled graph computes a prompt: its encoder is called apart from `forward`"
     if refusal is None:
-        return "not reused", str(_report(engine)["reason"])
+        return "not reused", f"{_report(engine)['reason']}{_uncompiled()}"
     return f"refused: {refusal.reason.value}", refusal.detail
+
+
+def _uncompiled() -> str:
+    """Return which function Dynamo runs uncompiled, in words; empty if none."""
+    found = (SKIPPED.search(reason) for reason in counters["unimplemented"])
+    return next((f": Dynamo runs `{match[1]}` of {match[2]} uncompiled" for match in found if match), "")
 
 
 @contextmanager
@@ -190,6 +204,7 @@ def _quiet_compiler() -> Iterator[None]:
     log = logging.getLogger("torch._dynamo")
     level = log.level
     torch._dynamo.reset()
+    counters.clear()
     log.setLevel(logging.ERROR)
     try:
         with dynamo_settings(DYNAMO_CONFIG):

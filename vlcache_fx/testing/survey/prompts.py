@@ -71,14 +71,19 @@ def image_prompt(
     if "image_attention_mask" in parameters:  # which images a token sees
         prompt["image_attention_mask"] = torch.ones(1, ids.shape[1], 1, dtype=torch.long)
     if "image_embeds_position_mask" in parameters:
-        prompt["image_embeds_position_mask"] = (ids == token).long()
+        prompt["image_embeds_position_mask"] = _at(ids, token).long()
     if "bbox" in parameters:  # where each word stands on the page
         prompt["bbox"] = torch.zeros(*ids.shape, 4)
     if "state" in parameters:  # of a robot, whose actions a diffusion model refines
         prompt |= _robot(family.model.config) | {"pixel_values": pixels["pixel_values"][:, None]}
     kinds = {"mm_token_type_ids", "token_type_ids"} & parameters
     prefix = family.model_type in PREFIX_LM
-    return prompt | {name: torch.zeros_like(ids) if prefix else (ids == token).int() for name in kinds}
+    return prompt | {name: torch.zeros_like(ids) if prefix else _at(ids, token).int() for name in kinds}
+
+
+def _at(ids: Tensor, token: int | None) -> Tensor:
+    """Return where ``ids`` is the placeholder."""
+    return torch.zeros_like(ids, dtype=torch.bool) if token is None else ids.eq(token)
 
 
 def image_token(family: FamilyModel) -> int | None:
@@ -160,9 +165,9 @@ def image_pixels(family: FamilyModel, seed: int) -> dict[str, Tensor]:
             "pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool),
         }
     if "qformer_input_ids" in taken:  # the encoder sees the question
-        frames = (1, 2) if "get_video" in encode.__name__ else (1,)
+        batch = (1, 2) if "get_video" in encode.__name__ else (1,)
         return {
-            "pixel_values": noise(seed, *frames, channels, size, size),
+            "pixel_values": noise(seed, *batch, channels, size, size),
             "qformer_input_ids": torch.arange(3, 9)[None],
         }
     if "image_attention_mask" in taken:

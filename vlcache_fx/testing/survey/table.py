@@ -47,10 +47,11 @@ def row(outcome: Outcome) -> str:
 
 
 def _group(outcome: Outcome) -> str:
+    """Return the results in words, and why, if the family is not reused."""
     results = list(dict.fromkeys(outcome.results.values()))
-    if len(results) == 1:
-        return results[0]
-    return "; ".join(f"{result} through `{entry}`" for entry, result in outcome.results.items())
+    if len(results) > 1:
+        results = [f"{result} through `{entry}`" for entry, result in outcome.results.items()]
+    return "; ".join(results) + (f" ({outcome.detail})" if outcome.detail else "")
 
 
 def write_into(document: Path, table: str) -> None:
