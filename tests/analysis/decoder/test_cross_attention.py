@@ -138,3 +138,17 @@ def test_find_cross_attended_other_attention(
 @pytest.mark.parametrize("options", [{}, {"explicit_mask": True}, {"dynamic": True}], ids=str)
 def test_find_cross_attended_plain_decoder(options: dict[str, Any]) -> None:
     assert find_cross_attended(captured_vlm(**options)) == ()
+
+
+def test_queries_scaled_by_position_are_no_cross_attention() -> None:
+    """Keys hold no positions, and an earlier call's keys come first: the text attends to itself."""
+
+    def scaled(ids: Tensor, positions: Tensor, past: Tensor, key: Any, embed: Any) -> Tensor:
+        x = embed(ids)
+        keys = torch.cat([past, key(x)], 1)[:, None]
+        query = (x * positions[..., None].float().log1p())[:, None]
+        return x + F.scaled_dot_product_attention(query, keys, keys)[:, 0]
+
+    call = {"ids": CALL["ids"], "positions": torch.arange(5, 12)[None], "past": torch.randn(1, 5, 4)}
+    own = {name: part for name, part in parts().items() if name in ("key", "embed")}
+    assert find_cross_attended(capture(scaled, call, **own)) == ()

@@ -14,7 +14,8 @@ from vlcache_fx.ir.sizes import expressions
 def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
     """Return the nodes that depend on cross-attended items and on no other input, sizes included.
 
-    A site is cross-attention if its query depends on data that its keys and values do not depend on. Reuse of
+    A site is cross-attention if its query depends on data, and its keys and values on other data alone. In
+    later layers a query depends on the items too: one such site tells what the items are. Reuse of
     these nodes is exact: they are functions of the item's own inputs. Empty without such a site.
     """
     graph = captured.graph_module.graph
@@ -37,7 +38,11 @@ def find_cross_attended(captured: Captured) -> tuple[Node, ...]:
 
 
 def _attended_inputs(site: Site, data: list[Node]) -> NodeSet:
-    """Return the data that keys and values depend on, if the query depends on other data; else nothing."""
+    """Return the data that keys and values depend on, if the query depends on other data alone; else nothing.
+
+    Queries of self-attention may depend on more than their keys do: some models scale them by position.
+    """
     for_query, for_keys = ancestors([site.query]), ancestors([site.key, site.value])
     keys = {node: None for node in data if node in for_keys}
-    return keys if any(node in for_query and node not in keys for node in data) else {}
+    queries = [node for node in data if node in for_query]
+    return keys if queries and not any(node in keys for node in queries) else {}

@@ -15,6 +15,17 @@ SPARSE = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 8, "compress_ra
 """Sizes of an index that chooses tokens to attend to."""
 
 MINICPM = {"image_token_id": 190, "video_token_id": 191, "insert_layer_id": 0}
+VICUNA = {
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 200,
+}
+"""The decoder of InstructBLIP's checkpoints; the default, OPT, is that of BLIP-2."""
+
 CODES = range(16)
 """Codes of an image: encoders that turn images into tokens of the vocabulary."""
 
@@ -94,8 +105,8 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
         "text_config.n_layers_per_attn_res_block": 2,
     },
     "inkling_mm_model": {"audio_config.n_mel_bins": 4, "audio_config.mel_vocab_size": 8},
-    "instructblip": {"num_query_tokens": 9, "image_token_index": 190},
-    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190},
+    "instructblip": {"num_query_tokens": 9, "image_token_index": 190, "text_config": VICUNA},
+    "instructblipvideo": {"num_query_tokens": 9, "video_token_index": 190, "text_config": VICUNA},
     "kimi_k25": {"projection_hidden_size": 32, "text_config.head_dim": 8},
     "kosmos-2": {"image_token_id": 190},
     "kosmos-2.5": {"image_token_id": 190},

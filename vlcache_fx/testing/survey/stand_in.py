@@ -15,13 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 WIDTH, PATCH = 32, 4
 
 
-class StandInConfig(Gemma3nVisionConfig):
+class StandInConfig(Gemma3nVisionConfig):  # type: ignore[no-untyped-call]
     """Configuration of ``StandInEncoder``: Gemma3n accepts no other type than its own."""
 
     model_type = "vlcache_stand_in"
 
 
-class StandInEncoder(PreTrainedModel):
+class StandInEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
     """Turns pixels ``[images, 3, height, width]`` into features ``[images, WIDTH, height / 4, width / 4]``.
 
     With ``model_args``, as a transformer of timm has them, the features are ``[images, places, WIDTH]``.
@@ -32,7 +32,7 @@ class StandInEncoder(PreTrainedModel):
     def __init__(self, config: StandInConfig) -> None:
         super().__init__(config)
         self.embed = nn.Conv2d(3, WIDTH, kernel_size=PATCH, stride=PATCH)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Compute the features; other arguments are ignored."""
