@@ -12,10 +12,11 @@ aten = torch.ops.aten
 
 
 class UnpackDonors(Pass):
-    """Replaces every donor table by packed rows with scale and offset, and unpacks them.
+    """Replaces every donor table of rows by packed rows with scale and offset, and unpacks them.
 
     Compilers fuse this arithmetic into the splice, so a layer reads fewer bytes and no full-size copy
-    exists. All rows of a table share the scales of keys: such a program takes one donor.
+    exists. All rows of a table share the scales of keys: such a program takes one donor. States of recurrent
+    layers are never packed.
 
     Args:
         dtype: dtype of packed rows. Keys in int8 have an offset, see ``runtime.donors.donor_dtype``.
@@ -31,7 +32,11 @@ class UnpackDonors(Pass):
 
     def run(self, program: Program) -> bool:
         """Replace every input ``donor.<slot>`` by ``packed.<slot>.rows``, ``.scale`` and ``.offset``."""
-        tables = {slot: node for slot, node in program.slots.items() if isinstance(slot, Donor)}
+        tables = {
+            slot: node
+            for slot, node in program.slots.items()
+            if isinstance(slot, Donor) and "donor_of" in node.meta
+        }
         for slot, table in tables.items():
             _, dim = table.meta["donor_of"]
             value, reader = table.meta["val"], min(table.users, default=program.graph.output_node())

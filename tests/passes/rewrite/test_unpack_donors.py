@@ -18,6 +18,7 @@ from vlcache_fx.runtime.programs.bind import bind
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Donor, Key, Packed, StoredSlot, Value
 
+from .. import hybrids
 from ..programs import (
     LENGTH,
     START,
@@ -51,6 +52,14 @@ def test_float8_has_no_offsets() -> None:
     wanted = ["packed.0.k.rows", "packed.0.k.scale", "packed.0.v.rows", "packed.0.v.scale"]
     assert slots_of(program) == wanted
     assert program.slots[Packed(Key(0), "rows")].meta["val"].dtype == torch.float8_e4m3fn
+
+
+def test_states_of_recurrent_layers_stay() -> None:
+    program = packed_program(warm_program(hybrids.small("da")[0]), torch.int8)
+    assert [name for name in slots_of(program) if name.startswith("donor")] == [
+        "donor.0.inputs.0", "donor.0.factor.0", "donor.0.term.0",
+    ]  # fmt: skip
+    assert "packed.1.k.rows" in slots_of(program)
 
 
 def test_warm_program_stays() -> None:

@@ -22,6 +22,7 @@ from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, Packed, Residual, StoredSlot, Value
 from vlcache_fx.store import Entry, MemoryStore
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
 from ..helpers import Pair, hits, keys, settings_of, vlcache_store, with_api, with_backend
@@ -503,6 +504,69 @@ def test_exact_prefix_ends_at_packed_donor(vlm: Pair) -> None:
         off, report = vlm.run(**prompt(A, after=40))
         assert report["mode"] == "warm"
         assert off == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def recurrent(_compiler: None) -> Pair:
+    return with_backend(tiny_hybrid("dcap", last_only=False), policy="none", budget=0.1, donor_dtype="int8")
+
+
+def test_states_of_recurrent_layers_are_kept(recurrent: Pair) -> None:
+    """Keys, values and residuals are packed; states, maps and inputs of convolutions are not."""
+    recurrent.engine.clear()
+    off, report = recurrent.run(**prompt(A, B))
+    assert (report["mode"], off < 2e-6) == ("cold", True)
+    packed_donor = recurrent.engine.store.get(keys(report)[0])
+    assert packed_donor is not None
+    with settings_of(recurrent.engine, donor_dtype="model"):
+        recurrent.run(**prompt(A, B))
+        exact = recurrent.engine.store.get(keys(recurrent.report)[0])
+    assert exact is not None
+    names = slots_of(exact)
+    assert slots_of(packed_donor) == names
+    states = {name for name in names if name.count(".") == 2}
+    assert {name.split(".")[1] for name in states} == {"inputs", "matrix", "factor", "term"}
+    for name in names:
+        is_state = name in states
+        assert (packed_donor.tensors[name].dtype is torch.int8) is not is_state
+        if is_state:
+            torch.testing.assert_close(packed_donor.tensors[name], exact.tensors[name])
+    assert packed_donor.info["cuts"] == exact.info["cuts"] == [0, 2, 24]
+
+
+def test_int8_donors_of_recurrent_layers_serve_closely(recurrent: Pair) -> None:
+    recurrent.engine.clear()
+    recurrent.run(**prompt(A, B))
+    off, report = recurrent.run(**prompt(A, B, after=9))
+    assert (report["mode"], report["prefix_tokens"], hits(report)) == ("warm", 0, [True, True])
+    assert 0.0 < off < 0.05  # states are exact in their own context, rows of attention are not
+    with recurrent.engine.using(policy="full"):
+        off, report = recurrent.run(**prompt(B, A, before=17, seed=3))
+    assert (report["mode"], hits(report)) == ("warm", [True, True])
+    assert off < 2e-6
+
+
+def test_states_of_recurrent_layers_are_means_of_contexts(recurrent: Pair) -> None:
+    """Each context is computed alone first; then the second one refines the donor of the first."""
+    first, second, other = prompt(A, B), prompt(A, (27, 2), seed=2), prompt(A, (27, 2), before=31, seed=1)
+    alone = []
+    for own in (first, second):
+        recurrent.engine.clear()
+        recurrent.run(**own)
+        alone.append(recurrent.engine.store.get(keys(recurrent.report)[0]))
+    recurrent.engine.clear()
+    modes = [recurrent.run(**own)[1]["mode"] for own in (first, other, second)]
+    assert modes == ["cold", "warm", "cold"]  # the second image has missed again
+    donor = recurrent.engine.store.get(keys(recurrent.report)[0])
+    assert donor is not None
+    assert len(contexts_of(donor)) == 2
+    assert is_packed(donor)
+    for name in ("0.inputs.0", "0.matrix.0", "0.factor.0", "3.term.0"):
+        mean = sum(entry.tensors[name] for entry in alone if entry is not None) / 2
+        torch.testing.assert_close(donor.tensors[name], mean, atol=2e-6, rtol=1e-5)
+    off, report = recurrent.run(**prompt(A, before=31, seed=7))
+    assert (report["mode"], report["spans"][0]["donor_contexts"]) == ("warm", 2)
+    assert off < 1.0
 
 
 def test_spoilt_scales_are_a_miss(vlm: Pair) -> None:
