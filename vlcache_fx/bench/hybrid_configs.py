@@ -1,6 +1,6 @@
 """Configurations of Qwen3.5: gated delta rules in three of four layers, attention in the fourth.
 
-Published shapes: 9B has the defaults of ``Qwen3_5TextConfig`` and ``Qwen3_5VisionConfig`` of transformers 5.23
+Published shapes: 9B has the defaults of ``Qwen3_5TextConfig`` and ``Qwen3_5VisionConfig`` of transformers
 ("a Qwen3.5-9B style configuration"), but for the encoder's output, which is as wide as the decoder. Those of
 4B, and the rotary parameters of both, are in the ``config.json`` of the checkpoints of Qwen.
 """
@@ -15,7 +15,7 @@ def qwen3_5_config(hidden: int, layers: int, vocabulary: int, tower: Mapping[str
     """Return a scaled-down Qwen3.5.
 
     Attention has heads of 64 values, two of them for K/V. Delta rules have heads of 128 values, as published,
-    and as many in proportion to ``hidden`` as in 9B: keys half as wide as the residual stream, values as wide.
+    and as many in proportion as 9B: keys are half as wide as the residual stream, values as wide.
 
     Args:
         hidden: width of the residual stream, a multiple of 256.
