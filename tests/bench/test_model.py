@@ -46,6 +46,20 @@ def test_decoder_size_without_the_vision_encoder() -> None:
     assert size.head_weights == 64 * 128
     assert size.kv_bytes_per_token == 2 * 2 * 2 * 64 * 4
     assert not size.experts
+    assert (size.attention_layers, size.state_bytes) == (2, 0)
+
+
+def test_decoder_size_of_a_hybrid() -> None:
+    """Recurrent layers have no keys and values; the state has two heads of 128 x 128."""
+    model = build_model(find_preset("tiny-hybrid"), torch.bfloat16, CPU)
+    size = decoder_size(model)
+    assert size.has_attention == (False, False, False, True)
+    assert size.attention_layers == 1
+    assert size.kv_bytes_per_token == 2 * 1 * 2 * 64 * 2
+    assert size.state_bytes == 3 * 2 * 128 * 128 * 4
+    layers = model.model.language_model.layers
+    assert size.weights_of_layers[3] == sum(weight.numel() for weight in layers[3].parameters())
+    assert size.weights_of_layers[0] != size.weights_of_layers[3]
 
 
 def test_build_model_of_another_class() -> None:

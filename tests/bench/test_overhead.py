@@ -5,7 +5,7 @@ from vlcache_fx.bench import overhead
 from vlcache_fx.bench.model import DecoderSize
 from vlcache_fx.bench.overhead import hash_cost, lookup_costs, splice_cost
 
-SIZE = DecoderSize(3, 8, 4, 2, 2, 16, 100, 10, 4, False, 200)
+SIZE = DecoderSize(3, 8, 4, 2, 2, 16, (30, 30, 40), 10, 4, False, 200)
 
 
 def test_hash_cost_counts_all_bytes() -> None:

@@ -20,7 +20,15 @@ def test_presets_are_valid_configurations(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29), ("qwen3-vl-8b", 8.77)]
+    ("name", "billions"),
+    [
+        ("qwen2.5-vl-3b", 3.75),
+        ("qwen2.5-vl-7b", 8.29),
+        ("qwen3-vl-8b", 8.77),
+        ("qwen3.5-4b", 4.54),
+        ("qwen3.5-9b", 9.41),
+        ("cpu-hybrid", 0.15),
+    ],
 )
 def test_presets_number_of_weights(name: str, billions: float) -> None:
     spec = find_preset(name)
@@ -42,6 +50,22 @@ def test_with_layers_keeps_the_preset() -> None:
 def test_with_layers_cuts_layer_types() -> None:
     spec = ModelSpec("x", "X", {"num_hidden_layers": 3, "layer_types": ["a", "b", "c"]})
     assert spec.with_layers(2).config == {"num_hidden_layers": 2, "layer_types": ["a", "b"]}
+
+
+def test_with_layers_repeats_the_pattern() -> None:
+    kinds = ["a", "a", "b", "a", "a", "b", "a"]
+    spec = ModelSpec("x", "X", {"num_hidden_layers": 7, "layer_types": kinds})
+    assert spec.with_layers(9).config["layer_types"] == ["a", "a", "b"] * 3
+    other = ModelSpec("x", "X", {"num_hidden_layers": 2, "layer_types": ["a", "b"]})
+    assert other.with_layers(3).config["layer_types"] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("name", ["cpu-hybrid", "qwen3.5-4b", "qwen3.5-9b"])
+def test_with_layers_keeps_one_attention_layer_in_four(name: str) -> None:
+    spec = find_preset(name).with_layers(12)
+    model_class = getattr(transformers, spec.model_class)
+    text = model_class.config_class.from_dict(dict(spec.config)).get_text_config()
+    assert text.layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 3
 
 
 def test_find_preset_unknown() -> None:

@@ -17,7 +17,7 @@ SIZE = DecoderSize(
     kv_heads=KV_HEADS,
     head_dim=HEAD_DIM,
     vocabulary=16,
-    layer_weights=LAYERS * (KV_WEIGHTS + OTHER_WEIGHTS),
+    weights_of_layers=(KV_WEIGHTS + OTHER_WEIGHTS,) * LAYERS,
     head_weights=128,
     item_bytes=2,
     experts=False,
@@ -62,6 +62,18 @@ def test_bound_batch_shares_weights() -> None:
     one, two = found(MEMORY, [8, 8, 1]), found(MEMORY, [8, 8, 1], batch=2)
     assert two.flops == 2 * one.flops
     assert two.nbytes - one.nbytes == 8 * SIZE.kv_bytes_per_token
+
+
+def test_bound_of_a_hybrid() -> None:
+    """A recurrent layer has no pairs of queries and keys, but a state of constant size."""
+    hybrid = dataclasses.replace(SIZE, has_attention=(False, True), state_values=50)
+    result = bound(hybrid, COMPUTE, [5, 5, 1], 8, TEXT)
+    assert result is not None
+    recurrent = 2 * (KV_WEIGHTS + OTHER_WEIGHTS) * 5 + 6 * 50 * 5
+    attention = 2 * (KV_WEIGHTS * 5 + OTHER_WEIGHTS) + 4 * HEADS * HEAD_DIM * 8
+    assert result.flops == recurrent + attention + 2 * SIZE.head_weights
+    weights = 2 * (SIZE.layer_weights + 128)
+    assert result.nbytes == weights + 8 * 2 * KV_HEADS * HEAD_DIM * 2 + 50 * 4
 
 
 def test_bound_none_for_experts() -> None:

@@ -62,7 +62,7 @@ def decoding_systems(systems: Systems, workload: Workload, room: int = 0) -> dic
     timed = {}
     for name, run in runs.items():
         new_cache = _static_cache(systems.plain, workload.num_tokens + room) if room else None
-        step = PrefixHitBaseline(run, workload, 1, new_cache)
+        step = PrefixHitBaseline(run, workload, 1, new_cache, systems.plain)
         timed[name] = System(step.run, step.prepare, step.check, synchronize=systems.synchronize)
     return timed
 

@@ -302,7 +302,7 @@ def _times_of(check: Check, systems: Systems, workload: Workload, *, cuda_graphs
     def floor() -> tuple[System, Callable[[], dict[str, Any]]]:
         if not rows:
             raise MeasurementError("no warm run reported its number of rows")
-        hit = PrefixHitBaseline(systems.compiled, workload, rows[0])
+        hit = PrefixHitBaseline(systems.compiled, workload, rows[0], model=systems.plain)
         run = System(hit.run, hit.prepare, hit.check, synchronize=systems.synchronize)
         return run, lambda: {"rows": hit.rows}
 

@@ -91,7 +91,7 @@ def splice_cost(
     def splice() -> object:
         return torch.ops.vlcache.splice_rows(donor, fresh, source, 1)
 
-    return SpliceCost(median_seconds(splice, 5, synchronizer(device)), 2 * size.layers)
+    return SpliceCost(median_seconds(splice, 5, synchronizer(device)), 2 * size.attention_layers)
 
 
 def lookup_costs(

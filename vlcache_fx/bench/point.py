@@ -225,7 +225,8 @@ class _PointBench:
         for name, rows in numbers.items():
             self._floor_of[name] = floor_name = "floor" if single else f"floor of {rows} rows"
             if floor_name not in self._floors:
-                floor = PrefixHitBaseline(self._bench.compiled, self._workload, rows)
+                bench, request = self._bench, self._workload
+                floor = PrefixHitBaseline(bench.compiled, request, rows, model=bench.plain)
                 self._floors[floor_name] = floor
                 self._add(floor_name, floor.run, prepare=floor.prepare, check=floor.check)
 

@@ -3,10 +3,11 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlcache_fx.bench.hybrid_configs import published_qwen3_5_4b, published_qwen3_5_9b, qwen3_5_config
 from vlcache_fx.errors import OptionError
 
 Config = Mapping[str, Any]
@@ -38,6 +39,8 @@ class ModelSpec:
     def with_layers(self, layers: int | None) -> "ModelSpec":
         """Return a copy with another number of decoder layers; None changes nothing.
 
+        Kinds of layers keep their pattern, which repeats in a deeper decoder.
+
         Raises:
             OptionError: fewer than one layer.
         """
@@ -49,7 +52,8 @@ class ModelSpec:
         text = config.get("text_config", config)
         text["num_hidden_layers"] = layers
         if text.get("layer_types"):
-            text["layer_types"] = text["layer_types"][:layers]
+            pattern = _pattern(text["layer_types"])
+            text["layer_types"] = [pattern[layer % len(pattern)] for layer in range(layers)]
         return dataclasses.replace(self, config=config)
 
     def with_feature_tower(self) -> "ModelSpec":
@@ -58,6 +62,13 @@ class ModelSpec:
             return self
         vision = {**self.config["vision_config"], **self.feature_tower}
         return dataclasses.replace(self, config={**self.config, "vision_config": vision})
+
+
+def _pattern(kinds: Sequence[str]) -> Sequence[str]:
+    """Return the shortest pattern that repeats in ``kinds``, the last time possibly cut."""
+    sizes = range(1, len(kinds))
+    size = next((n for n in sizes if all(a == b for a, b in zip(kinds, kinds[n:], strict=False))), len(kinds))
+    return kinds[:size]
 
 
 def qwen2_5_vl_config(hidden: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
@@ -147,6 +158,7 @@ def _published_qwen3_vl_8b() -> dict[str, Any]:
 
 def _presets() -> dict[str, ModelSpec]:
     qwen2_5, qwen3 = "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"
+    qwen3_5 = "Qwen3_5ForConditionalGeneration"
     shape_3b = {
         "vocab_size": 151936,
         "hidden_size": 2048,
@@ -171,9 +183,13 @@ def _presets() -> dict[str, ModelSpec]:
         ModelSpec("tiny", qwen2_5, qwen2_5_vl_config(128, 2, 2, 64), (120,)),
         ModelSpec("cpu", qwen2_5, qwen2_5_vl_config(1024, 8, 16, 8192)),
         ModelSpec("cpu-28", qwen2_5, qwen2_5_vl_config(1024, 28, 16, 8192)),
+        ModelSpec("tiny-hybrid", qwen3_5, qwen3_5_config(256, 4, 64, SMALL_TOWER), (120,)),
+        ModelSpec("cpu-hybrid", qwen3_5, qwen3_5_config(1024, 8, 8192, SMALL_TOWER)),
         ModelSpec("qwen2.5-vl-3b", qwen2_5, config_3b, (1024, 4096, 16384), SMALL_WINDOWED_TOWER),
         ModelSpec("qwen2.5-vl-7b", qwen2_5, config_7b, (1024, 4096, 16384), SMALL_WINDOWED_TOWER),
         ModelSpec("qwen3-vl-8b", qwen3, _published_qwen3_vl_8b(), (1024, 4096, 16384), tower_8b),
+        ModelSpec("qwen3.5-4b", qwen3_5, published_qwen3_5_4b(), (1024, 4096, 16384), SMALL_TOWER),
+        ModelSpec("qwen3.5-9b", qwen3_5, published_qwen3_5_9b(), (1024, 4096, 16384), SMALL_TOWER),
     )
     return {spec.name: spec for spec in specs}
 

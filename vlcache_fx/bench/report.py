@@ -60,10 +60,12 @@ def tables(result: BenchResult) -> Iterator[Table]:
 def headline(result: BenchResult) -> str:
     """Describe the model, its device, and the machine's rates."""
     size, rates = result.size, result.rates
+    recurrent = size.layers - size.attention_layers
+    kinds = f" ({recurrent} of them recurrent)" if recurrent else ""
     graphs = ", warm programs as CUDA graphs" if result.settings.cuda_graphs else ""
     return (
         f"{result.model} ({result.model_class}): {size.parameters / 1e6:,.0f} M random parameters,"
-        f" {size.layers} decoder layers,"
+        f" {size.layers} decoder layers{kinds},"
         f" {(size.layer_weights + size.head_weights) / 1e6:,.0f} M weights in them and the output,"
         f" {result.dtype}, lowering {result.settings.lowering}{graphs}\n"
         f"{machine_line(result.machine)}; on {result.device}\n"

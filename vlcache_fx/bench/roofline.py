@@ -13,8 +13,9 @@ class Bound:
     """Lower bound of a prefill.
 
     Attributes:
-        flops: operations of the rows: projections, attention, MLP, output of the last token.
-        nbytes: weights of the decoder and the output, keys and values of all tokens, read once.
+        flops: operations of the rows: projections, attention, states of recurrent layers, MLP, output of the
+            last token. Maps of donors do not count.
+        nbytes: weights of the decoder and the output, keys and values of all tokens, and states, read once.
         seconds: the longer time of both at the measured rates.
         limited_by: the longer time's resource.
     """
@@ -47,17 +48,20 @@ def bound(
     if size.experts:
         return None
     kv_weights = 2 * size.hidden * size.kv_heads * size.head_dim
-    other_weights = size.layer_weights / size.layers - kv_weights
     vision_positions = sorted(set(range(num_tokens)) - set(text_positions))
     flops = 2.0 * size.head_weights
     for layer in range(size.layers):
         rows, queries = rows_per_layer[layer], rows_per_layer[layer + 1]
+        if size.has_attention and not size.has_attention[layer]:
+            # A row's query and key read the state, and its key and value are added to it.
+            flops += 2 * size.weights_of_layers[layer] * queries + 6 * size.state_values * rows
+            continue
         pairs = _attended(queries, text_positions, vision_positions)
-        flops += 2 * kv_weights * rows + 2 * other_weights * queries
+        flops += 2 * kv_weights * rows + 2 * (size.weights_of_layers[layer] - kv_weights) * queries
         flops += 4 * size.heads * size.head_dim * pairs
     flops *= batch
     weights = (size.layer_weights + size.head_weights) * size.item_bytes
-    nbytes = float(weights + batch * num_tokens * size.kv_bytes_per_token)
+    nbytes = float(weights + batch * (num_tokens * size.kv_bytes_per_token + size.state_bytes))
     computing, moving = flops / rates.matmul_flops, nbytes / rates.copy_bytes
     limited_by: Literal["compute", "memory"] = "compute" if computing >= moving else "memory"
     return Bound(flops, nbytes, max(computing, moving), limited_by)

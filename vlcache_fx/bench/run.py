@@ -20,6 +20,9 @@ from vlcache_fx.bench.settings import Settings, require_packages
 from vlcache_fx.bench.systems import GIB, Systems, outlives_process
 from vlcache_fx.bench.workload import RequestShape, Workload, has_grids, make_workload
 
+STATES_PER_DONOR = 8
+"""Room for states and maps of an item and of the text around it, in states."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredPoint:
@@ -79,8 +82,10 @@ def run_bench(
         notes.append("This encoder returns the same number of tokens for every image.")
     size = decoder_size(model)
     largest = max(shape.vision_tokens * shape.images * shape.batch for shape in shapes)
+    donors = largest * (size.kv_bytes_per_token + size.hidden * size.item_bytes)
+    donors += STATES_PER_DONOR * max(shape.images * shape.batch for shape in shapes) * size.state_bytes
     # Room for the donors of two points: the previous point's donors may remain.
-    capacity = max(4 * GIB, 2 * largest * (size.kv_bytes_per_token + size.hidden * size.item_bytes))
+    capacity = max(4 * GIB, 2 * donors)
     systems = Systems(model, settings.lowering, settings.variants, capacity, cuda_graphs=settings.cuda_graphs)
     progress("measuring the machine", 0, 1)
     rates = measure_rates(dtype, device)

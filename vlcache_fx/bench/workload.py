@@ -137,17 +137,38 @@ def make_workload(model: Any, shape: RequestShape) -> Workload:
     )
 
 
+def merged_embeddings(model: Any, request: dict[str, Any]) -> Tensor:
+    """Return the embeddings of a request with its features merged, [batch, tokens, hidden]."""
+    if "inputs_embeds" in request:
+        embeds: Tensor = request["inputs_embeds"]
+        return embeds
+    ids = request["input_ids"]
+    return _merged(model, ids, ids == _image_token(model), request[OUTPUTS]["image"])
+
+
+def _merged(model: Any, ids: Tensor, images: Tensor, features: Any) -> Tensor:
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        rows = torch.cat([image.reshape(-1, image.shape[-1]) for image in features.pooler_output])
+        merged: Tensor = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
+    return merged
+
+
+def _image_token(model: Any) -> int:
+    names = ("image_token_id", "image_token_index")
+    tokens = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
+    if not tokens:
+        raise OptionError(f"the configuration of {type(model).__name__} names no image_token_id")
+    return int(tokens[0])
+
+
 class _Maker:
     """Builds requests for one model and its features."""
 
     def __init__(self, model: Any, shape: RequestShape, features: Any, grids: Tensor | None) -> None:
         config = model.config
         self._model, self._shape, self._features, self._grids = model, shape, features, grids
-        names = ("image_token_id", "image_token_index")
-        tokens = [getattr(config, name) for name in names if getattr(config, name, None) is not None]
-        if not tokens:
-            raise OptionError(f"the configuration of {type(model).__name__} names no image_token_id")
-        self.image_token = int(tokens[0])
+        self.image_token = _image_token(model)
         self._marks = [getattr(config, f"vision_{side}_token_id", None) for side in ("start", "end")]
         text = config.get_text_config()
         special = {value for part in (config, text) for value in _special_ids(part)}
@@ -188,10 +209,7 @@ class _Maker:
         if self._takes_outputs:
             return {"input_ids": ids, OUTPUTS: {"image": self._features}}
         images = ids == self.image_token
-        with torch.no_grad():
-            embeds = self._model.get_input_embeddings()(ids)
-            rows = torch.cat([image.reshape(-1, image.shape[-1]) for image in self._features.pooler_output])
-            embeds = embeds.masked_scatter(images[..., None], rows.to(embeds.dtype))
+        embeds = _merged(self._model, ids, images, self._features)
         length = self._shape.vision_tokens
         starts = flagged_positions(images)[::length].tolist()
         spans = [(*divmod(start, ids.shape[1]), length) for start in starts]
