@@ -23,7 +23,7 @@ from vlcache_fx.passes.cleanup import (
     FoldRepeatedHeads,
     FuseAttention,
     InvertPermutations,
-    MergeAdditions,
+    MergeSums,
     WrittenMerges,
 )
 from vlcache_fx.passes.pipeline import Pipeline
@@ -53,7 +53,7 @@ CLEANUP = Pipeline(
         DropNoops(),
         DropEmptyCats(),
         DenseDeepstack(),
-        MergeAdditions(),
+        MergeSums(),
         WrittenMerges(),
         AddedMerges(),
         DropMergeChecks(),

@@ -12,7 +12,7 @@ from vlcache_fx.passes.cleanup.drop_noops import DropNoops
 from vlcache_fx.passes.cleanup.fold_repeated_heads import FoldRepeatedHeads
 from vlcache_fx.passes.cleanup.fuse_attention import FuseAttention
 from vlcache_fx.passes.cleanup.invert_permutations import InvertPermutations
-from vlcache_fx.passes.cleanup.merge_additions import MergeAdditions
+from vlcache_fx.passes.cleanup.merge_sums import MergeSums
 from vlcache_fx.passes.cleanup.written_merges import WrittenMerges
 
 __all__ = [
@@ -28,6 +28,6 @@ __all__ = [
     "FoldRepeatedHeads",
     "FuseAttention",
     "InvertPermutations",
-    "MergeAdditions",
+    "MergeSums",
     "WrittenMerges",
 ]

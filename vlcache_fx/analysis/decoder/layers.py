@@ -142,6 +142,12 @@ def _split_attention(
         else None
         for operand in (site.key, site.value)
     )
+    if key is not None and value is not None and key is not value:
+        # Latent attention computes values from what keys are computed from, or keys from values.
+        if value in descendants([key], inside):
+            value = None
+        elif key in descendants([value], inside):
+            key = None
     frontiers = [node for node in (key, value) if node is not None]
     if not frontiers:
         return LayerSplit(site, None, None, {}, {}, dict.fromkeys(members))

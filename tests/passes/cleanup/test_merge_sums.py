@@ -1,4 +1,4 @@
-"""``merge_additions``: features added where embeddings are zero become a merge."""
+"""``merge_sums``: features added where embeddings are zero become a merge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlcache_fx.passes.cleanup import MergeAdditions
+from vlcache_fx.passes.cleanup import MergeSums
 
 from ..programs import before_and_after, unchanged
 from .graphs import program_of
@@ -60,13 +60,13 @@ def multiplied_by_infinity(x: Tensor, mask: Tensor, features: Tensor, _: Tensor)
 
 
 def test_graph(golden: Callable[[str, str], None]) -> None:
-    golden("merge_additions", before_and_after(MergeAdditions(), program_of(cleared, *INPUTS)))
+    golden("merge_sums", before_and_after(MergeSums(), program_of(cleared, *INPUTS)))
 
 
 @pytest.mark.parametrize("build", [cleared, cleared_and_cast])
 def test_numbers(build: Build) -> None:
     program = program_of(build, *INPUTS)
-    assert MergeAdditions().run(program)
+    assert MergeSums().run(program)
     program.graph.lint()
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
@@ -80,4 +80,4 @@ def test_numbers(build: Build) -> None:
     "build", [never_cleared, filled_with_ones, cleared_elsewhere, moved_after, multiplied_by_infinity]
 )
 def test_keeps_other_additions(build: Build) -> None:
-    assert unchanged(MergeAdditions(), program_of(build, *INPUTS))
+    assert unchanged(MergeSums(), program_of(build, *INPUTS))

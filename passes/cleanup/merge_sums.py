@@ -14,14 +14,14 @@ from vlcache_fx.passes.cleanup.dense_deepstack import by_token
 aten = torch.ops.aten
 
 
-class MergeAdditions(Pass):
+class MergeSums(Pass):
     """``where(mask, x + scatter_rows(features, mask), x)`` becomes ``masked_scatter(x, mask, features)``.
 
     That is equal where ``x`` is zero at the mask. Some models clear the embeddings of placeholders, and add
     features before each of several layers, the first one included; analysis looks for a merge.
     """
 
-    name: ClassVar[str] = "merge_additions"
+    name: ClassVar[str] = "merge_sums"
 
     def run(self, program: Program) -> bool:
         """Replace every addition to cleared embeddings."""
