@@ -7,7 +7,7 @@ an exact prefix is the state behind it, a map with A = 0. The first tokens of an
 
     tokens       t0 t1 | a0 a1 a2 a3 a4 a5 | t8 t9
     computed     t0 t1   a0 a1               t8 t9
-    jump                      `-- map 1 ---^          from token 4 to token 8, with the second map of the donor
+    jump                      `-- map 1 ---^          from token 4 to token 8, by the donor's second map
 
 Pieces of this prompt: ``t0 t1``, for prompts that share this prefix; ``a0 a1`` and ``a2 .. a5``, for the
 donor's maps; and text up to the last block boundary, for prompts that continue this one.

@@ -23,8 +23,8 @@ slot                name            shape               content
 ``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
 ==================  ==============  ==================  ===================================================
 
-Recurrent decoders have more inputs. Their jumps and pieces are explained in ``plan.jumps``. T tails of W rows,
-j jumps, p pieces:
+Recurrent decoders have more inputs. Their jumps and pieces are explained in ``plan.jumps``. T tails of W
+rows, j jumps, p pieces:
 
 ==================  ==============  ==================  ===================================================
 ``JumpAt()``        ``jump_at``     [1, j]              computed rows before each jump
