@@ -137,4 +137,4 @@ def last(pieces: Sequence[Piece], jumps: Sequence[Jump], rows: Tensor, width: in
 
 def _ranks(rows: Tensor, tokens: Iterable[int]) -> list[int]:
     """Return the number of rows before each token."""
-    return torch.searchsorted(rows, torch.tensor([*tokens], dtype=torch.int64)).tolist()  # type: ignore[no-any-return]
+    return torch.searchsorted(rows, torch.tensor([*tokens], dtype=torch.int64)).tolist()
