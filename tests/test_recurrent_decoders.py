@@ -121,14 +121,10 @@ def test_exact_prefix(pair: Pair, after: int) -> None:
 
 
 def test_conversation_continues_from_the_last_block(pair: Pair) -> None:
-<<<<<<< HEAD
     """Text counts in blocks of 16 tokens: the next turn computes the rest of the last one, and the new text.
 
     The warm program records states for the turn after.
     """
-=======
-    """Text counts in blocks of 16 tokens: the next turn computes the rest of the last one and what is new."""
->>>>>>> part-tests
     first = prompt(A, after=37)
     longer = {name: torch.cat([value, value[:, -20:]], 1) if name == "input_ids" else value
               for name, value in first.items()}  # fmt: skip

@@ -122,11 +122,7 @@ def is_state(node: Node) -> bool:
     """Return True for a result of a recurrence that has no row per token."""
     if node.target is not getitem or not isinstance(node.args[0], Node):
         return False
-<<<<<<< HEAD
     return node.args[0].target is RECUR and bool(node.args[1] != 0)
-=======
-    return bool(node.args[0].target is RECUR and node.args[1] != 0)
->>>>>>> part-tests
 
 
 def rows_after(node: Node) -> NodeSet:

@@ -7,11 +7,7 @@ an exact prefix is the state behind it, a map with A = 0. The first tokens of an
 
     tokens       t0 t1 | a0 a1 a2 a3 a4 a5 | t8 t9
     computed     t0 t1   a0 a1               t8 t9
-<<<<<<< HEAD
     jump                      `-- map 1 ---^            from token 4 to 8, with the donor's second map
-=======
-    jump                      `-- map 1 ---^          from token 4 to token 8, by the donor's second map
->>>>>>> part-tests
 
 Records of this prompt: ``t0 t1``, for prompts that share this prefix; ``a0 a1`` and ``a2 .. a5``, for the
 donor's maps; and text up to the last block boundary, for prompts that continue this one.

@@ -23,13 +23,8 @@ slot                name            shape               content
 ``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
 ==================  ==============  ==================  ===================================================
 
-<<<<<<< HEAD
 Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and records. T tails of W rows,
 j jumps, p records:
-=======
-Recurrent decoders have more inputs. Their jumps and records are explained in ``plan.jumps``. T tails of W
-rows, j jumps, p records:
->>>>>>> part-tests
 
 ==================  ==============  ==================  ===================================================
 ``JumpAt()``        ``jump_at``     [1, j]              computed rows before each jump

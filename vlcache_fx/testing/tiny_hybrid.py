@@ -56,12 +56,8 @@ class DeltaRule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[batch, tokens, hidden] -> the same."""
         batch, tokens, _ = x.shape
-<<<<<<< HEAD
-        q, k, v = torch.split(F.silu(self.convolution(self.qkv(x))), self.sizes, -1)
-=======
         qkv: Tensor = F.silu(self.convolution(self.qkv(x)))
         q, k, v = torch.split(qkv, self.sizes, -1)
->>>>>>> part-tests
         q, k = (part.reshape(batch, tokens, GROUPS, KEY) for part in (q, k))
         v = v.reshape(batch, tokens, HEADS, VALUE)
         decay, beta = self.gates(x).chunk(2, -1)

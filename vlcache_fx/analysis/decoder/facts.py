@@ -130,11 +130,7 @@ class DecoderFacts:
 
     @property
     def past(self) -> frozenset[Node]:
-<<<<<<< HEAD
         """Keys, values and states of earlier calls that rows of this call meet; empty without a cache."""
-=======
-        """Tensors of earlier calls that rows of this call meet: keys, values and states, if any."""
->>>>>>> part-tests
         found = [path for paths in self.caches for path in paths if path is not None]
         states = [tail.convolution.before for tail in self.tails]
         states += [state.recurrence.state for state in self.states]

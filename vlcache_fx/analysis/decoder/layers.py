@@ -102,13 +102,8 @@ def split_layer(
         return _split_attention(sites[0], entering, members, taint, position)
     inside = dict.fromkeys(members)
     needed = ancestors([leaving], inside)
-<<<<<<< HEAD
     carriers = [mixer.node for mixer in mixers if not isinstance(mixer, Site)]
     carrying = ancestors(carriers, inside)
-=======
-    carriers: list[Mixer] = [*recurrences, *convolutions]
-    carrying = ancestors([mixer.node for mixer in carriers], inside)
->>>>>>> part-tests
     for node in members:  # parts of results that are tuples
         is_part = any(parent in carrying and not _is_tensor(parent) for parent in data_inputs(node))
         if is_part and not is_state(node):
