@@ -29,7 +29,7 @@ def with_eager_recurrences(model: nn.Module) -> Any:
     """Return a copy that shares the weights, and whose recurrent modules ``torch.compile`` leaves alone."""
     copied = share_weights(model)
     for module in recurrent_modules(copied):
-        disabled: Any = torch.compiler.disable(module.forward)
+        disabled: Any = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
         module.forward = disabled
     return copied
 
