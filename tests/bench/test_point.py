@@ -99,3 +99,18 @@ def test_measure_point_lost_donors(model: Any) -> None:
     systems.prepare_warm = lose_donors  # type: ignore[method-assign]
     with pytest.raises(MeasurementError, match="the run 'warm' was cold"):
         measure_point(systems, workload, 1, 1)
+
+
+def test_measure_point_of_a_hybrid() -> None:
+    """All systems run, and the cold program equals the unmodified model."""
+    hybrid = build_model(find_preset("tiny-hybrid"), torch.float32, torch.device("cpu"))
+    workload = make_workload(hybrid, RequestShape(120))
+    systems = Systems(hybrid, "eager", [Variant("uniform", 0.1)])
+    point = measure_point(systems, workload, 1, 1)
+    assert point.not_reused == {}
+    assert set(point.seconds) == {"eager", "plain", "cold", "warm", "floor"}
+    assert point.cold_difference is not None
+    assert point.cold_difference < 1e-5
+    assert point.floor_rows["floor"] == point.warm["warm"].report["rows_per_layer"][0]
+    assert point.warm["warm"].report["token_layer_fraction"] == pytest.approx(0.1)
+    assert point.eager_recurrences

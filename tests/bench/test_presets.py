@@ -69,7 +69,10 @@ def test_with_layers_keeps_one_attention_layer_in_four(name: str) -> None:
 
 
 def test_find_preset_unknown() -> None:
-    with pytest.raises(OptionError, match=r"preset='gpt' is not valid.*tiny, cpu, cpu-28, qwen2\.5-vl-3b"):
+    with pytest.raises(
+        OptionError,
+        match=r"preset='gpt' is not valid.*tiny, cpu, cpu-28, tiny-hybrid, cpu-hybrid, qwen2\.5-vl-3b",
+    ):
         find_preset("gpt")
 
 

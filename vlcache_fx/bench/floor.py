@@ -22,7 +22,7 @@ class PrefixHitBaseline:
         workload: source of the request.
         rows: number of computed rows.
         new_cache: returns an empty cache for each run; None for dynamic caches.
-        model: the unmodified model; needed only where layers are recurrent.
+        model: the unmodified model; needed where layers are recurrent.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class PrefixHitBaseline:
     ) -> None:
         self.rows = rows
         self._compiled, self._num_tokens = compiled, workload.num_tokens
-        cache = compiled(**workload.second).past_key_values
-        if any(_is_recurrent(layer) for layer in cache.layers):
+        if model is not None and _has_states(model):
             self._make_cache = _copies(_prefix_cache(model, workload, rows), new_cache)
         else:
+            cache = compiled(**workload.second).past_key_values
             past = [(layer.keys[:, :, :-rows], layer.values[:, :, :-rows]) for layer in cache.layers]
             self._make_cache = _filled([(keys.clone(), values.clone()) for keys, values in past], new_cache)
         given = {name: value for name, value in workload.second.items() if name != OUTPUTS}
@@ -67,8 +67,12 @@ class PrefixHitBaseline:
             raise MeasurementError(f"the prefix hit left {length} of {self._num_tokens} tokens in the cache")
 
 
-def _is_recurrent(layer: Any) -> bool:
-    return hasattr(layer, "recurrent_states")
+def _has_states(model: Any) -> bool:
+    """Return whether layers of the model's cache have states of convolutions and recurrences."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    return any(hasattr(layer, "conv_states") for layer in layers)
 
 
 def _filled(past: list[tuple[Tensor, Tensor]], new_cache: Callable[[], Any] | None) -> Callable[[], Any]:
@@ -112,13 +116,7 @@ def _cloned(value: Any) -> Any:
 
 
 def _prefix_cache(model: Any, workload: Workload, rows: int) -> Any:
-    """Return the cache behind all tokens of the second request but the last rows.
-
-    Raises:
-        MeasurementError: there is no unmodified model.
-    """
-    if model is None:
-        raise MeasurementError("a prefix hit of recurrent layers needs the unmodified model")
+    """Return the cache behind all tokens of the second request but the last rows."""
     given = {name: value for name, value in workload.second.items() if name not in (OUTPUTS, "input_ids")}
     given["inputs_embeds"] = merged_embeddings(model, workload.second)[:, :-rows]
     if "position_ids" in given:

@@ -268,7 +268,7 @@ def _times_of(check: Check, systems: Systems, workload: Workload, *, cuda_graphs
     rows: list[int] = []
 
     def plain() -> tuple[System, Callable[[], dict[str, Any]]]:
-        run = System(lambda: systems.compiled(**workload.second), synchronize=systems.synchronize)
+        run = System(lambda: systems.compiled_long(**workload.second), synchronize=systems.synchronize)
         return run, dict
 
     def cold() -> tuple[System, Callable[[], dict[str, Any]]]:

@@ -68,6 +68,7 @@ class Point:
         floor_rows: prefix hit -> number of rows.
         not_reused: system that runs unmodified -> reason.
         peak_memory: system -> peak of a run that was not timed.
+        eager_recurrences: whether the plain ``torch.compile`` leaves recurrent modules to eager execution.
     """
 
     shape: RequestShape
@@ -83,6 +84,7 @@ class Point:
     floor_rows: dict[str, int]
     not_reused: dict[str, str]
     peak_memory: dict[str, PeakMemory | None]
+    eager_recurrences: bool = False
 
 
 def measure_point(
@@ -137,7 +139,7 @@ class _PointBench:
         """Compile all systems, record donors, fill caches, and run all systems twice more."""
         bench, request = self._bench, self._workload.second
         self._add("eager", lambda: bench.plain(**request), rounds=self._eager_rounds)
-        self._add("plain", lambda: bench.compiled(**request))
+        self._add("plain", lambda: bench.compiled_long(**request))
         self._first_calls["plain"] = time_once(self.systems["plain"])
         if self._add_cold():
             single = len(bench.variants) == 1
@@ -184,7 +186,7 @@ class _PointBench:
             result: Tensor = model(**self._workload.first).logits
             return result[:, -1].float()
 
-        expected = logits(self._bench.compiled)
+        expected = logits(self._bench.compiled_long)
         self._bench.prepare_cold()
         return float((logits(self._bench.reusing) - expected).abs().max() / expected.abs().max())
 
@@ -262,6 +264,7 @@ class _PointBench:
             floor_rows={name: floor.rows for name, floor in self._floors.items()},
             not_reused=self._not_reused,
             peak_memory=peaks,
+            eager_recurrences=self._bench.eager_recurrences,
         )
 
     def _warm_run(self, name: str, seconds: list[float]) -> WarmRun:

@@ -114,6 +114,8 @@ def time_table(measured: MeasuredPoint) -> Table:
         summary, bound = Summary.of(seconds), measured.bounds.get(name)
         peak, first = point.peak_memory[name], point.first_call_seconds.get(name)
         label = system_name(name)
+        if name == "plain" and point.eager_recurrences:
+            label += "\n  but recurrent modules in eager mode"
         if name in point.warm:
             run = point.warm[name]
             label += f"\n  donors from {run.tier}, {run.donor_bytes / MIB:,.1f} MiB"

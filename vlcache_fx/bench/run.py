@@ -20,6 +20,13 @@ from vlcache_fx.bench.settings import Settings, require_packages
 from vlcache_fx.bench.systems import GIB, Systems, outlives_process
 from vlcache_fx.bench.workload import RequestShape, Workload, has_grids, make_workload
 
+EAGER_RECURRENCES = (
+    "torch.compile unrolls the chunk loops of recurrent layers, which takes too long to compile for whole"
+    " prompts: the plain model runs recurrent modules in eager mode, and compiles all else. The prefix hit,"
+    " which has few rows, is compiled in full."
+)
+"""Note on decoders with recurrences."""
+
 STATES_PER_DONOR = 8
 """Room for states and maps of an item and of the text around it, in states."""
 
@@ -87,6 +94,8 @@ def run_bench(
     # Room for the donors of two points: the previous point's donors may remain.
     capacity = max(4 * GIB, 2 * donors)
     systems = Systems(model, settings.lowering, settings.variants, capacity, cuda_graphs=settings.cuda_graphs)
+    if systems.eager_recurrences:
+        notes.append(EAGER_RECURRENCES)
     progress("measuring the machine", 0, 1)
     rates = measure_rates(dtype, device)
     points = _points(systems, shapes, settings, size, rates, dtype, progress, after_point)

@@ -8,6 +8,7 @@ import torch
 
 import vlcache_fx
 from vlcache_fx.bench.device import synchronizer
+from vlcache_fx.bench.eager_recurrences import recurrent_modules, with_eager_recurrences
 from vlcache_fx.bench.model import share_weights
 from vlcache_fx.bench.rounds import MeasurementError
 from vlcache_fx.options import Options
@@ -34,6 +35,9 @@ class Variant:
 
 class Systems:
     """One model as four systems: eager, plain ``torch.compile``, and compiled for reuse, cold and warm.
+
+    Where the model has recurrences, ``compiled`` is for few rows only, and ``compiled_long`` leaves them to
+    eager execution; see ``eager_recurrences``. Otherwise both are the same.
 
     Programs do not depend on policy, budget or store: one compiled model runs all variants, and
     ``prepare_warm`` replaces its engine's options and store. Cold runs use a separate store.
@@ -78,6 +82,11 @@ class Systems:
         }
         self.plain = model
         self.compiled: Any = torch.compile(model.forward, backend=lowering, dynamic=True)
+        self.eager_recurrences = bool(recurrent_modules(model))
+        self.compiled_long: Any = self.compiled
+        if self.eager_recurrences:
+            long = with_eager_recurrences(model)
+            self.compiled_long = torch.compile(long.forward, backend=lowering, dynamic=True)
         own = dataclasses.replace(self._options[self.variants[0]], store="memory://")
         self.reusing: Any = vlcache_fx.compile(
             share_weights(model),

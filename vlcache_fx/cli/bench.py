@@ -60,8 +60,9 @@ def bench(
 ) -> None:
     """Measure time to first token with and without reuse, for a model with random weights and real photos.
 
-    Presets: tiny, cpu, cpu-28, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b. Repeat an option to pass several
-    values; every combination is measured.
+    Presets: tiny, cpu, cpu-28, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b; with recurrent layers: tiny-hybrid,
+    cpu-hybrid, qwen3.5-4b, qwen3.5-9b. Repeat an option to pass several values; every combination is
+    measured.
     """
     given = {
         "vision_tokens": vision_tokens,

@@ -18,6 +18,7 @@ from vlcache_fx.lowering import (
 from vlcache_fx.ops import (
     decompose_attend,
     decompose_attention,
+    decompose_causal_conv1d,
     decompose_linear,
     scatter_rows_reference,
     splice_rows_reference,
@@ -104,5 +105,6 @@ def _lowering(options: Options, compile_cache: CompileCache) -> Lowering:
         torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,
         torch.ops.aten.linear.default: decompose_linear,
         torch.ops.vlcache.attend.default: decompose_attend,
+        torch.ops.vlcache.causal_conv1d.default: decompose_causal_conv1d,
     }
     return InductorLowering(compile_cache, decompositions=decompositions)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.ops.attend import attend, attend_reference, decompose_attend
 from vlcache_fx.ops.attention import FastAttention, decompose_attention, row_mask
-from vlcache_fx.ops.causal_conv1d import causal_conv1d
+from vlcache_fx.ops.causal_conv1d import causal_conv1d, decompose_causal_conv1d
 from vlcache_fx.ops.linear import decompose_linear
 from vlcache_fx.ops.recurrence import recur
 from vlcache_fx.ops.recurrence_reference import recur_reference
@@ -28,6 +28,7 @@ __all__ = [
     "causal_conv1d",
     "decompose_attend",
     "decompose_attention",
+    "decompose_causal_conv1d",
     "decompose_linear",
     "lookup",
     "recur",

@@ -1,10 +1,15 @@
 """``torch.ops.vlcache.causal_conv1d``: the short convolution over tokens in front of recurrent layers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["causal_conv1d", "causal_conv1d_reference"]
+__all__ = ["causal_conv1d", "causal_conv1d_reference", "decompose_causal_conv1d"]
+
+MAX_SUMS = 8
+"""Widest convolution that is decomposed."""
 
 
 def causal_conv1d_reference(
@@ -39,3 +44,28 @@ def causal_conv1d(
 @causal_conv1d.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None) -> Tensor:  # noqa: ARG001 (the schema)
     return x.new_empty(x.shape)
+
+
+def decompose_causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Tensor | None = None
+) -> Any:
+    """Return ``vlcache.causal_conv1d`` as a sum of shifted products, or NotImplemented if it is wide.
+
+    Compilers fuse the sum with the activation behind it, token by token, as projections lay rows out. A
+    convolution of PyTorch copies its input to lay it out by channels, and its result back.
+    """
+    width, tokens = weight.shape[-1], x.shape[-1]
+    if width > MAX_SUMS:
+        return NotImplemented
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.transpose(1, 2)
+    joined = rows if before is None else torch.cat([before.transpose(1, 2), rows], 1)
+    first = joined.shape[1] - tokens
+    padded = F.pad(joined, (0, 0, width - 1, 0))
+    total = None if bias is None else bias.to(wide)
+    for offset in range(width):
+        taps = weight[:, 0, offset].to(wide)
+        part = padded[:, first + offset : first + offset + tokens].to(wide) * taps
+        total = part if total is None else total + part
+    assert total is not None  # a convolution has a width
+    return total.to(x.dtype).transpose(1, 2).contiguous()
