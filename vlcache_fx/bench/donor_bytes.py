@@ -2,7 +2,7 @@
 
 A decoder with one period of the model's layers, without its MLPs and vocabulary, records the donor of a small
 picture. What is stored there has the sizes of the whole model's donors: keys and values grow with the
-picture's tokens, maps with the number of its pieces, all else is the same for every picture. Encoder features
+picture's tokens, maps with the number of its cuts, all else is the same for every picture. Encoder features
 are stored apart.
 """
 
@@ -85,8 +85,10 @@ def donor_parts(spec: ModelSpec, vision_tokens: int, dtype: torch.dtype, budget:
     """
     small, kinds = _one_period(spec)
     tensors, tokens = _recorded(small, dtype)
-    units = {Key: vision_tokens, Value: vision_tokens}
-    units |= dict.fromkeys((Factor, Term), len(cuts_of(vision_tokens, budget)) - 1)
+    num_maps = len(cuts_of(vision_tokens, budget)) - 1
+    units: dict[type[StoredSlot], int] = {
+        Key: vision_tokens, Value: vision_tokens, Factor: num_maps, Term: num_maps,
+    }  # fmt: skip
     of_kind, seen, found = Counter(kinds), set(), []
     for name, tensor in sorted(tensors.items()):
         slot: Any = StoredSlot.parse(name)
