@@ -116,8 +116,8 @@ def test_compile_dumps_graphs(how: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert {name.partition("_")[2] for name in folders} == {"cleanup", "cold", "warm"}
     (warm,) = (name for name in folders if name.endswith("_warm"))
     names = [name.partition("/")[2] for name in files if name.startswith(warm)]
-    first = ["before", "insert_lookups", "splice_rows", "carry_states", "record_donors", "record_states"]
-    assert names[:6] == [f"{number:02}_{name}.py" for number, name in enumerate(first)]
+    # The third pass, carry_states, finds no recurrent layer.
+    assert names[:4] == ["00_before.py", "01_insert_lookups.py", "02_splice_rows.py", "04_record_donors.py"]
     before, after = ((tmp_path / warm / name).read_text(encoding="utf-8") for name in names[1:3])
     added = set(after.splitlines()) - set(before.splitlines())
     assert sum("torch.ops.vlcache.splice_rows" in line for line in added) == 2
