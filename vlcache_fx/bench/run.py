@@ -22,8 +22,8 @@ from vlcache_fx.bench.workload import RequestShape, Workload, has_grids, make_wo
 
 EAGER_RECURRENCES = (
     "torch.compile unrolls the chunk loops of recurrent layers, which takes too long to compile for whole"
-    " prompts: the plain model runs recurrent modules in eager mode, and compiles all else. The prefix hit,"
-    " which has few rows, is compiled in full."
+    " prompts: the plain model runs recurrent modules in eager mode, and compiles all else. The prefix hit"
+    " computes recurrences with the operator of vlcache_fx, in one compiled graph."
 )
 """Note on decoders with recurrences."""
 

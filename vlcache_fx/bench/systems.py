@@ -1,7 +1,7 @@
 """The compared systems: one model, unmodified and with reuse, with shared weights."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from vlcache_fx.bench.device import synchronizer
 from vlcache_fx.bench.eager_recurrences import recurrent_modules, with_eager_recurrences
 from vlcache_fx.bench.model import share_weights
 from vlcache_fx.bench.rounds import MeasurementError
+from vlcache_fx.integrations.recurrences import takes_recurrences
 from vlcache_fx.options import Options
 from vlcache_fx.store import Store, open_store
 
@@ -36,8 +37,9 @@ class Variant:
 class Systems:
     """One model as four systems: eager, plain ``torch.compile``, and compiled for reuse, cold and warm.
 
-    Where the model has recurrences, ``compiled`` is for few rows only, and ``compiled_long`` leaves them to
-    eager execution; see ``eager_recurrences``. Otherwise both are the same.
+    Where the model has recurrences, ``compiled_long`` leaves them to eager execution (see
+    ``eager_recurrences``), and ``compiled``, for prefix hits, computes them with ``vlcache.recur``: unrolled
+    loops of a few chunks take minutes to compile, too. Otherwise both are the same.
 
     Programs do not depend on policy, budget or store: one compiled model runs all variants, and
     ``prepare_warm`` replaces its engine's options and store. Cold runs use a separate store.
@@ -87,6 +89,7 @@ class Systems:
         if self.eager_recurrences:
             long = with_eager_recurrences(model)
             self.compiled_long = torch.compile(long.forward, backend=lowering, dynamic=True)
+            self.compiled = torch.compile(model.forward, backend=_with_operator(lowering), dynamic=True)
         own = dataclasses.replace(self._options[self.variants[0]], store="memory://")
         self.reusing: Any = vlcache_fx.compile(
             share_weights(model),
@@ -159,6 +162,16 @@ class Systems:
         """Release the stores."""
         for store in (self._cold_store, *self._stores.values()):
             store.close()
+
+
+def _with_operator(lowering: str) -> Callable[..., Any]:
+    """Return a backend whose graphs have one node for a recurrence, ``vlcache.recur``."""
+
+    @takes_recurrences
+    def backend(graph_module: Any, inputs: list[Any]) -> Any:
+        return torch._dynamo.lookup_backend(lowering)(graph_module, inputs)
+
+    return backend
 
 
 def outlives_process(url: str) -> bool:
