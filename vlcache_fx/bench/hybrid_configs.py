@@ -2,7 +2,7 @@
 
 Published shapes: 9B has the defaults of ``Qwen3_5TextConfig`` and ``Qwen3_5VisionConfig`` of transformers
 ("a Qwen3.5-9B style configuration"), but for the encoder's output, which is as wide as the decoder. Those of
-4B, and the rotary parameters of both, are in the ``config.json`` of the checkpoints of Qwen.
+4B, and the rotary parameters of both, are those of copies of ``config.json`` in public repositories.
 """
 
 from collections.abc import Mapping
