@@ -105,7 +105,8 @@ class DonorIndex:
         if failure is not None:
             return Miss(failure)
         if entry is not None:
-            return Miss(Reason.INCOMPATIBLE_ENTRY, donors.misfit(entry, self._spec.rows, span.length))
+            detail = donors.misfit(entry, self._spec.rows, span.length)
+            return Miss(Reason.INCOMPATIBLE_ENTRY, detail or "its states of recurrent layers do not fit")
         if span.key in self._engine.unstorable:
             return Miss(Reason.TOO_LARGE)
         with self._engine.tolerating_store_errors():
