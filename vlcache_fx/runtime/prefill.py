@@ -115,6 +115,10 @@ class DecoderRunner:
             return self._bypass(args, Reason.TOO_FEW_ROWS, size)
         if not inputs_allow_mutation(self._spec.writes, self._in_place, args, self._spec.data):
             return self._bypass(args, Reason.CANNOT_WRITE, size)
+        if any(args[index].shape[dim] > most for index, dim, most in self._spec.most_inputs):
+            return self._bypass(
+                args, Reason.MISMATCH, size, "a cache has more inputs of a convolution than it reads"
+            )
         reason = self.engine.guards.reason(request.model_fingerprint) if request.spans else None
         if reason is not None:
             return self._bypass(args, Reason.GUARDED, size, reason)

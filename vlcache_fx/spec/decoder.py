@@ -198,6 +198,8 @@ class DecoderSpec:
         masks: attention masks.
         states: states of recurrent layers, in the order of layers; empty without such layers.
         reads_states: the call continues states that are inputs of the graph.
+        most_inputs: per input with earlier inputs of a convolution, its index, their dimension, and their
+            largest number: those that the convolution reads.
     """
 
     num_layers: int
@@ -221,6 +223,7 @@ class DecoderSpec:
     masks: MaskSpec
     states: tuple[StateSpec, ...] = ()
     reads_states: bool = False
+    most_inputs: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def continues_prompts(self) -> bool:

@@ -283,7 +283,7 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     "index_copy_by_tokens": (
         lambda x: x.permute(2, 0, 1).index_copy(0, x[0, :4, 0].argsort(), x.permute(2, 0, 1)),
         Reason.TOKEN_AXIS_LOST,
-        "",
+        "it selects some tokens",
     ),
     "cat": (lambda x: torch.cat([x, x], 1), Reason.TOKEN_AXIS_LOST, "joins tensors along the token axis"),
     "masked": (lambda x: x[x[..., 0] > 0], Reason.DATA_DEPENDENT, "how many tokens it selects"),

@@ -10,6 +10,7 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.dataflow import NodeSet, data_inputs
 from vlcache_fx.ir.nodes import CASTS, COPIES, NO_BOUND, packet_of, slice_bounds
 from vlcache_fx.ir.refusal import refuse
+from vlcache_fx.ir.sizes import equal, expression
 
 aten = torch.ops.aten
 
@@ -48,7 +49,10 @@ def _check_memory(reader: Node, source: Node, convolution: Convolution) -> None:
     dim = convolution.dim
     if packet_of(reader) is aten.slice:
         given, start, end, step = slice_bounds(reader)
-        is_last = isinstance(start, int) and -convolution.width <= start < 0
+        if isinstance(start, Node):
+            is_last = _replaces_earlier(reader, start, convolution)
+        else:
+            is_last = isinstance(start, int) and -convolution.width <= start < 0
         if given % (dim + 1) == dim and is_last and end in (None, NO_BOUND) and step == 1:
             return
     elif packet_of(reader) in COPIES | CASTS or _is_behind(source, reader, dim):
@@ -58,6 +62,19 @@ def _check_memory(reader: Node, source: Node, convolution: Convolution) -> None:
         if readers:
             return
     raise refuse(Reason.TOKEN_MIXING, reader, "more inputs of the convolution than it reads")
+
+
+def _replaces_earlier(reader: Node, start: Node, convolution: Convolution) -> bool:
+    """Return True for a number of inputs that is no constant, but that of the earlier calls' inputs.
+
+    A cache has it as an attribute. Each call is checked for more than the convolution reads
+    (``DecoderSpec.most_inputs``).
+    """
+    if convolution.before is None or convolution.before.op != "placeholder":
+        return False
+    kept = reader.meta["val"].shape[convolution.dim]
+    earlier = convolution.before.meta["val"].shape[convolution.dim]
+    return equal(kept, -expression(start.meta["val"])) and equal(kept, earlier)
 
 
 def _is_behind(source: Node, node: Node, dim: int) -> bool:

@@ -128,6 +128,11 @@ def describe_decoder(
         states=_states(facts),
         reads_states=any(state.recurrence.state is not None for state in facts.states)
         or any(tail.convolution.before is not None for tail in facts.tails),
+        most_inputs=tuple(
+            (index[tail.convolution.before], tail.convolution.dim, tail.convolution.width)
+            for tail in facts.tails
+            if tail.convolution.before in index
+        ),
     )
     return Decoder(captured, facts, spec, computation, masks)
 
