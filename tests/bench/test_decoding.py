@@ -6,7 +6,7 @@ from vlcache_fx.bench import decoding
 from vlcache_fx.bench.decoding import EAGER, PLAIN, VLCACHE, Decoding, main
 
 
-@pytest.mark.parametrize("room", [0, 7])
+@pytest.mark.parametrize("room", [0, pytest.param(7, marks=pytest.mark.thorough)])
 def test_main_times_every_system(
     room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ def test_states_are_in_float32(hybrid: list[StoredPart]) -> None:
     assert dtypes[Matrix] == dtypes[Factor] == "float32"
 
 
+@pytest.mark.thorough
 def test_one_map_without_recomputed_rows() -> None:
     parts = donor_parts(find_preset("tiny-hybrid"), 1000, torch.float32, 0.0)
     assert {part.units for part in parts if part.slot in (Factor, Term)} == {1}

@@ -70,6 +70,7 @@ def test_measure_point_is_json(measured: tuple[Point, int]) -> None:
     assert json.loads(json.dumps(asdict(measured[0])))["vision_tokens"] == 120
 
 
+@pytest.mark.thorough
 def test_measure_point_batch(model: Any) -> None:
     workload = make_workload(model, RequestShape(24, batch=2))
     point = measure_point(Systems(model, "eager", [Variant()]), workload, 1, 1)
@@ -101,6 +102,7 @@ def test_measure_point_lost_donors(model: Any) -> None:
         measure_point(systems, workload, 1, 1)
 
 
+@pytest.mark.thorough
 def test_measure_point_of_a_hybrid() -> None:
     """All systems run, and the cold program equals the unmodified model."""
     hybrid = build_model(find_preset("tiny-hybrid"), torch.float32, torch.device("cpu"))

@@ -47,7 +47,9 @@ def compiled(model: Any, **options: Any) -> Any:
     return vlcache_fx.compile(model, **{"lowering": "eager", "dynamic": True, "policy": "full"} | options)
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lowering", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.thorough])]
+)
 def test_quantised_model_reuse(lowering: str) -> None:
     model, reference = compiled(quantised(), lowering=lowering), quantised()
     assert [run(model, reference, seed) for seed in range(3)] == ["cold", "warm", "warm"]
