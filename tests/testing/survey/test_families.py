@@ -20,8 +20,8 @@ EVERY_TIME = frozenset({"qwen3_vl", "qwen3_5"})
 """A family with deepstack, and one with recurrent layers. Others are in other tests."""
 
 KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
-"""Of the graph of a call; a decoder's, otherwise. Qwen3.5 multiplies the embeddings by a mask given to ``forward``,
-which analysis does not follow yet; ``generate`` gives none."""
+"""Of the graph of a call; a decoder's, otherwise. Qwen3.5 multiplies the embeddings by a mask that
+``forward`` gets, which analysis does not follow yet; ``generate`` gives none."""
 
 
 NOT_REUSED = {
