@@ -119,16 +119,10 @@ def _donor_value(program: Program, fakes: FakeInputs, node: Node) -> Any:
         heads, key_width, value_width = state.recurrence.state_sizes
         last = key_width if node.meta["is_factor"] else value_width
         return fakes.tensor([fakes.size("maps"), heads, key_width, last], state.recurrence.dtype, device)
-    if "tail_of" in node.meta:
-        convolution = node.meta["tail_of"].convolution
-        value = convolution.source.meta["val"]
-        sizes = list(fakes.like(value).shape)
-        sizes[convolution.dim] = fakes.size(f"tails_{convolution.width}")
-        return fakes.tensor(sizes, value.dtype, device)
-    frontier, dim = node.meta["donor_of"]
+    frontier, dim = node.meta["tail_of"] if "tail_of" in node.meta else node.meta["donor_of"]
     value = frontier.meta["val"]
     sizes = list(fakes.like(value).shape)
-    sizes[dim] = fakes.size("donor_rows")
+    sizes[dim] = fakes.size(node.meta.get("size_name", "donor_rows"))
     if program.decoder.batch_dims is not None:
         sizes[program.decoder.batch_dims[frontier]] = 1
     return fakes.tensor(sizes, value.dtype, device)

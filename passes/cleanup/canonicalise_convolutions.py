@@ -7,8 +7,8 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
-from vlcache_fx.ir.nodes import CASTS, NO_BOUND, packet_of, slice_bounds
-from vlcache_fx.ir.sizes import equal, expression
+from vlcache_fx.ir.nodes import CASTS, keeps_last, packet_of, slice_bounds
+from vlcache_fx.ir.sizes import equal
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.utility.insert import insert_call
 
@@ -101,7 +101,8 @@ def _split_past(program: Program, node: Node) -> bool:
         if end.target is not aten.slice.Tensor and not _is_unary(end):
             return False
         chain.append(end)
-    if not _keeps_last(end, x.meta["val"].shape[-1]):
+    is_last_dim = slice_bounds(end)[0] in (-1, end.meta["val"].dim() - 1)
+    if not is_last_dim or not keeps_last(end, x.meta["val"].shape[-1]):
         return False
     with program.graph.inserting_after(node):
         bias = node.args[2] if len(node.args) > 2 else None
@@ -121,14 +122,3 @@ def _is_unary(node: Node) -> bool:
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or packet_of(node) in CASTS
     operands = [argument for argument in tree_leaves((node.args, node.kwargs)) if isinstance(argument, Node)]
     return is_pointwise and operands == [node.args[0]]
-
-
-def _keeps_last(node: Node, size: Any) -> bool:
-    dim, start, end, step = slice_bounds(node)
-    value, source = node.meta["val"], node.args[0].meta["val"]  # type: ignore[union-attr]
-    start = start.meta["val"] if isinstance(start, Node) else start
-    from_end = start is not None and (
-        equal(start, -expression(size)) or equal(expression(start) + expression(size), source.shape[-1])
-    )
-    is_open = end in (None, NO_BOUND)
-    return dim in (-1, value.dim() - 1) and step == 1 and is_open and bool(from_end)

@@ -1,12 +1,11 @@
 """Drop nodes that compute nothing: metadata assertions, detach, alias, full slices."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
 
-from vlcache_fx.ir.nodes import NO_BOUND, is_full_slice, slice_bounds
-from vlcache_fx.ir.sizes import equal
+from vlcache_fx.ir.nodes import keeps_last, slice_bounds
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -38,13 +37,5 @@ class DropNoops(Pass):
 
 
 def _keeps_all(node: Node) -> bool:
-    """Return True for a slice over the whole dimension, such as ``x[..., -tokens:]``."""
-    if is_full_slice(node):
-        return True
-    dim, start, end, step = slice_bounds(node)
-    if step != 1 or end not in (None, NO_BOUND):
-        return False
-    source = node.args[0]
-    assert isinstance(source, Node)
-    start = start.meta["val"] if isinstance(start, Node) else start
-    return equal(-start, source.meta["val"].shape[dim])
+    source: Any = node.args[0]
+    return keeps_last(node, source.meta["val"].shape[slice_bounds(node)[0]])

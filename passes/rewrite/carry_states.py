@@ -48,7 +48,7 @@ def _join(program: Program, tail: Tail) -> None:
     convolution, segment = tail.convolution, f"layer.{tail.layer}"
     rows, node, dim, width = convolution.source, convolution.node, convolution.dim, convolution.width
     donor = program.add_input(Donor(tail.slot))
-    donor.meta["tail_of"] = tail
+    donor.meta.update(tail_of=(rows, dim), size_name=f"tails_{width}")
     source = program.add_input(Joined(width))
     states = facts.layers[tail.layer].full_part
     readers = [user for user in rows.users if user is node or user in states]

@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from vlcache_fx.bench.model import share_weights
+from vlcache_fx.integrations.recurrences import KERNELS
 
 __all__ = ["recurrent_modules", "with_eager_recurrences"]
-
-RECURRENCES = ("chunk_gated_delta_rule", "chunk_kda", "mamba_chunk_scan_combined")
-"""Ends of the names of functions with such loops."""
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
@@ -38,4 +36,4 @@ def _calls_recurrence(cls: type[nn.Module]) -> bool:
     function = inspect.unwrap(cls.forward)
     if not isinstance(function, types.FunctionType):
         return False
-    return any(name.endswith(RECURRENCES) for name in function.__code__.co_names)
+    return any(name.endswith(tuple(KERNELS)) for name in function.__code__.co_names)

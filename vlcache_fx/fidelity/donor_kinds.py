@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.runtime.donors.refine import refined
-from vlcache_fx.runtime.donors.tables import length_of
 from vlcache_fx.store.entry import Entry
 
 RIDGE = 0.01

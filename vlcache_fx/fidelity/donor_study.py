@@ -35,7 +35,7 @@ from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
-from vlcache_fx.runtime.donors.tables import length_of
+from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.store.entry import Entry
 
 CONTEXTS = 4

@@ -7,6 +7,8 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from vlcache_fx.ir.sizes import equal, expression
+
 aten = torch.ops.aten
 
 NO_BOUND = 2**63 - 1
@@ -53,6 +55,17 @@ def slice_bounds(node: Node) -> tuple[Any, Any, Any, Any]:
     arguments: list[Any] = list(node.args[first:])
     dim, start, end, step = arguments + [0, None, None, 1][len(arguments) :]
     return dim, start, end, step
+
+
+def keeps_last(node: Node, size: Any) -> bool:
+    """Return True for a ``slice`` of the last ``size`` entries of a dimension, as in ``x[..., -tokens:]``."""
+    dim, start, end, step = slice_bounds(node)
+    if step not in (None, 1) or end not in (None, NO_BOUND):
+        return False
+    source: Any = node.args[0]
+    first = expression(start.meta["val"] if isinstance(start, Node) else start or 0)
+    kept = expression(size)
+    return equal(first, -kept) or equal(first + kept, source.meta["val"].shape[dim])
 
 
 def is_full_slice(node: Node) -> bool:

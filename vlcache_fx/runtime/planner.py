@@ -5,7 +5,7 @@ from vlcache_fx.plan.build import RowChooser, build_plan
 from vlcache_fx.plan.jumps import Record, records_of
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.policies.base import Policy, ProbingPolicy
-from vlcache_fx.runtime.donors import tables as donors
+from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.runtime.programs.probe import first_chooser
 from vlcache_fx.runtime.requests.blocks import BLOCK_TOKENS
 from vlcache_fx.runtime.requests.request import Request, Sample
@@ -58,7 +58,7 @@ class Planner:
                             records=self._records(request, sample) if self._spec.states else None,
                         )
                     )
-                    first_donor += sum(donors.length_of(entry) for entry in sample.donors)
+                    first_donor += sum(length_of(entry) for entry in sample.donors)
             except (PlanError, PolicyError) as error:
                 if strict:
                     raise

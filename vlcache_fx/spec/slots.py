@@ -19,30 +19,33 @@ slot                name            shape               content
 ``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
 ``Inputs(l, i)``    ``3.inputs.0``  [1, channels, W]    last inputs of convolution i of layer l
 ``Matrix(l, i)``    ``3.matrix.0``  [heads, k, v]       state of recurrence i of layer l
-``Factor(l, i)``    ``3.factor.0``  [m, heads, k, k]    A of the maps ``state -> A state + B`` of m records
+``Factor(l, i)``    ``3.factor.0``  [m, heads, k, k]    A of m maps ``state -> A state + B``
 ``Term(l, i)``      ``3.term.0``    [m, heads, k, v]    B of these maps
 ==================  ==============  ==================  ===================================================
 
 Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and records. T tails of W rows,
 j jumps, p records:
 
-==================  ==============  ==================  ===================================================
-``JumpAt()``        ``jump_at``     [1, j]              computed rows before each jump
-``JumpMap()``       ``jump_map``    [1, j]              entry of ``Factor`` and ``Term``; -1 for no jump
-``Joined(W)``       ``joined.4``    [n + T W]           per row of a convolution's input: as in ``Source``
-``Own(l, W)``       ``own.3.4``     [n(l)]              indices of the computed rows in this input
-``RecordStart()``    ``record_start`` [1, p]              computed rows before each record
-``RecordEnd()``      ``record_end``   [1, p]              computed rows before the end of each record
-``Last(W)``         ``last.4``      [p W]               indices of the last W rows of each record in the
+==================  ================  ================  ===================================================
+slot                name              shape             content
+==================  ================  ================  ===================================================
+``JumpAt()``        ``jump_at``       [1, j]            computed rows before each jump
+``JumpMap()``       ``jump_map``      [1, j]            entry of ``Factor`` and ``Term``; -1 for no jump
+``Joined(W)``       ``joined.4``      [n + T W]         per row of a convolution's input: as in ``Source``
+``Own(l, W)``       ``own.3.4``       [n(l)]            indices of the computed rows in this input
+``RecordStart()``   ``record_start``  [1, p]            computed rows before each record
+``RecordEnd()``     ``record_end``    [1, p]            computed rows before the end of each record
+``Last(W)``         ``last.4``        [p W]             indices of the last W rows of each record in the
                                                         convolution's input behind W rows of zeros
-==================  ==============  ==================  ===================================================
+==================  ================  ================  ===================================================
 
-The first seven are inputs (``InputSlot``). ``cold_program`` and ``warm_program`` add ``Rows``; passes add the
-others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``, ``gather_cross_layer_values`` ``Positions``,
-``splice_rows`` ``Source``, ``trim_tail`` ``Results``, ``hoist_lookups`` ``Donor``. ``declare_inputs``
-declares their sizes, and ``runtime.programs.bind`` makes their values from a plan and donor tables. In
-programs for a packed donor, ``unpack_donors`` replaces ``Donor`` by ``Packed``, such as ``packed.3.k.rows``,
-``packed.3.k.scale`` and ``packed.3.k.offset``.
+The first seven, and those of the second table, are inputs (``InputSlot``). ``cold_program`` and
+``warm_program`` add ``Rows``; passes add the others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``,
+``gather_cross_layer_values`` ``Positions``, ``splice_rows`` ``Source``, ``trim_tail`` ``Results``,
+``hoist_lookups`` ``Donor``, ``carry_states`` and ``record_states`` those of the second table.
+``declare_inputs`` declares their sizes, and ``runtime.programs.bind`` makes their values, from a plan and
+donor tables. In programs for a packed donor, ``unpack_donors`` replaces ``Donor`` by ``Packed``, such as
+``packed.3.k.rows``, ``packed.3.k.scale`` and ``packed.3.k.offset``.
 
 The last seven are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
 program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never
@@ -281,13 +284,13 @@ class Matrix(_Carried):
 
 
 class Factor(_Carried):
-    """The factors of what records of a media item make of a recurrence's state."""
+    """Factors of the maps that tokens of a media item make of a recurrence's state."""
 
     kind: ClassVar[str] = "factor"
 
 
 class Term(_Carried):
-    """The terms of what records of a media item make of a recurrence's state."""
+    """Terms of the maps that tokens of a media item make of a recurrence's state."""
 
     kind: ClassVar[str] = "term"
 

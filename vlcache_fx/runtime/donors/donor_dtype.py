@@ -97,6 +97,13 @@ class Packing:
         return found
 
 
+def length_of(entry: Entry) -> int:
+    """Return the number of rows of a donor."""
+    length = entry.info["length"]
+    assert isinstance(length, int)
+    return length
+
+
 def slots_of(entry: Entry) -> set[str]:
     """Return the names of the slots of a donor."""
     return {name for name in entry.tensors if name.rpartition(".")[2] not in (SCALE, OFFSET)}

@@ -1,6 +1,6 @@
-"""States of recurrent layers in donors: what is stored of records, and the tables that programs read.
+"""States of recurrent layers in donors: what is stored of them, and the tables that programs read.
 
-A media item's donor has the maps of its records, and the state behind it in the prompt in which it was
+A media item's donor has the maps between its cuts, and the state behind it in the prompt in which it was
 computed; a block of text has the state, where a prompt may continue from it. See ``plan.jumps``.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.plan.jumps import LEAST_ENTRIES, Record
+from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.request import Request
 from vlcache_fx.spec.decoder import StateSpec
@@ -43,16 +44,10 @@ def uses_of(request: Request) -> list[Use]:
     for sample in request.samples:
         length = 0
         for entry in sample.donors:
-            length += _length(entry)
+            length += length_of(entry)
             if length >= sample.prefix:
                 found.append(Use(entry, is_prefix=length == sample.prefix))
     return found
-
-
-def _length(entry: Entry) -> int:
-    length = entry.info["length"]
-    assert isinstance(length, int)
-    return length
 
 
 def cuts_of(entry: Entry, specs: Sequence[StateSpec], length: int) -> tuple[int, ...]:
@@ -83,17 +78,13 @@ def state_tables(
 ) -> dict[StoredSlot, Tensor | PendingTensor]:
     """Return the table of each slot that a program reads: last inputs, factors and terms of all donors."""
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
+    is_pending = any(use.entry.is_pending for use in uses)
     for spec in specs:
         if isinstance(spec.slot, Matrix):
             continue
         make = functools.partial(_table, uses, spec, device)
-        is_pending = any(use.entry.is_pending for use in uses)
-        found[spec.slot] = PendingTensor(make, _no_wait) if is_pending else make()
+        found[spec.slot] = PendingTensor(make) if is_pending else make()
     return found
-
-
-def _no_wait() -> None:
-    """The tensors are there."""
 
 
 def _table(uses: Sequence[Use], spec: StateSpec, device: torch.device) -> Tensor:
@@ -130,7 +121,7 @@ def recorded_states(
     Args:
         recorded: results of the program.
         specs: the states.
-        records: the records that were recorded.
+        records: those that the program made, in order.
         start, end: the tokens.
         with_maps: also the maps of the records inside, for a media item. Otherwise the state alone.
 

@@ -61,7 +61,7 @@ def tables(
         return {slot: _table(_parts(entries, slot, device), spec.dim) for slot, spec in specs.items()}
     if is_there:
         return {
-            slot: PendingTensor(functools.partial(_late_table, entries, slot, spec.dim, device), _no_wait)
+            slot: PendingTensor(functools.partial(_late_table, entries, slot, spec.dim, device))
             for slot, spec in specs.items()
         }
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
@@ -99,7 +99,7 @@ def single_packed(
             if entry.peek(name).device != device:
                 return None
             found[Packed(slot, part)] = (
-                PendingTensor(functools.partial(entry.tensors.__getitem__, name), _no_wait)
+                PendingTensor(functools.partial(entry.tensors.__getitem__, name))
                 if entry.is_pending
                 else entry.tensors[name]
             )
@@ -124,10 +124,6 @@ def _table(parts: Parts, dim: int) -> Tensor:
 
 def _late_table(entries: Sequence[Entry], slot: StoredSlot, dim: int, device: torch.device) -> Tensor:
     return _table(_parts(entries, slot, device), dim)
-
-
-def _no_wait() -> None:
-    """The tensors are there."""
 
 
 @functools.cache
@@ -155,13 +151,6 @@ def misfit(entry: Entry, specs: Mapping[StoredSlot, RowSpec], length: int) -> st
             dtype = str(found.dtype).removeprefix("torch.")
             return f"slot {name}: expected {spec.dtype} [{wanted}], found {dtype} {list(found.shape)}"
     return ""
-
-
-def length_of(entry: Entry) -> int:
-    """Return the number of rows of a donor."""
-    length = entry.info["length"]
-    assert isinstance(length, int)
-    return length
 
 
 def admit(

@@ -53,9 +53,10 @@ def bind(
     Raises:
         PlanError: the program has a slot ``results``, and ``positions`` is None.
     """
-    sent = {
-        slot: send(of_plan(slot, plan, positions)) for slot in slots if not isinstance(slot, Donor | Packed)
-    }
+    sent: dict[InputSlot, Tensor] = {}
+    for slot in map(_shared, slots):
+        if slot not in sent and not isinstance(slot, Donor | Packed):
+            sent[slot] = send(of_plan(slot, plan, positions))
     found = tables()
     values = []
     for slot in slots:
@@ -65,8 +66,13 @@ def bind(
             case Packed():
                 values.append(found[slot])
             case _:
-                values.append(sent[slot])
+                values.append(sent[_shared(slot)])
     return values
+
+
+def _shared(slot: InputSlot) -> InputSlot:
+    """Return the slot that has the same value: recurrent decoders compute the same rows in all layers."""
+    return Own(0, slot.width) if isinstance(slot, Own) else slot
 
 
 def of_plan(slot: InputSlot, plan: Plan | StackedPlan, positions: Tensor | None) -> Tensor:

@@ -11,6 +11,10 @@ from torch import Tensor
 __all__ = ["Lowered", "PendingTensor", "resolved"]
 
 
+def _no_wait() -> None:
+    """The tensor is there, or its function waits."""
+
+
 @dataclass(frozen=True)
 class PendingTensor:
     """A tensor argument that is still copied to the device, or made, when programs first read it.
@@ -18,11 +22,11 @@ class PendingTensor:
     Attributes:
         tensor: valid after ``wait``, in the layout that the program declares; or a function that returns it
             then. Such a tensor need not exist before its layer runs, nor after it: it is not kept.
-        wait: makes the current stream wait for the copy; need not block the host.
+        wait: makes the current stream wait for the copy; need not block the host. By default nothing.
     """
 
     tensor: Tensor | Callable[[], Tensor]
-    wait: Callable[[], None]
+    wait: Callable[[], None] = _no_wait
 
     def get(self) -> Tensor:
         """Wait, and return the tensor for work that is queued from now on."""

@@ -12,7 +12,8 @@ from vlcache_fx.plan.build import RowChooser
 from vlcache_fx.plan.cut import cut_after
 from vlcache_fx.plan.types import Plan, Span, SpanContext
 from vlcache_fx.policies.base import Deviation, Policy, ProbedSpan, ProbingPolicy
-from vlcache_fx.runtime.donors.tables import length_of, rows_of_sample
+from vlcache_fx.runtime.donors.donor_dtype import length_of
+from vlcache_fx.runtime.donors.tables import rows_of_sample
 from vlcache_fx.runtime.programs.bind import Tables
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.run import ProgramRunner
