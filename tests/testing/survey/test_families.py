@@ -19,9 +19,8 @@ from ...runtime.helpers import own_compiler_state
 EVERY_TIME = frozenset({"qwen3_vl", "qwen3_5"})
 """A family with deepstack, and one with recurrent layers. Others are in other tests."""
 
-KINDS = {"qwen3_5": "unmodified", "mllama": "cross-attending decoder"}
-"""Of the graph of a call; a decoder's, otherwise. Qwen3.5 multiplies the embeddings by a mask that
-``forward`` gets, which analysis does not follow yet; ``generate`` gives none."""
+KINDS = {"mllama": "cross-attending decoder"}
+"""Of the graph of a call; a decoder's, otherwise."""
 
 
 NOT_REUSED = {

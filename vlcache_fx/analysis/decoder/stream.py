@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.kv_caches import sources_of_rows
-from vlcache_fx.analysis.decoder.merge import SCATTER_ROWS
+from vlcache_fx.analysis.decoder.merge import MERGE_OPS, SCATTER_ROWS
 from vlcache_fx.analysis.recurrences import Mixer, rows_after
 from vlcache_fx.analysis.tokens.axis import shape_of
 from vlcache_fx.errors import Reason
@@ -120,6 +120,10 @@ def _find_start(
     # Contents of a cache are no source of the embeddings: queries do not depend on them.
     needed, query_sources = sources_of_rows(value), ancestors([query])
     sources = [node for node in data_placeholders if node in needed and node in query_sources]
+    if not isinstance(first, Site):
+        # A mask of padding may be multiplied with the inputs of such a layer: it is no source of embeddings.
+        merged = [node for node in graph.nodes if node in needed and node.target in MERGE_OPS]
+        sources = merged[-1:] or [node for node in sources if _floating(node)] or sources
     dependent = descendants(sources, needed)
     # Deepstack features come from the encoder, not from the embeddings.
     without_deepstack = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
