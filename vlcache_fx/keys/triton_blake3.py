@@ -91,10 +91,9 @@ def _compressed(c, m, counter, length, flags):
     """Return the chaining value that follows ``c`` behind the block of the 16 words ``m``."""
     low, zero = counter.to(tl.uint32), _same(counter, 0)
     v = c + _half_iv(counter) + (low, zero, zero + length.to(tl.uint32), zero + flags.to(tl.uint32))
-    v = _round(v, m)
-    for _ in tl.static_range(6):
-        m = _permuted(m)
+    for _ in range(7):  # not unrolled: compiling seven rounds takes ten times as long
         v = _round(v, m)
+        m = _permuted(m)
     a, b, c, d = v[0] ^ v[8], v[1] ^ v[9], v[2] ^ v[10], v[3] ^ v[11]
     return a, b, c, d, v[4] ^ v[12], v[5] ^ v[13], v[6] ^ v[14], v[7] ^ v[15]
 
@@ -105,7 +104,11 @@ def _store(values, lanes, mask, c):
         tl.store(values + lanes * 8 + word, c[word].to(tl.int32, bitcast=True), mask=mask)
 
 
-@triton.jit
+# One compilation each, not one per kind of integer: a new length must not compile within a request.
+@triton.jit(
+    do_not_specialize=["count", "first", "used_bytes", "flags"],
+    do_not_specialize_on_alignment=["words", "values"],
+)
 def _chunks(words, values, count, first, used_bytes, flags, size: tl.constexpr):
     lanes = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     mask = lanes < count
@@ -120,7 +123,9 @@ def _chunks(words, values, count, first, used_bytes, flags, size: tl.constexpr):
     _store(values, lanes, mask, c)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["count", "length", "flags"], do_not_specialize_on_alignment=["values", "joined"]
+)
 def _pairs(values, joined, count, length, flags, size: tl.constexpr):
     lanes = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     mask = lanes * 2 < count
