@@ -21,6 +21,7 @@ from vlcache_fx.spec.slots import (
     JumpMap,
     Keep,
     Last,
+    NumRows,
     Own,
     Positions,
     RecordEnd,
@@ -88,17 +89,20 @@ def known_sizes(sites: Iterable[Site]) -> dict[str, tuple[str, int]]:
 def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node) -> Any:
     start = program.decoder.stream.boundaries[0].meta["val"]
     batch, tokens = fakes.like(start).shape[:2]
+    samples = [batch] if program.is_batched else []
     match slot:
         case Donor():
             return _donor_value(program, fakes, node)
         case JumpAt() | JumpMap():
-            return fakes.tensor([1, fakes.size("jumps")], torch.int64, start.device)
+            return fakes.tensor([*(samples or [1]), fakes.size("jumps")], torch.int64, start.device)
         case RecordStart() | RecordEnd():
-            return fakes.tensor([1, fakes.size("records")], torch.int64, start.device)
+            return fakes.tensor([*(samples or [1]), fakes.size("records")], torch.int64, start.device)
+        case NumRows():
+            return fakes.tensor(samples, torch.int64, start.device)
         case Joined(width):
-            return fakes.tensor([fakes.size(f"joined_{width}")], torch.int64, start.device)
+            count = fakes.size(f"joined_{width}")
         case Last(width):
-            return fakes.tensor([fakes.size(f"last_{width}")], torch.int64, start.device)
+            count = fakes.size(f"last_{width}")
         case Source():
             count = tokens
         case Results():
@@ -108,7 +112,6 @@ def _slot_value(program: Program, fakes: FakeInputs, slot: InputSlot, node: Node
             count = fakes.size(f"rows_{slot.row_level}")
         case _:
             raise SlotError(f"slot {slot} has no declared size")
-    samples = [batch] if program.is_batched else []
     return fakes.tensor([*samples, count], torch.int64, start.device)
 
 

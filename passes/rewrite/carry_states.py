@@ -6,11 +6,11 @@ import torch
 
 from vlcache_fx.analysis.decoder.facts import Tail
 from vlcache_fx.passes.base import Pass, Program
-from vlcache_fx.spec.slots import Donor, Factor, Joined, JumpAt, JumpMap, Own, Term
+from vlcache_fx.passes.rewrite.rows import SAMPLES, index_rows
+from vlcache_fx.spec.slots import Donor, Factor, Joined, JumpAt, JumpMap, NumRows, Own, Term
 
-aten = torch.ops.aten
-JUMPS = slice(6, 10)
-"""Arguments of ``vlcache.recur``: before which rows states jump, and by which maps."""
+JUMPS, NUM_ROWS = slice(6, 10), 12
+"""Arguments of ``vlcache.recur``: before which rows states jump, and by which maps; rows of each sample."""
 
 
 class CarryStates(Pass):
@@ -20,6 +20,9 @@ class CarryStates(Pass):
     of them between the computed rows::
 
         x:  t0 t1 | a0   ....   | t5 t6        joined:  t0 t1 a0 | a2 a3 a4 | t5 t6
+
+    Samples of a batch have different numbers of rows. The last row of a shorter one is computed again, and
+    changes no state; its convolutions have zeros in front.
     """
 
     name: ClassVar[str] = "carry_states"
@@ -37,8 +40,10 @@ class CarryStates(Pass):
             inputs = [program.add_input(slot) for slot in (JumpAt(), JumpMap(), *maps)]
             for donor, is_factor in zip(inputs[2:], (True, False), strict=True):
                 donor.meta.update(state_of=state, is_factor=is_factor)
-            arguments = [*node.args, *[None] * (JUMPS.stop - len(node.args))]
+            arguments = [*node.args, *[None] * (NUM_ROWS + 1 - len(node.args))]
             arguments[JUMPS] = inputs
+            if program.is_batched:
+                arguments[NUM_ROWS] = program.add_input(NumRows())
             node.args = tuple(arguments)
         return bool(facts.tails or facts.states)
 
@@ -52,14 +57,17 @@ def _join(program: Program, tail: Tail) -> None:
     source = program.add_input(Joined(width))
     states = facts.layers[tail.layer].full_part
     readers = [user for user in rows.users if user is node or user in states]
+    samples = (SAMPLES,) if program.is_batched else ()
     with graph.inserting_after(rows):
-        joined = graph.call_function(torch.ops.vlcache.splice_rows.default, (donor, rows, source, dim))
+        joined = graph.call_function(
+            torch.ops.vlcache.splice_rows.default, (donor, rows, source, dim, *samples)
+        )
     for reader in readers:
         reader.replace_input_with(rows, joined)
     users = list(node.users)
     own = program.add_input(Own(tail.layer, width))
     with graph.inserting_after(node):
-        taken = graph.call_function(aten.index_select.default, (node, dim, own))
+        taken = index_rows(program, node, dim, own)
     for user in users:
         user.replace_input_with(node, taken)
     joined.meta["segment"] = segment

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.passes.rewrite.rows import index_rows
 from vlcache_fx.spec.slots import Factor, Last, RecordEnd, RecordStart, Term
 
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ class RecordStates(Pass):
             joined, last = node.args[0], program.add_input(Last(width))
             with graph.inserting_before(node):
                 padded = graph.call_function(aten.constant_pad_nd.default, (joined, [width, 0]))
-                taken = graph.call_function(aten.index_select.default, (padded, dim, last))
+                taken = index_rows(program, padded, dim, last)
             for made in (padded, taken):
                 made.meta["segment"] = f"layer.{tail.layer}"
             program.add_outputs([(tail.slot, taken)])

@@ -17,6 +17,16 @@ from vlcache_fx.passes.base import Program
 from vlcache_fx.passes.utility.attention import update_call
 
 aten = torch.ops.aten
+SAMPLES = 0
+"""Dimension of samples in the rows of convolutions and recurrences."""
+
+
+def index_rows(program: Program, operand: Node, dim: int, index: Node) -> Node:
+    """Gather rows of a convolution or recurrence, at the graph's insertion point; see ``gather``."""
+    if program.is_batched:
+        args = (operand, index, dim, SAMPLES)
+        return program.graph.call_function(torch.ops.vlcache.take_rows.default, args)
+    return program.graph.call_function(aten.index_select.default, (operand, dim, index))
 
 
 def gather(

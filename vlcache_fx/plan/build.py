@@ -42,6 +42,8 @@ def build_plan(
     prefix: int = 0,
     padding: Tensor | None = None,
     first_donor: int = 0,
+    first_map: int = 0,
+    first_tail: int = 0,
     groups: Sequence[int] = (),
     records: Sequence[Record] | None = None,
 ) -> Plan:
@@ -65,6 +67,7 @@ def build_plan(
         padding: positions that no token attends to. Outside of spans they are not computed, unless outputs
             need them or the policy ignores budgets; their values are those of the first donor row.
         first_donor: the sample's first row in the donor table.
+        first_map, first_tail: the sample's first entries in the tables of maps, and of last inputs.
         groups: sizes of groups of neighbouring layers that compute the same rows, those of the group's last
             layer. The sizes add up to L; by default each layer is a group.
         records: records whose states are recorded; None without recurrent layers. With these, all layers
@@ -146,22 +149,24 @@ def build_plan(
         rows_per_layer=tuple(len(tensor) for tensor in rows),
         token_layer_fraction=_computed_share(rows[:num_layers], reused),
         explanations=tuple(notes),
-        jumps=() if records is None else _jumps(prefix, hits, chosen),
+        jumps=() if records is None else _jumps(prefix, hits, chosen, first_map, first_tail),
         records=tuple(records or ()),
     )
 
 
-def _jumps(prefix: int, hits: Sequence[Span], chosen: Sequence[Sequence[Tensor]]) -> tuple[Jump, ...]:
+def _jumps(
+    prefix: int, hits: Sequence[Span], chosen: Sequence[Sequence[Tensor]], first_map: int, first_tail: int
+) -> tuple[Jump, ...]:
     """Return the jumps over an exact prefix and over reused rows, with the donors' maps in order."""
-    jumps = [Jump(0, prefix, (0,), 0)] if prefix else []
-    num_maps = num_tails = len(jumps)
+    jumps = [Jump(0, prefix, (first_map,), first_tail)] if prefix else []
+    next_map, next_tail = first_map + len(jumps), first_tail + len(jumps)
     for span, rows_of_span in zip(hits, chosen, strict=True):
         cut = len(rows_of_span[0])
-        maps = tuple(num_maps + index for index, start in enumerate(span.cuts[:-1]) if start >= cut)
+        maps = tuple(next_map + index for index, start in enumerate(span.cuts[:-1]) if start >= cut)
         if maps:
-            jumps.append(Jump(span.start + cut, span.end, maps, num_tails))
-        num_maps += len(span.cuts) - 1
-        num_tails += 1
+            jumps.append(Jump(span.start + cut, span.end, maps, next_tail))
+        next_map += len(span.cuts) - 1
+        next_tail += 1
     return tuple(jumps)
 
 

@@ -52,6 +52,16 @@ def stack_plans(plans: Sequence[Plan]) -> StackedPlan:
     return StackedPlan(tuple(plans), tuple(rows), tuple(keep), tuple(source))
 
 
+def stack_padded(tensors: Sequence[Tensor], fill: int, *, in_front: bool = False) -> Tensor:
+    """Stack one-dimensional tensors, the shorter ones padded with ``fill``."""
+    longest = max(map(len, tensors))
+    padded = []
+    for tensor in tensors:
+        padding = tensor.new_full((longest - len(tensor),), fill)
+        padded.append(torch.cat([padding, tensor] if in_front else [tensor, padding]))
+    return torch.stack(padded)
+
+
 def _stacked(levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Stack the samples' tensors per level; pad shorter tensors with their last entry."""
     built: dict[tuple[int, ...], Tensor] = {}

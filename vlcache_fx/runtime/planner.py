@@ -33,7 +33,8 @@ class Planner:
         settings = self._engine.settings.current
         chooser = chooser or first_chooser(settings.policy, self._spec.rows)
         plans: list[Plan] = []
-        first_donor = 0
+        first_donor = first_map = 0
+        first_tail = int(len(request.samples) > 1)  # zeros stand first, see ``state_tables``
         with request.clock.measure("plan"):
             try:
                 self._check_groups(settings.policy)
@@ -52,13 +53,19 @@ class Planner:
                             output_rows=request.positions,
                             strict=strict,
                             prefix=sample.prefix,
-                            padding=sample.padding if request.donors else None,
+                            # A recurrent layer may read padding, where the model does not hide it.
+                            padding=sample.padding if request.donors and not self._spec.states else None,
                             first_donor=first_donor,
+                            first_map=first_map,
+                            first_tail=first_tail,
                             groups=self._spec.layer_groups,
                             records=self._records(request, sample) if self._spec.states else None,
                         )
                     )
                     first_donor += sum(length_of(entry) for entry in sample.donors)
+                    hits = [span for span in sample.spans if span.hit and span.start >= sample.prefix]
+                    first_map += bool(sample.prefix) + sum(len(span.cuts) - 1 for span in hits)
+                    first_tail += bool(sample.prefix) + len(hits)
             except (PlanError, PolicyError) as error:
                 if strict:
                     raise

@@ -250,7 +250,9 @@ class DecoderRunner:
         rows = donors.tables(request.donors, self._spec.rows, self._device)
         if not self._spec.states:
             return rows
-        return rows | state_tables(uses_of(request), self._spec.states, self._device)
+        is_batched = len(request.samples) > 1
+        states = state_tables(uses_of(request), self._spec.states, self._device, with_zeros=is_batched)
+        return rows | states
 
     def _shadow(self, request: Request, reused: Sequence[Any]) -> tuple[Sequence[Any], Comparison] | None:
         """Return exact results and the comparison of their logits with ``reused``; None if no run is due.

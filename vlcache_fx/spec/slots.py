@@ -24,17 +24,18 @@ slot                name            shape               content
 ==================  ==============  ==================  ===================================================
 
 Recurrent decoders have more inputs; ``plan.jumps`` explains their jumps and records. T tails of W rows,
-j jumps, p records:
+j jumps, p records, b samples:
 
 ==================  ================  ================  ===================================================
 slot                name              shape             content
 ==================  ================  ================  ===================================================
-``JumpAt()``        ``jump_at``       [1, j]            computed rows before each jump
-``JumpMap()``       ``jump_map``      [1, j]            entry of ``Factor`` and ``Term``; -1 for no jump
+``JumpAt()``        ``jump_at``       [b, j]            computed rows before each jump
+``JumpMap()``       ``jump_map``      [b, j]            entry of ``Factor`` and ``Term``; -1 for no jump
+``NumRows()``       ``num_rows``      [b]               rows of each sample; later ones are padding
 ``Joined(W)``       ``joined.4``      [n + T W]         per row of a convolution's input: as in ``Source``
 ``Own(l, W)``       ``own.3.4``       [n(l)]            indices of the computed rows in this input
-``RecordStart()``   ``record_start``  [1, p]            computed rows before each record
-``RecordEnd()``     ``record_end``    [1, p]            computed rows before the end of each record
+``RecordStart()``   ``record_start``  [b, p]            computed rows before each record
+``RecordEnd()``     ``record_end``    [b, p]            computed rows before the end of each record
 ``Last(W)``         ``last.4``        [p W]             indices of the last W rows of each record in the
                                                         convolution's input behind W rows of zeros
 ==================  ================  ================  ===================================================
@@ -181,6 +182,13 @@ class JumpMap(InputSlot):
 
 
 @dataclass(frozen=True)
+class NumRows(InputSlot):
+    """Per sample of a batch, its computed rows; later ones are padding."""
+
+    kind: ClassVar[str] = "num_rows"
+
+
+@dataclass(frozen=True)
 class RecordStart(InputSlot):
     """Computed rows before each record."""
 
@@ -302,7 +310,7 @@ class Residual(StoredSlot):
 
 
 _OF_JUMPS: dict[str, type[InputSlot]] = {
-    slot.kind: slot for slot in (JumpAt, JumpMap, RecordStart, RecordEnd)
+    slot.kind: slot for slot in (JumpAt, JumpMap, NumRows, RecordStart, RecordEnd)
 }
 _CARRIED: dict[str, type[_Carried]] = {slot.kind: slot for slot in (Inputs, Matrix, Factor, Term)}
 

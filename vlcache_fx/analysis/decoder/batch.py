@@ -52,9 +52,18 @@ def check_batch_dims(
     needed = [node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node]
     needed += [layer.site.node for layer in layers if layer.site is not None]
     needed += [value.operand for value in carried]
-    for node in needed:
+    carriers = [carrier for layer in layers for carrier in (*layer.convolutions, *layer.recurrences)]
+    for node in (*needed, *(carrier.node for carrier in carriers)):
         if node not in dims:
             raise refuse(Reason.BATCHED, node, "it has no dimension over samples")
+    for layer in layers:
+        for convolution in layer.convolutions:
+            if convolution.before is not None:
+                raise refuse(
+                    Reason.BATCHED,
+                    convolution.node,
+                    "inputs of earlier calls stand before rows of several prompts",
+                )
     for node, flow in flows.items():
         for operand, dim in flow.gathers:
             if node not in dims or operand_batch_dim(node, operand, dims) == dim:

@@ -200,9 +200,6 @@ def analyze(captured: Captured) -> DecoderFacts:
     tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
     batch_dims = None
     if not is_one(shape[0]):
-        carrying = [mixer for mixer in mixers if not isinstance(mixer, Site)]
-        if carrying:
-            raise refuse(Reason.BATCHED, carrying[0].node, "states of several prompts are not carried yet")
         batch_dims = find_batch_dims(stream, layers, tail_rows)
         check_batch_dims(batch_dims, layers, flows, carried)
     return DecoderFacts(

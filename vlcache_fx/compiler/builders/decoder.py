@@ -162,7 +162,7 @@ def _states(facts: DecoderFacts) -> tuple[StateSpec, ...]:
     found: list[StateSpec] = []
     for tail in facts.tails:
         value = tail.convolution.source.meta["val"]
-        sizes = (*map(int, value.shape[:2]), tail.convolution.width)
+        sizes = (1, int(value.shape[1]), tail.convolution.width)
         found.append(StateSpec(tail.slot, str(value.dtype).removeprefix("torch."), sizes))
     for state in facts.states:
         heads, keys, values = state.recurrence.state_sizes

@@ -74,20 +74,27 @@ def _fits(entry: Entry, spec: StateSpec, num_maps: int) -> bool:
 
 
 def state_tables(
-    uses: Sequence[Use], specs: Sequence[StateSpec], device: torch.device
+    uses: Sequence[Use], specs: Sequence[StateSpec], device: torch.device, *, with_zeros: bool = False
 ) -> dict[StoredSlot, Tensor | PendingTensor]:
-    """Return the table of each slot that a program reads: last inputs, factors and terms of all donors."""
+    """Return the table of each slot that a program reads: last inputs, factors and terms of all donors.
+
+    Args:
+        uses: the donors, sample by sample.
+        specs: the states.
+        device: the program's device.
+        with_zeros: begin the tables of last inputs with zeros, which stand in front of a batch's samples.
+    """
     found: dict[StoredSlot, Tensor | PendingTensor] = {}
     is_pending = any(use.entry.is_pending for use in uses)
     for spec in specs:
         if isinstance(spec.slot, Matrix):
             continue
-        make = functools.partial(_table, uses, spec, device)
+        make = functools.partial(_table, uses, spec, device, with_zeros)
         found[spec.slot] = PendingTensor(make) if is_pending else make()
     return found
 
 
-def _table(uses: Sequence[Use], spec: StateSpec, device: torch.device) -> Tensor:
+def _table(uses: Sequence[Use], spec: StateSpec, device: torch.device, with_zeros: bool) -> Tensor:
     slot = spec.slot
     assert isinstance(slot, Inputs | Factor | Term)
     parts = []
@@ -100,6 +107,8 @@ def _table(uses: Sequence[Use], spec: StateSpec, device: torch.device) -> Tensor
                 part = part.new_zeros((1, *(size for size in spec.sizes if size is not None)))
         parts.append(part.to(device))
     if isinstance(slot, Inputs):
+        if with_zeros:
+            parts.insert(0, torch.zeros_like(parts[0]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     missing = LEAST_ENTRIES - sum(part.shape[0] for part in parts)
     if missing > 0:
@@ -115,6 +124,7 @@ def recorded_states(
     end: int,
     *,
     with_maps: bool,
+    sample: int = 0,
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """Return what an entry for the tokens [start, end) stores, and its cuts.
 
@@ -124,6 +134,7 @@ def recorded_states(
         records: those that the program made, in order.
         start, end: the tokens.
         with_maps: also the maps of the records inside, for a media item. Otherwise the state alone.
+        sample: index of the sample in the results.
 
     Returns:
         Nothing where no record ends with the tokens.
@@ -134,7 +145,7 @@ def recorded_states(
     inside = [i for i, record in enumerate(records) if record.start >= start and record.end <= end]
     found = {}
     for spec in specs:
-        results, slot = recorded[spec.slot], spec.slot
+        results, slot = recorded[spec.slot].narrow(0, sample, 1), spec.slot
         match slot:
             case Inputs():
                 width = spec.sizes[-1]

@@ -183,7 +183,13 @@ def admit(
         rows[str(slot)] = own.narrow(spec.dim, starts[id(active)], block.length)
     carried, cuts = (
         recorded_states(
-            recorded, states, plan.records, block.start, block.end, with_maps=block.span is not None
+            recorded,
+            states,
+            plan.records,
+            block.start,
+            block.end,
+            with_maps=block.span is not None,
+            sample=sample,
         )
         if states
         else ({}, ())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import PlanError
 from vlcache_fx.plan.jumps import joined, jump_at, last, own, record_bounds
-from vlcache_fx.plan.stack import StackedPlan
+from vlcache_fx.plan.stack import StackedPlan, stack_padded
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.spec.slots import (
@@ -19,6 +19,7 @@ from vlcache_fx.spec.slots import (
     JumpMap,
     Keep,
     Last,
+    NumRows,
     Own,
     Packed,
     Positions,
@@ -91,9 +92,22 @@ def of_plan(slot: InputSlot, plan: Plan | StackedPlan, positions: Tensor | None)
                 raise PlanError("the program needs the positions of results, but no positions are given")
             last = plan.rows[-1]
             return torch.searchsorted(last, positions.expand(*last.shape[:-1], -1).contiguous())
-    if isinstance(plan, Plan):
-        return _of_jumps(slot, plan)
-    raise PlanError(f"slot {slot} has no value in a plan")
+    return _of_jumps(slot, plan) if isinstance(plan, Plan) else _of_batch(slot, plan)
+
+
+def _of_batch(slot: InputSlot, stacked: StackedPlan) -> Tensor:
+    """Stack the samples' values; of convolutions, with the zeros of entry 0 in front."""
+    plans = stacked.plans
+    if isinstance(slot, NumRows):
+        return torch.tensor([len(plan.rows[0]) for plan in plans])
+    values = [_of_jumps(slot, plan).flatten() for plan in plans]
+    match slot:
+        case Joined():
+            return stack_padded(values, 0, in_front=True)
+        case Own(_, width) | Last(width):
+            lengths = [len(plan.rows[0]) + width * len(plan.jumps) for plan in plans]
+            values = [value + max(lengths) - own for value, own in zip(values, lengths, strict=True)]
+    return stack_padded(values, -1 if isinstance(slot, JumpMap) else 0)
 
 
 def _of_jumps(slot: InputSlot, plan: Plan) -> Tensor:
