@@ -40,10 +40,11 @@ class CarryStates(Pass):
             inputs = [program.add_input(slot) for slot in (JumpAt(), JumpMap(), *maps)]
             for donor, is_factor in zip(inputs[2:], (True, False), strict=True):
                 donor.meta.update(state_of=state, is_factor=is_factor)
-            arguments = [*node.args, *[None] * (NUM_ROWS + 1 - len(node.args))]
+            arguments = [*node.args, *[None] * (JUMPS.stop - len(node.args))]
             arguments[JUMPS] = inputs
             if program.is_batched:
-                arguments[NUM_ROWS] = program.add_input(NumRows())
+                arguments += [None] * (NUM_ROWS - len(arguments))
+                arguments.append(program.add_input(NumRows()))
             node.args = tuple(arguments)
         return bool(facts.tails or facts.states)
 

@@ -310,14 +310,42 @@ def test_refuses_recurrence_of_attention() -> None:
     assert "a recurrence of the same layer reads its result" in refusal.detail
 
 
+def test_refuses_recurrence_with_padding_of_its_own() -> None:
+    def padded(x: Tensor) -> Tensor:
+        values = heads(x)
+        count = torch.full((x.shape[0],), 3)
+        decay = -values.square().sum(-1)
+        args = (values, values, values, decay, *[None] * 8, count)
+        return recur(*args)[0][:, :, 0]
+
+    refusal = refused(layers_of(padded, attend))
+    assert refusal.reason is Reason.TOKEN_MIXING
+    assert "padding of its own" in refusal.detail
+
+
 def test_refuses_convolved_attention() -> None:
     assert refused(layers_of(lambda x: convolved(attend(x)), attend)).reason is Reason.TOKEN_MIXING
 
 
-def test_refuses_several_prompts() -> None:
-    refusal = refused(layers_of(delta, attend), x=torch.cat([X, X]))
+def test_samples_of_recurrent_layers() -> None:
+    facts = facts_of(layers_of(lambda x: delta(convolved(x)), attend), x=torch.cat([X, X]))
+    assert facts.batch_dims is not None
+    carriers = [facts.states[0].recurrence.node, facts.tails[0].convolution.node]
+    assert [facts.batch_dims[node] for node in carriers] == [0, 0]
+
+
+def test_refuses_several_prompts_that_continue() -> None:
+    """Rows of shorter samples would have zeros between them and the inputs of earlier calls."""
+
+    def continued(x: Tensor, past: Tensor) -> Tensor:
+        joined = torch.cat([past, x.transpose(1, 2) * 2], -1)
+        rows = F.conv1d(joined, WEIGHT, padding=2, groups=4)[..., : joined.shape[-1]][..., -x.shape[1] :]
+        x = x + rows.transpose(1, 2)
+        return x + attend(x)
+
+    refusal = refused(continued, x=torch.cat([X, X]), past=torch.ones(2, 4, 3))
     assert refusal.reason is Reason.BATCHED
-    assert "states of several prompts are not carried yet" in refusal.detail
+    assert "inputs of earlier calls" in refusal.detail
 
 
 def test_refuses_decoders_without_attention() -> None:

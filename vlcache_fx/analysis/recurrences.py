@@ -16,7 +16,9 @@ from torch.fx import Graph, Node
 import vlcache_fx.ops  # noqa: F401  (defines torch.ops.vlcache)
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.tokens.axis import rank_of, shape_of
+from vlcache_fx.errors import Reason
 from vlcache_fx.ir.dataflow import NodeSet, data_users, reachable
+from vlcache_fx.ir.refusal import refuse
 
 RECUR = torch.ops.vlcache.recur.default
 CONV = torch.ops.vlcache.causal_conv1d.default
@@ -88,11 +90,21 @@ Mixer: TypeAlias = Site | Recurrence | Convolution
 
 
 def find_mixers(graph: Graph, sites: Iterable[Site], within: NodeSet | None) -> tuple[Mixer, ...]:
-    """Return ``sites`` and the recurrences and convolutions among ``within``, in graph order."""
+    """Return ``sites`` and the recurrences and convolutions among ``within``, in graph order.
+
+    Raises:
+        UnsupportedGraphError: TOKEN_MIXING, for a recurrence with jumps, records or padding of its own.
+    """
     by_node: dict[Node, Mixer] = {site.node: site for site in sites}
     for node in graph.nodes:
         found = recurrence_of(node) or convolution_of(node)
         if found is not None and (within is None or node in within):
+            if isinstance(found, Recurrence) and any(
+                extra is not None for extra in node.args[NUM_OPERANDS + 1 :]
+            ):
+                raise refuse(
+                    Reason.TOKEN_MIXING, node, "a recurrence with jumps, records or padding of its own"
+                )
             by_node[node] = found
     return tuple(by_node[node] for node in graph.nodes if node in by_node)
 

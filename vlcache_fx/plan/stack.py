@@ -52,12 +52,13 @@ def stack_plans(plans: Sequence[Plan]) -> StackedPlan:
     return StackedPlan(tuple(plans), tuple(rows), tuple(keep), tuple(source))
 
 
-def stack_padded(tensors: Sequence[Tensor], fill: int, *, in_front: bool = False) -> Tensor:
-    """Stack one-dimensional tensors, the shorter ones padded with ``fill``."""
+def stack_padded(tensors: Sequence[Tensor], fill: int | None = None, *, in_front: bool = False) -> Tensor:
+    """Stack one-dimensional tensors; pad shorter ones with ``fill``, by default with their last entry."""
     longest = max(map(len, tensors))
     padded = []
     for tensor in tensors:
-        padding = tensor.new_full((longest - len(tensor),), fill)
+        entry = tensor[-1:] if fill is None else tensor.new_tensor([fill])
+        padding = entry.expand(longest - len(tensor))
         padded.append(torch.cat([padding, tensor] if in_front else [tensor, padding]))
     return torch.stack(padded)
 
@@ -69,11 +70,6 @@ def _stacked(levels: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     for tensors in zip(*levels, strict=True):
         key = tuple(id(tensor) for tensor in tensors)
         if key not in built:
-            longest = max(len(tensor) for tensor in tensors)
-            built[key] = torch.stack([_padded(tensor, longest) for tensor in tensors])
+            built[key] = stack_padded(tensors)
         stacked.append(built[key])
     return stacked
-
-
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    return tensor if len(tensor) == length else torch.cat([tensor, tensor[-1:].expand(length - len(tensor))])

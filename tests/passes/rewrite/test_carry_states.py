@@ -12,10 +12,12 @@ from vlcache_fx.ops import bind_donors
 from vlcache_fx.passes import Pipeline
 from vlcache_fx.passes.rewrite import CarryStates, InsertLookups, SpliceRows
 from vlcache_fx.passes.standard import warm_program
-from vlcache_fx.spec.slots import Donor, Factor, Inputs, Joined, JumpAt, JumpMap, Own, Term
+from vlcache_fx.spec.slots import Donor, Factor, Inputs, Joined, JumpAt, JumpMap, NumRows, Own, Term
+from vlcache_fx.testing.graphs import captured_graph
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 
 from .. import programs
-from ..hybrids import LENGTH, own_donors, plan_of, small, unset
+from ..hybrids import LENGTH, PROMPT, own_donors, plan_of, small, unset
 from ..programs import PassCase, bare, prepared, run, unchanged
 
 CASE = PassCase(CarryStates(), (InsertLookups(), SpliceRows()))
@@ -28,6 +30,13 @@ def test_graph(golden: Callable[[str, str], None]) -> None:
 
 def test_change_of_a_recurrence(golden: Callable[[str, str], None]) -> None:
     golden("carry_states_recurrence", CASE.change(small("da")[0]))
+
+
+def test_graph_of_two_samples(golden: Callable[[str, str], None]) -> None:
+    """Each sample has its own rows; how many of them count is an input."""
+    batch = {name: torch.cat([value, value]) for name, value in PROMPT.items()}
+    golden("carry_states_batch", CASE.change(captured_graph(tiny_hybrid("ca"), batch)[0]))
+    assert NumRows() in CASE.program(captured_graph(tiny_hybrid("da"), batch)[0]).slots
 
 
 @KINDS

@@ -9,6 +9,7 @@ from torch import Tensor
 from vlcache_fx.errors import PlanError
 from vlcache_fx.lowering import Lowered
 from vlcache_fx.options import Options
+from vlcache_fx.plan.jumps import Jump, Record
 from vlcache_fx.plan.stack import stack_plans
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.engine import ServingEngine
@@ -18,10 +19,18 @@ from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.spec.slots import (
     Donor,
     InputSlot,
+    Joined,
+    JumpAt,
+    JumpMap,
     Keep,
     Key,
+    Last,
+    NumRows,
+    Own,
     Packed,
     Positions,
+    RecordEnd,
+    RecordStart,
     Residual,
     Results,
     Rows,
@@ -56,6 +65,34 @@ def test_of_plan_of_two_samples() -> None:
     assert of_plan(Rows(2), stacked, None).tolist() == [[1, 4], [2, 5]]
     assert of_plan(Positions(0, 2), stacked, None).tolist() == [[1, 3], [1, 3]]
     assert of_plan(Results(), stacked, torch.tensor([5])).tolist() == [[2], [1]]
+
+
+def test_of_plan_of_two_samples_with_recurrent_layers() -> None:
+    """Entry 0 of the stored inputs is zeros; two inputs of a convolution are stored."""
+
+    def with_jumps(rows: list[int], jumps: tuple[Jump, ...], records: tuple[Record, ...]) -> Plan:
+        levels = (torch.tensor(rows),) * 2
+        keep, source = (torch.arange(len(rows)),), (torch.zeros(9, dtype=torch.int64),) * 2
+        return Plan(9, levels, keep, source, (len(rows),) * 2, 0.5, (), jumps, records)
+
+    long = with_jumps([0, 1, 4, 5, 8], (Jump(2, 4, (0,), 1), Jump(6, 8, (1, 2), 2)), (Record(0, 2),))
+    short = with_jumps([0, 7, 8], (Jump(1, 7, (3,), 3),), ())
+    stacked = stack_plans([long, short])
+    found = {
+        slot: of_plan(slot, stacked, None).tolist()
+        for slot in (JumpAt(), JumpMap(), NumRows(), Joined(2), Own(0, 2), RecordStart(), RecordEnd())
+    }
+    assert found == {
+        JumpAt(): [[2, 4, 4], [1, 3, 0]],
+        JumpMap(): [[0, 1, 2], [3, -1, -1]],
+        NumRows(): [5, 3],
+        Joined(2): [[-1, -2, 2, 3, -3, -4, 4, 5, -5], [0, 0, 0, 0, -1, 6, 7, -2, -3]],
+        Own(0, 2): [[0, 1, 4, 5, 8], [4, 7, 8, 8, 8]],
+        RecordStart(): [[0, 0], [0, 0]],
+        RecordEnd(): [[2, 0], [0, 0]],
+    }
+    # The first record of the first sample ends behind its second row; in front of a sample are zeros.
+    assert of_plan(Last(2), stacked, None).tolist() == [[2, 3, 0, 1], [4, 5, 4, 5]]
 
 
 def test_of_plan_without_positions() -> None:

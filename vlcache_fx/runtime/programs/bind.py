@@ -107,7 +107,11 @@ def _of_batch(slot: InputSlot, stacked: StackedPlan) -> Tensor:
         case Own(_, width) | Last(width):
             lengths = [len(plan.rows[0]) + width * len(plan.jumps) for plan in plans]
             values = [value + max(lengths) - own for value, own in zip(values, lengths, strict=True)]
-    return stack_padded(values, -1 if isinstance(slot, JumpMap) else 0)
+            return stack_padded(values)
+        case JumpMap():
+            return stack_padded(values, -1)
+        case _:
+            return stack_padded(values, 0)
 
 
 def _of_jumps(slot: InputSlot, plan: Plan) -> Tensor:
