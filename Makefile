@@ -4,6 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Keep the bytecode of imported modules: to compile those of torch and transformers takes ten seconds in every process.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help env test check typecheck format demo docs figures gpu-check clean
 

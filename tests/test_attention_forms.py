@@ -148,7 +148,7 @@ def check_model(pair: Pair, calls: list[dict[str, Any]]) -> None:
     ("attention", "compiled"),
     [
         pytest.param("eager", with_api, id="eager-compile"),
-        pytest.param("eager", with_backend, id="eager-backend"),
+        pytest.param("eager", with_backend, id="eager-backend", marks=pytest.mark.thorough),
         pytest.param("flex_attention", with_backend, id="flex_attention-backend", marks=pytest.mark.thorough),
         pytest.param("flex_attention", with_api, id="flex_attention-compile", marks=pytest.mark.thorough),
     ],

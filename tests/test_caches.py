@@ -228,7 +228,7 @@ class Donated:
     [
         ("dynamic", False),
         ("dynamic", True),
-        ("sliding", True),
+        pytest.param("sliding", True, marks=pytest.mark.thorough),
         pytest.param("static, allocated", True, marks=pytest.mark.thorough),
         pytest.param("static, sliding", False, marks=pytest.mark.thorough),
         ("int8 per token", True),
@@ -365,7 +365,7 @@ def test_decoding_steps_log_nothing(kind: str, strict: bool) -> None:
 # Entry points -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("has_written", [False, True])
+@pytest.mark.parametrize("has_written", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start = conversations(KINDS["static, allocated"], with_api)
     start().say(prompt(4, 0))
@@ -387,7 +387,7 @@ def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.Monk
     talk.listen()
 
 
-@pytest.mark.parametrize("implementation", [None, "static"])
+@pytest.mark.parametrize("implementation", [pytest.param(None, marks=pytest.mark.thorough), "static"])
 def test_generate_over_several_turns(implementation: str | None) -> None:
     pair = with_api(llava(), policy="full")
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -224,10 +224,11 @@ def test_donors_of_a_folder(tmp_path: Any) -> None:
         again.engine.close()
 
 
-def test_inductor() -> None:
+@pytest.mark.parametrize("kinds", ["dp", pytest.param("cdsp", marks=pytest.mark.thorough)])
+def test_inductor(kinds: str) -> None:
     with own_compiler_state():
         pair = with_backend(
-            tiny_hybrid("cdsp", last_only=False),
+            tiny_hybrid(kinds, last_only=False),
             policy="uniform",
             budget=0.1,
             strict=True,

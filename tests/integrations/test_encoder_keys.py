@@ -74,7 +74,9 @@ def check(pair: Pair, inputs: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    "change", [hook(2), hook(3), epsilon, attention], ids=["2", "3", "epsilon", "attention"]
+    "change",
+    [pytest.param(hook(2), marks=pytest.mark.thorough), hook(3), epsilon, attention],
+    ids=["2", "3", "epsilon", "attention"],
 )
 def test_encoder_key_includes_the_encoder(change: Callable[[Any], Any]) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
