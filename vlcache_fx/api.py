@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explain import Arguments, GraphExplanation, explain
-from vlcache_fx.compiler.regions import uncompiled_refusal
+from vlcache_fx.compiler.regions import uncompiled_refusal, untraced_refusal
 from vlcache_fx.compiler.turns import Turns
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
@@ -23,6 +24,7 @@ from vlcache_fx.integrations.transformers import (
     EncodersFirst,
     concat_encoder_outputs,
     hook_encoders,
+    hook_other_encoders,
     hook_placeholder_check,
     restore_items,
 )
@@ -75,23 +77,34 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
         return explain(plain, inputs, prepared, engine.options.dynamic, pipelines)
 
+    def traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the compiled model; where Dynamo cannot trace it, without its encoders, or else unmodified."""
+        before = engine.graph_calls
+        try:
+            result = turns.run(lambda: compiled(*args, **kwargs))
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, VlcacheError):
+                raise failure.inner_exception from None  # with ``strict``: not Dynamo's wrapper
+            raise
+        except (TorchDynamoException, GuardOnDataDependentSymNode) as failure:
+            if engine.graph_calls != before:  # a graph may have written to a cache
+                raise
+            if hook_other_encoders(inner, engine):
+                return traced(args, kwargs)
+            engine.ran_uncompiled(untraced_refusal(failure))
+            return plain(*args, **kwargs)
+        if engine.graph_calls == before:
+            engine.ran_uncompiled(uncompiled_refusal())
+        return result
+
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if records_gradients((*args, *kwargs.values()), inner):
             engine.bypass(gradient_refusal())
             return plain(*args, **kwargs)
-        before = engine.graph_calls
         args, kwargs = encoders_first.prepare(args, kwargs)
-        joined = concat_encoder_outputs(kwargs)
         with dynamo_settings(DYNAMO_CONFIG):
-            try:
-                result = turns.run(lambda: compiled(*args, **joined))
-            except BackendCompilerFailed as failure:
-                if isinstance(failure.inner_exception, VlcacheError):
-                    raise failure.inner_exception from None  # with ``strict``: not Dynamo's wrapper
-                raise
-        if engine.graph_calls == before:
-            engine.ran_uncompiled(uncompiled_refusal())
+            result = traced(args, concat_encoder_outputs(kwargs))
         restore_items(result, kwargs)
         return result
 

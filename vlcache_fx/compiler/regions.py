@@ -34,6 +34,14 @@ def uncompiled_refusal() -> UnsupportedGraphError:
     )
 
 
+def untraced_refusal(failure: Exception) -> UnsupportedGraphError:
+    """Return the refusal of a call that Dynamo failed to trace."""
+    text = next((line for line in str(failure).splitlines() if line.strip()), type(failure).__name__)
+    return UnsupportedGraphError(
+        Reason.DATA_DEPENDENT, f"Dynamo cannot trace the model: {text.strip()[:200]}"
+    )
+
+
 def raise_recompile_limit() -> None:
     """Raise Dynamo's limit permanently, unless the user set one.
 

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from vlcache_fx.compiler.engine import Engine
 
 PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-"""Per modality, the keywords of the pixels and the grids; a grid's product is its item's rows of pixels."""
+"""Per modality, the keywords of the pixels and the grids; a grid's product is its item's rows of pixels.
+
+Encoders of other modalities have no grids; their first parameter stands for the pixels.
+"""
 
 Item: TypeAlias = dict[str, Tensor]
 """The tensor arguments of an encoder for one item."""
@@ -47,18 +50,19 @@ class EncoderCache:
     results cannot be split, the call is cached as one item. Only the fields of ``feature_fields`` are cached.
 
     Args:
-        encode: the encoder, with the pixels as first parameter and the grids, if any, as second.
+        encode: the encoder, with the pixels as first parameter and the grids, if any, as second. Of another
+            modality than those of ``PIXELS``, its first parameter has a name.
         module: the model; its weights and state are part of the keys, without its decoder's weights if the
             encoder does not read them (``EncoderWeights``).
-        modality: ``image`` or ``video``.
+        modality: ``image``, ``video`` or another one, such as ``audio``.
         engine: owns the store, options and counters.
     """
 
     def __init__(self, encode: Callable[..., Any], module: nn.Module, modality: str, engine: Engine) -> None:
         self.encode, self._module, self._engine, self._modality = encode, module, engine, modality
         self._weights = EncoderWeights(module, encode)
-        self._pixels_name, self.grids_name = PIXELS[modality]
         self._parameters = _parameters(encode) or PIXELS[modality]
+        self._pixels_name, self.grids_name = PIXELS.get(modality, (self._parameters[0], ""))
         self._classes: dict[str, type] = {}
         self._pace = Pace()
         self._split = True  # until a result cannot be split into items

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ from vlcache_fx.integrations.items import concat_items
 
 if TYPE_CHECKING:
     from vlcache_fx.compiler.engine import Engine
+
+ENCODER_NAME = re.compile("get_([a-z]+)_features")
+"""Methods of the library's models that run an encoder."""
 
 OUTPUTS = "mm_encoder_outputs"
 """The argument of ``forward`` for encoder outputs: modality -> output."""
@@ -166,14 +170,33 @@ def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
 def hook_encoders(model: nn.Module, engine: Engine) -> list[str]:
     """Cache the model's encoder outputs in the engine's store; return the hooked modalities."""
     base = getattr(model, "base_model", model)
-    hooked = []
-    for modality in PIXELS:
-        name = f"get_{modality}_features"
-        encode = getattr(base, name, None)
-        if encode is None:
-            continue
-        encoder = FrameCache(EncoderCache(encode, base, modality, engine))
-        untraced = torch.compiler.disable(encoder.__call__)  # type: ignore[no-untyped-call]
-        setattr(base, name, functools.wraps(encode)(untraced))
-        hooked.append(modality)
+    hooked = [modality for modality in PIXELS if hasattr(base, f"get_{modality}_features")]
+    for modality in hooked:
+        _hook_encoder(base, modality, engine)
     return hooked
+
+
+def hook_other_encoders(model: nn.Module, engine: Engine) -> list[str]:
+    """Cache the outputs of encoders of other modalities, such as audio; return the newly hooked ones.
+
+    ``forward`` runs these itself, so they split its graph. Where they can be traced, they need no hook.
+    """
+    base = getattr(model, "base_model", model)
+    hooked = []
+    for name in dir(type(base)):
+        found = ENCODER_NAME.fullmatch(name)
+        if found is None or found[1] in (*PIXELS, "text") or name in vars(base):
+            continue
+        parameters = [*inspect.signature(getattr(base, name)).parameters.values()]
+        if parameters and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            _hook_encoder(base, found[1], engine)
+            hooked.append(found[1])
+    return hooked
+
+
+def _hook_encoder(base: nn.Module, modality: str, engine: Engine) -> None:
+    name = f"get_{modality}_features"
+    encode = getattr(base, name)
+    encoder = FrameCache(EncoderCache(encode, base, modality, engine))
+    untraced = torch.compiler.disable(encoder.__call__)  # type: ignore[no-untyped-call]
+    setattr(base, name, functools.wraps(encode)(untraced))
