@@ -36,7 +36,7 @@ from examples.train_hybrid_vlm.batches import (
 )
 from examples.train_hybrid_vlm.config import hybrid_config
 from examples.train_hybrid_vlm.conversations import KINDS, make_batch, recipes
-from examples.train_hybrid_vlm.decoder import Batch, Losses, initialise_recurrent
+from examples.train_hybrid_vlm.decoder import Losses, initialise_recurrent
 from examples.train_hybrid_vlm.optimizers import BatchedMuon
 from examples.train_hybrid_vlm.pictures import Pictures
 from examples.train_hybrid_vlm.steps import Steps
@@ -214,7 +214,7 @@ class Trainer:
 
 
 def evaluate(model: Any, questions: int, until: float) -> dict[str, dict[str, float]]:
-    """Accuracy on held-out scans, per family, question after and before; kinds are left out after ``until``."""
+    """Accuracy on held-out scans, per family and place of the question; none is begun after ``until``."""
     processor = ReferenceProcessor()
     table: dict[str, dict[str, float]] = {family: {} for family in FAMILIES}
     for place, first in (("after", False), ("before", True)):

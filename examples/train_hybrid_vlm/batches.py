@@ -64,7 +64,7 @@ class Conversations(IterableDataset[Arrays]):
 def load_batches(clock: Clock, tokens: int, seed: int, workers: int) -> DataLoader[Any]:
     """Read ``Conversations`` made by ``workers`` processes, or by this one (0).
 
-    Batches are numpy arrays: those go through pipes, and tensors through shared memory, which containers limit.
+    Batches are numpy arrays: those go through pipes; tensors need shared memory, which containers limit.
     """
     return DataLoader(
         Conversations(clock, tokens, seed),
@@ -89,7 +89,7 @@ def to_device(arrays: Arrays, device: torch.device) -> Batch:
 
 
 def finish(batch: Batch, pictures: Pictures, guide_weight: float, precision: torch.dtype) -> Batch:
-    """Replace scans by vision tokens, ``features [rows, MOST_VISION_TOKENS, hidden]``; add ``guide_weight``."""
+    """Replace scans by ``features [rows, MOST_VISION_TOKENS, hidden]``; add ``guide_weight``."""
     batch = dict(batch)
     scans = [batch.pop(name) for name in ("scans_1", "scans_2") if name in batch]
     features = torch.cat([pictures.features(one, precision) for one in scans], 1)

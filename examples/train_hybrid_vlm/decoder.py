@@ -28,6 +28,14 @@ class Losses:
     right: Tensor
 
 
+def products_in(precision: torch.dtype, device: torch.device) -> torch.autocast:
+    """Multiply in ``precision``; no copies of weights are kept, since CUDA graphs could not renew them."""
+    narrow = precision is not torch.float32
+    return torch.autocast(
+        device.type, precision if narrow else torch.bfloat16, enabled=narrow, cache_enabled=False
+    )
+
+
 def losses(model: Any, batch: Batch, features: Tensor, precision: torch.dtype) -> Losses:
     """Losses of one batch of conversations.
 
@@ -39,7 +47,7 @@ def losses(model: Any, batch: Batch, features: Tensor, precision: torch.dtype) -
     """
     text = model.model.language_model
     positions, asking = batch["position_ids"].long(), batch["asking"].long()
-    with torch.autocast(features.device.type, precision, cache_enabled=False):
+    with products_in(precision, features.device):
         x = _embed(text.embed_tokens.weight, batch["input_ids"], batch["vision_index"].long(), features)
         cos, sin = text.rotary_emb(x, positions)
         guide = None
@@ -98,7 +106,7 @@ def recurrent_rows(layer: Any, x: Tensor) -> Tensor:
 
 
 def attention_rows(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a ``Qwen3_5Attention`` returns for rows without a cache, and queries and keys of the guided head."""
+    """What a ``Qwen3_5Attention`` returns for rows without a cache; query and key of the guided head."""
     query, gate = layer.q_proj(x).unflatten(-1, (-1, 2 * layer.head_dim)).chunk(2, -1)
     query = layer.q_norm(query).transpose(1, 2)
     key = layer.k_norm(layer.k_proj(x).unflatten(-1, (-1, layer.head_dim))).transpose(1, 2)

@@ -32,7 +32,7 @@ class BatchedMuon(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, _closure: Any = None) -> None:  # type: ignore[override]
         """Update all matrices."""
         for group, shapes, buffers in zip(self.param_groups, self.shapes, self.buffers, strict=True):
             for shape, weights in shapes.items():
@@ -45,7 +45,7 @@ class BatchedMuon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Newton-Schulz iterations of ``matrices [n, rows, columns]``, in bfloat16 (Jordan et al., Muon, 2024)."""
+    """Newton-Schulz iterations of ``matrices [n, rows, columns]`` in bfloat16 (Jordan, Muon, 2024)."""
     first, second, third = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.bfloat16().mT if tall else matrices.bfloat16()

@@ -13,6 +13,7 @@ from transformers.vision_utils import (
     get_vision_position_ids,
 )
 
+from examples.train_hybrid_vlm.decoder import products_in
 from examples.train_reference_vlm.training import augment
 from vlcache_fx.testing.reference_vlm.images import CELL_PIXELS, COLUMNS, INK_DEPTH, TINT_STEP
 from vlcache_fx.testing.reference_vlm.scans import Scans
@@ -37,11 +38,11 @@ class Pictures:
         variant = torch.randint(len(self.ink), scans.shape, device=scans.device)
         count, rows, _ = scans.shape
         patches = self.patches(self.ink[variant, scans.long()])
-        with torch.no_grad(), torch.autocast(patches.device.type, precision):
+        with torch.no_grad(), products_in(precision, patches.device):
             return self.encode(patches.view(count, -1, patches.shape[-1]), rows).float()
 
     def patches(self, ink: Tensor) -> Tensor:
-        """What ``render_grids`` and ``patchify`` make of ``ink [n, rows, columns, 8, 8]``: [patches, values]."""
+        """[n, rows, columns, 8, 8] ink -> [patches, values], as ``render_grids`` and ``patchify``."""
         count, rows, columns = ink.shape[:3]
         paper = torch.full((rows, columns, 3), 255.0, device=ink.device)
         paper[..., 0] -= TINT_STEP * torch.arange(rows, device=ink.device)[:, None]
@@ -55,7 +56,7 @@ class Pictures:
         return wide.reshape(count * rows * columns * side * side, -1)
 
     def encode(self, patches: Tensor, rows: int) -> Tensor:
-        """What the tower returns for pictures of ``rows`` rows: [n, patches, values] -> [n, tokens, hidden]."""
+        """[n, patches, values] -> [n, tokens, hidden], as the tower for pictures of ``rows`` rows."""
         tower = self.tower
         if rows not in self.places:
             self.places[rows] = self._places(rows)

@@ -27,7 +27,7 @@ class Captured:
 class Steps:
     """Adds the gradients of a batch to those of the model's trained weights.
 
-    Gradients stay where they are in memory: graphs write there. ``graphs`` is False once a capture has failed.
+    Gradients stay where they are in memory: graphs write there. ``graphs`` turns False when a capture fails.
     """
 
     def __init__(self, model: Any, precision: torch.dtype, graphs: bool) -> None:
@@ -47,7 +47,7 @@ class Steps:
         if shape not in self.captured:
             try:
                 self.captured[shape] = self._capture(batch)
-            except Exception as error:  # whatever it is, training goes on without graphs
+            except Exception as error:  # noqa: BLE001  (whatever it is, training goes on without graphs)
                 print(f"no CUDA graphs: {type(error).__name__}: {error}", flush=True)
                 torch.cuda.synchronize()
                 self.graphs = False

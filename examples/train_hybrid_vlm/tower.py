@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from examples.train_reference_vlm.training import BatchMaker, encoder_loss, token_codes
-from vlcache_fx.testing.reference_vlm.images import COLUMNS, MAX_ROWS
+from vlcache_fx.testing.reference_vlm.images import MAX_ROWS
 
 TOWER_FILE = "tower.safetensors"
 ROWS = (2, MAX_ROWS)
@@ -35,7 +33,8 @@ def train_tower(model: Any, batches: BatchMaker, steps: int, seed: int, rate: fl
         torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        recent = float(loss) if step == 0 else 0.95 * recent + 0.05 * float(loss)
+        now = float(loss.detach())
+        recent = now if step == 0 else 0.95 * recent + 0.05 * now
         if (step + 1) % 100 == 0:
             print(f"tower: step {step + 1}, loss {recent:.4f}", flush=True)
     return recent
