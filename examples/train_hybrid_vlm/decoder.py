@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from examples.train_hybrid_vlm.convolution import CausalConvolution
 from examples.train_hybrid_vlm.delta_rule import delta_rule
 
 Batch = dict[str, Tensor]
@@ -86,9 +87,7 @@ def _embed(weight: Tensor, ids: Tensor, vision_index: Tensor, features: Tensor) 
 def recurrent_rows(layer: Any, x: Tensor) -> Tensor:
     """What a ``Qwen3_5GatedDeltaNet`` returns for rows without a cache; equal numbers of heads."""
     mixed = layer.in_proj_qkv(x).float()
-    taps = layer.conv1d.weight[:, 0].unbind(-1)
-    padded = F.pad(mixed, (0, 0, len(taps) - 1, 0))
-    mixed = sum(padded[:, n : n + x.shape[1]] * tap for n, tap in enumerate(taps))
+    mixed = CausalConvolution.apply(mixed, layer.conv1d.weight[:, 0])  # type: ignore[no-untyped-call]
     query, key, value = F.silu(mixed).split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
     decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(x).float() + layer.dt_bias)
     beta = layer.in_proj_b(x).float().sigmoid()

@@ -76,20 +76,20 @@ def delta_rule(
     solved = inverse @ torch.cat([value * beta, scaled * grown], -1)
     values, reads = solved.split([value.shape[-1], size], -1)
     states, written = [], []
-    state = torch.zeros_like(values[:, :, 0, :1]).expand(-1, -1, size, -1)
-    kept, writes = grown[..., -1:, :], (key * left).mT
-    for index in range(query.shape[2]):
+    state = values.new_zeros(*values.shape[:2], size, values.shape[-1])
+    parts = (values, reads, grown[..., -1:, :], (key * left).mT)
+    for new, read, kept, write in zip(*(part.unbind(2) for part in parts), strict=True):
         states.append(state)
-        written.append(values[:, :, index] - reads[:, :, index] @ state)
-        state = state * kept[:, :, index] + writes[:, :, index] @ written[-1]
+        written.append(new - read @ state)
+        state = state * kept + write @ written[-1]
     rows = (query * grown) @ torch.stack(states, 2) + (query @ key.mT * between) @ torch.stack(written, 2)
     return rows.flatten(2, 3)[:, :, :tokens].transpose(1, 2)
 
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     """[batch, tokens, heads, d] -> float32 [batch, heads, chunks, chunk, d], padded at the end."""
-    x = F.pad(x.float().transpose(1, 2), (0, 0, 0, missing))
-    return x.unflatten(2, (-1, chunk))
+    x = F.pad(x.float(), (0, 0, 0, 0, 0, missing))
+    return x.transpose(1, 2).contiguous().unflatten(2, (-1, chunk))
 
 
 def _normed(x: Tensor) -> Tensor:

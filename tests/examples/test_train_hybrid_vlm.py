@@ -28,6 +28,7 @@ from examples.train_hybrid_vlm.conversations import (
     make_batch,
     recipes,
 )
+from examples.train_hybrid_vlm.convolution import CausalConvolution
 from examples.train_hybrid_vlm.decoder import initialise_recurrent, losses
 from examples.train_hybrid_vlm.delta_rule import UnitLowerInverse, delta_rule
 from examples.train_hybrid_vlm.optimizers import BatchedMuon
@@ -251,3 +252,12 @@ def test_training_tiny_settings(tmp_path: Path) -> None:
     reloaded = load_model(folder=tmp_path / "model")
     assert not reloaded.training
     assert load_processor(tmp_path / "model").image_token_id == reloaded.config.image_token_id
+
+
+def test_convolution_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    rows = torch.nn.functional.conv1d(x.mT, weight[:, None], padding=3, groups=3)[..., :5].mT
+    torch.testing.assert_close(CausalConvolution.apply(x, weight), rows)
+    assert torch.autograd.gradcheck(CausalConvolution.apply, (x, weight))
