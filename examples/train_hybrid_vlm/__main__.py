@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 3)) if cuda else 0
     )
-    parser.add_argument("--tokens", type=int, default=24576 if cuda else 4096, help="tokens of a step")
+    parser.add_argument("--tokens", type=int, default=16384 if cuda else 4096, help="tokens of a step")
     parser.add_argument("--float32", action="store_true", help="multiply in float32, not in bfloat16")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="run steps eagerly")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
@@ -111,20 +111,22 @@ class Trainer:
             model = load_model(folder=options.resume)
         self.model = model.to(self.device).train()
         self.precision = torch.float32 if options.float32 else torch.bfloat16
-        self.right = torch.zeros(2, len(KINDS) + 1, device=self.device)
+        self.right = torch.zeros(3, len(KINDS) + 1, device=self.device)
         self.made = 0
 
-    def prepare_tower(self) -> None:
-        """Read the tower, or train it, and freeze it."""
-        folder = self.options.tower
+    def prepare_tower(self) -> bool:
+        """Read the tower, or train it, and freeze it; return whether it was trained."""
+        folder, new = self.options.tower, False
         if self.options.resume is None:
-            if (folder / TOWER_FILE).exists():
-                load_tower(self.model, folder)
-            else:
+            new = not (folder / TOWER_FILE).exists()
+            if new:
                 batches = BatchMaker(self.words, self.options.seed)
                 train_tower(self.model, batches, self.options.tower_steps, self.options.seed)
                 save_tower(self.model, folder)
+            else:
+                load_tower(self.model, folder)
         self.model.model.visual.requires_grad_(False)
+        return new
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices of layers, AdamW for the rest."""
@@ -141,9 +143,9 @@ class Trainer:
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=fused),
         ]
 
-    def train(self, seconds: float) -> None:
-        """Train the decoder for ``seconds`` of wall time."""
-        options, until = self.options, time.time() + seconds
+    def train(self, until: float) -> None:
+        """Train the decoder until ``time.time()`` is ``until``."""
+        options = self.options
         pictures = Pictures(self.model.model.visual, load_scans("train"), options.seed)
         steps = Steps(self.model, self.precision, self.device.type == "cuda" and not options.no_cuda_graphs)
         optimizers = self.optimizers()
@@ -191,18 +193,21 @@ class Trainer:
             optimizer.step()
 
     def count(self, kind: torch.Tensor, found: Losses) -> None:
-        """Add right answers and questions of each kind."""
+        """Add right answers, questions and the guide's divergence of each kind."""
         kinds, right = kind.flatten().long(), found.right.flatten().float()
         self.right[0].index_add_(0, kinds, right)
         self.right[1].index_add_(0, kinds, torch.ones_like(right))
+        self.right[2].index_add_(0, kinds, found.guide.expand_as(right))
 
     def report(self, share: float, step_ms: float, found: Losses) -> None:
         """Print a line, and begin to count anew."""
-        right, asked = self.right.tolist()
+        counts = zip(KINDS, *self.right[:, :-1].tolist(), strict=True)
+        kinds = [f"{name} {a / b:.3f} (guide {c / b:.2f})" for name, a, b, c in counts if b]
         self.right.zero_()
-        shares = {name: round(a / b, 3) for name, a, b in zip(KINDS, right, asked, strict=False) if b}
-        numbers = f"loss {float(found.answers):.3f}, guide {float(found.guide):.3f}"
-        print(f"{share:.0%} step {self.made}, {step_ms:.0f} ms, {numbers}, {shares}", flush=True)
+        print(
+            f"{share:.1%} step {self.made}, {step_ms:.1f} ms, loss {float(found.answers):.3f}; {', '.join(kinds)}",
+            flush=True,
+        )
 
     def save(self, output: Path) -> None:
         """Write model and processor."""
@@ -228,13 +233,13 @@ def evaluate(model: Any, questions: int, until: float) -> dict[str, dict[str, fl
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Train, save and evaluate; return the content of ``evaluation.json``."""
-    options = parse(argv)
+    options, started = parse(argv), time.time()
     trainer = Trainer(options)
-    trainer.prepare_tower()
+    if trainer.prepare_tower():
+        started = time.time()
     if options.tower_only:
         return {}
-    started = time.time()
-    trainer.train(max(0.0, options.seconds - options.evaluation_seconds))
+    trainer.train(started + max(0.0, options.seconds - options.evaluation_seconds))
     trained = time.time() - started
     trainer.model.eval()
     trainer.save(options.output)

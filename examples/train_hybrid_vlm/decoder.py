@@ -131,15 +131,16 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _guide_loss(scaling: float, query: Tensor, key: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of a head's weights against the answer's cells, over the questions that have some."""
+    """Divergence of a head's weights from the answer's cells, over the questions that have some."""
     asking, cells, weights = batch["asking"].long(), batch["cells"].long(), batch["cell_weights"].float()
     with torch.autocast(query.device.type, enabled=False):
         query = query.gather(1, asking[..., None].expand(-1, -1, query.shape[-1]))
         scores = query @ key.mT * scaling
         unseen = torch.arange(key.shape[1], device=key.device) > asking[..., None]
         found = scores.masked_fill(unseen, float("-inf")).log_softmax(-1).gather(-1, cells)
-        total = weights.sum(-1)
-        loss = -(found * weights).sum(-1) / total.clamp(min=1e-6)
+        total = weights.sum(-1, keepdim=True)
+        wanted = weights / total.clamp(min=1e-6)
+        loss = (wanted * (wanted.clamp(min=1e-6).log() - found)).sum(-1)
         guided: Tensor = loss.sum() / (total > 0).sum().clamp(min=1)
     return guided
 

@@ -64,6 +64,8 @@ class Steps:
         found = losses(self.model, batch, batch["features"], self.precision)
         total = found.answers + batch["guide_weight"] * found.guide
         total.backward()  # type: ignore[no-untyped-call]
+        for grad in self.grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0)
         return Losses(found.answers.detach(), found.guide.detach(), found.right)
 
     def _capture(self, batch: Batch) -> Captured:
