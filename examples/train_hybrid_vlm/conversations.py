@@ -51,8 +51,8 @@ class RowRecipe(Recipe):
 
 def recipes(share: float) -> tuple[RowRecipe, ...]:
     """The kinds of batches at ``share`` (0..1) of the training, in the order in which they take turns."""
-    (rows, words), small = (SMALL, True) if share < 0.4 else (LARGE, False)
-    if 0.4 <= share < 0.6:
+    (rows, words), small = (SMALL, True) if share < 0.3 else (LARGE, False)
+    if 0.3 <= share < 0.45:
         rows = (3, MAX_ROWS)
     sizes: Any = {"conversations": 0, "rows": rows, "system_words": words}
     after: Any = {"question_first": False, "questions": 8 if small else 5, "length": 192 if small else 256}
