@@ -49,8 +49,9 @@ class Steps:
                 self.captured[shape] = self._capture(batch)
             except Exception as error:  # noqa: BLE001  (whatever it is, training goes on without graphs)
                 print(f"no CUDA graphs: {type(error).__name__}: {error}", flush=True)
-                torch.cuda.synchronize()
                 self.graphs = False
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
                 return self._compute(batch)
         captured = self.captured[shape]
         for name, value in captured.inputs.items():

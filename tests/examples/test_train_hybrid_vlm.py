@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("transformers")
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -236,6 +237,36 @@ def test_step_lowers_the_loss(model: Any, pictures: Pictures) -> None:
     model.load_state_dict(before)
     assert float(found[-1].answers) < 0.9 * float(found[0].answers)
     assert float(found[-1].guide) < float(found[0].guide)
+
+
+def test_training_goes_on_without_graphs(
+    model: Any, pictures: Pictures, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Steps, batch: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Steps, "_capture", fail)
+    batch = on_cpu(made(CELL), pictures)
+    batch.pop("kind")
+    eager = Steps(model, torch.float32, graphs=False).run(batch)
+    steps = Steps(model, torch.float32, graphs=True)
+    assert torch.equal(steps.run(batch).answers, eager.answers)
+    assert not steps.graphs
+    assert "no CUDA graphs: RuntimeError: operation not permitted" in capsys.readouterr().out
+
+
+def test_steps_wait_for_no_value() -> None:
+    """A CUDA graph cannot hold operators whose shapes depend on values; fake tensors refuse them."""
+    arrays = made(CELL)
+    with FakeTensorMode():
+        fake: Any = Qwen3_5ForConditionalGeneration(hybrid_config(len(WORDS), WORDS))
+        fake.model.visual.requires_grad_(False)
+        batch = {name: torch.empty(value.shape, dtype=torch.int16) for name, value in arrays.items()}
+        batch |= {"features": torch.empty(2, 240, 128), "guide_weight": torch.empty(())}
+        steps = Steps(fake, torch.bfloat16, graphs=False)
+        found = steps.run(batch)
+    assert found.answers.shape == ()
+    assert found.right.shape == (2, 3)
 
 
 def test_training_tiny_settings(tmp_path: Path) -> None:
