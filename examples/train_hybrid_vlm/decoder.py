@@ -88,14 +88,15 @@ def recurrent_rows(layer: Any, x: Tensor) -> Tensor:
     """What a ``Qwen3_5GatedDeltaNet`` returns for rows without a cache; equal numbers of heads."""
     mixed = layer.in_proj_qkv(x).float()
     mixed = CausalConvolution.apply(mixed, layer.conv1d.weight[:, 0])  # type: ignore[no-untyped-call]
-    query, key, value = F.silu(mixed).split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
+    sizes = [layer.key_dim, layer.key_dim, layer.value_dim]
+    query, key, value = torch.split(F.silu(mixed), sizes, -1)
     decay = -layer.A_log.float().exp() * F.softplus(layer.in_proj_a(x).float() + layer.dt_bias)
     beta = layer.in_proj_b(x).float().sigmoid()
     with torch.autocast(x.device.type, enabled=False):
         rows = delta_rule(
-            query.unflatten(-1, (-1, layer.head_k_dim)),
-            key.unflatten(-1, (-1, layer.head_k_dim)),
-            value.unflatten(-1, (-1, layer.head_v_dim)),
+            query.reshape(*x.shape[:2], -1, layer.head_k_dim),
+            key.reshape(*x.shape[:2], -1, layer.head_k_dim),
+            value.reshape(*x.shape[:2], -1, layer.head_v_dim),
             decay,
             beta,
         )
@@ -112,11 +113,11 @@ def attention_rows(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Ten
     value = layer.v_proj(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
     query, key = (_rotate(part.float(), cos, sin) for part in (query, key))
     group = layer.num_key_value_groups
-    wide = [
+    wide_key, wide_value = (
         part.to(value.dtype)[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for part in (key, value)
-    ]
+    )
     rows = F.scaled_dot_product_attention(
-        query.to(value.dtype), *wide, is_causal=True, scale=layer.scaling
+        query.to(value.dtype), wide_key, wide_value, is_causal=True, scale=layer.scaling
     ).transpose(1, 2)
     result = layer.o_proj(rows.flatten(-2) * gate.flatten(-2).sigmoid())
     return result, query[:, GUIDED_HEAD], key[:, GUIDED_HEAD // group]

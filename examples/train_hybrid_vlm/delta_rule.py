@@ -43,7 +43,8 @@ class UnitLowerInverse(torch.autograd.Function):
         """Map the gradient of the inverse to that of ``L``."""
         (inverse,) = ctx.saved_tensors
         turned = inverse.mT
-        return -(turned @ grads[0] @ turned).tril(-1)
+        grad: Tensor = -(turned @ grads[0] @ turned).tril(-1)
+        return grad
 
 
 def delta_rule(
@@ -74,7 +75,7 @@ def delta_rule(
     scaled = key * beta
     inverse: Tensor = UnitLowerInverse.apply((scaled @ key.mT * between).tril(-1))  # type: ignore[no-untyped-call]
     solved = inverse @ torch.cat([value * beta, scaled * grown], -1)
-    values, reads = solved.split([value.shape[-1], size], -1)
+    values, reads = torch.split(solved, [value.shape[-1], size], -1)
     states, written = [], []
     state = values.new_zeros(*values.shape[:2], size, values.shape[-1])
     parts = (values, reads, grown[..., -1:, :], (key * left).mT)
@@ -88,8 +89,8 @@ def delta_rule(
 
 def _chunks(x: Tensor, missing: int, chunk: int) -> Tensor:
     """[batch, tokens, heads, d] -> float32 [batch, heads, chunks, chunk, d], padded at the end."""
-    x = F.pad(x.float(), (0, 0, 0, 0, 0, missing))
-    return x.transpose(1, 2).contiguous().unflatten(2, (-1, chunk))
+    x = F.pad(x.float(), (0, 0, 0, 0, 0, missing)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], -1, chunk, x.shape[-1])
 
 
 def _normed(x: Tensor) -> Tensor:

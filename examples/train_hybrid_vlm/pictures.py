@@ -94,6 +94,6 @@ def _attend(layer: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     for part in (query, key):
         left, right = part.float().chunk(2, -1)
         turned.append((part.float() * cos + torch.cat([-right, left], -1) * sin).to(value.dtype))
-    rows = F.scaled_dot_product_attention(*turned, value, scale=layer.scaling)
+    rows = F.scaled_dot_product_attention(turned[0], turned[1], value, scale=layer.scaling)
     result: Tensor = layer.proj(rows.transpose(1, 2).flatten(-2))
     return result

@@ -72,7 +72,7 @@ class Steps:
     def _capture(self, batch: Batch) -> Captured:
         inputs = {name: value.clone() for name, value in batch.items()}
         run: Callable[[], Losses] = lambda: self._compute(inputs)  # noqa: E731
-        side = torch.cuda.Stream()
+        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
