@@ -66,7 +66,7 @@ def recipes(share: float) -> tuple[RowRecipe, ...]:
     mixed = RowRecipe(families=("cell", "count", "count", "where"), **before, **sizes)
     same = RowRecipe(families=("same",), **two, **sizes)
     same_before = RowRecipe(families=("same",), **two_before, **sizes)
-    return (find, count, mixed, same, count, find, mixed, same_before, mixed, same)
+    return (find, count, mixed, same, count, find, count, mixed, same_before, count, mixed, same)
 
 
 def make_batch(

@@ -47,10 +47,10 @@ def losses(model: Any, batch: Batch, features: Tensor, precision: torch.dtype) -
         precision: of products; the delta rule and norms compute in float32.
     """
     text = model.model.language_model
-    positions, asking = batch["position_ids"].long(), batch["asking"].long()
+    asking = batch["asking"].long()
+    cos, sin = text.rotary_emb(features, batch["position_ids"].long())
     with products_in(precision, features.device):
         x = _embed(text.embed_tokens.weight, batch["input_ids"], batch["vision_index"].long(), features)
-        cos, sin = text.rotary_emb(x, positions)
         guide = None
         for layer in text.layers:
             normed = layer.input_layernorm(x)

@@ -81,7 +81,7 @@ class Pictures:
             spatial_merge_size=merge,
             kwargs={},
         )
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(grid.device.type, enabled=False):
             places = (tower.pos_embed(indices) * weights[:, :, None]).sum(1)
             cos, sin = tower.rotary_pos_emb(places, get_vision_position_ids(grid, merge, kwargs={}))
         return places, cos.float(), sin.float()
