@@ -19,7 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3_5ForConditionalGeneration
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from examples.train_hybrid_vlm.batches import Clock, Conversations, finish, load_batches, to_device
+from examples.train_hybrid_vlm.__main__ import main, parse
+from examples.train_hybrid_vlm.batches import (
+    Clock,
+    Conversations,
+    conversations_of,
+    finish,
+    load_batches,
+    to_device,
+)
 from examples.train_hybrid_vlm.config import hybrid_config
 from examples.train_hybrid_vlm.conversations import (
     KINDS,
@@ -35,6 +43,7 @@ from examples.train_hybrid_vlm.delta_rule import UnitLowerInverse, delta_rule
 from examples.train_hybrid_vlm.optimizers import BatchedMuon
 from examples.train_hybrid_vlm.pictures import Pictures
 from examples.train_hybrid_vlm.steps import Steps
+from examples.train_hybrid_vlm.trainer import Trainer
 from examples.train_reference_vlm.packing import IGNORE
 from examples.train_reference_vlm.training import initialise
 from vlcache_fx.testing.hybrid_vlm import FAMILIES, load_model, load_processor
@@ -255,6 +264,30 @@ def test_training_goes_on_without_graphs(
     assert "no CUDA graphs: RuntimeError: operation not permitted" in capsys.readouterr().out
 
 
+def test_warm_up_knows_every_shape(model: Any, pictures: Pictures, tmp_path: Path) -> None:
+    """No graph is captured while other processes make batches."""
+
+    class Recorder:
+        def __init__(self) -> None:
+            self.shapes: set[Any] = set()
+
+        def run(self, batch: dict[str, torch.Tensor]) -> None:
+            self.shapes.add(tuple(sorted((name, tuple(value.shape)) for name, value in batch.items())))
+
+    options = parse(
+        ["--tower", str(tmp_path), "--output", str(tmp_path), "--device", "cpu", "--tokens", "360"]
+    )
+    warm, used = Recorder(), Recorder()
+    trainer: Any = Trainer(options)
+    trainer.warm_up(warm, pictures)
+    for share in (0.0, 0.4, 0.9):
+        for recipe in recipes(share):
+            batch = on_cpu(made(recipe, conversations_of(recipe, options.tokens)), pictures)
+            batch.pop("kind")
+            used.run(batch)
+    assert used.shapes == warm.shapes
+
+
 def test_steps_wait_for_no_value() -> None:
     """A CUDA graph cannot hold operators whose shapes depend on values; fake tensors refuse them."""
     arrays = made(CELL)
@@ -270,8 +303,6 @@ def test_steps_wait_for_no_value() -> None:
 
 
 def test_training_tiny_settings(tmp_path: Path) -> None:
-    from examples.train_hybrid_vlm.__main__ import main
-
     tower = ["--tower", str(tmp_path / "tower"), "--tower-steps", "2", "--device", "cpu"]
     assert main([*tower, "--tower-only"]) == {}
     short = ["--seconds", "60", "--evaluation-seconds", "59", "--tokens", "384", "--questions", "1"]
