@@ -75,11 +75,10 @@ class BatchMaker:
         ink = augment(self.rng, self.scans.ink[chosen.reshape(-1)]).reshape(*digits.shape, 8, 8)
         return self.image_processor.patchify(render_grids(ink))
 
-    def encoder_batch(self, pictures: int) -> Batch:
+    def encoder_batch(self, pictures: int, rows: tuple[int, int] = (MIN_ROWS, MAX_ROWS)) -> Batch:
         """Pictures with what each vision token shows: ``targets [tokens, 3]`` are digit, row and column."""
-        digits = self.rng.integers(
-            10, size=(pictures, int(self.rng.integers(MIN_ROWS, MAX_ROWS + 1)), COLUMNS)
-        )
+        height = int(self.rng.integers(rows[0], rows[1] + 1))
+        digits = self.rng.integers(10, size=(pictures, height, COLUMNS))
         patches, grids = self.pictures(digits)
         _, row, column = np.indices(digits.shape)
         targets = np.stack([digits, row, column], -1).reshape(-1, 3)

@@ -10,7 +10,7 @@ from .helpers import failure
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "no model 'nowhere': it must be one of reference, photo, or a folder"),
+        (["nowhere"], "no model 'nowhere': it must be one of reference, photo, hybrid, or a folder"),
         (
             ["reference", "--dtype", "int3"],
             "dtype 'int3' is not valid: it must be one of float32, float16, bfloat16",

@@ -103,6 +103,7 @@ def test_each_file_has_a_line_in_the_notice() -> None:
     for path in FILES.glob("photo_vlm/*"):
         assert f"`photo_vlm/{path.name}`" in notice
     assert "`reference_vlm/*`" in notice
+    assert "`hybrid_vlm/*`" in notice
 
 
 LOAD = (

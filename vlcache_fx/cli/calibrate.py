@@ -12,7 +12,9 @@ from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
+    model: Annotated[
+        str, typer.Argument(help="reference, photo, hybrid, or a folder of a transformers model")
+    ],
     data: Annotated[Path | None, DATA] = None,
     family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 30,

@@ -22,7 +22,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
+    model: Annotated[
+        str, typer.Argument(help="reference, photo, hybrid, or a folder of a transformers model")
+    ],
     directory: Annotated[Path, typer.Argument(help="output folder; must not exist, or be empty")],
     data: Annotated[
         Path | None,

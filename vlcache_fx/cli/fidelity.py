@@ -21,7 +21,9 @@ POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
 
 
 def fidelity(
-    model: Annotated[str, typer.Argument(help="reference, photo, or a folder of a transformers model")],
+    model: Annotated[
+        str, typer.Argument(help="reference, photo, hybrid, or a folder of a transformers model")
+    ],
     data: Annotated[Path | None, DATA] = None,
     family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 100,

@@ -16,6 +16,7 @@ from vlcache_fx.fidelity.subject import Subject
 NAMED: Mapping[str, str] = {
     "reference": "vlcache_fx.testing.reference_vlm",
     "photo": "vlcache_fx.testing.photo_vlm",
+    "hybrid": "vlcache_fx.testing.hybrid_vlm",
 }
 """Models with questions of their own."""
 

@@ -21,7 +21,7 @@ class MissingAssetsError(VlcacheError, ImportError):
 
 
 def find_assets(model: str) -> Path:
-    """Return the folder with the files of ``model``: ``"reference_vlm"`` or ``"photo_vlm"``.
+    """Return the folder of files of ``model``: ``"reference_vlm"``, ``"hybrid_vlm"`` or ``"photo_vlm"``.
 
     Searches, in order: the installed distribution ``vlcache_fx_models``; the checkout of this file; the
     checkout from which ``vlcache_fx`` was installed (PEP 610).

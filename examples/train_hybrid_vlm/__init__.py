@@ -1,0 +1,1 @@
+"""Training of the hybrid VLM: ``python -m examples.train_hybrid_vlm``."""
