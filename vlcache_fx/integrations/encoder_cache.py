@@ -82,6 +82,11 @@ class EncoderCache:
         if isinstance(features, list | tuple) and all(isinstance(item, Tensor) for item in features):
             items = MediaItems.of_patches([item.shape[0] for item in features], patches)
             self._engine.pending.note_items(self._modality, items)
+        if isinstance(features, Tensor):
+            features = features.unbind() if features.dim() > 2 else (features,)
+        if features is not None:
+            rows = [item.flatten(0, -2) for item in features if isinstance(item, Tensor) and item.dim() > 1]
+            self._engine.pending.note_features(rows)
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from vlcache_fx.runtime.context_value import ContextValue
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 
@@ -18,11 +20,13 @@ class CallContext:
         items: the encoded items of each modality.
         parts: per modality, the parts of the features' keys: a mapping per item, or one for items that are
             encoded as one.
+        features: the features of each item, [rows, hidden], of all modalities.
     """
 
     encoder_hit: bool | None = None
     items: tuple[tuple[str, MediaItems], ...] = ()
     parts: tuple[tuple[str, tuple[Mapping[str, str], ...]], ...] = ()
+    features: tuple[Tensor, ...] = ()
 
     @property
     def media_items(self) -> list[MediaItems]:
@@ -68,6 +72,10 @@ class PendingContext:
     def note_items(self, modality: str, items: MediaItems) -> None:
         """Note encoded items."""
         self._note(self._context.with_items(modality, items))
+
+    def note_features(self, features: Sequence[Tensor]) -> None:
+        """Note the features of items, [rows, hidden] each."""
+        self._note(replace(self._context, features=(*self._context.features, *features)))
 
     def note_parts(self, modality: str, parts: Sequence[Mapping[str, str]]) -> None:
         """Note the parts of the features' keys, see ``CallContext``."""

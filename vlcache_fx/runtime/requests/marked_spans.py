@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PlanError
@@ -47,6 +48,34 @@ def marked_spans(embeds: Any) -> tuple[tuple[int, int, int], ...]:
     """Return the spans marked on this tensor object; empty where none are."""
     found: tuple[tuple[int, int, int], ...] = getattr(embeds, ATTRIBUTE, ())
     return found
+
+
+def found_spans(embeds: Tensor, features: Sequence[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """Return the spans of ``embeds`` whose rows are those of an encoder's result.
+
+    For models that merge features outside of every graph, such as in a loop that Dynamo does not trace.
+
+    Args:
+        embeds: token embeddings, [batch, tokens, hidden].
+        features: the features of each item, [rows, hidden], in the order of the items' tokens.
+
+    Returns:
+        ``(sample, start, length)`` of each item that was found, in order.
+    """
+    found: list[tuple[int, int, int]] = []
+    least = (0, 0)
+    for item in features:
+        length = item.shape[0]
+        if not length or item.shape[-1] != embeds.shape[-1]:
+            continue
+        rows = item.to(embeds)
+        for sample, start in (embeds == rows[0]).all(-1).nonzero().tolist():
+            part = embeds[sample, start : start + length]
+            if (sample, start) >= least and part.shape == rows.shape and torch.equal(part, rows):
+                found.append((sample, start, length))
+                least = (sample, start + length)
+                break
+    return tuple(found)
 
 
 def _shape(value: Any) -> str:

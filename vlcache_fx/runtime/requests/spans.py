@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from vlcache_fx.keys.digest import Part
 from vlcache_fx.keys.digest_cache import cached_digests
 from vlcache_fx.keys.entry_key import EntryKey, KeyScope
-from vlcache_fx.runtime.requests.marked_spans import marked_spans
+from vlcache_fx.runtime.requests.marked_spans import found_spans, marked_spans
 from vlcache_fx.runtime.requests.media_spans import (
     NO_ITEMS,
     MediaItems,
@@ -32,7 +34,7 @@ class Identifier:
         self._spec, self._masks = spec, masks
 
     def media_spans(
-        self, args: Sequence[Any], items: Sequence[MediaItems] = ()
+        self, args: Sequence[Any], items: Sequence[MediaItems] = (), features: Sequence[Tensor] = ()
     ) -> tuple[int, int, list[MediaSpan]] | None:
         """Return ``(samples, tokens per sample, sorted media spans)``; None for a mismatch with the features.
 
@@ -40,13 +42,15 @@ class Identifier:
             args: the graph's inputs.
             items: the encoded items of each modality, where known. They separate media spans without text
                 between them, such as frames.
+            features: the encoders' results, [rows, hidden] each. Where the graph takes embeddings and none
+                are marked, their rows are looked for there.
         """
         spec = self._spec
         if spec.embeddings is not None:
             embeds = args[spec.embeddings]
             return *embeds.shape[:2], [
                 MediaSpan(sample, start, length, (embeds[sample, start : start + length],))
-                for sample, start, length in marked_spans(embeds)
+                for sample, start, length in marked_spans(embeds) or found_spans(embeds, features)
             ]
         samples, tokens, found = 1, 0, []
         for number, (mask, index) in enumerate(zip(self._masks(*args), spec.features, strict=True)):
