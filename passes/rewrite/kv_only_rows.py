@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
+from vlcache_fx.analysis.tokens.axis import stream_dim
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.restrict_rows import keep_input
 from vlcache_fx.passes.rewrite.rows import gather, restrict_node
@@ -46,8 +47,8 @@ def _restrict_q_part(program: Program, index: int) -> None:
                 continue
             if _enters(operand, layer.kv_part, facts.stream.boundaries[index]):
                 if operand not in kept:
-                    source = operand if operand in facts.flows else operand.meta.get("gathers", (None,))[0]
-                    axis = facts.flows[source].dim if source in facts.flows else facts.tail_rows.axis
+                    source = operand.meta.get("gathers", (operand,))[0]
+                    axis = facts.flows[source].dim if source in facts.flows else stream_dim(source)
                     kept[operand] = gather(program, operand, axis, keep, node, segment)
                 node.replace_input_with(operand, kept[operand])
         restrict_node(program, node, facts.flows[node], rows_after, layer.site, segment)

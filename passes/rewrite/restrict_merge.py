@@ -6,6 +6,7 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.analysis.decoder.merge import Merge
+from vlcache_fx.analysis.tokens.axis import stream_dim
 from vlcache_fx.passes.base import Pass, Program
 
 aten = torch.ops.aten
@@ -27,7 +28,7 @@ class RestrictMerge(Pass):
         changed = False
         for merge in reversed(program.decoder.merges):
             readers = list(merge.node.users)
-            dim = program.decoder.tail_rows.axis
+            dim = stream_dim(merge.node)
             if _is_plain(merge) and readers and all(_takes_rows(reader, dim) for reader in readers):
                 for reader in readers:
                     _merge_rows(program, merge, reader)

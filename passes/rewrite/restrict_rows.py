@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
+from vlcache_fx.analysis.tokens.axis import stream_dim
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.rewrite.rows import gather, restrict_node
 from vlcache_fx.spec.slots import Keep
@@ -23,11 +24,10 @@ class RestrictRows(Pass):
     def run(self, program: Program) -> bool:
         """Gather the embeddings, restrict each layer's kv and q parts, cut the residual after each layer."""
         facts = program.decoder
-        axis = facts.tail_rows.axis
         start = facts.stream.boundaries[0]
         if program.row_inputs[0] is not None:
             readers = [user for user in start.users if user in facts.stream.nodes]
-            cut = gather(program, start, axis, program.row_inputs[0], readers[0], "prelude")
+            cut = gather(program, start, stream_dim(start), program.row_inputs[0], readers[0], "prelude")
             _redirect(start, cut, readers)
         for index, (layer, members) in enumerate(zip(facts.layers, facts.stream.members, strict=True)):
             rows, rows_after = program.row_inputs[index : index + 2]
@@ -50,7 +50,7 @@ def _cut_residual(program: Program, index: int, rows: Node | None) -> None:
     cut = gather(
         program,
         boundary,
-        program.decoder.tail_rows.axis,
+        stream_dim(boundary),
         keep_input(program, index, rows),
         after,
         f"layer.{index}",

@@ -16,7 +16,7 @@ from vlcache_fx.analysis.decoder.outputs import TailRows, find_tail_rows
 from vlcache_fx.analysis.decoder.rows import Carried, check_results, find_carried, follow_rows
 from vlcache_fx.analysis.decoder.stream import Stream, find_stream, output_nodes
 from vlcache_fx.analysis.recurrences import Convolution, Recurrence, find_mixers
-from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.axis import TokenAxis, TokenFlow, shape_of, stream_dim
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing, mixing_refusal
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -197,7 +197,7 @@ def analyze(captured: Captured) -> DecoderFacts:
     check_results(graph, layers, stream)
     caches = cache_paths(layers, flows, stream.nodes, position)
     deepstack = find_deepstack(graph)
-    tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, len(shape) - 2)
+    tail_rows = find_tail_rows(stream.boundaries[-1], stream.tail, stream_dim(stream.boundaries[-1]))
     batch_dims = None
     if not is_one(shape[0]):
         batch_dims = find_batch_dims(stream, layers, tail_rows)
@@ -252,7 +252,7 @@ def _check_positions(stream: Stream, merges: tuple[Merge, ...], graph: Graph) ->
     if not merges or merges[-1].node is stream.boundaries[0]:
         return
     merged = merges[-1].node
-    axes = {merged: TokenAxis(len(shape_of(merged)) - 2)}
+    axes = {merged: TokenAxis(stream_dim(merged))}
     on_the_way = ancestors([stream.boundaries[0]], descendants([merged]))
     for node in graph.nodes:
         if node not in on_the_way or node is merged:

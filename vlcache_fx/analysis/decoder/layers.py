@@ -23,7 +23,7 @@ from torch.fx import Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.states import check_states
 from vlcache_fx.analysis.recurrences import Convolution, Mixer, Recurrence, is_state
-from vlcache_fx.analysis.tokens.axis import TokenAxis, shape_of
+from vlcache_fx.analysis.tokens.axis import TokenAxis, stream_dim
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir.dataflow import (
@@ -187,7 +187,7 @@ def _frontier(
     path = ancestors([operand], inside)
     tainted: NodeSet = {}
     first: UnsupportedGraphError | None = None  # if the first tainted node mixes tokens
-    axes = {entering: TokenAxis(len(shape_of(entering)) - 2)}
+    axes = {entering: TokenAxis(stream_dim(entering))}
     for node in sorted(path, key=position.__getitem__):
         try:
             tainting = _reads_token_table(node, axes)

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.layers import LayerSplit
 from vlcache_fx.analysis.decoder.stream import Stream, output_nodes
-from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
+from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of, stream_dim
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -44,7 +44,7 @@ def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, Toke
         UnsupportedGraphError: a node mixes tokens, or a layer returns tokens along another axis.
     """
     flows: dict[Node, TokenFlow] = {}
-    axes = {stream.boundaries[0]: TokenAxis(len(shape_of(stream.boundaries[0])) - 2)}
+    axes = {stream.boundaries[0]: TokenAxis(stream_dim(stream.boundaries[0]))}
     for layer, members in zip(layers, stream.members, strict=True):
         for node in members:
             if node in layer.full_part:
@@ -54,8 +54,8 @@ def follow_rows(stream: Stream, layers: Sequence[LayerSplit]) -> dict[Node, Toke
             flow = _attention_flow(site, axes) if site is not None and is_site else _flow(node, axes)
             flows[node] = flow
             axes[node] = flow.axis
-    for before, boundary in zip(stream.boundaries, stream.boundaries[1:], strict=False):
-        if axes[boundary].dim != axes[before].dim or not axes[boundary].entries.are_tokens:
+    for boundary in stream.boundaries[1:]:
+        if axes[boundary].dim != stream_dim(boundary) or not axes[boundary].entries.are_tokens:
             raise refuse(Reason.TOKEN_AXIS_LOST, boundary, "the layer returns its tokens along another axis")
     return flows
 
@@ -109,7 +109,7 @@ def find_carried(
                         f"keys or values mix with {operand.name} of another layer",
                     )
                 flow = flows.get(operand)
-                axis = TokenAxis(len(shape_of(entering)) - 2) if flow is None else flow.axis
+                axis = TokenAxis(stream_dim(operand)) if flow is None else flow.axis
                 if not axis.entries.are_tokens:
                     raise refuse(Reason.TOKEN_AXIS_LOST, node, f"{operand.name} comes from another layer")
                 found.append(Carried(operand, node, axis.token_dim, levels[operand], levels[node]))

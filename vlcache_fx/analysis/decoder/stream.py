@@ -14,7 +14,7 @@ from vlcache_fx.analysis.attention.sites import Site
 from vlcache_fx.analysis.decoder.kv_caches import sources_of_rows
 from vlcache_fx.analysis.decoder.merge import MERGE_OPS, SCATTER_ROWS
 from vlcache_fx.analysis.recurrences import Mixer, rows_after
-from vlcache_fx.analysis.tokens.axis import shape_of
+from vlcache_fx.analysis.tokens.axis import rank_of, shape_of
 from vlcache_fx.errors import Reason
 from vlcache_fx.ir.dataflow import (
     NodeSet,
@@ -27,6 +27,9 @@ from vlcache_fx.ir.dataflow import (
     positions,
 )
 from vlcache_fx.ir.refusal import refuse
+
+EMBEDDINGS = 3
+"""Dimensions of token embeddings, [batch, tokens, hidden]. Several residual streams may be stacked."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def find_stream(graph: Graph, mixers: tuple[Mixer, ...], data_placeholders: list
         points = articulation_points([origin], results, position, stream)
         before = ancestors([mixer.node], stream)
         inner = [point for point in points if point in before and point not in (mixer.node, origin)]
-        inner = [start, *inner] if origin is start else inner
+        if origin is start:  # several streams may be stacked behind the embeddings: that is part of the layer
+            inner = [start, *(point for point in inner if rank_of(point) == rank_of(start))]
         if boundaries and not (isinstance(mixer, Site) and isinstance(groups[-1][-1], Site)):
             # Within a layer, all paths from a mixer may meet before the residual joins them.
             through = set(articulation_points([boundaries[-1]], results, position, stream))
@@ -128,7 +132,11 @@ def _find_start(
     # Deepstack features come from the encoder, not from the embeddings.
     without_deepstack = {node: None for node in graph.nodes if node.target is not SCATTER_ROWS}
     useful = ancestors([*output_nodes(graph), last.node], without_deepstack)
-    for candidate in reversed(articulation_points(sources, [value], position, dependent)):
+    candidates = articulation_points(sources, [value], position, dependent)
+    plain = [
+        candidate for candidate in candidates if _floating(candidate) and rank_of(candidate) == EMBEDDINGS
+    ]
+    for candidate in reversed(plain or candidates):
         before = ancestors([candidate])
         leaks = (
             user

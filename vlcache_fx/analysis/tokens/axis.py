@@ -95,6 +95,11 @@ class TokenFlow:
 Axes: TypeAlias = Mapping[Node, TokenAxis]
 
 
+def stream_dim(boundary: Node) -> int:
+    """Return the token dimension of a residual stream, [.., tokens, hidden]."""
+    return rank_of(boundary) - 2
+
+
 def shape_of(node: Node) -> torch.Size:
     """Return the shape of the node's (fake) tensor."""
     shape: torch.Size = node.meta["val"].shape
