@@ -86,6 +86,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "glm5_next": {
         "text_config.layer_types": ["linear_attention", "linear_attention", "indexed_attention"],
         "text_config.indexer_types": ["full"] * 3,
+        "text_config.index_kpool": 4,
     },
     "glm_ocr": {"text_config.rope_parameters": MROPE},
     "glmga": {"text_config.rope_parameters": MROPE},
