@@ -52,8 +52,10 @@ def check_batch_dims(
     needed = [node for layer in layers for node in (layer.key_frontier, layer.value_frontier) if node]
     needed += [layer.site.node for layer in layers if layer.site is not None]
     needed += [value.operand for value in carried]
-    carriers = [carrier for layer in layers for carrier in (*layer.convolutions, *layer.recurrences)]
-    for node in (*needed, *(carrier.node for carrier in carriers)):
+    for layer in layers:
+        needed += [convolution.node for convolution in layer.convolutions]
+        needed += [recurrence.node for recurrence in layer.recurrences]
+    for node in needed:
         if node not in dims:
             raise refuse(Reason.BATCHED, node, "it has no dimension over samples")
     for layer in layers:

@@ -34,7 +34,7 @@ class Identifier:
         self._spec, self._masks = spec, masks
 
     def media_spans(
-        self, args: Sequence[Any], items: Sequence[MediaItems] = (), features: Sequence[Tensor] = ()
+        self, args: Sequence[Any], items: Sequence[MediaItems] = (), results: Sequence[Tensor] = ()
     ) -> tuple[int, int, list[MediaSpan]] | None:
         """Return ``(samples, tokens per sample, sorted media spans)``; None for a mismatch with the features.
 
@@ -42,7 +42,7 @@ class Identifier:
             args: the graph's inputs.
             items: the encoded items of each modality, where known. They separate media spans without text
                 between them, such as frames.
-            features: the encoders' results, [rows, hidden] each. Where the graph takes embeddings and none
+            results: the encoders' features, [rows, hidden] each. Where the graph takes embeddings and none
                 are marked, their rows are looked for there.
         """
         spec = self._spec
@@ -50,7 +50,7 @@ class Identifier:
             embeds = args[spec.embeddings]
             return *embeds.shape[:2], [
                 MediaSpan(sample, start, length, (embeds[sample, start : start + length],))
-                for sample, start, length in marked_spans(embeds) or found_spans(embeds, features)
+                for sample, start, length in marked_spans(embeds) or found_spans(embeds, results)
             ]
         samples, tokens, found = 1, 0, []
         for number, (mask, index) in enumerate(zip(self._masks(*args), spec.features, strict=True)):
