@@ -13,14 +13,6 @@ from vlcache_fx.fidelity import map_study
 from vlcache_fx.fidelity.models import load_cases, load_subject
 from vlcache_fx.spec.slots import Factor, Term
 from vlcache_fx.store.entry import Entry
-from vlcache_fx.testing.assets import MissingAssetsError, find_assets
-
-
-def has_weights() -> bool:
-    try:
-        return bool(find_assets("hybrid_vlm"))
-    except MissingAssetsError:
-        return False
 
 
 def donor() -> Entry:
@@ -42,7 +34,6 @@ def test_without_slots(slots: tuple[type[Factor] | type[Term], ...], zeros: list
     assert donor().tensors["2.factor.0"].any()
 
 
-@pytest.mark.skipif(not has_weights(), reason="needs the weights of the hybrid VLM")
 def test_state_in_front_of_an_item_matters() -> None:
     """The question is in front of the picture: without A, the answer's states know nothing of it."""
     subject = load_subject("hybrid", 1, {"lowering": "eager", "strict": True})
