@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Tensor], list[str]]] = {
     "recurrent layers of two prompts": (
         lambda: tiny_hybrid("da"),
         {name: torch.cat([value, value]) for name, value in PROMPT.items()},
-        ["unmodified"],
+        ["decoder"],
     ),
     "decoding step": (Stepping, STEP, ["decoding step"]),
     "decoding step with recurrent layers": (

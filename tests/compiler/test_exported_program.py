@@ -45,7 +45,7 @@ def check(program: CompiledProgram, model: nn.Module, call: dict[str, Any], mode
         ({}, "eager"),
         ({"explicit_mask": True}, "eager"),
         ({"attention": "math", "softcap": 5.0}, "eager"),
-        ({}, "inductor"),
+        pytest.param({}, "inductor", marks=pytest.mark.thorough),
     ],
     ids=["causal", "mask", "written_out", "inductor"],
 )

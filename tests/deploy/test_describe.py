@@ -17,7 +17,13 @@ from vlcache_fx.deploy.specs import EngineSpec, FileSpec
 
 from .helpers import Exported, bare_manifest
 
-EXPORTS = ["llava", "qwen", "tiny", "tiny_blended", "tiny_profiled"]
+EXPORTS = [
+    pytest.param("llava", marks=pytest.mark.thorough),
+    "qwen",
+    "tiny",
+    pytest.param("tiny_blended", marks=pytest.mark.thorough),
+    "tiny_profiled",
+]
 
 
 @pytest.mark.parametrize("any_export", EXPORTS, indirect=True)

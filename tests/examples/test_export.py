@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_export_onnx_reuses_the_picture(folder: Path) -> None:
     exported, first, second = load("export_onnx").main(folder)
     assert exported.endswith("12 lookups")
@@ -46,6 +47,7 @@ def test_wire_request_equals_model(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_build_engines_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
     # One layer: an export takes seconds per layer.

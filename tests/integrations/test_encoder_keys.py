@@ -75,7 +75,12 @@ def check(pair: Pair, inputs: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(hook(2), marks=pytest.mark.thorough), hook(3), epsilon, attention],
+    [
+        pytest.param(hook(2), marks=pytest.mark.thorough),
+        hook(3),
+        epsilon,
+        pytest.param(attention, marks=pytest.mark.thorough),
+    ],
     ids=["2", "3", "epsilon", "attention"],
 )
 def test_encoder_key_includes_the_encoder(change: Callable[[Any], Any]) -> None:
@@ -97,7 +102,7 @@ def test_encoder_key_includes_the_feature_layer() -> None:
     assert [check(pair, llava_inputs(4, 5, [0])) for _ in range(2)] == [False, True]
 
 
-@pytest.mark.parametrize("state", [autocast, precision])
+@pytest.mark.parametrize("state", [autocast, pytest.param(precision, marks=pytest.mark.thorough)])
 def test_encoder_key_includes_global_state(state: Callable[[], Any]) -> None:
     pair = with_api(tiny_qwen2_5_vl(2), policy="full")
     inputs = qwen_inputs(4, 5, [GRID])

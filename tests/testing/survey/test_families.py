@@ -16,8 +16,8 @@ from vlcache_fx.testing.survey.table import NAMED
 
 from ...runtime.helpers import own_compiler_state
 
-EVERY_TIME = frozenset({"qwen3_5"})
-"""A family with recurrent layers. Others are in other tests."""
+EVERY_TIME = frozenset({"llava"})
+"""Others are in other tests."""
 
 KINDS = {"mllama": "cross-attending decoder"}
 """Of the graph of a call; a decoder's, otherwise."""

@@ -136,7 +136,7 @@ def _find_start(
     plain = [
         candidate for candidate in candidates if _floating(candidate) and rank_of(candidate) == EMBEDDINGS
     ]
-    for candidate in reversed(plain or candidates):
+    for candidate in (*reversed(plain), *reversed(candidates)):
         before = ancestors([candidate])
         leaks = (
             user
