@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlcache_fx.testing.assets import find_assets
+from vlcache_fx.testing.reference_vlm.model import load_trained
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +23,11 @@ def load_model(
     Raises:
         MissingAssetsError: without ``folder``, ``vlcache_fx_models`` is not installed.
     """
-    import torch
     from transformers import Qwen3_5ForConditionalGeneration
 
-    model: Qwen3_5ForConditionalGeneration = Qwen3_5ForConditionalGeneration.from_pretrained(
-        str(folder or find_assets("hybrid_vlm")),
-        dtype=dtype or torch.float32,
-        attn_implementation=attn_implementation,
+    model: Qwen3_5ForConditionalGeneration = load_trained(
+        Qwen3_5ForConditionalGeneration, folder or find_assets("hybrid_vlm"), dtype, attn_implementation
     )
-    model.train(False)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.testing.assets import find_assets
 
@@ -22,16 +22,24 @@ def load_model(
     Raises:
         MissingAssetsError: without ``folder``, ``vlcache_fx_models`` is not installed.
     """
-    import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model: Qwen2_5_VLForConditionalGeneration = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        str(folder or find_assets("reference_vlm")),
-        dtype=dtype or torch.float32,
-        attn_implementation=attn_implementation,
+    model: Qwen2_5_VLForConditionalGeneration = load_trained(
+        Qwen2_5_VLForConditionalGeneration, folder or find_assets("reference_vlm"), dtype, attn_implementation
     )
-    model.train(False)
     return model
+
+
+def load_trained(
+    kind: type[Any], folder: str | Path, dtype: torch.dtype | None, attn_implementation: str
+) -> Any:
+    """Load a model of transformers from a folder, in eval mode, on the CPU; float32 by default."""
+    import torch
+
+    model: Any = kind.from_pretrained(
+        str(folder), dtype=dtype or torch.float32, attn_implementation=attn_implementation
+    )
+    return model.train(False)
 
 
 def load_processor(folder: str | Path | None = None) -> ReferenceProcessor:
