@@ -13,6 +13,7 @@ And per recurrent layer, the spectral norm of A over a whole item: how much of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -128,6 +129,7 @@ def norms_table(norms: Norms, title: str) -> Table:
 
 def main(
     model: Annotated[str, typer.Argument(help="hybrid, or a folder of a transformers model")] = "hybrid",
+    data: Annotated[Path | None, typer.Option(help="prompts, as for vlcache fidelity")] = None,
     count: Annotated[int, typer.Option(help="questions of each kind")] = 50,
     budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 8,
@@ -137,7 +139,7 @@ def main(
     """Compare donors with and without parts of their maps, and measure the maps."""
     try:
         check_name(model)
-        cases = load_cases(model, None, (), count, split="test", seed=seed)
+        cases = load_cases(model, data, (), count, split="test", seed=seed)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
         found, norms = study(
             subject,
