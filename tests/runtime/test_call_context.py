@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import torch
+
 from vlcache_fx.runtime.call_context import CallContext, PendingContext
 from vlcache_fx.runtime.requests.media_spans import MediaItems
 
@@ -13,6 +15,17 @@ def test_with_items_replaces_one_modality() -> None:
     context = context.with_items("image", MediaItems((6,)))
     assert context.media_items == [MediaItems((6,)), MediaItems((5,))]
     assert context.encoder_hit is None
+
+
+def test_features_of_an_earlier_run_are_let_go() -> None:
+    """Encoders may run again and again before a decoder does."""
+    pending = PendingContext()
+    for seed in range(3):
+        pending.note_features("image", [torch.full((2, 4), seed)])
+    pending.note_features("audio", [torch.zeros(1, 4)])
+    features = pending.take().media_features
+    assert [tuple(item.shape) for item in features] == [(2, 4), (1, 4)]
+    assert int(features[0][0, 0]) == 2
 
 
 def test_take_clears() -> None:

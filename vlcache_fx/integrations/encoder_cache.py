@@ -86,7 +86,7 @@ class EncoderCache:
             features = features.unbind() if features.dim() > 2 else (features,)
         if features is not None:
             rows = [item.flatten(0, -2) for item in features if isinstance(item, Tensor) and item.dim() > 1]
-            self._engine.pending.note_features(rows)
+            self._engine.pending.note_features(self._modality, rows)
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -20,19 +20,24 @@ class CallContext:
         items: the encoded items of each modality.
         parts: per modality, the parts of the features' keys: a mapping per item, or one for items that are
             encoded as one.
-        features: the features of each item, [rows, hidden], of all modalities.
+        features: per modality, the features of each item, [rows, hidden].
     """
 
     encoder_hit: bool | None = None
     items: tuple[tuple[str, MediaItems], ...] = ()
     parts: tuple[tuple[str, tuple[Mapping[str, str], ...]], ...] = ()
-    features: tuple[Tensor, ...] = ()
+    features: tuple[tuple[str, tuple[Tensor, ...]], ...] = ()
 
     @property
     def media_items(self) -> list[MediaItems]:
         """The items of all modalities."""
         parts = dict(self.parts)
         return [items.with_notes(parts.get(modality, ())) for modality, items in self.items]
+
+    @property
+    def media_features(self) -> list[Tensor]:
+        """The features of all modalities."""
+        return [features for _, items in self.features for features in items]
 
     def with_items(self, modality: str, items: MediaItems) -> CallContext:
         """Return the context with the items of one modality."""
@@ -73,9 +78,10 @@ class PendingContext:
         """Note encoded items."""
         self._note(self._context.with_items(modality, items))
 
-    def note_features(self, features: Sequence[Tensor]) -> None:
-        """Note the features of items, [rows, hidden] each."""
-        self._note(replace(self._context, features=(*self._context.features, *features)))
+    def note_features(self, modality: str, features: Sequence[Tensor]) -> None:
+        """Note the features of items, [rows, hidden] each; those of an encoder's earlier run are let go."""
+        context, others = self._context, dict(self._context.features)
+        self._note(replace(context, features=tuple({**others, modality: tuple(features)}.items())))
 
     def note_parts(self, modality: str, parts: Sequence[Mapping[str, str]]) -> None:
         """Note the parts of the features' keys, see ``CallContext``."""

@@ -92,7 +92,7 @@ class DecoderRunner:
         context, clock = context or self.engine.pending.take(), Clock()
         with clock.measure("identify"):
             host_args = on_host(args, self._spec.host_inputs)
-            identified = self._identifier.media_spans(host_args, context.media_items, context.features)
+            identified = self._identifier.media_spans(host_args, context.media_items, context.media_features)
             if identified is None:
                 return self._bypass(args, Reason.MISMATCH)
             num_samples, num_tokens, media_spans = identified
