@@ -56,7 +56,7 @@ def answer_length(wanted: int | None, prompt_tokens: int, options: ServeOptions,
         )
     if wanted > room:
         raise bad_request(
-            f"{prompt_tokens} tokens of the prompt and {wanted} of the answer are more than the model's {context}",
+            f"{prompt_tokens} tokens of the prompt and {wanted} of the answer exceed the model's {context}",
             "max_tokens",
             TOO_LONG,
         )

@@ -52,6 +52,7 @@ CHAT_TEMPLATE = (
 
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
+    "start_anchor": f"{TURN_START} assistant",
     "fields": {"content": {"close_pattern": r"\s*<\|im_end\|>", "content": "text"}},
 }
 """How transformers' server reads an answer. That of other Qwen models looks for line breaks in the prompt,
