@@ -97,15 +97,14 @@ class Batcher:
         error = RequestError(503, "the server is shutting down", code="shutting_down")
         with self._changed:
             self._is_stopped = True
-            refused, self._waiting = self._waiting, []
-            for job in (*refused, *self._running):
+            refused, running = self._waiting, list(self._running)
+            self._waiting = []
+            for job in (*refused, *running):
                 job.is_cancelled = True
             self._changed.notify_all()
-        for job in refused:
+        for job in (*refused, *running):
             job.fail(error)
         self._thread.join(timeout_s)
-        for job in self._running:
-            job.fail(error)
 
     def _retry_after_s(self) -> int:
         wait_s = self._pace.seconds(len(self._waiting)) or 1.0

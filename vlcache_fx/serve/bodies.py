@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,8 +11,6 @@ from vlcache_fx.serve.errors import RequestError, bad_request
 
 MAX_STOPS = 4
 MAX_SEED = 2**63 - 1
-TEMPLATE_NAMES = ("enable_thinking", "thinking")
-"""Variables of chat templates that a request may set. Others could change what the processor does."""
 
 
 class _Body(BaseModel):
@@ -70,6 +68,7 @@ class _Shared(_Body):
     tool_choice: Literal["auto", "none"] | None = None
     top_logprobs: Literal[0] | None = None
     generation_config: None = None
+    # Other names could change what the processor does with pictures.
     chat_template_kwargs: dict[Literal["enable_thinking", "thinking"], bool] | None = None
 
 
@@ -140,18 +139,28 @@ def _check(kind: type[BaseModel], body: Mapping[str, Any]) -> None:
     try:
         kind.model_validate(body)
     except ValidationError as failure:
-        raise _described(failure) from None
+        raise _described(failure, body) from None
 
 
-def _described(failure: ValidationError) -> RequestError:
+def _described(failure: ValidationError, body: Mapping[str, Any]) -> RequestError:
     """The error that says most: of alternatives, the one that lies deepest in the body."""
-    error = max(failure.errors(include_url=False, include_input=True), key=lambda found: len(found["loc"]))
-    names = [entry for entry in error["loc"] if isinstance(entry, int) or entry.isidentifier()]
-    # pydantic names the alternative that it tried, which is no field.
-    fields = [entry for entry in names if isinstance(entry, int) or not entry.startswith(("_", "list"))]
-    path = "".join(f"[{entry}]" if isinstance(entry, int) else f".{entry}" for entry in fields).lstrip(".")
-    shown = repr(error["input"]) if isinstance(error["input"], str | int | float | bool | None) else ""
-    shown = f"={shown[:60]}" if shown and error["type"] != "missing" else ""
-    return bad_request(
-        f"{path}{shown} is not valid: {error['msg'].lower()}", path.partition("[")[0].partition(".")[0]
-    )
+    error = max(failure.errors(include_url=False), key=lambda found: len(found["loc"]))
+    path = _path(error["loc"], body, is_missing=error["type"] == "missing")
+    shown = ""
+    if error["type"] != "missing" and isinstance(error["input"], str | int | float | bool | None):
+        shown = f"={error['input']!r:.60}"
+    param = path.partition("[")[0].partition(".")[0]
+    return bad_request(f"{path}{shown} is not valid: {error['msg'].lower()}", param)
+
+
+def _path(location: Sequence[int | str], body: Any, *, is_missing: bool) -> str:
+    """The place of an error in the body; pydantic's also names the alternatives that it tried."""
+    path, value = "", body
+    for index, entry in enumerate(location):
+        if isinstance(entry, int) and isinstance(value, list):
+            path, value = f"{path}[{entry}]", value[entry]
+        elif isinstance(value, Mapping) and entry in value:
+            path, value = f"{path}.{entry}", value[entry]
+        elif is_missing and index == len(location) - 1:
+            path = f"{path}.{entry}"
+    return path.lstrip(".")

@@ -130,10 +130,13 @@ class MediaLoader:
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             raise refusal from None
-        with os.fdopen(handle, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise refusal
-            return file.read(self._options.max_image_bytes + 1)
+            with os.fdopen(os.dup(handle), "rb") as file:
+                return file.read(self._options.max_image_bytes + 1)
+        finally:
+            os.close(handle)
 
     def _checked(self, data: bytes) -> bytes:
         if len(data) > self._options.max_image_bytes:
