@@ -37,6 +37,13 @@ def test_batch_holds_each_prompt_on_the_right(lengths: list[int], with_mask: boo
     assert batch["image_grid_thw"].shape == (len(lengths), 3)
 
 
+def test_a_batch_always_has_padding() -> None:
+    """So that prompts of one length need no programs of their own."""
+    batch = collate([prompt(5), prompt(5)], pad_token_id=77)
+    assert batch["input_ids"][:, 0].tolist() == [77, 77]
+    assert batch["attention_mask"][:, 0].tolist() == [0, 0]
+
+
 def test_one_prompt_stays_as_it_is() -> None:
     given = prompt(5, with_mask=False)
     batch = collate([given], pad_token_id=0)

@@ -18,7 +18,7 @@ def test_parts_equal_whole(parts: list[str], stops: list[str]) -> None:
     passed = "".join(found.feed(part) for part in parts)
     is_found = found.is_found
     passed += found.finish()
-    # A stop string that is complete ends the answer, even if a longer one that began earlier could still come.
+    # A complete stop string ends the answer, even if a longer one that began earlier could still come.
     whole = "".join(parts)
     assert is_found == any(stop in whole for stop in stops)
     if not is_found:

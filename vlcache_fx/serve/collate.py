@@ -43,7 +43,10 @@ def collate(prompts: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[
     if len(prompts) == 1:
         return dict(prompts[0])
     masked = [_with_mask(prompt) for prompt in prompts]
-    longest = max(prompt[TOKENS].shape[1] for prompt in masked)
+    lengths = {prompt[TOKENS].shape[1] for prompt in masked}
+    # Prompts of one length get padding too: models leave out a mask that hides nothing, and would compile
+    # programs for such batches of their own.
+    longest = max(lengths) + (len(lengths) == 1)
     batch = {}
     for name, first in masked[0].items():
         values = [prompt[name] for prompt in masked]

@@ -6,9 +6,11 @@ import asyncio
 import base64
 import copy
 import io
+from itertools import product
 from typing import Any
 
 import numpy as np
+from transformers.cli.serving.utils import Modality
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.serve.batching import Batcher
@@ -26,6 +28,9 @@ SIDES = {"reference": (80, 80), "hybrid": (80, 80), "photo": (256, 256)}
 OTHER_SIDES = (224, 224)
 NEW_TOKENS = 3
 SALT = "vlcache-serve-examples"
+PROMPTS = ("what is in the picture ?", "and what else ?")
+LARGEST_BATCH = 3
+"""Programs for three prompts of different lengths serve any number above one."""
 
 
 async def run_examples(name: str, models: ServedModels, batcher: Batcher, options: ServeOptions) -> None:
@@ -36,26 +41,28 @@ async def run_examples(name: str, models: ServedModels, batcher: Batcher, option
     """
     model, processor = models.load_model_and_processor(name)
     sides = SIDES.get(models.sources[name], OTHER_SIDES)
-    sizes = [1] if options.batch_size == 1 else [1, 2]
+    sizes = sorted({1, min(options.batch_size, LARGEST_BATCH)})
+    takes_pictures = models.get_model_modality(model, processor) is not Modality.LLM
     try:
-        for size in sizes:
-            for prompt in ("what is in the picture ?", "and what else ?"):
-                inputs = [
-                    await asyncio.to_thread(_inputs, name, models, sides, prompt, seed)
-                    for seed in range(size)
-                ]
-                await _run(inputs, model, processor, batcher)
-            model.vlcache.clear(salt=SALT)
+        for pictures, size, prompt in product((1, 0) if takes_pictures else (0,), sizes, PROMPTS):
+            texts = [prompt + " please" * index for index in range(size)]
+            inputs = [
+                await asyncio.to_thread(_inputs, name, models, sides, text, seed, pictures)
+                for seed, text in enumerate(texts)
+            ]
+            await _run(inputs, model, processor, batcher)
     except RequestError as error:
         raise OptionError(f"the model {name!r} does not answer an example: {error.message}") from error
+    finally:
+        model.vlcache.clear(salt=SALT)
 
 
-def _inputs(name: str, models: ServedModels, sides: tuple[int, int], prompt: str, seed: int) -> Any:
+def _inputs(
+    name: str, models: ServedModels, sides: tuple[int, int], text: str, seed: int, pictures: int
+) -> Any:
     model, processor = models.load_model_and_processor(name)
-    content = [
-        {"type": "image_url", "image_url": {"url": picture_url(sides, seed)}},
-        {"type": "text", "text": prompt},
-    ]
+    picture = {"type": "image_url", "image_url": {"url": picture_url(sides, seed)}}
+    content = [picture] * pictures + [{"type": "text", "text": text}]
     modality = models.get_model_modality(model, processor)
     media = MediaLoader(ServeOptions((name,)))
     messages = [{"role": "user", "content": content}]
