@@ -49,7 +49,7 @@ class CountingModel:
         self.settings.append(self.vlcache.settings.current)
         self.entered.set()
         assert self.gate.wait(30)
-        if BAD in input_ids[:, 0]:
+        if BAD in input_ids:
             raise RuntimeError("this prompt is bad")
         first = input_ids.shape[1]
         for _ in range(generation_config.max_new_tokens):

@@ -56,8 +56,8 @@ class Service:
         self.app: ASGIApp = self._build()
 
     def _build(self) -> ASGIApp:
-        handlers = ServedChat, ServedResponse
-        chat, response = (kind(self.models, self.state, self.options) for kind in handlers)
+        chat = ServedChat(self.models, self.state, self.options)
+        response = ServedResponse(self.models, self.state, self.options)
         unused: Any = None  # their routes are dropped
         app = build_server(self.models, chat, unused, response, unused, unused, self.state)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]

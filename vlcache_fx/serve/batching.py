@@ -198,7 +198,7 @@ class _Rows(StoppingCriteria):
         self._jobs, self._reports = jobs, reports
         self._is_first = True
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         if self._is_first:
             self._is_first = False
             self._share_report()

@@ -46,9 +46,10 @@ async def run_examples(name: str, models: ServedModels, batcher: Batcher, option
     try:
         for pictures, size, prompt in product((1, 0) if takes_pictures else (0,), sizes, PROMPTS):
             texts = [prompt + " please" * index for index in range(size)]
+            # The pictures of the batch are new: its first run is a cold one.
             inputs = [
-                await asyncio.to_thread(_inputs, name, models, sides, text, seed, pictures)
-                for seed, text in enumerate(texts)
+                await asyncio.to_thread(_inputs, name, models, sides, text, 10 * size + index, pictures)
+                for index, text in enumerate(texts)
             ]
             await _run(inputs, model, processor, batcher)
     except RequestError as error:
