@@ -19,7 +19,7 @@ from vlcache_fx.serve.row import Row
 from vlcache_fx.serve.state import eos_token_ids, group_of
 
 EOS = 99
-BAD = 13
+BAD = 44
 """A prompt with this token fails."""
 
 
