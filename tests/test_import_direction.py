@@ -30,6 +30,7 @@ ORDER = [
     ["testing"],
     ["bench"],
     ["fidelity"],
+    ["serve"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, store, version
+from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, serve, store, version
 
 app = typer.Typer(
     help="Reuse vision encoder outputs and KV caches of vision-language models.",
@@ -20,4 +20,5 @@ app.command()(bench.bench)
 app.command()(fidelity.fidelity)
 app.command()(calibrate.calibrate)
 app.command()(export.export)
+app.command()(serve.serve)
 app.add_typer(store.app, name="store")

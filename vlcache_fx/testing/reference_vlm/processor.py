@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlcache_fx.testing.reference_vlm.scans import FloatArray, IntArray
-from vlcache_fx.testing.reference_vlm.vocabulary import IMAGE, VIDEO, build_tokenizer
+from vlcache_fx.testing.reference_vlm.vocabulary import IMAGE, RESPONSE_TEMPLATE, VIDEO, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import BatchFeature
@@ -82,6 +82,7 @@ class ReferenceProcessor:
         self.image_token_id = int(ids[0])
         self.video_token_id = int(ids[1])
         self.chat_template = self.tokenizer.chat_template
+        self.tokenizer.response_template = RESPONSE_TEMPLATE
 
     def __call__(
         self,

@@ -50,6 +50,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{TURN_START} assistant",
+    "fields": {"content": {"close_pattern": r"\s*<\|im_end\|>", "content": "text"}},
+}
+"""How transformers' server reads an answer. That of other Qwen models looks for line breaks in the prompt,
+which this tokenizer drops."""
+
 
 def vocabulary() -> dict[str, int]:
     """Every word and special token with its id, in a fixed order."""

@@ -1,0 +1,134 @@
+"""``vlcache serve``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.errors import OptionError
+
+
+def serve(
+    model: Annotated[
+        list[str],
+        typer.Argument(help="reference, photo, hybrid, a folder of a transformers model, or NAME=FOLDER"),
+    ],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port; 0 lets the system choose")] = 8000,
+    store: Annotated[
+        list[str] | None, typer.Option(help="store URL, fastest first (default: memory://)")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="share of a picture's rows to recompute")] = None,
+    policy: Annotated[str | None, typer.Option(help="which rows to recompute; see vlcache policies")] = None,
+    profile: Annotated[Path | None, typer.Option(help="profile of vlcache calibrate")] = None,
+    capacity: Annotated[str | None, typer.Option(help="bound of each tier, such as 4GiB")] = None,
+    salt: Annotated[str | None, typer.Option(help="requests of other salts share no donors")] = None,
+    shadow: Annotated[float | None, typer.Option(help="share of requests computed in full as well")] = None,
+    lowering: Annotated[str, typer.Option(help="inductor, eager, tensorrt")] = "inductor",
+    device: Annotated[str, typer.Option(help="device of the models")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of models from folders")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="requests that run together; 1 turns batching off")] = 8,
+    batch_wait_ms: Annotated[float, typer.Option(help="how long a request waits for others")] = 0.0,
+    max_waiting: Annotated[int, typer.Option(help="requests that wait; more are refused (429)")] = 64,
+    max_body: Annotated[str, typer.Option(help="largest request")] = "64MiB",
+    max_images: Annotated[int, typer.Option(help="pictures of a request")] = 16,
+    max_image: Annotated[str, typer.Option(help="largest picture, as it is sent")] = "20MiB",
+    max_image_pixels: Annotated[int, typer.Option(help="largest picture, decoded")] = 50_000_000,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="longest prompt (default: the model's context)")
+    ] = None,
+    max_output_tokens: Annotated[int, typer.Option(help="longest answer")] = 4096,
+    allow_media_host: Annotated[
+        list[str] | None, typer.Option(help="host whose pictures requests may name")
+    ] = None,
+    allow_media_folder: Annotated[
+        list[Path] | None, typer.Option(help="folder whose pictures requests may name, as file:// URLs")
+    ] = None,
+    media_timeout: Annotated[float, typer.Option(help="seconds for loading a remote picture")] = 10.0,
+    api_key_file: Annotated[Path | None, typer.Option(help="file of the valid API keys, one a line")] = None,
+    salt_from_api_key: Annotated[
+        bool, typer.Option("--salt-from-api-key", help="each API key is a tenant of its own")
+    ] = False,
+    shutdown_timeout: Annotated[float, typer.Option(help="seconds for running requests at the end")] = 30.0,
+) -> None:
+    """Serve models with the OpenAI API: chat completions and responses, with pictures."""
+    with readable_errors():
+        # deferred: importing torch takes a second
+        from vlcache_fx.serve.extra import require_serve
+
+        require_serve()
+        from vlcache_fx.serve.options import ServeOptions
+
+        engine = {
+            "store": tuple(store) if store else None,
+            "budget": budget,
+            "policy": policy,
+            "profile": profile,
+            "capacity_bytes": None if capacity is None else _bytes_of("capacity", capacity),
+            "salt": salt,
+            "shadow": shadow,
+            "lowering": lowering,
+        }
+        options = ServeOptions(
+            models=tuple(model),
+            host=host,
+            port=port,
+            engine={name: value for name, value in engine.items() if value is not None},
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            batch_wait_ms=batch_wait_ms,
+            max_waiting=max_waiting,
+            max_body_bytes=_bytes_of("max-body", max_body),
+            max_images=max_images,
+            max_image_bytes=_bytes_of("max-image", max_image),
+            max_image_pixels=max_image_pixels,
+            max_prompt_tokens=max_prompt_tokens,
+            max_output_tokens=max_output_tokens,
+            media_hosts=tuple(allow_media_host or ()),
+            media_folders=tuple(allow_media_folder or ()),
+            media_timeout_s=media_timeout,
+            api_keys=_keys_in(api_key_file),
+            salt_from_api_key=salt_from_api_key,
+            shutdown_timeout_s=shutdown_timeout,
+        )
+        _run(options)
+
+
+def _run(options: Any) -> None:
+    from vlcache_fx.serve.server import Server
+
+    begin = time.perf_counter()
+
+    def ready(url: str) -> None:
+        typer.echo(f"serving {', '.join(server.service.models.sources)} at {url}/v1", nl=False)
+        typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
+
+    server = Server(options, ready)
+    typer.echo(f"listening at {server.url}; loading and compiling", err=True)
+    server.run()
+
+
+def _bytes_of(name: str, text: str) -> int:
+    from vlcache_fx.store.url import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise OptionError(f"--{name}: {error}") from error
+
+
+def _keys_in(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"the API keys in {str(path)!r} cannot be read: {error}") from error
+    if not keys:
+        raise OptionError(f"the file {str(path)!r} has no API key: write one a line")
+    return keys

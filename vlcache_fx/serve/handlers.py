@@ -1,0 +1,221 @@
+"""The handlers of transformers' server, with checked requests, batches and the numbers of reuse."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from openai.types.chat import ChatCompletionChunk
+from openai.types.completion_usage import PromptTokensDetails
+from starlette.responses import JSONResponse, StreamingResponse
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.utils import BaseHandler
+
+from vlcache_fx.serve.bodies import check_chat, check_response
+from vlcache_fx.serve.exchange import current_exchange
+from vlcache_fx.serve.lengths import answer_length, check_prompt, context_length
+from vlcache_fx.serve.media import MediaLoader
+from vlcache_fx.serve.models import ServedModels
+from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.prompt import build_inputs
+from vlcache_fx.serve.request import FIELD, read_settings, tenant_of
+from vlcache_fx.serve.state import RequestManager, ServeState
+from vlcache_fx.serve.stop_strings import cut_at_stop
+
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+DONE = "data: [DONE]\n\n"
+FAILED = {"error": {"message": "", "type": "server_error", "code": "model_failed", "param": None}}
+
+
+class _Served(BaseHandler):
+    """What both handlers share. Each request has a copy of its handler, which knows the request's job."""
+
+    model_manager: ServedModels
+    generation_state: ServeState
+    _manager: RequestManager
+    _body: Mapping[str, Any]
+
+    def __init__(self, models: ServedModels, state: ServeState, options: ServeOptions) -> None:
+        super().__init__(models, state)
+        self._options, self._media = options, MediaLoader(options)
+
+    def _check(self, body: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _messages(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        raise NotImplementedError
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """Answer a request.
+
+        Raises:
+            RequestError: it is refused, or the model failed.
+        """
+        exchange, options = current_exchange(), self._options
+        body = {name: value for name, value in body.items() if value is not None}
+        tenant = tenant_of(exchange.api_key) if options.salt_from_api_key else ""
+        settings = read_settings(body.pop(FIELD, None), tenant=tenant, server_salt=options.key_salt)
+        self._check(body)
+        self._validate_request(body)
+        self.model_manager.check_name(body["model"])
+        model_id, model, processor = self._resolve_model(body)
+        modality = self.model_manager.get_model_modality(model, processor)
+        tools = (
+            None if body.get("tool_choice") == "none" else ResponseHandler._normalize_tools(body.get("tools"))
+        )
+
+        def prepare() -> Any:
+            values = body.get("chat_template_kwargs")
+            inputs = build_inputs(
+                self._messages(body), processor, modality, self._media, tools=tools, template_values=values
+            )
+            return inputs.to(model.device)
+
+        # Pictures are decoded in other threads, so that answers go on meanwhile.
+        inputs = await asyncio.to_thread(prepare)
+        config = self._config_for(body, model, inputs["input_ids"].shape[-1])
+        stops = (body["stop"],) if isinstance(body.get("stop"), str) else tuple(body.get("stop") or ())
+        batcher = self.generation_state.batcher(model_id, model)
+        one = copy.copy(self)
+        one._body = body
+        one._manager = RequestManager(batcher, settings, exchange, stops, body.get("seed"))
+        given = {"model": model, "processor": processor, "model_id": model_id, "inputs": inputs}
+        response = await one._answer(
+            bool(body.get("stream")),
+            request_id=request_id,
+            gen_config=config,
+            gen_manager=one._manager,
+            tools=tools,
+            **given,
+        )
+        if one._manager.job is not None:
+            exchange.timings_ms.update(one._manager.job.timings_ms())
+        return response
+
+    async def _answer(self, is_stream: bool, **given: Any) -> Any:
+        """Generate; a stream begins with its first token, so that a failure before has a status."""
+        if not is_stream:
+            return self._described(await self._non_streaming(**given))  # type: ignore[attr-defined]
+        stream = self._streaming(**given)  # type: ignore[attr-defined]
+        job = self._manager.job
+        assert job is not None  # submitted by _streaming
+        await job.began
+        return _edited(stream, lambda text: self._edit(text, given["request_id"]))
+
+    def _described(self, response: JSONResponse) -> JSONResponse:
+        return response
+
+    def _edit(self, text: str, request_id: str) -> str:
+        """Change the events of a stream; transformers writes errors as text."""
+        if not text.startswith('data: {"error": "'):
+            return text
+        failed = json.loads(json.dumps(FAILED))
+        failed["error"]["message"] = f"the answer is not complete; request {request_id}"
+        return f"data: {json.dumps(failed)}\n\n"
+
+    def _config_for(self, body: dict[str, Any], model: Any, prompt_tokens: int) -> Any:
+        """How to generate. Temperatures above 0 sample, as in the OpenAI API."""
+        context = context_length(model)
+        check_prompt(prompt_tokens, self._options, context)
+        # The base class would seed all threads, and stop strings are found in the text.
+        given = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        config = self._build_generation_config(given, model.generation_config)
+        wanted = config.max_new_tokens if any(name in body for name in LENGTHS) else None
+        config.max_new_tokens = answer_length(wanted, prompt_tokens, self._options, context)
+        config.max_length = None
+        if "temperature" in body:
+            config.do_sample = body["temperature"] > 0
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+        return config
+
+    @property
+    def _cached_tokens(self) -> int:
+        job = self._manager.job
+        return 0 if job is None else job.cached_tokens
+
+
+class ServedChat(_Served, ChatCompletionHandler):
+    """``/v1/chat/completions``."""
+
+    def _check(self, body: dict[str, Any]) -> None:
+        check_chat(body)
+
+    def _messages(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(body["messages"])
+
+    def _finish_reason(self, found: str | None) -> str | None:
+        job = self._manager.job
+        return job.row.finish_reason if job is not None and found in ("stop", "length") else found
+
+    def _build_completion(self, *args: Any, **given: Any) -> dict[str, Any]:
+        request_id, content, model_id = args
+        given["finish_reason"] = self._finish_reason(given["finish_reason"])
+        given["usage"].prompt_tokens_details = PromptTokensDetails(cached_tokens=self._cached_tokens)
+        content = cut_at_stop(content, self._manager.stops)
+        return super()._build_completion(request_id, content, model_id, **given)
+
+    def _build_chunk_sse(self, *args: Any, **given: Any) -> str:
+        """As transformers does; usage is a chunk of its own, if the client wants it, as OpenAI sends it."""
+        usage = given.pop("usage", None)
+        given["finish_reason"] = self._finish_reason(given.get("finish_reason"))
+        text = super()._build_chunk_sse(*args, **given)
+        if usage is None:
+            return text
+        if (self._body.get("stream_options") or {}).get("include_usage"):
+            usage.prompt_tokens_details = PromptTokensDetails(cached_tokens=self._cached_tokens)
+            chunk = ChatCompletionChunk.model_validate_json(text.removeprefix("data: "))
+            text += self.chunk_to_sse(chunk.model_copy(update={"choices": [], "usage": usage}))
+        return text + DONE
+
+
+class ServedResponse(_Served, ResponseHandler):
+    """``/v1/responses``."""
+
+    def _check(self, body: dict[str, Any]) -> None:
+        check_response(body)
+
+    def _messages(self, body: dict[str, Any]) -> list[dict[str, Any]]:
+        return self._normalize_input(body)
+
+    async def _answer(self, is_stream: bool, **given: Any) -> Any:
+        return await super()._answer(is_stream, body=self._body, **given)
+
+    def _described(self, response: JSONResponse) -> JSONResponse:
+        found = json.loads(bytes(response.body))
+        self._complete(found)
+        return JSONResponse(found)
+
+    def _edit(self, text: str, request_id: str) -> str:  # noqa: ARG002
+        if '"type":"response.completed"' not in text:
+            return text
+        events = [json.loads(event.removeprefix("data: ")) for event in text.split("\n\n") if event]
+        for event in events:
+            if event["type"] == "response.completed":
+                self._complete(event["response"])
+                event["type"] = f"response.{event['response']['status']}"
+        return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+
+    def _complete(self, response: dict[str, Any]) -> None:
+        """Write how many tokens were reused, and whether the answer is whole."""
+        response["usage"]["input_tokens_details"]["cached_tokens"] = self._cached_tokens
+        job = self._manager.job
+        if job is not None and job.row.finish_reason == "length":
+            response["status"] = "incomplete"
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+
+
+def _edited(response: StreamingResponse, edit: Callable[[str], str]) -> StreamingResponse:
+    """The stream with each of its parts changed."""
+    parts = response.body_iterator
+
+    async def edited() -> AsyncIterator[str]:
+        async for part in parts:
+            yield edit(part if isinstance(part, str) else bytes(part).decode())
+
+    response.body_iterator = edited()
+    return response

@@ -1,0 +1,141 @@
+"""What happens to every request before a handler sees it: name, key, size, and whether the client stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
+from vlcache_fx.serve.exchange import Exchange, begin_exchange
+from vlcache_fx.serve.metrics import ServeMetrics
+from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.request import check_api_key
+
+log = logging.getLogger("vlcache_fx.serve")
+
+REQUEST_ID = "x-request-id"
+VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+API = "/v1/"
+
+
+class Gate:
+    """The outermost layer of the application.
+
+    Args:
+        app: the application.
+        options: limits and keys.
+        metrics: counts responses.
+        is_stopping: whether the server shuts down; no request is begun then.
+    """
+
+    def __init__(
+        self, app: ASGIApp, options: ServeOptions, metrics: ServeMetrics, is_stopping: Callable[[], bool]
+    ) -> None:
+        self._app, self._options, self._metrics, self._is_stopping = app, options, metrics, is_stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID, "")
+        request_id = given if VALID_ID.fullmatch(given) else str(uuid.uuid4())
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        exchange = Exchange(request_id, key.strip() if kind.lower() == "bearer" else "")
+        # transformers' middleware takes the name from here, whatever it is.
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID.encode()]
+        scope["headers"].append((REQUEST_ID.encode(), request_id.encode()))
+        begin_exchange(exchange)
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                found = MutableHeaders(scope=message)
+                found[REQUEST_ID] = request_id
+                timing = exchange.server_timing()
+                if timing:
+                    found["server-timing"] = timing
+            await send(message)
+
+        try:
+            await self._serve(scope, receive, answer, exchange)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.saw_response(path, CLIENT_GONE if exchange.is_gone and status != 200 else status)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        if not scope["path"].startswith(API):
+            await self._app(scope, receive, send)
+            return
+        try:
+            if self._is_stopping():
+                raise RequestError(503, "the server is shutting down", code="shutting_down")
+            check_api_key(exchange.api_key, self._options.api_keys)
+            body = await self._read(Headers(scope=scope), receive)
+        except RequestError as error:
+            await error.response()(scope, receive, send)
+            return
+        if body is None:
+            return
+        watcher = asyncio.create_task(_watch(receive, exchange))
+        try:
+            await self._app(scope, _replay(body, exchange), send)
+        finally:
+            watcher.cancel()
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The body; None if the client goes away meanwhile.
+
+        Raises:
+            RequestError: 413, it is too large.
+        """
+        limit = self._options.max_body_bytes
+        refusal = RequestError(413, f"the request is too large: max_body_bytes is {limit}", code="too_large")
+        announced = headers.get("content-length", "0")
+        if announced.isdecimal() and int(announced) > limit:
+            raise refusal
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit:
+                raise refusal
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+async def _watch(receive: Receive, exchange: Exchange) -> None:
+    """Wait until the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    exchange.gone()
+
+
+def _replay(body: bytes, exchange: Exchange) -> Receive:
+    """The request as the application receives it: the body that was read, then the client's going away."""
+    is_sent = False
+    gone = asyncio.Event()
+    exchange.on_gone(gone.set)
+
+    async def receive() -> Message:
+        nonlocal is_sent
+        if not is_sent:
+            is_sent = True
+            return {"type": "http.request", "body": body, "more_body": False}
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    return receive
