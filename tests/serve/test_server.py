@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -439,6 +440,16 @@ def test_request_ids(server: Running) -> None:
     assert (
         httpx2.get(f"{server.url}/live", headers={"X-Request-Id": "mine"}).headers["x-request-id"] == "mine"
     )
+
+
+def test_example_of_the_manual(server: Running) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python [^\n]*\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    code = code.replace("http://127.0.0.1:8000", server.url).replace("unused", "bob")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    names["client"].close()
+    assert cached(names["second"]) > 90
 
 
 def test_metrics(server: Running, client: OpenAI) -> None:

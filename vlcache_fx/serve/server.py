@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -93,5 +92,6 @@ class Server:
             raise self.service.failure
 
     def stop(self) -> None:
-        """Stop as SIGTERM does. From any thread."""
-        self._server.handle_exit(signal.SIGTERM, None)
+        """Stop as SIGTERM does, but end no process. From any thread."""
+        self.service.is_stopping = True
+        self._server.should_exit = True
