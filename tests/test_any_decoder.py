@@ -227,7 +227,7 @@ def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given
 RANDOMS = st.randoms(use_true_random=True)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(random=RANDOMS)
 def test_random_decoders(random: Random) -> None:
     shape = decoder_shape(random)

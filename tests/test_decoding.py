@@ -25,7 +25,7 @@ from .runtime.test_batches import llava_batch
 
 pytest.importorskip("transformers")
 
-LAYERS, TOKENS = 3, 4
+LAYERS, TOKENS = 2, 4
 
 
 @pytest.fixture(autouse=True)
