@@ -390,7 +390,7 @@ def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.Monk
     talk.listen()
 
 
-# test_turns_with_compile has turns, runtime/requests/test_blocks.py generate() on the cache of an earlier turn.
+# test_turns_with_compile has turns; runtime/requests/test_blocks.py generates on an earlier turn's cache.
 @pytest.mark.thorough
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_generate_over_several_turns(implementation: str | None) -> None:
