@@ -234,6 +234,7 @@ def test_random_decoders(random: Random) -> None:
     check(shape, *request(random, shape.num_layers))
 
 
+@pytest.mark.thorough  # "flex windows" is below, and test_attention_forms.py has others
 @settings(max_examples=1)  # Dynamo is several times slower than for other forms
 @given(random=RANDOMS)
 def test_random_decoders_with_flex_attention(random: Random) -> None:

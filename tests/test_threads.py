@@ -54,7 +54,8 @@ def check(pairs: list[Pair], offs: list[float]) -> None:
     assert [pair.engine.refusals for pair in pairs] == [[]] * len(pairs)
 
 
-@pytest.mark.parametrize("compiled", [with_api, with_backend])
+# The other door has the same locks; runtime/test_reports.py goes through it in threads.
+@pytest.mark.parametrize("compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)])
 def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
     pairs = models(compiled)
     # Settings of Dynamo are per thread.
