@@ -54,8 +54,7 @@ def check(pairs: list[Pair], offs: list[float]) -> None:
     assert [pair.engine.refusals for pair in pairs] == [[]] * len(pairs)
 
 
-# The other door has the same locks; runtime/test_reports.py goes through it in threads.
-@pytest.mark.parametrize("compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("compiled", [with_api, with_backend])
 def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
     pairs = models(compiled)
     # Settings of Dynamo are per thread.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from vlcache_fx.testing import reference_vlm
-
-from .loading import EXAMPLES, load
+from .loading import EXAMPLES, load, shorten
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -35,14 +32,6 @@ def test_export_onnx_reuses_the_picture(folder: Path) -> None:
     assert first.startswith("cold, 100.0 % computed: ")
     assert second.startswith("warm, 1.8 % computed: ")
     assert first.rpartition(" ")[2] == second.rpartition(" ")[2]
-
-
-def shorten(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
-    """Let examples load the first layers alone: an export takes seconds per layer."""
-    model: Any = reference_vlm.load_model()
-    model.model.language_model.layers = model.model.language_model.layers[:layers]
-    model.config.text_config.num_hidden_layers = layers
-    monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
 
 
 @pytest.mark.slow

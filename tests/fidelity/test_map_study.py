@@ -51,7 +51,7 @@ def test_state_in_front_of_an_item_matters() -> None:
 
 def test_models_without_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = reference_vlm.load_model()
-    model.model.language_model.layers = model.model.language_model.layers[:1]  # takes a fifth of the time
+    model.model.language_model.layers = model.model.language_model.layers[:1]
     model.config.text_config.num_hidden_layers = 1
     monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
     subject = load_subject("reference", 1, {"lowering": "eager", "strict": True})
