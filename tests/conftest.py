@@ -60,8 +60,8 @@ def pytest_runtest_teardown() -> Generator[None]:
 def _stop_the_structured_trace() -> None:
     """Take pytest's handlers from torch's structured trace.
 
-    Pytest captures every logger that does not propagate. Torch takes that for a wish to trace, and then prints each
-    graph, guard and stack as JSON: a tenth of the time of tests that compile.
+    Pytest captures every logger that does not propagate. Torch takes that for a wish to trace, and then
+    prints each graph, guard and stack as JSON: a tenth of the time of tests that compile.
     """
     trace = logging.getLogger("torch.__trace")
     for handler in [*trace.handlers]:
