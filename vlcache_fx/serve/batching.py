@@ -204,7 +204,7 @@ class _Rows(StoppingCriteria):
             self._share_report()
         for job, token_id in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
             if not job.is_done:
-                job.take(token_id)
+                _take(job, token_id)
         return torch.tensor([job.is_done for job in self._jobs], device=input_ids.device)
 
     def _share_report(self) -> None:
@@ -213,6 +213,15 @@ class _Rows(StoppingCriteria):
             report = self._reports[-1]
             for index, job in enumerate(self._jobs):
                 job.report = report.of_sample(index)
+
+
+def _take(job: Job, token_id: int) -> None:
+    try:
+        job.take(token_id)
+    except Exception:
+        # A token that one client's text cannot take must not end the answers of the others.
+        log.exception("an answer failed")
+        job.fail(RequestError(500, "the answer failed", code="model_failed"))
 
 
 class _random:  # noqa: N801 - a context manager

@@ -28,7 +28,8 @@ SIDES = {"reference": (80, 80), "hybrid": (80, 80), "photo": (256, 256)}
 OTHER_SIDES = (224, 224)
 NEW_TOKENS = 3
 SALT = "vlcache-serve-examples"
-PROMPTS = ("what is in the picture ?", "and what else ?")
+PROMPTS = ("what is in the picture ?", "and what else ?", "and what else ?")
+"""A new picture, a known one, and a known prompt."""
 LARGEST_BATCH = 3
 """Programs for three prompts of different lengths serve any number above one."""
 

@@ -12,6 +12,9 @@ from vlcache_fx.serve.stop_strings import StopStrings
 
 FinishReason = Literal["stop", "length"]
 
+PARSING_FAILED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+"""What transformers' parsers raise on answers that are not as they expect."""
+
 
 class Row:
     """Takes the tokens of one row of a batch, decides when it ends, and sends its text to a queue.
@@ -82,9 +85,9 @@ class Row:
         if self._parser is not None:
             try:
                 _, events = self._parser.finalize()
-            except (ValueError, RuntimeError):
-                events = []  # The answer ends within a tool call, as with transformers.
-            self._send_all(response_events_to_chunks(events))
+                self._send_all(response_events_to_chunks(events))
+            except PARSING_FAILED:
+                pass  # The answer ends within a tool call; transformers leaves it out, too.
         self._send(None)
 
     def fail(self, message: str) -> None:
@@ -97,7 +100,11 @@ class Row:
         if self._parser is None:
             self._send(text)
         else:
-            self._send_all(response_events_to_chunks(self._parser.feed(text)))
+            try:
+                self._send_all(response_events_to_chunks(self._parser.feed(text)))
+            except PARSING_FAILED:
+                self._parser = None  # A tool call that is none: the rest comes as text.
+                self._send(text)
 
     def _send_all(self, items: Sequence[Any]) -> None:
         for item in items:

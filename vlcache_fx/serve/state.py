@@ -71,6 +71,7 @@ class RequestManager(BaseGenerateManager):
 
     Attributes:
         job: the job, once it is submitted.
+        answer: what ``generate_non_streaming`` returned; None before.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class RequestManager(BaseGenerateManager):
         self._batcher, self._settings, self._exchange = batcher, settings, exchange
         self.stops, self._seed = stops, seed
         self.job: Job | None = None
+        self.answer: tuple[str, int, list[int]] | None = None
 
     def generate_streaming(
         self,
@@ -107,11 +109,16 @@ class RequestManager(BaseGenerateManager):
         gen_config: GenerationConfig,
         request_id: str,  # noqa: ARG002
     ) -> tuple[str, int, list[int]]:
-        """Submit the request and wait; return text, tokens of the prompt, and tokens of the answer."""
-        job = self._submit(self.job_for(processor, inputs, gen_config))
-        await job.finished
-        text = processor.decode(job.row.token_ids, skip_special_tokens=True)
-        return text, job.prompt_tokens, job.row.token_ids
+        """Submit the request and wait; return text, tokens of the prompt, and tokens of the answer.
+
+        A second call returns the same answer.
+        """
+        if self.answer is None:
+            job = self._submit(self.job_for(processor, inputs, gen_config))
+            await job.finished
+            text = processor.decode(job.row.token_ids, skip_special_tokens=True)
+            self.answer = text, job.prompt_tokens, job.row.token_ids
+        return self.answer
 
     def stop(self) -> None:
         """Nothing to stop: the batcher belongs to the server."""
