@@ -62,6 +62,7 @@ class Service:
         app = build_server(self.models, chat, unused, response, unused, unused, self.state)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
         app.router.lifespan_context = self._lifespan
+        app.add_api_route("/v1/models/{name}", self._model)
         app.add_api_route("/health", self._health)
         app.add_api_route("/live", self._live)
         app.add_api_route("/metrics", self._metrics)
@@ -95,6 +96,12 @@ class Service:
         except Exception as error:  # noqa: BLE001 - whoever runs the server reports it
             self.failure = error
             self.on_failure()
+
+    async def _model(self, name: str) -> JSONResponse:
+        for entry in self.models.get_gen_models():
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        raise self.models.unknown(name)
 
     async def _health(self) -> JSONResponse:
         is_well = self.models.is_ready and not self.is_stopping

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from vlcache_fx.errors import StoreError
+from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.serve.collate import collate
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
@@ -70,18 +72,26 @@ class Batcher:
             RequestError: 429 if too many wait, 503 if the server stops.
         """
         with self._changed:
-            if self._is_stopped:
-                raise RequestError(503, "the server is shutting down", code="shutting_down")
-            if len(self._waiting) + len(jobs) > self._max_waiting:
-                raise RequestError(
-                    429,
-                    f"{len(self._waiting)} requests wait for this model already: try again later",
-                    code="queue_full",
-                    retry_after_s=self._retry_after_s(),
-                )
+            self._check_room(len(jobs))
             self._waiting.extend(jobs)
             self._show_counts()
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Check that a request could be submitted now; raises as ``submit`` does."""
+        with self._changed:
+            self._check_room(1)
+
+    def _check_room(self, count: int) -> None:
+        if self._is_stopped:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if len(self._waiting) + count > self._max_waiting:
+            raise RequestError(
+                429,
+                f"{len(self._waiting)} requests wait for this model already: try again later",
+                code="queue_full",
+                retry_after_s=self._retry_after_s(),
+            )
 
     def cancel(self, job: Job) -> None:
         """The client is gone: take the job from the queue, or end its row."""
@@ -184,8 +194,8 @@ class Batcher:
                     **inputs, **more, generation_config=config, stopping_criteria=StoppingCriteriaList([rows])
                 )
         finally:
-            if settings.bypass and settings.salt is not None:
-                engine.clear(salt=settings.salt)
+            if settings.bypass:
+                _forget(engine, settings.salt)
         for job in jobs:
             job.end()  # those that the model itself ended, such as at its longest length
             self._metrics.saw_answer(self._name, job)
@@ -240,6 +250,15 @@ class _random:  # noqa: N801 - a context manager
     def __exit__(self, *_: object) -> None:
         if self._is_needed:
             self._lock.release()
+
+
+def _forget(engine: ServingEngine, salt: str | None) -> None:
+    """Drop what requests with this salt have stored."""
+    try:
+        engine.clear(salt=salt)
+    except StoreError as error:
+        # Nobody can find it: the salt is gone. It costs room until it is evicted.
+        log.warning("donors of a request with bypass are not dropped: %s", error)
 
 
 def _fits(first: Job, job: Job) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.prompt import build_inputs
 from vlcache_fx.serve.request import FIELD, read_settings, tenant_of
 from vlcache_fx.serve.row import PARSING_FAILED
+from vlcache_fx.serve.sampling import checked_bias, set_sampling
 from vlcache_fx.serve.state import RequestManager, ServeState
 from vlcache_fx.serve.stop_strings import cut_at_stop
 
@@ -84,15 +86,17 @@ class _Served(BaseHandler):
             )
             return inputs.to(model.device)
 
+        batcher = self.generation_state.batcher(model_id, model)
+        batcher.check_room()  # before the work on pictures
         # Pictures are decoded in other threads, so that answers go on meanwhile.
         inputs = await asyncio.to_thread(prepare)
         config = self._config_for(body, model, inputs["input_ids"].shape[-1])
         stops = (body["stop"],) if isinstance(body.get("stop"), str) else tuple(body.get("stop") or ())
-        batcher = self.generation_state.batcher(model_id, model)
         one = copy.copy(self)
         one._body = body
         one._manager = RequestManager(batcher, settings, exchange, stops, body.get("seed"))
         given = {"model": model, "processor": processor, "model_id": model_id, "inputs": inputs}
+        exchange.timings_ms["prepare"] = 1e3 * (time.perf_counter() - exchange.arrived_s)
         response = await one._answer(
             bool(body.get("stream")),
             request_id=request_id,
@@ -139,19 +143,21 @@ class _Served(BaseHandler):
         return f"{text[:start]}data: {json.dumps(failed)}\n\n"
 
     def _config_for(self, body: dict[str, Any], model: Any, prompt_tokens: int) -> Any:
-        """How to generate. Temperatures above 0 sample, as in the OpenAI API."""
+        """How to generate.
+
+        Raises:
+            RequestError: the prompt or the answer is too long, or ``logit_bias`` names no tokens.
+        """
         context = context_length(model)
         check_prompt(prompt_tokens, self._options, context)
         # The base class would seed all threads, and stop strings are found in the text.
         given = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        given["logit_bias"] = checked_bias(body.get("logit_bias", {}), vocabulary)
         config = self._build_generation_config(given, model.generation_config)
         wanted = config.max_new_tokens if any(name in body for name in LENGTHS) else None
         config.max_new_tokens = answer_length(wanted, prompt_tokens, self._options, context)
-        config.max_length = None
-        if "temperature" in body:
-            config.do_sample = body["temperature"] > 0
-        if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = None
+        set_sampling(config, body.get("temperature"))
         return config
 
     @property

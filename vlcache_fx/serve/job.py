@@ -34,6 +34,7 @@ class Job:
         seed: seed of the random numbers, or None.
         report: the engine's report of the prefill, of this prompt alone; None before, or without one.
         batch_size: with how many prompts it ran, itself included.
+        arrived_s: when the request came, before its pictures were processed.
         created_s, started_s, first_token_s, ended_s: times of ``time.perf_counter``; 0.0 before.
     """
 
@@ -47,6 +48,7 @@ class Job:
     report: ReportView | None = None
     batch_size: int = 0
     is_cancelled: bool = False
+    arrived_s: float = field(default_factory=time.perf_counter)
     created_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
