@@ -36,7 +36,9 @@ def test_one_row_per_prompt() -> None:
 
 
 def test_bias() -> None:
-    assert checked_bias({"3": 1.0}, 10) == {"3": 1.0}
+    found = checked_bias({"3": 1}, 10)
+    assert found == {"3": 1.0}
+    assert isinstance(found["3"], float)  # as transformers wants it
     assert checked_bias({}, 10) is None
     for name in ("10", "x", "-1", "1.0", "³", "9" * 5000):
         with pytest.raises(RequestError, match="must be token ids"):

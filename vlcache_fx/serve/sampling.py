@@ -46,4 +46,4 @@ def checked_bias(bias: Mapping[str, float], vocabulary: int | None) -> dict[str,
         is_number = name.isascii() and name.isdecimal() and len(name) < 10
         if not is_number or (vocabulary is not None and int(name) >= vocabulary):
             raise bad_request(f"logit_bias has {name[:20]!r}: its names must be token ids", "logit_bias")
-    return dict(bias) or None
+    return {name: float(value) for name, value in bias.items()} or None
