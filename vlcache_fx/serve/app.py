@@ -51,6 +51,7 @@ class Service:
         self.models, self.state = ServedModels(options), ServeState(options, self.metrics)
         self.failure: Exception | None = None
         self.is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
         self.app: ASGIApp = self._build()
@@ -71,6 +72,7 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG002
+        self._loop = asyncio.get_running_loop()
         task = asyncio.create_task(self._start())
         try:
             yield
@@ -80,6 +82,18 @@ class Service:
             await asyncio.gather(task, return_exceptions=True)
             await asyncio.to_thread(self.state.shutdown)
             await asyncio.to_thread(self.models.shutdown)
+
+    def begin_to_stop(self) -> None:
+        """Refuse new requests; end those that run when their time is over. From any thread."""
+        self.is_stopping = True
+        loop, timeout_s = self._loop, self.options.shutdown_timeout_s
+
+        def wait() -> None:
+            assert loop is not None
+            loop.call_later(timeout_s, lambda: loop.run_in_executor(None, self.state.shutdown))
+
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(wait)
 
     async def _start(self) -> None:
         try:
