@@ -18,18 +18,20 @@ from .fakes import EOS, tokenizer
 def sent(tokens: list[int], *, parser: Any = None, stops: tuple[str, ...] = (), length: int = 50) -> Any:
     """The row after these tokens, and what it sent."""
 
-    async def main() -> tuple[Row, list[Any]]:
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        row = Row(tokenizer(), length, {EOS}, stops=stops, loop=loop, queue=queue, parser=parser)
-        for token in tokens:
-            if row.take(token):
-                break
-        row.end()
-        await asyncio.sleep(0)
-        return row, [queue.get_nowait() for _ in range(queue.qsize())]
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    row = Row(tokenizer(), length, {EOS}, stops=stops, queue=queue, parser=parser)
+    for token in tokens:
+        if row.take(token):
+            break
+    row.end()
+    return row, received(row, queue)
 
-    return asyncio.run(main())
+
+def received(row: Row, queue: asyncio.Queue[Any]) -> list[Any]:
+    """What comes out of the queue when the event loop makes the calls."""
+    while row.posted:
+        row.posted.popleft()()
+    return [queue.get_nowait() for _ in range(queue.qsize())]
 
 
 @given(st.lists(st.integers(1, 98), max_size=8), st.integers(1, 9))
@@ -83,12 +85,9 @@ def test_what_a_parser_does_not_take_comes_as_text() -> None:
 
 
 def test_failures_reach_the_client() -> None:
-    async def main() -> Any:
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        row = Row(tokenizer(), 5, {EOS}, loop=asyncio.get_running_loop(), queue=queue)
-        row.fail("it failed")
-        return await queue.get()
-
-    error = asyncio.run(main())
+    queue: asyncio.Queue[Any] = asyncio.Queue()
+    row = Row(tokenizer(), 5, {EOS}, queue=queue)
+    row.fail("it failed")
+    (error,) = received(row, queue)
     assert isinstance(error, _StreamError)
     assert error.msg == "it failed"

@@ -17,7 +17,7 @@ from vlcache_fx.errors import StoreError
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.serve.collate import collate
 from vlcache_fx.serve.errors import RequestError
-from vlcache_fx.serve.job import Job
+from vlcache_fx.serve.job import Job, flush
 
 log = logging.getLogger("vlcache_fx.serve")
 
@@ -63,6 +63,7 @@ class _Rows(StoppingCriteria):
         for job, token_id in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
             if not job.is_done:
                 _take(job, token_id)
+        flush(self._jobs)
         return torch.tensor([job.is_done for job in self._jobs], device=input_ids.device)
 
     def _share_report(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from transformers.cli.serving.utils import _StreamError, response_events_to_chunks
@@ -26,13 +28,14 @@ class Row:
         max_new_tokens: the longest answer, in tokens.
         eos_token_ids: tokens that end an answer.
         stops: stop strings.
-        loop: the event loop of the queue.
         queue: where the text goes; None to only collect tokens.
         parser: transformers' parser of reasoning and tool calls; None for plain text.
 
     Attributes:
         token_ids: the tokens so far.
         finish_reason: why the answer ended; None before.
+        posted: calls that are to be made in the event loop, oldest first. Those of a step are made at once:
+            to wake the loop for each of them would make this thread wait for it.
     """
 
     def __init__(
@@ -42,7 +45,6 @@ class Row:
         eos_token_ids: Collection[int],
         *,
         stops: Sequence[str] = (),
-        loop: asyncio.AbstractEventLoop | None = None,
         queue: asyncio.Queue[Any] | None = None,
         parser: Any = None,
     ) -> None:
@@ -52,7 +54,8 @@ class Row:
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._max_new_tokens, self._eos = tokenizer, max_new_tokens, frozenset(eos_token_ids)
         self._stops = StopStrings(stops)
-        self._loop, self._queue, self._parser = loop, queue, parser
+        self._queue, self._parser = queue, parser
+        self.posted: deque[Callable[[], object]] = deque()
         # Only where someone needs the text: a queue, or stop strings.
         needs_text = queue is not None or bool(stops)
         self._stream = DecodeStream([], skip_special_tokens=parser is None) if needs_text else None
@@ -111,5 +114,5 @@ class Row:
             self._send(item)
 
     def _send(self, item: Any) -> None:
-        if self._queue is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        if self._queue is not None:
+            self.posted.append(partial(self._queue.put_nowait, item))

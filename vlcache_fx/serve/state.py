@@ -138,7 +138,6 @@ class RequestManager(BaseGenerateManager):
             int(config.max_new_tokens or 1),
             eos_token_ids(config),
             stops=self.stops,
-            loop=loop,
             queue=queue,
             parser=parser,
         )
