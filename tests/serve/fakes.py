@@ -80,7 +80,7 @@ def make_job(
     prompt = torch.tensor([tokens])
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     settings = settings or RequestSettings()
-    row = Row(tokenizer(), max_new_tokens, eos_token_ids(config), stops=stops, loop=loop, queue=queue)
+    row = Row(tokenizer(), max_new_tokens, eos_token_ids(config), stops=stops, queue=queue)
     group = None if seed is not None else group_of(inputs, config, settings)
     return Job(inputs, config, settings, group, row, loop, seed)
 

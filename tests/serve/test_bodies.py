@@ -76,7 +76,6 @@ def test_valid_chats(body: dict[str, Any]) -> None:
         (chat(stop=["a"] * 5), "stop"),
         (chat(frequency_penalty=-1.5), "frequency_penalty=-1.5"),
         (chat(presence_penalty=0.5), "presence_penalty=0.5"),
-        (chat(logit_bias={"one": 1}), "logit_bias has 'one'"),
         (chat(logit_bias={"1": 1000}), "logit_bias"),
         (chat(logprobs=True), "logprobs=True"),
         (chat(response_format={"type": "json_object"}), "response_format"),

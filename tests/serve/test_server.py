@@ -143,7 +143,7 @@ def test_answers_equal_those_of_the_model(server: Running, client: OpenAI) -> No
     assert cached(answer) == 0
     assert raw.headers["x-request-id"] == "ask-1"
     steps = {part.partition(";")[0] for part in raw.headers["server-timing"].split(", ")}
-    assert steps >= {"queue", "prefill", "decode", "identify", "run"}
+    assert steps >= {"prepare", "queue", "prefill", "decode", "identify", "run"}
 
 
 def test_second_question_reuses_the_picture(server: Running, client: OpenAI) -> None:
@@ -299,6 +299,22 @@ def test_seeds(client: OpenAI) -> None:
     assert len(set(found)) > 1
 
 
+def test_bias_and_extreme_temperatures(server: Running, client: OpenAI) -> None:
+    question = QUESTIONS[0]
+    processor = server.server.service.models.load_model_and_processor(MODEL)[1]
+    word = processor.tokenizer.convert_tokens_to_ids("archive")
+    assert (
+        ask(client, question, logit_bias={str(word): 100}, max_tokens=1).choices[0].message.content
+        == "archive"
+    )
+    assert ask(client, question, logit_bias={}).choices[0].message.content == expected(server, question)
+    for bias in ({"one": 1}, {"-1": 1}, {"999999": 1}, {"9" * 5000: 1}):
+        with pytest.raises(openai.BadRequestError, match="its names must be token ids"):
+            ask(client, question, logit_bias=bias)
+    cold = ask(client, question, temperature=1e-40, top_p=1e-9, frequency_penalty=-0.9, max_tokens=1)
+    assert cold.usage.completion_tokens == 1
+
+
 def test_stop_strings(server: Running, client: OpenAI) -> None:
     question = QUESTIONS[0]
     answer = expected(server, question)
@@ -416,6 +432,9 @@ def test_other_models_keys_and_routes(server: Running, client: OpenAI) -> None:
     with client_of(server, "mallory") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="is not served here"):
+        client.models.retrieve("gpt-4")
     for path in (
         "/load_model",
         "/reset",

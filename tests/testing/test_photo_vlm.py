@@ -151,6 +151,21 @@ def test_processor_bad_batch(processor: Any) -> None:
 
 @pytest.mark.slow
 @needs_parts
+def test_chat_template_equals_build_prompt(processor: Any) -> None:
+    (question,) = make_questions(count=1)
+    images = [{"type": "image", "image": image} for image in question.images]
+    text = [{"type": "text", "text": question.text}]
+    messages = [
+        {"role": "system", "content": question.system_prompt},
+        {"role": "user", "content": text + images if question.question_first else images + text},
+    ]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == build_prompt(question)
+    whole = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    by_hand = prepare(processor, [question])
+    assert all(torch.equal(whole[name], by_hand[name]) for name in by_hand)
+
+
+@needs_parts
 def test_accuracy_of_the_model(model: Any, processor: Any) -> None:
     asked = make_questions("test", "cell", 20, seed=5, grid=3)
     words = next_words(model, processor, asked)

@@ -52,6 +52,7 @@ class Service:
         self.models, self.state = ServedModels(options), ServeState(options, self.metrics)
         self.failure: Exception | None = None
         self.is_stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.on_ready: Callable[[], None] = lambda: None
         self.on_failure: Callable[[], None] = lambda: None
         self.app: ASGIApp = self._build()
@@ -63,6 +64,7 @@ class Service:
         app = build_server(self.models, chat, unused, response, unused, unused, self.state)
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
         app.router.lifespan_context = self._lifespan
+        app.add_api_route("/v1/models/{name}", self._model)
         app.add_api_route("/health", self._health)
         app.add_api_route("/live", self._live)
         app.add_api_route("/metrics", self._metrics)
@@ -71,6 +73,7 @@ class Service:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG002
+        self._loop = asyncio.get_running_loop()
         task = asyncio.create_task(self.start())
         try:
             yield
@@ -84,6 +87,18 @@ class Service:
         self.is_stopping = True
         await asyncio.to_thread(self.state.shutdown)
         await asyncio.to_thread(self.models.shutdown)
+
+    def begin_to_stop(self) -> None:
+        """Refuse new requests; end those that run when their time is over. From any thread."""
+        self.is_stopping = True
+        loop, timeout_s = self._loop, self.options.shutdown_timeout_s
+
+        def wait() -> None:
+            assert loop is not None
+            loop.call_later(timeout_s, lambda: loop.run_in_executor(None, self.state.shutdown))
+
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(wait)
 
     async def start(self) -> None:
         """Load the models and let them answer examples; sets ``failure`` if one cannot."""
@@ -108,6 +123,12 @@ class Service:
         except Exception as error:  # noqa: BLE001 - whoever runs the server reports it
             self.failure = error
             self.on_failure()
+
+    async def _model(self, name: str) -> JSONResponse:
+        for entry in self.models.get_gen_models():
+            if entry["id"] == name:
+                return JSONResponse(entry)
+        raise self.models.unknown(name)
 
     async def _health(self) -> JSONResponse:
         is_well = self.models.is_ready and not self.is_stopping

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import copy
 import logging
 import math
 import threading
@@ -11,13 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
 from vlcache_fx.runtime.pace import Pace
-from vlcache_fx.serve.collate import collate
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
+from vlcache_fx.serve.generation import generate
 from vlcache_fx.serve.job import Job
 from vlcache_fx.serve.metrics import ServeMetrics
 
@@ -75,18 +70,26 @@ class Batcher:
             RequestError: 429 if too many wait, 503 if the server stops.
         """
         with self._changed:
-            if self._is_stopped:
-                raise RequestError(503, "the server is shutting down", code="shutting_down")
-            if len(self._waiting) + len(jobs) > self._max_waiting:
-                raise RequestError(
-                    429,
-                    f"{len(self._waiting)} requests wait for this model already: try again later",
-                    code="queue_full",
-                    retry_after_s=self._retry_after_s(),
-                )
+            self._check_room(len(jobs))
             self._waiting.extend(jobs)
             self._show_counts()
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Check that a request could be submitted now; raises as ``submit`` does."""
+        with self._changed:
+            self._check_room(1)
+
+    def _check_room(self, count: int) -> None:
+        if self._is_stopped:
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if len(self._waiting) + count > self._max_waiting:
+            raise RequestError(
+                429,
+                f"{len(self._waiting)} requests wait for this model already: try again later",
+                code="queue_full",
+                retry_after_s=self._retry_after_s(),
+            )
 
     def cancel(self, job: Job) -> None:
         """The client is gone: take the job from the queue, or end its row."""
@@ -173,86 +176,11 @@ class Batcher:
             job.fail(failure)
 
     def _generate(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            job.start(len(jobs))
-        engine = self._model.vlcache
-        first = jobs[0]
-        config = _config_of(jobs)
-        inputs = collate([job.inputs for job in jobs], _pad_token_id(config))
-        settings = first.settings.with_own_salt() if first.settings.bypass else first.settings
-        more = {"generation_mode": "text"} if hasattr(self._model, "has_talker") else {}
         self._metrics.saw_batch(self._name, len(jobs))
-        try:
-            with settings.using(engine), engine.reports() as reports, _random(first, self._sampling):
-                rows = _Rows(jobs, reports)
-                self._model.generate(
-                    **inputs, **more, generation_config=config, stopping_criteria=StoppingCriteriaList([rows])
-                )
-        finally:
-            if settings.bypass and settings.salt is not None:
-                engine.clear(salt=settings.salt)
+        generate(self._model, jobs, self._sampling)
         for job in jobs:
-            job.end()  # those that the model itself ended, such as at its longest length
             self._metrics.saw_answer(self._name, job)
-
-
-class _Rows(StoppingCriteria):
-    """Hands each row's token to its job, and ends the rows that are done."""
-
-    def __init__(self, jobs: Sequence[Job], reports: Sequence[Any]) -> None:
-        self._jobs, self._reports = jobs, reports
-        self._is_first = True
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
-        if self._is_first:
-            self._is_first = False
-            self._share_report()
-        for job, token_id in zip(self._jobs, input_ids[:, -1].tolist(), strict=True):
-            if not job.is_done:
-                job.take(token_id)
-        return torch.tensor([job.is_done for job in self._jobs], device=input_ids.device)
-
-    def _share_report(self) -> None:
-        """Give each job its part of the prefill's report: the only call so far."""
-        if self._reports:
-            report = self._reports[-1]
-            for index, job in enumerate(self._jobs):
-                job.report = report.of_sample(index)
-
-
-class _random:  # noqa: N801 - a context manager
-    """Holds the lock where random numbers are drawn, and sets the seed of a request that has one."""
-
-    def __init__(self, job: Job, lock: threading.Lock) -> None:
-        self._job, self._lock = job, lock
-
-    def __enter__(self) -> None:
-        self._is_needed = bool(self._job.config.do_sample)
-        if self._is_needed:
-            self._lock.acquire()
-            if self._job.seed is not None:
-                torch.manual_seed(self._job.seed)
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_needed:
-            self._lock.release()
 
 
 def _fits(first: Job, job: Job) -> bool:
     return job is first or (first.group is not None and job.group == first.group)
-
-
-def _config_of(jobs: Sequence[Job]) -> GenerationConfig:
-    """One configuration for jobs of a group: the longest of their answers. Rows end by themselves."""
-    config = copy.deepcopy(jobs[0].config)
-    config.max_new_tokens = max(job.config.max_new_tokens for job in jobs)
-    if config.pad_token_id is None:
-        config.pad_token_id = _pad_token_id(config)
-    return config
-
-
-def _pad_token_id(config: GenerationConfig) -> int:
-    if config.pad_token_id is not None:
-        return int(config.pad_token_id)
-    eos = config.eos_token_id
-    return int(eos[0] if isinstance(eos, list) else eos or 0)

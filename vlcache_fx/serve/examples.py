@@ -21,6 +21,7 @@ from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.prompt import build_inputs
 from vlcache_fx.serve.request import RequestSettings
+from vlcache_fx.serve.sampling import set_sampling
 from vlcache_fx.serve.state import RequestManager
 
 SIDES = {"reference": (80, 80), "hybrid": (80, 80), "photo": (256, 256)}
@@ -28,7 +29,8 @@ SIDES = {"reference": (80, 80), "hybrid": (80, 80), "photo": (256, 256)}
 OTHER_SIDES = (224, 224)
 NEW_TOKENS = 3
 SALT = "vlcache-serve-examples"
-PROMPTS = ("what is in the picture ?", "and what else ?")
+PROMPTS = ("what is in the picture ?", "and what else ?", "and what else ?")
+"""A new picture, a known one, and a known prompt."""
 LARGEST_BATCH = 3
 """Programs for three prompts of different lengths serve any number above one."""
 
@@ -74,9 +76,8 @@ async def _run(inputs: list[Any], model: Any, processor: Any, batcher: Batcher) 
     jobs = []
     for prompt in inputs:
         config = copy.deepcopy(model.generation_config)
-        config.max_new_tokens, config.max_length, config.eos_token_id = NEW_TOKENS, None, None
-        config.do_sample = False
-        config.temperature = config.top_p = config.top_k = None
+        config.max_new_tokens, config.eos_token_id = NEW_TOKENS, None
+        set_sampling(config, 0.0)
         manager = RequestManager(batcher, RequestSettings(salt=SALT), Exchange(""))
         jobs.append(manager.job_for(processor, prompt, config))
     batcher.submit(*jobs)

@@ -5,6 +5,7 @@ transformers' routes hand the body and the request's name to a handler, and noth
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,11 +19,14 @@ class Exchange:
         request_id: its name, sent back as ``X-Request-Id``.
         api_key: the key that the client sent; empty without one.
         timings_ms: steps and their times, sent as ``Server-Timing`` if known when the response begins.
+        arrived_s: when it began, of ``time.perf_counter``.
+        is_gone: whether the client went away.
     """
 
     request_id: str
     api_key: str = field(default="", repr=False)
     timings_ms: dict[str, float] = field(default_factory=dict)
+    arrived_s: float = field(default_factory=time.perf_counter)
     is_gone: bool = False
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
 

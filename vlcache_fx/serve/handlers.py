@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import logging
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from openai.types.chat import ChatCompletionChunk
 from openai.types.completion_usage import PromptTokensDetails
 from starlette.responses import JSONResponse, StreamingResponse
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.chat_completion import UNUSED_CHAT_COMPLETION_FIELDS, ChatCompletionHandler
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
@@ -23,12 +26,20 @@ from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.prompt import build_inputs
 from vlcache_fx.serve.request import FIELD, read_settings, tenant_of
+from vlcache_fx.serve.row import PARSING_FAILED
+from vlcache_fx.serve.sampling import checked_bias, set_sampling
 from vlcache_fx.serve.state import RequestManager, ServeState
 from vlcache_fx.serve.stop_strings import cut_at_stop
 
+log = logging.getLogger("vlcache_fx.serve")
+
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 DONE = "data: [DONE]\n\n"
-FAILED = {"error": {"message": "", "type": "server_error", "code": "model_failed", "param": None}}
+WITHOUT_TEMPLATE: Any = SimpleNamespace(config=SimpleNamespace(model_type=""), response_template=None)
+"""Stands for a model and its processor where transformers asks them how answers are parsed: not at all."""
+FAILED: dict[str, dict[str, Any]] = {
+    "error": {"message": "", "type": "server_error", "code": "model_failed", "param": None}
+}
 
 
 class _Served(BaseHandler):
@@ -75,15 +86,17 @@ class _Served(BaseHandler):
             )
             return inputs.to(model.device)
 
+        batcher = self.generation_state.batcher(model_id, model)
+        batcher.check_room()  # before the work on pictures
         # Pictures are decoded in other threads, so that answers go on meanwhile.
         inputs = await asyncio.to_thread(prepare)
         config = self._config_for(body, model, inputs["input_ids"].shape[-1])
         stops = (body["stop"],) if isinstance(body.get("stop"), str) else tuple(body.get("stop") or ())
-        batcher = self.generation_state.batcher(model_id, model)
         one = copy.copy(self)
         one._body = body
         one._manager = RequestManager(batcher, settings, exchange, stops, body.get("seed"))
         given = {"model": model, "processor": processor, "model_id": model_id, "inputs": inputs}
+        exchange.timings_ms["prepare"] = 1e3 * (time.perf_counter() - exchange.arrived_s)
         response = await one._answer(
             bool(body.get("stream")),
             request_id=request_id,
@@ -99,38 +112,52 @@ class _Served(BaseHandler):
     async def _answer(self, is_stream: bool, **given: Any) -> Any:
         """Generate; a stream begins with its first token, so that a failure before has a status."""
         if not is_stream:
-            return self._described(await self._non_streaming(**given))  # type: ignore[attr-defined]
+            return self._described(await self._whole(**given))
         stream = self._streaming(**given)  # type: ignore[attr-defined]
         job = self._manager.job
         assert job is not None  # submitted by _streaming
         await job.began
         return _edited(stream, lambda text: self._edit(text, given["request_id"]))
 
+    async def _whole(self, **given: Any) -> Any:
+        """The whole answer; as text, where the model calls a tool in a form that cannot be read."""
+        try:
+            return await self._non_streaming(**given)  # type: ignore[attr-defined]
+        except PARSING_FAILED:
+            if self._manager.answer is None:
+                raise
+            log.warning("a model's answer cannot be parsed", exc_info=True)
+            plain = {"model": WITHOUT_TEMPLATE, "processor": WITHOUT_TEMPLATE}
+            return await self._non_streaming(**given | plain)  # type: ignore[attr-defined]
+
     def _described(self, response: JSONResponse) -> JSONResponse:
         return response
 
     def _edit(self, text: str, request_id: str) -> str:
         """Change the events of a stream; transformers writes errors as text."""
-        if not text.startswith('data: {"error": "'):
+        start = text.find('data: {"error": "')
+        if start < 0:
             return text
-        failed = json.loads(json.dumps(FAILED))
+        failed = copy.deepcopy(FAILED)
         failed["error"]["message"] = f"the answer is not complete; request {request_id}"
-        return f"data: {json.dumps(failed)}\n\n"
+        return f"{text[:start]}data: {json.dumps(failed)}\n\n"
 
     def _config_for(self, body: dict[str, Any], model: Any, prompt_tokens: int) -> Any:
-        """How to generate. Temperatures above 0 sample, as in the OpenAI API."""
+        """How to generate.
+
+        Raises:
+            RequestError: the prompt or the answer is too long, or ``logit_bias`` names no tokens.
+        """
         context = context_length(model)
         check_prompt(prompt_tokens, self._options, context)
         # The base class would seed all threads, and stop strings are found in the text.
         given = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+        given["logit_bias"] = checked_bias(body.get("logit_bias", {}), vocabulary)
         config = self._build_generation_config(given, model.generation_config)
         wanted = config.max_new_tokens if any(name in body for name in LENGTHS) else None
         config.max_new_tokens = answer_length(wanted, prompt_tokens, self._options, context)
-        config.max_length = None
-        if "temperature" in body:
-            config.do_sample = body["temperature"] > 0
-        if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = None
+        set_sampling(config, body.get("temperature"))
         return config
 
     @property
@@ -141,6 +168,8 @@ class _Served(BaseHandler):
 
 class ServedChat(_Served, ChatCompletionHandler):
     """``/v1/chat/completions``."""
+
+    _unused_fields = UNUSED_CHAT_COMPLETION_FIELDS - {"n", "response_format", "stream_options", "tool_choice"}
 
     def _check(self, body: dict[str, Any]) -> None:
         check_chat(body)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Hashable, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vlcache_fx.runtime.usage import reused_tokens
@@ -34,6 +36,7 @@ class Job:
         seed: seed of the random numbers, or None.
         report: the engine's report of the prefill, of this prompt alone; None before, or without one.
         batch_size: with how many prompts it ran, itself included.
+        arrived_s: when the request came, before its pictures were processed.
         created_s, started_s, first_token_s, ended_s: times of ``time.perf_counter``; 0.0 before.
     """
 
@@ -47,6 +50,7 @@ class Job:
     report: ReportView | None = None
     batch_size: int = 0
     is_cancelled: bool = False
+    arrived_s: float = field(default_factory=time.perf_counter)
     created_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0
     first_token_s: float = 0.0
@@ -83,28 +87,27 @@ class Job:
         self.started_s, self.batch_size = time.perf_counter(), batch_size
 
     def take(self, token_id: int) -> None:
-        """Take the next token."""
+        """Take the next token. What follows from it is posted; ``flush`` sends it."""
         if self.first_token_s == 0.0:
             self.first_token_s = time.perf_counter()
-            self._resolve(self.began, None)
+            self._post(self.began, None)
         if self.row.take(token_id):
-            self.end()
+            self._end()
 
     def end(self) -> None:
         """The answer is complete."""
         if not self.is_done:
-            self.ended_s = time.perf_counter()
-            self.row.end()
-            self._resolve(self.began, None)
-            self._resolve(self.finished, None)
+            self._end()
+            flush([self])
 
     def fail(self, error: RequestError) -> None:
         """There will be no answer, or no more of it."""
         if self.ended_s == 0.0:
             self.ended_s = time.perf_counter()
             self.row.fail(error.message)
-            self._resolve(self.began, error)
-            self._resolve(self.finished, error)
+            self._post(self.began, error)
+            self._post(self.finished, error)
+            flush([self])
 
     def timings_ms(self) -> dict[str, float]:
         """The steps so far, and their times: waiting, steps of the engine, prefill, decoding."""
@@ -118,17 +121,44 @@ class Job:
         steps = dict(self.report["timings_ms"]) if self.report is not None else {}
         return {name: 1e3 * value for name, value in found.items()} | steps
 
-    def _resolve(self, future: asyncio.Future[None], error: RequestError | None) -> None:
-        def resolve() -> None:
-            if future.done():
-                return
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+    def _end(self) -> None:
+        self.ended_s = time.perf_counter()
+        self.row.end()
+        self._post(self.began, None)
+        self._post(self.finished, None)
 
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(resolve)
+    def _post(self, future: asyncio.Future[None], error: RequestError | None) -> None:
+        self.row.posted.append(partial(_resolve, future, error))
+
+
+def flush(jobs: Sequence[Job]) -> None:
+    """Let the event loop make the calls that jobs have posted."""
+    for loop in {job.loop for job in jobs}:
+        calls = [call for job in jobs if job.loop is loop for call in _taken(job.row.posted)]
+        if calls and not loop.is_closed():
+            loop.call_soon_threadsafe(_make, calls)
+
+
+def _taken(posted: deque[Callable[[], object]]) -> Iterator[Callable[[], object]]:
+    while True:
+        try:
+            yield posted.popleft()  # another thread may take some, too
+        except IndexError:
+            return
+
+
+def _make(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
+
+
+def _resolve(future: asyncio.Future[None], error: RequestError | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

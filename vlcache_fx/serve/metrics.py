@@ -75,8 +75,8 @@ class ServeMetrics:
         if job.is_cancelled or not job.first_token_s:
             return
         self._queued.labels(model).observe(job.started_s - job.created_s)
-        self._first.labels(model).observe(job.first_token_s - job.created_s)
-        self._whole.labels(model).observe(job.ended_s - job.created_s)
+        self._first.labels(model).observe(job.first_token_s - job.arrived_s)
+        self._whole.labels(model).observe(job.ended_s - job.arrived_s)
         counts = {"prompt": job.prompt_tokens, "cached": job.cached_tokens, "answer": job.row.total_tokens}
         for kind, count in counts.items():
             self._tokens.labels(model, kind).inc(count)

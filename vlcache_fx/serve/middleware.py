@@ -22,6 +22,8 @@ log = logging.getLogger("vlcache_fx.serve")
 REQUEST_ID = "x-request-id"
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 API = "/v1/"
+SPARE = 16
+"""Open requests beyond those that wait and run: those whose bodies or pictures are being read."""
 
 
 class Gate:
@@ -38,6 +40,8 @@ class Gate:
         self, app: ASGIApp, options: ServeOptions, metrics: ServeMetrics, is_stopping: Callable[[], bool]
     ) -> None:
         self._app, self._options, self._metrics, self._is_stopping = app, options, metrics, is_stopping
+        self._in_flight = 0
+        self._most = (options.max_waiting + options.batch_size) * len(options.models) + SPARE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of ASGI."""
@@ -76,9 +80,15 @@ class Gate:
         if not scope["path"].startswith(API):
             await self._app(scope, receive, send)
             return
+        self._in_flight += 1
         try:
-            if self._is_stopping():
-                raise RequestError(503, "the server is shutting down", code="shutting_down")
+            await self._serve_api(scope, receive, send, exchange)
+        finally:
+            self._in_flight -= 1
+
+    async def _serve_api(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
+        try:
+            self._check_load()
             check_api_key(exchange.api_key, self._options.api_keys)
             body = await self._read(Headers(scope=scope), receive)
         except RequestError as error:
@@ -91,6 +101,19 @@ class Gate:
             await self._app(scope, _replay(body, exchange), send)
         finally:
             watcher.cancel()
+
+    def _check_load(self) -> None:
+        """Refuse requests before their bodies are read, if the queues cannot take them.
+
+        Raises:
+            RequestError: 503 while the server stops, 429 while too many requests are open.
+        """
+        if self._is_stopping():
+            raise RequestError(503, "the server is shutting down", code="shutting_down")
+        if self._in_flight > self._most:
+            raise RequestError(
+                429, "too many requests are open: try again later", code="queue_full", retry_after_s=1
+            )
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body; None if the client goes away meanwhile.

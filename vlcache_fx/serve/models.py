@@ -110,12 +110,14 @@ class ServedModels(ModelManager):
             RequestError: 404 if not, 503 while it is loaded or compiled.
         """
         if not isinstance(name, str) or name not in self.sources:
-            served = ", ".join(self.sources)
-            raise RequestError(
-                404, f"the model {name!r} is not served here: {served}", code="model_not_found", param="model"
-            )
+            raise self.unknown(name)
         if name not in self._ready:
             raise RequestError(503, f"the model {name!r} is not ready yet", code="not_ready", retry_after_s=5)
+
+    def unknown(self, name: object) -> RequestError:
+        """The error of a model that is not served."""
+        message = f"the model {name!r:.100} is not served here: {', '.join(self.sources)}"
+        return RequestError(404, message, code="model_not_found", param="model")
 
     def load_model_and_processor(
         self,

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError, PolicyError
@@ -17,6 +18,7 @@ from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.serve.errors import RequestError, bad_request
 
 if TYPE_CHECKING:
+    from vlcache_fx.policies.base import Policy
     from vlcache_fx.runtime.engine import ServingEngine
 
 FIELD = "vlcache"
@@ -28,13 +30,14 @@ class RequestSettings:
     """How one request reuses donors. Requests with equal settings may run together.
 
     Attributes:
-        budget, policy: as the options of these names; None for those of the server.
+        budget: as the option; None for that of the server.
+        policy: likewise.
         salt: as the option; it includes the tenant's. None for that of the server.
         bypass: reuse nothing, and leave nothing behind.
     """
 
     budget: float | None = None
-    policy: str | None = None
+    policy: Policy | None = None
     salt: str | None = None
     bypass: bool = False
 
@@ -68,17 +71,19 @@ def read_settings(value: Any, *, tenant: str, server_salt: str) -> RequestSettin
     if not isinstance(given.get("bypass", False), bool):
         raise bad_request(f"bypass={given['bypass']!r} is not valid: it must be true or false", FIELD)
     try:
-        options = Options.parse({name: given[name] for name in ("budget", "policy", "salt") if name in given})
-        get_policy(options.policy)
+        Options.parse({name: given[name] for name in ("budget", "policy", "salt") if name in given})
+        policy = _policy_named(given["policy"]) if "policy" in given else None
     except (OptionError, PolicyError) as error:
         raise bad_request(str(error), FIELD) from None
     own = str(given.get("salt", ""))
-    return RequestSettings(
-        given.get("budget"),
-        given.get("policy"),
-        combined_salt(server_salt, tenant, own),
-        "bypass" in given and given["bypass"],
-    )
+    salt = combined_salt(server_salt, tenant, own)
+    return RequestSettings(given.get("budget"), policy, salt, given.get("bypass", False))
+
+
+@lru_cache(maxsize=64)
+def _policy_named(name: str) -> Policy:
+    """The policy; remembered, because to look it up reads the metadata of all installed packages."""
+    return get_policy(name)
 
 
 def combined_salt(server_salt: str, tenant: str, own: str) -> str | None:

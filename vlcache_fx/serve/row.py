@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from transformers.cli.serving.utils import _StreamError, response_events_to_chunks
@@ -11,6 +13,9 @@ from transformers.cli.serving.utils import _StreamError, response_events_to_chun
 from vlcache_fx.serve.stop_strings import StopStrings
 
 FinishReason = Literal["stop", "length"]
+
+PARSING_FAILED = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+"""What transformers' parsers raise on answers that are not as they expect."""
 
 
 class Row:
@@ -23,13 +28,14 @@ class Row:
         max_new_tokens: the longest answer, in tokens.
         eos_token_ids: tokens that end an answer.
         stops: stop strings.
-        loop: the event loop of the queue.
         queue: where the text goes; None to only collect tokens.
         parser: transformers' parser of reasoning and tool calls; None for plain text.
 
     Attributes:
         token_ids: the tokens so far.
         finish_reason: why the answer ended; None before.
+        posted: calls that are to be made in the event loop, oldest first. Those of a step are made at once:
+            to wake the loop for each of them would make this thread wait for it.
     """
 
     def __init__(
@@ -39,7 +45,6 @@ class Row:
         eos_token_ids: Collection[int],
         *,
         stops: Sequence[str] = (),
-        loop: asyncio.AbstractEventLoop | None = None,
         queue: asyncio.Queue[Any] | None = None,
         parser: Any = None,
     ) -> None:
@@ -49,7 +54,8 @@ class Row:
         self.finish_reason: FinishReason | None = None
         self._tokenizer, self._max_new_tokens, self._eos = tokenizer, max_new_tokens, frozenset(eos_token_ids)
         self._stops = StopStrings(stops)
-        self._loop, self._queue, self._parser = loop, queue, parser
+        self._queue, self._parser = queue, parser
+        self.posted: deque[Callable[[], object]] = deque()
         # Only where someone needs the text: a queue, or stop strings.
         needs_text = queue is not None or bool(stops)
         self._stream = DecodeStream([], skip_special_tokens=parser is None) if needs_text else None
@@ -82,9 +88,9 @@ class Row:
         if self._parser is not None:
             try:
                 _, events = self._parser.finalize()
-            except (ValueError, RuntimeError):
-                events = []  # The answer ends within a tool call, as with transformers.
-            self._send_all(response_events_to_chunks(events))
+                self._send_all(response_events_to_chunks(events))
+            except PARSING_FAILED:
+                pass  # The answer ends within a tool call; transformers leaves it out, too.
         self._send(None)
 
     def fail(self, message: str) -> None:
@@ -97,12 +103,16 @@ class Row:
         if self._parser is None:
             self._send(text)
         else:
-            self._send_all(response_events_to_chunks(self._parser.feed(text)))
+            try:
+                self._send_all(response_events_to_chunks(self._parser.feed(text)))
+            except PARSING_FAILED:
+                self._parser = None  # A tool call that is none: the rest comes as text.
+                self._send(text)
 
     def _send_all(self, items: Sequence[Any]) -> None:
         for item in items:
             self._send(item)
 
     def _send(self, item: Any) -> None:
-        if self._queue is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        if self._queue is not None:
+            self.posted.append(partial(self._queue.put_nowait, item))

@@ -14,6 +14,9 @@ from vlcache_fx.serve.app import Service
 from vlcache_fx.serve.artifacts import Manifest, using
 from vlcache_fx.serve.options import ServeOptions
 
+GRACE_S = 10
+"""How much longer connections may take than requests, when the server stops."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a socket that listens at an address; before models are loaded, so that a mistake shows at once.
@@ -44,7 +47,7 @@ class _Server(uvicorn.Server):
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._service.is_stopping = True
+        self._service.begin_to_stop()
         super().handle_exit(sig, frame)
 
 
@@ -77,7 +80,8 @@ class Server:
             server_header=False,
             ws="none",
             lifespan="on",
-            timeout_graceful_shutdown=max(1, round(options.shutdown_timeout_s)),
+            # The service itself ends what runs too long, with an answer; this is for what hangs.
+            timeout_graceful_shutdown=round(options.shutdown_timeout_s) + GRACE_S,
         )
         self._server = _Server(config, self.service)
         self.service.on_ready = lambda: on_ready(self.url)
@@ -100,5 +104,5 @@ class Server:
 
     def stop(self) -> None:
         """Stop as SIGTERM does, but end no process. From any thread."""
-        self.service.is_stopping = True
+        self.service.begin_to_stop()
         self._server.should_exit = True

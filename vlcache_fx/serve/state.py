@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -71,6 +70,7 @@ class RequestManager(BaseGenerateManager):
 
     Attributes:
         job: the job, once it is submitted.
+        answer: what ``generate_non_streaming`` returned; None before.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class RequestManager(BaseGenerateManager):
         self._batcher, self._settings, self._exchange = batcher, settings, exchange
         self.stops, self._seed = stops, seed
         self.job: Job | None = None
+        self.answer: tuple[str, int, list[int]] | None = None
 
     def generate_streaming(
         self,
@@ -107,11 +108,16 @@ class RequestManager(BaseGenerateManager):
         gen_config: GenerationConfig,
         request_id: str,  # noqa: ARG002
     ) -> tuple[str, int, list[int]]:
-        """Submit the request and wait; return text, tokens of the prompt, and tokens of the answer."""
-        job = self._submit(self.job_for(processor, inputs, gen_config))
-        await job.finished
-        text = processor.decode(job.row.token_ids, skip_special_tokens=True)
-        return text, job.prompt_tokens, job.row.token_ids
+        """Submit the request and wait; return text, tokens of the prompt, and tokens of the answer.
+
+        A second call returns the same answer.
+        """
+        if self.answer is None:
+            job = self._submit(self.job_for(processor, inputs, gen_config))
+            await job.finished
+            text = processor.decode(job.row.token_ids, skip_special_tokens=True)
+            self.answer = text, job.prompt_tokens, job.row.token_ids
+        return self.answer
 
     def stop(self) -> None:
         """Nothing to stop: the batcher belongs to the server."""
@@ -132,12 +138,13 @@ class RequestManager(BaseGenerateManager):
             int(config.max_new_tokens or 1),
             eos_token_ids(config),
             stops=self.stops,
-            loop=loop,
             queue=queue,
             parser=parser,
         )
         group = None if self._seed is not None else group_of(inputs, config, self._settings)
-        return Job(inputs, config, self._settings, group, row, loop, self._seed)
+        job = Job(inputs, config, self._settings, group, row, loop, self._seed)
+        job.arrived_s = self._exchange.arrived_s
+        return job
 
     def _submit(self, job: Job) -> Job:
         self.job = job
@@ -169,7 +176,7 @@ def group_of(
     kinds = signature(inputs)
     sampling = config.to_diff_dict()
     sampling.pop("max_new_tokens", None)  # each row has its own
-    return None if kinds is None else (kinds, json.dumps(sampling, sort_keys=True, default=repr), settings)
+    return None if kinds is None else (kinds, repr(sorted(sampling.items())), settings)
 
 
 def eos_token_ids(config: GenerationConfig) -> set[int]:

@@ -30,6 +30,7 @@ class PhotoProcessor:
         self.tokenizer = tokenizer
         self.image_token = IMAGE
         self.image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+        self.chat_template = tokenizer.chat_template
 
     def __call__(
         self, images: Sequence[Any] | None = None, text: str | Sequence[str] = "", **_: Any
@@ -62,6 +63,32 @@ class PhotoProcessor:
         encoded = self.tokenizer(expanded, padding=True, return_tensors="pt", add_special_tokens=False)
         data["input_ids"], data["attention_mask"] = encoded["input_ids"], encoded["attention_mask"]
         return BatchFeature(data=data)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        **_: Any,
+    ) -> Any:
+        """Render messages to text; with ``tokenize=True`` process it with the messages' images.
+
+        The template is SmolLM2's, in which a picture is ``IMAGE``.
+        """
+        contents = [message["content"] for message in conversation]
+        parts = [
+            [{"type": "text", "text": content}] if isinstance(content, str) else content
+            for content in contents
+        ]
+        images = [part["image"] for content in parts for part in content if part["type"] == "image"]
+        messages = [
+            message | {"content": "".join(part.get("text", IMAGE) for part in content)}
+            for message, content in zip(conversation, parts, strict=True)
+        ]
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return self(text=text, images=images or None) if tokenize else text
 
     def decode(self, *args: Any, **kwargs: Any) -> str:
         """Call the tokenizer's ``decode``."""
