@@ -1,0 +1,126 @@
+"""Compare servers under load: ``python -m examples.serve_load --output serve_load.json``.
+
+Each server answers the same traces: questions with known answers (the reference VLM), and, for times, prompts
+for a model of 127 M parameters with random weights. All run in one environment, with the same weights, one
+after the other, on the same cores. The client of OpenAI sends the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from examples.serve_load.load import send
+from examples.serve_load.models import PIXELS_OF_TOKEN, write_models
+from examples.serve_load.systems import SYSTEMS, System, serving
+from examples.serve_load.traces import TRACES, Ask, questions
+from examples.vs_vllm.__main__ import default_folder, own_cores
+from examples.vs_vllm.environment import Environment
+from examples.vs_vllm.errors import PeerError
+from vlcache_fx.bench.machine import describe_machine, machine_line
+
+PORT = 18473
+WARM_UP_SEED, SEED = 1000, 0
+CONSOLE_WIDTH = 160
+
+
+def main(
+    environment: Annotated[Path | None, typer.Option(help="folder for vLLM and the models")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="requests of each trace")] = 32,
+    asked: Annotated[int, typer.Option(min=0, help="questions with an answer; 0 for none")] = 60,
+    at_once: Annotated[int, typer.Option(min=1, help="sessions at a time")] = 4,
+    vision_tokens: Annotated[int, typer.Option(min=16, help="vision tokens of a picture")] = 1024,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="requests that a server runs together")] = 4,
+    system: Annotated[list[str] | None, typer.Option(help="servers to compare (default: all)")] = None,
+    trace: Annotated[list[str] | None, typer.Option(help="traces for times (default: all)")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+) -> None:
+    """Time servers on traces in which pictures return."""
+    console = Console() if Console().is_terminal else Console(width=CONSOLE_WIDTH)
+    kept = Environment((environment or default_folder()).absolute())
+    side = round(vision_tokens**0.5) * PIXELS_OF_TOKEN
+    cores = own_cores(0)
+    chosen = [one for one in SYSTEMS if not system or one.name in system]
+    traces = {name: make for name, make in TRACES.items() if not trace or name in trace}
+    rows: list[dict[str, Any]] = []
+    try:
+        kept.make(lambda step: console.print(f"building the environment: {step}", highlight=False))
+        folders = write_models(kept.folder / "models", vision_tokens)
+        for one in chosen:
+            for model in ("reference", "times") if asked else ("times",):
+                loads = (
+                    {
+                        "questions, pictures return": questions(asked, SEED, returning=True),
+                        "questions, new pictures": questions(asked, SEED + 1, returning=False),
+                    }
+                    if model == "reference"
+                    else {name: make(requests, SEED, side) for name, make in traces.items()}
+                )
+                first = (
+                    questions(8, WARM_UP_SEED, returning=True)
+                    if model == "reference"
+                    else [ask for make in traces.values() for ask in make(8, WARM_UP_SEED, side)]
+                )
+                with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
+                    console.print(f"{one.name}: ready with the model {model}", highlight=False)
+                    name = one.served_name or str(folders[model])
+                    _send(first, url, name, one, at_once, answer_tokens)
+                    for title, asks in loads.items():
+                        found = _send(asks, url, name, one, at_once, answer_tokens)
+                        rows.append({"system": one.name, "trace": title, **found})
+                        console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
+    except PeerError as error:
+        console.print(f"error: {error}", highlight=False, markup=False)
+        raise typer.Exit(1) from error
+    console.print(results_table(rows))
+    machine = describe_machine()
+    console.print(machine_line(machine), highlight=False)
+    if output is not None:
+        output.write_text(json.dumps({"machine": vars(machine), "rows": rows}, indent=1, default=str) + "\n")
+
+
+def _send(
+    asks: list[Ask], url: str, model: str, system: System, at_once: int, answer_tokens: int
+) -> dict[str, Any]:
+    load = asyncio.run(
+        send(
+            asks,
+            url,
+            model,
+            at_once=at_once,
+            answer_tokens=answer_tokens,
+            extra_body=system.extra_body,
+        )
+    )
+    return load.summary(asks)
+
+
+def results_table(rows: list[dict[str, Any]]) -> Table:
+    """Create a table with one row per server and trace."""
+    table = Table(
+        "trace", "server", "TTFT p50, ms", "p95", "p99", "requests/s", "tokens/s", "cached", "wrong", "failed"
+    )
+    for row in sorted(rows, key=lambda row: str(row["trace"])):
+        times = row["ttft_ms"]
+        table.add_row(
+            row["trace"],
+            row["system"],
+            *(f"{times[share]:,.0f}" for share in ("50", "95", "99")),
+            f"{row['requests_per_s']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{100 * row['cached_share']:.0f} %",
+            "" if row["wrong"] is None else f"{row['wrong']} of {row['requests']}",
+            str(row["failed"]),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
