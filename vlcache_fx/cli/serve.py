@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,9 +111,25 @@ def _run(options: Any) -> None:
         typer.echo(f"serving {', '.join(server.service.models.sources)} at {url}/v1", nl=False)
         typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
 
-    server = Server(options, ready)
-    typer.echo(f"listening at {server.url}; loading and compiling", err=True)
-    server.run()
+    with _shown_progress():
+        server = Server(options, ready)
+        typer.echo(f"listening at {server.url}; loading and compiling", err=True)
+        server.run()
+
+
+@contextmanager
+def _shown_progress() -> Iterator[None]:
+    """Print what is loaded and compiled, and for how long; on stderr."""
+    log, handler = logging.getLogger("vlcache_fx.serve"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
 
 
 def _bytes_of(name: str, text: str) -> int:

@@ -98,6 +98,7 @@ class Service:
     async def _start(self) -> None:
         try:
             for name in self.models.sources:
+                log.info("%s: loading", name)
                 begin = time.perf_counter()
                 model, _ = await asyncio.to_thread(self.models.load, name)
                 self.metrics.add_engine(name, model.vlcache)
@@ -105,7 +106,7 @@ class Service:
                 await run_examples(name, self.models, self.state.batcher(name, model), self.options)
                 self.models.is_now_ready(name)
                 elapsed_s = time.perf_counter() - loaded
-                log.info("%s: loaded in %.1f s, compiled in %.1f s", name, loaded - begin, elapsed_s)
+                log.info("%s: ready; loaded in %.1f s, compiled in %.1f s", name, loaded - begin, elapsed_s)
             self.on_ready()
         except Exception as error:  # noqa: BLE001 - whoever runs the server reports it
             self.failure = error
