@@ -31,7 +31,7 @@ PROMPTS = {
 def from_folder() -> Any:
     """Save a LLaVA once, load it in other processes."""
     if not FOLDER.exists():
-        model = tiny_llava(2)
+        model = tiny_llava(1)
         # As loading does. Code may read it, so it is part of keys.
         for config in (model.config, model.config.text_config, model.config.vision_config):
             config.dtype = torch.float32

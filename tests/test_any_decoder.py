@@ -227,13 +227,14 @@ def check(shape: DecoderShape, length: int, calls: Sequence[Call], policy: Given
 RANDOMS = st.randoms(use_true_random=True)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(random=RANDOMS)
 def test_random_decoders(random: Random) -> None:
     shape = decoder_shape(random)
     check(shape, *request(random, shape.num_layers))
 
 
+@pytest.mark.thorough  # "flex windows" is below, and test_attention_forms.py has others
 @settings(max_examples=1)  # Dynamo is several times slower than for other forms
 @given(random=RANDOMS)
 def test_random_decoders_with_flex_attention(random: Random) -> None:

@@ -65,7 +65,7 @@ def test_compile_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_compile_two_models_two_engines() -> None:
-    one, two = (with_api(tiny_vlm(last_only=False), policy="none") for _ in range(2))
+    one, two = (with_api(tiny_vlm(num_layers=1, last_only=False), policy="none") for _ in range(2))
     assert one.engine is not two.engine
     assert one.run(**FIRST)[1]["mode"] == "cold"
     assert two.run(**FIRST)[1]["mode"] == "cold"

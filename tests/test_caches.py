@@ -164,6 +164,7 @@ def test_turns_with_inductor(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # test_decoding.py::test_step_writes_static_cache_in_place compiles it, too
 def test_static_cache_with_inductor() -> None:
     """Only the cold program: each further program takes half a minute to compile."""
     talk = conversations(KINDS["static"], with_api, lowering="inductor", dynamic=True)()
@@ -171,7 +172,8 @@ def test_static_cache_with_inductor() -> None:
     assert talk.pair.engine.refusals == []
 
 
-@pytest.mark.parametrize("door", [with_api, with_backend])
+# Without a cache, tests/test_backend.py goes through the other door.
+@pytest.mark.parametrize("door", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)])
 def test_prefill_without_cache(door: Callable[..., Pair]) -> None:
     start = conversations(Kind(llava, lambda _: None), door)
     for before, mode in [(4, "cold"), (9, "warm"), (2, "warm")]:
@@ -226,7 +228,8 @@ class Donated:
 @pytest.mark.parametrize(
     ("name", "past"),
     [
-        ("dynamic", False),
+        # Between a cache with a past and none at all, as in test_any_decoder.py.
+        pytest.param("dynamic", False, marks=pytest.mark.thorough),
         ("dynamic", True),
         pytest.param("sliding", True, marks=pytest.mark.thorough),
         pytest.param("static, allocated", True, marks=pytest.mark.thorough),
@@ -387,7 +390,9 @@ def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.Monk
     talk.listen()
 
 
-@pytest.mark.parametrize("implementation", [pytest.param(None, marks=pytest.mark.thorough), "static"])
+# test_turns_with_compile has turns; runtime/requests/test_blocks.py generates on an earlier turn's cache.
+@pytest.mark.thorough
+@pytest.mark.parametrize("implementation", [None, "static"])
 def test_generate_over_several_turns(implementation: str | None) -> None:
     pair = with_api(llava(), policy="full")
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

@@ -247,7 +247,8 @@ def test_small_budget_is_approximate(vlm: Pair) -> None:
 # Entry points -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+# With symbolic sizes from the first call on, test_compile_generate.
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.thorough)])
 def test_backend_generate(dynamic: bool | None) -> None:
     pair = with_backend(tiny_qwen2_5_vl(2), dynamic=dynamic, policy="full")
     check_generate(pair, lambda before, seed: qwen_inputs(before, 5, [(8, 12, 0)], text_seed=seed))

@@ -64,8 +64,11 @@ def samples_among_heads(x: Tensor) -> Tensor:
 
 
 def images_see_all(x: Tensor) -> Tensor:
+    """Images attend to all tokens, and so does the first token of text: nothing ends a block."""
     place = torch.arange(x.shape[1])
-    return attend(x, attn_mask=(place[None, :] <= place[:, None]) | (place[:, None] < 20))
+    ahead = (place[:, None] == 0) & (place[None, :] == 1)
+    image = (place[:, None] >= 3) & (place[:, None] < 20)
+    return attend(x, attn_mask=(place[None, :] <= place[:, None]) | image | ahead)
 
 
 class Other(TinyVlm):
@@ -216,7 +219,7 @@ def test_reasons_are_covered() -> None:
         Reason.GUARDED, Reason.NO_PLAN, Reason.PROGRAM_FAILED, Reason.NEW_ITEM, Reason.NOT_RECORDED,
         Reason.OTHER_WEIGHTS, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED,
         Reason.INCOMPATIBLE_ENTRY, Reason.RECOMPUTED_TO_RECORD, Reason.OTHER_ENCODING, Reason.OTHER_POSITIONS,
-        Reason.OTHER_COMPUTATION, Reason.EVICTED, Reason.DAMAGED_ENTRY,
+        Reason.OTHER_COMPUTATION, Reason.EVICTED, Reason.DAMAGED_ENTRY, Reason.OTHER_TEXT, Reason.NO_PREFIX,
     }  # fmt: skip
     assert {*CASES, *elsewhere, *of_calls_and_spans} == set(Reason)
 

@@ -126,7 +126,7 @@ def test_selection_is_not_part_of_keys() -> None:
 
 @pytest.mark.parametrize("family", [tiny_qwen2_5_vl, pytest.param(tiny_llava, marks=pytest.mark.thorough)])
 def test_donors_shared_between_selections(family: Any) -> None:
-    pair = with_api(family(2), policy="full", min_span_tokens=4)
+    pair = with_api(family(1), policy="full", min_span_tokens=4)
 
     def given(before: int, image: int) -> dict[str, Any]:
         if family is tiny_qwen2_5_vl:
@@ -152,7 +152,7 @@ def test_selection_with_inductor() -> None:
 
 @pytest.mark.parametrize("how", [pytest.param("assistant", marks=pytest.mark.thorough), "prompt lookup"])
 def test_assisted_decoding_equals_model(how: str) -> None:
-    pair = with_api(tiny_qwen2_5_vl(2), policy="full", min_span_tokens=4)
+    pair = with_api(tiny_qwen2_5_vl(1), policy="full", min_span_tokens=4)
     helper = (
         {"assistant_model": tiny_qwen2_5_vl(1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
     )

@@ -199,7 +199,7 @@ class Checked:
             assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(150, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("count", [8, pytest.param(150, marks=pytest.mark.thorough)])
 def test_models_never_share_other_weights(count: int, request: pytest.FixtureRequest) -> None:
     checked = Checked()
     checked.check([], False, "full", with_backend)

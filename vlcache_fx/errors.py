@@ -137,6 +137,11 @@ class Reason(StrEnum):
         "its pixels were seen before, but with another grid, other settings or another encoder",
     )
     OTHER_POSITIONS = "other_positions", "seen before, but only at other positions or under another mask"
+    OTHER_TEXT = "other_text", "seen before, but its tokens attend to the question, which was another"
+    NO_PREFIX = (
+        "no_prefix",
+        "its tokens attend to the question, so it is reused in an exact prefix only, and there is none",
+    )
     OTHER_COMPUTATION = (
         "other_computation",
         "seen before, but only in another dtype, numeric mode or kind of attention",

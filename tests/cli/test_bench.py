@@ -1,30 +1,27 @@
 """``vlcache bench``."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from vlcache_fx.cli import app
 
+from ..bench.quick import quick_rates, quick_rounds
 from .helpers import run
 
 QUICK = ("bench", "--preset", "tiny", "--lowering", "eager", "--no-compile-time", "--rounds", "1")
 
 
 @pytest.fixture
-def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlcache_fx.bench.rates import measure_rates
-
-    def measure(dtype: Any, device: Any) -> Any:
-        return measure_rates(dtype, device, width=16, size_bytes=4096)
-
-    monkeypatch.setattr("vlcache_fx.bench.run.measure_rates", measure)
+def quick() -> Iterator[None]:
+    with quick_rounds(), quick_rates():
+        yield
 
 
-@pytest.mark.usefixtures("quick_rates")
+@pytest.mark.usefixtures("quick")
 def test_bench_tables_record_and_picture(tmp_path: Path) -> None:
     output = run(
         *QUICK,

@@ -61,9 +61,10 @@ def test_reuse_without_compiler(compiled: Any, caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize("compiled", [with_api, with_backend])
+# test_reuse_without_compiler goes through both doors.
+@pytest.mark.parametrize("compiled", [with_api, pytest.param(with_backend, marks=pytest.mark.thorough)])
 def test_generate_without_compiler(compiled: Any, caplog: pytest.LogCaptureFixture) -> None:
-    pair = compiled(tiny_qwen2_5_vl(), lowering="inductor")
+    pair = compiled(tiny_qwen2_5_vl(1), lowering="inductor")
     inputs = qwen_inputs(5, 4, [(8, 8, 0)])
     with caplog.at_level(logging.WARNING, "vlcache_fx"), torch.no_grad():
         got, expected = (model.generate(**inputs, max_new_tokens=4) for model in (pair.model, pair.reference))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vlcache_fx.testing import reference_vlm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,3 +23,11 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch, layers: int) -> None:
+    """Let examples load the first layers of the reference model alone: each takes seconds to trace."""
+    model: Any = reference_vlm.load_model()
+    model.model.language_model.layers = model.model.language_model.layers[:layers]
+    model.config.text_config.num_hidden_layers = layers
+    monkeypatch.setattr(reference_vlm, "load_model", lambda: copy.deepcopy(model))

@@ -3,13 +3,15 @@ from pathlib import Path
 
 import pytest
 
+from ..bench.quick import quick_rates, quick_rounds
 from .loading import load
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # warnings of third parties; the test is about output
 def test_demo_reuses_pictures_and_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load("demo").main(["--tiny", "--questions", "1", "--families", "cell", "--output-dir", str(tmp_path)])
+    with quick_rounds(), quick_rates():  # tests/bench has measurements
+        load("demo").main(["--tiny", "--questions", "1", "--families", "cell", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     (asked,) = record["answers"]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from vlcache_fx.testing import reference_vlm
-
-from .loading import EXAMPLES, load
+from .loading import EXAMPLES, load, shorten
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -38,7 +35,18 @@ def test_export_onnx_reuses_the_picture(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_wire_request_of_two_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch, 2)
+    check_wire_request(tmp_path / "export")
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_wire_request_equals_model(folder: Path) -> None:
+    check_wire_request(folder)
+
+
+def check_wire_request(folder: Path) -> None:
     lines = load("wire_request").main(folder)
     assert [line.partition(":")[0] for line in lines] == ["cold", "warm"]
     for line in lines:
@@ -50,11 +58,7 @@ def test_wire_request_equals_model(folder: Path) -> None:
 @pytest.mark.thorough
 def test_build_engines_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
-    # One layer: an export takes seconds per layer.
-    model: Any = reference_vlm.load_model()
-    model.model.language_model.layers = model.model.language_model.layers[:1]
-    model.config.text_config.num_hidden_layers = 1
-    monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
+    shorten(monkeypatch, 1)
     lines = load("build_engines").main(tmp_path / "engines", "tensorrt_rtx")
     built = [line.partition(":")[0] for line in lines]
     assert built == ["prefill_cold", "prefill_warm", "spans", "masks", "leaves", "encoder", "decode"]

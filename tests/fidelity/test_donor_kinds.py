@@ -1,5 +1,7 @@
 """Donors of several contexts, for tensors with a known best combination."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,13 +9,15 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
 from vlcache_fx.runtime.donors.refine import exact_donor
+from vlcache_fx.spec.slots import Key, Term, Value
 from vlcache_fx.store.entry import Entry
 
 LENGTH = 24
+KEY, VALUE, STATE = str(Key(0)), str(Value(0)), str(Term(0, 0))
 
 
 def entry(key: Tensor, value: Tensor, before: str = "new") -> Entry:
-    return exact_donor({"key": key, "value": value}, LENGTH, before)
+    return exact_donor({KEY: key, VALUE: value}, LENGTH, before)
 
 
 @pytest.fixture(params=[(1, LENGTH, 16), (1, 2, LENGTH, 8)], ids=["tokens", "heads"])
@@ -39,14 +43,12 @@ def off(donor: Entry, exact: Entry, rows: slice = slice(None)) -> float:
 
 
 def test_fitted_weights_per_slot(contexts: list[Entry]) -> None:
-    exact = entry(
-        blend(contexts, "key", [1.5, -0.5, 0.0, 0.0]), blend(contexts, "value", [0.0, 0.1, 0.2, 0.7])
-    )
+    exact = entry(blend(contexts, KEY, [1.5, -0.5, 0.0, 0.0]), blend(contexts, VALUE, [0.0, 0.1, 0.2, 0.7]))
     donor = fitted(contexts, exact, rows=4)
     # Four rows determine the weights. The ridge makes the fit inexact.
     assert off(donor, exact, slice(4, None)) < 0.001 * off(mean(contexts), exact, slice(4, None))
     assert donor.info["contexts"] == [f"context {index}" for index in range(4)]
-    assert donor.tensors["key"].dtype == torch.float32
+    assert donor.tensors[KEY].dtype == torch.float32
 
 
 def test_fitted_uses_only_the_first_rows(contexts: list[Entry]) -> None:
@@ -61,8 +63,7 @@ def test_fitted_uses_only_the_first_rows(contexts: list[Entry]) -> None:
 
 def test_fitted_equal_contexts(contexts: list[Entry]) -> None:
     alike = [
-        entry(contexts[0].tensors["key"], contexts[0].tensors["value"], f"again {index}")
-        for index in range(4)
+        entry(contexts[0].tensors[KEY], contexts[0].tensors[VALUE], f"again {index}") for index in range(4)
     ]
     donor = fitted(alike, contexts[1], rows=4)
     torch.testing.assert_close(dict(donor.tensors), dict(alike[0].tensors))
@@ -78,11 +79,11 @@ def test_patched_improves_with_rank(contexts: list[Entry]) -> None:
 
 def test_patched_restores_differences_of_its_rank(contexts: list[Entry]) -> None:
     middle = mean(contexts)
-    shape = middle.tensors["key"].shape
+    shape = middle.tensors[KEY].shape
     rows = torch.linspace(-1, 1, LENGTH)[:, None]
     step = (rows * torch.arange(16.0)).view(LENGTH, *[size for size in shape if size != LENGTH])
     step = step.movedim(0, shape.index(LENGTH))
-    exact = entry(middle.tensors["key"] + step, middle.tensors["value"] - step)
+    exact = entry(middle.tensors[KEY] + step, middle.tensors[VALUE] - step)
     assert off(patched(contexts, exact, 1), exact) < 1e-6 * off(middle, exact)
 
 
@@ -95,3 +96,18 @@ def test_fitted_ambiguous_dimension() -> None:
 def test_nearest_by_shared_words() -> None:
     assert nearest(["", "a b c", "b c d e"], "c b e") == 2
     assert nearest(["", "a"], "") == 0
+
+
+@pytest.mark.parametrize(
+    "make", [lambda them, new: fitted(them, new, 8), lambda them, new: patched(them, new, 1)]
+)
+def test_states_become_their_mean(contexts: list[Entry], make: Callable[..., Entry]) -> None:
+    """The maps of recurrent layers have no row per token."""
+    states = [torch.full((1, 2, 4, 4), float(number)) for number in range(4)]
+    found = [
+        exact_donor({**one.tensors, STATE: state}, LENGTH, str(one.info["before"]))
+        for one, state in zip(contexts, states, strict=True)
+    ]
+    made = make(found, found[0])
+    torch.testing.assert_close(made.tensors[STATE], torch.full((1, 2, 4, 4), 1.5))
+    assert set(made.tensors) == {KEY, VALUE, STATE}

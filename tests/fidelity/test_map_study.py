@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from vlcache_fx.fidelity import map_study
 from vlcache_fx.fidelity.models import load_cases, load_subject
 from vlcache_fx.spec.slots import Factor, Term
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.testing import reference_vlm
 
 
 def donor() -> Entry:
@@ -46,7 +49,11 @@ def test_state_in_front_of_an_item_matters() -> None:
     }
 
 
-def test_models_without_recurrent_layers() -> None:
+def test_models_without_recurrent_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = reference_vlm.load_model()
+    model.model.language_model.layers = model.model.language_model.layers[:1]
+    model.config.text_config.num_hidden_layers = 1
+    monkeypatch.setattr(reference_vlm, "load_model", lambda: model)
     subject = load_subject("reference", 1, {"lowering": "eager", "strict": True})
     cases = load_cases("reference", None, ("question_first",), 2, split="test", seed=0)
     with pytest.raises(OptionError, match="reference has no recurrent layers"):

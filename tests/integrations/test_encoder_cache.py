@@ -37,7 +37,7 @@ class Noting(Policy):
 
 
 def test_call_passes_grids_to_the_policy() -> None:
-    pair = with_api(tiny_qwen2_5_vl(2), policy=Noting(), min_span_tokens=4)
+    pair = with_api(tiny_qwen2_5_vl(1), policy=Noting(), min_span_tokens=4)
     for before in (4, 7):
         asked.clear()
         pair.run(**qwen_inputs(before, 5, [(8, 8, 0), (4, 12, 1)], text_seed=before))
@@ -49,7 +49,7 @@ def test_call_passes_grids_to_the_policy() -> None:
 
 
 def test_call_without_grids() -> None:
-    pair = with_api(tiny_llava(2), policy=Noting(), min_span_tokens=4)
+    pair = with_api(tiny_llava(1), policy=Noting(), min_span_tokens=4)
     for before in (4, 7):
         asked.clear()
         pair.run(**llava_inputs(before, 5, [0], text_seed=before))

@@ -84,7 +84,7 @@ def check(pair: Pair, inputs: dict[str, Any]) -> Any:
     ids=["2", "3", "epsilon", "attention"],
 )
 def test_encoder_key_includes_the_encoder(change: Callable[[Any], Any]) -> None:
-    pair = with_api(tiny_qwen2_5_vl(2), policy="full")
+    pair = with_api(tiny_qwen2_5_vl(1), policy="full")
     assert [check(pair, qwen_inputs(4, 5, [GRID])) for _ in range(2)] == [False, True]
     change(pair.model)
     change(pair.reference)
@@ -92,7 +92,7 @@ def test_encoder_key_includes_the_encoder(change: Callable[[Any], Any]) -> None:
 
 
 def test_encoder_key_includes_the_feature_layer() -> None:
-    model = tiny_llava(2)
+    model = tiny_llava(1)
     with torch.no_grad():  # installs hooks
         model(**llava_inputs(2, 2, [9]))
     pair = with_api(model, policy="full")
@@ -104,7 +104,7 @@ def test_encoder_key_includes_the_feature_layer() -> None:
 
 @pytest.mark.parametrize("state", [autocast, pytest.param(precision, marks=pytest.mark.thorough)])
 def test_encoder_key_includes_global_state(state: Callable[[], Any]) -> None:
-    pair = with_api(tiny_qwen2_5_vl(2), policy="full")
+    pair = with_api(tiny_qwen2_5_vl(1), policy="full")
     inputs = qwen_inputs(4, 5, [GRID])
     assert [check(pair, inputs) for _ in range(2)] == [False, True]
     with state():
@@ -113,7 +113,7 @@ def test_encoder_key_includes_global_state(state: Callable[[], Any]) -> None:
 
 
 def test_encoder_cache_skips_training() -> None:
-    pair = with_api(tiny_qwen2_5_vl(2), policy="full")
+    pair = with_api(tiny_qwen2_5_vl(1), policy="full")
     inputs = qwen_inputs(4, 5, [GRID])
     for one in (pair.model, pair.reference):
         one.train()

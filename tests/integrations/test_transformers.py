@@ -60,7 +60,7 @@ def greedy(pair: Pair, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def qwen(_compiler: None) -> tuple[Pair, Counter]:
-    pair = with_api(tiny_qwen2_5_vl(2), policy="full")
+    pair = with_api(tiny_qwen2_5_vl(1), policy="full")
     return pair, Counter(pair.model.model.visual)
 
 
@@ -131,7 +131,7 @@ def test_llava_encodes_only_new_images() -> None:
 def warmed_up() -> nn.Module:
     """Return a model that ran once: the library's first call takes a lock, which breaks the graph, and
     installs hooks, which change the encoder's key."""
-    model = tiny_llava(2)
+    model = tiny_llava(1)
     with torch.no_grad():
         model(**llava_inputs(2, 2, [9]))
     return model
@@ -151,7 +151,7 @@ def test_encoder_in_decoder_graph_is_skipped_on_a_hit() -> None:
 
 def test_encoder_in_its_own_graph_is_cached() -> None:
     """Plain torch.compile with Dynamo's default configuration."""
-    pair = with_backend(tiny_llava(2), policy="full")
+    pair = with_backend(tiny_llava(1), policy="full")
     for place, images in enumerate([[0], [0], [1], [0]]):
         off, report = pair.run(**llava_inputs(4 + place, 5, images, text_seed=place))
         assert report["mode"] == ("cold", "warm", "cold", "warm")[place]
@@ -169,7 +169,7 @@ def test_encoder_in_decoder_graph_is_cached_across_prompts() -> None:
 def test_features_are_concatenated_and_restored() -> None:
     from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
-    pair = with_api(tiny_llava(2), policy="full")
+    pair = with_api(tiny_llava(1), policy="full")
     call = llava_inputs(4, 5, [0, 1])
     with torch.no_grad():
         features = pair.reference.model.get_image_features(call["pixel_values"]).pooler_output

@@ -221,7 +221,7 @@ def llava_batch(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_llava_generate_equals_unmodified() -> None:
-    pair = with_api(tiny_llava(2), policy="full")
+    pair = with_api(tiny_llava(1), policy="full")
     calls = [
         llava_batch(llava_inputs(5, 7, [0]), llava_inputs(9, 3, [1], 1)),
         llava_batch(llava_inputs(7, 5, [1, 0], 2), llava_inputs(4, 6, [0], 3)),

@@ -88,6 +88,7 @@ def test_keys_cover_weights_and_salt() -> None:
     assert (off, report["mode"]) == (0.0, "warm")
 
 
+@pytest.mark.thorough  # the tests above have its form of layers in plain torch
 def test_mllama() -> None:
     pair = with_api(build_family("mllama").model)
     family = FamilyModel("mllama", pair.reference)

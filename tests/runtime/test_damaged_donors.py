@@ -25,7 +25,7 @@ from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 from .helpers import Pair, hits, with_api, with_backend
 
 A, B = (24, 0), (30, 1)
-LAYERS = 3
+LAYERS = 2
 
 
 @pytest.fixture
@@ -103,7 +103,8 @@ def test_damage_in_mid_program(
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+# Compiled programs meet damage in test_damage_in_mid_program.
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 def test_damage_of_one_of_two_donors(store: FileStore, lowering: str) -> None:
     pair = compiled(store, lowering=lowering)
     tolerance = 0.0 if lowering == "eager" else 1e-5
@@ -124,7 +125,7 @@ def test_damage_of_one_of_two_donors(store: FileStore, lowering: str) -> None:
 
 
 def test_damage_found_by_a_probe(store: FileStore) -> None:
-    pair = with_backend(tiny_vlm(num_layers=LAYERS, last_only=False), store=store, policy="cacheblend")
+    pair = with_backend(tiny_vlm(num_layers=3, last_only=False), store=store, policy="cacheblend")
     pair.run(**prompt(A))
     assert damage(store, "donor", lambda size: size // 2 + 2000) == 1
     off, report = pair.run(**prompt(A, seed=1))
@@ -170,7 +171,7 @@ def test_strict_tolerates_damage(store: FileStore) -> None:
 
 def test_damaged_features_are_encoded_again(store: FileStore) -> None:
     """Through the encoder cache of the transformers integration."""
-    pair = with_api(tiny_qwen2_5_vl(), store=store, policy="full")
+    pair = with_api(tiny_qwen2_5_vl(1), store=store, policy="full")
     inputs = qwen_inputs(5, 6, [(8, 8, 0)])
     off, report = pair.run(**inputs)
     assert (off, report["encoder_hit"]) == (0.0, False)

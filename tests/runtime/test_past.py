@@ -108,8 +108,18 @@ def check(pair: Pair, inputs: dict[str, Tensor]) -> dict[str, Any]:
     return pair.report
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("kind", ["behind", "in front", "unrotated", "window", "written"])
+@pytest.mark.parametrize(
+    ("kind", "dynamic"),
+    [
+        *[(kind, True) for kind in ("behind", "in front", "unrotated", "window", "written")],
+        ("behind", None),
+        # Sizes that become symbolic are in "behind", and these kinds above.
+        *[
+            pytest.param(kind, None, marks=pytest.mark.thorough)
+            for kind in ("in front", "unrotated", "window", "written")
+        ],
+    ],
+)
 def test_full_recompute_with_past(kind: str, dynamic: bool | None) -> None:
     pair = compiled(kind, dynamic=dynamic)
     # Nothing is stored after a past: the donor comes from another graph with the same weights.

@@ -158,7 +158,7 @@ def test_reason_values() -> None:
         "new_item", "not_recorded", "other_weights", "too_large", "store_closed", "store_failed",
         "incompatible_entry", "recomputed_to_record", "no_span", "one_token", "mismatch", "cannot_write",
         "too_few_rows", "guarded", "no_plan", "program_failed", "other_encoding", "other_positions",
-        "other_computation", "evicted", "damaged_entry",
+        "other_computation", "evicted", "damaged_entry", "other_text", "no_prefix",
     ]  # fmt: skip
     assert sorted(str(one) for one in Reason) == sorted(of_graphs + of_calls_and_spans)
     assert len(set(of_graphs + of_calls_and_spans)) == len(Reason.__members__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, serve, store, version
+from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, serve, store, version, warm_up
 
 app = typer.Typer(
     help="Reuse vision encoder outputs and KV caches of vision-language models.",
@@ -21,4 +21,5 @@ app.command()(fidelity.fidelity)
 app.command()(calibrate.calibrate)
 app.command()(export.export)
 app.command()(serve.serve)
+app.command()(warm_up.warm_up)
 app.add_typer(store.app, name="store")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.errors import OptionError
 
 
@@ -57,6 +56,9 @@ def serve(
         bool, typer.Option("--salt-from-api-key", help="each API key is a tenant of its own")
     ] = False,
     shutdown_timeout: Annotated[float, typer.Option(help="seconds for running requests at the end")] = 30.0,
+    artifacts: Annotated[
+        Path | None, typer.Option(help="folder of vlcache warm-up, whose programs are not compiled again")
+    ] = None,
 ) -> None:
     """Serve models with the OpenAI API: chat completions and responses, with pictures."""
     with readable_errors():
@@ -98,6 +100,7 @@ def serve(
             api_keys=_keys_in(api_key_file),
             salt_from_api_key=salt_from_api_key,
             shutdown_timeout_s=shutdown_timeout,
+            artifacts=artifacts,
         )
         _run(options)
 
@@ -106,30 +109,18 @@ def _run(options: Any) -> None:
     from vlcache_fx.serve.server import Server
 
     begin = time.perf_counter()
+    progress = ExitStack()
 
     def ready(url: str) -> None:
+        progress.close()
         typer.echo(f"serving {', '.join(server.service.models.sources)} at {url}/v1", nl=False)
         typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
 
-    with _shown_progress():
-        server = Server(options, ready)
-        typer.echo(f"listening at {server.url}; loading and compiling", err=True)
+    server = Server(options, ready)
+    typer.echo(f"listening at {server.url}; loading and compiling", err=True)
+    with progress:
+        progress.enter_context(showing_progress("starting"))
         server.run()
-
-
-@contextmanager
-def _shown_progress() -> Iterator[None]:
-    """Print what is loaded and compiled, and for how long; on stderr."""
-    log, handler = logging.getLogger("vlcache_fx.serve"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    before = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(before)
 
 
 def _bytes_of(name: str, text: str) -> int:

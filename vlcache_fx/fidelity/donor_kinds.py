@@ -15,6 +15,7 @@ from torch import Tensor
 from vlcache_fx.errors import StoreError
 from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.runtime.donors.refine import refined
+from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 
 RIDGE = 0.01
@@ -77,15 +78,22 @@ def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
 
 
 def _combine(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Tensor], Tensor]) -> Entry:
-    """Apply ``make`` to each slot: contexts ``[contexts, length, width]``, exact ``[length, width]``."""
+    """Apply ``make`` to each slot's rows: contexts ``[contexts, length, width]``, exact ``[length, width]``.
+
+    States and maps of recurrent layers have no rows; they become their mean.
+    """
+    middle = mean(entries)
     made = {}
     for name, tensor in entries[0].tensors.items():
+        if not isinstance(StoredSlot.parse(name), Key | Value):
+            made[name] = middle.tensors[name]
+            continue
         dim = _rows_dim(tensor, exact)
         wide = [entry.tensors[name].double().movedim(dim, 0) for entry in (*entries, exact)]
         *contexts, wanted = (rows.flatten(1) for rows in wide)
         rows = make(torch.stack(contexts), wanted).view(wide[0].shape)
         made[name] = rows.movedim(0, dim).to(tensor.dtype)
-    return Entry(made, mean(entries).info)
+    return Entry(made, middle.info)
 
 
 def _rows_dim(tensor: Tensor, donor: Entry) -> int:

@@ -150,9 +150,19 @@ class CompiledStructure:
         return lambda values: module(*values[num_sizes:])
 
     def _compile(self, examples: Mapping[sympy.Symbol, int]) -> Variant:
-        start = time.perf_counter()
+        start, found = time.perf_counter(), _found_on_disk()
+        _log.info("vlcache: compiling %s", self.name)
         made = compile_variant(self.structure, examples, self.decompositions, self.cache.options)
-        stats = self.cache.stats
-        stats.compilations.append((self.name, time.perf_counter() - start))
+        stats, elapsed_s = self.cache.stats, time.perf_counter() - start
+        how = "loaded" if _found_on_disk() > found else "compiled"
+        _log.info("vlcache: %s %s in %.1f s", how, self.name, elapsed_s)
+        stats.compilations.append((self.name, elapsed_s))
         stats.conditions.setdefault(self.name, []).extend(map(str, made.conditions))
         return made
+
+
+def _found_on_disk() -> int:
+    """Return how many graphs torch has taken from its cache on disk."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["fxgraph_cache_hit"])

@@ -26,6 +26,7 @@ from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.programs.probe import ChosenRows, measure, needs_probe
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.report import Report, one_line, why_cold
+from vlcache_fx.runtime.requests.bidirectional import with_whole_media
 from vlcache_fx.runtime.requests.host_inputs import on_host
 from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.keyed import KeyedRequests
@@ -68,7 +69,7 @@ class DecoderRunner:
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
         self._identifier, self._mask_checker = (
             Identifier(spec.spans, prologue.spans),
-            MaskChecker(spec.masks, prologue),
+            MaskChecker(spec.masks, prologue, allows_ranges=not spec.states),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
         self._unmodified, self._logits, self._packed = unmodified, logits, packed
@@ -130,8 +131,14 @@ class DecoderRunner:
                 self.engine.refuse_call(summary.refusal)
                 return self._bypass(args, summary.refusal.reason, size, str(summary.refusal))
             samples = [
-                replace(sample, padding=padding if num_samples > 1 else None)
-                for sample, padding in zip(request.samples, summary.padding, strict=True)
+                replace(
+                    sample,
+                    padding=padding if num_samples > 1 else None,
+                    bidirectional=with_whole_media(ranges, sample.media_spans),
+                )
+                for sample, padding, ranges in zip(
+                    request.samples, summary.padding, summary.bidirectional, strict=True
+                )
             ]
             request = replace(
                 request,

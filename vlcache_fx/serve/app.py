@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 from transformers.cli.serving.server import build_server
 
+from vlcache_fx.serve.artifacts import Compilations
 from vlcache_fx.serve.errors import RequestError, bad_request
 from vlcache_fx.serve.examples import run_examples
 from vlcache_fx.serve.handlers import ServedChat, ServedResponse
@@ -73,15 +74,19 @@ class Service:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG002
         self._loop = asyncio.get_running_loop()
-        task = asyncio.create_task(self._start())
+        task = asyncio.create_task(self.start())
         try:
             yield
         finally:
-            self.is_stopping = True
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-            await asyncio.to_thread(self.state.shutdown)
-            await asyncio.to_thread(self.models.shutdown)
+            await self.stop()
+
+    async def stop(self) -> None:
+        """End all threads, and close the models' stores."""
+        self.is_stopping = True
+        await asyncio.to_thread(self.state.shutdown)
+        await asyncio.to_thread(self.models.shutdown)
 
     def begin_to_stop(self) -> None:
         """Refuse new requests; end those that run when their time is over. From any thread."""
@@ -95,18 +100,26 @@ class Service:
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(wait)
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
+        """Load the models and let them answer examples; sets ``failure`` if one cannot."""
         try:
             for name in self.models.sources:
                 log.info("%s: loading", name)
                 begin = time.perf_counter()
                 model, _ = await asyncio.to_thread(self.models.load, name)
                 self.metrics.add_engine(name, model.vlcache)
-                loaded = time.perf_counter()
+                loaded, programs = time.perf_counter(), Compilations()
                 await run_examples(name, self.models, self.state.batcher(name, model), self.options)
                 self.models.is_now_ready(name)
                 elapsed_s = time.perf_counter() - loaded
-                log.info("%s: ready; loaded in %.1f s, compiled in %.1f s", name, loaded - begin, elapsed_s)
+                log.info(
+                    "%s: loaded in %.1f s, ready after another %.1f s: %d programs compiled, %d from disk",
+                    name,
+                    loaded - begin,
+                    elapsed_s,
+                    programs.num_compiled,
+                    programs.num_found,
+                )
             self.on_ready()
         except Exception as error:  # noqa: BLE001 - whoever runs the server reports it
             self.failure = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import math
 import threading
@@ -55,7 +56,11 @@ class Batcher:
         self._running: list[Job] = []
         self._changed = threading.Condition()
         self._is_stopped = False
-        self._thread = threading.Thread(target=self._run, name=f"vlcache-serve-{name}", daemon=True)
+        # In a copy of this context: settings of Inductor that the server made hold there, too.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(
+            target=run, args=(self._run,), name=f"vlcache-serve-{name}", daemon=True
+        )
         self._thread.start()
 
     def submit(self, *jobs: Job) -> None:

@@ -41,6 +41,7 @@ class ServeOptions:
         api_keys: the keys that clients must send, as ``Authorization: Bearer KEY``; with none, all may ask.
         salt_from_api_key: requests with different keys share no donors.
         shutdown_timeout_s: how long running requests may take to end when the server stops.
+        artifacts: a folder of ``vlcache warm-up``, whose programs are not compiled again; None compiles all.
 
     Raises:
         OptionError: an option has a bad value; the message names it and the valid ones.
@@ -67,6 +68,7 @@ class ServeOptions:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     salt_from_api_key: bool = False
     shutdown_timeout_s: float = 30.0
+    artifacts: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.models:

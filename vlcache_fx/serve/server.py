@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FrameType
 
 import uvicorn
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.serve.app import Service
+from vlcache_fx.serve.artifacts import Manifest, using
 from vlcache_fx.serve.options import ServeOptions
 
 GRACE_S = 10
@@ -60,11 +62,14 @@ class Server:
         url: where it listens.
 
     Raises:
-        OptionError: the address cannot be used, or a model does not exist.
+        OptionError: the address cannot be used, a model does not exist, or artifacts were made elsewhere.
     """
 
     def __init__(self, options: ServeOptions, on_ready: Callable[[str], None] = lambda _: None) -> None:
         self.service = Service(options)
+        self._artifacts, self._device = options.artifacts, str(self.service.models.device)
+        if self._artifacts is not None:
+            Manifest.read(self._artifacts).check(self._artifacts, self._device)
         self._socket = bind(options.host, options.port)
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -86,10 +91,12 @@ class Server:
         """Serve until a signal or ``stop``.
 
         Raises:
-            OptionError: a model could not be loaded.
+            OptionError: a model could not be loaded, or the artifacts cannot be read.
         """
+        programs = nullcontext() if self._artifacts is None else using(self._artifacts, self._device)
         try:
-            self._server.run(sockets=[self._socket])
+            with programs:
+                self._server.run(sockets=[self._socket])
         finally:
             self._socket.close()
         if self.service.failure is not None:

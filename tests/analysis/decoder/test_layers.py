@@ -24,7 +24,8 @@ def kinds(facts: DecoderFacts) -> list[tuple[str, str]]:
     return [(short(layer.key_frontier.target), short(layer.value_frontier.target)) for layer in facts.layers]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+# Static sizes are in test_computation.py and in the tests of shared keys below.
+@pytest.mark.parametrize("dynamic", [pytest.param(None, marks=pytest.mark.thorough), True])
 @pytest.mark.parametrize(
     ("options", "key", "value"),
     [

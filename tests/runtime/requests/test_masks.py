@@ -16,7 +16,8 @@ from vlcache_fx.errors import Reason
 from vlcache_fx.ir.subgraph import extract
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.requests import masks as mask_check
-from vlcache_fx.runtime.requests.masks import MaskChecker, MaskSummary, _attends_to_later
+from vlcache_fx.runtime.requests.bidirectional import Range
+from vlcache_fx.runtime.requests.masks import MaskChecker, MaskSummary
 from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.testing.graphs import captured_graph
 from vlcache_fx.testing.prompts import IMAGE_TOKEN
@@ -32,30 +33,6 @@ def with_more(*places: tuple[slice | int, slice | int]) -> Tensor:
     for rows, columns in places:
         mask[rows, columns] = True
     return mask
-
-
-@pytest.mark.parametrize(
-    ("mask", "attends_to_later"),
-    [
-        (CAUSAL, False),
-        (CAUSAL.tril() & CAUSAL.triu(-3), False),  # a window
-        (with_more((slice(2, 5), slice(2, 5))), False),  # an image, both ways
-        (with_more((slice(2, 5), 5)), True),
-        (with_more((0, 1)), True),  # text
-        (CAUSAL[:4], True),  # fewer rows than tokens
-    ],
-    ids=["causal", "window", "image", "image and question", "text", "not square"],
-)
-@pytest.mark.parametrize("additive", [False, True])
-def test_attends_to_later(mask: Tensor, attends_to_later: bool, additive: bool) -> None:
-    given = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
-    assert _attends_to_later(given[None, None], torch.arange(8), 8, SPANS) is attends_to_later
-    # After three keys of earlier calls, visible to all tokens, and before two empty slots of a cache.
-    rows = len(given)
-    seen, hidden = given[0, 0].expand(rows, 3), given.new_full((rows, 2), False if not additive else -1e30)
-    wider = torch.cat([seen, given, hidden], dim=-1)[None, None]
-    tokens = torch.tensor([-1] * 3 + list(range(8)) + [-1] * 2)
-    assert _attends_to_later(wider, tokens, 8, SPANS) is attends_to_later
 
 
 # Masks of a graph -------------------------------------------------------------------------------------------
@@ -88,9 +65,9 @@ class Given(TinyVlm):
 class CheckedGraph:
     """The mask checker of a graph, and the graph's inputs by name."""
 
-    def __init__(self, **more: Tensor) -> None:
+    def __init__(self, call: dict[str, Tensor] = CALL, **more: Tensor) -> None:
         model = tiny_vlm(cls=Given, last_only=False)
-        captured, graph = captured_graph(model, CALL | more)
+        captured, graph = captured_graph(model, call | more)
         index = {node: number for number, node in enumerate(captured.placeholders)}
         found = find_masks(analyze(captured), index)
         masks, cache_values = (
@@ -100,7 +77,7 @@ class CheckedGraph:
         self.args = list(graph.calls[0])
         self.place = {
             name: next(index for index, arg in enumerate(self.args) if arg is value)
-            for name, value in (CALL | more).items()
+            for name, value in (call | more).items()
         }
 
     def __call__(self, spans: Sequence[Sequence[Span]] = BOTH, **changes: Tensor) -> MaskSummary:
@@ -123,6 +100,13 @@ def hiding(*places: int) -> Tensor:
 
 def padding(summary: MaskSummary) -> list[list[int] | None]:
     return [None if places is None else places.tolist() for places in summary.padding]
+
+
+@pytest.fixture(scope="module")
+def alone(_compiler: None) -> CheckedGraph:
+    """A graph of one prompt; each layer reads its own mask."""
+    masks = {f"mask_{index}": CAUSAL[None, None].clone() for index in range(2)}
+    return CheckedGraph(PROMPTS[0], **masks)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["bool", "additive"])
@@ -174,6 +158,48 @@ def test_accepts_image_both_ways(checked: tuple[CheckedGraph, bool]) -> None:
     assert (summary.refusal, summary.is_causal) == (None, False)
 
 
+@pytest.mark.parametrize(
+    ("mask", "is_causal", "ranges"),
+    [
+        (CAUSAL, True, []),
+        (CAUSAL & CAUSAL.triu(-3), True, []),
+        (with_more((IMAGE, IMAGE)), True, []),
+        (with_more((4, 5)), True, [Range(2, 6)]),
+        (with_more((0, 1)), False, []),  # text
+        (with_more((slice(0, 6), slice(0, 6))), True, [Range(0, 6)]),
+        (with_more((slice(0, 8), slice(0, 8))), True, [Range(0, 8)]),
+        (with_more((4, 5), (6, 7)), False, [Range(2, 6)]),
+        (with_more((4, 5), (5, 7)), True, [Range(2, 8)]),
+    ],
+    ids=["causal", "window", "both ways", "question", "text", "prefix", "all", "and text", "question ahead"],
+)
+def test_ranges_of_one_prompt(
+    alone: CheckedGraph, mask: Tensor, is_causal: bool, ranges: list[Range]
+) -> None:
+    summary = alone([BOTH[0]], mask_0=mask[None, None], mask_1=mask[None, None])
+    assert (summary.is_causal, list(summary.bidirectional[0])) == (is_causal, ranges)
+    assert (summary.refusal is None) == (is_causal or not ranges)
+
+
+def test_ranges_join_layers(alone: CheckedGraph) -> None:
+    masks = with_more((4, 5))[None, None], with_more((5, 6))[None, None]
+    assert alone([BOTH[0]], mask_0=masks[0], mask_1=masks[1]).bidirectional == ((Range(2, 7),),)
+
+
+def test_ranges_not_allowed_are_refused(alone: CheckedGraph) -> None:
+    mask = with_more((4, 5))[None, None]
+    allowed = alone.check._allows_ranges
+    alone.check._summaries.clear()
+    alone.check._allows_ranges = False
+    try:
+        summary = alone([BOTH[0]], mask_0=mask, mask_1=mask)
+    finally:
+        alone.check._allows_ranges = allowed
+        alone.check._summaries.clear()
+    assert summary.refusal is not None
+    assert summary.bidirectional == ((),)
+
+
 def test_accepts_text_that_attends_to_later(checked: tuple[CheckedGraph, bool]) -> None:
     check, additive = checked
     mask = for_both(with_more((6, 7)), CAUSAL, additive=additive)
@@ -222,7 +248,12 @@ def test_layer_without_mask() -> None:
     summary = check()
     assert summary.padding == (None, None)
     assert check(mask_0=for_both(with_more((3, 6)), CAUSAL)).refusal is not None
-    plain = MaskSummary(padding=(None, None), shown_to_spans=(("causal",),) * 2, shown_to_tokens=(None, None))
+    plain = MaskSummary(
+        padding=(None, None),
+        shown_to_spans=(("causal",),) * 2,
+        shown_to_tokens=(None, None),
+        bidirectional=((), ()),
+    )
     assert CheckedGraph()() == plain
 
 

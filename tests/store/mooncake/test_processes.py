@@ -48,7 +48,9 @@ def test_a_second_engine_process_needs_no_cold_run(cluster: MooncakeCluster, sec
     assert reports[0]["tiers"] == ["mooncake"]
 
 
+# test_outages.py kills the master under requests, and the test above shares donors between engines.
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_engine_processes_survive_the_master(tmp_path: Path) -> None:
     """It is killed between two requests, and is dead when the processes end."""
     if missing():

@@ -24,7 +24,7 @@ KINDS = {"mllama": "cross-attending decoder"}
 
 
 NOT_REUSED = {
-    "paligemma": ("refused: mask_form", "tokens of the span at 5 attend to tokens after the span"),
+    "paligemma": ("exact reuse of equal prompts", ""),
     "mllama": ("exact reuse", ""),
 }
 """Result and reason of families without reuse; all others reuse rows."""

@@ -1,6 +1,7 @@
 """Stores the exact rows that a request records."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -43,7 +44,9 @@ class Admission:
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
-            for block in self._kept_blocks(request, sample):
+            of_spans = {str(span.key): span.key for span in sample.spans}
+            for found in self._kept_blocks(request, sample):
+                block = replace(found, key=of_spans.get(found.key, found.key))  # that of a span has parts
                 with self._engine.tolerating_store_errors():
                     if self._engine.clears.covers(block.key, request.began):
                         continue
@@ -63,7 +66,7 @@ class Admission:
                             cost_ms=self._pace.cost_ms(block.length),
                         )
                         keys = [block.key] if block.span is None else [block.key, refine.exact_key(block.key)]
-                        if self._engine.drop_if_cleared(keys, request.began) or block.span is None:
+                        if self._engine.drop_if_cleared(keys, request.began) or block.key not in of_spans:
                             continue
                         if stored:
                             admitted.add(block.key)

@@ -29,6 +29,7 @@ WORDS = {
     "computation": "computation",
     "positions": "positions",
     "mask": "mask",
+    "range": "text that its tokens attend to",
     "format": "format of keys",
 }
 """Parts of keys, and notes, in words, in the order in which explanations name them."""
@@ -83,6 +84,8 @@ def reason_of(parts: Mapping[str, str], other: Mapping[str, str]) -> Reason:
         return Reason.OTHER_ENCODING
     if names & {"model", "weights"}:
         return Reason.OTHER_WEIGHTS
-    if names <= {"positions", "mask"}:
+    if names == {"range"}:
+        return Reason.OTHER_TEXT
+    if names <= {"positions", "mask", "range"}:
         return Reason.OTHER_POSITIONS if names else Reason.NEW_ITEM
     return Reason.OTHER_COMPUTATION

@@ -22,7 +22,13 @@ from vlcache_fx.store.entry import Entry
 LEAST_PREFIX_SHARE = 0.5
 """Least share of the prompt for which an exact prefix without a reused span is used."""
 
-NO_WAIT = (Reason.RECOMPUTED_TO_RECORD, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED)
+NO_WAIT = (
+    Reason.RECOMPUTED_TO_RECORD,
+    Reason.TOO_LARGE,
+    Reason.STORE_CLOSED,
+    Reason.STORE_FAILED,
+    Reason.NO_PREFIX,
+)
 """Misses that another request that computes the same does not change."""
 
 
@@ -77,9 +83,10 @@ class DonorIndex:
         for span in sample.spans:
             entry, failure = self._get_or_reason(span.key)
             cuts = cuts_of(entry, self._spec.states, span.length) if entry and self._spec.states else ()
-            fits = entry is not None and donors.fits(entry, self._spec.rows, span.length)
+            block = sample.block_of(span)
+            fits = entry is not None and donors.fits(entry, self._spec.rows, block.end - block.start)
             if entry is not None and fits and (cuts or not self._spec.states):
-                found[span.start] = entry
+                found[block.start] = entry
                 contexts = len(refine.contexts_of(entry))
                 spans.append(
                     replace(
@@ -92,20 +99,32 @@ class DonorIndex:
                     )
                 )
             else:
-                miss = self._miss(span, entry, failure, misses[span.key])
+                miss = self._miss(span, block.end - block.start, entry, failure, misses[span.key])
                 self._engine.misses.add(span.key, miss)
                 spans.append(replace(span, miss=miss.reason, miss_detail=miss.detail))
         prefix, entries = self._exact_prefix(request, sample, found)
-        entries += [entry for start, entry in found.items() if start >= prefix]
-        spans = [replace(span, contexts=1) if span.start < prefix else span for span in spans]
+        ranges = {own.start for own in sample.bidirectional}
+        entries += [entry for start, entry in found.items() if start >= prefix and start not in ranges]
+        spans = [self._in_prefix(sample, span, prefix) for span in spans]
         return replace(sample, spans=tuple(spans), prefix=prefix, donors=tuple(entries))
 
-    def _miss(self, span: Span, entry: Entry | None, failure: Reason | None, reason: Reason) -> Miss:
-        """Return why a span missed. ``reason`` is that of earlier calls."""
+    def _in_prefix(self, sample: Sample, span: Span, prefix: int) -> Span:
+        """Return a span, given the exact prefix: it may be all that its donor can serve."""
+        if span.start < prefix:
+            return replace(span, contexts=1)
+        if not span.hit or not any(own.covers(span) for own in sample.bidirectional):
+            return span
+        self._engine.misses.add(span.key, Miss(Reason.NO_PREFIX))
+        return replace(span, hit=False, tier=None, contexts=0, miss=Reason.NO_PREFIX)
+
+    def _miss(
+        self, span: Span, length: int, entry: Entry | None, failure: Reason | None, reason: Reason
+    ) -> Miss:
+        """Return why a span missed whose entry has ``length`` rows. ``reason`` is that of earlier calls."""
         if failure is not None:
             return Miss(failure)
         if entry is not None:
-            detail = donors.misfit(entry, self._spec.rows, span.length)
+            detail = donors.misfit(entry, self._spec.rows, length)
             return Miss(Reason.INCOMPATIBLE_ENTRY, detail or "its states of recurrent layers do not fit")
         if span.key in self._engine.unstorable:
             return Miss(Reason.TOO_LARGE)
@@ -137,8 +156,12 @@ class DonorIndex:
         if not sample.spans or not self._keeps_prefixes(request) or not policy.keeps_prefix:
             return 0, []
 
+        ranges = {own.start for own in sample.bidirectional}
+
         def find(block: Block) -> Entry | None:
-            entry = self._get(block.key) if block.span is None else found.get(block.start)
+            if block.span is None and block.start not in ranges:
+                return self._get(block.key)
+            entry = found.get(block.start)
             if (
                 block.span is not None
                 and entry is not None

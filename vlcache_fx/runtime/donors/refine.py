@@ -61,6 +61,19 @@ def exact_donor(
     return Entry(rows, with_cost(info, cost_ms))
 
 
+def admit_exact(
+    store: Store, key: str, rows: Mapping[str, Tensor], length: int, before: str, *, cost_ms: float | None
+) -> bool:
+    """Store rows that serve in their context alone; return False if the store refused them.
+
+    Args:
+        store: the store.
+        key: key of the block.
+        rows, length, before, cost_ms: as in ``exact_donor``.
+    """
+    return store.put(key, exact_donor(rows, length, before, parts_of(key), cost_ms=cost_ms))
+
+
 def packed(donor: Entry, packing: Packing) -> Entry:
     """Return an exact donor in packed form. It has no ``before``: it is exact nowhere."""
     info = {name: value for name, value in donor.info.items() if name != "before"}

@@ -209,7 +209,7 @@ def admit(
             cuts=cuts,
             cost_ms=cost_ms,
         )
-    return store.put(block.key, refine.exact_donor(rows, block.length, block.before, cost_ms=cost_ms))
+    return refine.admit_exact(store, block.key, rows, block.length, block.before, cost_ms=cost_ms)
 
 
 def exact_prefix(

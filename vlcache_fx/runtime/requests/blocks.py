@@ -5,11 +5,13 @@ equal recomputed ones. A prompt is split into blocks: up to 16 tokens of text, o
 of a block of text covers all blocks before it (the chained hashes of PagedAttention, arXiv 2309.06180)::
 
     text[0:16]  text[16:23]  <image>[23:279]  text[279:290]
+
+A bidirectional range (see ``bidirectional``) is one block, with the text and the media in it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch import Tensor
 from vlcache_fx.keys.digest import Part, content_digest, tensor_bytes
 from vlcache_fx.keys.entry_key import NO_PARTS, KeyScope
 from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.requests.bidirectional import Range
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
 if TYPE_CHECKING:
@@ -35,7 +38,8 @@ class Block:
         start, length: the tokens.
         key: key of the stored rows; that of a span does not cover ``before``.
         before: digest of all blocks before this one.
-        span: the span that fills the block; None for text and for media too short to be a span.
+        span: the span that fills the block; None for text, for media too short to be a span, and for
+            bidirectional ranges.
         notes: what explains the features of a span, see ``MediaSpan``.
     """
 
@@ -74,6 +78,7 @@ class BlockSplitter:
         scope: KeyScope,
         seen: Sequence[bytes] | None = None,
         sample: int = 0,
+        ranges: Sequence[Range] = (),
     ) -> Iterator[Block]:
         """Yield the blocks of one prompt, in order.
 
@@ -87,24 +92,27 @@ class BlockSplitter:
             scope: tenant and model.
             seen: per token, a digest of the tokens that masks show to it; None where causal.
             sample: index of the prompt in the batch.
+            ranges: bidirectional ranges of the prompt, in order.
         """
         before = content_digest(["prefix", root])
         readers = [_reader(value) for value in by_token]
         if seen is not None:
             readers.append(lambda start, end: list(seen[start:end]))
         by_start = {span.start: span for span in spans}
-        cuts = list(_cuts(media_spans, num_tokens))
+        cuts = list(_cuts(media_spans, num_tokens, ranges))
         embedded = self._embedded_text(args, sample, cuts)
-        for start, length, media_span in cuts:
-            span = by_start.get(start)
-            parts: list[Part] = [read(start, start + length) for read in readers]
-            parts += embedded.get(start, ())
-            if media_span is not None:
-                parts.append(media_span.digests if span is None else span.key)
-            after = content_digest(["piece", before, length, *parts])
+        for cut in cuts:
+            span = by_start.get(cut.start) if cut.is_span else None
+            parts: list[Part] = [read(cut.start, cut.start + cut.length) for read in readers]
+            parts += embedded.get(cut.start, ())
+            if span is not None:
+                parts.append(span.key)
+            else:
+                parts += [media_span.digests for media_span in cut.media_spans]
+            after = content_digest(["piece", before, cut.length, *parts])
             key = scope.with_digest("text", after) if span is None else span.key
-            notes = NO_PARTS if media_span is None else media_span.notes
-            yield Block(start, length, key, before, span, notes)
+            notes = cut.media_spans[0].notes if cut.is_span else NO_PARTS
+            yield Block(cut.start, cut.length, key, before, span, notes)
             before = after
 
     def of_sample(self, request: "Request", sample: "Sample") -> Iterable[Block]:
@@ -119,6 +127,7 @@ class BlockSplitter:
             request.scope,
             sample.seen,
             sample.index,
+            sample.bidirectional,
         )
         if len(request.samples) == 1:
             return blocks
@@ -133,7 +142,7 @@ class BlockSplitter:
         self, args: Sequence[Any], sample: int, cuts: Sequence["Cut"]
     ) -> dict[int, tuple[Tensor]]:
         """Return the embeddings of each block of text by its start, on the CPU: one copy for all of them."""
-        text = [(start, length) for start, length, media_span in cuts if media_span is None]
+        text = [(cut.start, cut.length) for cut in cuts if not cut.is_span]
         if self.embeddings is None or not text:
             return {}
         embeds = args[self.embeddings].detach()[sample : sample + 1]
@@ -142,20 +151,42 @@ class BlockSplitter:
         return {start: (part,) for (start, _), part in zip(text, parts, strict=True)}
 
 
-Cut: TypeAlias = tuple[int, int, MediaSpan | None]
-"""Start and length of a block, and its media span; None for text."""
+@dataclass(frozen=True)
+class Cut:
+    """Tokens of a block, and the media in them.
+
+    Attributes:
+        start, length: the tokens.
+        media_spans: the media in them.
+        is_span: one media span fills the block, and is no part of a bidirectional range.
+    """
+
+    start: int
+    length: int
+    media_spans: tuple[MediaSpan, ...] = ()
+    is_span: bool = False
 
 
-def _cuts(media_spans: Sequence[MediaSpan], num_tokens: int) -> Iterator[Cut]:
-    """Each media span whole, the text between them in blocks."""
+def _cuts(media_spans: Sequence[MediaSpan], num_tokens: int, ranges: Sequence[Range]) -> Iterator[Cut]:
+    """Each bidirectional range whole, each media span outside of them whole, the text between in blocks."""
+    whole = [Cut(own.start, own.end - own.start, _inside(media_spans, own)) for own in ranges]
+    in_ranges = [media_span for cut in whole for media_span in cut.media_spans]
+    whole += [
+        Cut(one.start, one.length, (one,), is_span=True)
+        for one in media_spans
+        if not any(one is other for other in in_ranges)
+    ]
     at = 0
-    for media_span in [*media_spans, None]:
-        start = num_tokens if media_span is None else media_span.start
-        for first in range(at, start, BLOCK_TOKENS):
-            yield first, min(BLOCK_TOKENS, start - first), None
-        if media_span is not None:
-            yield start, media_span.length, media_span
-            at = start + media_span.length
+    for cut in [*sorted(whole, key=lambda cut: cut.start), Cut(num_tokens, 0)]:
+        for first in range(at, cut.start, BLOCK_TOKENS):
+            yield Cut(first, min(BLOCK_TOKENS, cut.start - first))
+        if cut.length:
+            yield cut
+        at = cut.start + cut.length
+
+
+def _inside(media_spans: Sequence[MediaSpan], own: Range) -> tuple[MediaSpan, ...]:
+    return tuple(one for one in media_spans if own.start <= one.start < own.end)
 
 
 def _reader(rows: Tensor) -> Callable[[int, int], Part]:

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from vlcache_fx.keys.digest import Part, content_digest
-from vlcache_fx.keys.entry_key import KEY_VERSION, KeyScope
+from vlcache_fx.keys.entry_key import KEY_VERSION, EntryKey, KeyScope, parts_of
 from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors.donor_dtype import check_device
+from vlcache_fx.runtime.requests.blocks import BlockSplitter
 from vlcache_fx.runtime.requests.input_values import InputValues
 from vlcache_fx.runtime.requests.masks import MaskSummary
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
@@ -39,6 +40,7 @@ class KeyedRequests:
     ) -> None:
         self._spec, self._input_values = spec, input_values
         self._device, self._engine = device, engine
+        self._splitter = BlockSplitter(spec.spans.embeddings)
         check_device(engine.options.donor_dtype, device)
 
     def request(
@@ -155,8 +157,20 @@ class KeyedRequests:
                     root=content_digest([identities[is_unified], scope.salt, whole]),
                 )
             )
-        return replace(
-            request,
-            samples=tuple(samples),
-            scope=scope,
-        )
+        keyed = replace(request, samples=tuple(samples), scope=scope)
+        return replace(keyed, samples=tuple(self._with_range_keys(keyed, sample) for sample in samples))
+
+    def _with_range_keys(self, request: Request, sample: Sample) -> Sample:
+        """Return the sample; the spans of a bidirectional range have the key of its block."""
+        if not sample.bidirectional:
+            return sample
+        keys = {block.start: block.key for block in self._splitter.of_sample(request, sample)}
+
+        def keyed(span: Span) -> Span:
+            if not any(own.covers(span) for own in sample.bidirectional):
+                return span
+            key = keys[sample.block_of(span).start]
+            parts = {**parts_of(span.key), "range": content_digest([key])}
+            return replace(span, key=EntryKey.of(key, parts))
+
+        return replace(sample, spans=tuple(map(keyed, sample.spans)))

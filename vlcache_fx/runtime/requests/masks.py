@@ -11,6 +11,7 @@ from torch import Tensor
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.keys.digest import content_digest
 from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.requests.bidirectional import Range, bidirectional_ranges, last_attended
 from vlcache_fx.runtime.requests.key_tokens import key_tokens
 from vlcache_fx.runtime.requests.mask_view import CAUSAL, MaskView, view_of, visible
 from vlcache_fx.runtime.requests.prologue import Prologue
@@ -24,14 +25,16 @@ class MaskSummary:
     """The masks of one call.
 
     Attributes:
-        refusal: set where a span's tokens attend to tokens after the span: its rows depend on the question.
-        is_causal: no token attends to a later token, except within a span.
+        refusal: set where a span's tokens attend to tokens after the span, and no range is known outside of
+            which nothing depends on them.
+        is_causal: no token attends to a later token, except within a span or a bidirectional range.
         ignores_past: no token attends to keys of earlier calls.
         padding: per sample, positions that no token attends to; None where some layer has no mask. The last
             token of a prompt is never padding: it attends to itself.
         shown_to_spans: per sample and span, what each layer's mask shows to the span's tokens, for its key.
         shown_to_tokens: per sample and token, a digest of what masks show to the token; None where all masks
             are causal, except within spans.
+        bidirectional: per sample, the ranges of spans with tokens that attend beyond their span.
     """
 
     refusal: UnsupportedGraphError | None = None
@@ -40,6 +43,7 @@ class MaskSummary:
     padding: tuple[Tensor | None, ...] = ()
     shown_to_spans: tuple[tuple[str, ...], ...] = ()
     shown_to_tokens: tuple[tuple[bytes, ...] | None, ...] = ()
+    bidirectional: tuple[tuple[Range, ...], ...] = ()
 
 
 class MaskChecker:
@@ -51,10 +55,11 @@ class MaskChecker:
     Args:
         spec: the attention sites to check.
         prologue: its program ``masks`` returns their masks.
+        allows_ranges: bidirectional ranges may be reused.
     """
 
-    def __init__(self, spec: MaskSpec, prologue: Prologue) -> None:
-        self._spec, self._prologue = spec, prologue
+    def __init__(self, spec: MaskSpec, prologue: Prologue, *, allows_ranges: bool = True) -> None:
+        self._spec, self._prologue, self._allows_ranges = spec, prologue, allows_ranges
         self._summaries: OrderedDict[str, MaskSummary] = OrderedDict()
 
     def check(
@@ -66,13 +71,15 @@ class MaskChecker:
             args: the graph's inputs.
             host_args: ``args`` with host inputs on the CPU, for the cache key.
             num_tokens: tokens of each sample.
-            spans: per sample. Tokens may attend to later tokens of their own span.
+            spans: per sample. Tokens may attend to later tokens of their own span; in a call with one sample
+                also beyond, see ``bidirectional``.
         """
         if not self._spec.sites:
             return MaskSummary(
                 padding=(None,) * len(spans),
                 shown_to_spans=tuple((CAUSAL,) * len(own) for own in spans),
                 shown_to_tokens=(None,) * len(spans),
+                bidirectional=((),) * len(spans),
             )
         cached = self._prologue.cache_values(*args)
         tokens = [key_tokens(site.key_moves, num_tokens, cached) for site in self._spec.sites]
@@ -104,24 +111,36 @@ class MaskChecker:
         num_tokens: int,
         spans: Sequence[Sequence[Span]],
     ) -> MaskSummary:
-        refusal, is_causal, ignores_past = None, True, True
+        leak, rows_known, ignores_past = None, True, True
         attended = torch.zeros(len(spans), num_tokens, dtype=torch.bool)
+        reach = torch.arange(num_tokens).repeat(len(spans), 1)
         views: list[list[MaskView]] = [[] for _ in spans]
         for site, mask, tokens in masks:
             for sample, own in enumerate(spans):
                 part = mask[sample : sample + 1] if mask.dim() > 2 and mask.shape[0] > 1 else mask
                 view = view_of(part, tokens, num_tokens, own, site.rule)
                 views[sample].append(view)
-                if view.is_plain:
+                if view.seen is None:
                     attended[sample] = True
                     continue
-                leaking = next((span for span in own if _attends_beyond(part, tokens, span)), None)
-                if leaking is not None and refusal is None:
+                last = last_attended(view.seen)
+                leaking = next((one for one in own if int(last[one.start : one.end].max()) >= one.end), None)
+                if leaking is not None and leak is None:
                     detail = f"tokens of the span at {leaking.start} attend to tokens after the span"
-                    refusal = UnsupportedGraphError(Reason.MASK_FORM, detail, site.node, site.source_line)
-                is_causal = is_causal and not _attends_to_later(part, tokens, num_tokens, own)
+                    leak = UnsupportedGraphError(Reason.MASK_FORM, detail, site.node, site.source_line)
+                reach[sample] = torch.maximum(reach[sample], last)
+                rows_known = rows_known and part.shape[-2] == num_tokens
                 ignores_past = ignores_past and not bool(visible(part)[..., tokens < 0].any())
                 attended[sample] |= _attended(part, tokens, num_tokens)
+        # Padding in front of the samples of a batch leaves no exact prefix, and ranges need one.
+        ranges = [
+            bidirectional_ranges(last, own) if self._allows_ranges and len(spans) == 1 else ()
+            for last, own in zip(reach, spans, strict=True)
+        ]
+        is_causal = rows_known and all(
+            _is_causal(last, [*own, *joined]) for last, own, joined in zip(reach, spans, ranges, strict=True)
+        )
+        refusal = None if is_causal and ignores_past else leak
         padding = tuple(
             (~flags).nonzero().flatten() if self._spec.every_layer_has_one else None for flags in attended
         )
@@ -133,6 +152,7 @@ class MaskChecker:
             padding,
             tuple(tuple(self._shown_to_span(of_sites, span) for span in own) for of_sites, own in per_sample),
             tuple(self._shown_to_tokens(of_sites, num_tokens) for of_sites in views),
+            tuple(ranges),
         )
 
     def _shown_to_span(self, views: Sequence[MaskView], span: Span) -> str:
@@ -151,18 +171,12 @@ class MaskChecker:
         )
 
 
-def _attends_to_later(mask: Tensor, tokens: Tensor, num_tokens: int, spans: Sequence[Span]) -> bool:
-    if mask.shape[-2] != num_tokens:
-        return True
-    horizon = torch.arange(num_tokens, device=mask.device)
-    for span in spans:
-        horizon[span.start : span.end] = span.end - 1
-    return bool((visible(mask) & (tokens > horizon[:, None])).any())
-
-
-def _attends_beyond(mask: Tensor, tokens: Tensor, span: Span) -> bool:
-    rows = mask[..., span.start : span.end, :] if mask.shape[-2] > 1 else mask
-    return bool(visible(rows[..., tokens >= span.end]).any())
+def _is_causal(reach: Tensor, ranges: Sequence[Span | Range]) -> bool:
+    """Return whether no token attends to a later one outside of its range."""
+    horizon = torch.arange(len(reach))
+    for own in ranges:
+        horizon[own.start : own.end] = own.end - 1
+    return bool((reach <= horizon).all())
 
 
 def _attended(mask: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.in_flight import Claim
 from vlcache_fx.runtime.report import Mode, Report, SampleReport, SpanReport
+from vlcache_fx.runtime.requests.bidirectional import Range
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 from vlcache_fx.store.entry import Entry
 
@@ -34,6 +35,7 @@ class Sample:
         seen: per token, a digest of what masks show to it; None where causal, see ``MaskSummary``.
         by_token: other values on which rows depend, each [tokens, ...] on the CPU.
         root: digest of all that keys of blocks cover besides the prompt; empty without spans.
+        bidirectional: ranges that are reused as a whole, see ``MaskSummary``.
     """
 
     index: int
@@ -45,6 +47,12 @@ class Sample:
     seen: tuple[bytes, ...] | None = None
     by_token: tuple[Tensor, ...] = ()
     root: str = ""
+    bidirectional: tuple[Range, ...] = ()
+
+    def block_of(self, span: Span) -> Range:
+        """Return the tokens that are stored with a span: its range, or else the span itself."""
+        ranges = (own for own in self.bidirectional if own.covers(span))
+        return next(ranges, Range(span.start, span.end))
 
     @property
     def reuse_is_exact(self) -> bool:

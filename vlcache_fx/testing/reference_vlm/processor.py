@@ -158,6 +158,12 @@ class ReferenceProcessor:
         """Call the tokenizer's ``batch_decode``."""
         return list(self.tokenizer.batch_decode(*args, **kwargs))
 
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> list[str]:
+        """Decode what a model generated, as ``pipeline("image-text-to-text")`` asks for it."""
+        return self.batch_decode(generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, **_: Any) -> ReferenceProcessor:
         """Read a local folder that ``save_pretrained`` wrote."""

@@ -113,8 +113,7 @@ CORRECTIONS: Mapping[str, Mapping[str, Any]] = {
     "kosmos-2.5": {"image_token_id": 190},
     "lfm2_vl": {
         # By default, every layer attends; the checkpoints have short convolutions in between.
-        "text_config.num_hidden_layers": 5,
-        "text_config.layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "text_config.layer_types": ["conv", "full_attention", "conv"],
         "projector_hidden_size": HIDDEN,
     },
     "llama4": {

@@ -118,6 +118,11 @@ def _try_entry(family: FamilyModel, entry: str) -> tuple[str, str]:
                 scope += " at equal offsets"
                 equal = image_prompt(family, 5, 6, image=1, text=1)
                 mode = _mode(engine, lambda: _compare(family, compiled, equal))
+            elif mode == "cold" and _report(engine)["reason_code"] == "other_text":  # images see the question
+                with engine.using(policy="none"):
+                    mode = _mode(engine, lambda: _compare(family, compiled, moved))
+                _expect(engine, mode, "warm")
+                return f"exact reuse{scope} of equal prompts", ""
             elif mode == "cold" and not _report(engine)["spans"]:  # the encoder sees the text as well
                 scope += " of equal prompts"
                 mode = _mode(engine, lambda: _compare(family, compiled, moved))

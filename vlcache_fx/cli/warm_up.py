@@ -1,0 +1,52 @@
+"""``vlcache warm-up``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.progress import showing_progress
+
+
+def warm_up(
+    model: Annotated[
+        list[str],
+        typer.Argument(help="reference, photo, hybrid, a folder of a transformers model, or NAME=FOLDER"),
+    ],
+    output: Annotated[Path, typer.Option(help="new folder for the programs")],
+    budget: Annotated[float | None, typer.Option(help="as for vlcache serve")] = None,
+    policy: Annotated[str | None, typer.Option(help="as for vlcache serve")] = None,
+    profile: Annotated[Path | None, typer.Option(help="as for vlcache serve")] = None,
+    device: Annotated[str, typer.Option(help="device of the models")] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of models from folders")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="as for vlcache serve")] = 8,
+) -> None:
+    """Compile a model's programs ahead of time: vlcache serve MODEL --artifacts FOLDER compiles none."""
+    with readable_errors():
+        # deferred: importing torch takes a second
+        from vlcache_fx.serve.extra import require_serve
+
+        require_serve()
+        from vlcache_fx.serve.options import ServeOptions
+        from vlcache_fx.serve.warm_up import warm_up
+
+        engine = {"budget": budget, "policy": policy, "profile": profile}
+        options = ServeOptions(
+            models=tuple(model),
+            engine={name: value for name, value in engine.items() if value is not None},
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        begin = time.perf_counter()
+        with showing_progress("compiling"):
+            manifest = warm_up(options, output)
+        size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+        typer.echo(
+            f"{manifest.num_programs} programs for {', '.join(manifest.models)} are in {output} "
+            f"({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)"
+        )
