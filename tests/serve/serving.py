@@ -16,7 +16,7 @@ from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.server import Server
 from vlcache_fx.testing.reference_vlm import Question
 
-READY_S = 300
+READY_S = 900
 
 
 class Running:

@@ -184,8 +184,16 @@ def test_allowed_hosts(host: str) -> None:
     assert loader(media_hosts=(host,)).load(f"http://{host}/a.png").size == (6, 4)
     # A host without a port stands for the usual port of each scheme.
     assert "--allow-media-host" in refused(f"http://{host}/a.png", media_hosts=("127.0.0.1",)).message
-    assert "--allow-media-host" in refused(f"http://{host}@evil/a.png", media_hosts=(host,)).message
     assert "--allow-media-host" in refused(f"http://localhost:1#@{host}/", media_hosts=(host,)).message
+    for url in (
+        f"http://{host}@evil/",
+        f"http://evil@{host}/",
+        f"http://{host}\\@evil/",
+        f"http://{host}/a b",
+    ):
+        assert "malformed" in refused(url, media_hosts=(host,)).message
+    for sign in "\t\n\r":
+        assert "malformed" in refused(f"http://{host}/a{sign}.png", media_hosts=(host,)).message
 
 
 @pytest.mark.parametrize(

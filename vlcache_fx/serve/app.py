@@ -104,6 +104,7 @@ class Service:
         """Load the models and let them answer examples; sets ``failure`` if one cannot."""
         try:
             for name in self.models.sources:
+                log.info("%s: loading", name)
                 begin = time.perf_counter()
                 model, _ = await asyncio.to_thread(self.models.load, name)
                 self.metrics.add_engine(name, model.vlcache)

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import copy
 import io
+import logging
+import time
 from itertools import product
 from typing import Any
 
@@ -23,6 +25,8 @@ from vlcache_fx.serve.prompt import build_inputs
 from vlcache_fx.serve.request import RequestSettings
 from vlcache_fx.serve.sampling import set_sampling
 from vlcache_fx.serve.state import RequestManager
+
+log = logging.getLogger("vlcache_fx.serve")
 
 SIDES = {"reference": (80, 80), "hybrid": (80, 80), "photo": (256, 256)}
 """Sizes of pictures that these models take."""
@@ -53,7 +57,10 @@ async def run_examples(name: str, models: ServedModels, batcher: Batcher, option
                 await asyncio.to_thread(_inputs, name, models, sides, text, 10 * size + index, pictures)
                 for index, text in enumerate(texts)
             ]
+            begin = time.perf_counter()
             await _run(inputs, model, processor, batcher)
+            kind = "with pictures" if pictures else "of text"
+            log.info("%s: %d prompt(s) %s in %.1f s", name, size, kind, time.perf_counter() - begin)
     except RequestError as error:
         raise OptionError(f"the model {name!r} does not answer an example: {error.message}") from error
     finally:

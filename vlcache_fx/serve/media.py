@@ -95,6 +95,11 @@ class MediaLoader:
             raise bad_request("the data: URL of a picture is no valid base64", PARAM) from None
 
     def _from_host(self, url: str, parts: SplitResult) -> bytes:
+        # Programs read such URLs in different ways: what is checked here might not be where one connects.
+        if "@" in parts.netloc or any(sign <= " " or sign == "\\" for sign in url):
+            raise bad_request(
+                "the URL of a picture is malformed: it has a user name, spaces or backslashes", PARAM
+            )
         allowed = {host.lower() for host in self._options.media_hosts}
         try:
             host, port = (parts.hostname or "").lower(), parts.port

@@ -60,7 +60,7 @@ def build_inputs(
         raise
     except Exception as error:
         # What a processor refuses is the request's content: the sides of a picture, the order of roles.
-        log.info("a processor refused a request", exc_info=True)
+        log.debug("a processor refused a request", exc_info=True)
         detail = f": {error}" if isinstance(error, ValueError) else ""
         raise bad_request(f"the model's processor does not take this request{detail}"[:300]) from None
 
