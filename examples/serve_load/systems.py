@@ -46,8 +46,9 @@ SYSTEMS = (
     System("vlcache, no reuse", OURS, extra_body={"vlcache": {"bypass": True}}, served_name="model"),
     System("vLLM", (
         # Not its command line, which wants a package named vllm: that for CPUs has another name.
-        "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}", "--port", "{port}", "--max-model-len", "8192",
-        "--max-num-seqs", "{batch}", "--limit-mm-per-prompt", '{"image": 8}',
+        "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}",
+        "--port", "{port}", "--max-model-len", "8192", "--max-num-seqs", "{batch}",
+        "--limit-mm-per-prompt", '{"image": 8}',
         "--mm-encoder-attn-backend", "TORCH_SDPA",
     )),
     System("transformers serve", ("transformers", "serve", "{model}", "--port", "{port}", "--device", "cpu")),
