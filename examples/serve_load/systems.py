@@ -43,13 +43,13 @@ class System:
 OURS = ("vlcache", "serve", "model={model}", "--port", "{port}", "--batch-size", "{batch}")
 SYSTEMS = (
     System("vlcache", OURS, served_name="model"),
-    System("vlcache, no reuse", OURS, extra_body={"vlcache": {"bypass": True}}, served_name="model"),
+    System("vlcache, no reuse", (*OURS, "--no-reuse"), served_name="model"),
     System("vLLM", (
         # Not its command line, which wants a package named vllm: that for CPUs has another name.
         "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}",
         "--port", "{port}", "--max-model-len", "8192", "--max-num-seqs", "{batch}",
         "--limit-mm-per-prompt", '{"image": 8}',
-        "--mm-encoder-attn-backend", "TORCH_SDPA",
+        "--mm-encoder-attn-backend", "TORCH_SDPA", "--enable-prompt-tokens-details",
     )),
     System("transformers serve", ("transformers", "serve", "{model}", "--port", "{port}", "--device", "cpu")),
 )  # fmt: skip

@@ -45,6 +45,8 @@ def fails(*arguments: str) -> str:
         (("reference", "--capacity", "much"), "--capacity"),
         (("reference", "--max-image", "-1"), "--max-image"),
         (("reference", "--device", "cpu", "--dtype", "float7"), "float7"),
+        (("reference", "--no-reuse", "--store", "memory://"), "--no-reuse stores nothing"),
+        (("reference", "--artifacts", "/nowhere"), "'/nowhere' has no artifacts.json"),
         (("reference", "--allow-media-folder", "/nowhere"), "media folder '/nowhere'"),
         (("reference", "--api-key-file", "/nowhere"), "the API keys in '/nowhere' cannot be read"),
     ],

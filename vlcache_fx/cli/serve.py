@@ -13,6 +13,9 @@ from vlcache_fx.cli.errors import readable_errors
 from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.errors import OptionError
 
+NOTHING_REUSED = {"min_span_tokens": 1 << 30, "capacity_bytes": 1}
+"""No span is that long, and no features of an encoder fit."""
+
 
 def serve(
     model: Annotated[
@@ -29,6 +32,9 @@ def serve(
     profile: Annotated[Path | None, typer.Option(help="profile of vlcache calibrate")] = None,
     capacity: Annotated[str | None, typer.Option(help="bound of each tier, such as 4GiB")] = None,
     salt: Annotated[str | None, typer.Option(help="requests of other salts share no donors")] = None,
+    no_reuse: Annotated[
+        bool, typer.Option("--no-reuse", help="compute every request in full, to compare with")
+    ] = False,
     shadow: Annotated[float | None, typer.Option(help="share of requests computed in full as well")] = None,
     lowering: Annotated[str, typer.Option(help="inductor, eager, tensorrt")] = "inductor",
     device: Annotated[str, typer.Option(help="device of the models")] = "auto",
@@ -78,6 +84,10 @@ def serve(
             "shadow": shadow,
             "lowering": lowering,
         }
+        if no_reuse:
+            if store or capacity:
+                raise OptionError("--no-reuse stores nothing: pass it without --store and --capacity")
+            engine |= NOTHING_REUSED
         options = ServeOptions(
             models=tuple(model),
             host=host,
