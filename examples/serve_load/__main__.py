@@ -2,7 +2,7 @@
 
 Each server answers the same traces: questions with known answers (the reference VLM), and, for times, prompts
 for a model of 127 M parameters with random weights. All run in one environment, with the same weights, one
-after the other, on the same cores. The client of OpenAI sends the requests.
+after the other, on the same cores. The client of OpenAI sends the requests, or vLLM's benchmark of servers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.serve_load.load import send
+from examples.serve_load import load, vllm_bench
 from examples.serve_load.models import PIXELS_OF_TOKEN, write_models
 from examples.serve_load.systems import SYSTEMS, System, serving
 from examples.serve_load.traces import TRACES, Ask, questions
@@ -28,6 +28,9 @@ from vlcache_fx.bench.machine import describe_machine, machine_line
 PORT = 18473
 WARM_UP_SEED, SEED = 1000, 0
 CONSOLE_WIDTH = 160
+CLIENTS = ("openai", "vllm-bench")
+OF_SESSIONS = ("agent", "chat")
+"""Traces whose requests must follow each other, which vLLM's benchmark cannot do."""
 
 
 def main(
@@ -38,17 +41,29 @@ def main(
     vision_tokens: Annotated[int, typer.Option(min=16, help="vision tokens of a picture")] = 1024,
     answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="requests that a server runs together")] = 4,
+    client: Annotated[str, typer.Option(help="openai, or vllm-bench")] = "openai",
     system: Annotated[list[str] | None, typer.Option(help="servers to compare (default: all)")] = None,
     trace: Annotated[list[str] | None, typer.Option(help="traces for times (default: all)")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
     """Time servers on traces in which pictures return."""
+    if client not in CLIENTS:
+        raise typer.BadParameter(f"{client!r} is no client: it must be one of {', '.join(CLIENTS)}")
     console = Console() if Console().is_terminal else Console(width=CONSOLE_WIDTH)
     kept = Environment((environment or default_folder()).absolute())
     side = round(vision_tokens**0.5) * PIXELS_OF_TOKEN
     cores = own_cores(0)
     chosen = [one for one in SYSTEMS if not system or one.name in system]
-    traces = {name: make for name, make in TRACES.items() if not trace or name in trace}
+    possible = [name for name in TRACES if client == "openai" or name not in OF_SESSIONS]
+    traces = {name: TRACES[name] for name in possible if not trace or name in trace}
+
+    def send_to(url: str, one: System, folder: Path, asks: list[Ask]) -> dict[str, Any]:
+        model = one.served_name or str(folder)
+        how: Any = {"at_once": at_once, "answer_tokens": answer_tokens, "extra_body": one.extra_body}
+        if client == "openai":
+            return asyncio.run(load.send(asks, url, model, **how)).summary(asks)
+        return vllm_bench.send(asks, url, model, folder, kept, **how).summary(asks)
+
     rows: list[dict[str, Any]] = []
     try:
         kept.make(lambda step: console.print(f"building the environment: {step}", highlight=False))
@@ -70,10 +85,9 @@ def main(
                 )
                 with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
                     console.print(f"{one.name}: ready with the model {model}", highlight=False)
-                    name = one.served_name or str(folders[model])
-                    _send(first, url, name, one, at_once, answer_tokens)
+                    send_to(url, one, folders[model], first)
                     for title, asks in loads.items():
-                        found = _send(asks, url, name, one, at_once, answer_tokens)
+                        found = send_to(url, one, folders[model], asks)
                         rows.append({"system": one.name, "trace": title, **found})
                         console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
     except PeerError as error:
@@ -84,22 +98,6 @@ def main(
     console.print(machine_line(machine), highlight=False)
     if output is not None:
         output.write_text(json.dumps({"machine": vars(machine), "rows": rows}, indent=1, default=str) + "\n")
-
-
-def _send(
-    asks: list[Ask], url: str, model: str, system: System, at_once: int, answer_tokens: int
-) -> dict[str, Any]:
-    load = asyncio.run(
-        send(
-            asks,
-            url,
-            model,
-            at_once=at_once,
-            answer_tokens=answer_tokens,
-            extra_body=system.extra_body,
-        )
-    )
-    return load.summary(asks)
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:

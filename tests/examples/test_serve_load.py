@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import typer
 
 from examples.serve_load import __main__ as command
-from examples.serve_load import models
+from examples.serve_load import models, vllm_bench
 from examples.serve_load.load import Load, Result, send
 from examples.serve_load.systems import System, serving
 from examples.serve_load.traces import PAGES, STEPS, TRACES, WINDOW, Ask, agent, chat, documents, questions
@@ -176,7 +177,7 @@ def test_main(
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(command, "PORT", int(free.getsockname()[1]))
     output = tmp_path / "found.json"
-    command.main(environment.folder, 4, 5, 2, 16, 4, 2, None, ["documents", "agent"], output)
+    command.main(environment.folder, 4, 5, 2, 16, 4, 2, "openai", None, ["documents", "agent"], output)
     rows = json.loads(output.read_text())["rows"]
     assert len(rows) == 2 * 4
     assert {row["failed"] for row in rows} == {0}
@@ -184,3 +185,26 @@ def test_main(
     assert {row["cached_share"] for row in rows if row["system"] != "small"} == {0.0}
     assert {row["wrong"] for row in rows if row["trace"].startswith("questions")} != {None}
     assert "TTFT p50" in capsys.readouterr().out
+
+
+def test_unknown_client(environment: Environment) -> None:
+    with pytest.raises(typer.BadParameter, match="'curl' is no client: it must be one of openai, vllm-bench"):
+        command.main(environment.folder, client="curl")
+
+
+def test_result_file_of_vllm() -> None:
+    found = {
+        "duration": 2.0, "generated_texts": [" 3", ""], "ttfts": [0.2, 0.0], "itls": [[0.1, 0.1], []],
+        "output_lens": [3, 0], "input_lens": [40, 40], "errors": ["", "gone"],
+    }  # fmt: skip
+    load = vllm_bench.read(found)
+    assert [result.failure for result in load.results] == [None, "gone"]
+    assert load.results[0].total_s == pytest.approx(0.4)
+    assert load.summary([Ask(0, [], "3"), Ask(1, [], "4")])["wrong"] == 1
+
+
+def test_content_of_one_message() -> None:
+    (ask,) = documents(1, 0, SIDE)
+    content = vllm_bench.content_of(ask)
+    assert [part["type"] for part in content] == ["text", "image_url", "image_url", "text"]
+    assert content[0]["text"].startswith(ask.messages[0]["content"])
