@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +24,7 @@ from vlcache_fx.serve.middleware import Gate
 from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.state import ServeState
+from vlcache_fx.serve.versions import taken
 
 log = logging.getLogger("vlcache_fx.serve")
 
@@ -60,8 +60,14 @@ class Service:
     def _build(self) -> ASGIApp:
         chat = ServedChat(self.models, self.state, self.options)
         response = ServedResponse(self.models, self.state, self.options)
-        unused: Any = None  # their routes are dropped
-        app = build_server(self.models, chat, unused, response, unused, unused, self.state)
+        handlers = {
+            "model_manager": self.models,
+            "chat_handler": chat,
+            "response_handler": response,
+            "generation_state": self.state,
+        }
+        dropped = ("completion_handler", "transcription_handler", "systemone_handler")  # and so their routes
+        app = build_server(**taken(build_server, {**dict.fromkeys(dropped), **handlers}))
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", "") in ROUTES]
         app.router.lifespan_context = self._lifespan
         app.add_api_route("/v1/models/{name}", self._model)

@@ -30,6 +30,7 @@ from vlcache_fx.serve.row import PARSING_FAILED
 from vlcache_fx.serve.sampling import checked_bias, set_sampling
 from vlcache_fx.serve.state import RequestManager, ServeState
 from vlcache_fx.serve.stop_strings import cut_at_stop
+from vlcache_fx.serve.versions import taken
 
 log = logging.getLogger("vlcache_fx.serve")
 
@@ -113,7 +114,7 @@ class _Served(BaseHandler):
         """Generate; a stream begins with its first token, so that a failure before has a status."""
         if not is_stream:
             return self._described(await self._whole(**given))
-        stream = self._streaming(**given)  # type: ignore[attr-defined]
+        stream = self._streaming(**taken(self._streaming, given))  # type: ignore[attr-defined]
         job = self._manager.job
         assert job is not None  # submitted by _streaming
         await job.began
@@ -122,13 +123,13 @@ class _Served(BaseHandler):
     async def _whole(self, **given: Any) -> Any:
         """The whole answer; as text, where the model calls a tool in a form that cannot be read."""
         try:
-            return await self._non_streaming(**given)  # type: ignore[attr-defined]
+            return await self._non_streaming(**taken(self._non_streaming, given))  # type: ignore[attr-defined]
         except PARSING_FAILED:
             if self._manager.answer is None:
                 raise
             log.warning("a model's answer cannot be parsed", exc_info=True)
             plain = {"model": WITHOUT_TEMPLATE, "processor": WITHOUT_TEMPLATE}
-            return await self._non_streaming(**given | plain)  # type: ignore[attr-defined]
+            return await self._non_streaming(**taken(self._non_streaming, given | plain))  # type: ignore[attr-defined]
 
     def _described(self, response: JSONResponse) -> JSONResponse:
         return response
