@@ -9,6 +9,9 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+SCOPE_ENTRY = "vlcache.exchange"
+"""Entry of an ASGI scope with the exchange that answers it."""
+
 
 @dataclass(eq=False)
 class Exchange:
@@ -18,11 +21,13 @@ class Exchange:
         request_id: its name, sent back as ``X-Request-Id``.
         api_key: the key that the client sent; empty without one.
         timings_ms: steps and their times, sent as ``Server-Timing`` if known when the response begins.
+        donor_keys: the keys of the donors of the request's spans, once its prompt is computed.
     """
 
     request_id: str
     api_key: str = field(default="", repr=False)
     timings_ms: dict[str, float] = field(default_factory=dict)
+    donor_keys: tuple[str, ...] = ()
     is_gone: bool = False
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
 

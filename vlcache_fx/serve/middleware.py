@@ -7,13 +7,13 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
-from vlcache_fx.serve.exchange import Exchange, begin_exchange
-from vlcache_fx.serve.metrics import ServeMetrics
+from vlcache_fx.serve.exchange import SCOPE_ENTRY, Exchange, begin_exchange
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.request import check_api_key
 
@@ -22,6 +22,13 @@ log = logging.getLogger("vlcache_fx.serve")
 REQUEST_ID = "x-request-id"
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 API = "/v1/"
+
+
+class CountsResponses(Protocol):
+    """Metrics that count responses."""
+
+    def saw_response(self, path: str, status: int) -> None:
+        """Count a response."""
 
 
 class Gate:
@@ -35,7 +42,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, options: ServeOptions, metrics: ServeMetrics, is_stopping: Callable[[], bool]
+        self, app: ASGIApp, options: ServeOptions, metrics: CountsResponses, is_stopping: Callable[[], bool]
     ) -> None:
         self._app, self._options, self._metrics, self._is_stopping = app, options, metrics, is_stopping
 
@@ -53,6 +60,7 @@ class Gate:
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID.encode()]
         scope["headers"].append((REQUEST_ID.encode(), request_id.encode()))
         begin_exchange(exchange)
+        scope[SCOPE_ENTRY] = exchange
         status = 500
 
         async def answer(message: Message) -> None:
