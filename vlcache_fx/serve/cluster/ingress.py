@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from types import SimpleNamespace
@@ -110,19 +111,19 @@ class Ingress:
                 log.warning("replica %s died on a request: %s", answer.replica, type(error).__name__)
                 if answer.has_begun:
                     self._metrics.lost.inc()
-                    raise
+                    await answer.break_off(send)
+                    return
                 if attempt == ATTEMPTS:
-                    failed = RequestError(503, "the server failed on this request", code="server_error")
-                    await failed.response()(scope, receive, send)
+                    await _failed(503).response()(scope, receive, send)
                     return
                 avoid.append(answer.replica)
                 self._metrics.retries.inc()
             except RayTaskError as error:
                 log.error("a replica failed on a request: %s", type(error).__name__)
                 if answer.has_begun:
-                    raise
-                failed = RequestError(500, "the server failed on this request", code="server_error")
-                await failed.response()(scope, receive, send)
+                    await answer.break_off(send)
+                else:
+                    await _failed(500).response()(scope, receive, send)
                 return
 
 
@@ -140,7 +141,8 @@ class _Answer:
     def __init__(self, messages: Any) -> None:
         self._messages = messages
         self.replica = ""
-        self.has_begun = False
+        self.has_begun = self._is_complete = False
+        self._is_stream = False
 
     async def send_to(self, receive: Receive, send: Send) -> None:
         """Send the answer to the client, or cancel it if the client goes away.
@@ -153,19 +155,25 @@ class _Answer:
         watching = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
+            if self._is_complete or sending.done():
+                # A client that has everything may go away before Ray's iterator has ended.
+                await sending
         finally:
             watching.cancel()
             if not sending.done():
                 sending.cancel()
                 self._messages.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
 
     async def _send_all(self, send: Send) -> None:
         async for messages in self._accepted():
             for message in messages:
                 if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message)[REPLICA] = self.replica  # type: ignore[arg-type]
+                    headers = MutableHeaders(scope=message)  # type: ignore[arg-type]
+                    headers[REPLICA] = self.replica
+                    self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
+                else:
+                    self._is_complete = not message.get("more_body", False)
                 self.has_begun = True
                 await send(message)  # type: ignore[arg-type]
 
@@ -182,10 +190,27 @@ class _Answer:
         async for messages in parts:
             yield messages
 
+    async def break_off(self, send: Send) -> None:
+        """End a stream that cannot go on with an error that clients know.
+
+        Raises:
+            ConnectionError: it is no stream: the client must see that the answer is cut off.
+        """
+        if self._is_complete:
+            return
+        if not self._is_stream:
+            raise ConnectionError("the replica died while it sent an answer")
+        event = f"data: {json.dumps(_failed(500).body())}\n\n"
+        await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
 
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _failed(status: int) -> RequestError:
+    return RequestError(status, "the server failed on this request", code="server_error")
 
 
 def _busy() -> RequestError:

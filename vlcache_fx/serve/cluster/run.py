@@ -77,12 +77,24 @@ class Cluster:
                 self._on_ready(self.url)
                 self._stop.wait()
             finally:
-                serve.shutdown()
-                ray.shutdown()
+                self._end()
 
     def stop(self) -> None:
         """Stop as SIGTERM does. From any thread."""
         self._stop.set()
+
+    def _end(self) -> None:
+        """Let running requests end, and stop all that was started."""
+        import ray
+        from ray import serve
+
+        try:
+            # First the application: with Serve itself, connections would be cut.
+            serve.delete(APPLICATION)
+            if self._cluster.ray_address is None:
+                serve.shutdown()
+        finally:
+            ray.shutdown()
 
     def _connect(self) -> None:
         import ray
@@ -95,6 +107,7 @@ class Cluster:
                 return
             # Logical cores: replicas start even where there are fewer than they ask for.
             cores = max(os.cpu_count() or 1, math.ceil(cluster.most_replicas * cluster.cpus_per_replica))
+            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             ray.init(
                 address="local",
                 num_cpus=cores,
@@ -168,8 +181,8 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """Settings that Ray reads from the environment: it reports nothing to its makers."""
-    given = {"RAY_USAGE_STATS_ENABLED": "0"}
+    """Settings that Ray reads from the environment: no statistics to its makers, and time to compile."""
+    given = {"RAY_USAGE_STATS_ENABLED": "0", "SERVE_SLOW_STARTUP_WARNING_S": "600"}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
     try:
