@@ -67,15 +67,16 @@ class Cluster:
         Raises:
             OptionError: Ray cannot be reached, or a replica cannot load a model.
         """
-        import ray
-        from ray import serve
-
-        with _environment(), _signals(self._stop):
+        with _environment():
             self._connect()
             try:
-                self._start()
-                self._on_ready(self.url)
-                self._stop.wait()
+                # After Ray has set its own handlers.
+                with _signals():
+                    self._start()
+                    self._on_ready(self.url)
+                    self._stop.wait()
+            except KeyboardInterrupt:
+                pass
             finally:
                 self._end()
 
@@ -196,14 +197,14 @@ def _environment() -> Iterator[None]:
 
 
 @contextmanager
-def _signals(stop: threading.Event) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C set the event in the body; elsewhere than in the main thread, do nothing."""
+def _signals() -> Iterator[None]:
+    """Let SIGTERM raise ``KeyboardInterrupt`` in the body, as Ctrl-C does. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        stop.set()
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
