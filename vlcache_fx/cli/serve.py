@@ -73,8 +73,11 @@ def serve(
         int | None, typer.Option(help="torch's threads in a replica (default: the cores, divided)")
     ] = None,
     imbalance: Annotated[
-        int, typer.Option(help="requests by which a replica with the picture may be busier than others")
-    ] = 4,
+        int | None,
+        typer.Option(
+            help="requests by which a replica with the picture may be busier (default: half a batch)"
+        ),
+    ] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="a Ray cluster that runs, or auto (default: one on this machine)")
     ] = None,

@@ -35,6 +35,7 @@ def build_application(
 
     # Replicas refuse what is too much for them, with 429; Ray's own bound is never reached before.
     most = len(options.models) * (options.batch_size + options.max_waiting) + options.batch_size
+    imbalance = max(1, options.batch_size // 2) if cluster.imbalance is None else cluster.imbalance
     scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
     if cluster.max_replicas is not None:
         scaling = {
@@ -57,7 +58,7 @@ def build_application(
         ray_actor_options={"num_cpus": cluster.cpus_per_replica, "num_gpus": gpus_per_replica},
         request_router_config=RequestRouterConfig(
             request_router_class=f"{router.__name__}:{router.PictureRouter.__name__}",
-            request_router_kwargs={"imbalance": cluster.imbalance},
+            request_router_kwargs={"imbalance": imbalance},
             request_routing_stats_period_s=router.REPORT_S,
         ),
         **scaling,

@@ -20,7 +20,7 @@ class ClusterOptions:
             that the cluster has.
         threads: threads of torch in each replica; None divides the cores of this machine.
         imbalance: how many requests more than the least busy replica one with a request's pictures may have
-            and still get the request.
+            and still get the request; None for half of the batch size, and at least 1.
         ray_address: address of a Ray cluster that runs, or ``auto``; None starts one on this machine alone.
 
     Raises:
@@ -32,12 +32,13 @@ class ClusterOptions:
     cpus_per_replica: float = 1.0
     gpus_per_replica: float | None = None
     threads: int | None = None
-    imbalance: int = 4
+    imbalance: int | None = None
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
         _check_count("replicas", self.replicas, 1)
-        _check_count("imbalance", self.imbalance, 0)
+        if self.imbalance is not None:
+            _check_count("imbalance", self.imbalance, 0)
         if self.max_replicas is not None:
             _check_count("max_replicas", self.max_replicas, self.replicas)
         if self.threads is not None:

@@ -29,7 +29,7 @@ class PictureRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     The first argument of a request is a ``Route``; requests without one go to the least busy replica.
     """
 
-    def initialize_state(self, imbalance: int = 4) -> None:
+    def initialize_state(self, imbalance: int = 1) -> None:
         """Take the arguments of the deployment's configuration; called once by Ray."""
         self._affinity = Affinity(imbalance, TRUST_S)
 

@@ -67,7 +67,7 @@ class Cluster:
         Raises:
             OptionError: Ray cannot be reached, or a replica cannot load a model.
         """
-        with _environment():
+        with _environment(is_alone=self._cluster.ray_address is None):
             self._connect()
             try:
                 # After Ray has set its own handlers.
@@ -114,7 +114,6 @@ class Cluster:
                 num_cpus=cores,
                 include_dashboard=False,
                 object_store_memory=max(256 * MIB, 4 * self._options.max_body_bytes),
-                _node_ip_address="127.0.0.1",
                 **common,
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -181,9 +180,16 @@ def _last_line(text: str) -> str:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """Settings that Ray reads from the environment: no statistics to its makers, and time to compile."""
+def _environment(*, is_alone: bool) -> Iterator[None]:
+    """Settings that Ray reads from the environment: no statistics to its makers, and time to compile.
+
+    Args:
+        is_alone: no other machine takes part: Ray then listens on the loopback address alone.
+    """
     given = {"RAY_USAGE_STATS_ENABLED": "0", "SERVE_SLOW_STARTUP_WARNING_S": "600"}
+    if is_alone:
+        # Its name tells of two systems, its effect is the same on all: this machine's address is the loopback one.
+        given["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
     try:
