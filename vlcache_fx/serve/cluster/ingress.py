@@ -180,7 +180,9 @@ class _Answer:
     async def _accepted(self) -> AsyncIterator[list[Mapping[str, Any]]]:
         parts = aiter(self._messages)
         try:
-            first = (await asyncio.wait_for(anext(parts), ACCEPT_S))[0]
+            # Not wait_for: in Python 3.11 it loses a cancellation that comes at the wrong moment.
+            async with asyncio.timeout(ACCEPT_S):
+                first = (await anext(parts))[0]
         except TimeoutError:
             raise RequestError(
                 503, "no replica is ready: try again later", code="not_ready", retry_after_s=5

@@ -55,9 +55,10 @@ class Replica:
             if self._service.failure is not None:
                 raise self._service.failure
         except BaseException:
-            await self._service.stop()
-            self._stack.close()
+            await self.stop()
             raise
+        # Ray awaits what it finds under this name. Python's own collection would call a method, and not await it.
+        self.__del__ = self.stop
         log.info("replica %s is ready after %.1f s", self.name, time.perf_counter() - begin)
 
     async def answer(
@@ -125,11 +126,10 @@ class Replica:
         stores = [engine.store for engine in self._service.models.engines.values()]
         return {"pictures": await asyncio.to_thread(self._held.in_memory, stores)}
 
-    async def __del__(self) -> None:  # type: ignore[misc]
+    async def stop(self) -> None:
         """End all threads and close the stores. Called by Ray, when no request is left."""
-        if hasattr(self, "_stack"):
-            await self._service.stop()
-            self._stack.close()
+        await self._service.stop()
+        self._stack.close()
 
 
 def _receiver(body: bytes, gone: asyncio.Event) -> Any:

@@ -188,7 +188,7 @@ def _environment(*, is_alone: bool) -> Iterator[None]:
     """
     given = {"RAY_USAGE_STATS_ENABLED": "0", "SERVE_SLOW_STARTUP_WARNING_S": "600"}
     if is_alone:
-        # Its name tells of two systems, its effect is the same on all: this machine's address is the loopback one.
+        # Its name tells of two systems, but it takes the loopback address for this machine's on all.
         given["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
