@@ -57,7 +57,7 @@ class Replica:
         except BaseException:
             await self.stop()
             raise
-        # Ray awaits what it finds under this name. Python's own collection would call a method, and not await it.
+        # Ray awaits what it finds under this name. Python's collection would call a method, but not await it.
         self.__del__ = self.stop
         log.info("replica %s is ready after %.1f s", self.name, time.perf_counter() - begin)
 
