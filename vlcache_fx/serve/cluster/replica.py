@@ -79,7 +79,7 @@ class Replica:
         messages: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
         gone = asyncio.Event()
         scope = scope | {"headers": [tuple(pair) for pair in scope["headers"]]}
-        task = asyncio.create_task(
+        task: asyncio.Task[None] = asyncio.create_task(
             self._service.app(scope, _receiver(body, gone), messages.put)  # type: ignore[arg-type]
         )
         # The task outlives a client that goes away, by the time that the application takes to see it.

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ log = logging.getLogger("vlcache_fx.serve")
 APPLICATION = "vlcache"
 SHARED = ("file://", "mooncake://")
 MIB = 1024**2
+REACH_S = 5.0
 
 
 class Cluster:
@@ -104,6 +106,7 @@ class Cluster:
         common: dict[str, Any] = {"namespace": "vlcache", "logging_level": logging.WARNING}
         try:
             if cluster.ray_address is not None:
+                _check_reachable(cluster.ray_address)
                 ray.init(address=cluster.ray_address, **common)
                 return
             # Logical cores: replicas start even where there are fewer than they ask for.
@@ -116,7 +119,7 @@ class Cluster:
                 object_store_memory=max(256 * MIB, 4 * self._options.max_body_bytes),
                 **common,
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             where = "on this machine" if cluster.ray_address is None else f"at {cluster.ray_address!r}"
             raise OptionError(f"Ray cannot be reached {where}: {_last_line(str(error))}") from error
 
@@ -160,6 +163,17 @@ def shares_donors(options: ServeOptions) -> bool:
     store = Options.parse(options.engine).store
     urls = [store] if isinstance(store, str) else store
     return any(isinstance(url, str) and url.startswith(SHARED) for url in urls)  # type: ignore[union-attr]
+
+
+def _check_reachable(address: str) -> None:
+    """Fail soon where nothing listens: Ray tries for minutes.
+
+    Raises:
+        OSError: nothing listens at an address with a port.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
 
 
 def _gpus_per_replica(options: ServeOptions, cluster: ClusterOptions, num_gpus: float) -> float:
