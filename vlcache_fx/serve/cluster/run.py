@@ -111,7 +111,6 @@ class Cluster:
                 return
             # Logical cores: replicas start even where there are fewer than they ask for.
             cores = max(os.cpu_count() or 1, math.ceil(cluster.most_replicas * cluster.cpus_per_replica))
-            logging.getLogger("ray.serve").setLevel(logging.WARNING)
             ray.init(
                 address="local",
                 num_cpus=cores,
@@ -137,6 +136,7 @@ class Cluster:
             http_options={"host": self._options.host, "port": self._port},
             logging_config=quiet,
         )
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         num_gpus = float(ray.cluster_resources().get("GPU", 0))
         application = build_application(
             self._options,
