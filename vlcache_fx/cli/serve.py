@@ -163,13 +163,12 @@ def _run_cluster(options: Any, cluster: Any) -> None:
     begin = time.perf_counter()
 
     def ready(url: str) -> None:
-        typer.echo(
-            f"serving {', '.join(options.models)} at {url}/v1 with {cluster.replicas} replicas", nl=False
-        )
+        typer.echo(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", nl=False)
         typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
 
     running = Cluster(options, cluster, ready)
-    typer.echo(f"starting {cluster.replicas} replicas behind {running.url}", err=True)
+    many = "replica" if cluster.replicas == 1 else "replicas"
+    typer.echo(f"starting {cluster.replicas} {many} behind {running.url}", err=True)
     running.run()
 
 

@@ -33,6 +33,7 @@ class Affinity:
         self._imbalance, self._trust_s, self._clock = imbalance, trust_s, clock
         self._sent: OrderedDict[str, dict[str, float]] = OrderedDict()
         self._reported: dict[str, frozenset[str]] = {}
+        self._replicas: frozenset[str] = frozenset()
 
     def sent(self, pictures: Collection[str], replica: str) -> None:
         """A request with these pictures goes to a replica, which has them from now on."""
@@ -49,7 +50,10 @@ class Affinity:
 
     def retain(self, replicas: Collection[str]) -> None:
         """Forget all replicas but these."""
-        kept = set(replicas)
+        kept = frozenset(replicas)
+        if kept == self._replicas:
+            return
+        self._replicas = kept
         self._reported = {name: found for name, found in self._reported.items() if name in kept}
         for picture, places in list(self._sent.items()):
             left = {name: at for name, at in places.items() if name in kept}
