@@ -10,6 +10,8 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -48,14 +50,13 @@ class Cluster:
         on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
         from vlcache_fx.serve.server import bind
-        from vlcache_fx.serve.sources import check_sources
 
-        check_sources(options.models)
+        self._options = with_absolute_paths(options)
         # Ray binds the address itself, later: a mistake must show at once.
         with bind(options.host, options.port) as listener:
             host, self._port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
-        self._options, self._cluster, self._on_ready = options, cluster, on_ready
+        self._cluster, self._on_ready = cluster, on_ready
         self._stop = threading.Event()
         if not shares_donors(options):
             log.warning(
@@ -156,6 +157,26 @@ class Cluster:
         found = serve.status().applications.get(APPLICATION)
         messages = [deployment.message for deployment in found.deployments.values()] if found else []
         return next((_error_in(message) for message in messages if _error_in(message)), "")
+
+
+def with_absolute_paths(options: ServeOptions) -> ServeOptions:
+    """The options for processes that run in other folders.
+
+    Raises:
+        OptionError: a model does not exist.
+    """
+    from vlcache_fx.fidelity.models import NAMED
+    from vlcache_fx.serve.sources import check_sources
+
+    models = [
+        f"{name}={source if source in NAMED else Path(source).absolute()}"
+        for name, source in check_sources(options.models).items()
+    ]
+    engine = dict(options.engine)
+    if isinstance(engine.get("profile"), str | Path):
+        engine["profile"] = Path(engine["profile"]).absolute()
+    artifacts = None if options.artifacts is None else options.artifacts.absolute()
+    return replace(options, models=tuple(models), engine=engine, artifacts=artifacts)
 
 
 def shares_donors(options: ServeOptions) -> bool:
