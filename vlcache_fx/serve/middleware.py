@@ -61,10 +61,10 @@ class Gate:
         scope["headers"].append((REQUEST_ID.encode(), request_id.encode()))
         begin_exchange(exchange)
         scope[SCOPE_ENTRY] = exchange
-        status = 500
+        status, is_complete = 500, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 found = MutableHeaders(scope=message)
@@ -72,13 +72,15 @@ class Gate:
                 timing = exchange.server_timing()
                 if timing:
                     found["server-timing"] = timing
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await self._serve(scope, receive, answer, exchange)
         finally:
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.saw_response(path, CLIENT_GONE if exchange.is_gone and status != 200 else status)
+            is_gone = exchange.is_gone and status != 200 and not is_complete
+            self._metrics.saw_response(path, CLIENT_GONE if is_gone else status)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         if not scope["path"].startswith(API):

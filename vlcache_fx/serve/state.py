@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -175,7 +174,7 @@ def group_of(
     kinds = signature(inputs)
     sampling = config.to_diff_dict()
     sampling.pop("max_new_tokens", None)  # each row has its own
-    return None if kinds is None else (kinds, json.dumps(sampling, sort_keys=True, default=repr), settings)
+    return None if kinds is None else (kinds, repr(sorted(sampling.items())), settings)
 
 
 def eos_token_ids(config: GenerationConfig) -> set[int]:

@@ -103,3 +103,15 @@ def test_it_is_not_well_without_its_models() -> None:
     asyncio.run(run(True))
     with pytest.raises(RuntimeError, match=r"replica r1 cannot answer: .*loading"):
         asyncio.run(run(False))
+
+
+def test_an_error_behind_a_complete_answer_is_no_failure() -> None:
+    """After an answer of status 500, starlette raises what caused it, for servers to log."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+        raise ValueError("no")
+
+    messages = asyncio.run(ask(replica(app)))
+    assert [message.get("status") for message in messages] == [None, 500, None]

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlcache_fx.serve.cluster.metrics import ClusterMetrics
 from vlcache_fx.serve.cluster.pictures import picture_digests
-from vlcache_fx.serve.cluster.replica import ACCEPTED
+from vlcache_fx.serve.cluster.replica import ACCEPTED, ends_answer
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.exchange import current_exchange
@@ -172,8 +172,7 @@ class _Answer:
                     headers = MutableHeaders(scope=message)  # type: ignore[arg-type]
                     headers[REPLICA] = self.replica
                     self._is_stream = headers.get("content-type", "").startswith("text/event-stream")
-                else:
-                    self._is_complete = not message.get("more_body", False)
+                self._is_complete = ends_answer(message)
                 self.has_begun = True
                 await send(message)  # type: ignore[arg-type]
 

@@ -86,17 +86,20 @@ class Replica:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: messages.put_nowait(None))
+        task.add_done_callback(_retrieve)
         try:
-            is_over = False
-            while not is_over:
+            is_complete = is_over = False
+            while not (is_complete or is_over):
                 ready = [await messages.get()]
                 while not messages.empty():
                     ready.append(messages.get_nowait())
                 is_over = ready[-1] is None
                 found = [message for message in ready if message is not None]
+                is_complete = any(map(ends_answer, found))
                 if found:
                     yield found
-            task.result()
+            if not is_complete:
+                task.result()
         finally:
             gone.set()
             exchange = scope.get(SCOPE_ENTRY)
@@ -130,6 +133,17 @@ class Replica:
         """End all threads and close the stores. Called by Ray, when no request is left."""
         await self._service.stop()
         self._stack.close()
+
+
+def ends_answer(message: Mapping[str, Any]) -> bool:
+    """Whether an ASGI message is the last one of an answer."""
+    return message["type"] == "http.response.body" and not message.get("more_body", False)
+
+
+def _retrieve(task: asyncio.Task[None]) -> None:
+    """Mark the error of a task as seen: after an answer of status 500, starlette raises what caused it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _receiver(body: bytes, gone: asyncio.Event) -> Any:
