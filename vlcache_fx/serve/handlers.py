@@ -124,6 +124,8 @@ class _Served(BaseHandler):
         check_prompt(prompt_tokens, self._options, context)
         # The base class would seed all threads, and stop strings are found in the text.
         given = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        if "logit_bias" in given:  # transformers refuses integers
+            given["logit_bias"] = {token: float(bias) for token, bias in given["logit_bias"].items()}
         config = self._build_generation_config(given, model.generation_config)
         wanted = config.max_new_tokens if any(name in body for name in LENGTHS) else None
         config.max_new_tokens = answer_length(wanted, prompt_tokens, self._options, context)

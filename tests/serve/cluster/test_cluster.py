@@ -120,6 +120,21 @@ def test_streams_and_errors_pass_through(cluster: Cluster, client: OpenAI, expec
     assert answer.headers.get_list("x-request-id") == ["mine"]
 
 
+def test_a_client_that_leaves_a_stream_ends_it(cluster: Cluster, client: OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=messages_of(QUESTIONS[0]),
+        stream=True,
+        max_tokens=1000,
+        logit_bias={str(load_model().generation_config.eos_token_id): -100},
+    )
+    with stream:
+        for _, chunk in zip(range(4), stream, strict=False):
+            assert chunk.choices[0].finish_reason is None
+        assert sum(metric(cluster, "vlcache_serve_running").values()) == 1
+    cluster.wait_until(lambda: sum(metric(cluster, "vlcache_serve_running").values()) == 0, timeout_s=10)
+
+
 def test_metrics_are_those_of_all_replicas(cluster: Cluster) -> None:
     assert set(metric(cluster, "vlcache_serve_requests_total")) == set(cluster.health())
     assert metric(cluster, "vlcache_cluster_requests_total")[""] > 0
