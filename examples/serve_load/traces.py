@@ -18,6 +18,9 @@ from vlcache_fx.testing.reference_vlm import Question, ask_again
 PAGES, STEPS, WINDOW = 4, 8, 3
 """Pictures that return in ``documents``; steps of a session of ``agent``; screenshots in its prompt."""
 
+NEW = 10_000
+"""Number of the first picture that no other trace has."""
+
 SENTENCES = (
     "you are a helpful assistant .",
     "look at the picture with care , then answer .",
@@ -59,7 +62,7 @@ def documents(count: int, seed: int, side: int, *, returning: bool = True) -> li
     rng = np.random.default_rng(seed)
     found = []
     for index in range(count):
-        pages = rng.permutation(PAGES)[:2] if returning else (2 * index, 2 * index + 1)
+        pages = rng.permutation(PAGES)[:2] if returning else (NEW + 2 * index, NEW + 2 * index + 1)
         content = [_picture(side, int(page), seed) for page in pages] + [_text(rng)]
         found.append(Ask(index, _messages(SENTENCES[index % len(SENTENCES)], content)))
     return found
@@ -74,7 +77,10 @@ def agent(count: int, seed: int, side: int) -> list[Ask]:
         seen = range(max(0, step + 1 - WINDOW), step + 1)
         content: list[dict[str, Any]] = []
         for number in seen:
-            content += [_picture(side, 100 * session + number, seed), _text(np.random.default_rng(number))]
+            content += [
+                _picture(side, 100 * (session + 1) + number, seed),
+                _text(np.random.default_rng(number)),
+            ]
         found.append(Ask(session, _messages(SENTENCES[0], [*content, _text(rng)])))
     return found
 
@@ -85,7 +91,7 @@ def chat(count: int, seed: int, side: int) -> list[Ask]:
     for index in range(count):
         session, turn = divmod(index, STEPS)
         rng = np.random.default_rng([seed, session])
-        messages = _messages(SENTENCES[0], [_picture(side, session, seed), _text(rng)])
+        messages = _messages(SENTENCES[0], [_picture(side, 5000 + session, seed), _text(rng)])
         for _ in range(turn):
             messages += [
                 {"role": "assistant", "content": "none"},

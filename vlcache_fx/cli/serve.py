@@ -65,6 +65,28 @@ def serve(
     artifacts: Annotated[
         Path | None, typer.Option(help="folder of vlcache warm-up, whose programs are not compiled again")
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(help="copies of the server, on Ray Serve (default: none, and no Ray)")
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="start more replicas as load grows, up to so many")
+    ] = None,
+    cpus_per_replica: Annotated[float, typer.Option(help="cores that Ray sets aside for a replica")] = 1.0,
+    gpus_per_replica: Annotated[
+        float | None, typer.Option(help="GPUs for a replica, or a share (default: all GPUs, divided)")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="torch's threads in a replica (default: the cores, divided)")
+    ] = None,
+    imbalance: Annotated[
+        int | None,
+        typer.Option(
+            help="requests by which a replica with the picture may be busier (default: half a batch)"
+        ),
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="a Ray cluster that runs, or auto (default: one on this machine)")
+    ] = None,
 ) -> None:
     """Serve models with the OpenAI API: chat completions and responses, with pictures."""
     with readable_errors():
@@ -112,7 +134,19 @@ def serve(
             shutdown_timeout_s=shutdown_timeout,
             artifacts=artifacts,
         )
-        _run(options)
+        if replicas is None:
+            if max_replicas is not None or ray_address is not None:
+                raise OptionError("--max-replicas and --ray-address need --replicas")
+            _run(options)
+            return
+        from vlcache_fx.serve.cluster.options import ClusterOptions
+        from vlcache_fx.serve.extra import require_ray
+
+        require_ray()
+        cluster = ClusterOptions(
+            replicas, max_replicas, cpus_per_replica, gpus_per_replica, threads, imbalance, ray_address
+        )
+        _run_cluster(options, cluster)
 
 
 def _run(options: Any) -> None:
@@ -131,6 +165,21 @@ def _run(options: Any) -> None:
     with progress:
         progress.enter_context(showing_progress("starting"))
         server.run()
+
+
+def _run_cluster(options: Any, cluster: Any) -> None:
+    from vlcache_fx.serve.cluster.run import Cluster
+
+    begin = time.perf_counter()
+
+    def ready(url: str) -> None:
+        typer.echo(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", nl=False)
+        typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
+
+    running = Cluster(options, cluster, ready)
+    many = "replica" if cluster.replicas == 1 else "replicas"
+    typer.echo(f"starting {cluster.replicas} {many} behind {running.url}", err=True)
+    running.run()
 
 
 def _bytes_of(name: str, text: str) -> int:

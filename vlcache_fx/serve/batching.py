@@ -63,6 +63,11 @@ class Batcher:
         )
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def submit(self, *jobs: Job) -> None:
         """Add jobs to the queue, all at once.
 

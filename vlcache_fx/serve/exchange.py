@@ -10,6 +10,9 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+SCOPE_ENTRY = "vlcache.exchange"
+"""Entry of an ASGI scope with the exchange that answers it."""
+
 
 @dataclass(eq=False)
 class Exchange:
@@ -21,12 +24,14 @@ class Exchange:
         timings_ms: steps and their times, sent as ``Server-Timing`` if known when the response begins.
         arrived_s: when it began, of ``time.perf_counter``.
         is_gone: whether the client went away.
+        donor_keys: the keys of the donors of the request's spans, once its prompt is computed.
     """
 
     request_id: str
     api_key: str = field(default="", repr=False)
     timings_ms: dict[str, float] = field(default_factory=dict)
     arrived_s: float = field(default_factory=time.perf_counter)
+    donor_keys: tuple[str, ...] = ()
     is_gone: bool = False
     _callbacks: list[Callable[[], None]] = field(default_factory=list)
 

@@ -18,3 +18,16 @@ def require_serve() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise OptionError(f"serving needs {', '.join(missing)}: pip install 'vlcache_fx[serve]'")
+
+
+def require_ray() -> None:
+    """Check that replicas can run.
+
+    Raises:
+        OptionError: Ray Serve is not installed; names the extra.
+    """
+    require_serve()
+    # Ray Serve needs both; neither comes with `pip install ray` alone.
+    missing = [name for name in ("ray", "grpc", "opencensus") if find_spec(name) is None]
+    if missing:
+        raise OptionError(f"replicas need {', '.join(missing)}: pip install 'vlcache_fx[ray]'")

@@ -108,6 +108,7 @@ class _Served(BaseHandler):
         )
         if one._manager.job is not None:
             exchange.timings_ms.update(one._manager.job.timings_ms())
+            exchange.donor_keys = one._manager.job.donor_keys
         return response
 
     async def _answer(self, is_stream: bool, **given: Any) -> Any:

@@ -82,6 +82,11 @@ class Job:
         # A view has the attributes of a report.
         return min(reused_tokens(self.report).reused, self.prompt_tokens)  # type: ignore[arg-type]
 
+    @property
+    def donor_keys(self) -> tuple[str, ...]:
+        """The keys of the donors of its spans; empty before the prefill."""
+        return () if self.report is None else tuple(span["key"] for span in self.report["spans"])
+
     def start(self, batch_size: int) -> None:
         """It is about to run."""
         self.started_s, self.batch_size = time.perf_counter(), batch_size

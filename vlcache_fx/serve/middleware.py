@@ -7,13 +7,13 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
+from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
-from vlcache_fx.serve.exchange import Exchange, begin_exchange
-from vlcache_fx.serve.metrics import ServeMetrics
+from vlcache_fx.serve.exchange import SCOPE_ENTRY, Exchange, begin_exchange
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.request import check_api_key
 
@@ -24,6 +24,13 @@ VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 API = "/v1/"
 SPARE = 16
 """Open requests beyond those that wait and run: those whose bodies or pictures are being read."""
+
+
+class CountsResponses(Protocol):
+    """Metrics that count responses."""
+
+    def saw_response(self, path: str, status: int) -> None:
+        """Count a response."""
 
 
 class Gate:
@@ -37,7 +44,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, options: ServeOptions, metrics: ServeMetrics, is_stopping: Callable[[], bool]
+        self, app: ASGIApp, options: ServeOptions, metrics: CountsResponses, is_stopping: Callable[[], bool]
     ) -> None:
         self._app, self._options, self._metrics, self._is_stopping = app, options, metrics, is_stopping
         self._in_flight = 0
@@ -57,10 +64,11 @@ class Gate:
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID.encode()]
         scope["headers"].append((REQUEST_ID.encode(), request_id.encode()))
         begin_exchange(exchange)
-        status = 500
+        scope[SCOPE_ENTRY] = exchange
+        status, is_complete = 500, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_complete
             if message["type"] == "http.response.start":
                 status = message["status"]
                 found = MutableHeaders(scope=message)
@@ -68,13 +76,15 @@ class Gate:
                 timing = exchange.server_timing()
                 if timing:
                     found["server-timing"] = timing
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await self._serve(scope, receive, answer, exchange)
         finally:
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.saw_response(path, CLIENT_GONE if exchange.is_gone and status != 200 else status)
+            is_gone = exchange.is_gone and status != 200 and not is_complete
+            self._metrics.saw_response(path, CLIENT_GONE if is_gone else status)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, exchange: Exchange) -> None:
         if not scope["path"].startswith(API):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from vlcache_fx.fidelity.models import NAMED
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.sources import check_sources
 
 
 class ServedModels(ModelManager):
@@ -34,7 +34,7 @@ class ServedModels(ModelManager):
     """
 
     def __init__(self, options: ServeOptions) -> None:
-        self.sources = _sources(options.models)
+        self.sources = check_sources(options.models)
         device = (
             ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
         )
@@ -148,31 +148,3 @@ class ServedModels(ModelManager):
         """Close the engines; their stores write what they still hold."""
         for engine in self.engines.values():
             engine.close()
-
-
-def _sources(models: tuple[str, ...]) -> dict[str, str]:
-    """The name of each model in requests, and what it is loaded from."""
-    found: dict[str, str] = {}
-    for model in models:
-        name, equals, folder = model.partition("=")
-        if not equals:
-            name, folder = model, model
-        if folder not in NAMED:
-            if not Path(folder).is_dir():
-                named = ", ".join(NAMED)
-                raise OptionError(
-                    f"no model {folder!r}: it must be one of {named}, or a folder of a transformers model"
-                )
-            if "@" in folder or "," in folder:
-                raise OptionError(
-                    f"the folder {folder!r} cannot be served: rename it to have no @ and no comma"
-                )
-            name = name if equals else Path(folder).resolve().name
-        if not name or ":" in name:
-            raise OptionError(
-                f"the name {name!r} of a model is not valid: it must not be empty or contain ':'"
-            )
-        if name in found:
-            raise OptionError(f"two models are named {name!r}: name them with NAME=FOLDER")
-        found[name] = folder
-    return found

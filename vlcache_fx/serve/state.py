@@ -50,6 +50,12 @@ class ServeState(GenerationState):
                 )
             return self._batchers[name]
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the threads of all batchers run."""
+        with self._guard:
+            return all(batcher.is_alive for batcher in self._batchers.values())
+
     def shutdown(self) -> None:
         """Stop all threads; what they answer is cut off."""
         with self._guard:

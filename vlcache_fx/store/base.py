@@ -111,6 +111,11 @@ class Store(ABC):
     is_local: ClassVar[bool] = False
     is_memory: ClassVar[bool] = False
 
+    @property
+    def fastest(self) -> Store:
+        """The first tier; a store of one tier itself."""
+        return self
+
     @abstractmethod
     def get(self, key: str) -> Entry | None:
         """Return the entry under ``key``, or None. Counts a hit or a miss.

@@ -62,6 +62,11 @@ class TieredStore(Store):
         self._stops = [tier.on_evict(_listener(self, index)) for index, tier in enumerate(tiers[:-1])]
 
     @property
+    def fastest(self) -> Store:
+        """The first tier."""
+        return self._tiers[0]
+
+    @property
     def tier(self) -> str:  # type: ignore[override]
         """Name of the first tier."""
         return self._tiers[0].tier
