@@ -95,8 +95,8 @@ class Cluster:
         try:
             # First the application: with Serve itself, connections would be cut.
             serve.delete(APPLICATION)
-            if self._cluster.ray_address is None:
-                serve.shutdown()
+            if not serve.status().applications:
+                serve.shutdown()  # nobody else's application needs it, and it holds the port
         finally:
             ray.shutdown()
 
