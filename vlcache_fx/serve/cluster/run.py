@@ -91,12 +91,15 @@ class Cluster:
         """Let running requests end, and stop all that was started."""
         import ray
         from ray import serve
+        from ray.serve.exceptions import RayServeException
 
         try:
             # First the application: with Serve itself, connections would be cut.
             serve.delete(APPLICATION)
             if not serve.status().applications:
                 serve.shutdown()  # nobody else's application needs it, and it holds the port
+        except RayServeException:
+            pass  # it was stopped before Serve ran
         finally:
             ray.shutdown()
 
