@@ -47,7 +47,7 @@ SYSTEMS = (
     System("vLLM", (
         # Not its command line, which wants a package named vllm: that for CPUs has another name.
         "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}",
-        "--port", "{port}", "--max-model-len", "8192", "--max-num-seqs", "{batch}",
+        "--port", "{port}", "--max-model-len", "4096", "--max-num-seqs", "{batch}",
         "--limit-mm-per-prompt", '{"image": 8}',
         "--mm-encoder-attn-backend", "TORCH_SDPA", "--enable-prompt-tokens-details",
     )),

@@ -247,3 +247,19 @@ def test_stop_refuses_and_ends(model: CountingModel) -> None:
     assert model.steps == [1]
     assert isinstance(waiting.finished.exception(), RequestError)
     assert isinstance(running.finished.exception(), RequestError)
+
+
+def test_examples_are_in_no_metric(model: CountingModel) -> None:
+    """Their times are those of compilations."""
+
+    async def main(queue: Batcher, is_example: bool) -> str:
+        job = make_job(1, loop=asyncio.get_running_loop())
+        job.is_example = is_example
+        queue.submit(job)
+        await job.finished
+        return queue._metrics.text().decode()
+
+    with batcher(model) as queue:
+        count = 'vlcache_serve_request_seconds_count{model="m"}'
+        assert count not in asyncio.run(main(queue, True))
+        assert f"{count} 1.0" in asyncio.run(main(queue, False))

@@ -136,7 +136,8 @@ class Batcher:
                 self._serve(jobs)
             finally:
                 with self._changed:
-                    self._pace.add(len(jobs), time.perf_counter() - begin)
+                    if not jobs[0].is_example:  # they wait for compilations
+                        self._pace.add(len(jobs), time.perf_counter() - begin)
                     self._running = []
                     self._show_counts()
             del jobs  # its tensors must not live until the next request
@@ -181,7 +182,7 @@ class Batcher:
             job.fail(failure)
 
     def _generate(self, jobs: Sequence[Job]) -> None:
-        self._metrics.saw_batch(self._name, len(jobs))
+        self._metrics.saw_batch(self._name, jobs)
         generate(self._model, jobs, self._sampling)
         for job in jobs:
             self._metrics.saw_answer(self._name, job)

@@ -86,7 +86,9 @@ async def _run(inputs: list[Any], model: Any, processor: Any, batcher: Batcher) 
         config.max_new_tokens, config.eos_token_id = NEW_TOKENS, None
         set_sampling(config, 0.0)
         manager = RequestManager(batcher, RequestSettings(salt=SALT), Exchange(""))
-        jobs.append(manager.job_for(processor, prompt, config))
+        job = manager.job_for(processor, prompt, config)
+        job.is_example = True
+        jobs.append(job)
     batcher.submit(*jobs)
     for job in jobs:
         await job.finished

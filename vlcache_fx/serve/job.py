@@ -36,6 +36,7 @@ class Job:
         seed: seed of the random numbers, or None.
         report: the engine's report of the prefill, of this prompt alone; None before, or without one.
         batch_size: with how many prompts it ran, itself included.
+        is_example: nobody asked for it: it compiles programs, and is in no metric.
         arrived_s: when the request came, before its pictures were processed.
         created_s, started_s, first_token_s, ended_s: times of ``time.perf_counter``; 0.0 before.
     """
@@ -49,6 +50,7 @@ class Job:
     seed: int | None = None
     report: ReportView | None = None
     batch_size: int = 0
+    is_example: bool = False
     is_cancelled: bool = False
     arrived_s: float = field(default_factory=time.perf_counter)
     created_s: float = field(default_factory=time.perf_counter)

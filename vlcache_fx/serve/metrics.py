@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from vlcache_fx.integrations.metrics import register
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vlcache_fx.runtime.engine import ServingEngine
     from vlcache_fx.serve.job import Job
 
@@ -66,13 +68,14 @@ class ServeMetrics:
         self._waiting.labels(model).set(waiting)
         self._running.labels(model).set(running)
 
-    def saw_batch(self, model: str, size: int) -> None:
-        """Count a batch."""
-        self._sizes.labels(model).observe(size)
+    def saw_batch(self, model: str, jobs: Sequence[Job]) -> None:
+        """Count a batch; examples are none."""
+        if not jobs[0].is_example:
+            self._sizes.labels(model).observe(len(jobs))
 
     def saw_answer(self, model: str, job: Job) -> None:
-        """Count an answer that is complete."""
-        if job.is_cancelled or not job.first_token_s:
+        """Count an answer that is complete; examples are none."""
+        if job.is_cancelled or job.is_example or not job.first_token_s:
             return
         self._queued.labels(model).observe(job.started_s - job.created_s)
         self._first.labels(model).observe(job.first_token_s - job.arrived_s)
