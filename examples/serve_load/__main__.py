@@ -91,13 +91,18 @@ def main(
                         rows.append({"system": one.name, "trace": title, **found})
                         console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
     except PeerError as error:
-        console.print(f"error: {error}", highlight=False, markup=False)
-        raise typer.Exit(1) from error
-    console.print(results_table(rows))
+        failure: PeerError | None = error
+    else:
+        failure = None
     machine = describe_machine()
-    console.print(machine_line(machine), highlight=False)
+    if rows:  # also those of the servers before one that failed
+        console.print(results_table(rows))
+        console.print(machine_line(machine), highlight=False)
     if output is not None:
         output.write_text(json.dumps({"machine": vars(machine), "rows": rows}, indent=1, default=str) + "\n")
+    if failure is not None:
+        console.print(f"error: {failure}", highlight=False, markup=False)
+        raise typer.Exit(1)
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:

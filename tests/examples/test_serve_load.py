@@ -208,3 +208,21 @@ def test_content_of_one_message() -> None:
     content = vllm_bench.content_of(ask)
     assert [part["type"] for part in content] == ["text", "image_url", "image_url", "text"]
     assert content[0]["text"].startswith(ask.messages[0]["content"])
+
+
+def test_results_before_a_failure_are_kept(
+    environment: Environment, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    good, bad = System("good", ("python", str(SERVER), "{port}")), System("bad", ("python", "-c", ""))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(command, "PORT", int(free.getsockname()[1]))
+    monkeypatch.setattr(command, "SYSTEMS", (good, bad))
+    monkeypatch.setattr(command, "write_models", lambda *_: {"times": tmp_path})
+    monkeypatch.setattr(Environment, "make", lambda *_: None)
+    output = tmp_path / "found.json"
+    with pytest.raises(typer.Exit):
+        command.main(environment.folder, 2, 0, 2, 16, 4, 2, "openai", None, ["documents"], output)
+    assert [row["system"] for row in json.loads(output.read_text())["rows"]] == ["good"]
+    assert "error: bad ended with status 0" in capsys.readouterr().out

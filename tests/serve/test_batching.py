@@ -257,7 +257,7 @@ def test_examples_are_in_no_metric(model: CountingModel) -> None:
         job.is_example = is_example
         queue.submit(job)
         await job.finished
-        return queue._metrics.text().decode()
+        return queue._metrics.text()
 
     with batcher(model) as queue:
         count = 'vlcache_serve_request_seconds_count{model="m"}'
