@@ -44,7 +44,7 @@ typecheck: env
 	ln -s $(CURDIR)/vlcache_fx/* $(CURDIR)/passes $(CURDIR)/policies .typecheck/vlcache_fx/
 	ln -s $(CURDIR)/examples .typecheck/
 	cd .typecheck && $(abspath $(BIN))/python -m mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p vlcache_fx \
-		-p examples.vs_vllm -p examples.train_photo_vlm -p examples.train_reference_vlm -p examples.train_hybrid_vlm
+		-p examples.vs_vllm -p examples.train_photo_vlm -p examples.train_reference_vlm -p examples.train_hybrid_vlm -p examples.serve_load
 
 # As for mypy: links that stand where each package is imported from. NO_MKDOCS_2_WARNING: an advertisement.
 docs: env

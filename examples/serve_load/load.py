@@ -94,7 +94,8 @@ async def send(
 async def _ask(
     client: AsyncOpenAI, model: str, ask: Ask, answer_tokens: int, extra_body: Mapping[str, Any]
 ) -> Result:
-    begin, first_s, parts, usage = time.perf_counter(), float("nan"), [], None
+    begin, first_s, usage = time.perf_counter(), float("nan"), None
+    parts: list[str] = []
     given: Any = {"messages": list(ask.messages), "extra_body": dict(extra_body)}
     try:
         stream = await client.chat.completions.create(
