@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,28 +34,28 @@ OUTPUTS = "mm_encoder_outputs"
 def hook_placeholder_check(model: nn.Module) -> bool:
     """Replace the model's placeholder check, which specialises graphs; return whether it was replaced.
 
-    ``get_placeholder_mask(input_ids, inputs_embeds, image_features=None, ...)`` formats the number of
-    features into an error message, so each number of vision tokens would be compiled separately. The
-    replacement makes the same comparison with a constant message.
+    ``get_placeholder_mask(input_ids, inputs_embeds, image_features, ...)`` formats the number of features
+    into an error message, so each number of vision tokens would be compiled separately. The replacement
+    makes the same comparison with a constant message.
     """
     base = getattr(model, "base_model", model)
     original = getattr(base, "get_placeholder_mask", None)
     if original is None:
         return False
-    optional = [
-        name
-        for name, parameter in inspect.signature(original).parameters.items()
-        if name.endswith("_features") and parameter.default is None
-    ]
-    if not optional:
+    parameters = inspect.signature(original).parameters
+    names = [name for name in parameters if name.endswith("_features")]
+    required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
+    unchecked = _without_check(original) if required else original
+    if not names or unchecked is None:
         return False
 
     @functools.wraps(original)
     def get_placeholder_mask(input_ids: Any, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
-        features = dict(zip(optional, args, strict=False))
-        features |= {name: kwargs.pop(name) for name in optional if name in kwargs}
-        masks = original(input_ids, inputs_embeds, **kwargs)
-        for mask, name in zip(masks if isinstance(masks, tuple) else (masks,), optional, strict=False):
+        features = dict(zip(names, args, strict=False))
+        features |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        absent = {name: inputs_embeds.new_empty(0, 0) for name in required}
+        masks = unchecked(input_ids, inputs_embeds, **absent, **kwargs)
+        for mask, name in zip(masks if isinstance(masks, tuple) else (masks,), names, strict=False):
             encoded = features.get(name)
             if encoded is not None:
                 placeholders = mask.expand(inputs_embeds.shape).sum()
@@ -66,6 +67,27 @@ def hook_placeholder_check(model: nn.Module) -> bool:
 
     base.get_placeholder_mask = get_placeholder_mask
     return True
+
+
+CHECK = "torch_compilable_check"
+"""The function of transformers with which models compare numbers."""
+
+
+def _without_check(method: Any) -> Any:
+    """Return a bound method whose ``CHECK`` does nothing; None if it is no plain method that calls it."""
+    function = getattr(method, "__func__", None)
+    if not isinstance(function, FunctionType) or CHECK not in function.__code__.co_names:
+        return None
+    changed = {**function.__globals__, CHECK: _accept}
+    copy = FunctionType(
+        function.__code__, changed, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return MethodType(copy, method.__self__)
+
+
+def _accept(*_: Any, **__: Any) -> None:
+    """Check nothing."""
 
 
 @contextlib.contextmanager
