@@ -62,7 +62,13 @@ def answers(pair: Pair, inputs: Any, **settings: Any) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", MODES)
+LONG = ("several answers", "penalties", "assistant", "static cache", "no cache")
+"""Covered for other models: test_several_rows.py, test_caches.py, test_batches.py."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name in LONG)) for name in MODES]
+)
 def test_answers_equal_those_of_the_model(
     name: str, pair: Pair, processor: Any, questions: list[Question]
 ) -> None:
@@ -74,7 +80,10 @@ def test_answers_equal_those_of_the_model(
     assert pair.engine.refusals == []
 
 
-@pytest.mark.parametrize("name", ["prompt lookup", "assistant", "beams"])
+@pytest.mark.parametrize(
+    "name",
+    ["prompt lookup", *(pytest.param(name, marks=pytest.mark.thorough) for name in ("assistant", "beams"))],
+)
 def test_donors_of_plain_calls_serve(
     name: str, pair: Pair, processor: Any, questions: list[Question]
 ) -> None:
