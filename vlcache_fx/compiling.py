@@ -16,7 +16,14 @@ from importlib import import_module
 from types import FrameType, FunctionType
 from typing import Any, cast
 
-__all__ = ["compiling", "dynamo_settings", "missing_tool", "no_compilation", "raise_graph_limit"]
+__all__ = [
+    "compiling",
+    "dynamo_settings",
+    "missing_tool",
+    "no_compilation",
+    "raise_graph_limit",
+    "with_globals",
+]
 
 FLAG = "_is_fx_tracing_flag"
 """A global of torch's tracer that is true for all threads while any thread traces."""
@@ -74,8 +81,8 @@ def _private(trace: FunctionType) -> Any:
     """
     from torch.fx.experimental.proxy_tensor import PythonKeyTracer
 
-    patching = _with_globals(trace, {})
-    unpatched = _with_globals(trace, {"_new_patcher": _no_patches})
+    patching = with_globals(trace, {})
+    unpatched = with_globals(trace, {"_new_patcher": _no_patches})
 
     def private(self: Any, root: Any, concrete_args: Any = None) -> Any:
         return (unpatched if type(self) is PythonKeyTracer else patching)(self, root, concrete_args)
@@ -83,7 +90,7 @@ def _private(trace: FunctionType) -> Any:
     return private
 
 
-def _with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionType:
+def with_globals(function: FunctionType, changes: dict[str, Any]) -> FunctionType:
     """Return a copy of ``function`` with its own globals, changed by ``changes``."""
     copy = FunctionType(
         function.__code__,

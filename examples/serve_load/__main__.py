@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,32 +65,23 @@ def main(
             return asyncio.run(load.send(asks, url, model, **how)).summary(asks)
         return vllm_bench.send(asks, url, model, folder, kept, **how).summary(asks)
 
+    sent = {"reference": asked_questions(asked)} if asked else {}
+    sent["times"] = (
+        [ask for make in traces.values() for ask in make(8, WARM_UP_SEED, side)],
+        {name: make(requests, SEED, side) for name, make in traces.items()},
+    )
     rows: list[dict[str, Any]] = []
     try:
         kept.make(lambda step: console.print(f"building the environment: {step}", highlight=False))
         folders = write_models(kept.folder / "models", vision_tokens)
-        for one in chosen:
-            for model in ("reference", "times") if asked else ("times",):
-                loads = (
-                    {
-                        "questions, pictures return": questions(asked, SEED, returning=True),
-                        "questions, new pictures": questions(asked, SEED + 1, returning=False),
-                    }
-                    if model == "reference"
-                    else {name: make(requests, SEED, side) for name, make in traces.items()}
-                )
-                first = (
-                    questions(8, WARM_UP_SEED, returning=True)
-                    if model == "reference"
-                    else [ask for make in traces.values() for ask in make(8, WARM_UP_SEED, side)]
-                )
-                with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
-                    console.print(f"{one.name}: ready with the model {model}", highlight=False)
-                    send_to(url, one, folders[model], first)
-                    for title, asks in loads.items():
-                        found = send_to(url, one, folders[model], asks)
-                        rows.append({"system": one.name, "trace": title, **found})
-                        console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
+        for one, (model, (first, loads)) in product(chosen, sent.items()):
+            with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
+                console.print(f"{one.name}: ready with the model {model}", highlight=False)
+                send_to(url, one, folders[model], first)
+                for title, asks in loads.items():
+                    found = send_to(url, one, folders[model], asks)
+                    rows.append({"system": one.name, "trace": title, **found})
+                    console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
     except PeerError as error:
         failure: PeerError | None = error
     else:
@@ -103,6 +95,15 @@ def main(
     if failure is not None:
         console.print(f"error: {failure}", highlight=False, markup=False)
         raise typer.Exit(1)
+
+
+def asked_questions(count: int) -> tuple[list[Ask], dict[str, list[Ask]]]:
+    """Questions for the reference VLM: those that warm a server up, and those that are measured."""
+    measured = {
+        "questions, pictures return": questions(count, SEED, returning=True),
+        "questions, new pictures": questions(count, SEED + 1, returning=False),
+    }
+    return questions(8, WARM_UP_SEED, returning=True), measured
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:

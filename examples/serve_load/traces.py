@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlcache_fx.serve.media import data_url
 from vlcache_fx.testing import reference_vlm
 from vlcache_fx.testing.reference_vlm import Question, ask_again
 
@@ -111,7 +110,7 @@ TRACES: dict[str, Callable[[int, int, int], list[Ask]]] = {
 
 
 def _chat(question: Question) -> list[dict[str, Any]]:
-    content = [_part(url_of(image)) for image in question.images]
+    content = [_part(data_url(image)) for image in question.images]
     return _messages(question.system_prompt, [*content, {"type": "text", "text": question.text}])
 
 
@@ -135,11 +134,4 @@ def _part(url: str) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _noise_url(side: int, number: int, seed: int) -> str:
     pixels = np.random.default_rng([seed, number]).integers(256, size=(side, side, 3), dtype=np.uint8)
-    return url_of(Image.fromarray(pixels))
-
-
-def url_of(image: Image.Image) -> str:
-    """A picture as a data URL."""
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(Image.fromarray(pixels))

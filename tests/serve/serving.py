@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 
 import httpx2
 
+from vlcache_fx.serve.media import data_url
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.server import Server
 from vlcache_fx.testing.reference_vlm import Question
@@ -82,9 +81,4 @@ def messages_of(question: Question) -> list[dict[str, Any]]:
 
 def urls_of(question: Question) -> list[str]:
     """The pictures of a question as data URLs."""
-    found = []
-    for image in question.images:
-        file = io.BytesIO()
-        image.save(file, format="PNG")
-        found.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
-    return found
+    return [data_url(image) for image in question.images]

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from vlcache_fx.lowering import CompileCache, InductorLowering
-from vlcache_fx.serve.artifacts import Compilations, Manifest, recording, using
+from vlcache_fx.lowering.disk_cache import Compilations
+from vlcache_fx.serve.artifacts import Manifest, recording, using
 
 def compute():
     x = torch.ones(5, 8)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.serve.artifacts import Compilations, Manifest
+from vlcache_fx.lowering.disk_cache import Compilations
+from vlcache_fx.serve.artifacts import Manifest
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.server import Server
 from vlcache_fx.serve.warm_up import warm_up

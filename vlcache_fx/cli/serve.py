@@ -11,6 +11,7 @@ import typer
 
 from vlcache_fx.cli.errors import readable_errors
 from vlcache_fx.cli.progress import showing_progress
+from vlcache_fx.cli.values import bytes_of
 from vlcache_fx.errors import OptionError
 
 NOTHING_REUSED = {"min_span_tokens": 1 << 30, "capacity_bytes": 1}
@@ -101,7 +102,7 @@ def serve(
             "budget": budget,
             "policy": policy,
             "profile": profile,
-            "capacity_bytes": None if capacity is None else _bytes_of("capacity", capacity),
+            "capacity_bytes": None if capacity is None else bytes_of("--capacity", capacity),
             "salt": salt,
             "shadow": shadow,
             "lowering": lowering,
@@ -120,9 +121,9 @@ def serve(
             batch_size=batch_size,
             batch_wait_ms=batch_wait_ms,
             max_waiting=max_waiting,
-            max_body_bytes=_bytes_of("max-body", max_body),
+            max_body_bytes=bytes_of("--max-body", max_body),
             max_images=max_images,
-            max_image_bytes=_bytes_of("max-image", max_image),
+            max_image_bytes=bytes_of("--max-image", max_image),
             max_image_pixels=max_image_pixels,
             max_prompt_tokens=max_prompt_tokens,
             max_output_tokens=max_output_tokens,
@@ -157,8 +158,7 @@ def _run(options: Any) -> None:
 
     def ready(url: str) -> None:
         progress.close()
-        typer.echo(f"serving {', '.join(server.service.models.sources)} at {url}/v1", nl=False)
-        typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
+        _say_ready(f"serving {', '.join(server.service.models.sources)} at {url}/v1", begin)
 
     server = Server(options, ready)
     typer.echo(f"listening at {server.url}; loading and compiling", err=True)
@@ -173,8 +173,7 @@ def _run_cluster(options: Any, cluster: Any) -> None:
     begin = time.perf_counter()
 
     def ready(url: str) -> None:
-        typer.echo(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", nl=False)
-        typer.echo(f" (ready after {time.perf_counter() - begin:.1f} s)")
+        _say_ready(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", begin)
 
     running = Cluster(options, cluster, ready)
     many = "replica" if cluster.replicas == 1 else "replicas"
@@ -182,13 +181,8 @@ def _run_cluster(options: Any, cluster: Any) -> None:
     running.run()
 
 
-def _bytes_of(name: str, text: str) -> int:
-    from vlcache_fx.store.url import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise OptionError(f"--{name}: {error}") from error
+def _say_ready(text: str, begin: float) -> None:
+    typer.echo(f"{text} (ready after {time.perf_counter() - begin:.1f} s)")
 
 
 def _keys_in(path: Path | None) -> tuple[str, ...]:

@@ -19,13 +19,13 @@ from vlcache_fx.cli.store_access import (
     as_size,
     as_time,
     beyond,
-    bytes_of,
     counted,
     named,
     names_of,
     opened,
     selected,
 )
+from vlcache_fx.cli.values import bytes_of
 from vlcache_fx.errors import DamagedEntryError, OptionError, StoreError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def evict(
             url, key = _url_and_key(url, key, "evict")
         if (key is None) == (to is None):
             raise OptionError("evict takes either a KEY or --to BYTES")
-        bound = None if to is None else bytes_of(to)
+        bound = None if to is None else bytes_of("--to", to, "; vlcache store clear drops all")
         with opened(url) as store:
             if bound is None:
                 assert key is not None

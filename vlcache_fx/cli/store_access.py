@@ -141,20 +141,6 @@ def as_row(entry: EntryInfo) -> dict[str, Any]:
     }
 
 
-def bytes_of(text: str) -> int:
-    """Return a number of bytes, such as ``1GiB``, from the option ``--to``.
-
-    Raises:
-        OptionError: another form, or not positive.
-    """
-    from vlcache_fx.store.url import parse_bytes
-
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise OptionError(f"--to: {error}; vlcache store clear drops all") from error
-
-
 def counted(count: int) -> str:
     """Return a number of entries, in words."""
     return "1 entry" if count == 1 else f"{count} entries"

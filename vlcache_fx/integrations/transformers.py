@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vlcache_fx.compiling import with_globals
 from vlcache_fx.integrations.encoder_cache import PIXELS, EncoderCache
 from vlcache_fx.integrations.frames import FrameCache
 from vlcache_fx.integrations.items import concat_items
@@ -78,12 +79,7 @@ def _without_check(method: Any) -> Any:
     function = getattr(method, "__func__", None)
     if not isinstance(function, FunctionType) or CHECK not in function.__code__.co_names:
         return None
-    changed = {**function.__globals__, CHECK: _accept}
-    copy = FunctionType(
-        function.__code__, changed, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return MethodType(copy, method.__self__)
+    return MethodType(with_globals(function, {CHECK: _accept}), method.__self__)
 
 
 def _accept(*_: Any, **__: Any) -> None:

@@ -17,6 +17,7 @@ from vlcache_fx.compiling import compiling, missing_tool
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.ir.sizes import hint
 from vlcache_fx.lowering.base import Decompositions
+from vlcache_fx.lowering.disk_cache import Compilations
 from vlcache_fx.lowering.expressions import compile_expressions
 from vlcache_fx.lowering.fingerprint import Structure
 from vlcache_fx.lowering.variant import CONFIG_PATCHES, Runner, Variant, compile_variant
@@ -150,19 +151,12 @@ class CompiledStructure:
         return lambda values: module(*values[num_sizes:])
 
     def _compile(self, examples: Mapping[sympy.Symbol, int]) -> Variant:
-        start, found = time.perf_counter(), _found_on_disk()
+        start, programs = time.perf_counter(), Compilations()
         _log.info("vlcache: compiling %s", self.name)
         made = compile_variant(self.structure, examples, self.decompositions, self.cache.options)
         stats, elapsed_s = self.cache.stats, time.perf_counter() - start
-        how = "loaded" if _found_on_disk() > found else "compiled"
+        how = "loaded" if programs.num_found else "compiled"
         _log.info("vlcache: %s %s in %.1f s", how, self.name, elapsed_s)
         stats.compilations.append((self.name, elapsed_s))
         stats.conditions.setdefault(self.name, []).extend(map(str, made.conditions))
         return made
-
-
-def _found_on_disk() -> int:
-    """Return how many graphs torch has taken from its cache on disk."""
-    from torch._dynamo.utils import counters
-
-    return int(counters["inductor"]["fxgraph_cache_hit"])

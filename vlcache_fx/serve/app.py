@@ -11,15 +11,15 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 from transformers.cli.serving.server import build_server
 
-from vlcache_fx.serve.artifacts import Compilations
+from vlcache_fx.lowering.disk_cache import Compilations
 from vlcache_fx.serve.errors import RequestError, bad_request
 from vlcache_fx.serve.examples import run_examples
 from vlcache_fx.serve.handlers import ServedChat, ServedResponse
-from vlcache_fx.serve.metrics import ServeMetrics
+from vlcache_fx.serve.metrics import ServeMetrics, metrics_response
 from vlcache_fx.serve.middleware import Gate
 from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
@@ -148,7 +148,7 @@ class Service:
         return JSONResponse({"status": "ok"})
 
     def _metrics(self) -> Response:
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return metrics_response(self.metrics.text())
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -13,7 +13,6 @@ Kernels are machine code, and the cache has pickles: use only folders that you m
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ import torch
 import transformers
 
 from vlcache_fx.errors import OptionError
+from vlcache_fx.serve.environment import environment
 from vlcache_fx.version import VERSION
 
 MANIFEST, PROGRAMS = "artifacts.json", "inductor"
@@ -122,33 +122,6 @@ def environment_of(device: str) -> dict[str, str]:
     }
 
 
-class Compilations:
-    """Programs that this process took from Inductor's cache, and those that it compiled, from now on."""
-
-    def __init__(self) -> None:
-        self._before = _counts()
-
-    @property
-    def num_found(self) -> int:
-        """Programs that were in the cache."""
-        return self._since("fxgraph_cache_hit")
-
-    @property
-    def num_compiled(self) -> int:
-        """Programs that were not."""
-        return self._since("fxgraph_cache_miss") + self._since("fxgraph_cache_bypass")
-
-    def _since(self, name: str) -> int:
-        return _counts()[name] - self._before[name]
-
-
-def _counts() -> dict[str, int]:
-    from torch._dynamo.utils import counters
-
-    names = ("fxgraph_cache_hit", "fxgraph_cache_miss", "fxgraph_cache_bypass")
-    return {name: int(counters["inductor"][name]) for name in names}
-
-
 @contextmanager
 def recording(folder: Path) -> Iterator[Path]:
     """Let Inductor's cache be in ``folder`` in the body; the caller writes the manifest.
@@ -196,13 +169,5 @@ def using(folder: Path, device: str) -> Iterator[Manifest]:
 def _cache_in(folder: Path) -> Iterator[None]:
     # A precompiled header would be looked for by preprocessing it: a call of the compiler in each process.
     config: Any = torch._inductor.config
-    before = os.environ.get(CACHE_VARIABLE)
-    os.environ[CACHE_VARIABLE] = str(folder)
-    try:
-        with config.patch(cpp_cache_precompile_headers=False):
-            yield
-    finally:
-        if before is None:
-            del os.environ[CACHE_VARIABLE]
-        else:
-            os.environ[CACHE_VARIABLE] = before
+    with environment({CACHE_VARIABLE: str(folder)}), config.patch(cpp_cache_precompile_headers=False):
+        yield

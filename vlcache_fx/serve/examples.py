@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import copy
-import io
 import logging
 import time
 from itertools import product
@@ -18,7 +16,7 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.serve.batching import Batcher
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.exchange import Exchange
-from vlcache_fx.serve.media import MediaLoader
+from vlcache_fx.serve.media import MediaLoader, data_url
 from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.prompt import build_inputs
@@ -100,6 +98,4 @@ def picture_url(sides: tuple[int, int], seed: int) -> str:
 
     width, height = sides
     pixels = np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return data_url(Image.fromarray(pixels))

@@ -35,7 +35,7 @@ def generate(model: Any, jobs: Sequence[Job], sampling: threading.Lock) -> None:
     engine = model.vlcache
     first = jobs[0]
     config = _config_of(jobs)
-    inputs = collate([job.inputs for job in jobs], _pad_token_id(config))
+    inputs = collate([job.inputs for job in jobs], config.pad_token_id)
     settings = first.settings.with_own_salt() if first.settings.bypass else first.settings
     more = {"generation_mode": "text"} if hasattr(model, "has_talker") else {}
     try:
@@ -108,8 +108,7 @@ def _config_of(jobs: Sequence[Job]) -> GenerationConfig:
     """One configuration for jobs of a group: the longest of their answers. Rows end by themselves."""
     config = copy.deepcopy(jobs[0].config)
     config.max_new_tokens = max(job.config.max_new_tokens for job in jobs)
-    if config.pad_token_id is None:
-        config.pad_token_id = _pad_token_id(config)
+    config.pad_token_id = _pad_token_id(config)
     return config
 
 

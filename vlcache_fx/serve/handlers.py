@@ -19,6 +19,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
 from vlcache_fx.serve.bodies import check_chat, check_response
+from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.exchange import current_exchange
 from vlcache_fx.serve.lengths import answer_length, check_prompt, context_length
 from vlcache_fx.serve.media import MediaLoader
@@ -38,9 +39,6 @@ LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 DONE = "data: [DONE]\n\n"
 WITHOUT_TEMPLATE: Any = SimpleNamespace(config=SimpleNamespace(model_type=""), response_template=None)
 """Stands for a model and its processor where transformers asks them how answers are parsed: not at all."""
-FAILED: dict[str, dict[str, Any]] = {
-    "error": {"message": "", "type": "server_error", "code": "model_failed", "param": None}
-}
 
 
 class _Served(BaseHandler):
@@ -140,9 +138,8 @@ class _Served(BaseHandler):
         start = text.find('data: {"error": "')
         if start < 0:
             return text
-        failed = copy.deepcopy(FAILED)
-        failed["error"]["message"] = f"the answer is not complete; request {request_id}"
-        return f"{text[:start]}data: {json.dumps(failed)}\n\n"
+        failed = RequestError(500, f"the answer is not complete; request {request_id}", code="model_failed")
+        return f"{text[:start]}data: {json.dumps(failed.body())}\n\n"
 
     def _config_for(self, body: dict[str, Any], model: Any, prompt_tokens: int) -> Any:
         """How to generate.

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vlcache_fx.runtime.usage import reused_tokens
+from vlcache_fx.serve.asgi import mark_seen
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.request import RequestSettings
 from vlcache_fx.serve.row import Row
@@ -64,7 +65,7 @@ class Job:
         self.finished: asyncio.Future[None] = self.loop.create_future()
         """Done with the last token; fails if the answer is not complete."""
         for future in (self.began, self.finished):
-            future.add_done_callback(_retrieve)
+            future.add_done_callback(mark_seen)  # not every job has someone who waits for both
 
     @property
     def is_done(self) -> bool:
@@ -166,9 +167,3 @@ def _resolve(future: asyncio.Future[None], error: RequestError | None) -> None:
         future.set_result(None)
     else:
         future.set_exception(error)
-
-
-def _retrieve(future: asyncio.Future[None]) -> None:
-    """Mark the error of a future as seen: not every job has someone who waits for both of its futures."""
-    if not future.cancelled():
-        future.exception()

@@ -174,6 +174,13 @@ class MediaLoader:
         return RequestError(413, f"a picture has too many pixels: max_image_pixels is {limit}", param=PARAM)
 
 
+def data_url(image: Image) -> str:
+    """A picture as requests send it."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def media_parts(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The parts of messages that are not text."""
     for message in messages:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.responses import PlainTextResponse
 
 from vlcache_fx.integrations.metrics import register
 
@@ -87,3 +88,8 @@ class ServeMetrics:
     def text(self) -> str:
         """All numbers, as Prometheus reads them."""
         return generate_latest(self.registry).decode()
+
+
+def metrics_response(text: str) -> PlainTextResponse:
+    """The response with numbers as Prometheus reads them."""
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -12,6 +12,7 @@ from typing import Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlcache_fx.serve.asgi import ends_answer, replay, until_gone
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
 from vlcache_fx.serve.exchange import SCOPE_ENTRY, Exchange, begin_exchange
 from vlcache_fx.serve.options import ServeOptions
@@ -76,7 +77,7 @@ class Gate:
                 timing = exchange.server_timing()
                 if timing:
                     found["server-timing"] = timing
-            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            is_complete = ends_answer(message)
             await send(message)
 
         try:
@@ -107,8 +108,10 @@ class Gate:
         if body is None:
             return
         watcher = asyncio.create_task(_watch(receive, exchange))
+        gone = asyncio.Event()
+        exchange.on_gone(gone.set)
         try:
-            await self._app(scope, _replay(body, exchange), send)
+            await self._app(scope, replay(body, gone), send)
         finally:
             watcher.cancel()
 
@@ -151,24 +154,5 @@ class Gate:
 
 
 async def _watch(receive: Receive, exchange: Exchange) -> None:
-    """Wait until the client goes away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await until_gone(receive)
     exchange.gone()
-
-
-def _replay(body: bytes, exchange: Exchange) -> Receive:
-    """The request as the application receives it: the body that was read, then the client's going away."""
-    is_sent = False
-    gone = asyncio.Event()
-    exchange.on_gone(gone.set)
-
-    async def receive() -> Message:
-        nonlocal is_sent
-        if not is_sent:
-            is_sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    return receive

@@ -13,7 +13,7 @@ from transformers.cli.serving.utils import Modality
 
 import vlcache_fx
 from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity.models import NAMED
+from vlcache_fx.fidelity.models import NAMED, load_model
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.options import ServeOptions
@@ -87,14 +87,12 @@ class ServedModels(ModelManager):
     def _load(self, name: str) -> tuple[Any, Any]:
         source = self.sources[name]
         if source in NAMED:
-            from importlib import import_module
-
-            module = import_module(NAMED[source])
-            return module.load_model().to(self.device), module.load_processor()
+            model, processor = load_model(source)
+            return model.to(self.device), processor
         folder = f"{source}@main"
         try:
-            model: Any = self._load_model(folder)
-            return model.train(False), self._load_processor(folder)
+            loaded: Any = self._load_model(folder)
+            return loaded.train(False), self._load_processor(folder)
         except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
             raise OptionError(f"cannot load the model in {source!r}: {error}") from error
 

@@ -80,7 +80,7 @@ class ServeOptions:
         if self.max_prompt_tokens is not None:
             _check_count("max_prompt_tokens", self.max_prompt_tokens)
         for name in TIMES:
-            _check_time(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for host in self.media_hosts:
             if not host or any(sign in host for sign in "/@*? "):
                 raise OptionError(f"media host {host!r} is not valid: it must be HOST or HOST:PORT")
@@ -107,7 +107,8 @@ def _check_count(name: str, value: object) -> None:
         raise OptionError(f"{name}={value!r} is not valid: it must be a positive integer")
 
 
-def _check_time(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Raise OptionError unless the value is a number >= 0."""
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise OptionError(f"{name}={value!r} is not valid: it must be a number >= 0")
 

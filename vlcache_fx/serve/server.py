@@ -39,6 +39,12 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def url_of(listener: socket.socket) -> str:
+    """The URL of what listens on a socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class _Server(uvicorn.Server):
     """Tells the service at once that it ends: uvicorn still answers on connections that are open."""
 
@@ -71,8 +77,7 @@ class Server:
         if self._artifacts is not None:
             Manifest.read(self._artifacts).check(self._artifacts, self._device)
         self._socket = bind(options.host, options.port)
-        host, port = self._socket.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        self.url = url_of(self._socket)
         config = uvicorn.Config(
             self.service.app,
             log_level="warning",

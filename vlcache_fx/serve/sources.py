@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity.models import NAMED
+from vlcache_fx.fidelity.models import NAMED, check_name
 
 
 def check_sources(models: tuple[str, ...]) -> dict[str, str]:
@@ -19,12 +19,8 @@ def check_sources(models: tuple[str, ...]) -> dict[str, str]:
         name, equals, folder = model.partition("=")
         if not equals:
             name, folder = model, model
+        check_name(folder)
         if folder not in NAMED:
-            if not Path(folder).is_dir():
-                named = ", ".join(NAMED)
-                raise OptionError(
-                    f"no model {folder!r}: it must be one of {named}, or a folder of a transformers model"
-                )
             if "@" in folder or "," in folder:
                 raise OptionError(
                     f"the folder {folder!r} cannot be served: rename it to have no @ and no comma"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from vlcache_fx.lowering.disk_cache import Compilations
 from vlcache_fx.serve.app import Service
-from vlcache_fx.serve.artifacts import Compilations, Manifest, recording
+from vlcache_fx.serve.artifacts import Manifest, recording
 from vlcache_fx.serve.options import ServeOptions
 
 

@@ -1,7 +1,6 @@
 """Stores the exact rows that a request records."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -44,9 +43,8 @@ class Admission:
         for sample, plan in zip(request.samples, plans, strict=True):
             if not sample.reuse_is_exact or sample.prefix == request.num_tokens:
                 continue
-            of_spans = {str(span.key): span.key for span in sample.spans}
-            for found in self._kept_blocks(request, sample):
-                block = replace(found, key=of_spans.get(found.key, found.key))  # that of a span has parts
+            of_spans = {span.key for span in sample.spans}
+            for block in self._kept_blocks(request, sample):
                 with self._engine.tolerating_store_errors():
                     if self._engine.clears.covers(block.key, request.began):
                         continue

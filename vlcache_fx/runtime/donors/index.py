@@ -103,16 +103,16 @@ class DonorIndex:
                 self._engine.misses.add(span.key, miss)
                 spans.append(replace(span, miss=miss.reason, miss_detail=miss.detail))
         prefix, entries = self._exact_prefix(request, sample, found)
-        ranges = {own.start for own in sample.bidirectional}
-        entries += [entry for start, entry in found.items() if start >= prefix and start not in ranges]
         spans = [self._in_prefix(sample, span, prefix) for span in spans]
+        behind = {span.start for span in spans if span.hit and span.start >= prefix}
+        entries += [entry for start, entry in found.items() if start in behind]
         return replace(sample, spans=tuple(spans), prefix=prefix, donors=tuple(entries))
 
     def _in_prefix(self, sample: Sample, span: Span, prefix: int) -> Span:
         """Return a span, given the exact prefix: it may be all that its donor can serve."""
         if span.start < prefix:
             return replace(span, contexts=1)
-        if not span.hit or not any(own.covers(span) for own in sample.bidirectional):
+        if not span.hit or sample.range_of(span) is None:
             return span
         self._engine.misses.add(span.key, Miss(Reason.NO_PREFIX))
         return replace(span, hit=False, tier=None, contexts=0, miss=Reason.NO_PREFIX)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.plan.types import Span
+from vlcache_fx.runtime.requests.mask_view import last_seen
 from vlcache_fx.runtime.requests.media_spans import MediaSpan
 
 
@@ -88,9 +89,10 @@ def last_attended(seen: Tensor) -> Tensor:
     """Return the last token to which each token attends, at least itself, int64 [tokens] on the CPU.
 
     Args:
-        seen: bool [..., tokens, tokens], True where the row's token attends to the column's.
+        seen: bool [..., tokens, tokens] on the CPU, True where the row's token attends to the column's.
     """
     num_tokens = seen.shape[-1]
-    columns = torch.arange(num_tokens, device=seen.device)
-    last = torch.where(seen.reshape(-1, num_tokens, num_tokens).any(0), columns, -1).amax(-1)
-    return torch.maximum(last, columns).cpu()
+    seen, last = seen.reshape(-1, num_tokens, num_tokens), torch.arange(num_tokens)
+    ahead = seen.any(0).triu(1).any(-1)
+    last[ahead] = last_seen(seen[:, ahead])  # of few tokens, mostly of none: masks are large
+    return last

@@ -99,6 +99,7 @@ class BlockSplitter:
         if seen is not None:
             readers.append(lambda start, end: list(seen[start:end]))
         by_start = {span.start: span for span in spans}
+        keys = {span.key: span.key for span in spans}  # the spans of a range have its key, with parts
         cuts = list(_cuts(media_spans, num_tokens, ranges))
         embedded = self._embedded_text(args, sample, cuts)
         for cut in cuts:
@@ -110,7 +111,8 @@ class BlockSplitter:
             else:
                 parts += [media_span.digests for media_span in cut.media_spans]
             after = content_digest(["piece", before, cut.length, *parts])
-            key = scope.with_digest("text", after) if span is None else span.key
+            text = scope.with_digest("text", after)
+            key = keys.get(text, text) if span is None else span.key
             notes = cut.media_spans[0].notes if cut.is_span else NO_PARTS
             yield Block(cut.start, cut.length, key, before, span, notes)
             before = after

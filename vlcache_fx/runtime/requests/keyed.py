@@ -167,9 +167,10 @@ class KeyedRequests:
         keys = {block.start: block.key for block in self._splitter.of_sample(request, sample)}
 
         def keyed(span: Span) -> Span:
-            if not any(own.covers(span) for own in sample.bidirectional):
+            own = sample.range_of(span)
+            if own is None:
                 return span
-            key = keys[sample.block_of(span).start]
+            key = keys[own.start]
             parts = {**parts_of(span.key), "range": content_digest([key])}
             return replace(span, key=EntryKey.of(key, parts))
 

@@ -104,7 +104,7 @@ class MaskView:
         values = self.bias.transpose(0, 1).contiguous().cpu()
         return [
             row + bytes.fromhex(content_digest([value[..., : 1 + int(last)]]))
-            for row, value, last in zip(rows, values, _last_seen(self.seen), strict=True)
+            for row, value, last in zip(rows, values, last_seen(self.seen), strict=True)
         ]
 
 
@@ -165,7 +165,11 @@ def _packed(flags: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(flags.contiguous().numpy(), axis=-1, bitorder="little"))
 
 
-def _last_seen(seen: Tensor) -> Tensor:
-    """Return the last token to which each token attends, [tokens]."""
+def last_seen(seen: Tensor) -> Tensor:
+    """Return the last token to which each token attends, [tokens]; -1 where it attends to none.
+
+    Args:
+        seen: as in ``MaskView``.
+    """
     columns = torch.arange(seen.shape[-1])
     return torch.where(seen, columns, -1).amax(-1).amax(0)

@@ -49,10 +49,13 @@ class Sample:
     root: str = ""
     bidirectional: tuple[Range, ...] = ()
 
+    def range_of(self, span: Span) -> Range | None:
+        """Return the bidirectional range in which a span lies; None without one."""
+        return next((own for own in self.bidirectional if own.covers(span)), None)
+
     def block_of(self, span: Span) -> Range:
         """Return the tokens that are stored with a span: its range, or else the span itself."""
-        ranges = (own for own in self.bidirectional if own.covers(span))
-        return next(ranges, Range(span.start, span.end))
+        return self.range_of(span) or Range(span.start, span.end)
 
     @property
     def reuse_is_exact(self) -> bool:

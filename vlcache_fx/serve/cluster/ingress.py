@@ -12,15 +12,17 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlcache_fx.serve.asgi import ends_answer, until_gone
 from vlcache_fx.serve.cluster.metrics import ClusterMetrics
 from vlcache_fx.serve.cluster.pictures import picture_digests
-from vlcache_fx.serve.cluster.replica import ACCEPTED, ends_answer
+from vlcache_fx.serve.cluster.replica import ACCEPTED
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.exchange import current_exchange
+from vlcache_fx.serve.metrics import metrics_response
 from vlcache_fx.serve.middleware import API, REQUEST_ID, Gate
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.request import tenant_of
@@ -65,9 +67,7 @@ class Ingress:
         elif path == "/health":
             await (await self._health())(scope, receive, send)
         elif path == "/metrics":
-            found = self._metrics.text(await self._ask("metrics"))
-            kind = "text/plain; version=0.0.4; charset=utf-8"
-            await PlainTextResponse(found, media_type=kind)(scope, receive, send)
+            await metrics_response(self._metrics.text(await self._ask("metrics")))(scope, receive, send)
         else:
             await self._forward(scope, receive, send)
 
@@ -152,7 +152,7 @@ class _Answer:
             RayError: the replica died, or failed.
         """
         sending = asyncio.create_task(self._send_all(send))
-        watching = asyncio.create_task(_until_gone(receive))
+        watching = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
             if self._is_complete or sending.done():
@@ -203,11 +203,6 @@ class _Answer:
             raise ConnectionError("the replica died while it sent an answer")
         event = f"data: {json.dumps(_failed(500).body())}\n\n"
         await send({"type": "http.response.body", "body": event.encode(), "more_body": False})
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _failed(status: int) -> RequestError:

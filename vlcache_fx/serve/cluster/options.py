@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from vlcache_fx.errors import OptionError
+from vlcache_fx.serve.options import check_number
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class ClusterOptions:
             _check_count("max_replicas", self.max_replicas, self.replicas)
         if self.threads is not None:
             _check_count("threads", self.threads, 1)
-        _check_share("cpus_per_replica", self.cpus_per_replica)
+        check_number("cpus_per_replica", self.cpus_per_replica)
         if self.gpus_per_replica is not None:
-            _check_share("gpus_per_replica", self.gpus_per_replica)
+            check_number("gpus_per_replica", self.gpus_per_replica)
 
     @property
     def most_replicas(self) -> int:
@@ -56,8 +56,3 @@ class ClusterOptions:
 def _check_count(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise OptionError(f"{name}={value!r} is not valid: it must be an integer >= {least}")
-
-
-def _check_share(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise OptionError(f"{name}={value!r} is not valid: it must be a number >= 0")

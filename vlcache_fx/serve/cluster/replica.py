@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from vlcache_fx.serve.asgi import ends_answer, mark_seen, replay
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.exchange import SCOPE_ENTRY
 from vlcache_fx.serve.options import ServeOptions
@@ -80,13 +81,13 @@ class Replica:
         gone = asyncio.Event()
         scope = scope | {"headers": [tuple(pair) for pair in scope["headers"]]}
         task: asyncio.Task[None] = asyncio.create_task(
-            self._service.app(scope, _receiver(body, gone), messages.put)  # type: ignore[arg-type]
+            self._service.app(scope, replay(body, gone), messages.put)  # type: ignore[arg-type]
         )
         # The task outlives a client that goes away, by the time that the application takes to see it.
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: messages.put_nowait(None))
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(mark_seen)  # after an answer of status 500, starlette raises what caused it
         try:
             is_complete = is_over = False
             while not (is_complete or is_over):
@@ -133,31 +134,6 @@ class Replica:
         """End all threads and close the stores. Called by Ray, when no request is left."""
         await self._service.stop()
         self._stack.close()
-
-
-def ends_answer(message: Mapping[str, Any]) -> bool:
-    """Whether an ASGI message is the last one of an answer."""
-    return message["type"] == "http.response.body" and not message.get("more_body", False)
-
-
-def _retrieve(task: asyncio.Task[None]) -> None:
-    """Mark the error of a task as seen: after an answer of status 500, starlette raises what caused it."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _receiver(body: bytes, gone: asyncio.Event) -> Any:
-    is_sent = False
-
-    async def receive() -> dict[str, Any]:
-        nonlocal is_sent
-        if not is_sent:
-            is_sent = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    return receive
 
 
 def _show_log() -> None:

@@ -27,7 +27,14 @@ class PictureRouter(FIFOMixin, RequestRouter):  # type: ignore[misc]
     """Sends a request to a replica that has its pictures in memory, or else to the least busy one.
 
     The first argument of a request is a ``Route``; requests without one go to the least busy replica.
+
+    Attributes:
+        queue_len_response_deadline_s: how long a replica may take to say how many requests it has, before the
+            request goes elsewhere. Ray's 0.1 s is too short for one that traces or runs a model; a dead one
+            is known at once.
     """
+
+    queue_len_response_deadline_s = 1.0
 
     def initialize_state(self, imbalance: int = 1) -> None:
         """Take the arguments of the deployment's configuration; called once by Ray."""

@@ -18,6 +18,7 @@ from typing import Any
 from vlcache_fx.errors import OptionError
 from vlcache_fx.options import Options
 from vlcache_fx.serve.cluster.options import ClusterOptions
+from vlcache_fx.serve.environment import environment
 from vlcache_fx.serve.options import ServeOptions
 
 log = logging.getLogger("vlcache_fx.serve")
@@ -49,13 +50,12 @@ class Cluster:
         cluster: ClusterOptions,
         on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
-        from vlcache_fx.serve.server import bind
+        from vlcache_fx.serve.server import bind, url_of
 
         self._options = with_absolute_paths(options)
         # Ray binds the address itself, later: a mistake must show at once.
         with bind(options.host, options.port) as listener:
-            host, self._port = listener.getsockname()[:2]
-        self.url = f"http://[{host}]:{self._port}" if ":" in host else f"http://{host}:{self._port}"
+            self._port, self.url = listener.getsockname()[1], url_of(listener)
         self._cluster, self._on_ready = cluster, on_ready
         self._stop = threading.Event()
         if not shares_donors(options):
@@ -70,7 +70,7 @@ class Cluster:
         Raises:
             OptionError: Ray cannot be reached, or a replica cannot load a model.
         """
-        with _environment(is_alone=self._cluster.ray_address is None):
+        with environment(_variables(is_alone=self._cluster.ray_address is None)):
             self._connect()
             try:
                 # After Ray has set its own handlers.
@@ -217,8 +217,7 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1] if text.strip() else "no reason is given"
 
 
-@contextmanager
-def _environment(*, is_alone: bool) -> Iterator[None]:
+def _variables(*, is_alone: bool) -> dict[str, str]:
     """Settings that Ray reads from the environment: no statistics to its makers, and time to compile.
 
     Args:
@@ -228,16 +227,7 @@ def _environment(*, is_alone: bool) -> Iterator[None]:
     if is_alone:
         # Its name tells of two systems, but it takes the loopback address for this machine's on all.
         given["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return given
 
 
 @contextmanager
