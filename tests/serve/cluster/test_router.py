@@ -24,12 +24,15 @@ class FakeReplica:
 
     max_ongoing_requests = 4
 
-    def __init__(self, name: str, queue: int = 0, pictures: list[str] | None = None) -> None:
+    def __init__(
+        self, name: str, queue: int = 0, pictures: list[str] | None = None, delay_s: float = 0.0
+    ) -> None:
         self.replica_id = ReplicaID(name, DEPLOYMENT)
-        self.queue = queue
+        self.queue, self.delay_s = queue, delay_s
         self.routing_stats: Mapping[str, Any] = {} if pictures is None else {"pictures": pictures}
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
+        await asyncio.sleep(self.delay_s)
         return self.queue
 
 
@@ -62,6 +65,16 @@ def test_reports_and_queues_decide() -> None:
         assert await chosen(found, request("q")) == ["b", "a"]
         assert await chosen(found, request("p", avoid=("a",))) == ["b", "a"]
         assert await chosen(found, None) == ["b", "a"]
+
+    asyncio.run(run())
+
+
+def test_a_replica_that_answers_late_keeps_its_queue() -> None:
+    """One that runs a model may take longer than the 0.1 s that Ray gives by itself."""
+
+    async def run() -> None:
+        found = router(FakeReplica("a", queue=3, delay_s=0.3), FakeReplica("b", queue=1))
+        assert await chosen(found, request("p")) == ["b", "a"]
 
     asyncio.run(run())
 
