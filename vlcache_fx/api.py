@@ -19,6 +19,7 @@ from vlcache_fx.compiler.turns import Turns
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.integrations.caches import order_dimensions
 from vlcache_fx.integrations.recurrences import substitute_recurrences, takes_recurrences
 from vlcache_fx.integrations.transformers import (
     EncodersFirst,
@@ -103,6 +104,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
             engine.bypass(gradient_refusal())
             return plain(*args, **kwargs)
         args, kwargs = encoders_first.prepare(args, kwargs)
+        order_dimensions(kwargs.get("past_key_values"))
         with dynamo_settings(DYNAMO_CONFIG):
             result = traced(args, concat_encoder_outputs(kwargs))
         restore_items(result, kwargs)

@@ -18,6 +18,7 @@ from transformers.cli.serving.server import build_server
 from vlcache_fx.lowering.disk_cache import Compilations
 from vlcache_fx.serve.errors import RequestError, bad_request
 from vlcache_fx.serve.examples import run_examples
+from vlcache_fx.serve.garbage import collected_afterwards
 from vlcache_fx.serve.handlers import ServedChat, ServedResponse
 from vlcache_fx.serve.metrics import ServeMetrics, metrics_response
 from vlcache_fx.serve.middleware import Gate
@@ -115,7 +116,8 @@ class Service:
                 model, _ = await asyncio.to_thread(self.models.load, name)
                 self.metrics.add_engine(name, model.vlcache)
                 loaded, programs = time.perf_counter(), Compilations()
-                await run_examples(name, self.models, self.state.batcher(name, model), self.options)
+                with collected_afterwards():
+                    await run_examples(name, self.models, self.state.batcher(name, model), self.options)
                 self.models.is_now_ready(name)
                 elapsed_s = time.perf_counter() - loaded
                 log.info(
