@@ -11,7 +11,7 @@ import asyncio
 import json
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
@@ -38,7 +38,7 @@ def main(
     environment: Annotated[Path | None, typer.Option(help="folder for vLLM and the models")] = None,
     requests: Annotated[int, typer.Option(min=1, help="requests of each trace")] = 32,
     asked: Annotated[int, typer.Option(min=0, help="questions with an answer; 0 for none")] = 60,
-    at_once: Annotated[int, typer.Option(min=1, help="sessions at a time")] = 4,
+    at_once: Annotated[list[int] | None, typer.Option(min=1, help="sessions at a time (default: 4)")] = None,
     vision_tokens: Annotated[int, typer.Option(min=16, help="vision tokens of a picture")] = 1024,
     answer_tokens: Annotated[int, typer.Option(min=1, help="tokens of an answer")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="requests that a server runs together")] = 4,
@@ -58,17 +58,22 @@ def main(
     possible = [name for name in TRACES if client == "openai" or name not in OF_SESSIONS]
     traces = {name: TRACES[name] for name in possible if not trace or name in trace}
 
-    def send_to(url: str, one: System, folder: Path, asks: list[Ask]) -> dict[str, Any]:
+    def send_to(url: str, one: System, folder: Path, asks: list[Ask], clients: int) -> dict[str, Any]:
         model = one.served_name or str(folder)
-        how: Any = {"at_once": at_once, "answer_tokens": answer_tokens, "extra_body": one.extra_body}
+        how: Any = {"at_once": clients, "answer_tokens": answer_tokens, "extra_body": one.extra_body}
         if client == "openai":
             return asyncio.run(load.send(asks, url, model, **how)).summary(asks)
         return vllm_bench.send(asks, url, model, folder, kept, **how).summary(asks)
 
-    sent = {"reference": asked_questions(asked)} if asked else {}
+    levels = list(enumerate(at_once or [4]))  # each has pictures of its own
+    sent = {"reference": asked_questions(asked, levels)} if asked else {}
     sent["times"] = (
         [ask for make in traces.values() for ask in make(8, WARM_UP_SEED, side)],
-        {name: make(requests, SEED, side) for name, make in traces.items()},
+        [
+            (name, clients, make(requests, SEED + level, side))
+            for level, clients in levels
+            for name, make in traces.items()
+        ],
     )
     rows: list[dict[str, Any]] = []
     try:
@@ -77,11 +82,11 @@ def main(
         for one, (model, (first, loads)) in product(chosen, sent.items()):
             with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
                 console.print(f"{one.name}: ready with the model {model}", highlight=False)
-                send_to(url, one, folders[model], first)
-                for title, asks in loads.items():
-                    found = send_to(url, one, folders[model], asks)
-                    rows.append({"system": one.name, "trace": title, **found})
-                    console.print(f"{one.name}, {title}: {json.dumps(found)}", highlight=False)
+                send_to(url, one, folders[model], first, 4)
+                for title, clients, asks in loads:
+                    found = send_to(url, one, folders[model], asks, clients)
+                    rows.append({"system": one.name, "trace": title, "clients": clients, **found})
+                    console.print(f"{one.name}, {title}: {json.dumps(rows[-1])}", highlight=False)
     except PeerError as error:
         failure: PeerError | None = error
     else:
@@ -97,24 +102,42 @@ def main(
         raise typer.Exit(1)
 
 
-def asked_questions(count: int) -> tuple[list[Ask], dict[str, list[Ask]]]:
+Loads: TypeAlias = list[tuple[str, int, list[Ask]]]
+"""Name of the trace, sessions at a time, requests."""
+
+
+def asked_questions(count: int, levels: list[tuple[int, int]]) -> tuple[list[Ask], Loads]:
     """Questions for the reference VLM: those that warm a server up, and those that are measured."""
-    measured = {
-        "questions, pictures return": questions(count, SEED, returning=True),
-        "questions, new pictures": questions(count, SEED + 1, returning=False),
-    }
+    measured: Loads = []
+    for level, clients in levels:
+        seed = SEED + 2 * level
+        measured += [
+            ("questions, pictures return", clients, questions(count, seed, returning=True)),
+            ("questions, new pictures", clients, questions(count, seed + 1, returning=False)),
+        ]
     return questions(8, WARM_UP_SEED, returning=True), measured
 
 
 def results_table(rows: list[dict[str, Any]]) -> Table:
-    """Create a table with one row per server and trace."""
+    """Create a table with one row per server, trace and number of clients."""
     table = Table(
-        "trace", "server", "TTFT p50, ms", "p95", "p99", "requests/s", "tokens/s", "cached", "wrong", "failed"
+        "trace",
+        "clients",
+        "server",
+        "TTFT p50, ms",
+        "p95",
+        "p99",
+        "requests/s",
+        "tokens/s",
+        "cached",
+        "wrong",
+        "failed",
     )
-    for row in sorted(rows, key=lambda row: str(row["trace"])):
+    for row in sorted(rows, key=lambda row: (row["trace"], row["clients"])):
         times = row["ttft_ms"]
         table.add_row(
             row["trace"],
+            str(row["clients"]),
             row["system"],
             *(f"{times[share]:,.0f}" for share in ("50", "95", "99")),
             f"{row['requests_per_s']:.2f}",

@@ -40,10 +40,11 @@ class System:
     served_name: str | None = None
 
 
-OURS = ("vlcache", "serve", "model={model}", "--port", "{port}", "--batch-size", "{batch}")
+OURS = ("vlcache", "serve", "model={model}", "--port", "{port}", "--batch-size")
 SYSTEMS = (
-    System("vlcache", OURS, served_name="model"),
-    System("vlcache, no reuse", (*OURS, "--no-reuse"), served_name="model"),
+    System("vlcache", (*OURS, "{batch}"), served_name="model"),
+    System("vlcache, no batches", (*OURS, "1"), served_name="model"),
+    System("vlcache, no reuse", (*OURS, "{batch}", "--no-reuse"), served_name="model"),
     System("vLLM", (
         # Not its command line, which wants a package named vllm: that for CPUs has another name.
         "python", "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}",

@@ -177,9 +177,10 @@ def test_main(
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(command, "PORT", int(free.getsockname()[1]))
     output = tmp_path / "found.json"
-    command.main(environment.folder, 4, 5, 2, 16, 4, 2, "openai", None, ["documents", "agent"], output)
+    command.main(environment.folder, 4, 5, [1, 2], 16, 4, 2, "openai", None, ["documents", "agent"], output)
     rows = json.loads(output.read_text())["rows"]
-    assert len(rows) == 2 * 4
+    assert len(rows) == 2 * 2 * 4
+    assert {row["clients"] for row in rows} == {1, 2}
     assert {row["failed"] for row in rows} == {0}
     assert {row["cached_share"] for row in rows if row["system"] == "small"} == {0.5}
     assert {row["cached_share"] for row in rows if row["system"] != "small"} == {0.0}
@@ -223,6 +224,6 @@ def test_results_before_a_failure_are_kept(
     monkeypatch.setattr(Environment, "make", lambda *_: None)
     output = tmp_path / "found.json"
     with pytest.raises(typer.Exit):
-        command.main(environment.folder, 2, 0, 2, 16, 4, 2, "openai", None, ["documents"], output)
+        command.main(environment.folder, 2, 0, None, 16, 4, 2, "openai", None, ["documents"], output)
     assert [row["system"] for row in json.loads(output.read_text())["rows"]] == ["good"]
     assert "error: bad ended with status 0" in capsys.readouterr().out
