@@ -8,6 +8,7 @@ after the other, on the same cores. The client of OpenAI sends the requests, or 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from itertools import product
 from pathlib import Path
@@ -17,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from examples.serve_load import load, vllm_bench
+from examples.serve_load import load, packages, vllm_bench
 from examples.serve_load.models import PIXELS_OF_TOKEN, write_models
-from examples.serve_load.systems import SYSTEMS, System, serving
+from examples.serve_load.systems import SYSTEMS, System, log_of, serving
 from examples.serve_load.traces import TRACES, Ask, questions
 from examples.vs_vllm.__main__ import default_folder, own_cores
 from examples.vs_vllm.environment import Environment
@@ -77,12 +78,14 @@ def main(
     )
     rows: list[dict[str, Any]] = []
     try:
-        kept.make(lambda step: console.print(f"building the environment: {step}", highlight=False))
+        for make in (kept.make, functools.partial(packages.install, kept)):
+            make(lambda step: console.print(f"building the environment: {step}", highlight=False))
         folders = write_models(kept.folder / "models", vision_tokens)
         for one, (model, (first, loads)) in product(chosen, sent.items()):
             with serving(one, folders[model], PORT, kept, cores, batch_size) as url:
                 console.print(f"{one.name}: ready with the model {model}", highlight=False)
-                send_to(url, one, folders[model], first, 4)
+                if send_to(url, one, folders[model], first, 4)["failed"]:
+                    raise PeerError(f"{one.name} does not answer; its output is in {log_of(one, kept)}")
                 for title, clients, asks in loads:
                     found = send_to(url, one, folders[model], asks, clients)
                     rows.append({"system": one.name, "trace": title, "clients": clients, **found})

@@ -40,6 +40,21 @@ class System:
     served_name: str | None = None
 
 
+TRANSFORMERS_SERVE = """
+import io
+import PIL.Image
+import transformers.image_utils
+from torchvision.transforms.functional import pil_to_tensor
+from transformers.cli.transformers import main
+
+def decode_image(data, mode):
+    return pil_to_tensor(PIL.Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGB"))
+
+transformers.image_utils.decode_image = decode_image
+main()
+"""
+"""Pillow decodes pictures: the compiled half of the published torchvision needs the CUDA build of torch."""
+
 OURS = ("vlcache", "serve", "model={model}", "--port", "{port}", "--batch-size")
 SYSTEMS = (
     System("vlcache", (*OURS, "{batch}"), served_name="model"),
@@ -52,7 +67,9 @@ SYSTEMS = (
         "--limit-mm-per-prompt", '{"image": 8}',
         "--mm-encoder-attn-backend", "TORCH_SDPA", "--enable-prompt-tokens-details",
     )),
-    System("transformers serve", ("transformers", "serve", "{model}", "--port", "{port}", "--device", "cpu")),
+    System("transformers serve", (
+        "python", "-c", TRANSFORMERS_SERVE, "serve", "{model}", "--port", "{port}", "--device", "cpu",
+    )),
 )  # fmt: skip
 
 
@@ -68,7 +85,7 @@ def serving(
     values = {"{model}": str(model), "{port}": str(port), "{batch}": str(batch)}
     filled = [_filled(part, values) for part in system.command]
     command = [str(environment.venv / "bin" / filled[0]), *filled[1:]]
-    log = environment.folder / f"{system.name.replace(' ', '-').replace(',', '')}.log"
+    log = log_of(system, environment)
     variables = worker_variables(environment, cores, os.environ)
     del variables["VLLM_ENABLE_V1_MULTIPROCESSING"]  # it is for engines inside a worker
     with log.open("w", encoding="utf-8") as output:
@@ -85,6 +102,11 @@ def serving(
             yield f"http://127.0.0.1:{port}/v1"
         finally:
             _end(server)
+
+
+def log_of(system: System, environment: Environment) -> Path:
+    """The file with a server's output."""
+    return environment.folder / f"{system.name.replace(' ', '-').replace(',', '')}.log"
 
 
 def _filled(part: str, values: Mapping[str, str]) -> str:

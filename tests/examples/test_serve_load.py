@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from examples.serve_load import __main__ as command
-from examples.serve_load import models, vllm_bench
+from examples.serve_load import models, packages, vllm_bench
 from examples.serve_load.load import Load, Result, send
 from examples.serve_load.systems import System, serving
 from examples.serve_load.traces import PAGES, STEPS, TRACES, WINDOW, Ask, agent, chat, documents, questions
@@ -173,6 +173,7 @@ def test_main(
     monkeypatch.setattr(command, "SYSTEMS", systems)
     monkeypatch.setattr(command, "write_models", lambda *_: folders)
     monkeypatch.setattr(Environment, "make", lambda *_: None)
+    monkeypatch.setattr(packages, "install", lambda *_: None)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(command, "PORT", int(free.getsockname()[1]))
@@ -186,6 +187,47 @@ def test_main(
     assert {row["cached_share"] for row in rows if row["system"] != "small"} == {0.0}
     assert {row["wrong"] for row in rows if row["trace"].startswith("questions")} != {None}
     assert "TTFT p50" in capsys.readouterr().out
+
+
+def test_server_that_does_not_answer(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    broken = System("small", ("python", str(SERVER), "{port}"), served_name="broken")
+    monkeypatch.setattr(command, "SYSTEMS", (broken,))
+    monkeypatch.setattr(command, "write_models", lambda *_: {"times": tmp_path})
+    monkeypatch.setattr(Environment, "make", lambda *_: None)
+    monkeypatch.setattr(packages, "install", lambda *_: None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(command, "PORT", int(free.getsockname()[1]))
+    with pytest.raises(typer.Exit):
+        command.main(environment.folder, 2, 0, None, 16, 4, 2, "openai", None, ["documents"], None)
+    assert "error: small does not answer; its output is in" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_packages_are_installed_once(tmp_path: Path) -> None:
+    made = Environment(tmp_path)
+    (made.venv / "bin").mkdir(parents=True)
+    made.python.write_text('#!/bin/sh\necho "$@" >> "$0.calls"\necho "torch==2.13.0"\n')
+    made.python.chmod(0o755)
+    said: list[str] = []
+    for _ in range(2):
+        packages.install(made, said.append)
+    assert len(said) == 2
+    assert (made.venv / packages.KEPT).read_text() == "torch==2.13.0\n"
+    freeze, install = (made.venv / "bin" / "python.calls").read_text().splitlines()
+    assert freeze.startswith("-m pip freeze")
+    assert f"--constraint {made.venv / packages.KEPT} --editable={packages.ROOT}[serve]" in install
+
+
+def test_a_failed_installation(tmp_path: Path) -> None:
+    made = Environment(tmp_path)
+    (made.venv / "bin").mkdir(parents=True)
+    made.python.write_text("#!/bin/sh\necho no network\nexit 1\n")
+    made.python.chmod(0o755)
+    with pytest.raises(PeerError, match="pip freeze --exclude-editable failed with\nno network"):
+        packages.install(made, lambda _: None)
 
 
 def test_unknown_client(environment: Environment) -> None:
@@ -222,6 +264,7 @@ def test_results_before_a_failure_are_kept(
     monkeypatch.setattr(command, "SYSTEMS", (good, bad))
     monkeypatch.setattr(command, "write_models", lambda *_: {"times": tmp_path})
     monkeypatch.setattr(Environment, "make", lambda *_: None)
+    monkeypatch.setattr(packages, "install", lambda *_: None)
     output = tmp_path / "found.json"
     with pytest.raises(typer.Exit):
         command.main(environment.folder, 2, 0, None, 16, 4, 2, "openai", None, ["documents"], output)
