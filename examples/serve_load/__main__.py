@@ -79,7 +79,9 @@ def main(
     rows: list[dict[str, Any]] = []
     try:
         for make in (kept.make, functools.partial(packages.install, kept)):
-            make(lambda step: console.print(f"building the environment: {step}", highlight=False))
+            make(
+                lambda step: console.print(f"building the environment: {step}", highlight=False, markup=False)
+            )
         folders = write_models(kept.folder / "models", vision_tokens)
         for one, (model, (first, loads)) in product(chosen, sent.items()):
             with serving(one, folders[model], PORT, kept, cores, batch_size) as url:

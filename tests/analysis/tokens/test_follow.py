@@ -26,6 +26,7 @@ WEIGHT = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
 TABLE = torch.randn(TOKENS, 4, generator=torch.Generator().manual_seed(2))
 MASK = X[..., 0] > 0
 ROUTER = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
+INTEGERS = torch.arange(32, dtype=torch.int8).view(4, 8)
 EXPERTS = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(4))
 
 Function = Callable[[Tensor], Any]
@@ -119,6 +120,7 @@ TOKENWISE: dict[str, Function] = {
     "mm": lambda x: aten.mm(x.view(TOKENS, 4), WEIGHT.t()),
     "addmm": lambda x: aten.addmm(torch.ones(8), x.view(TOKENS, 4), WEIGHT.t()),
     "addmm_with_a_row_per_token": lambda x: aten.addmm(TABLE, x.view(TOKENS, 4), torch.ones(4, 4)),
+    "integer_mm": lambda x: aten._int_mm((x.view(TOKENS, 4) * 9).to(torch.int8), INTEGERS),
     "view": lambda x: x.view(1, TOKENS, 2, 2),
     "reshape": lambda x: aten.reshape(x, [TOKENS, -1]),
     "view_with_open_tokens": lambda x: x.view(1, -1, 2, 2),
@@ -231,6 +233,11 @@ REFUSED: dict[str, tuple[Function, Reason, str]] = {
     ),
     "addmm": (
         lambda x: aten.addmm(torch.ones(4), torch.ones(4, TOKENS), x[0]),
+        Reason.TOKEN_AXIS_LOST,
+        "first factor",
+    ),
+    "integer_mm": (
+        lambda x: aten._int_mm(torch.ones(8, TOKENS, dtype=torch.int8), x[0].to(torch.int8)),
         Reason.TOKEN_AXIS_LOST,
         "first factor",
     ),

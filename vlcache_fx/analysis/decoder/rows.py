@@ -14,7 +14,7 @@ from vlcache_fx.analysis.tokens.axis import Axes, TokenAxis, TokenFlow, shape_of
 from vlcache_fx.analysis.tokens.follow import follow_tokens
 from vlcache_fx.analysis.tokens.mixing import as_mixing
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.ir.dataflow import data_inputs
+from vlcache_fx.ir.dataflow import ancestors, data_inputs
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.ir.sizes import is_one
 
@@ -70,6 +70,8 @@ def _flow(node: Node, axes: Axes) -> TokenFlow:
 def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
     rank = len(shape_of(site.node))
     axis = axes.get(site.query)
+    if axis is None:
+        _follow_to(site.query, axes)
     if axis is None or axis.dim != rank - 2 or not axis.entries.are_tokens:
         raise refuse(Reason.TOKEN_AXIS_LOST, site.node, "the query's token dimension is not -2")
     if site.mask is None:
@@ -78,6 +80,15 @@ def _attention_flow(site: Site, axes: Axes) -> TokenFlow:
     if site.mask in axes or len(size) < 2:
         raise refuse(Reason.MASK_FORM, site.node, f"a mask of shape {tuple(size)} cannot be cut to rows")
     return TokenFlow(TokenAxis(rank - 2), () if is_one(size[-2]) else ((site.mask, len(size) - 2),))
+
+
+def _follow_to(query: Node, axes: Axes) -> None:
+    """Refuse the operator on the way to a query at which the rows are lost, if there is one."""
+    known = dict(axes)
+    path = ancestors([query], {node: None for node in query.graph.nodes if node not in axes})
+    for node in query.graph.nodes:
+        if node in path and any(operand in known for operand in data_inputs(node)):
+            known[node] = _flow(node, known).axis
 
 
 def find_carried(

@@ -64,6 +64,15 @@ def _matmul(node: Node, axes: Axes) -> TokenFlow:
     return TokenFlow(axis.at(dim))
 
 
+def _packed(node: Node, axes: Axes) -> TokenFlow:
+    """A product of rows with a weight that a kernel has packed: integers, and their scales."""
+    operand, *others = node.args
+    axis = axes.get(operand) if isinstance(operand, Node) else None
+    if axis is None or axis.dim != 0 or any(isinstance(other, Node) and other in axes for other in others):
+        raise lost(node, "only the first factor may be part of the residual stream")
+    return TokenFlow(axis.at(0))
+
+
 def _addmm(node: Node, axes: Axes) -> TokenFlow:
     bias, operand, weight = node.args[:3]
     axis = axes.get(operand) if isinstance(operand, Node) else None
@@ -147,6 +156,10 @@ MATH_RULES: Mapping[Any, Rule] = MappingProxyType(
         aten.mm: _matmul,
         aten.bmm: _matmul,
         aten.addmm: _addmm,
+        aten._int_mm: _packed,
+        aten._weight_int4pack_mm: _packed,
+        aten._weight_int4pack_mm_for_cpu: _packed,
+        aten._weight_int8pack_mm: _packed,
         aten.mean: _reduce,
         aten.sum: _reduce,
         aten.amax: _reduce,
