@@ -19,6 +19,9 @@ from vlcache_fx.fidelity.prompts import Prompt
 from vlcache_fx.fidelity.questions import make_cases
 from vlcache_fx.fidelity.run import ALL, Setting, run, settings
 from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.fidelity.subspace_study import PROMPTS, Form
+from vlcache_fx.fidelity.subspace_study import results_table as subspace_table
+from vlcache_fx.fidelity.subspace_study import study as study_subspaces
 from vlcache_fx.policies import Profile
 from vlcache_fx.testing import reference_vlm
 
@@ -135,3 +138,18 @@ def test_study_every_kind_of_donor(subject: Subject) -> None:
     first, second = (sum(one.kl for one in found[f"rank {rank} patch"]) for rank in (1, 8))
     assert first > second > 0
     assert results_table(found, "a title").row_count == len(KINDS)
+
+
+def test_study_donors_of_several_contexts(subject: Subject) -> None:
+    forms = (Form(1), Form(3), Form(3, is_fitted=True), Form(3, is_fitted=True, rank=1))
+    found, shares = study_subspaces(subject, reference_vlm, 2, (0.05,), forms=forms, batch=2)
+    assert list(shares) == list(forms)
+    assert [shares[form] for form in forms[:3]] == [1.0, 1.0, 3.0]
+    assert 1 < shares[forms[3]] < 3
+    assert {key: len(own) for key, own in found.items()} == {
+        (form, 0.05, name): 2 for form in forms for name in PROMPTS
+    }
+    # Errors differ: a donor that was not stored would make two forms equal.
+    errors = [tuple(one.kl for name in PROMPTS for one in found[form, 0.05, name]) for form in forms]
+    assert len(set(errors)) == len(forms)
+    assert subspace_table(found, shares, "a title").row_count == len(forms)

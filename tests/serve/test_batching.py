@@ -30,7 +30,7 @@ def model() -> Iterator[CountingModel]:
 
 @contextmanager
 def batcher(model: CountingModel, **given: Any) -> Iterator[Batcher]:
-    options = {"batch_size": 4, "batch_wait_ms": 0.0, "max_waiting": 8, **given}
+    options = {"batch_size": 4, "batch_tokens": 2048, "batch_wait_ms": 0.0, "max_waiting": 8, **given}
     found = Batcher("m", model, sampling=threading.Lock(), metrics=ServeMetrics(), **options)
     yield found
     model.gate.set()

@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.testing.reference_vlm import ask_again, make_questions, prepare
 
+from ..examples.loading import load as load_example
 from .serving import Running, messages_of, running, urls_of
 
 MODEL = "reference"
@@ -482,6 +483,20 @@ def test_metrics(server: Running, client: OpenAI) -> None:
     )
     assert {sample.labels["model"] for sample in families["vlcache_requests"].samples} == {MODEL}
     assert "alice" not in text
+
+
+def test_the_example_asks_about_one_picture(
+    server: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.server.service.models.engines[MODEL].clear()
+    monkeypatch.setenv("OPENAI_API_KEY", "bob")
+    record = tmp_path / "terminal.svg"
+    answers = load_example("ask_the_server").main(at=f"{server.url}/v1", record=record)
+    assert {answer.text for answer in answers} == {make_questions(count=1)[0].answer}
+    assert answers[0].cached_tokens == 0
+    assert all(0 < answer.cached_tokens < answer.prompt_tokens for answer in answers[1:])
+    assert all(answer.first_token_ms > 0 for answer in answers)
+    assert "reused" in record.read_text()
 
 
 def test_shutdown(server: Running, client: OpenAI) -> None:

@@ -13,7 +13,7 @@ from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
 
 def calibrate(
     model: Annotated[
-        str, typer.Argument(help="reference, photo, hybrid, or a folder of a transformers model")
+        str, typer.Argument(help="reference, photo, hybrid, smollm2, or a folder of a transformers model")
     ],
     data: Annotated[Path | None, DATA] = None,
     family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,

@@ -76,8 +76,9 @@ def _example(model: str, data: Path | None, dtype: str) -> tuple[Any, dict[str, 
     """Load the model, and the inputs of its example prompt."""
     import torch
 
-    from vlcache_fx.fidelity.models import load_cases, load_model
+    from vlcache_fx.fidelity.models import check_name, load_cases, load_model
 
+    check_name(model)
     example = load_cases(model, data, (), 1, split="test", seed=0)[0].asked
     loaded, processor = load_model(model)
     loaded = loaded.to(getattr(torch, dtype))

@@ -22,7 +22,7 @@ POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
 
 def fidelity(
     model: Annotated[
-        str, typer.Argument(help="reference, photo, hybrid, or a folder of a transformers model")
+        str, typer.Argument(help="reference, photo, hybrid, smollm2, or a folder of a transformers model")
     ],
     data: Annotated[Path | None, DATA] = None,
     family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,

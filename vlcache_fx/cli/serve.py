@@ -41,6 +41,10 @@ def serve(
     device: Annotated[str, typer.Option(help="device of the models")] = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of models from folders")] = "auto",
     batch_size: Annotated[int, typer.Option(help="requests that run together; 1 turns batching off")] = 8,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="tokens that they compute together (default: 2048 on a CPU, 8192 on a GPU)"),
+    ] = None,
     batch_wait_ms: Annotated[float, typer.Option(help="how long a request waits for others")] = 0.0,
     max_waiting: Annotated[int, typer.Option(help="requests that wait; more are refused (429)")] = 64,
     max_body: Annotated[str, typer.Option(help="largest request")] = "64MiB",
@@ -119,6 +123,7 @@ def serve(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            batch_tokens=batch_tokens,
             batch_wait_ms=batch_wait_ms,
             max_waiting=max_waiting,
             max_body_bytes=bytes_of("--max-body", max_body),

@@ -41,16 +41,24 @@ def nearest(prompts: Sequence[str], new: str) -> int:
     return max(range(len(prompts)), key=lambda index: similarity(prompts[index]))
 
 
-def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
+def fitted(entries: Sequence[Entry], exact: Entry, rows: int, rank: int | None = None) -> Entry:
     """Per slot, compute the weighted mean of contexts closest to ``exact`` in the first ``rows`` rows.
 
     A warm call that recomputes these rows could do this: they show how its context differs from the stored
     ones, and the low-rank difference corrects the other rows. Weights sum to 1 and may be negative.
+
+    Args:
+        entries: the contexts.
+        exact: the item's rows in the new context.
+        rows: number of rows that are known.
+        rank: rank to which each context's difference from the mean is cut; None keeps it whole.
     """
 
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
         parts = contexts - middle
+        if rank is not None:
+            parts = cut(parts, rank)
         sample = parts[:, :rows].flatten(1)
         gram = sample @ sample.T
         ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
@@ -59,6 +67,24 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
         return blended
 
     return _combine(entries, exact, fit)
+
+
+def cut(parts: Tensor, rank: int) -> Tensor:
+    """Return the best approximation of this rank of each matrix ``[..., length, width]``."""
+    left, sizes, right = torch.linalg.svd(parts, full_matrices=False)
+    nearest_parts: Tensor = left[..., :rank] * sizes[..., None, :rank] @ right[..., :rank, :]
+    return nearest_parts
+
+
+def fitted_share(entry: Entry, contexts: int, rank: int | None) -> float:
+    """Bytes of a mean with the differences of its contexts, as a share of one donor's bytes."""
+    length, one, more = length_of(entry), 0, 0
+    for name, tensor in entry.tensors.items():
+        if isinstance(StoredSlot.parse(name), Key | Value):
+            width = tensor.numel() // length
+            one += tensor.numel()
+            more += tensor.numel() * (contexts - 1) if rank is None else contexts * rank * (length + width)
+    return (one + more) / one
 
 
 def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
@@ -70,9 +96,7 @@ def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:
 
     def patch(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
-        left, sizes, right = torch.linalg.svd(wanted - middle, full_matrices=False)
-        corrected: Tensor = middle + left[:, :rank] * sizes[:rank] @ right[:rank]
-        return corrected
+        return middle + cut(wanted - middle, rank)
 
     return _combine(entries, exact, patch)
 

@@ -30,7 +30,7 @@ from vlcache_fx.bench.machine import describe_machine, machine_line
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
-from vlcache_fx.fidelity.models import NAMED, check_name, load_subject
+from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
@@ -72,15 +72,15 @@ def study(
     for start in progress(range(0, pictures, batch)):
         family = families[(start // batch) % len(families)]
         first = source.make_questions("test", family, min(batch, pictures - start), seed=seed + 1 + start)
-        contexts = [[_another(source, question, rng) for question in first] for _ in range(CONTEXTS)]
-        asked = [_another(source, question, rng) for question in first]
-        donors = [_record(subject, source, context) for context in contexts]
+        contexts = [[another(source, question, rng) for question in first] for _ in range(CONTEXTS)]
+        asked = [another(source, question, rng) for question in first]
+        donors = [record(subject, source, context) for context in contexts]
         short = [
             dataclasses.replace(question, system_prompt=TYPICAL, question_first=False)
             for question in contexts[0]
         ]
-        typical = _record(subject, source, short)
-        truth = _record(subject, source, asked)
+        typical = record(subject, source, short)
+        truth = record(subject, source, asked)
         prepared = subject.prepare([make_prompt(source, question) for question in asked])
         exact = subject.exact(prepared)
         for kind in KINDS:
@@ -114,11 +114,12 @@ def _donor(kind: str, kept: Sequence[Entry], near: int, typical: Entry, exact: E
     return makers[kind]()
 
 
-def _another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
+def another(source: Questions, question: Any, rng: np.random.Generator) -> Any:
+    """The same pictures behind another system prompt, with the question before or after them."""
     return source.ask_again(question, rng, question_first=bool(rng.random() < 0.5))
 
 
-def _record(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
+def record(subject: Subject, source: Questions, questions: Sequence[Any]) -> Donors:
     """Return the donors that a cold call with these questions records."""
     prompts = [make_prompt(source, question) for question in questions]
     subject.record([Case("donor", prompt, prompt) for prompt in prompts])
@@ -149,7 +150,7 @@ def results_table(found: Mapping[str, Sequence[Comparison]], title: str) -> Tabl
 
 
 def main(
-    model: Annotated[str, typer.Argument(help=f"one of {', '.join(NAMED)}")] = "reference",
+    model: Annotated[str, typer.Argument(help=f"one of {', '.join(STUDIED)}")] = "reference",
     pictures: Annotated[int, typer.Option(help="sets of pictures; one question each")] = 200,
     budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 8,
@@ -158,11 +159,11 @@ def main(
 ) -> None:
     """Compare donors: one context, means, the nearest context, a typical context, and corrections."""
     try:
-        check_name(model)
+        check_name(model, STUDIED)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
         found = study(
             subject,
-            import_module(NAMED[model]),
+            import_module(STUDIED[model]),
             pictures,
             budget=budget,
             batch=batch,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ NAMED: Mapping[str, str] = {
     "photo": "vlcache_fx.testing.photo_vlm",
     "hybrid": "vlcache_fx.testing.hybrid_vlm",
 }
-"""Models with questions of their own."""
+"""Vision-language models with questions of their own."""
+
+STUDIED: Mapping[str, str] = {**NAMED, "smollm2": "vlcache_fx.testing.smollm2"}
+"""Those, and a model of text whose passages are items."""
 
 
 def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subject:
@@ -27,28 +30,28 @@ def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subj
     Raises:
         OptionError: see ``load_model``.
     """
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, STUDIED)
     return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
 
 
-def load_model(model: str) -> tuple[Any, Any]:
-    """The model as it is, and its processor.
+def load_model(model: str, names: Mapping[str, str] = NAMED) -> tuple[Any, Any]:
+    """The model as it is, and its processor; ``model`` is one of ``names``, or a folder.
 
     Raises:
         OptionError: there is no such name or folder, or its model cannot be loaded.
     """
-    check_name(model)
-    if model not in NAMED:
+    check_name(model, names)
+    if model not in names:
         return _from_folder(model)
-    source = import_module(NAMED[model])
+    source = import_module(names[model])
     return source.load_model(), source.load_processor()
 
 
-def check_name(model: str) -> None:
+def check_name(model: str, names: Collection[str] = tuple(NAMED)) -> None:
     """Raise OptionError if there is neither a model nor a folder of this name."""
-    if model not in NAMED and not Path(model).is_dir():
+    if model not in names and not Path(model).is_dir():
         raise OptionError(
-            f"no model {model!r}: it must be one of {', '.join(NAMED)}, or a folder of a transformers model"
+            f"no model {model!r}: it must be one of {', '.join(names)}, or a folder of a transformers model"
         )
 
 
@@ -71,12 +74,12 @@ def load_cases(
     Raises:
         OptionError: an unknown model or family, or neither a file nor questions of the model.
     """
-    check_name(model)
+    check_name(model, STUDIED)
     if data is not None:
         return read_cases(data)
-    if model not in NAMED:
+    if model not in STUDIED:
         raise OptionError(f"{model!r} has no questions: pass prompts with --data")
-    source: Any = import_module(NAMED[model])
+    source: Any = import_module(STUDIED[model])
     return [
         case
         for family in families or FAMILIES

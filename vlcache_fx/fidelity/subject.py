@@ -82,7 +82,10 @@ class Subject:
                     f"the answer {prompt.answer!r} has other tokens after its prompt than alone: start it, "
                     "or end the prompt, with a space or a line break as the chat template does"
                 )
-        return Question(dict(inputs), tuple(answers))
+        given = dict(inputs)
+        if "inputs_embeds" in given:  # marked passages; models take one of the two
+            del given["input_ids"]
+        return Question(given, tuple(answers))
 
     def record(self, cases: Sequence[Case]) -> None:
         """Clear the store, then compute the donors' prompts to record their images.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlcache_fx.runtime.pace import Pace
+from vlcache_fx.serve.batch import SeenPictures, choose
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
 from vlcache_fx.serve.generation import generate
 from vlcache_fx.serve.job import Job
@@ -30,6 +31,7 @@ class Batcher:
         name: name of the model.
         model: the compiled model.
         batch_size: largest number of requests that run together.
+        batch_tokens: largest number of tokens that they compute before their first answers, with padding.
         batch_wait_ms: longest time that the oldest request waits for others.
         max_waiting: largest number of requests that wait.
         sampling: held while random numbers are drawn. All models share torch's generator, and a seed must
@@ -43,12 +45,14 @@ class Batcher:
         model: Any,
         *,
         batch_size: int,
+        batch_tokens: int,
         batch_wait_ms: float,
         max_waiting: int,
         sampling: threading.Lock,
         metrics: ServeMetrics,
     ) -> None:
         self._name, self._model = name, model
+        self._batch_tokens, self._seen = batch_tokens, SeenPictures()
         self._batch_size, self._batch_wait_s, self._max_waiting = batch_size, batch_wait_ms / 1e3, max_waiting
         self._sampling, self._metrics = sampling, metrics
         self._pace = Pace(NEW_SHARE)
@@ -151,7 +155,7 @@ class Batcher:
                         return None
                     self._changed.wait()
                 first = self._waiting[0]
-                found = [job for job in self._waiting if _fits(first, job)][: self._batch_size]
+                found = choose(self._waiting, self._batch_size, self._batch_tokens, self._seen)
                 left_s = first.created_s + self._batch_wait_s - time.perf_counter()
                 if len(found) >= self._batch_size or first.group is None or left_s <= 0:
                     break
@@ -186,7 +190,5 @@ class Batcher:
         generate(self._model, jobs, self._sampling)
         for job in jobs:
             self._metrics.saw_answer(self._name, job)
-
-
-def _fits(first: Job, job: Job) -> bool:
-    return job is first or (first.group is not None and job.group == first.group)
+            if not job.settings.bypass:
+                self._seen.add(job.pictures)

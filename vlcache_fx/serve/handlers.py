@@ -25,6 +25,7 @@ from vlcache_fx.serve.lengths import answer_length, check_prompt, context_length
 from vlcache_fx.serve.media import MediaLoader
 from vlcache_fx.serve.models import ServedModels
 from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.pictures import digests_of
 from vlcache_fx.serve.prompt import build_inputs
 from vlcache_fx.serve.request import FIELD, read_settings, tenant_of
 from vlcache_fx.serve.row import PARSING_FAILED
@@ -78,22 +79,22 @@ class _Served(BaseHandler):
             None if body.get("tool_choice") == "none" else ResponseHandler._normalize_tools(body.get("tools"))
         )
 
-        def prepare() -> Any:
+        def prepare() -> tuple[Any, tuple[str, ...]]:
             values = body.get("chat_template_kwargs")
             inputs = build_inputs(
                 self._messages(body), processor, modality, self._media, tools=tools, template_values=values
             )
-            return inputs.to(model.device)
+            return inputs.to(model.device), digests_of(body, settings.salt or "")
 
         batcher = self.generation_state.batcher(model_id, model)
         batcher.check_room()  # before the work on pictures
         # Pictures are decoded in other threads, so that answers go on meanwhile.
-        inputs = await asyncio.to_thread(prepare)
+        inputs, pictures = await asyncio.to_thread(prepare)
         config = self._config_for(body, model, inputs["input_ids"].shape[-1])
         stops = (body["stop"],) if isinstance(body.get("stop"), str) else tuple(body.get("stop") or ())
         one = copy.copy(self)
         one._body = body
-        one._manager = RequestManager(batcher, settings, exchange, stops, body.get("seed"))
+        one._manager = RequestManager(batcher, settings, exchange, stops, body.get("seed"), pictures)
         given = {"model": model, "processor": processor, "model_id": model_id, "inputs": inputs}
         exchange.timings_ms["prepare"] = 1e3 * (time.perf_counter() - exchange.arrived_s)
         response = await one._answer(

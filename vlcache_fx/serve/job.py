@@ -35,6 +35,7 @@ class Job:
         row: takes the answer.
         loop: the event loop that waits.
         seed: seed of the random numbers, or None.
+        pictures: digests of the prompt's pictures, each once.
         report: the engine's report of the prefill, of this prompt alone; None before, or without one.
         batch_size: with how many prompts it ran, itself included.
         is_example: nobody asked for it: it compiles programs, and is in no metric.
@@ -49,6 +50,7 @@ class Job:
     row: Row
     loop: asyncio.AbstractEventLoop
     seed: int | None = None
+    pictures: tuple[str, ...] = ()
     report: ReportView | None = None
     batch_size: int = 0
     is_example: bool = False

@@ -43,6 +43,7 @@ class ServeState(GenerationState):
                     name,
                     model,
                     batch_size=self._options.batch_size,
+                    batch_tokens=self._options.batch_tokens or default_batch_tokens(model.device.type),
                     batch_wait_ms=self._options.batch_wait_ms,
                     max_waiting=self._options.max_waiting,
                     sampling=self._sampling,
@@ -64,6 +65,11 @@ class ServeState(GenerationState):
             batcher.stop(self._options.shutdown_timeout_s)
 
 
+def default_batch_tokens(device_type: str) -> int:
+    """Tokens from which more of them take as much longer: those that vLLM computes together by default."""
+    return 2048 if device_type == "cpu" else 8192
+
+
 class RequestManager(BaseGenerateManager):
     """Transformers' interface for generating, for one request.
 
@@ -73,6 +79,7 @@ class RequestManager(BaseGenerateManager):
         exchange: its HTTP exchange: when the client goes away, so does the job.
         stops: stop strings.
         seed: seed of the random numbers.
+        pictures: digests of the prompt's pictures.
 
     Attributes:
         job: the job, once it is submitted.
@@ -86,9 +93,10 @@ class RequestManager(BaseGenerateManager):
         exchange: Exchange,
         stops: tuple[str, ...] = (),
         seed: int | None = None,
+        pictures: tuple[str, ...] = (),
     ) -> None:
         self._batcher, self._settings, self._exchange = batcher, settings, exchange
-        self.stops, self._seed = stops, seed
+        self.stops, self._seed, self._pictures = stops, seed, pictures
         self.job: Job | None = None
         self.answer: tuple[str, int, list[int]] | None = None
 
@@ -148,7 +156,7 @@ class RequestManager(BaseGenerateManager):
             parser=parser,
         )
         group = None if self._seed is not None else group_of(inputs, config, self._settings)
-        job = Job(inputs, config, self._settings, group, row, loop, self._seed)
+        job = Job(inputs, config, self._settings, group, row, loop, self._seed, self._pictures)
         job.arrived_s = self._exchange.arrived_s
         return job
 

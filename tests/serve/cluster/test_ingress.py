@@ -17,10 +17,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from vlcache_fx.serve.cluster import ingress
 from vlcache_fx.serve.cluster.ingress import Ingress
-from vlcache_fx.serve.cluster.pictures import picture_digests
 from vlcache_fx.serve.cluster.replica import ACCEPTED
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.pictures import picture_digests
 from vlcache_fx.serve.request import tenant_of
 
 BODY = {

@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlcache_fx.serve.asgi import ends_answer, until_gone
 from vlcache_fx.serve.cluster.metrics import ClusterMetrics
-from vlcache_fx.serve.cluster.pictures import picture_digests
 from vlcache_fx.serve.cluster.replica import ACCEPTED
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.errors import RequestError
@@ -25,6 +24,7 @@ from vlcache_fx.serve.exchange import current_exchange
 from vlcache_fx.serve.metrics import metrics_response
 from vlcache_fx.serve.middleware import API, REQUEST_ID, Gate
 from vlcache_fx.serve.options import ServeOptions
+from vlcache_fx.serve.pictures import picture_digests
 from vlcache_fx.serve.request import tenant_of
 
 log = logging.getLogger("vlcache_fx.serve")

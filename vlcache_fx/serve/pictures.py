@@ -1,4 +1,4 @@
-"""The pictures that a request shows, as digests: what requests are routed by."""
+"""The pictures that a request shows, as digests: what replicas and batches are chosen by."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DIGEST_BYTES = 16
 def picture_digests(body: bytes, tenant: str = "") -> tuple[str, ...]:
     """Return a digest of each picture of a request, in its order.
 
-    Equal pictures of equal models, tenants and salts have equal digests, if they come as equal URLs. Nothing
-    but the choice of a replica depends on them: the keys of donors are made where the model is.
+    Equal pictures of equal models, tenants and salts have equal digests, if they come as equal URLs. Only
+    the choice of a replica or a batch depends on them: the keys of donors are made where the model is.
 
     Args:
         body: the body of a chat completion or a response; may be malformed.
@@ -31,8 +31,11 @@ def picture_digests(body: bytes, tenant: str = "") -> tuple[str, ...]:
         request = json.loads(body)
     except (ValueError, RecursionError):
         return ()
-    if not isinstance(request, Mapping):
-        return ()
+    return digests_of(request, tenant) if isinstance(request, Mapping) else ()
+
+
+def digests_of(request: Mapping[str, Any], tenant: str = "") -> tuple[str, ...]:
+    """The same of a request that is parsed; ``tenant`` may be any salt."""
     settings = request.get("vlcache")
     settings = settings if isinstance(settings, Mapping) else {}
     if settings.get("bypass"):

@@ -1,0 +1,209 @@
+"""Compares donors of several contexts: ``python -m vlcache_fx.fidelity.subspace_study smollm2``.
+
+Items are computed exactly behind up to eight prompts, then reused behind others. A donor is one context, the
+mean of several, or the mean and the contexts' differences from it, whose weights are fitted to the rows that
+a call recomputes (``donor_kinds.fitted``); differences may be cut to a low rank. Each row of the table is one
+donor at one budget, on the same prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from statistics import fmean, median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vlcache_fx.bench.machine import describe_machine, machine_line
+from vlcache_fx.errors import VlcacheError
+from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
+from vlcache_fx.fidelity.donor_kinds import fitted, fitted_share, mean
+from vlcache_fx.fidelity.donor_study import another, record
+from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
+from vlcache_fx.fidelity.questions import Questions, make_prompt
+from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.fidelity.table import nats, percent
+from vlcache_fx.runtime.donors.donor_dtype import length_of
+from vlcache_fx.store.entry import Entry
+
+PROMPTS: Mapping[str, Mapping[str, Any]] = {
+    "short": {"question_first": False, "system_words": 6},
+    "long": {"question_first": False, "system_words": 60},
+    "question first": {"question_first": True, "system_words": 20},
+}
+"""Kinds of prompts behind which an item returns, and what makes them."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of donor.
+
+    Attributes:
+        contexts: number of contexts in it.
+        is_fitted: whether their weights are fitted; else it is their mean.
+        rank: rank of the differences; None keeps them whole.
+    """
+
+    contexts: int
+    is_fitted: bool = False
+    rank: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Name in tables."""
+        if not self.is_fitted:
+            return "one context" if self.contexts == 1 else f"mean of {self.contexts}"
+        return f"{self.contexts} fitted" + ("" if self.rank is None else f", rank {self.rank}")
+
+    def donor(self, kept: Sequence[Entry], exact: Entry, rows: int) -> Entry:
+        """The donor of an item. ``kept`` are its contexts, ``exact`` the new one, with known ``rows``."""
+        own = kept[: self.contexts]
+        if self.is_fitted and rows > 0:
+            return fitted(own, exact, rows, self.rank)
+        return mean(own)
+
+    def byte_share(self, entry: Entry) -> float:
+        """Bytes, as a share of a donor of one context."""
+        return fitted_share(entry, self.contexts, self.rank) if self.is_fitted else 1.0
+
+
+FORMS = (
+    Form(1),
+    Form(4),
+    Form(8),
+    Form(4, is_fitted=True),
+    Form(8, is_fitted=True),
+    Form(8, is_fitted=True, rank=16),
+    Form(8, is_fitted=True, rank=4),
+)
+
+Found = dict[tuple[Form, float, str], list[Comparison]]
+"""Donor, budget, kind of prompt -> comparisons, in equal order."""
+
+
+def study(
+    subject: Subject,
+    source: Questions,
+    items: int,
+    budgets: Sequence[float],
+    *,
+    forms: Sequence[Form] = FORMS,
+    batch: int = 4,
+    seed: int = 0,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> tuple[Found, dict[Form, float]]:
+    """Compare donors with the unmodified model.
+
+    Returns:
+        The comparisons, and each form's bytes as a share of a donor of one context (mean over the items).
+    """
+    rng = np.random.default_rng(seed)
+    kinds = [kind for kind in source.FAMILIES if kind != "same"]
+    found: Found = {}
+    shares: dict[Form, list[float]] = {form: [] for form in forms}
+    asked = [
+        question
+        for index, kind in enumerate(kinds)
+        for question in source.make_questions("test", kind, _share(items, len(kinds), index), seed=seed + 1)
+    ]
+    for start in progress(range(0, items, batch)):
+        first = asked[start : start + batch]
+        contexts = [
+            record(subject, source, [another(source, question, rng) for question in first])
+            for _ in range(max(form.contexts for form in forms))
+        ]
+        for form in forms:
+            shares[form] += [form.byte_share(entry) for own in contexts[0] for entry in own.values()]
+        for name, settings in PROMPTS.items():
+            new = [source.ask_again(question, rng, **settings) for question in first]
+            truth = record(subject, source, new)
+            prepared = subject.prepare([make_prompt(source, question) for question in new])
+            exact = subject.exact(prepared)
+            for budget in budgets:
+                for form in forms:
+                    subject.engine.clear()
+                    for index, own in enumerate(truth):
+                        for key, entry in own.items():
+                            rows = int(budget * length_of(entry))
+                            kept = [context[index][key] for context in contexts]
+                            subject.engine.store.put(key, form.donor(kept, entry, rows))
+                    with subject.engine.using(policy="first_k", budget=budget):
+                        compared = compare(exact, subject.answer(prepared), prepared.answers)
+                    subject.recomputed()  # raises if a donor was not reused
+                    found.setdefault((form, budget, name), []).extend(compared)
+    return found, {form: fmean(share) for form, share in shares.items()}
+
+
+def _share(count: int, parts: int, index: int) -> int:
+    return count // parts + (index < count % parts)
+
+
+def results_table(found: Found, shares: Mapping[Form, float], title: str) -> Table:
+    """Create a table with one row per budget and donor."""
+    names = list(dict.fromkeys(name for _, _, name in found))
+    table = Table(
+        "budget", "donor", "bytes", "KL (nats)", "of one", "median", *names, "agreement", title=title
+    )
+    for budget in dict.fromkeys(budget for _, budget, _ in found):
+        base = _all(found, Form(1), budget, names)
+        for form in dict.fromkeys(form for form, _, _ in found):
+            own = _all(found, form, budget, names)
+            kls = [comparison.kl for comparison in own]
+            of_one = fmean(kls) / fmean(comparison.kl for comparison in base) if base else float("nan")
+            table.add_row(
+                f"{100 * budget:g} %",
+                form.label,
+                f"{shares[form]:.2f}",
+                nats(average(kls)),
+                f"{of_one:.2f}",
+                f"{median(kls):.2g}",
+                *(f"{fmean(one.kl for one in found[form, budget, name]):.2g}" for name in names),
+                percent(proportion([comparison.agrees for comparison in own])),
+            )
+        table.add_section()
+    return table
+
+
+def _all(found: Found, form: Form, budget: float, names: Sequence[str]) -> list[Comparison]:
+    return [one for name in names for one in found.get((form, budget, name), ())]
+
+
+def main(
+    model: Annotated[str, typer.Argument(help=f"one of {', '.join(STUDIED)}")] = "smollm2",
+    items: Annotated[int, typer.Option(min=2, help="items; each returns behind three prompts")] = 30,
+    budget: Annotated[
+        list[float] | None, typer.Option(help="shares of an item's first rows that are recomputed")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="prompts per call")] = 4,
+    positions: Annotated[int, typer.Option(min=1, help="maximum number of answer tokens to compare")] = 7,
+    seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
+) -> None:
+    """Compare donors of one context, means, and fitted donors."""
+    try:
+        check_name(model, STUDIED)
+        subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
+        found, shares = study(
+            subject,
+            import_module(STUDIED[model]),
+            items,
+            budget or (0.01, 0.02, 0.05),
+            batch=batch,
+            seed=seed,
+            progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
+        )
+    except (VlcacheError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(results_table(found, shares, f"{model}, {items} items, three prompts each"))
+    console.print(machine_line(describe_machine()), highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
