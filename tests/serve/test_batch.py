@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from vlcache_fx.runtime.report import ReportView
 from vlcache_fx.serve import batch
 from vlcache_fx.serve.batch import SeenPictures, choose, num_computed
 from vlcache_fx.serve.job import Job
@@ -94,3 +95,20 @@ def test_old_pictures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     seen.add("a")
     seen.add("c")
     assert [name in seen for name in "abc"] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("mode", "hits", "expected"),
+    [("cold", [False, False], True), ("warm", [True, True], True), ("warm", [True, False], False)],
+)
+def test_pictures_that_left_no_donors_are_not_known(
+    loop: asyncio.AbstractEventLoop, mode: str, hits: list[bool], expected: bool
+) -> None:
+    """A new picture behind a reused one is approximate: it is not recorded."""
+    (job,) = jobs(loop, (10, "ab"))
+    assert not job.leaves_donors
+    job.report = ReportView(mode=mode, spans=tuple({"hit": hit} for hit in hits))
+    assert job.leaves_donors is expected
+    (aside,) = jobs(loop, (10, "ab"), bypass=True)
+    aside.report = job.report
+    assert not aside.leaves_donors

@@ -25,7 +25,7 @@ class SeenPictures:
         return picture in self._seen
 
     def add(self, pictures: Iterable[str]) -> None:
-        """A request with these pictures was answered."""
+        """A request has left donors of these pictures."""
         for picture in pictures:
             self._seen[picture] = None
             self._seen.move_to_end(picture)

@@ -190,5 +190,5 @@ class Batcher:
         generate(self._model, jobs, self._sampling)
         for job in jobs:
             self._metrics.saw_answer(self._name, job)
-            if not job.settings.bypass:
+            if job.leaves_donors:
                 self._seen.add(job.pictures)

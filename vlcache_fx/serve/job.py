@@ -92,6 +92,13 @@ class Job:
         """The keys of the donors of its spans; empty before the prefill."""
         return () if self.report is None else tuple(span["key"] for span in self.report["spans"])
 
+    @property
+    def leaves_donors(self) -> bool:
+        """Whether donors of all its pictures are stored. A new picture behind a reused one has none yet."""
+        if self.report is None or self.settings.bypass:
+            return False
+        return self.report["mode"] == "cold" or all(span["hit"] for span in self.report["spans"])
+
     def start(self, batch_size: int) -> None:
         """It is about to run."""
         self.started_s, self.batch_size = time.perf_counter(), batch_size
