@@ -51,7 +51,7 @@ def test_questions_are_reproducible(family: str) -> None:
     ("arguments", "message"),
     [
         ({"family": "cell"}, "family='cell' is not valid: it must be one of passage, same"),
-        ({"count": 10_000}, "count=10000 is not valid: there are"),
+        ({"count": 10_000}, "count=10000 is not valid: test has"),
         ({"split": "all"}, "split='all' is not valid: it must be one of test, train"),
     ],
 )

@@ -19,7 +19,7 @@ def calibrate(
     family: Annotated[list[str] | None, typer.Option(help="families of questions (default: all)")] = None,
     count: Annotated[int, typer.Option(help="questions per family")] = 30,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
-    positions: Annotated[int, POSITIONS] = 1,
+    positions: Annotated[int | None, POSITIONS] = None,
     depth_share: Annotated[float, typer.Option(help="share of rows that stop at each depth")] = 0.05,
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",

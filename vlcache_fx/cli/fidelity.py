@@ -41,7 +41,7 @@ def fidelity(
         list[str] | None, typer.Option(help="how donors are stored: model, int8, float8 (default: model)")
     ] = None,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
-    positions: Annotated[int, POSITIONS] = 1,
+    positions: Annotated[int | None, POSITIONS] = None,
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
     output_dir: Annotated[Path, typer.Option(help="folder for fidelity.json, .md and .png")] = Path(

@@ -24,13 +24,21 @@ STUDIED: Mapping[str, str] = {**NAMED, "smollm2": "vlcache_fx.testing.smollm2"}
 """Those, and a model of text whose passages are items."""
 
 
-def load_subject(model: str, positions: int, options: Mapping[str, Any]) -> Subject:
+def load_subject(model: str, positions: int | None, options: Mapping[str, Any]) -> Subject:
     """The model, compiled with ``options`` (``dynamic`` and on top of it), and its processor.
+
+    Args:
+        model: a name, or a folder.
+        positions: maximum number of answer tokens; None for those of the model's own answers, or else 1.
+        options: of ``vlcache_fx.compile``.
 
     Raises:
         OptionError: see ``load_model``.
     """
     loaded, processor = load_model(model, STUDIED)
+    if positions is None:
+        source = import_module(STUDIED[model]) if model in STUDIED else None
+        positions = getattr(source, "ANSWER_TOKENS", 1)
     return Subject(model, vlcache_fx.compile(loaded, dynamic=True, **options), processor, positions)
 
 
@@ -80,8 +88,11 @@ def load_cases(
     if model not in STUDIED:
         raise OptionError(f"{model!r} has no questions: pass prompts with --data")
     source: Any = import_module(STUDIED[model])
-    return [
-        case
-        for family in families or FAMILIES
-        for case in make_cases(source, family, count, split=split, seed=seed)
-    ]
+    try:
+        return [
+            case
+            for family in families or FAMILIES
+            for case in make_cases(source, family, count, split=split, seed=seed)
+        ]
+    except ValueError as error:  # more questions than a model has, for one
+        raise OptionError(str(error)) from error

@@ -181,13 +181,12 @@ def main(
         list[float] | None, typer.Option(help="shares of an item's first rows that are recomputed")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts per call")] = 4,
-    positions: Annotated[int, typer.Option(min=1, help="maximum number of answer tokens to compare")] = 7,
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare donors of one context, means, and fitted donors."""
     try:
         check_name(model, STUDIED)
-        subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
+        subject = load_subject(model, None, {"lowering": "eager", "strict": True})
         found, shares = study(
             subject,
             import_module(STUDIED[model]),

@@ -67,7 +67,7 @@ def make_questions(
     question_first: bool = False,
     system_words: int | None = None,
 ) -> list[Question]:
-    """Make ``count`` questions, each about passages of its own; equal arguments give equal questions.
+    """Make ``count`` questions, each to go on with another passage; equal arguments give equal questions.
 
     Args:
         split: ``"test"`` or ``"train"``: topics with even or odd numbers.
@@ -78,18 +78,19 @@ def make_questions(
         system_words: least number of words of the system prompts (default: of one to six sentences).
 
     Raises:
-        ValueError: there are not so many passages, or no such family.
+        ValueError: there are not so many passages, or there is no such family.
     """
     if family not in FAMILIES:
         raise ValueError(f"family={family!r} is not valid: it must be one of {', '.join(FAMILIES)}")
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
-    known, each = passages(split), 2 if family == "same" else 1
-    if count * each > len(known):
-        raise ValueError(f"count={count} is not valid: there are {len(known) // each} in {split}")
-    chosen = [known[index] for index in rng.permutation(len(known))[: count * each]]
+    known = passages(split)
+    if count > len(known):
+        raise ValueError(f"count={count} is not valid: {split} has {len(known)} passages")
+    order = rng.permutation(len(known))
     found = []
-    for index in range(count):
-        own = chosen[index * each : (index + 1) * each]
+    for first in order[:count]:
+        others = [int(rng.choice(order[order != first]))] if family == "same" else []
+        own = [known[index] for index in (*others, int(first))]
         text = str(rng.choice(QUESTIONS))
         images = tuple(passage for passage, _ in own)
         found.append(Question(_system_prompt(rng, system_words), text, images, own[-1][1], question_first))
