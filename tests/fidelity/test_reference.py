@@ -19,7 +19,7 @@ from vlcache_fx.fidelity.prompts import Prompt
 from vlcache_fx.fidelity.questions import make_cases
 from vlcache_fx.fidelity.run import ALL, Setting, run, settings
 from vlcache_fx.fidelity.subject import Subject
-from vlcache_fx.fidelity.subspace_study import PROMPTS, Form
+from vlcache_fx.fidelity.subspace_study import PROMPTS, Combination
 from vlcache_fx.fidelity.subspace_study import results_table as subspace_table
 from vlcache_fx.fidelity.subspace_study import study as study_subspaces
 from vlcache_fx.policies import Profile
@@ -141,15 +141,23 @@ def test_study_every_kind_of_donor(subject: Subject) -> None:
 
 
 def test_study_donors_of_several_contexts(subject: Subject) -> None:
-    forms = (Form(1), Form(3), Form(3, is_fitted=True), Form(3, is_fitted=True, rank=1))
-    found, shares = study_subspaces(subject, reference_vlm, 2, (0.05,), forms=forms, batch=2)
-    assert list(shares) == list(forms)
-    assert [shares[form] for form in forms[:3]] == [1.0, 1.0, 3.0]
-    assert 1 < shares[forms[3]] < 3
+    combinations = (
+        Combination(1),
+        Combination(3),
+        Combination(3, is_fitted=True),
+        Combination(3, is_fitted=True, rank=1),
+    )
+    found, shares = study_subspaces(subject, reference_vlm, 2, (0.05,), combinations=combinations, batch=2)
+    assert list(shares) == list(combinations)
+    assert [shares[combination] for combination in combinations[:3]] == [1.0, 1.0, 3.0]
+    assert 1 < shares[combinations[3]] < 3
     assert {key: len(own) for key, own in found.items()} == {
-        (form, 0.05, name): 2 for form in forms for name in PROMPTS
+        (combination, 0.05, name): 2 for combination in combinations for name in PROMPTS
     }
-    # Errors differ: a donor that was not stored would make two forms equal.
-    errors = [tuple(one.kl for name in PROMPTS for one in found[form, 0.05, name]) for form in forms]
-    assert len(set(errors)) == len(forms)
-    assert subspace_table(found, shares, "a title").row_count == len(forms)
+    # Errors differ: a donor that was not stored would make two combinations equal.
+    errors = [
+        tuple(one.kl for name in PROMPTS for one in found[combination, 0.05, name])
+        for combination in combinations
+    ]
+    assert len(set(errors)) == len(combinations)
+    assert subspace_table(found, shares, "a title").row_count == len(combinations)

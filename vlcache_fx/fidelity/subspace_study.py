@@ -41,7 +41,7 @@ PROMPTS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Form:
+class Combination:
     """A kind of donor.
 
     Attributes:
@@ -73,17 +73,17 @@ class Form:
         return fitted_share(entry, self.contexts, self.rank) if self.is_fitted else 1.0
 
 
-FORMS = (
-    Form(1),
-    Form(4),
-    Form(8),
-    Form(4, is_fitted=True),
-    Form(8, is_fitted=True),
-    Form(8, is_fitted=True, rank=16),
-    Form(8, is_fitted=True, rank=4),
+COMBINATIONS = (
+    Combination(1),
+    Combination(4),
+    Combination(8),
+    Combination(4, is_fitted=True),
+    Combination(8, is_fitted=True),
+    Combination(8, is_fitted=True, rank=16),
+    Combination(8, is_fitted=True, rank=4),
 )
 
-Found = dict[tuple[Form, float, str], list[Comparison]]
+Found = dict[tuple[Combination, float, str], list[Comparison]]
 """Donor, budget, kind of prompt -> comparisons, in equal order."""
 
 
@@ -93,20 +93,20 @@ def study(
     items: int,
     budgets: Sequence[float],
     *,
-    forms: Sequence[Form] = FORMS,
+    combinations: Sequence[Combination] = COMBINATIONS,
     batch: int = 4,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
-) -> tuple[Found, dict[Form, float]]:
+) -> tuple[Found, dict[Combination, float]]:
     """Compare donors with the unmodified model.
 
     Returns:
-        The comparisons, and each form's bytes as a share of a donor of one context (mean over the items).
+        The comparisons, and each combination's bytes as a share of a donor of one context (mean).
     """
     rng = np.random.default_rng(seed)
     kinds = [kind for kind in source.FAMILIES if kind != "same"]
     found: Found = {}
-    shares: dict[Form, list[float]] = {form: [] for form in forms}
+    shares: dict[Combination, list[float]] = {combination: [] for combination in combinations}
     asked = [
         question
         for index, kind in enumerate(kinds)
@@ -116,62 +116,64 @@ def study(
         first = asked[start : start + batch]
         contexts = [
             record(subject, source, [another(source, question, rng) for question in first])
-            for _ in range(max(form.contexts for form in forms))
+            for _ in range(max(combination.contexts for combination in combinations))
         ]
-        for form in forms:
-            shares[form] += [form.byte_share(entry) for own in contexts[0] for entry in own.values()]
+        for combination in combinations:
+            shares[combination] += [
+                combination.byte_share(entry) for own in contexts[0] for entry in own.values()
+            ]
         for name, settings in PROMPTS.items():
             new = [source.ask_again(question, rng, **settings) for question in first]
             truth = record(subject, source, new)
             prepared = subject.prepare([make_prompt(source, question) for question in new])
             exact = subject.exact(prepared)
             for budget in budgets:
-                for form in forms:
+                for combination in combinations:
                     subject.engine.clear()
                     for index, own in enumerate(truth):
                         for key, entry in own.items():
                             rows = int(budget * length_of(entry))
                             kept = [context[index][key] for context in contexts]
-                            subject.engine.store.put(key, form.donor(kept, entry, rows))
+                            subject.engine.store.put(key, combination.donor(kept, entry, rows))
                     with subject.engine.using(policy="first_k", budget=budget):
                         compared = compare(exact, subject.answer(prepared), prepared.answers)
                     subject.recomputed()  # raises if a donor was not reused
-                    found.setdefault((form, budget, name), []).extend(compared)
-    return found, {form: fmean(share) for form, share in shares.items()}
+                    found.setdefault((combination, budget, name), []).extend(compared)
+    return found, {combination: fmean(share) for combination, share in shares.items()}
 
 
 def _share(count: int, parts: int, index: int) -> int:
     return count // parts + (index < count % parts)
 
 
-def results_table(found: Found, shares: Mapping[Form, float], title: str) -> Table:
+def results_table(found: Found, shares: Mapping[Combination, float], title: str) -> Table:
     """Create a table with one row per budget and donor."""
     names = list(dict.fromkeys(name for _, _, name in found))
     table = Table(
         "budget", "donor", "bytes", "KL (nats)", "of one", "median", *names, "agreement", title=title
     )
     for budget in dict.fromkeys(budget for _, budget, _ in found):
-        base = _all(found, Form(1), budget, names)
-        for form in dict.fromkeys(form for form, _, _ in found):
-            own = _all(found, form, budget, names)
+        base = _all(found, Combination(1), budget, names)
+        for combination in dict.fromkeys(combination for combination, _, _ in found):
+            own = _all(found, combination, budget, names)
             kls = [comparison.kl for comparison in own]
             of_one = fmean(kls) / fmean(comparison.kl for comparison in base) if base else float("nan")
             table.add_row(
                 f"{100 * budget:g} %",
-                form.label,
-                f"{shares[form]:.2f}",
+                combination.label,
+                f"{shares[combination]:.2f}",
                 nats(average(kls)),
                 f"{of_one:.2f}",
                 f"{median(kls):.2g}",
-                *(f"{fmean(one.kl for one in found[form, budget, name]):.2g}" for name in names),
+                *(f"{fmean(one.kl for one in found[combination, budget, name]):.2g}" for name in names),
                 percent(proportion([comparison.agrees for comparison in own])),
             )
         table.add_section()
     return table
 
 
-def _all(found: Found, form: Form, budget: float, names: Sequence[str]) -> list[Comparison]:
-    return [one for name in names for one in found.get((form, budget, name), ())]
+def _all(found: Found, combination: Combination, budget: float, names: Sequence[str]) -> list[Comparison]:
+    return [one for name in names for one in found.get((combination, budget, name), ())]
 
 
 def main(
