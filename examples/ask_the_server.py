@@ -56,7 +56,7 @@ def served(console: Console, *options: str) -> Iterator[str]:
     try:
         url = ""
         for line in server.stdout:
-            if "vlcache: compil" not in line and "it/s]" not in line:
+            if not line.startswith("vlcache: ") and "it/s]" not in line:
                 console.print(Text(line.rstrip()))
             if found := re.search(r"serving reference at (\S+)", line):
                 url = found[1]

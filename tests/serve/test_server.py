@@ -21,7 +21,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from vlcache_fx.serve.options import ServeOptions
-from vlcache_fx.testing.reference_vlm import ask_again, make_questions, prepare
+from vlcache_fx.testing.reference_vlm import ask_again, load_model, make_questions, prepare
 
 from ..examples.loading import load as load_example
 from .serving import Running, messages_of, running, urls_of
@@ -483,6 +483,14 @@ def test_metrics(server: Running, client: OpenAI) -> None:
     )
     assert {sample.labels["model"] for sample in families["vlcache_requests"].samples} == {MODEL}
     assert "alice" not in text
+
+
+def test_both_names_of_the_longest_answer(client: OpenAI) -> None:
+    eos = load_model().generation_config.eos_token_id
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = ask(client, QUESTIONS[0], logit_bias={str(eos): -100}, **{name: 3})
+        assert answer.usage.completion_tokens == 3
+        assert answer.choices[0].finish_reason == "length"
 
 
 def test_the_example_asks_about_one_picture(
