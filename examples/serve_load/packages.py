@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.vs_vllm.environment import Environment
-from examples.vs_vllm.errors import PeerError
+from examples.vs_vllm.environment import Environment, run
 
 ROOT = Path(__file__).resolve().parents[2]
 """This project."""
@@ -33,15 +31,10 @@ def install(environment: Environment, say: Callable[[str], None]) -> None:
     if stamp.exists() and stamp.read_text(encoding="utf-8") == "\n".join(wanted):
         return
     pip = [str(environment.python), "-m", "pip"]
-    versions.write_text(_run([*pip, "freeze", "--exclude-editable"], say), encoding="utf-8")
-    _run([*pip, "install", "--constraint", str(versions), *wanted], say)
+    freeze = [*pip, "freeze", "--exclude-editable"]
+    say(" ".join(freeze))
+    versions.write_text(run(freeze), encoding="utf-8")
+    install_wanted = [*pip, "install", "--constraint", str(versions), *wanted]
+    say(" ".join(install_wanted))
+    run(install_wanted)
     stamp.write_text("\n".join(wanted), encoding="utf-8")
-
-
-def _run(command: list[str], say: Callable[[str], None]) -> str:
-    say(" ".join(command))
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise PeerError(f"{' '.join(command)} failed with\n{tail}")
-    return done.stdout

@@ -80,22 +80,27 @@ class Environment:
         self.folder.mkdir(parents=True, exist_ok=True)
         for command in self.commands():
             say(" ".join(command))
-            _run(command)
+            run(command)
         imports = [str(self.python), "-c", "import torchvision, vllm; print(vllm.__version__)"]
         say(" ".join(imports))
         if not _succeeds([str(self.python), "-c", "import torchvision"]):
             self._install_shim()
-        _run(imports)
+        run(imports)
         (self.venv / STAMP).write_text(json.dumps(REQUIREMENTS) + "\n", encoding="utf-8")
 
     def _install_shim(self) -> None:
         query = [str(self.python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-        packages = Path(_run(query).strip())
+        packages = Path(run(query).strip())
         shutil.copy(Path(__file__).with_name("torchvision_operators.py"), packages / f"{SHIM}.py")
         (packages / f"{SHIM}.pth").write_text(f"import {SHIM}\n", encoding="utf-8")
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
+    """Run a command; return its output.
+
+    Raises:
+        PeerError: it failed; the message has the end of its output.
+    """
     try:
         # S603: the commands are those above.
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -109,7 +114,7 @@ def _run(command: Sequence[str]) -> str:
 
 def _succeeds(command: Sequence[str]) -> bool:
     try:
-        _run(command)
+        run(command)
     except PeerError:
         return False
     return True

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from vlcache_fx.runtime.report import ReportView
-from vlcache_fx.serve import batch
-from vlcache_fx.serve.batch import SeenPictures, choose, num_computed
+from vlcache_fx.serve.batch import choose, num_computed
 from vlcache_fx.serve.job import Job
 from vlcache_fx.serve.request import RequestSettings
 
@@ -34,9 +33,7 @@ def jobs(loop: asyncio.AbstractEventLoop, *asked: tuple[int, str], bypass: bool 
 
 
 def chosen(waiting: list[Job], known: str = "", batch_size: int = 8, max_tokens: int = 200) -> list[int]:
-    seen = SeenPictures()
-    seen.add(known)
-    return [waiting.index(job) for job in choose(waiting, batch_size, max_tokens, seen)]
+    return [waiting.index(job) for job in choose(waiting, batch_size, max_tokens, set(known))]
 
 
 @pytest.mark.parametrize(
@@ -82,19 +79,9 @@ def test_examples_run_with_their_like(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def test_estimates(loop: asyncio.AbstractEventLoop) -> None:
-    seen = SeenPictures()
-    seen.add("ab")
+    seen = {"a", "b"}
     both, one, none = jobs(loop, (100, "ab"), (100, "ax"), (100, "xy"))
     assert [num_computed(job, seen) for job in (both, one, none)] == [5, 50, 100]
-
-
-def test_old_pictures_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "MAX_PICTURES", 2)
-    seen = SeenPictures()
-    seen.add("ab")
-    seen.add("a")
-    seen.add("c")
-    assert [name in seen for name in "abc"] == [True, False, True]
 
 
 @pytest.mark.parametrize(

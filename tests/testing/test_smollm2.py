@@ -81,6 +81,9 @@ def test_processor_marks_passages(processor: Any) -> None:
 def test_passages_are_reused(processor: Any) -> None:
     """By the first two layers: each takes seconds to trace."""
     model = smollm2.load_model()
+    torch.testing.assert_close(
+        processor.embedding.weight, model.get_input_embeddings().weight, rtol=0, atol=0
+    )
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 2
     compiled = vlcache_fx.compile(model, lowering="eager", dynamic=True, strict=True, policy="full")

@@ -49,9 +49,8 @@ def make_cases(
     kinds = about_two if family == "multi_hop" else [k for k in source.FAMILIES if k not in about_two]
     words = {"system_prompt": 30, "position_shift": SHORT}.get(family)
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
-    shares = [count // len(kinds) + (index < count % len(kinds)) for index in range(len(kinds))]
     cases = []
-    for kind, share in zip(kinds, shares, strict=True):
+    for kind, share in zip(kinds, shares(count, len(kinds)), strict=True):
         made = source.make_questions(
             split, kind, share, seed=seed + FAMILIES.index(family), system_words=words
         )
@@ -66,6 +65,11 @@ def make_cases(
                 then = dataclasses.replace(then, system_prompt=first.system_prompt)
             cases.append(Case(family, make_prompt(source, first), make_prompt(source, then)))
     return cases
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """Divide ``count`` into parts that differ by one at most."""
+    return [count // parts + (index < count % parts) for index in range(parts)]
 
 
 def make_prompt(source: Questions, question: Any) -> Prompt:

@@ -26,7 +26,7 @@ from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, fitted_share, mean
 from vlcache_fx.fidelity.donor_study import another, record
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
-from vlcache_fx.fidelity.questions import Questions, make_prompt
+from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
 from vlcache_fx.runtime.donors.donor_dtype import length_of
@@ -106,11 +106,11 @@ def study(
     rng = np.random.default_rng(seed)
     kinds = [kind for kind in source.FAMILIES if kind != "same"]
     found: Found = {}
-    shares: dict[Combination, list[float]] = {combination: [] for combination in combinations}
+    sizes: dict[Combination, list[float]] = {combination: [] for combination in combinations}
     asked = [
         question
-        for index, kind in enumerate(kinds)
-        for question in source.make_questions("test", kind, _share(items, len(kinds), index), seed=seed + 1)
+        for kind, share in zip(kinds, shares(items, len(kinds)), strict=True)
+        for question in source.make_questions("test", kind, share, seed=seed + 1)
     ]
     for start in progress(range(0, items, batch)):
         first = asked[start : start + batch]
@@ -119,7 +119,7 @@ def study(
             for _ in range(max(combination.contexts for combination in combinations))
         ]
         for combination in combinations:
-            shares[combination] += [
+            sizes[combination] += [
                 combination.byte_share(entry) for own in contexts[0] for entry in own.values()
             ]
         for name, settings in PROMPTS.items():
@@ -139,14 +139,10 @@ def study(
                         compared = compare(exact, subject.answer(prepared), prepared.answers)
                     subject.recomputed()  # raises if a donor was not reused
                     found.setdefault((combination, budget, name), []).extend(compared)
-    return found, {combination: fmean(share) for combination, share in shares.items()}
+    return found, {combination: fmean(share) for combination, share in sizes.items()}
 
 
-def _share(count: int, parts: int, index: int) -> int:
-    return count // parts + (index < count % parts)
-
-
-def results_table(found: Found, shares: Mapping[Combination, float], title: str) -> Table:
+def results_table(found: Found, byte_shares: Mapping[Combination, float], title: str) -> Table:
     """Create a table with one row per budget and donor."""
     names = list(dict.fromkeys(name for _, _, name in found))
     table = Table(
@@ -161,7 +157,7 @@ def results_table(found: Found, shares: Mapping[Combination, float], title: str)
             table.add_row(
                 f"{100 * budget:g} %",
                 combination.label,
-                f"{shares[combination]:.2f}",
+                f"{byte_shares[combination]:.2f}",
                 nats(average(kls)),
                 f"{of_one:.2f}",
                 f"{median(kls):.2g}",
@@ -189,7 +185,7 @@ def main(
     try:
         check_name(model, STUDIED)
         subject = load_subject(model, None, {"lowering": "eager", "strict": True})
-        found, shares = study(
+        found, byte_shares = study(
             subject,
             import_module(STUDIED[model]),
             items,
@@ -202,7 +198,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     console = Console(width=None if Console().is_terminal else 140)
-    console.print(results_table(found, shares, f"{model}, {items} items, three prompts each"))
+    console.print(results_table(found, byte_shares, f"{model}, {items} items, three prompts each"))
     console.print(machine_line(describe_machine()), highlight=False)
 
 

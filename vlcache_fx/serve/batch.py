@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Sequence
 
 from vlcache_fx.serve.job import Job
-
-MAX_PICTURES = 16384
-"""Pictures that are remembered; those that were shown longest ago are forgotten first."""
 
 KNOWN_SHARE = 0.05
 """Estimated share of a known picture's tokens that a request computes, with its text."""
 
 
-class SeenPictures:
-    """The pictures that a model has computed, so that a request with them is expected to reuse them."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[str, None] = OrderedDict()
-
-    def __contains__(self, picture: str) -> bool:
-        return picture in self._seen
-
-    def add(self, pictures: Iterable[str]) -> None:
-        """A request has left donors of these pictures."""
-        for picture in pictures:
-            self._seen[picture] = None
-            self._seen.move_to_end(picture)
-        while len(self._seen) > MAX_PICTURES:
-            self._seen.popitem(last=False)
-
-
-def choose(waiting: Sequence[Job], batch_size: int, max_tokens: int, seen: SeenPictures) -> list[Job]:
+def choose(waiting: Sequence[Job], batch_size: int, max_tokens: int, seen: Container[str]) -> list[Job]:
     """Return the requests that run next: the first, and those that fit to it, in order.
 
     A batch computes the longest prompt for each of its rows, the others with padding. Large prompts keep the
@@ -44,7 +22,7 @@ def choose(waiting: Sequence[Job], batch_size: int, max_tokens: int, seen: SeenP
         waiting: at least one request, oldest first.
         batch_size: largest number of requests.
         max_tokens: largest number of tokens that the batch computes, with padding, as far as can be known.
-        seen: known pictures.
+        seen: pictures that have left donors, so that a request with them is expected to reuse them.
     """
     first, *others = waiting
     found, longest, new = [first], num_computed(first, seen), _new(first, seen)
@@ -60,7 +38,7 @@ def choose(waiting: Sequence[Job], batch_size: int, max_tokens: int, seen: SeenP
     return found
 
 
-def num_computed(job: Job, seen: SeenPictures) -> int:
+def num_computed(job: Job, seen: Container[str]) -> int:
     """Estimate how many tokens of a prompt are computed; 0 for an example, which runs with its like."""
     if job.is_example:
         return 0
@@ -70,6 +48,6 @@ def num_computed(job: Job, seen: SeenPictures) -> int:
     return math.ceil(job.prompt_tokens * max(new, KNOWN_SHARE))
 
 
-def _new(job: Job, seen: SeenPictures) -> set[str]:
+def _new(job: Job, seen: Container[str]) -> set[str]:
     """The pictures that are not known; none where nothing is reused anyway."""
     return set() if job.settings.bypass else {name for name in job.pictures if name not in seen}

@@ -10,8 +10,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from vlcache_fx.runtime.donors.recent_keys import RecentKeys
 from vlcache_fx.runtime.pace import Pace
-from vlcache_fx.serve.batch import SeenPictures, choose
+from vlcache_fx.serve.batch import choose
 from vlcache_fx.serve.errors import CLIENT_GONE, RequestError
 from vlcache_fx.serve.generation import generate
 from vlcache_fx.serve.job import Job
@@ -22,6 +23,8 @@ log = logging.getLogger("vlcache_fx.serve")
 NEW_SHARE = 0.25
 """Weight of the latest batch in the moving average of seconds per request."""
 LONGEST_RETRY_S = 120
+MAX_PICTURES = 16384
+"""Pictures that a batcher remembers."""
 
 
 class Batcher:
@@ -52,7 +55,7 @@ class Batcher:
         metrics: ServeMetrics,
     ) -> None:
         self._name, self._model = name, model
-        self._batch_tokens, self._seen = batch_tokens, SeenPictures()
+        self._batch_tokens, self._seen = batch_tokens, RecentKeys(MAX_PICTURES)
         self._batch_size, self._batch_wait_s, self._max_waiting = batch_size, batch_wait_ms / 1e3, max_waiting
         self._sampling, self._metrics = sampling, metrics
         self._pace = Pace(NEW_SHARE)
@@ -191,4 +194,5 @@ class Batcher:
         for job in jobs:
             self._metrics.saw_answer(self._name, job)
             if job.leaves_donors:
-                self._seen.add(job.pictures)
+                for picture in job.pictures:
+                    self._seen.add(picture)

@@ -43,7 +43,7 @@ def test_commands_pin_and_uninstall(made: Environment) -> None:
 
 def test_make_once(made: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = Pip(made.venv / "packages")
-    monkeypatch.setattr(module, "_run", pip)
+    monkeypatch.setattr(module, "run", pip)
     said: list[str] = []
     made.make(said.append)
     assert made.is_made()
@@ -62,7 +62,7 @@ def test_make_again_for_other_requirements(made: Environment) -> None:
 def test_make_installs_torchvision_stand_ins(made: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     packages = made.venv / "packages"
     pip = Pip(packages, fails="-c import torchvision,")
-    monkeypatch.setattr(module, "_run", pip)
+    monkeypatch.setattr(module, "run", pip)
     monkeypatch.setattr(module, "_succeeds", lambda _: False)
     with pytest.raises(PeerError, match="import torchvision, vllm"):
         made.make(lambda _: None)
@@ -75,9 +75,9 @@ def test_make_failed_command() -> None:
     with pytest.raises(
         PeerError, match=r"(?s)cannot build vLLM's environment: .* failed with\n.*no such thing"
     ):
-        module._run([module.sys.executable, "-c", "raise SystemExit('no such thing')"])
+        module.run([module.sys.executable, "-c", "raise SystemExit('no such thing')"])
     with pytest.raises(PeerError, match="cannot start /nowhere"):
-        module._run(["/nowhere/python"])
+        module.run(["/nowhere/python"])
 
 
 def test_stand_ins_defined_at_import_of_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,17 +67,20 @@ def _matmul(node: Node, axes: Axes) -> TokenFlow:
 def _packed(node: Node, axes: Axes) -> TokenFlow:
     """A product of rows with a weight that a kernel has packed: integers, and their scales."""
     operand, *others = node.args
+    return TokenFlow(_first_factor(node, axes, operand, others).at(0))
+
+
+def _first_factor(node: Node, axes: Axes, operand: object, others: Sequence[object]) -> TokenAxis:
+    """Return the axis of the matrix with a row per token, which must be the only one."""
     axis = axes.get(operand) if isinstance(operand, Node) else None
     if axis is None or axis.dim != 0 or any(isinstance(other, Node) and other in axes for other in others):
         raise lost(node, "only the first factor may be part of the residual stream")
-    return TokenFlow(axis.at(0))
+    return axis
 
 
 def _addmm(node: Node, axes: Axes) -> TokenFlow:
     bias, operand, weight = node.args[:3]
-    axis = axes.get(operand) if isinstance(operand, Node) else None
-    if axis is None or axis.dim != 0 or weight in axes or bias in axes:
-        raise lost(node, "only the first factor may be part of the residual stream")
+    axis = _first_factor(node, axes, operand, (bias, weight))
     if isinstance(bias, Node) and rank_of(bias) > 1 and not is_one(shape_of(bias)[0]):
         if not axis.entries.are_tokens:
             raise lost(node, f"{bias.name} has other entries along the token axis")

@@ -21,9 +21,10 @@ SUBJECTS = ("content", "encoder.content")
 
 
 class RecentKeys:
-    """The last ``MAX_KEYS`` keys that were added. Safe to share between threads."""
+    """The last ``max_keys`` keys that were added. Safe to share between threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_keys: int = MAX_KEYS) -> None:
+        self._max_keys = max_keys
         self._keys: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -33,11 +34,11 @@ class RecentKeys:
             is_present = key in self._keys
             self._keys[key] = None
             self._keys.move_to_end(key)
-            while len(self._keys) > MAX_KEYS:
+            while len(self._keys) > self._max_keys:
                 self._keys.popitem(last=False)
             return is_present
 
-    def __contains__(self, key: str) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._keys
 
     def clear(self, selection: Selection | None = None) -> None:

@@ -6,6 +6,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from vlcache_fx.testing.smollm2.processor import PassageProcessor
 
 
@@ -40,6 +42,21 @@ def load_processor() -> PassageProcessor:
     Raises:
         ImportError: a package is not installed.
     """
+    from torch.nn import Embedding
+
     from vlcache_fx.testing.smollm2.processor import PassageProcessor
 
-    return PassageProcessor(load_tokenizer(), load_model().get_input_embeddings())
+    load: Any = Embedding.from_pretrained  # untyped in torch
+    return PassageProcessor(load_tokenizer(), load(_embeddings()))
+
+
+def _embeddings() -> torch.Tensor:
+    """The model's table of embeddings, ``[vocabulary, hidden]``, without the rest of the model."""
+    import gguf
+    import torch
+
+    from vlcache_fx.testing.photo_vlm.parts import decoder_file
+
+    tensors = gguf.GGUFReader(str(decoder_file())).tensors
+    table = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+    return torch.from_numpy(gguf.dequantize(table.data, table.tensor_type).copy())

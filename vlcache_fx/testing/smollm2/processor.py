@@ -24,7 +24,7 @@ class PassageProcessor:
     """
 
     def __init__(self, tokenizer: Any, embedding: nn.Module) -> None:
-        self.tokenizer, self._embedding = tokenizer, embedding
+        self.tokenizer, self.embedding = tokenizer, embedding
 
     def __call__(self, images: Sequence[str], text: Sequence[str], **_: Any) -> BatchFeature:
         """Create ``input_ids``, ``attention_mask`` and ``inputs_embeds``, with marks; padded on the left.
@@ -57,7 +57,7 @@ class PassageProcessor:
         tokens = torch.tensor([[pad] * more + ids for more, ids in zip(padding, rows, strict=True)])
         mask = torch.tensor([[0] * more + [1] * (length - more) for more in padding])
         with torch.no_grad():
-            embeds: Tensor = self._embedding(tokens)
+            embeds: Tensor = self.embedding(tokens)
         vlcache_fx.mark_spans(embeds, [(sample, padding[sample] + at, size) for sample, at, size in spans])
         return BatchFeature({"input_ids": tokens, "attention_mask": mask, "inputs_embeds": embeds})
 
