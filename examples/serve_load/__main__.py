@@ -147,7 +147,7 @@ def results_table(rows: list[dict[str, Any]]) -> Table:
             *(f"{times[share]:,.0f}" for share in ("50", "95", "99")),
             f"{row['requests_per_s']:.2f}",
             f"{row['tokens_per_s']:.1f}",
-            f"{100 * row['cached_share']:.0f} %",
+            "" if row["cached_share"] is None else f"{100 * row['cached_share']:.0f} %",
             "" if row["wrong"] is None else f"{row['wrong']} of {row['requests']}",
             str(row["failed"]),
         )

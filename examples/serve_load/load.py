@@ -22,7 +22,8 @@ class Result:
     Attributes:
         text: the answer; empty if the request failed.
         first_s, total_s: seconds until the first token, and until the last.
-        prompt_tokens, cached_tokens, answer_tokens: as the server counts them.
+        prompt_tokens, answer_tokens: as the server counts them.
+        cached_tokens: as the server counts them; None if it or the client does not tell.
         failure: why there is no answer; None if there is one.
     """
 
@@ -30,7 +31,7 @@ class Result:
     first_s: float
     total_s: float
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     answer_tokens: int = 0
     failure: str | None = None
 
@@ -52,14 +53,15 @@ class Load:
         done = [result for result in self.results if result.failure is None]
         first = [1e3 * result.first_s for result in done] or [float("nan")]
         known = [(ask, got) for ask, got in zip(asks, self.results, strict=True) if ask.answer is not None]
-        prompt = sum(result.prompt_tokens for result in done)
+        counted = [(got.cached_tokens, got.prompt_tokens) for got in done if got.cached_tokens is not None]
+        prompt = sum(tokens for _, tokens in counted)
         return {
             "requests": len(self.results),
             "failed": len(self.results) - len(done),
             "ttft_ms": {str(share): float(np.percentile(first, share)) for share in (50, 95, 99)},
             "requests_per_s": len(done) / self.elapsed_s,
             "tokens_per_s": sum(result.answer_tokens for result in done) / self.elapsed_s,
-            "cached_share": sum(result.cached_tokens for result in done) / prompt if prompt else 0.0,
+            "cached_share": sum(cached for cached, _ in counted) / prompt if prompt else None,
             "wrong": sum(ask.answer != got.text.strip() for ask, got in known) if known else None,
         }
 
@@ -120,7 +122,7 @@ async def _ask(
         first_s,
         time.perf_counter() - begin,
         getattr(usage, "prompt_tokens", 0),
-        getattr(details, "cached_tokens", 0) or 0,
+        getattr(details, "cached_tokens", None),
         getattr(usage, "completion_tokens", 0),
         None if parts else "no text in the answer",
     )

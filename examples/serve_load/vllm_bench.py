@@ -84,5 +84,5 @@ def read(found: Mapping[str, Any]) -> Load:
         strict=True,
     ):
         failure = error or (None if text else "no text in the answer")
-        results.append(Result(text, first_s, first_s + sum(gaps_s), prompt, 0, tokens, failure))
+        results.append(Result(text, first_s, first_s + sum(gaps_s), prompt, None, tokens, failure))
     return Load(results, found["duration"])

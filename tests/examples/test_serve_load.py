@@ -84,6 +84,8 @@ def test_summary() -> None:
         Result("", 0.0, 0.1, failure="APIError: gone"),
         Result("anything", 0.2, 0.3, 20, 20, 4),
     ]
+    untold = Load([Result("a", 0.1, 0.2, 10, None, 2)], 1.0).summary(asks[:1])
+    assert untold["cached_share"] is None
     found = Load(results, 2.0).summary(asks)
     assert found["ttft_ms"]["50"] == pytest.approx(200)
     assert (found["requests"], found["failed"], found["wrong"]) == (4, 1, 2)

@@ -491,6 +491,8 @@ def test_both_names_of_the_longest_answer(client: OpenAI) -> None:
         answer = ask(client, QUESTIONS[0], logit_bias={str(eos): -100}, **{name: 3})
         assert answer.usage.completion_tokens == 3
         assert answer.choices[0].finish_reason == "length"
+    answer = ask(client, QUESTIONS[0], logit_bias={str(eos): -100}, max_tokens=5, max_completion_tokens=2)
+    assert answer.usage.completion_tokens == 2  # the newer name counts
 
 
 def test_the_example_asks_about_one_picture(

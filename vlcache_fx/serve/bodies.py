@@ -96,6 +96,10 @@ class _Chat(_Shared):
     modalities: list[Literal["text"]] | None = None
 
 
+CHAT_FIELDS = frozenset(_Chat.model_fields)
+"""Fields of a chat completion that are checked: they have their effect, or a value that asks for none."""
+
+
 class _Item(_Body):
     type: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None

@@ -18,7 +18,7 @@ from transformers.cli.serving.chat_completion import UNUSED_CHAT_COMPLETION_FIEL
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler
 
-from vlcache_fx.serve.bodies import check_chat, check_response
+from vlcache_fx.serve.bodies import CHAT_FIELDS, check_chat, check_response
 from vlcache_fx.serve.errors import RequestError
 from vlcache_fx.serve.exchange import current_exchange
 from vlcache_fx.serve.lengths import answer_length, check_prompt, context_length
@@ -36,7 +36,8 @@ from vlcache_fx.serve.versions import taken
 
 log = logging.getLogger("vlcache_fx.serve")
 
-LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+"""The newest name first. Older versions of transformers ignore ``max_completion_tokens``."""
 DONE = "data: [DONE]\n\n"
 WITHOUT_TEMPLATE: Any = SimpleNamespace(config=SimpleNamespace(model_type=""), response_template=None)
 """Stands for a model and its processor where transformers asks them how answers are parsed: not at all."""
@@ -155,7 +156,7 @@ class _Served(BaseHandler):
         vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
         given["logit_bias"] = checked_bias(body.get("logit_bias", {}), vocabulary)
         config = self._build_generation_config(given, model.generation_config)
-        wanted = config.max_new_tokens if any(name in body for name in LENGTHS) else None
+        wanted = next((body[name] for name in LENGTHS if name in body), None)
         config.max_new_tokens = answer_length(wanted, prompt_tokens, self._options, context)
         set_sampling(config, body.get("temperature"))
         return config
@@ -169,7 +170,7 @@ class _Served(BaseHandler):
 class ServedChat(_Served, ChatCompletionHandler):
     """``/v1/chat/completions``."""
 
-    _unused_fields = UNUSED_CHAT_COMPLETION_FIELDS - {"n", "response_format", "stream_options", "tool_choice"}
+    _unused_fields = UNUSED_CHAT_COMPLETION_FIELDS - CHAT_FIELDS
 
     def _check(self, body: dict[str, Any]) -> None:
         check_chat(body)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ import torch
 from vlcache_fx.errors import DamagedEntryError, StoreError
 from vlcache_fx.keys.entry_key import KeyScope, Selection
 from vlcache_fx.store import Entry, MooncakeSettings, MooncakeStore, open_store
+from vlcache_fx.store.mooncake import values
 from vlcache_fx.testing.mooncake_cluster import MooncakeCluster
 
 from .conftest import LEASE_MS, Opener
+
+TRANSFER = "vlcache-mooncake-transfer"
+"""Name of the threads that read entries."""
 
 
 def donor(value: float, contexts: int, layers: int = 4, rows: int = 100) -> Entry:
@@ -137,6 +143,59 @@ def test_a_donor_of_another_structure_replaces_a_refined_one(open_real: Opener) 
     assert found is not None
     assert len(found.tensors) == 2
     assert values_of(store, "a") == {9.0}
+
+
+def replaced_once_found(monkeypatch: pytest.MonkeyPatch, replace: Callable[[], object]) -> None:
+    """Let another process replace the next entry that is found, before its tensors are read."""
+    find = values.find
+
+    def found(*args: Any) -> Any:
+        monkeypatch.setattr(values, "find", find)
+        manifest, damaged = find(*args)
+        replace()
+        return manifest, damaged
+
+    monkeypatch.setattr(values, "find", found)
+
+
+def test_a_reader_leaves_what_replaced_its_entry(
+    cluster: MooncakeCluster, open_real: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = open_real(), open_real()
+    assert writer.put("a", donor(1.0, 2))
+    old = {name for name in names_in(cluster) if name.startswith("vlcache1p.")}
+
+    def replace() -> None:
+        raw(cluster, *(word for name in old for word in ("remove", name)))
+        assert writer.put("a", donor(2.0, 2))
+
+    replaced_once_found(monkeypatch, replace)
+    entry = reader.get("a")
+    assert entry is not None
+    with pytest.raises(DamagedEntryError, match="is no longer stored"):
+        entry.wait()
+    assert eventually(lambda: not any(thread.name == TRANSFER for thread in threading.enumerate()))
+    assert values_of(reader, "a") == {2.0}
+
+
+def test_a_writer_leaves_a_better_entry_that_was_put_meanwhile(
+    open_real: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = open_real(), open_real()
+    assert first.put("a", donor(1.0, 2))
+    replaced_once_found(monkeypatch, lambda: first.put("a", donor(3.0, 3)))
+    assert second.put("a", donor(2.0, 2))
+    assert values_of(second, "a") == {3.0}
+
+
+def test_eviction_leaves_what_replaced_an_entry(open_real: Opener) -> None:
+    size = donor(1.0, 2).nbytes
+    first, second = open_real(capacity_bytes=size), open_real()
+    assert first.put("a", donor(1.0, 2))
+    assert second.put("a", donor(2.0, 2))
+    assert first.put("b", donor(3.0, 2))
+    assert first.stats().evictions == 1
+    assert values_of(second, "a") == {2.0}
 
 
 @pytest.mark.slow

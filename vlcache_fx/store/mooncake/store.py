@@ -231,7 +231,7 @@ class MooncakeStore(Store):
         evicted = self._written.make_room(manifest.nbytes, key)
         self._tally.count("evictions", len(evicted))
         for old in evicted:
-            values.remove(client, old.names, values.left(deadline), force=False)
+            values.remove_entry(client, old, self._secret, deadline, force=False)
         if not values.write(client, manifest, region, self._secret, deadline, replaces=found):
             return False
         self._written.add(manifest)
@@ -251,7 +251,7 @@ class MooncakeStore(Store):
         if outcome.damaged or outcome.gone:
             self._written.drop(manifest.key)
             try:
-                values.remove(client, manifest.names, self._timeout_s)
+                values.remove_entry(client, manifest, self._secret, time.monotonic() + self._timeout_s)
             except StoreError as error:
                 self._failed(client, str(error))
 

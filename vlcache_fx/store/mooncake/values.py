@@ -141,9 +141,11 @@ def write(
     # A store that is full may have evicted the first tensors to make room for the last.
     done = done and all(code == 1 for code in client.call("exists", left(deadline), names=names))
     if done:
-        # Otherwise they would be found before the new one, or keep it from being put.
+        # Otherwise they would be found before the new one, or keep it from being put. If both have equal
+        # ranks, a larger one is that of another process, which was put meanwhile, and stays.
         if replaces is not None and replaces.rank >= manifest.rank:
-            ranks = range(manifest.rank, LARGEST_RANK + 1)
+            last = manifest.rank if replaces.rank == manifest.rank else LARGEST_RANK
+            ranks = range(manifest.rank, last + 1)
             remove(client, [manifest_name(manifest.key, rank) for rank in ranks], left(deadline))
         done = write_small(client, manifest.name, encode(secret, manifest), deadline)
     if not done:
@@ -174,6 +176,21 @@ def remove(client: MooncakeClient, names: Sequence[str], timeout_s: float, *, fo
     """
     if names:
         client.call("remove", timeout_s, names=list(names), force=force)
+
+
+def remove_entry(
+    client: MooncakeClient, manifest: Manifest, secret: bytes, deadline: float, *, force: bool = True
+) -> None:
+    """Remove an entry, but not one that another process has put under the same name meanwhile.
+
+    Without ``force``, tensors that are being read stay, and age out.
+
+    Raises:
+        StoreError: as ``find``.
+    """
+    if read_small(client, manifest.name, deadline) == encode(secret, manifest):
+        remove(client, [manifest.name], left(deadline))
+    remove(client, manifest.part_names, left(deadline), force=force)
 
 
 def check_secret(client: MooncakeClient, secret: bytes, deadline: float) -> None:
