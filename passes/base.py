@@ -9,6 +9,7 @@ Properties of a program's graph:
 ``spliced``          stored and computed rows are joined to full tensors
 ``hoisted``          donor tables are inputs
 ``unpacked``         the program takes one packed donor and unpacks it
+``fitted``           donor rows are fitted to recomputed rows
 ``recorded``         the tensors that donors store are results
 ``rows_restricted``  layers compute their active rows
 ``kv_only``          a row's last layer computes only its keys and values

@@ -9,7 +9,7 @@ from vlcache_fx.ir import Captured
 from vlcache_fx.ir.copies import copy_captured, copy_module
 from vlcache_fx.ir.refusal import refuse
 from vlcache_fx.passes.annotate import DeclareInputs, TagSegments
-from vlcache_fx.passes.base import Program
+from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.passes.cleanup import (
     AddedMerges,
     AnchorSizes,
@@ -29,6 +29,7 @@ from vlcache_fx.passes.cleanup import (
 from vlcache_fx.passes.pipeline import Pipeline
 from vlcache_fx.passes.rewrite import (
     CarryStates,
+    FitDonors,
     GatherCrossLayerValues,
     HoistLookups,
     InsertLookups,
@@ -148,6 +149,15 @@ def packed_program(warm: Program, dtype: torch.dtype) -> Program:
         warm: a complete warm program; it is not changed.
         dtype: dtype of the donor's packed rows.
     """
+    return _variant(warm, UnpackDonors(dtype), "packed")
+
+
+def fitted_program(warm: Program) -> Program:
+    """Build the variant of a warm program that fits donors of several contexts; ``warm`` is not changed."""
+    return _variant(warm, FitDonors(), "fitted")
+
+
+def _variant(warm: Program, step: Pass, name: str) -> Program:
     nodes: dict[Node, Node] = {}
     program = Program(
         copy_module(warm.graph_module, nodes),
@@ -157,7 +167,7 @@ def packed_program(warm: Program, dtype: torch.dtype) -> Program:
         in_place=list(warm.in_place),
         properties=set(warm.properties),
     )
-    Pipeline((UnpackDonors(dtype),), name="packed").run(program)
+    Pipeline((step,), name=name).run(program)
     return program
 
 

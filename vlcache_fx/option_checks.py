@@ -72,6 +72,12 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def _rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0 or value == 1:
+        raise _bad(name, value, "0 or an integer >= 2")
+    return int(value)
+
+
 def _one_of(valid: tuple[str, ...]) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         if isinstance(value, str) and value in valid:
@@ -132,6 +138,7 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "profile": _path,
     "min_span_tokens": _positive_int,
     "donor_contexts": _positive_int,
+    "donor_rank": _rank,
     "donor_dtype": _one_of(DONOR_DTYPES),
     "shadow": _share,
     "shadow_max_kl": _optional_bound,

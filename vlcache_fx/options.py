@@ -50,6 +50,10 @@ class Options:
             computed. Default: 16.
         donor_contexts: largest number of contexts over which a donor is averaged (those in which its item
             was computed exactly), a positive integer. With 1 the latest replaces the donor. Default: 4.
+        donor_rank: largest rank of the differences between a donor's contexts, which are stored beside their
+            mean and fitted to the rows that a call recomputes; an integer, 2 or more, or 0 for the mean
+            alone. It is lowered where differences would take more than a quarter of the donor's bytes.
+            Default: 0.
         donor_dtype: how rows of media items are stored: ``"model"`` (as computed), ``"int8"`` (with scales,
             about half of the bytes of bfloat16), or ``"float8"`` (NVIDIA GPUs of compute capability 8.9 or
             later). Packed rows are approximate everywhere: exact prefixes end before the first media item.
@@ -89,6 +93,7 @@ class Options:
     profile: str | os.PathLike[str] | None = None
     min_span_tokens: int = 16
     donor_contexts: int = 4
+    donor_rank: int = 0
     donor_dtype: str = "model"
     shadow: float = 0.0
     shadow_max_kl: float | None = 0.1

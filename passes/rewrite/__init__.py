@@ -1,6 +1,7 @@
 """From a decoder's graph to the cold program, which records donors, or the warm one, which reads them."""
 
 from vlcache_fx.passes.rewrite.carry_states import CarryStates
+from vlcache_fx.passes.rewrite.fit_donors import FitDonors
 from vlcache_fx.passes.rewrite.gather_cross_layer_values import GatherCrossLayerValues
 from vlcache_fx.passes.rewrite.hoist_lookups import HoistLookups
 from vlcache_fx.passes.rewrite.insert_lookups import InsertLookups
@@ -18,6 +19,7 @@ from vlcache_fx.passes.rewrite.write_in_place import WriteInPlace
 
 __all__ = [
     "CarryStates",
+    "FitDonors",
     "GatherCrossLayerValues",
     "HoistLookups",
     "InsertLookups",

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from vlcache_fx.errors import SlotError
 from vlcache_fx.spec.slots import (
+    Difference,
     Donor,
+    DonorRow,
     Factor,
     Inputs,
     InputSlot,
@@ -18,6 +20,8 @@ from vlcache_fx.spec.slots import (
     Keep,
     Key,
     Last,
+    LeftDonor,
+    LeftRow,
     Matrix,
     NumRows,
     Own,
@@ -48,12 +52,16 @@ inputs = st.one_of(
     st.builds(Positions, levels, levels),
     st.builds(Source, levels),
     st.builds(Results),
-    *(st.builds(kind) for kind in (JumpAt, JumpMap, NumRows, RecordStart, RecordEnd)),
+    *(
+        st.builds(kind)
+        for kind in (JumpAt, JumpMap, NumRows, RecordStart, RecordEnd, DonorRow, LeftRow, LeftDonor)
+    ),
     st.builds(Joined, levels),
     st.builds(Last, levels),
     st.builds(Own, levels, levels),
     st.builds(Donor, stored),
     st.builds(Packed, stored, st.sampled_from(Packed.parts)),
+    st.builds(Difference, stored, st.sampled_from(Difference.parts)),
 )
 
 

@@ -20,6 +20,7 @@ from vlcache_fx.ops import (
     decompose_attention,
     decompose_causal_conv1d,
     decompose_linear,
+    fit_rows_reference,
     scatter_rows_reference,
     splice_rows_reference,
     take_rows_reference,
@@ -100,6 +101,7 @@ def _lowering(options: Options, compile_cache: CompileCache) -> Lowering:
             return TensorRtLowering()
     decompositions: Decompositions = {
         torch.ops.vlcache.splice_rows.default: splice_rows_reference,
+        torch.ops.vlcache.fit_rows.default: fit_rows_reference,
         torch.ops.vlcache.scatter_rows.default: scatter_rows_reference,
         torch.ops.vlcache.take_rows.default: take_rows_reference,
         torch.ops.aten.scaled_dot_product_attention.default: decompose_attention,

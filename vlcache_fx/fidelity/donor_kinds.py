@@ -7,7 +7,6 @@ values; one of its dimensions has the item's ``length`` rows. They are not modif
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -24,10 +23,12 @@ RIDGE = 0.01
 
 def mean(entries: Sequence[Entry]) -> Entry:
     """Return the donor that is refined in these contexts, in order."""
-    first, *others = entries
-    return reduce(
-        lambda donor, other: refined(donor, other.tensors, str(other.info["before"])), others, first
-    )
+    donor, *others = entries
+    for other in others:
+        better = refined(donor, other.tensors, str(other.info["before"]))
+        assert better is not None  # without differences, each context counts
+        donor = better
+    return donor
 
 
 def nearest(prompts: Sequence[str], new: str) -> int:

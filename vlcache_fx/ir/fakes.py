@@ -11,18 +11,27 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from vlcache_fx.ir.sizes import Size, equal, evaluated, expression, hint
 
+FIRST_HINT_BESIDE = 50
+"""Index of the first example value beside an environment's own."""
+
 
 class Shapes:
-    """A shape environment and its fake tensor mode."""
+    """A shape environment and its fake tensor mode.
 
-    def __init__(self) -> None:
-        self.env = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+    Args:
+        mode: an existing mode with an environment; None for new ones.
+    """
+
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        if mode is None:
+            mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+        assert mode.shape_env is not None
+        self.env, self.mode = mode.shape_env, mode
 
     def symbol(self, name: str, example: int) -> sympy.Symbol:
         """Return a new symbol, at least 2, independent of symbols with the same example."""
@@ -59,13 +68,17 @@ class FakeInputs:
 
     Args:
         derived: sizes that are another size plus a number (0 or more), as ``{name: (other, number)}``.
+        beside: a fake tensor to whose environment the sizes are added; by default they have one of their own.
     """
 
-    def __init__(self, derived: Mapping[str, tuple[str, int]] | None = None) -> None:
-        self._shapes = Shapes()
+    def __init__(
+        self, derived: Mapping[str, tuple[str, int]] | None = None, beside: torch.Tensor | None = None
+    ) -> None:
+        self._shapes = Shapes(None if beside is None else mode_of(beside))
         self.env, self.mode = self._shapes.env, self._shapes.mode
         self._derived = dict(derived or {})
         self._sizes: dict[str, torch.SymInt] = {}
+        self._first_hint = 0 if beside is None else FIRST_HINT_BESIDE
 
     def size(self, name: str) -> torch.SymInt:
         """Return the symbolic size called ``name``, at least 2."""
@@ -73,7 +86,7 @@ class FakeInputs:
             other, more = self._derived[name]
             return self.size(other) + more
         if name not in self._sizes:
-            example = hint(len(self._sizes))
+            example = hint(self._first_hint + len(self._sizes))
             symbol = self._shapes.symbol(f"vlcache_{name}", example)
             size = self._shapes.size(symbol, {symbol: example})
             assert isinstance(size, torch.SymInt)
@@ -109,6 +122,12 @@ class FakeInputs:
         # Not computed from its symbols: a difference (240 - s9) may be negative for other values, so it
         # becomes a size of its own.
         return self.size(str(found))
+
+
+def mode_of(value: torch.Tensor) -> FakeTensorMode:
+    """Return the mode of a fake tensor."""
+    assert isinstance(value, FakeTensor)
+    return value.fake_mode
 
 
 def _is_row_major(value: torch.Tensor) -> bool:

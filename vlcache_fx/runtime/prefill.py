@@ -15,6 +15,7 @@ from vlcache_fx.runtime.call_context import CallContext
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.admission import Admission
+from vlcache_fx.runtime.donors.fitting import fitted_donors, fitting_tables
 from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.donors.states import state_tables, uses_of
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
@@ -51,6 +52,7 @@ class DecoderRunner:
         unmodified: computes the graph's results without reuse, for calls that the programs do not serve.
         logits: index of the result that shadow runs compare; None without shadow runs.
         packed: returns the variant of ``warm`` that takes one packed donor; None without variants.
+        fitted: returns the variant of ``warm`` that fits donors of several contexts; None without one.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class DecoderRunner:
         unmodified: Callable[..., Sequence[Any]],
         logits: int | None = None,
         packed: Callable[[torch.dtype], ProgramRunner] | None = None,
+        fitted: Callable[[], ProgramRunner] | None = None,
     ) -> None:
         self.engine = engine
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
@@ -72,7 +75,8 @@ class DecoderRunner:
             MaskChecker(spec.masks, prologue, allows_ranges=not spec.states),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
-        self._unmodified, self._logits, self._packed = unmodified, logits, packed
+        self._unmodified, self._logits = unmodified, logits
+        self._packed, self._fitted = packed, fitted
         self._pace = Pace()
         values = InputValues(spec.leaves, prologue.input_values)
         self._requests = KeyedRequests(spec, values, device, engine)
@@ -241,9 +245,14 @@ class DecoderRunner:
     def _warm_program(self, request: Request, policy: Policy) -> tuple[ProgramRunner, Tables]:
         """Return the warm program of a call, and what binds its donors.
 
-        A single packed donor is unpacked by the program, unless a probe needs its rows.
+        Donors with differences are fitted to recomputed rows. A single packed donor is unpacked by the
+        program, unless a probe needs its rows.
         """
         specs, device = self._spec.rows, self._device
+        several = fitted_donors(request, specs) if self._fitted is not None else []
+        if self._fitted is not None and several and self._fitted().ready():
+            tables = fitting_tables(several, request, specs, device)
+            return self._fitted(), functools.cache(lambda: {**self._tables(request), **tables})
         if self._packed is not None and not self._spec.states and not needs_probe(policy, request):
             alone = donors.single_packed(request.donors, specs, device)
             if alone is not None:

@@ -14,6 +14,10 @@ slot                name            shape               content
 ``Results()``       ``results``     [s]                 indices of results' tokens within level L's rows
 ``Donor(stored)``   ``donor.3.k``   as stored, D rows   the donor table of a stored slot
 ``Packed(...)``      ``packed.``...  as in the donor     rows, scale or offset of a packed donor
+``Difference(...)``  ``difference``.. see ``ops.fit``     left, core or right of the donors' differences
+``DonorRow()``      ``donor_row``   [N]                 per token its row in the donor table
+``LeftRow()``       ``left_row``    [N]                 per token its row in ``left``; -1 for none
+``LeftDonor()``     ``left_donor``  [blocks of left]    the donor of each block
 ``Key(l)``          ``3.k``         as in the graph     keys of layer l, before positions enter
 ``Value(l)``        ``3.v``         as in the graph     values of layer l
 ``Residual()``      ``residual``    [1, rows, hidden]   output of the last layer
@@ -40,17 +44,19 @@ slot                name              shape             content
                                                         convolution's input behind W rows of zeros
 ==================  ================  ================  ===================================================
 
-The first seven, and those of the second table, are inputs (``InputSlot``). ``cold_program`` and
+All up to ``LeftDonor``, and those of the second table, are inputs (``InputSlot``). ``cold_program`` and
 ``warm_program`` add ``Rows``; passes add the others: ``restrict_rows`` and ``kv_only_rows`` add ``Keep``,
 ``gather_cross_layer_values`` ``Positions``, ``splice_rows`` ``Source``, ``trim_tail`` ``Results``,
 ``hoist_lookups`` ``Donor``, ``carry_states`` and ``record_states`` those of the second table.
 ``declare_inputs`` declares their sizes, and ``runtime.programs.bind`` makes their values, from a plan and
 donor tables. In programs for a packed donor, ``unpack_donors`` replaces ``Donor`` by ``Packed``, such as
-``packed.3.k.rows``, ``packed.3.k.scale`` and ``packed.3.k.offset``.
+``packed.3.k.rows``, ``packed.3.k.scale`` and ``packed.3.k.offset``. In programs that fit donors,
+``fit_donors`` adds ``DonorRow``, ``LeftRow``, ``LeftDonor`` and ``Difference``, such as
+``difference.3.k.left``.
 
-The last seven are stored (``StoredSlot``), in the dtype of the graph. ``record_donors`` appends them to a
-program's results; a donor has a tensor under each name. Stores and manifests contain the names, so they never
-change.
+The last seven of the first table are stored (``StoredSlot``), in the dtype of the graph. ``record_donors``
+appends them to a program's results; a donor has a tensor under each name. Stores and manifests contain the
+names, so they never change.
 """
 
 from __future__ import annotations
@@ -251,6 +257,37 @@ class Packed(InputSlot):
 
 
 @dataclass(frozen=True)
+class Difference(InputSlot):
+    """The differences of donors' contexts from their mean: their ``left``, ``core`` or ``right`` factor."""
+
+    stored: StoredSlot
+    part: str
+    kind: ClassVar[str] = "difference"
+    parts: ClassVar[tuple[str, ...]] = ("left", "core", "right")
+
+
+@dataclass(frozen=True)
+class DonorRow(InputSlot):
+    """Per token of a donor with differences, its row in the donor table, recomputed or not."""
+
+    kind: ClassVar[str] = "donor_row"
+
+
+@dataclass(frozen=True)
+class LeftRow(InputSlot):
+    """Per token of a donor with differences, its row in their left factors; -1 for other tokens."""
+
+    kind: ClassVar[str] = "left_row"
+
+
+@dataclass(frozen=True)
+class LeftDonor(InputSlot):
+    """The donor of each block of the left factors."""
+
+    kind: ClassVar[str] = "left_donor"
+
+
+@dataclass(frozen=True)
 class _LayerRows(StoredSlot):
     layer: int
 
@@ -309,8 +346,9 @@ class Residual(StoredSlot):
     kind: ClassVar[str] = "residual"
 
 
-_OF_JUMPS: dict[str, type[InputSlot]] = {
-    slot.kind: slot for slot in (JumpAt, JumpMap, NumRows, RecordStart, RecordEnd)
+_PLAIN: dict[str, type[InputSlot]] = {
+    slot.kind: slot
+    for slot in (JumpAt, JumpMap, NumRows, RecordStart, RecordEnd, DonorRow, LeftRow, LeftDonor)
 }
 _CARRIED: dict[str, type[_Carried]] = {slot.kind: slot for slot in (Inputs, Matrix, Factor, Term)}
 
@@ -328,8 +366,8 @@ def _read(name: str) -> Slot:
             return Source(_number(level))
         case ["results"]:
             return Results()
-        case [name] if name in _OF_JUMPS:
-            return _OF_JUMPS[name]()
+        case [name] if name in _PLAIN:
+            return _PLAIN[name]()
         case ["joined", width]:
             return Joined(_number(width))
         case ["last", width]:
@@ -342,6 +380,8 @@ def _read(name: str) -> Slot:
             return Donor(StoredSlot.parse(".".join(stored)))
         case ["packed", *stored, part] if part in Packed.parts:
             return Packed(StoredSlot.parse(".".join(stored)), part)
+        case ["difference", *stored, part] if part in Difference.parts:
+            return Difference(StoredSlot.parse(".".join(stored)), part)
         case [layer, kind, index] if kind in _CARRIED:
             return _CARRIED[kind](_number(layer), _number(index))
         case [layer, "k"]:

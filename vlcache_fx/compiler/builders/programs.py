@@ -11,9 +11,10 @@ from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError
 from vlcache_fx.lowering import CudaGraphs, Lowered
 from vlcache_fx.passes import Program
-from vlcache_fx.passes.standard import packed_program
+from vlcache_fx.passes.standard import fitted_program, packed_program
 from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.spec.program import ProgramSpec
+from vlcache_fx.spec.slots import JumpAt
 
 
 def program_spec(program: Program) -> ProgramSpec:
@@ -25,7 +26,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     """Return the runner of a rewritten program, with the engine's lowering.
 
     Args:
-        name: ``cold``, ``warm`` or ``packed``.
+        name: ``cold``, ``warm``, ``packed`` or ``fitted``.
         program: the program.
         device: device of its inputs.
         engine: has the lowering.
@@ -39,7 +40,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     def lower() -> Lowered:
         lowered = engine.lower(program.graph_module, name=name)
         is_recorded = name != "cold" and device.type == "cuda" and engine.options.cuda_graphs
-        is_recorded = is_recorded and not program.decoder.states  # `vlcache.recur` reads jumps on the host
+        is_recorded = is_recorded and JumpAt() not in program.slots  # `vlcache.recur` reads them on the host
         return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
 
     return ProgramRunner(name, program_spec(program), Once(lower), device, engine)
@@ -66,6 +67,29 @@ class PackedRunners:
                     program = packed_program(self._warm, dtype)
                     self._runners[dtype] = program_runner("packed", program, self._device, self._engine)
         return self._runners[dtype]
+
+
+class FittedRunner:
+    """Runner of the variant of a warm program that fits donors, built when first needed.
+
+    Args:
+        warm: the warm program.
+        device: device of its inputs.
+        engine: has the lowering.
+    """
+
+    def __init__(self, warm: Program, device: torch.device, engine: Engine) -> None:
+        self._warm, self._device, self._engine = warm, device, engine
+        self._runner: ProgramRunner | None = None
+
+    def __call__(self) -> ProgramRunner:
+        """Return the runner."""
+        if self._runner is None:
+            with compiling():
+                if self._runner is None:
+                    program = fitted_program(self._warm)
+                    self._runner = program_runner("fitted", program, self._device, self._engine)
+        return self._runner
 
 
 class Once:

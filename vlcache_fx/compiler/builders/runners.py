@@ -8,7 +8,7 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.compiler.builders.decoder import Decoder, describe_decoder
 from vlcache_fx.compiler.builders.logits import find_logits
-from vlcache_fx.compiler.builders.programs import PackedRunners, program_runner
+from vlcache_fx.compiler.builders.programs import FittedRunner, PackedRunners, program_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -32,8 +32,8 @@ def decoder_runner(
 ) -> DecoderRunner:
     """Return the runner of a decoder graph whose encoder features are inputs.
 
-    Both programs are built now and lowered when first used. The variants of the warm program for
-    packed donors are built then, too; TensorRT has none, as its engines were not tried with rows in int8.
+    Both programs are built now and lowered when first used. The variants of the warm program, for packed
+    donors and to fit donors, are built then, too; TensorRT has none, as its engines were not tried with them.
 
     Args:
         captured: the graph after clean-up.
@@ -46,6 +46,7 @@ def decoder_runner(
         UnsupportedGraphError: the graph cannot be rewritten.
     """
     decoder, cold, warm = decoder_programs(captured, pipelines, facts)
+    has_variants = engine.lowering.name != "tensorrt"
     return DecoderRunner(
         decoder.spec,
         decoder.prologue(),
@@ -55,7 +56,8 @@ def decoder_runner(
         engine,
         unmodified,
         _logits_to_shadow(decoder, engine),
-        PackedRunners(warm, decoder.device, engine) if engine.lowering.name != "tensorrt" else None,
+        PackedRunners(warm, decoder.device, engine) if has_variants else None,
+        FittedRunner(warm, decoder.device, engine) if has_variants and engine.options.donor_rank else None,
     )
 
 

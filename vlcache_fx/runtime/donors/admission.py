@@ -60,6 +60,7 @@ class Admission:
                             index,
                             contexts,
                             self._engine.options.donor_dtype,
+                            donor_rank=self._engine.options.donor_rank,
                             states=self._spec.states,
                             cost_ms=self._pace.cost_ms(block.length),
                         )

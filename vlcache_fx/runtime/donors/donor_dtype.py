@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.spec.decoder import RowSpec
-from vlcache_fx.spec.slots import Key, StoredSlot
+from vlcache_fx.spec.slots import Difference, Key, StoredSlot
 from vlcache_fx.store.entry import Entry
 
 MODEL = "model"
@@ -106,7 +106,8 @@ def length_of(entry: Entry) -> int:
 
 def slots_of(entry: Entry) -> set[str]:
     """Return the names of the slots of a donor."""
-    return {name for name in entry.tensors if name.rpartition(".")[2] not in (SCALE, OFFSET)}
+    beside = (SCALE, OFFSET, *Difference.parts)
+    return {name for name in entry.tensors if name.rpartition(".")[2] not in beside}
 
 
 def parts_of(entry: Entry, name: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlcache_fx.keys.entry_key import NO_PARTS, parts_of
 from vlcache_fx.runtime.donors.donor_dtype import Packing, dtype_of, is_packed, rows_of, slots_of
 from vlcache_fx.runtime.donors.states import CUTS
+from vlcache_fx.runtime.donors.subspace import Differences
 from vlcache_fx.store.base import Store
 from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.eviction import with_cost
@@ -86,9 +87,12 @@ def refined(
     before: str,
     packing: Packing | None = None,
     *,
+    differences: Differences | None = None,
     cost_ms: float | None = None,
-) -> Entry:
+) -> Entry | None:
     """Return a new donor with one more context in its mean; it has no ``before``, as it is exact nowhere.
+
+    None if the donor has differences, and they tell of the new context already.
 
     A running mean, in float32 or wider, rounded to the donor's dtype once per context. After n contexts its
     error is at most (n + 1) / 4 - 1 / (2 n) units in the last place of the largest value: 1.125 for n = 4.
@@ -102,13 +106,20 @@ def refined(
         rows: exact rows of the same slots and shapes.
         before: digest of the blocks before them, not in ``contexts_of(donor)``.
         packing: packs the new donor; None for full size.
+        differences: stores the contexts' differences from their mean; None for the mean alone.
         cost_ms: as in ``admit_item``; None keeps that of the donor.
     """
     contexts = [*contexts_of(donor), before]
     info = {name: value for name, value in donor.info.items() if name != "before"}
+    before_means = {name: rows_of(donor, name) for name in rows}
+    beside: dict[str, Tensor] | None = {}
+    if differences is not None:
+        beside = differences.with_context(donor, before_means, rows, len(contexts) - 1)
+    if beside is None:
+        return None
     with torch.no_grad():
-        means = {name: _mean(rows_of(donor, name), rows[name], len(contexts)) for name in rows}
-    tensors = means if packing is None else packing.pack(means)
+        means = {name: _mean(before_means[name], rows[name], len(contexts)) for name in rows}
+    tensors = beside | (means if packing is None else packing.pack(means))
     return Entry(tensors, with_cost({**info, "contexts": list(contexts)}, cost_ms), copy=False)
 
 
@@ -128,6 +139,7 @@ def admit_item(
     max_contexts: int,
     packing: Packing | None = None,
     *,
+    differences: Differences | None = None,
     notes: Mapping[str, str] = NO_PARTS,
     cuts: Sequence[int] = (),
     cost_ms: float | None = None,
@@ -145,6 +157,7 @@ def admit_item(
         max_contexts: maximum number of contexts in the mean. With 1, the latest context replaces the donor.
         packing: packs the donor; None for full size. A packed donor has no exact copy beside it: the copy
             would take twice the donor's bytes.
+        differences: as in ``refined``.
         notes: what explains the item's features, see ``MediaSpan``.
         cuts: where maps of recurrent layers begin and end. Maps of other cuts are no context of one mean.
         cost_ms: what computing the rows again would take; None if not measured.
@@ -165,7 +178,8 @@ def admit_item(
         store.put(exact_key(key), exact_donor(rows, length, before, parts, notes, cuts=cuts, cost_ms=cost_ms))
     if before in contexts or len(contexts) >= max_contexts:
         return True
-    return store.put(key, refined(donor, rows, before, packing, cost_ms=cost_ms))
+    better = refined(donor, rows, before, packing, differences=differences, cost_ms=cost_ms)
+    return better is None or store.put(key, better)
 
 
 def _match(donor: Entry, rows: Mapping[str, Tensor]) -> bool:

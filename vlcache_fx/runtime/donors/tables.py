@@ -19,6 +19,7 @@ from vlcache_fx.runtime.donors.donor_dtype import (
     unpacked,
 )
 from vlcache_fx.runtime.donors.states import has_states, recorded_states
+from vlcache_fx.runtime.donors.subspace import Differences
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.blocks import Block
 from vlcache_fx.spec.decoder import RowSpec, StateSpec
@@ -163,14 +164,15 @@ def admit(
     max_contexts: int = 1,
     donor_dtype: str = MODEL,
     *,
+    donor_rank: int = 0,
     states: Sequence[StateSpec] = (),
     cost_ms: float | None = None,
 ) -> bool:
     """Store the exact rows and states of one block; return False if the store refused them.
 
-    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``, in ``donor_dtype``. Rows of
-    text are never packed: they serve as exact prefixes. ``cost_ms`` is what computing the rows again would
-    take, None if not measured.
+    Donors of spans are means of up to ``max_contexts`` contexts, see ``refine``, in ``donor_dtype``, with
+    differences of up to ``donor_rank``, see ``subspace``. Rows of text are never packed: they serve as exact
+    prefixes. ``cost_ms`` is what computing the rows again would take, None if not measured.
     """
     starts: dict[int, int] = {}  # by id: levels of a plan share equal row tensors
     rows = {}
@@ -205,6 +207,7 @@ def admit(
             block.before,
             max_contexts,
             packing,
+            differences=Differences.of(donor_rank, max_contexts, specs),
             notes=block.notes,
             cuts=cuts,
             cost_ms=cost_ms,

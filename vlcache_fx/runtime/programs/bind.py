@@ -12,13 +12,17 @@ from vlcache_fx.plan.stack import StackedPlan, stack_padded
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.spec.slots import (
+    Difference,
     Donor,
+    DonorRow,
     InputSlot,
     Joined,
     JumpAt,
     JumpMap,
     Keep,
     Last,
+    LeftDonor,
+    LeftRow,
     NumRows,
     Own,
     Packed,
@@ -31,7 +35,11 @@ from vlcache_fx.spec.slots import (
 )
 
 Tables = Callable[[], Mapping[Any, Tensor | PendingTensor]]
-"""Returns the donor table of each stored slot; or, where a program unpacks its donor, the donor's tensors."""
+"""Returns the donor table of each stored slot; or, where a program unpacks its donor, the donor's tensors.
+Where it fits donors, also what ``runtime.donors.fitting`` binds."""
+
+OF_DONORS = (Donor, Packed, Difference, DonorRow, LeftRow, LeftDonor)
+"""Slots whose values are in the tables; those of the others come from plans."""
 
 
 def bind(
@@ -56,7 +64,7 @@ def bind(
     """
     sent: dict[InputSlot, Tensor] = {}
     for slot in map(_shared, slots):
-        if slot not in sent and not isinstance(slot, Donor | Packed):
+        if slot not in sent and not isinstance(slot, OF_DONORS):
             sent[slot] = send(of_plan(slot, plan, positions))
     found = tables()
     values = []
@@ -64,7 +72,7 @@ def bind(
         match slot:
             case Donor(stored):
                 values.append(found[stored])
-            case Packed():
+            case _ if isinstance(slot, OF_DONORS):
                 values.append(found[slot])
             case _:
                 values.append(sent[_shared(slot)])
