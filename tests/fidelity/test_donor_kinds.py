@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.fidelity.donor_kinds import cut, fitted, fitted_share, mean, nearest, patched
+from vlcache_fx.fidelity.donor_kinds import cut, fitted, mean, nearest, patched, with_differences
 from vlcache_fx.runtime.donors.refine import exact_donor
 from vlcache_fx.spec.slots import Key, Term, Value
 from vlcache_fx.store.entry import Entry
@@ -61,26 +61,19 @@ def test_fitted_uses_only_the_first_rows(contexts: list[Entry]) -> None:
     assert off(fitted(contexts, exact, rows=3), exact) < 0.01 * off(mean(contexts), exact)
 
 
-def test_differences_of_full_rank_are_the_whole_ones(contexts: list[Entry]) -> None:
-    exact = contexts[1]
-    whole = fitted(contexts, exact, rows=4)
-    torch.testing.assert_close(
-        dict(fitted(contexts, exact, rows=4, rank=16).tensors), dict(whole.tensors), rtol=1e-5, atol=1e-6
-    )
-    errors = [off(fitted(contexts, exact, rows=4, rank=rank), exact) for rank in (1, 4, 16)]
-    assert errors == sorted(errors, reverse=True)
-
-
 def test_cut_keeps_the_largest_parts() -> None:
     matrix = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     sizes = torch.linalg.svdvals(matrix)
     torch.testing.assert_close((matrix - cut(matrix, 3)).square().sum((1, 2)), sizes[:, 3].square())
 
 
-def test_bytes_of_differences(contexts: list[Entry]) -> None:
-    width = contexts[0].tensors[KEY].numel() // LENGTH
-    assert fitted_share(contexts[0], 4, None) == 4
-    assert fitted_share(contexts[0], 4, 2) == pytest.approx(1 + 4 * 2 * (LENGTH + width) / (LENGTH * width))
+def test_differences_beside_the_mean(contexts: list[Entry]) -> None:
+    donor, middle = with_differences(contexts, 4), mean(contexts)
+    for name, tensor in middle.tensors.items():
+        assert torch.equal(donor.tensors[name], tensor)
+    assert {name.rpartition(".")[2] for name in donor.tensors if name not in middle.tensors} == {
+        "left", "core", "right",
+    }  # fmt: skip
 
 
 def test_fitted_equal_contexts(contexts: list[Entry]) -> None:

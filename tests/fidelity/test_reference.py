@@ -28,7 +28,9 @@ from vlcache_fx.testing import reference_vlm
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    model = vlcache_fx.compile(reference_vlm.load_model(), lowering="eager", dynamic=True, strict=True)
+    model = vlcache_fx.compile(
+        reference_vlm.load_model(), lowering="eager", dynamic=True, strict=True, donor_rank=32
+    )
     return Subject("reference", model, reference_vlm.load_processor(), positions=1)
 
 
@@ -144,8 +146,8 @@ def test_study_donors_of_several_contexts(subject: Subject) -> None:
     combinations = (
         Combination(1),
         Combination(3),
-        Combination(3, is_fitted=True),
-        Combination(3, is_fitted=True, rank=1),
+        Combination(3, None),
+        Combination(3, 4),
     )
     found, shares = study_subspaces(subject, reference_vlm, 2, (0.05,), combinations=combinations, batch=2)
     assert list(shares) == list(combinations)

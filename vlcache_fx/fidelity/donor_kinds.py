@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.runtime.donors.donor_dtype import length_of
+from vlcache_fx.runtime.donors.donor_dtype import length_of, slots_of
 from vlcache_fx.runtime.donors.refine import refined
+from vlcache_fx.runtime.donors.subspace import Differences
+from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 
@@ -31,6 +33,28 @@ def mean(entries: Sequence[Entry]) -> Entry:
     return donor
 
 
+def with_differences(entries: Sequence[Entry], rank: int, contexts: int | None = None) -> Entry:
+    """Return the donor that keeps the differences of these contexts, see ``runtime.donors.subspace``.
+
+    Args:
+        entries: the contexts; the first may be a donor of several.
+        rank: the option ``donor_rank``.
+        contexts: the option ``donor_contexts``; by default the number of entries.
+    """
+    donor, *others = entries
+    specs: dict[StoredSlot, RowSpec] = {}
+    for name in slots_of(donor):
+        slot, tensor = StoredSlot.parse(name), donor.tensors[name]
+        if isinstance(slot, Key | Value):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            specs[slot] = RowSpec(_rows_dim(tensor, donor), dtype, tuple(tensor.shape))
+    differences = Differences.of(rank, contexts or len(entries), specs)
+    for other in others:
+        better = refined(donor, other.tensors, str(other.info["before"]), differences=differences)
+        donor = better or donor
+    return donor
+
+
 def nearest(prompts: Sequence[str], new: str) -> int:
     """Return the index of the prompt with the largest word overlap with ``new`` (Jaccard)."""
     words = set(new.split())
@@ -42,7 +66,7 @@ def nearest(prompts: Sequence[str], new: str) -> int:
     return max(range(len(prompts)), key=lambda index: similarity(prompts[index]))
 
 
-def fitted(entries: Sequence[Entry], exact: Entry, rows: int, rank: int | None = None) -> Entry:
+def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
     """Per slot, compute the weighted mean of contexts closest to ``exact`` in the first ``rows`` rows.
 
     A warm call that recomputes these rows could do this: they show how its context differs from the stored
@@ -52,14 +76,11 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int, rank: int | None =
         entries: the contexts.
         exact: the item's rows in the new context.
         rows: number of rows that are known.
-        rank: rank to which each context's difference from the mean is cut; None keeps it whole.
     """
 
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
         middle = contexts.mean(0)
         parts = contexts - middle
-        if rank is not None:
-            parts = cut(parts, rank)
         sample = parts[:, :rows].flatten(1)
         gram = sample @ sample.T
         ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
@@ -75,17 +96,6 @@ def cut(parts: Tensor, rank: int) -> Tensor:
     left, sizes, right = torch.linalg.svd(parts, full_matrices=False)
     nearest_parts: Tensor = left[..., :rank] * sizes[..., None, :rank] @ right[..., :rank, :]
     return nearest_parts
-
-
-def fitted_share(entry: Entry, contexts: int, rank: int | None) -> float:
-    """Bytes of a mean with the differences of its contexts, as a share of one donor's bytes."""
-    length, one, more = length_of(entry), 0, 0
-    for name, tensor in entry.tensors.items():
-        if isinstance(StoredSlot.parse(name), Key | Value):
-            width = tensor.numel() // length
-            one += tensor.numel()
-            more += tensor.numel() * (contexts - 1) if rank is None else contexts * rank * (length + width)
-    return (one + more) / one
 
 
 def patched(entries: Sequence[Entry], exact: Entry, rank: int) -> Entry:

@@ -1,9 +1,9 @@
 """Compares donors of several contexts: ``python -m vlcache_fx.fidelity.subspace_study smollm2``.
 
 Items are computed exactly behind up to eight prompts, then reused behind others. A donor is one context, the
-mean of several, or the mean and the contexts' differences from it, whose weights are fitted to the rows that
-a call recomputes (``donor_kinds.fitted``); differences may be cut to a low rank. Each row of the table is one
-donor at one budget, on the same prompts.
+mean of several, or their mean with differences of a rank, as ``runtime.donors.subspace`` stores them and
+programs fit them. ``whole`` differences, fitted to exact rows outside of the runtime, show what a rank
+costs. Each row of the table is one donor at one budget, on the same prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.table import Table
 from vlcache_fx.bench.machine import describe_machine, machine_line
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
-from vlcache_fx.fidelity.donor_kinds import fitted, fitted_share, mean
+from vlcache_fx.fidelity.donor_kinds import fitted, mean, with_differences
 from vlcache_fx.fidelity.donor_study import another, record
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
@@ -46,42 +46,44 @@ class Combination:
 
     Attributes:
         contexts: number of contexts in it.
-        is_fitted: whether their weights are fitted; else it is their mean.
-        rank: rank of the differences; None keeps them whole.
+        rank: rank of the differences; 0 for their mean alone, None for whole differences.
     """
 
     contexts: int
-    is_fitted: bool = False
-    rank: int | None = None
+    rank: int | None = 0
 
     @property
     def label(self) -> str:
         """Name in tables."""
-        if not self.is_fitted:
+        if self.rank == 0:
             return "one context" if self.contexts == 1 else f"mean of {self.contexts}"
-        return f"{self.contexts} fitted" + ("" if self.rank is None else f", rank {self.rank}")
+        return f"{self.contexts} fitted, " + ("whole" if self.rank is None else f"rank {self.rank}")
 
-    def donor(self, kept: Sequence[Entry], exact: Entry, rows: int) -> Entry:
-        """The donor of an item. ``kept`` are its contexts, ``exact`` the new one, with known ``rows``."""
-        own = kept[: self.contexts]
-        if self.is_fitted and rows > 0:
-            return fitted(own, exact, rows, self.rank)
-        return mean(own)
+    def donor(self, kept: Sequence[Entry]) -> Entry:
+        """The donor of the first ``contexts`` contexts, without whole differences."""
+        return (
+            with_differences(kept[: self.contexts], self.rank) if self.rank else mean(kept[: self.contexts])
+        )
 
-    def byte_share(self, entry: Entry) -> float:
-        """Bytes, as a share of a donor of one context."""
-        return fitted_share(entry, self.contexts, self.rank) if self.is_fitted else 1.0
+    def byte_share(self, donor: Entry, one: Entry) -> float:
+        """Bytes of a donor, as a share of one of a single context."""
+        return float(self.contexts) if self.rank is None else donor.nbytes / one.nbytes
 
 
 COMBINATIONS = (
     Combination(1),
     Combination(4),
     Combination(8),
-    Combination(4, is_fitted=True),
-    Combination(8, is_fitted=True),
-    Combination(8, is_fitted=True, rank=16),
-    Combination(8, is_fitted=True, rank=4),
+    Combination(4, 16),
+    Combination(8, 4),
+    Combination(8, 8),
+    Combination(8, 16),
+    Combination(8, 32),
+    Combination(8, None),
 )
+
+OPTIONS = {"lowering": "eager", "strict": True, "donor_rank": 32}
+"""The rank only turns fitting on: donors are made by the study."""
 
 Found = dict[tuple[Combination, float, str], list[Comparison]]
 """Donor, budget, kind of prompt -> comparisons, in equal order."""
@@ -118,9 +120,18 @@ def study(
             record(subject, source, [another(source, question, rng) for question in first])
             for _ in range(max(combination.contexts for combination in combinations))
         ]
-        for combination in combinations:
+        donors = {
+            combination: [
+                {key: combination.donor([context[index][key] for context in contexts]) for key in own}
+                for index, own in enumerate(contexts[0])
+            ]
+            for combination in combinations
+        }
+        for combination, built in donors.items():
             sizes[combination] += [
-                combination.byte_share(entry) for own in contexts[0] for entry in own.values()
+                combination.byte_share(donor, contexts[0][index][key])
+                for index, own in enumerate(built)
+                for key, donor in own.items()
             ]
         for name, settings in PROMPTS.items():
             new = [source.ask_again(question, rng, **settings) for question in first]
@@ -132,9 +143,11 @@ def study(
                     subject.engine.clear()
                     for index, own in enumerate(truth):
                         for key, entry in own.items():
-                            rows = int(budget * length_of(entry))
-                            kept = [context[index][key] for context in contexts]
-                            subject.engine.store.put(key, combination.donor(kept, entry, rows))
+                            donor, rows = donors[combination][index][key], int(budget * length_of(entry))
+                            if combination.rank is None and rows:
+                                kept = [context[index][key] for context in contexts[: combination.contexts]]
+                                donor = fitted(kept, entry, rows)
+                            subject.engine.store.put(key, donor)
                     with subject.engine.using(policy="first_k", budget=budget):
                         compared = compare(exact, subject.answer(prepared), prepared.answers)
                     subject.recomputed()  # raises if a donor was not reused
@@ -184,7 +197,7 @@ def main(
     """Compare donors of one context, means, and fitted donors."""
     try:
         check_name(model, STUDIED)
-        subject = load_subject(model, None, {"lowering": "eager", "strict": True})
+        subject = load_subject(model, None, OPTIONS)
         found, byte_shares = study(
             subject,
             import_module(STUDIED[model]),
