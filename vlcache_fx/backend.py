@@ -75,6 +75,10 @@ def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], e
     with_gradients = records_gradients(example_inputs)
 
     def run(*args: Any) -> Sequence[Any]:
+        with engine.idle.request():
+            return serve(*args)
+
+    def serve(*args: Any) -> Sequence[Any]:
         engine.note_graph_call()
         if not with_gradients and records_gradients(args):
             # Dynamo may skip guards on parameters, so requires_grad_() need not cause a recompilation.

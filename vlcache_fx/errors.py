@@ -156,6 +156,10 @@ class Reason(StrEnum):
         "recomputed_to_record",
         "it has a donor, but is recomputed to record another context",
     )
+    RECOMPUTED_TO_REFINE = (
+        "recomputed_to_refine",
+        "it has a donor, but its first returns are computed, as the option exact_returns says",
+    )
 
 
 LONGEST_DETAIL = 300

@@ -72,6 +72,12 @@ def _positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise _bad(name, value, "an integer >= 0")
+    return int(value)
+
+
 def _rank(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0 or value == 1:
         raise _bad(name, value, "0 or an integer >= 2")
@@ -139,6 +145,8 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "min_span_tokens": _positive_int,
     "donor_contexts": _positive_int,
     "donor_rank": _rank,
+    "exact_returns": _count,
+    "idle_refinement": _share,
     "donor_dtype": _one_of(DONOR_DTYPES),
     "shadow": _share,
     "shadow_max_kl": _optional_bound,

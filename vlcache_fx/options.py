@@ -54,6 +54,11 @@ class Options:
             mean and fitted to the rows that a call recomputes; an integer, 2 or more, or 0 for the mean
             alone. It is lowered where differences would take more than a quarter of the donor's bytes.
             Default: 0.
+        exact_returns: number of times that a reused item is computed in full when it returns, so that its
+            donor learns from other contexts, an integer >= 0. Each costs a prompt without reuse. Default: 0.
+        idle_refinement: share of the time without requests in which prompts with reused items are computed
+            again, in full and in a thread, so that donors learn from them, a number in [0, 1]. It keeps the
+            inputs of up to 8 prompts; a request interrupts it after a layer. Default: 0.0.
         donor_dtype: how rows of media items are stored: ``"model"`` (as computed), ``"int8"`` (with scales,
             about half of the bytes of bfloat16), or ``"float8"`` (NVIDIA GPUs of compute capability 8.9 or
             later). Packed rows are approximate everywhere: exact prefixes end before the first media item.
@@ -94,6 +99,8 @@ class Options:
     min_span_tokens: int = 16
     donor_contexts: int = 4
     donor_rank: int = 0
+    exact_returns: int = 0
+    idle_refinement: float = 0.0
     donor_dtype: str = "model"
     shadow: float = 0.0
     shadow_max_kl: float | None = 0.1

@@ -6,8 +6,8 @@ import torch
 from torch.fx import Node
 
 from vlcache_fx.ir.fakes import FakeInputs
-from vlcache_fx.ops.fit import BLOCK_ROWS
 from vlcache_fx.passes.base import Pass, Program
+from vlcache_fx.spec.differences import BLOCK_ROWS
 from vlcache_fx.spec.slots import (
     Difference,
     Donor,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlcache_fx.ops import fit_rows_reference, splice_rows_reference
-from vlcache_fx.ops.fit import BLOCK_ROWS, RIDGE
+from vlcache_fx.spec.differences import BLOCK_ROWS, RIDGE
 
 vlcache: Any = torch.ops.vlcache
 WIDTH = (2, 3)

@@ -65,9 +65,9 @@ class Combination:
             with_differences(kept[: self.contexts], self.rank) if self.rank else mean(kept[: self.contexts])
         )
 
-    def byte_share(self, donor: Entry, one: Entry) -> float:
-        """Bytes of a donor, as a share of one of a single context."""
-        return float(self.contexts) if self.rank is None else donor.nbytes / one.nbytes
+    def byte_share(self, donor: Entry, single: Entry) -> float:
+        """Bytes of a donor, as a share of those of a donor of a single context."""
+        return float(self.contexts) if self.rank is None else donor.nbytes / single.nbytes
 
 
 COMBINATIONS = (

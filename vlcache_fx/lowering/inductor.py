@@ -18,7 +18,7 @@ from vlcache_fx.lowering.expressions import compile_expressions, is_scalar
 from vlcache_fx.lowering.fingerprint import structure_of
 from vlcache_fx.lowering.outline import Segment, outline
 from vlcache_fx.lowering.values import ProgramValues, TensorMeta, program_values
-from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, resolved
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, current_check, resolved
 
 __all__ = ["InductorLowering"]
 
@@ -251,7 +251,10 @@ class _Program:
                 ordered = values[index].permute(order)
                 if not ordered.is_contiguous():
                     values[index] = ordered.contiguous().permute(inverse)
+            check = current_check()
             for step in self.steps:
+                if check is not None:
+                    check()
                 taken = [resolved(values[index]) for index in step.inputs]
                 for index in step.dead:
                     values[index] = None

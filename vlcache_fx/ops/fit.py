@@ -11,17 +11,9 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.ops.rows import splice_rows_reference
+from vlcache_fx.spec.differences import BLOCK_ROWS, LEAST_RIDGE, RIDGE
 
-__all__ = ["BLOCK_ROWS", "RIDGE", "fit_rows", "fit_rows_reference"]
-
-BLOCK_ROWS = 128
-"""Rows of ``left`` that belong to one donor. Each donor's rows begin at a new block."""
-
-RIDGE = 0.01
-"""Regularisation of the weights, as a share of the mean square of the differences."""
-
-LEAST_RIDGE = 1e-12
-"""For donors of which no row is recomputed: their weights are 0."""
+__all__ = ["fit_rows", "fit_rows_reference"]
 
 
 def fit_rows_reference(

@@ -105,6 +105,7 @@ class ServingEngine(ServingState):
             "uncompiled_calls": counts.get("uncompiled_calls", 0),
             "plan_failures": counts.get("plan_failures", 0),
             "store_failures": counts.get("store_failures", 0),
+            "idle_refinements": counts.get("idle_refinements", 0),
             **usage,
             "budget": self.options.budget,
             "store": asdict(store),
@@ -237,11 +238,12 @@ class ServingEngine(ServingState):
         except StoreError as error:
             if not (self._closed or isinstance(error, StoreClosedError)):
                 raise
-        for memory in (self.missed, self.unstorable, self.misses):
+        for memory in (self.missed, self.unstorable, self.misses, self.returns):
             memory.clear(selection)
         return dropped
 
     def close(self) -> None:
         """Release the store; the compiled model continues without reuse. Idempotent."""
         self._closed = True
+        self.idle.close()
         self.store.close()

@@ -16,6 +16,7 @@ from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import tables as donors
 from vlcache_fx.runtime.donors.admission import Admission
 from vlcache_fx.runtime.donors.fitting import fitted_donors, fitting_tables
+from vlcache_fx.runtime.donors.idle_refiner import IdleRefiner
 from vlcache_fx.runtime.donors.index import DonorIndex
 from vlcache_fx.runtime.donors.states import state_tables, uses_of
 from vlcache_fx.runtime.guards.shadow import Comparison, compare, compared_rows
@@ -83,6 +84,10 @@ class DecoderRunner:
         self._donors = DonorIndex(spec, engine, self._pace)
         self._admission = Admission(spec, engine, self._pace)
         self._planner = Planner(spec, engine)
+        weights, plans = self._requests.weights, self._planner.plans
+        self._refiner = IdleRefiner(
+            spec, engine, cold, device, weights=weights, plans=plans, admit=self._admit
+        )
 
     def __call__(
         self, args: Sequence[Any], context: CallContext | None = None, *, encoder_hit: bool | None = None
@@ -153,7 +158,7 @@ class DecoderRunner:
             with clock.measure("identify"):
                 request = self._requests.with_keys(request, summary)
         request = self._find_or_claim(request)
-        with request.claim:
+        with request.claim, self.engine.idle.request():
             return self._run_with_donors(request) if request.donors else self._run_cold(request)
 
     def _find_or_claim(self, request: Request) -> Request:
@@ -181,6 +186,9 @@ class DecoderRunner:
 
     def _run_cold(self, request: Request) -> Sequence[Any]:
         request = request.without_donors()
+        for span in request.found:
+            if span.miss is Reason.RECOMPUTED_TO_REFINE:
+                self.engine.returns.add(span.key)
         plans = self._planner.plans(request)
         if plans is None:
             return self._give_up(request, Reason.NO_PLAN)
@@ -234,6 +242,8 @@ class DecoderRunner:
         shadow = self._shadow(request, results)
         if shadow is None and any(sample.reuse_is_exact for sample in request.samples):
             self._admit(request, self._warm.spec.recorded, results, plans)
+        if shadow is None:
+            self._refiner.offer(request)
         report = request.report("warm", None, plans, request.computed_share(plans))
         if shadow is not None:
             results, comparison = shadow

@@ -167,7 +167,8 @@ def why_cold(misses: Sequence[Reason], details: Sequence[str] = ()) -> tuple[str
         misses: the reason of each span.
         details: their details, in the same order; may be empty.
     """
-    code = next((miss for miss in misses if miss is not Reason.RECOMPUTED_TO_RECORD), misses[0])
+    recomputed = (Reason.RECOMPUTED_TO_RECORD, Reason.RECOMPUTED_TO_REFINE)
+    code = next((miss for miss in misses if miss not in recomputed), misses[0])
     pairs = zip(misses, [*details, *("" for _ in misses)], strict=False)
     texts = [f"{miss.text} ({detail})" if detail else miss.text for miss, detail in pairs]
     if len(set(texts)) == 1:

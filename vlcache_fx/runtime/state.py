@@ -4,6 +4,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
 from vlcache_fx.runtime.collected import ContextReports
 from vlcache_fx.runtime.donors.miss_log import MissLog
-from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys
+from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys, ReturnCounts
 from vlcache_fx.runtime.guards.guards import Guards
+from vlcache_fx.runtime.idle import IdleTime
 from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing
 from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.report import Report, one_line
@@ -57,6 +59,8 @@ class ServingState:
         unstorable: keys of entries that the store refused as too large; such donors are not recorded again.
         pending: context of the next call, from encoders outside the decoder's graph.
         in_flight: the keys that requests compute at present.
+        returns: how often recent items were computed exactly when they returned.
+        idle: work for times in which no request runs.
         clears: the latest calls of ``clear``.
 
     Raises:
@@ -82,6 +86,9 @@ class ServingState:
         self.pending = PendingContext()
         self.in_flight, self.clears = InFlight(), Clears()
         self._call = threading.local()
+        self.returns = ReturnCounts()
+        self.idle = IdleTime(self.options.idle_refinement)
+        weakref.finalize(self, self.idle.close)  # its thread knows nothing of the engine
 
     @property
     def key_salt(self) -> str:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import PassError
-from vlcache_fx.ops.fit import BLOCK_ROWS
 from vlcache_fx.passes import Pipeline, Program
 from vlcache_fx.passes.rewrite import FitDonors, UnpackDonors
 from vlcache_fx.passes.standard import WARM, fitted_program, warm_program
 from vlcache_fx.plan.types import Span
 from vlcache_fx.runtime.programs.bind import bind
+from vlcache_fx.spec.differences import BLOCK_ROWS
 from vlcache_fx.spec.slots import (
     Difference,
     Donor,

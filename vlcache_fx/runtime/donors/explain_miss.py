@@ -119,6 +119,7 @@ _NEEDS_NO_NEIGHBOUR = {
     Reason.EVICTED,
     Reason.DAMAGED_ENTRY,
     Reason.RECOMPUTED_TO_RECORD,
+    Reason.RECOMPUTED_TO_REFINE,
 }
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlcache_fx.ops.fit import BLOCK_ROWS
 from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.runtime.donors.subspace import LEAST_CONTEXTS, LEAST_RANK, differences_fit, part_names
 from vlcache_fx.runtime.programs.lowered import PendingTensor
 from vlcache_fx.runtime.requests.request import Request
 from vlcache_fx.spec.decoder import RowSpec
+from vlcache_fx.spec.differences import BLOCK_ROWS
 from vlcache_fx.spec.slots import Difference, DonorRow, InputSlot, Key, LeftDonor, LeftRow, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 

@@ -24,6 +24,7 @@ LEAST_PREFIX_SHARE = 0.5
 
 NO_WAIT = (
     Reason.RECOMPUTED_TO_RECORD,
+    Reason.RECOMPUTED_TO_REFINE,
     Reason.TOO_LARGE,
     Reason.STORE_CLOSED,
     Reason.STORE_FAILED,
@@ -48,7 +49,7 @@ class DonorIndex:
     def find(self, request: Request) -> Request:
         """Return the request with its donors; call it again after waiting for one.
 
-        A sample with an item that is worth recording gets no donors: all its rows are computed.
+        A sample with an item that is worth recording, or whose first returns are computed, gets no donors.
         """
         samples, found_spans = [], []
         if not request.found:  # the first time: looking up again is no second miss
@@ -57,13 +58,13 @@ class DonorIndex:
             request = replace(request, misses=misses, repeated=repeated)
         for sample in request.samples:
             found = self._find(sample.without_donors(), request, request.misses)
-            records = (
-                request.ignores_past
-                and not found.reuse_is_exact
-                and self._is_worth_recording(found.spans, request)
-            )
-            samples.append(found.without_donors() if records else found)
-            miss = Reason.RECOMPUTED_TO_RECORD if records else None
+            miss = None
+            if request.ignores_past and not found.reuse_is_exact:
+                if self._is_worth_recording(found.spans, request):
+                    miss = Reason.RECOMPUTED_TO_RECORD
+                elif self._is_to_be_refined(found):
+                    miss = Reason.RECOMPUTED_TO_REFINE
+            samples.append(found if miss is None else found.without_donors())
             found_spans += [replace(span, miss=miss) if span.hit else span for span in found.spans]
         return replace(request, samples=tuple(samples), found=tuple(found_spans))
 
@@ -209,6 +210,17 @@ class DonorIndex:
             {span.key for span in spans},
             {span.key for span in spans if span.sample in recording},
             self._pace.seconds(sum(span.length for span in spans)),
+        )
+
+    def _is_to_be_refined(self, sample: Sample) -> bool:
+        """Return True if an item is among its first returns behind new prompts, see ``exact_returns``."""
+        first = self._engine.options.exact_returns
+        return any(
+            span.hit
+            and span.start >= sample.prefix
+            and span.contexts <= first
+            and self._engine.returns.of(span.key) < first
+            for span in sample.spans
         )
 
     def _is_worth_recording(self, spans: Sequence[Span], request: Request) -> bool:

@@ -48,6 +48,31 @@ class RecentKeys:
                 del self._keys[key]
 
 
+class ReturnCounts:
+    """How often each recent item was computed exactly when it returned. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, key: str) -> int:
+        """Return the count of a key."""
+        return self._counts.get(key, 0)
+
+    def add(self, key: str) -> None:
+        """Count a return."""
+        with self._lock:
+            self._counts[key] = self._counts.pop(key, 0) + 1
+            while len(self._counts) > MAX_KEYS:
+                self._counts.popitem(last=False)
+
+    def clear(self, selection: Selection | None = None) -> None:
+        """Forget the selected keys, by default all."""
+        with self._lock:
+            for key in [key for key in self._counts if selection is None or selection.matches(key)]:
+                del self._counts[key]
+
+
 @dataclass(frozen=True)
 class Lookup:
     """A key that was looked up.

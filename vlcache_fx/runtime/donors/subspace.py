@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlcache_fx.ops.fit import RIDGE
 from vlcache_fx.spec.decoder import RowSpec
+from vlcache_fx.spec.differences import LEAST_RIDGE, RIDGE
 from vlcache_fx.spec.slots import Difference, Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 
@@ -89,10 +89,10 @@ def extended(old: Subspace | None, shift: Tensor, contexts: int, rank: int) -> S
 
 def explained(known: Subspace, difference: Tensor) -> Tensor:
     """Return how much of a difference's energy (sum of squares) a combination of contexts explains."""
-    seen = known.left.t() @ difference @ known.right.t()
-    core = known.core.flatten(1)
+    seen = (known.left.t() @ difference @ known.right.t()).double()
+    core = known.core.flatten(1).double()
     gram, wanted = core @ core.t(), core @ seen.flatten()
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    ridge = RIDGE * gram.diagonal().mean().clamp(min=LEAST_RIDGE)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve(gram + ridge * identity, wanted)
     energy: Tensor = 2 * weights @ wanted - weights @ gram @ weights
@@ -191,8 +191,8 @@ class Differences:
             found |= dict(zip(part_names(slot), (own.left, own.core, own.right), strict=True))
             # The new context is nearer to the new mean than to the old one, by this factor.
             told = made.core[-1].square().sum() * ((contexts + 1) / contexts) ** 2
-            before_told = torch.zeros_like(told) if known is None else explained(known, difference)
-            energies.append(torch.stack([difference.square().sum(), told, before_told]).double())
+            before_told = torch.zeros_like(told).double() if known is None else explained(known, difference)
+            energies.append(torch.stack([difference.square().sum().double(), told.double(), before_told]))
         if contexts > 1 and energies:
             total, told_by_all, told_by_others = torch.stack(energies).sum(0).tolist()
             if told_by_all - told_by_others < LEAST_GAIN * total:

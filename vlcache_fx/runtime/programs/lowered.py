@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Lowered", "PendingTensor", "resolved"]
+from vlcache_fx.errors import VlcacheError
+
+__all__ = [
+    "Lowered",
+    "PendingTensor",
+    "ProgramInterruptedError",
+    "between_steps",
+    "current_check",
+    "resolved",
+]
+
+
+class ProgramInterruptedError(VlcacheError):
+    """A program was stopped between two of its steps; it has no results."""
+
+
+_check: ContextVar[Callable[[], None] | None] = ContextVar("vlcache_between_steps", default=None)
+
+
+@contextmanager
+def between_steps(check: Callable[[], None]) -> Iterator[None]:
+    """Call ``check`` before each step of the programs that this thread runs in the body.
+
+    It may raise ``ProgramInterruptedError``. Programs of the eager lowering are one step.
+    """
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
+
+
+def current_check() -> Callable[[], None] | None:
+    """Return what a program calls before each of its steps; None for nothing."""
+    return _check.get()
 
 
 def _no_wait() -> None:

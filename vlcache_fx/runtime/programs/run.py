@@ -11,7 +11,7 @@ from vlcache_fx.errors import LoweringError, Reason, StoreError, UnsupportedGrap
 from vlcache_fx.plan.stack import StackedPlan
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.programs.bind import Tables, bind
-from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor
+from vlcache_fx.runtime.programs.lowered import Lowered, PendingTensor, ProgramInterruptedError
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.program import ProgramSpec
 
@@ -83,11 +83,12 @@ class ProgramRunner:
 
         Raises:
             StoreError: a donor did not arrive as it was stored. That is no fault of the program, which stays.
+            ProgramInterruptedError: see ``between_steps``.
         """
         assert self._lowered is not None
         try:
             return self._lowered([*args, *bound])
-        except StoreError:
+        except (StoreError, ProgramInterruptedError):
             raise
         except Exception as error:
             if self._engine.options.strict:

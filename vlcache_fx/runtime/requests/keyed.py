@@ -80,10 +80,9 @@ class KeyedRequests:
             )
             for index, own in enumerate(by_sample)
         )
-        fingerprint = others = ""
+        fingerprint = weights = ""
         if any(sample.spans for sample in samples):  # with text alone there is no key to compute
-            fingerprint = self._spec.model_fingerprint or self._fingerprint(args, self._spec.weights)
-            others = self._fingerprint(args, self._spec.other_weights)
+            fingerprint, weights = self.weights(args)
         return Request(
             args,
             host_args,
@@ -92,9 +91,19 @@ class KeyedRequests:
             encoder_hit,
             clock,
             model_fingerprint=fingerprint,
-            weights=content_digest([fingerprint, others]),
+            weights=weights,
             began=self._engine.clears.number,
         )
+
+    def weights(self, args: Sequence[Any]) -> tuple[str, str]:
+        """Return the fingerprint of the layers' weights at present, and of all on which rows depend.
+
+        Raises:
+            UnreadableWeightsError: the bytes of a weight cannot be read.
+        """
+        fingerprint = self._spec.model_fingerprint or self._fingerprint(args, self._spec.weights)
+        others = self._fingerprint(args, self._spec.other_weights)
+        return fingerprint, content_digest([fingerprint, others])
 
     def _fingerprint(self, args: Sequence[Any], weights: Sequence[int]) -> str:
         return self._engine.fingerprints.of([args[index] for index in weights])

@@ -135,11 +135,14 @@ class Cluster:
         cluster = self._cluster
         everywhere = cluster.ray_address is not None
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        serve.start(
-            proxy_location="EveryNode" if everywhere else "HeadOnly",
-            http_options={"host": self._options.host, "port": self._port},
-            logging_config=quiet,
-        )
+        try:
+            serve.start(
+                proxy_location="EveryNode" if everywhere else "HeadOnly",
+                http_options={"host": self._options.host, "port": self._port},
+                logging_config=quiet,
+            )
+        except TimeoutError as error:
+            raise OptionError(f"the entrance at {self.url} does not start: {error}") from error
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         num_gpus = float(ray.cluster_resources().get("GPU", 0))
         application = build_application(
@@ -223,7 +226,12 @@ def _variables(*, is_alone: bool) -> dict[str, str]:
     Args:
         is_alone: no other machine takes part: Ray then listens on the loopback address alone.
     """
-    given = {"RAY_USAGE_STATS_ENABLED": "0", "SERVE_SLOW_STARTUP_WARNING_S": "600"}
+    given = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SERVE_SLOW_STARTUP_WARNING_S": "600",
+        # On a busy machine an entrance takes longer than Ray's 5 s to start, and would be killed for it.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    }
     if is_alone:
         # Its name tells of two systems, but it takes the loopback address for this machine's on all.
         given["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -1,0 +1,173 @@
+"""Donors that learn: differences of contexts are stored and fitted, and where contexts come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlcache_fx.errors import Reason
+from vlcache_fx.runtime import idle
+from vlcache_fx.runtime.donors import subspace
+from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
+
+from .helpers import Pair, with_backend
+
+IMAGES = ((40, 0), (300, 1))
+
+
+def prompt(seed: int, images: tuple[tuple[int, int], ...] = IMAGES, after: int = 30) -> dict[str, Tensor]:
+    return tiny_vlm_inputs(20, after, list(images), text_seed=seed)
+
+
+@pytest.fixture(autouse=True)
+def any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the tiny model are so narrow that differences would take too many bytes."""
+    monkeypatch.setattr(subspace, "LARGEST_SHARE", 10.0)
+
+
+def contexts(report: Any) -> list[int]:
+    return [span["donor_contexts"] for span in report["spans"]]
+
+
+def learning(rank: int, **options: Any) -> Pair:
+    given = {"policy": "first_k", "budget": 0.2, "donor_contexts": 6, "strict": True, "donor_rank": rank}
+    return with_backend(tiny_vlm(num_layers=2), **{**given, **options})
+
+
+def mean_kl(rank: int, lowering: str, donor_dtype: str = "model") -> float:
+    """The error behind new prompts, after six contexts from shadow runs."""
+    pair = learning(rank, shadow=1.0, shadow_max_violations=10**6, lowering=lowering, donor_dtype=donor_dtype)
+    kls = []
+    for seed in range(1, 13):
+        _, report = pair.run(**prompt(seed))
+        if report["mode"] == "warm" and min(contexts(report)) == 6:
+            kls.append(report["shadow_kl"])
+    assert len(kls) == 6
+    return sum(kls) / len(kls)
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_fitted_donors_are_closer(lowering: str) -> None:
+    assert mean_kl(4, lowering) < 0.3 * mean_kl(0, lowering)
+
+
+def test_packed_means_are_fitted_too() -> None:
+    assert mean_kl(4, "eager", "int8") < mean_kl(0, "eager", "int8")
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_one_program_serves_all() -> None:
+    """Numbers of images, of contexts, of tokens: nothing is compiled again."""
+    pair = learning(4, shadow=1.0, shadow_max_violations=10**6, lowering="inductor")
+    for seed in range(1, 5):
+        pair.run(**prompt(seed))
+    before = pair.engine.stats()["compilations"]
+    for seed, images in enumerate((IMAGES, IMAGES[:1], IMAGES[1:], IMAGES[::-1], (*IMAGES, (40, 0)))):
+        off, report = pair.run(**prompt(seed + 9, images, after=9 + seed))
+        assert report["mode"] == "warm"
+        assert off <= 1e-5  # that of the shadow run
+    assert pair.engine.stats()["compilations"] == before
+
+
+def test_full_recompute_is_exact() -> None:
+    pair = learning(4, shadow=1.0, shadow_max_violations=10**6)
+    for seed in range(1, 5):
+        pair.run(**prompt(seed))
+    with pair.engine.guards.off(), pair.engine.using(policy="full"):
+        off, report = pair.run(**prompt(9))
+    assert (report["mode"], min(contexts(report))) == ("warm", 4)
+    assert off <= 1e-5
+
+
+def test_exact_prefix_is_not_fitted() -> None:
+    pair = learning(4, shadow=1.0, shadow_max_violations=10**6)
+    for seed in range(1, 5):
+        pair.run(**prompt(seed))
+    with pair.engine.guards.off():
+        off, report = pair.run(**prompt(4))
+    assert (report["prefix_tokens"] > 360, contexts(report)) == (True, [1, 1])
+    assert off <= 1e-5
+
+
+def test_first_returns_are_exact() -> None:
+    pair = learning(4, exact_returns=2)
+    modes = []
+    for seed in range(1, 6):
+        off, report = pair.run(**prompt(seed))
+        modes.append(report["mode"])
+        if report["mode"] == "cold":
+            assert off == 0.0
+            wanted = Reason.NEW_ITEM if seed == 1 else Reason.RECOMPUTED_TO_REFINE
+            assert {span["miss_reason"] for span in report["spans"]} == {wanted}
+    assert modes == ["cold", "cold", "cold", "warm", "warm"]
+    assert contexts(report) == [3, 3]
+    pair.engine.clear()
+    assert pair.run(**prompt(6))[1]["mode"] == "cold"
+    assert pair.run(**prompt(7))[1]["reason_code"] == Reason.RECOMPUTED_TO_REFINE
+
+
+def test_exact_returns_end_where_contexts_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of returns counts, not that of contexts."""
+    monkeypatch.setattr(subspace, "LEAST_GAIN", 2.0)
+    pair = learning(4, exact_returns=3)
+    modes = [pair.run(**prompt(seed))[1]["mode"] for seed in range(1, 7)]
+    assert modes == ["cold"] * 4 + ["warm"] * 2
+    assert contexts(pair.report) == [2, 2]
+
+
+@pytest.fixture
+def idling(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+    monkeypatch.setattr(idle, "QUIET_S", 0.02)
+    pair = learning(4, idle_refinement=1.0)
+    yield pair
+    pair.engine.close()
+
+
+def test_donors_learn_in_idle_time(idling: Pair) -> None:
+    seen = []
+    for seed in range(1, 9):
+        _, report = idling.run(**prompt(seed))
+        assert idling.engine.idle.wait(60)
+        seen.append(contexts(report))
+    assert seen == [[0, 0], *([count, count] for count in (1, 2, 3, 4, 5, 6, 6))]
+    assert idling.engine.stats()["idle_refinements"] == 5
+    assert idling.engine.stats()["calls"] == {"cold": 1, "warm": 7, "bypass": 0}
+
+
+def test_rows_are_those_of_a_cold_call(idling: Pair) -> None:
+    """Also if the caller overwrites the tensors that it passed."""
+    for seed in (1, 2):
+        call = prompt(seed)
+        idling.run(**call)
+        for tensor in call.values():
+            tensor.zero_()
+        assert idling.engine.idle.wait(60)
+    found = idling.engine.store.get(idling.report["spans"][0]["key"])
+    other = learning(4, exact_returns=1)
+    for seed in (1, 2):
+        other.run(**prompt(seed))
+    want = other.engine.store.get(other.report["spans"][0]["key"])
+    assert found is not None
+    assert want is not None
+    assert found.tensors.keys() == want.tensors.keys()
+    assert found.info["contexts"] == want.info["contexts"]
+    for name, tensor in want.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor)
+
+
+def test_other_weights_in_the_meantime(idling: Pair) -> None:
+    """Keys cover the weights of the request: what other weights compute is not stored under them."""
+    idling.run(**prompt(1))
+    _, report = idling.run(**prompt(2))
+    with idling.engine.idle.request(), torch.no_grad():
+        idling.model.decoder.layers[0].attention.key.weight.add_(1.0)
+    assert idling.engine.idle.wait(60)
+    entry = idling.engine.store.get(report["spans"][0]["key"])
+    assert entry is not None
+    assert len(entry.info["contexts"]) == 1  # type: ignore[arg-type]
+    assert idling.engine.stats()["idle_refinements"] == 0

@@ -1,0 +1,101 @@
+"""Computes prompts with reused items in full while no request runs, so that donors learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlcache_fx.keys.numerics import numerics
+from vlcache_fx.plan.types import Plan
+from vlcache_fx.runtime.clock import Clock
+from vlcache_fx.runtime.in_flight import Claim
+from vlcache_fx.runtime.programs.run import ProgramRunner
+from vlcache_fx.runtime.requests.host_inputs import on_host
+from vlcache_fx.runtime.requests.request import Request, stack_if_batched
+from vlcache_fx.runtime.state import ServingState
+from vlcache_fx.spec.decoder import DecoderSpec
+from vlcache_fx.spec.slots import StoredSlot
+
+
+class IdleRefiner:
+    """Refines the donors of one decoder graph in idle time, see the option ``idle_refinement``.
+
+    Args:
+        spec: spec of the graph.
+        engine: has the idle time.
+        cold: the cold program.
+        device: its device.
+        weights: returns the fingerprints of the weights among a graph's inputs at present.
+        plans: returns the plans of a request without donors; None without valid ones.
+        admit: stores what a cold run recorded.
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        engine: ServingState,
+        cold: ProgramRunner,
+        device: torch.device,
+        *,
+        weights: Callable[[Sequence[Any]], tuple[str, str]],
+        plans: Callable[[Request], Sequence[Plan] | None],
+        admit: Callable[[Request, Sequence[StoredSlot], Sequence[Any], Sequence[Plan]], None],
+    ) -> None:
+        self._spec, self._engine, self._cold, self._device = spec, engine, cold, device
+        self._weights, self._plans, self._admit = weights, plans, admit
+
+    def offer(self, request: Request) -> None:
+        """Compute the prompt of a warm request again when no request runs, if a donor would learn from it."""
+        most = self._engine.options.donor_contexts
+        learns = request.ignores_past and any(
+            span.hit and span.start >= sample.prefix and span.contexts < most
+            for sample in request.samples
+            for span in sample.spans
+        )
+        if not self._engine.idle.share or not learns:
+            return
+        own, state = self._copied(request), numerics(self._device.type)
+
+        def is_current() -> bool:
+            """Keys cover the weights and numeric modes of the request: rows of others must not get them."""
+            return self._weights(own.args)[1] == own.weights and numerics(self._device.type) == state
+
+        def compute() -> None:
+            plans = self._plans(own)
+            if plans is None or not is_current() or not self._cold.ready():
+                return
+            # The program writes to these; it may be interrupted, and begin anew.
+            written = {index: _copy(own.args[index]) for index in self._cold.spec.in_place}
+            args = [written.get(index, value) for index, value in enumerate(own.args)]
+            results = self._cold.run(args, self._cold.bind(stack_if_batched(plans), own.positions, dict))
+            if results is not None and is_current():
+                self._admit(own, self._cold.spec.recorded, results, plans)
+                self._engine.count("idle_refinements")
+
+        self._engine.idle.offer(" ".join(span.key for span in request.spans), compute)
+
+    def _copied(self, request: Request) -> Request:
+        """Return the request without donors, with tensors of its own: the caller may write to its tensors."""
+        data = {*self._spec.data}
+        args = [_copy(value) if index in data else value for index, value in enumerate(request.args)]
+        samples = tuple(
+            replace(sample, by_token=tuple(_copy(value) for value in sample.by_token))
+            for sample in request.without_donors().samples
+        )
+        return replace(
+            request,
+            args=args,
+            host_args=on_host(args, self._spec.host_inputs),
+            samples=samples,
+            positions=_copy(request.positions),
+            clock=Clock(),
+            claim=Claim(),
+        )
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
