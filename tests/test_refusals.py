@@ -218,7 +218,8 @@ def test_reasons_are_covered() -> None:
         Reason.NO_SPAN, Reason.ONE_TOKEN, Reason.MISMATCH, Reason.CANNOT_WRITE, Reason.TOO_FEW_ROWS,
         Reason.GUARDED, Reason.NO_PLAN, Reason.PROGRAM_FAILED, Reason.NEW_ITEM, Reason.NOT_RECORDED,
         Reason.OTHER_WEIGHTS, Reason.TOO_LARGE, Reason.STORE_CLOSED, Reason.STORE_FAILED,
-        Reason.INCOMPATIBLE_ENTRY, Reason.RECOMPUTED_TO_RECORD, Reason.OTHER_ENCODING, Reason.OTHER_POSITIONS,
+        Reason.INCOMPATIBLE_ENTRY, Reason.RECOMPUTED_TO_RECORD,
+        Reason.RECOMPUTED_TO_REFINE, Reason.OTHER_ENCODING, Reason.OTHER_POSITIONS,
         Reason.OTHER_COMPUTATION, Reason.EVICTED, Reason.DAMAGED_ENTRY, Reason.OTHER_TEXT, Reason.NO_PREFIX,
     }  # fmt: skip
     assert {*CASES, *elsewhere, *of_calls_and_spans} == set(Reason)

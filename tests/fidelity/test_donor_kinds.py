@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.errors import StoreError
-from vlcache_fx.fidelity.donor_kinds import cut, fitted, mean, nearest, patched, with_differences
+from vlcache_fx.fidelity.donor_kinds import cut, fitted, mean, nearest, patched
 from vlcache_fx.runtime.donors.refine import exact_donor
 from vlcache_fx.spec.slots import Key, Term, Value
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.testing.donors import with_differences
 
 LENGTH = 24
 KEY, VALUE, STATE = str(Key(0)), str(Value(0)), str(Term(0, 0))

@@ -156,7 +156,8 @@ def test_reason_values() -> None:
     ]  # fmt: skip
     of_calls_and_spans = [
         "new_item", "not_recorded", "other_weights", "too_large", "store_closed", "store_failed",
-        "incompatible_entry", "recomputed_to_record", "no_span", "one_token", "mismatch", "cannot_write",
+        "incompatible_entry", "recomputed_to_record", "recomputed_to_refine", "no_span", "one_token",
+        "mismatch", "cannot_write",
         "too_few_rows", "guarded", "no_plan", "program_failed", "other_encoding", "other_positions",
         "other_computation", "evicted", "damaged_entry", "other_text", "no_prefix",
     ]  # fmt: skip

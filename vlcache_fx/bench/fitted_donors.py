@@ -22,9 +22,9 @@ from vlcache_fx.bench.rounds import MeasurementError, Summary, System, interleav
 from vlcache_fx.bench.workload import RequestShape, make_workload
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiling import dynamo_settings
-from vlcache_fx.fidelity.donor_kinds import mean, with_differences
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.testing.donors import with_differences
 
 ONE, FITTED, REFINE = "one context", "fitted", "add a context"
 
@@ -79,7 +79,7 @@ def measure(
             raise MeasurementError("no donor was recorded")
         others = [other_context(first, number) for number in range(1, contexts)]
         before = with_differences([first, *others[:-1]], rank, contexts)
-        donors = {ONE: mean([first]), FITTED: with_differences([first, *others], rank)}
+        donors = {ONE: first, FITTED: with_differences([first, *others], rank)}
 
         def warm(name: str) -> System:
             def check() -> None:

@@ -11,13 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vlcache_fx.errors import StoreError
-from vlcache_fx.runtime.donors.donor_dtype import length_of, slots_of
 from vlcache_fx.runtime.donors.refine import refined
-from vlcache_fx.runtime.donors.subspace import Differences
-from vlcache_fx.spec.decoder import RowSpec
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.testing.donors import rows_dim
 
 RIDGE = 0.01
 """Regularisation of a fit towards the mean, as a share of the mean square of the contexts' differences."""
@@ -30,28 +27,6 @@ def mean(entries: Sequence[Entry]) -> Entry:
         better = refined(donor, other.tensors, str(other.info["before"]))
         assert better is not None  # without differences, each context counts
         donor = better
-    return donor
-
-
-def with_differences(entries: Sequence[Entry], rank: int, contexts: int | None = None) -> Entry:
-    """Return the donor that keeps the differences of these contexts, see ``runtime.donors.subspace``.
-
-    Args:
-        entries: the contexts; the first may be a donor of several.
-        rank: the option ``donor_rank``.
-        contexts: the option ``donor_contexts``; by default the number of entries.
-    """
-    donor, *others = entries
-    specs: dict[StoredSlot, RowSpec] = {}
-    for name in slots_of(donor):
-        slot, tensor = StoredSlot.parse(name), donor.tensors[name]
-        if isinstance(slot, Key | Value):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            specs[slot] = RowSpec(_rows_dim(tensor, donor), dtype, tuple(tensor.shape))
-    differences = Differences.of(rank, contexts or len(entries), specs)
-    for other in others:
-        better = refined(donor, other.tensors, str(other.info["before"]), differences=differences)
-        donor = better or donor
     return donor
 
 
@@ -123,19 +98,9 @@ def _combine(entries: Sequence[Entry], exact: Entry, make: Callable[[Tensor, Ten
         if not isinstance(StoredSlot.parse(name), Key | Value):
             made[name] = middle.tensors[name]
             continue
-        dim = _rows_dim(tensor, exact)
+        dim = rows_dim(tensor, exact)
         wide = [entry.tensors[name].double().movedim(dim, 0) for entry in (*entries, exact)]
         *contexts, wanted = (rows.flatten(1) for rows in wide)
         rows = make(torch.stack(contexts), wanted).view(wide[0].shape)
         made[name] = rows.movedim(0, dim).to(tensor.dtype)
     return Entry(made, middle.info)
-
-
-def _rows_dim(tensor: Tensor, donor: Entry) -> int:
-    length = length_of(donor)
-    dims = [dim for dim, size in enumerate(tensor.shape) if size == length]
-    if len(dims) != 1:
-        raise StoreError(
-            f"rows of a donor of shape {list(tensor.shape)} and length {length}: {len(dims)} dimensions"
-        )
-    return dims[0]

@@ -23,7 +23,7 @@ from rich.table import Table
 from vlcache_fx.bench.machine import describe_machine, machine_line
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
-from vlcache_fx.fidelity.donor_kinds import fitted, mean, with_differences
+from vlcache_fx.fidelity.donor_kinds import fitted, mean
 from vlcache_fx.fidelity.donor_study import another, record
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
@@ -31,6 +31,7 @@ from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
 from vlcache_fx.runtime.donors.donor_dtype import length_of
 from vlcache_fx.store.entry import Entry
+from vlcache_fx.testing.donors import with_differences
 
 PROMPTS: Mapping[str, Mapping[str, Any]] = {
     "short": {"question_first": False, "system_words": 6},

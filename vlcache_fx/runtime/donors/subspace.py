@@ -87,10 +87,10 @@ def extended(old: Subspace | None, shift: Tensor, contexts: int, rank: int) -> S
     return Subspace(left @ rows, rows.t() @ core @ channels, (right @ channels).t().contiguous())
 
 
-def explained(known: Subspace, difference: Tensor) -> Tensor:
+def explained(others: Subspace, difference: Tensor) -> Tensor:
     """Return how much of a difference's energy (sum of squares) a combination of contexts explains."""
-    seen = (known.left.t() @ difference @ known.right.t()).double()
-    core = known.core.flatten(1).double()
+    seen = (others.left.t() @ difference @ others.right.t()).double()
+    core = others.core.flatten(1).double()
     gram, wanted = core @ core.t(), core @ seen.flatten()
     ridge = RIDGE * gram.diagonal().mean().clamp(min=LEAST_RIDGE)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
