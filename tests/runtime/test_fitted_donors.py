@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +12,12 @@ from torch import Tensor
 from vlcache_fx.errors import Reason
 from vlcache_fx.runtime import idle
 from vlcache_fx.runtime.donors import subspace
+from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
+from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
 
-from .helpers import Pair, with_backend
+from ..models import batch_of, padded
+from .helpers import Pair, settings_of, with_api, with_backend
 
 IMAGES = ((40, 0), (300, 1))
 
@@ -180,3 +183,45 @@ def test_other_weights_in_the_meantime(idling: Pair) -> None:
     assert entry is not None
     assert len(entry.info["contexts"]) == 1  # type: ignore[arg-type]
     assert idling.engine.stats()["idle_refinements"] == 0
+
+
+QWEN = [(12, 16, 1), (8, 8, 2)]
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    return batch_of(
+        tiny_vlm_inputs(5, 6, [(40, 0)], text_seed=seed), tiny_vlm_inputs(9, 3, [(42, 1)], text_seed=seed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        pytest.param(lambda: padded(num_layers=2), batch, id="batch"),
+        pytest.param(lambda: tiny_hybrid("dada"), prompt, id="recurrent"),
+        pytest.param(
+            lambda: tiny_qwen2_5_vl(2), lambda seed: qwen_inputs(7, 5, QWEN, text_seed=seed), id="qwen2_5_vl"
+        ),
+        pytest.param(
+            lambda: tiny_llava(2), lambda seed: llava_inputs(7, 5, [1, 2], text_seed=seed), id="llava"
+        ),
+    ],
+)
+def test_other_models(model: Callable[[], Any], call: Callable[[int], dict[str, Any]]) -> None:
+    options = {
+        "policy": "first_k",
+        "budget": 0.2,
+        "donor_contexts": 6,
+        "strict": True,
+        "donor_rank": 4,
+        **SHADOW,
+    }
+    pair = with_api(model(), min_span_tokens=4, **options)
+    errors: dict[int, float] = {0: 0.0, 4: 0.0}
+    for seed in range(14):
+        rank = 0 if seed >= 10 else 4  # the last prompts read means alone
+        with settings_of(pair.engine, donor_rank=rank), torch.no_grad():
+            pair.model(**call(seed))
+        if min(contexts(pair.report)) == 6:
+            errors[rank] += pair.report["shadow_kl"]
+    assert 0 < errors[4] < errors[0]

@@ -259,10 +259,11 @@ class DecoderRunner:
         program, unless a probe needs its rows.
         """
         specs, device = self._spec.rows, self._device
-        several = fitted_donors(request, specs) if self._fitted is not None else []
-        if self._fitted is not None and several and self._fitted().ready():
-            tables = fitting_tables(several, request, specs, device)
-            return self._fitted(), functools.cache(lambda: {**self._tables(request), **tables})
+        if self._fitted is not None and self.engine.options.donor_rank:
+            several = fitted_donors(request, specs)
+            if several and self._fitted().ready():
+                tables = fitting_tables(several, request, specs, device)
+                return self._fitted(), functools.cache(lambda: {**self._tables(request), **tables})
         if self._packed is not None and not self._spec.states and not needs_probe(policy, request):
             alone = donors.single_packed(request.donors, specs, device)
             if alone is not None:
