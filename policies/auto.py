@@ -25,7 +25,8 @@ class Auto(Policy):
     """The fewest rows with a predicted error under a bound, whatever the budget.
 
     The predicted error is the error without any rows minus the worth of the rows of each layer
-    (``vlcache_fx.plan.allocate``), both from the model's profile. It is a mean over the prompts of the
+    (``vlcache_fx.plan.allocate``), both from the model's profile, for donors of as many contexts as the
+    span's has. It is a mean over the prompts of the
     profile's measurement, not a bound for a single request.
 
     Attributes:
@@ -54,7 +55,8 @@ class Auto(Policy):
                 "auto needs a profile with an error curve: write one with vlcache calibrate, "
                 "and set the option profile to its path"
             )
-        return earliest(_counts(span.length, span.num_layers, span.profile, float(self.max_error)))
+        profile = span.profile.for_contexts(span.contexts)
+        return earliest(_counts(span.length, span.num_layers, profile, float(self.max_error)))
 
 
 @functools.lru_cache(maxsize=256)

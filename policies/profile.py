@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Profile:
         error_curve: ``(share, error)`` pairs: the error against full recompute (mean KL divergence of the
             next token, in nats) when this share of a span's earliest rows is recomputed in all layers. The
             shares rise from 0 to 1. Empty if not measured.
+        curves_by_contexts: ``(contexts, error curve)`` pairs for donors of several contexts, rising.
+        donor_rank: the option with which they were measured.
         library_version: version of vlcache_fx at the measurement. Other versions may compute other values.
     """
 
@@ -34,6 +36,8 @@ class Profile:
     dtype: str
     sensitivities: tuple[float, ...]
     error_curve: tuple[tuple[float, float], ...] = ()
+    curves_by_contexts: tuple[tuple[int, tuple[tuple[float, float], ...]], ...] = ()
+    donor_rank: int = 0
     library_version: str = VERSION
 
     def __post_init__(self) -> None:
@@ -49,6 +53,16 @@ class Profile:
                 )
         object.__setattr__(self, "sensitivities", tuple(float(value) for value in self.sensitivities))
         object.__setattr__(self, "error_curve", _checked_curve(self.error_curve))
+        object.__setattr__(self, "curves_by_contexts", _checked_curves(self.curves_by_contexts))
+        if not _is_count(self.donor_rank):
+            raise PolicyError(f"a profile's donor_rank must be an integer >= 0, not {self.donor_rank!r}")
+
+    def for_contexts(self, contexts: int) -> Profile:
+        """Return the profile for donors of so many contexts: with the curve of the next smaller number."""
+        curve = self.error_curve
+        for count, measured in self.curves_by_contexts:
+            curve = measured if count <= contexts else curve
+        return replace(self, error_curve=curve, curves_by_contexts=(), donor_rank=0)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:
@@ -107,6 +121,21 @@ def _checked_curve(curve: Any) -> tuple[tuple[float, float], ...]:
     if checked and not (checked[0][0] == 0 and checked[-1][0] == 1 and _rises(x for x, _ in checked)):
         raise PolicyError("the shares of a profile's error_curve must rise from 0 to 1")
     return checked
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _checked_curves(curves: Any) -> tuple[tuple[int, tuple[tuple[float, float], ...]], ...]:
+    pairs = [tuple(pair) if _is_list(pair) else () for pair in curves] if _is_list(curves) else [()]
+    if not all(len(pair) == 2 and _is_count(pair[0]) and pair[0] > 1 for pair in pairs):
+        raise PolicyError(
+            "a profile's curves_by_contexts must be a list of pairs (contexts, error curve), contexts > 1"
+        )
+    if not _rises(float(count) for count, _ in pairs):
+        raise PolicyError("the contexts of a profile's curves_by_contexts must rise")
+    return tuple((count, _checked_curve(curve)) for count, curve in pairs)
 
 
 def _rises(values: Iterable[float]) -> bool:

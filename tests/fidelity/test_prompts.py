@@ -38,6 +38,7 @@ def test_read_cases_groups_by_images(folder: Path) -> None:
         ("what is it ?", "what is it ?"),
     ]
     assert cases[0].asked.images is cases[0].donor.images
+    assert [[other.answer for other in case.others] for case in cases] == [["no"], ["a cat"]]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.subspace_study import PROMPTS, Combination
 from vlcache_fx.fidelity.subspace_study import results_table as subspace_table
 from vlcache_fx.fidelity.subspace_study import study as study_subspaces
+from vlcache_fx.fidelity.table import calibration_table
 from vlcache_fx.policies import Profile
 from vlcache_fx.testing import reference_vlm
 
@@ -96,6 +97,35 @@ def test_calibrate_reference_model(subject: Subject) -> None:
     assert found.is_flat == (len(set(profile.sensitivities)) == 1)
 
 
+def test_calibrate_donors_of_several_contexts(subject: Subject) -> None:
+    cases = make_cases(reference_vlm, "system_prompt", 3, split="train", contexts=3)
+    found = calibrate(subject, cases, batch=4, contexts=(3, 2), donor_ranks=(8, 0))
+    assert [donor[:2] for donor in found.by_donor] == [(1, 0), (2, 0), (2, 8), (3, 0), (3, 8)]
+    assert len({error for *_, error in found.by_donor}) == 5  # donors differ
+    profile, (count, rank) = found.profile, found.donor
+    assert [contexts for contexts, _ in profile.curves_by_contexts] == [2, 3]
+    assert profile.donor_rank == rank
+    errors = {donor[:2]: donor[2] for donor in found.by_donor}
+    assert errors[count, rank] <= 1.1 * min(errors.values())
+    assert dict(profile.for_contexts(3).error_curve)[0.02] == errors[3, rank]
+    assert subject.engine.options.donor_contexts == 4  # the engine's options are as before
+    assert calibration_table(found).row_count == len(SHARES) + 2 + 7 + 6 + 5
+
+
+def test_too_few_prompts_of_an_image(subject: Subject) -> None:
+    cases = make_cases(reference_vlm, "system_prompt", 3, split="train", contexts=2)
+    with pytest.raises(OptionError, match="contexts=4: there are prompts for 2 contexts of an image"):
+        calibrate(subject, cases, contexts=(4,))
+
+
+def test_settings_of_donors() -> None:
+    chosen = settings(("uniform",), (0.02,), contexts=(1, 4), donor_ranks=(0, 16))
+    assert [(one.contexts, one.donor_rank) for one in chosen] == [(1, 0), (4, 0), (4, 16)]
+    assert [one.label for one in chosen] == [
+        "uniform", "uniform, 4 contexts", "uniform, 4 contexts, rank 16",
+    ]  # fmt: skip
+
+
 def test_calibrate_bad_arguments(subject: Subject) -> None:
     cases = make_cases(reference_vlm, "single_hop", 3)
     with pytest.raises(OptionError, match="at least 3 cases, not 2"):
@@ -112,9 +142,12 @@ def test_commands_calibrate_then_fidelity(
     )  # compiled once for this file
     profile, output = tmp_path / "new" / "profile.json", tmp_path / "out"
     arguments = ["--family", "single_hop", "--count", "3"]
-    made = CliRunner().invoke(app, ["calibrate", "reference", *arguments, "--output", str(profile)])
+    made = CliRunner().invoke(
+        app, ["calibrate", "reference", *arguments, "--contexts", "2", "--output", str(profile)]
+    )
     assert made.exit_code == 0, made.output
     assert len(Profile.load(profile).sensitivities) == 6
+    assert "Nearly the best donor: " in made.output
     assert str(profile) in made.output.replace("\n", "")
     chosen = ["--policy", "layer_aware", "--budget", "0.02", "--profile", str(profile)]
     compared = CliRunner().invoke(

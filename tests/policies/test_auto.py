@@ -1,6 +1,7 @@
 """``auto``: the fewest rows under an error bound."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -46,6 +47,14 @@ def test_predicted_error_at_points_of_curve() -> None:
     assert counts(Auto(0.02).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [20] * 3
     assert counts(Auto(0.05).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [0] * 3
     assert counts(Auto(0.0).select(span(1000, 3, profile([1, 1, 1]), 0.0))) == [1000] * 3
+
+
+def test_auto_knows_how_many_contexts_a_donor_has() -> None:
+    better = tuple((share, error / 4) for share, error in CURVE)
+    model = Profile("weights", "float32", (1.0,), CURVE, ((4, better),), 16)
+    own = span(1000, 1, model, 0.0)
+    chosen = [counts(Auto(0.015).select(replace(own, contexts=number))) for number in (1, 3, 4, 9)]
+    assert chosen == [[60], [60], [0], [0]]
 
 
 @pytest.mark.parametrize("model", [None, Profile("weights", "float32", (1.0,))])

@@ -16,6 +16,37 @@ def test_profile_save_and_load(tmp_path: Path) -> None:
     assert Profile.load(tmp_path / "profile.json") == profile
 
 
+def test_curves_by_contexts(tmp_path: Path) -> None:
+    one, two, eight = (((0.0, error), (1.0, 0.0)) for error in (0.4, 0.3, 0.1))
+    profile = Profile("abc", "bfloat16", (1.0,), one, ((2, two), (8, eight)), 16)
+    profile.save(tmp_path / "profile.json")
+    assert Profile.load(tmp_path / "profile.json") == profile
+    expected = {1: one, 2: two, 7: two, 8: eight, 20: eight}
+    assert {count: profile.for_contexts(count).error_curve for count in expected} == expected
+    assert profile.for_contexts(3).for_contexts(8).error_curve == two
+
+
+@pytest.mark.parametrize(
+    ("curves", "message"),
+    [
+        (((1, ((0.0, 1.0), (1.0, 0.0))),), "pairs"),
+        (((2.5, ()),), "pairs"),
+        ((2, 3), "pairs"),
+        (((4, ()), (2, ())), "must rise"),
+        (((2, ((0.0, 1.0),)),), "from 0 to 1"),
+    ],
+)
+def test_bad_curves_by_contexts(curves: Any, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Profile("abc", "float32", (1.0,), curves_by_contexts=curves)
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5, True, None])
+def test_bad_donor_rank(rank: Any) -> None:
+    with pytest.raises(PolicyError, match="donor_rank must be an integer >= 0"):
+        Profile("abc", "float32", (1.0,), donor_rank=rank)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -21,6 +21,13 @@ def calibrate(
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int | None, POSITIONS] = None,
     depth_share: Annotated[float, typer.Option(help="share of rows that stop at each depth")] = 0.05,
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="numbers of contexts for which donors are measured as well"),
+    ] = None,
+    donor_rank: Annotated[
+        list[int] | None, typer.Option(min=0, help="ranks to compare for them (default: 0 16)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
     output: Annotated[Path, typer.Option(help="file for the profile")] = Path("profile.json"),
@@ -32,17 +39,33 @@ def calibrate(
         from vlcache_fx.fidelity import table
         from vlcache_fx.fidelity.calibrate import calibrate as measure
         from vlcache_fx.fidelity.models import load_cases, load_subject
+        from vlcache_fx.options import Options
 
         # `vlcache fidelity` uses the split "test": the prompts must differ.
-        cases = load_cases(model, data, tuple(family or ()), count, split="train", seed=seed)
+        most = max(contexts or (1,))
+        cases = load_cases(model, data, tuple(family or ()), count, split="train", seed=seed, contexts=most)
         subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
         console = wide_console()
         with progress(console, "calibrating", len(cases)) as advance:
-            found = measure(subject, cases, batch=batch, depth_share=depth_share, after_batch=advance)
+            found = measure(
+                subject,
+                cases,
+                batch=batch,
+                depth_share=depth_share,
+                contexts=contexts or (),
+                donor_ranks=[Options(donor_rank=rank).donor_rank for rank in donor_rank or (0, 16)],
+                after_batch=advance,
+            )
         console.print(table.calibration_table(found))
         if found.is_flat:
             console.print(
                 "Equal counts were no worse on held-out prompts: the profile treats all layers alike."
+            )
+        if found.by_donor:
+            chosen, rank = found.donor
+            console.print(
+                f"Nearly the best donor: {chosen} contexts, rank {rank} "
+                f"(options donor_contexts={chosen}, donor_rank={rank})."
             )
         output.parent.mkdir(parents=True, exist_ok=True)
         found.profile.save(output)

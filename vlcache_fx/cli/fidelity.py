@@ -40,6 +40,13 @@ def fidelity(
     donor_dtype: Annotated[
         list[str] | None, typer.Option(help="how donors are stored: model, int8, float8 (default: model)")
     ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option(min=1, help="prompts in which donors are recorded (default: 1)")
+    ] = None,
+    donor_rank: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="ranks of the differences between contexts; 0: their mean (default: 0)"),
+    ] = None,
     batch: Annotated[int, typer.Option(help="prompts per call")] = 16,
     positions: Annotated[int | None, POSITIONS] = None,
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
@@ -65,8 +72,11 @@ def fidelity(
             sorted(set(budgets)),
             None if profile is None else Profile.load(profile),
             tuple(Options(donor_dtype=dtype).donor_dtype for dtype in donor_dtype or ("model",)),
+            contexts or (1,),
+            tuple(Options(donor_rank=rank).donor_rank for rank in donor_rank or (0,)),
         )
-        cases = load_cases(model, data, tuple(family or ()), count, split="test", seed=seed)
+        most = max(setting.contexts for setting in compared)
+        cases = load_cases(model, data, tuple(family or ()), count, split="test", seed=seed, contexts=most)
         subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
         with progress(wide_console(), "asking", len(cases)) as advance:
             scores = run(subject, cases, compared, batch=batch, after_batch=advance)

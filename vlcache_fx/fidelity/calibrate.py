@@ -33,6 +33,12 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 CHECKED_BUDGETS = (0.01, 0.02, 0.05)
 MAX_DEPTHS = 10
 
+DONOR_SHARE = 0.02
+"""Share of rows at which donors are compared: the default budget."""
+
+NEARLY_BEST = 1.1
+"""Largest error of a smaller donor that is chosen, as a multiple of the best one's."""
+
 
 @dataclass(frozen=True)
 class UpTo(Policy):
@@ -68,6 +74,8 @@ class Calibration:
         checked: ``(budget, error of equal counts, error of solved counts)`` on held-out prompts.
         is_flat: whether the check rejected the sensitivities.
         prompts: numbers of prompts for measurements and check.
+        by_donor: ``(contexts, rank, error)`` at ``DONOR_SHARE`` of the rows, by contexts, then by rank; the
+            first is a donor of one context. Empty if only that was measured.
     """
 
     profile: Profile
@@ -76,6 +84,13 @@ class Calibration:
     checked: tuple[tuple[float, float, float], ...]
     is_flat: bool
     prompts: tuple[int, int]
+    by_donor: tuple[tuple[int, int, float], ...] = ()
+
+    @property
+    def donor(self) -> tuple[int, int]:
+        """Contexts and rank to serve with: the fewest and smallest that are nearly the best."""
+        least = min(error for _, _, error in self.by_donor)
+        return next((count, rank) for count, rank, error in self.by_donor if error <= NEARLY_BEST * least)
 
 
 def calibrate(
@@ -84,9 +99,20 @@ def calibrate(
     *,
     batch: int = 16,
     depth_share: float = 0.05,
+    contexts: Sequence[int] = (),
+    donor_ranks: Sequence[int] = (0,),
     after_batch: Callable[[int], None] | None = None,
 ) -> Calibration:
     """Measure the profile of ``subject`` on ``cases``; every third case is held out for the check.
+
+    Args:
+        subject: the model.
+        cases: prompts, with as many of each donor as the largest of ``contexts``.
+        batch: prompts per call.
+        depth_share: share of rows that stop at each depth.
+        contexts: numbers of contexts, 2 or more, for which donors are measured as well.
+        donor_ranks: values of the option ``donor_rank`` to compare for them.
+        after_batch: called with the number of finished cases.
 
     Raises:
         OptionError: too few cases, or this model is not reused.
@@ -122,7 +148,22 @@ def calibrate(
     if is_flat:
         profile = replace(profile, sensitivities=(1.0,) * num_layers)
     points = tuple(zip(depths, depth_errors, strict=True))
-    return Calibration(profile, points, depth_share, checked, is_flat, (len(measured), len(held_out)))
+    found_all = Calibration(profile, points, depth_share, checked, is_flat, (len(measured), len(held_out)))
+    if not contexts:
+        return found_all
+    curves: dict[tuple[int, int], tuple[tuple[float, float], ...]] = {(1, 0): profile.error_curve}
+    for count in sorted(set(contexts)):
+        for rank in sorted(set(donor_ranks)):
+            of_donor = [
+                Setting(UpTo(share), 1.0, contexts=count, donor_rank=rank) for share in (0.0, *SHARES)
+            ]
+            shares = zip((0.0, *SHARES), errors(measured, of_donor), strict=True)
+            curves[count, rank] = falling([*shares, (1.0, 0.0)])
+    by_donor = tuple((*donor, dict(curve)[DONOR_SHARE]) for donor, curve in curves.items())
+    found_all = replace(found_all, by_donor=by_donor)
+    rank = found_all.donor[1]
+    by_contexts = tuple((count, curve) for (count, own), curve in curves.items() if count > 1 and own == rank)
+    return replace(found_all, profile=replace(profile, curves_by_contexts=by_contexts, donor_rank=rank))
 
 
 def _identity(subject: Subject) -> tuple[str, str, int]:

@@ -75,9 +75,18 @@ def _from_folder(model: str) -> tuple[Any, Any]:
 
 
 def load_cases(
-    model: str, data: Path | None, families: tuple[str, ...], count: int, *, split: str, seed: int
+    model: str,
+    data: Path | None,
+    families: tuple[str, ...],
+    count: int,
+    *,
+    split: str,
+    seed: int,
+    contexts: int = 1,
 ) -> list[Case]:
     """Load cases from a file, or make ``count`` of each family of the model's questions.
+
+    Each case has prompts for donors of up to ``contexts``; those of a file have as many as there are.
 
     Raises:
         OptionError: an unknown model or family, or neither a file nor questions of the model.
@@ -92,7 +101,7 @@ def load_cases(
         return [
             case
             for family in families or FAMILIES
-            for case in make_cases(source, family, count, split=split, seed=seed)
+            for case in make_cases(source, family, count, split=split, seed=seed, contexts=contexts)
         ]
     except ValueError as error:  # more questions than a model has, for one
         raise OptionError(str(error)) from error

@@ -37,18 +37,20 @@ class Case:
 
     Attributes:
         family: kind of difficulty; results are reported per family.
+        others: other prompts with the donor's images, for donors of several contexts.
     """
 
     family: str
     donor: Prompt
     asked: Prompt
+    others: tuple[Prompt, ...] = ()
 
 
 def read_cases(path: Path, family: str = "data") -> list[Case]:
     """Read cases from a file, one JSON object per line: ``images`` (paths), ``prompt``, ``answer``.
 
-    Lines about the same images form cases: the first records the donors, each other line reuses them.
-    Paths are relative to the file.
+    Lines about the same images form cases: the first records the donors, each other line reuses them; the
+    remaining ones are further contexts of donors. Paths are relative to the file.
 
     Raises:
         OptionError: the file cannot be read, a line is malformed, or no images recur.
@@ -59,22 +61,22 @@ def read_cases(path: Path, family: str = "data") -> list[Case]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"cannot read the prompts {str(path)!r}: {error}") from error
-    first: dict[tuple[str, ...], Prompt] = {}
-    cases = []
+    found: dict[tuple[str, ...], list[Prompt]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         names, data = _parse(line, f"{path}:{number}")
-        donor = first.get(names)
+        same = found.setdefault(names, [])
         try:
-            images = donor.images if donor else tuple(_open(path.parent / name) for name in names)
+            images = same[0].images if same else tuple(_open(path.parent / name) for name in names)
         except (OSError, UnidentifiedImageError) as error:
             raise OptionError(f"{path}:{number}: cannot read an image: {error}") from error
-        prompt = Prompt(data["prompt"], images, data["answer"])
-        if donor is None:
-            first[names] = prompt
-        else:
-            cases.append(Case(family, donor, prompt))
+        same.append(Prompt(data["prompt"], images, data["answer"]))
+    cases = [
+        Case(family, donor, asked, tuple(other for other in rest if other is not asked))
+        for donor, *rest in found.values()
+        for asked in rest
+    ]
     if not cases:
         raise OptionError(f"{path}: no two prompts have the same images: nothing can be reused")
     return cases

@@ -36,9 +36,9 @@ class Questions(Protocol):
 
 
 def make_cases(
-    source: Questions, family: str, count: int, *, split: str = "test", seed: int = 0
+    source: Questions, family: str, count: int, *, split: str = "test", seed: int = 0, contexts: int = 1
 ) -> list[Case]:
-    """Make ``count`` cases of one family; equal arguments give equal cases.
+    """Make ``count`` cases of one family, for donors of up to ``contexts``; equal arguments give equal cases.
 
     Raises:
         OptionError: an unknown family.
@@ -49,6 +49,7 @@ def make_cases(
     kinds = about_two if family == "multi_hop" else [k for k in source.FAMILIES if k not in about_two]
     words = {"system_prompt": 30, "position_shift": SHORT}.get(family)
     rng = np.random.default_rng([seed, FAMILIES.index(family)])
+    of_others = np.random.default_rng([seed, FAMILIES.index(family), 1])  # cases are the same without
     cases = []
     for kind, share in zip(kinds, shares(count, len(kinds)), strict=True):
         made = source.make_questions(
@@ -61,9 +62,16 @@ def make_cases(
                 question_first=family == "question_first",
                 system_words=LONG if family == "position_shift" else words,
             )
+            others = tuple(
+                make_prompt(
+                    source,
+                    source.ask_again(first, of_others, question_first=bool(of_others.random() < 0.5)),
+                )
+                for _ in range(contexts - 1)
+            )
             if family == "asked_again":
                 then = dataclasses.replace(then, system_prompt=first.system_prompt)
-            cases.append(Case(family, make_prompt(source, first), make_prompt(source, then)))
+            cases.append(Case(family, make_prompt(source, first), make_prompt(source, then), others))
     return cases
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import Any
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.compare import Comparison, Interval, average, compare, proportion
 from vlcache_fx.fidelity.prompts import Case, batches
 from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.options import Options
 from vlcache_fx.policies.base import Policy
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.runtime.donors.donor_dtype import MODEL
@@ -22,13 +24,16 @@ ALL = "all"
 class Setting:
     """A policy (name or object), a budget, and an optional profile, to compare with full recompute.
 
-    ``donor_dtype`` is the option of that name; None for the engine's.
+    ``donor_dtype`` and ``donor_rank`` are the options of these names, None for the engine's; ``contexts`` is
+    the number of prompts in which donors are recorded.
     """
 
     policy: str | Policy
     budget: float
     profile: Profile | None = None
     donor_dtype: str | None = None
+    contexts: int = 1
+    donor_rank: int | None = None
 
     @property
     def name(self) -> str:
@@ -37,8 +42,22 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """Label in tables: the policy, and the donors' dtype unless it is the model's or the engine's."""
-        return self.name if self.donor_dtype in (None, MODEL) else f"{self.name}, {self.donor_dtype}"
+        """Label in tables: the policy, and what donors are unless they are as by default."""
+        parts = [self.name]
+        if self.donor_dtype not in (None, MODEL):
+            parts.append(str(self.donor_dtype))
+        if self.contexts > 1:
+            fitted = f", rank {self.donor_rank}" if self.donor_rank else ""
+            parts.append(f"{self.contexts} contexts{fitted}")
+        return ", ".join(parts)
+
+    def options(self, options: Options) -> Options:
+        """The options of an engine with those of this setting."""
+        return replace(
+            options,
+            donor_dtype=options.donor_dtype if self.donor_dtype is None else self.donor_dtype,
+            donor_rank=options.donor_rank if self.donor_rank is None else self.donor_rank,
+        )
 
 
 def settings(
@@ -46,8 +65,13 @@ def settings(
     budgets: Sequence[float] = BUDGETS,
     profile: Profile | None = None,
     donor_dtypes: Sequence[str | None] = (None,),
+    contexts: Sequence[int] = (1,),
+    donor_ranks: Sequence[int | None] = (None,),
 ) -> list[Setting]:
-    """Combine policies, budgets and dtypes; ``none`` represents all policies at 0, ``full`` at 1."""
+    """Combine policies, budgets and donors; ``none`` represents all policies at 0, ``full`` at 1.
+
+    Differences of any rank need several contexts.
+    """
     chosen = []
     if 0 in budgets:
         chosen.append(Setting("none", 0.0))
@@ -55,7 +79,13 @@ def settings(
     chosen += [Setting(policy, budget, profile) for policy in policies for budget in between]
     if 1 in budgets:
         chosen.append(Setting("full", 1.0))
-    return [replace(setting, donor_dtype=dtype) for dtype in donor_dtypes for setting in chosen]
+    return [
+        replace(setting, donor_dtype=dtype, contexts=count, donor_rank=rank)
+        for dtype in donor_dtypes
+        for count in contexts
+        for rank in (donor_ranks if count > 1 else donor_ranks[:1])
+        for setting in chosen
+    ]
 
 
 @dataclass(frozen=True)
@@ -133,13 +163,13 @@ def _fill(
         question = subject.prepare([case.asked for case in own])
         exact = subject.exact(question)
         truth = compare(exact, exact, question.answers)
-        recorded = None
+        recorded: tuple[Any, ...] | None = None
         for index, setting in enumerate(compared):
-            dtype = setting.donor_dtype or options.donor_dtype
-            if dtype != recorded:
-                recorded = dtype
-                subject.engine.set_options(replace(options, donor_dtype=dtype))
-                subject.record(own)
+            needed = (setting.donor_dtype, setting.contexts, setting.donor_rank)
+            if needed != recorded:
+                recorded = needed
+                subject.engine.set_options(setting.options(options))
+                subject.record(own, setting.contexts)
             with subject.engine.using(policy=setting.policy, budget=setting.budget, profile=setting.profile):
                 comparisons = compare(exact, subject.answer(question), question.answers)
             share = subject.recomputed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,16 +87,27 @@ class Subject:
             del given["input_ids"]
         return Question(given, tuple(answers))
 
-    def record(self, cases: Sequence[Case]) -> None:
-        """Clear the store, then compute the donors' prompts to record their images.
+    def record(self, cases: Sequence[Case], contexts: int = 1) -> None:
+        """Clear the store, then compute the donors' prompts to record their images, in ``contexts`` of them.
 
         Raises:
-            OptionError: the model records no donors.
+            OptionError: the model records no donors, or a case has too few prompts.
         """
+        most = 1 + min(len(case.others) for case in cases)
+        if contexts > most:
+            raise OptionError(f"contexts={contexts}: there are prompts for {most} contexts of an image")
         self.engine.clear()
-        self.answer(self.prepare([case.donor for case in cases]))
-        if self.report["mode"] != "cold":
-            raise OptionError(f"{self.name} records no donors: {self.report['reason']}")
+        options = self.engine.options
+        learning = replace(options, donor_contexts=max(contexts, 1), exact_returns=contexts)
+        try:
+            self.engine.set_options(learning)
+            for number in range(contexts):
+                prompts = [(case.donor, *case.others)[number] for case in cases]
+                self.answer(self.prepare(prompts))
+                if self.report["mode"] != "cold":
+                    raise OptionError(f"{self.name} records no donors: {self.report['reason']}")
+        finally:
+            self.engine.set_options(options)
 
     @property
     def report(self) -> dict[str, Any]:

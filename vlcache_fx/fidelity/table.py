@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from vlcache_fx.fidelity.calibrate import Calibration
+from vlcache_fx.fidelity.calibrate import DONOR_SHARE, Calibration
 from vlcache_fx.fidelity.compare import Interval
 from vlcache_fx.fidelity.run import ALL, Score
 
@@ -49,6 +49,9 @@ def calibration_table(calibration: Calibration) -> Table:
     for budget, equal, solved in calibration.checked:
         table.add_row(f"{100 * budget:g} %", "held out: equal counts", f"{equal:.3g}")
         table.add_row(f"{100 * budget:g} %", "held out: by sensitivity", f"{solved:.3g}")
+    for count, rank, error in calibration.by_donor:
+        name = "donors of one context" if count == 1 else f"donors of {count} contexts, rank {rank}"
+        table.add_row(f"{100 * DONOR_SHARE:g} %", name, f"{error:.3g}")
     return table
 
 

@@ -104,6 +104,7 @@ def build_plan(
                 text_before=int(text[: span.start].sum()),
                 text_after=int(text[span.end :].sum()),
                 grid=span.grid,
+                contexts=max(1, span.contexts),
             )
         )
         limit = None if policy.ignores_budget else budget

@@ -78,6 +78,7 @@ class SpanContext:
         text_after: tokens after the span, likewise.
         grid: tokens in time, height and width, whose product is ``length``. None where the encoder gets no
             grids, runs inside of the traced graph, or its grid does not fit the span.
+        contexts: number of contexts in the span's donor, at least 1.
     """
 
     length: int
@@ -89,6 +90,7 @@ class SpanContext:
     text_before: int = 0
     text_after: int = 0
     grid: Grid | None = None
+    contexts: int = 1
 
     def __post_init__(self) -> None:
         if not self.num_tokens:

@@ -41,6 +41,8 @@ class Planner:
                 profile = self._engine.settings.profile_for(
                     request.model_fingerprint, self._spec.dtype, strict=strict
                 )
+                if profile is not None and profile.donor_rank != self._engine.options.donor_rank:
+                    profile = profile.for_contexts(1)  # those of several were measured on other donors
                 for sample in request.samples:
                     plans.append(
                         build_plan(

@@ -57,7 +57,7 @@ def decoder_runner(
         unmodified,
         _logits_to_shadow(decoder, engine),
         PackedRunners(warm, decoder.device, engine) if has_variants else None,
-        FittedRunner(warm, decoder.device, engine) if has_variants and engine.options.donor_rank else None,
+        FittedRunner(warm, decoder.device, engine) if has_variants else None,
     )
 
 
