@@ -45,7 +45,7 @@ def off(donor: Entry, exact: Entry, rows: slice = slice(None)) -> float:
 
 def test_fitted_weights_per_slot(contexts: list[Entry]) -> None:
     exact = entry(blend(contexts, KEY, [1.5, -0.5, 0.0, 0.0]), blend(contexts, VALUE, [0.0, 0.1, 0.2, 0.7]))
-    donor = fitted(contexts, exact, rows=4)
+    donor = fitted(contexts, exact, rows=4, ridge=0.01)
     # Four rows determine the weights. The ridge makes the fit inexact.
     assert off(donor, exact, slice(4, None)) < 0.001 * off(mean(contexts), exact, slice(4, None))
     assert donor.info["contexts"] == [f"context {index}" for index in range(4)]
@@ -57,9 +57,9 @@ def test_fitted_uses_only_the_first_rows(contexts: list[Entry]) -> None:
     noisy = entry(*(tensor.clone() for tensor in exact.tensors.values()))
     for tensor in noisy.tensors.values():
         tensor.movedim(tensor.shape.index(LENGTH), 0)[3:] = 1e6
-    for name, tensor in fitted(contexts, noisy, rows=3).tensors.items():
-        assert torch.equal(tensor, fitted(contexts, exact, rows=3).tensors[name])
-    assert off(fitted(contexts, exact, rows=3), exact) < 0.01 * off(mean(contexts), exact)
+    for name, tensor in fitted(contexts, noisy, rows=3, ridge=0.01).tensors.items():
+        assert torch.equal(tensor, fitted(contexts, exact, rows=3, ridge=0.01).tensors[name])
+    assert off(fitted(contexts, exact, rows=3, ridge=0.01), exact) < 0.01 * off(mean(contexts), exact)
 
 
 def test_cut_keeps_the_largest_parts() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlcache_fx.ops import fit as module
 from vlcache_fx.ops import fit_rows_reference, splice_rows_reference
 from vlcache_fx.spec.differences import BLOCK_ROWS, RIDGE
 
@@ -162,8 +163,9 @@ def test_samples_are_independent(batch_dim: int, dim: int) -> None:
     torch.testing.assert_close(fit_rows_reference(*operands, dim, batch_dim), want)
 
 
-def test_a_context_is_found_again() -> None:
+def test_a_context_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are a combination of the contexts are met by fitting few of them."""
+    monkeypatch.setattr(module, "RIDGE", 0.01)
     case = make_case((300,), (True,), 8)
     left = case.left.flatten(0, 1)[:300]
     weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)

@@ -69,7 +69,7 @@ def test_fitted_donors_are_closer_with_one_program(kl_of_means: float) -> None:
     for seed in range(1, 4):
         pair.run(**prompt(seed))
     before = pair.engine.stats()["compilations"]
-    assert mean_kl(pair) < 0.3 * kl_of_means
+    assert mean_kl(pair) < 0.6 * kl_of_means
     for seed, images in enumerate((IMAGES[:1], IMAGES[1:], IMAGES[::-1], (*IMAGES, (40, 0)))):
         off, report = pair.run(**prompt(seed + 20, images, after=9 + seed))
         assert report["mode"] == "warm"
@@ -78,7 +78,7 @@ def test_fitted_donors_are_closer_with_one_program(kl_of_means: float) -> None:
 
 
 def test_fitted_donors_with_eager_kernels(kl_of_means: float) -> None:
-    assert mean_kl(learning(4, **SHADOW)) < 0.3 * kl_of_means
+    assert mean_kl(learning(4, **SHADOW)) < 0.6 * kl_of_means
 
 
 def test_packed_means_are_fitted_too() -> None:

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.runtime.donors.refine import refined
+from vlcache_fx.spec.differences import RIDGE
 from vlcache_fx.spec.slots import Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 from vlcache_fx.testing.donors import rows_dim
-
-RIDGE = 0.01
-"""Regularisation of a fit towards the mean, as a share of the mean square of the contexts' differences."""
 
 
 def mean(entries: Sequence[Entry]) -> Entry:
@@ -41,7 +39,7 @@ def nearest(prompts: Sequence[str], new: str) -> int:
     return max(range(len(prompts)), key=lambda index: similarity(prompts[index]))
 
 
-def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
+def fitted(entries: Sequence[Entry], exact: Entry, rows: int, ridge: float = RIDGE) -> Entry:
     """Per slot, compute the weighted mean of contexts closest to ``exact`` in the first ``rows`` rows.
 
     A warm call that recomputes these rows could do this: they show how its context differs from the stored
@@ -51,6 +49,7 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
         entries: the contexts.
         exact: the item's rows in the new context.
         rows: number of rows that are known.
+        ridge: regularisation, as a multiple of the mean square of the contexts' differences.
     """
 
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
@@ -58,8 +57,8 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int) -> Entry:
         parts = contexts - middle
         sample = parts[:, :rows].flatten(1)
         gram = sample @ sample.T
-        ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram + ridge, sample @ (wanted - middle)[:rows].flatten())
+        added = ridge * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+        weights = torch.linalg.solve(gram + added, sample @ (wanted - middle)[:rows].flatten())
         blended: Tensor = middle + torch.tensordot(weights, parts, 1)
         return blended
 

@@ -103,11 +103,13 @@ def _effects(own: Tensor, missing: Tensor, donors: Tensor, core: Tensor, right: 
     gram = (scaled.t() @ own).view(count, rank, rank)
     product = torch.bmm((scaled.t() @ missing).view(count, rank, -1), right.transpose(1, 2))
     flat = core.flatten(2)  # [g, C, R R]
-    seen = torch.matmul(gram.unsqueeze(1), core).flatten(2)
+    beside = core.transpose(1, 2).reshape(count, rank, contexts * rank)  # cores side by side
+    seen = torch.bmm(gram, beside).view(count, rank, contexts, rank).transpose(1, 2).flatten(2)
     equations = torch.bmm(seen, flat.transpose(1, 2))
     wanted = torch.bmm(flat, product.flatten(1).unsqueeze(2))
-    ridge = RIDGE * equations.diagonal(dim1=1, dim2=2).mean(1).clamp(min=LEAST_RIDGE)
     identity = torch.eye(contexts, dtype=own.dtype, device=own.device)
+    trace = (equations * identity).sum((1, 2))  # Inductor's `diagonal` warns
+    ridge = RIDGE * (trace / contexts).clamp(min=LEAST_RIDGE)
     weights = torch.linalg.solve_ex(equations + ridge.view(-1, 1, 1) * identity, wanted)[0]
     return torch.bmm(torch.bmm(weights.transpose(1, 2), flat).view(count, rank, rank), right)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlcache_fx.spec.decoder import RowSpec
-from vlcache_fx.spec.differences import LEAST_RIDGE, RIDGE
+from vlcache_fx.spec.differences import LEAST_RIDGE
 from vlcache_fx.spec.slots import Difference, Key, StoredSlot, Value
 from vlcache_fx.store.entry import Entry
 
@@ -28,6 +28,9 @@ LARGEST_SHARE = 0.25
 
 LEAST_GAIN = 0.05
 """Least share of a context's difference that storing it adds to what other contexts tell of it."""
+
+EXPLAINED_RIDGE = 0.01
+"""Regularisation where all rows of a context are known."""
 
 LEAST_RANK, LEAST_CONTEXTS = 2, 2
 OVERSAMPLED = 4
@@ -92,7 +95,7 @@ def explained(others: Subspace, difference: Tensor) -> Tensor:
     seen = (others.left.t() @ difference @ others.right.t()).double()
     core = others.core.flatten(1).double()
     gram, wanted = core @ core.t(), core @ seen.flatten()
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=LEAST_RIDGE)
+    ridge = EXPLAINED_RIDGE * gram.diagonal().mean().clamp(min=LEAST_RIDGE)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weights = torch.linalg.solve(gram + ridge * identity, wanted)
     energy: Tensor = 2 * weights @ wanted - weights @ gram @ weights
