@@ -8,6 +8,7 @@ import pytest
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.lowering.disk_cache import Compilations
+from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.serve.artifacts import Manifest
 from vlcache_fx.serve.options import ServeOptions
 from vlcache_fx.serve.server import Server
@@ -17,11 +18,16 @@ from ..runtime.helpers import own_compiler_state
 from .serving import running
 
 
-def test_eager_programs_need_no_artifacts(tmp_path: Path) -> None:
+def test_eager_programs_need_no_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples run all programs, also the one that fits donors, whatever ``exact_returns`` says."""
+    built, runs = [], ProgramRunner.run
+    monkeypatch.setattr(
+        ProgramRunner, "run", lambda self, *given: built.append(self.name) or runs(self, *given)
+    )
+    engine = {"lowering": "eager", "donor_rank": 8, "exact_returns": 5}
     with own_compiler_state():
-        manifest = warm_up(
-            ServeOptions(("reference",), engine={"lowering": "eager"}, batch_size=1), tmp_path / "artifacts"
-        )
+        manifest = warm_up(ServeOptions(("reference",), engine=engine, batch_size=1), tmp_path / "artifacts")
+    assert {*built} == {"cold", "warm", "fitted"}
     assert manifest.num_programs == 0
     assert Manifest.read(tmp_path / "artifacts") == manifest
 

@@ -37,6 +37,18 @@ def serve(
         bool, typer.Option("--no-reuse", help="compute every request in full, to compare with")
     ] = False,
     shadow: Annotated[float | None, typer.Option(help="share of requests computed in full as well")] = None,
+    donor_contexts: Annotated[
+        int | None, typer.Option(help="contexts from which a picture's donor learns")
+    ] = None,
+    donor_rank: Annotated[
+        int | None, typer.Option(help="rank of the differences between them that it keeps; 0 for none")
+    ] = None,
+    exact_returns: Annotated[
+        int | None, typer.Option(help="first returns of a picture that are computed in full")
+    ] = None,
+    idle_refinement: Annotated[
+        float | None, typer.Option(help="share of idle time in which donors learn")
+    ] = None,
     lowering: Annotated[str, typer.Option(help="inductor, eager, tensorrt")] = "inductor",
     device: Annotated[str, typer.Option(help="device of the models")] = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of models from folders")] = "auto",
@@ -109,6 +121,10 @@ def serve(
             "capacity_bytes": None if capacity is None else bytes_of("--capacity", capacity),
             "salt": salt,
             "shadow": shadow,
+            "donor_contexts": donor_contexts,
+            "donor_rank": donor_rank,
+            "exact_returns": exact_returns,
+            "idle_refinement": idle_refinement,
             "lowering": lowering,
         }
         if no_reuse:

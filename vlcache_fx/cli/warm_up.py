@@ -21,6 +21,7 @@ def warm_up(
     budget: Annotated[float | None, typer.Option(help="as for vlcache serve")] = None,
     policy: Annotated[str | None, typer.Option(help="as for vlcache serve")] = None,
     profile: Annotated[Path | None, typer.Option(help="as for vlcache serve")] = None,
+    donor_rank: Annotated[int | None, typer.Option(help="as for vlcache serve")] = None,
     device: Annotated[str, typer.Option(help="device of the models")] = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of models from folders")] = "auto",
     batch_size: Annotated[int, typer.Option(help="as for vlcache serve")] = 8,
@@ -34,7 +35,7 @@ def warm_up(
         from vlcache_fx.serve.options import ServeOptions
         from vlcache_fx.serve.warm_up import warm_up
 
-        engine = {"budget": budget, "policy": policy, "profile": profile}
+        engine = {"budget": budget, "policy": policy, "profile": profile, "donor_rank": donor_rank}
         options = ServeOptions(
             models=tuple(model),
             engine={name: value for name, value in engine.items() if value is not None},

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import logging
 import time
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -33,6 +34,9 @@ NEW_TOKENS = 3
 SALT = "vlcache-serve-examples"
 PROMPTS = ("what is in the picture ?", "and what else ?", "and what else ?")
 """A new picture, a known one, and a known prompt."""
+LEARNING, LEARNT = "what else is there ?", "is there more ?"
+"""With the option ``donor_rank``: a known picture that is computed, and one whose donor is fitted. They
+stand in front of it: in an exact prefix no donor learns."""
 LARGEST_BATCH = 3
 """Programs for three prompts of different lengths serve any number above one."""
 
@@ -47,8 +51,12 @@ async def run_examples(name: str, models: ServedModels, batcher: Batcher, option
     sides = SIDES.get(models.sources[name], OTHER_SIDES)
     sizes = sorted({1, min(options.batch_size, LARGEST_BATCH)})
     takes_pictures = models.get_model_modality(model, processor) is not Modality.LLM
+    engine = model.vlcache
+    given = engine.options
+    prompts = (*PROMPTS, LEARNING, LEARNT) if given.donor_rank else PROMPTS
     try:
-        for pictures, size, prompt in product((1, 0) if takes_pictures else (0,), sizes, PROMPTS):
+        for pictures, size, prompt in product((1, 0) if takes_pictures else (0,), sizes, prompts):
+            engine.set_options(replace(given, exact_returns=int(prompt == LEARNING)))
             texts = [prompt + " please" * index for index in range(size)]
             # The pictures of the batch are new: its first run is a cold one.
             inputs = [
@@ -62,7 +70,8 @@ async def run_examples(name: str, models: ServedModels, batcher: Batcher, option
     except RequestError as error:
         raise OptionError(f"the model {name!r} does not answer an example: {error.message}") from error
     finally:
-        model.vlcache.clear(salt=SALT)
+        engine.set_options(given)
+        engine.clear(salt=SALT)
 
 
 def _inputs(
@@ -71,6 +80,8 @@ def _inputs(
     model, processor = models.load_model_and_processor(name)
     picture = {"type": "image_url", "image_url": {"url": picture_url(sides, seed)}}
     content = [picture] * pictures + [{"type": "text", "text": text}]
+    if text.startswith((LEARNING, LEARNT)):
+        content.reverse()
     modality = models.get_model_modality(model, processor)
     media = MediaLoader(ServeOptions((name,)))
     messages = [{"role": "user", "content": content}]
