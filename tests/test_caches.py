@@ -6,6 +6,7 @@ contents of the cache at all positions, and the tokens decoded from it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.lowering import EagerLowering
+from vlcache_fx.runtime import idle
 from vlcache_fx.testing.families import llava_inputs
 
 from .caches import KINDS, Kind, llava, state, static_cache
@@ -287,6 +289,26 @@ def test_no_donors_recorded_after_past() -> None:
     assert start().say(prompt(6, 1, seed=4))["mode"] == "cold"
     assert engine.stats()["store"]["entries"] > stored
     assert start().say(prompt(9, 1, seed=5))["mode"] == "warm"
+
+
+def test_idle_work_leaves_caches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes to caches of its own, also where programs update them in place."""
+    monkeypatch.setattr(idle, "QUIET_S", 0.02)
+    kind = KINDS["static"]
+    pair = with_api(kind.model(), policy="first_k", budget=0.1, idle_refinement=1.0)
+    caches = []
+    with pair.engine.idle.request():  # until the caches are as the calls left them
+        for text in (4, 9):
+            own = kind.cache(pair.reference.config), kind.cache(pair.reference.config)
+            report = Conversation(pair, own, tolerance=1e9).say(prompt(text, 0, seed=text))
+            caches.append(own[0])
+        assert report["mode"] == "warm"
+        before = copy.deepcopy([state(cache) for cache in caches])
+    assert pair.engine.idle.wait(60)
+    assert pair.engine.stats()["idle_refinements"] == 1
+    pair.engine.close()
+    for cache, expected in zip(caches, before, strict=True):
+        same(state(cache), expected, 0.0)
 
 
 def test_no_prefix_reused_after_past() -> None:

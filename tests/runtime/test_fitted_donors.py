@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlcache_fx.errors import Reason
 from vlcache_fx.runtime import idle
-from vlcache_fx.runtime.donors import subspace
+from vlcache_fx.runtime.donors import idle_refiner, subspace
 from vlcache_fx.testing.families import llava_inputs, qwen_inputs, tiny_llava, tiny_qwen2_5_vl
 from vlcache_fx.testing.tiny_hybrid import tiny_hybrid
 from vlcache_fx.testing.tiny_vlm import tiny_vlm, tiny_vlm_inputs
@@ -170,6 +170,14 @@ def test_rows_are_those_of_a_cold_call(idling: Pair) -> None:
     assert found.info["contexts"] == want.info["contexts"]
     for name, tensor in want.tensors.items():
         torch.testing.assert_close(found.tensors[name], tensor)
+
+
+def test_large_inputs_are_not_kept(idling: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_refiner, "LARGEST_COPY_BYTES", 100)
+    for seed in (1, 2):
+        _, report = idling.run(**prompt(seed))
+    assert report["mode"] == "warm"
+    assert idling.engine.idle.wait(0)
 
 
 def test_other_weights_in_the_meantime(idling: Pair) -> None:

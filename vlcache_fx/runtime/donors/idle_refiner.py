@@ -20,6 +20,9 @@ from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
 from vlcache_fx.spec.slots import StoredSlot
 
+LARGEST_COPY_BYTES = 256 << 20
+"""Most bytes of inputs that are kept of a request; larger ones are left out."""
+
 
 class IdleRefiner:
     """Refines the donors of one decoder graph in idle time, see the option ``idle_refinement``.
@@ -56,7 +59,7 @@ class IdleRefiner:
             for sample in request.samples
             for span in sample.spans
         )
-        if not self._engine.idle.share or not learns:
+        if not self._engine.idle.share or not learns or self._copied_bytes(request) > LARGEST_COPY_BYTES:
             return
         own, state = self._copied(request), numerics(self._device.type)
 
@@ -68,8 +71,11 @@ class IdleRefiner:
             plans = self._plans(own)
             if plans is None or not is_current() or not self._cold.ready():
                 return
-            # The program writes to these; it may be interrupted, and begin anew.
-            written = {index: _copy(own.args[index]) for index in self._cold.spec.in_place}
+            # Caches to which the program writes. It reads nothing of them: the request ignores the past.
+            written = {
+                index: torch.zeros_like(own.args[index], device=self._device)
+                for index in self._cold.spec.in_place
+            }
             args = [written.get(index, value) for index, value in enumerate(own.args)]
             results = self._cold.run(args, self._cold.bind(stack_if_batched(plans), own.positions, dict))
             if results is not None and is_current():
@@ -80,8 +86,11 @@ class IdleRefiner:
 
     def _copied(self, request: Request) -> Request:
         """Return the request without donors, with tensors of its own: the caller may write to its tensors."""
-        data = {*self._spec.data}
-        args = [_copy(value) if index in data else value for index, value in enumerate(request.args)]
+        copied, written = self._copied_inputs(), self._cold.spec.in_place
+        args = [
+            value.to("meta") if index in written else _copy(value) if index in copied else value
+            for index, value in enumerate(request.args)
+        ]
         samples = tuple(
             replace(sample, by_token=tuple(_copy(value) for value in sample.by_token))
             for sample in request.without_donors().samples
@@ -95,6 +104,13 @@ class IdleRefiner:
             clock=Clock(),
             claim=Claim(),
         )
+
+    def _copied_inputs(self) -> set[int]:
+        return {*self._spec.data} - {*self._cold.spec.in_place}
+
+    def _copied_bytes(self, request: Request) -> int:
+        values = [request.args[index] for index in self._copied_inputs()]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def _copy(value: Any) -> Any:
