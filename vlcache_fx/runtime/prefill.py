@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ from vlcache_fx.spec.decoder import DecoderSpec
 from vlcache_fx.spec.slots import StoredSlot
 
 
+class Variants(Protocol):
+    """Runners of the variants of a warm program."""
+
+    def packed(self, dtype: torch.dtype, /) -> ProgramRunner:
+        """Return the runner for a donor with packed rows of this dtype."""
+
+    def fitted(self) -> ProgramRunner:
+        """Return the runner that fits donors of several contexts."""
+
+
 class DecoderRunner:
     """A decoder with reuse: takes the graph's inputs, returns its results.
 
@@ -52,8 +62,7 @@ class DecoderRunner:
         engine: the state shared by the model's graphs.
         unmodified: computes the graph's results without reuse, for calls that the programs do not serve.
         logits: index of the result that shadow runs compare; None without shadow runs.
-        packed: returns the variant of ``warm`` that takes one packed donor; None without variants.
-        fitted: returns the variant of ``warm`` that fits donors of several contexts; None without one.
+        variants: the variants of ``warm``; None without any.
     """
 
     def __init__(
@@ -66,8 +75,7 @@ class DecoderRunner:
         engine: ServingState,
         unmodified: Callable[..., Sequence[Any]],
         logits: int | None = None,
-        packed: Callable[[torch.dtype], ProgramRunner] | None = None,
-        fitted: Callable[[], ProgramRunner] | None = None,
+        variants: Variants | None = None,
     ) -> None:
         self.engine = engine
         self._spec, self._device, self._cold, self._warm = spec, device, cold, warm
@@ -76,8 +84,7 @@ class DecoderRunner:
             MaskChecker(spec.masks, prologue, allows_ranges=not spec.states),
         )
         self._in_place = tuple({*cold.spec.in_place, *warm.spec.in_place})
-        self._unmodified, self._logits = unmodified, logits
-        self._packed, self._fitted = packed, fitted
+        self._unmodified, self._logits, self._variants = unmodified, logits, variants
         self._pace = Pace()
         values = InputValues(spec.leaves, prologue.input_values)
         self._requests = KeyedRequests(spec, values, device, engine)
@@ -258,20 +265,23 @@ class DecoderRunner:
         Donors with differences are fitted to recomputed rows. A single packed donor is unpacked by the
         program, unless a probe needs its rows.
         """
-        specs, device = self._spec.rows, self._device
-        if self._fitted is not None and self.engine.options.donor_rank:
+        specs, device, variants = self._spec.rows, self._device, self._variants
+        tables = functools.cache(lambda: self._tables(request))
+        if variants is None:
+            return self._warm, tables
+        if self.engine.options.donor_rank:
             several = fitted_donors(request, specs)
-            if several and self._fitted().ready():
-                tables = fitting_tables(several, request, specs, device)
-                return self._fitted(), functools.cache(lambda: {**self._tables(request), **tables})
-        if self._packed is not None and not self._spec.states and not needs_probe(policy, request):
+            if several and variants.fitted().ready():
+                inputs = fitting_tables(several, request, specs, device)
+                return variants.fitted(), functools.cache(lambda: {**self._tables(request), **inputs})
+        if not self._spec.states and not needs_probe(policy, request):
             alone = donors.single_packed(request.donors, specs, device)
             if alone is not None:
                 dtype, parts = alone
-                program = self._packed(dtype)
+                program = variants.packed(dtype)
                 if program.ready():
                     return program, lambda: parts
-        return self._warm, functools.cache(lambda: self._tables(request))
+        return self._warm, tables
 
     def _tables(self, request: Request) -> Mapping[Any, Tensor | PendingTensor]:
         rows = donors.tables(request.donors, self._spec.rows, self._device)

@@ -46,8 +46,8 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     return ProgramRunner(name, program_spec(program), Once(lower), device, engine)
 
 
-class PackedRunners:
-    """Runners of the variants of a warm program for packed donors, each built when first needed.
+class WarmVariants:
+    """Runners of the variants of a warm program, each built when first needed.
 
     Args:
         warm: the warm program.
@@ -57,39 +57,22 @@ class PackedRunners:
 
     def __init__(self, warm: Program, device: torch.device, engine: Engine) -> None:
         self._warm, self._device, self._engine = warm, device, engine
-        self._runners: dict[torch.dtype, ProgramRunner] = {}
+        self._runners: dict[torch.dtype | None, ProgramRunner] = {}
 
-    def __call__(self, dtype: torch.dtype) -> ProgramRunner:
-        """Return the runner for packed rows of this dtype."""
-        if dtype not in self._runners:
+    def packed(self, dtype: torch.dtype) -> ProgramRunner:
+        """Return the runner for a donor with packed rows of this dtype."""
+        return self._runner(dtype, "packed", lambda: packed_program(self._warm, dtype))
+
+    def fitted(self) -> ProgramRunner:
+        """Return the runner that fits donors of several contexts."""
+        return self._runner(None, "fitted", lambda: fitted_program(self._warm))
+
+    def _runner(self, key: torch.dtype | None, name: str, build: Callable[[], Program]) -> ProgramRunner:
+        if key not in self._runners:
             with compiling():
-                if dtype not in self._runners:
-                    program = packed_program(self._warm, dtype)
-                    self._runners[dtype] = program_runner("packed", program, self._device, self._engine)
-        return self._runners[dtype]
-
-
-class FittedRunner:
-    """Runner of the variant of a warm program that fits donors, built when first needed.
-
-    Args:
-        warm: the warm program.
-        device: device of its inputs.
-        engine: has the lowering.
-    """
-
-    def __init__(self, warm: Program, device: torch.device, engine: Engine) -> None:
-        self._warm, self._device, self._engine = warm, device, engine
-        self._runner: ProgramRunner | None = None
-
-    def __call__(self) -> ProgramRunner:
-        """Return the runner."""
-        if self._runner is None:
-            with compiling():
-                if self._runner is None:
-                    program = fitted_program(self._warm)
-                    self._runner = program_runner("fitted", program, self._device, self._engine)
-        return self._runner
+                if key not in self._runners:
+                    self._runners[key] = program_runner(name, build(), self._device, self._engine)
+        return self._runners[key]
 
 
 class Once:

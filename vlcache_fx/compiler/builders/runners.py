@@ -8,7 +8,7 @@ from typing import Any
 from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.compiler.builders.decoder import Decoder, describe_decoder
 from vlcache_fx.compiler.builders.logits import find_logits
-from vlcache_fx.compiler.builders.programs import FittedRunner, PackedRunners, program_runner
+from vlcache_fx.compiler.builders.programs import WarmVariants, program_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -46,7 +46,7 @@ def decoder_runner(
         UnsupportedGraphError: the graph cannot be rewritten.
     """
     decoder, cold, warm = decoder_programs(captured, pipelines, facts)
-    has_variants = engine.lowering.name != "tensorrt"
+    variants = WarmVariants(warm, decoder.device, engine) if engine.lowering.name != "tensorrt" else None
     return DecoderRunner(
         decoder.spec,
         decoder.prologue(),
@@ -56,8 +56,7 @@ def decoder_runner(
         engine,
         unmodified,
         _logits_to_shadow(decoder, engine),
-        PackedRunners(warm, decoder.device, engine) if has_variants else None,
-        FittedRunner(warm, decoder.device, engine) if has_variants else None,
+        variants,
     )
 
 
