@@ -100,12 +100,19 @@ class Program:
         """True where the program computes several samples, each with rows of its own."""
         return self.decoder.batch_dims is not None
 
-    def add_input(self, slot: InputSlot) -> Node:
-        """Return the placeholder of ``slot``; a new one is inserted after all others."""
+    def add_input(self, slot: InputSlot, value: torch.Tensor | None = None) -> Node:
+        """Return the placeholder of ``slot``; a new one is inserted after all others.
+
+        Args:
+            slot: the slot.
+            value: its fake value, for inputs that are added after ``declare_inputs``.
+        """
         if slot not in self.slots:
             last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
                 self.slots[slot] = self.graph.placeholder(str(slot).replace(".", "_"))
+        if value is not None:
+            self.slots[slot].meta["val"] = value
         return self.slots[slot]
 
     def add_outputs(self, named: Iterable[tuple[StoredSlot, Node]]) -> None:

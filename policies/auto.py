@@ -26,8 +26,7 @@ class Auto(Policy):
 
     The predicted error is the error without any rows minus the worth of the rows of each layer
     (``vlcache_fx.plan.allocate``), both from the model's profile, for donors of as many contexts as the
-    span's has. It is a mean over the prompts of the
-    profile's measurement, not a bound for a single request.
+    span's has. It is a mean over the prompts of the profile's measurement, not a bound for a single request.
 
     Attributes:
         max_error: bound of the mean KL divergence of the next token from full recompute, in nats, a number
@@ -55,13 +54,16 @@ class Auto(Policy):
                 "auto needs a profile with an error curve: write one with vlcache calibrate, "
                 "and set the option profile to its path"
             )
-        profile = span.profile.for_contexts(span.contexts)
-        return earliest(_counts(span.length, span.num_layers, profile, float(self.max_error)))
+        counts = _counts(span.length, span.num_layers, span.profile, span.contexts, float(self.max_error))
+        return earliest(counts)
 
 
 @functools.lru_cache(maxsize=256)
-def _counts(span_length: int, num_layers: int, profile: Profile, max_error: float) -> list[int]:
+def _counts(
+    span_length: int, num_layers: int, profile: Profile, contexts: int, max_error: float
+) -> list[int]:
     """Bisect the number of token-layers: the predicted error never rises with it."""
+    profile = profile.for_contexts(contexts)
     few, many = 0, span_length * num_layers
     while few < many:
         middle = (few + many) // 2

@@ -1,6 +1,6 @@
 """Fit donors of several contexts to the rows that a call recomputes."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -12,7 +12,6 @@ from vlcache_fx.spec.slots import (
     Difference,
     Donor,
     DonorRow,
-    InputSlot,
     Key,
     LeftDonor,
     LeftRow,
@@ -39,17 +38,18 @@ class FitDonors(Pass):
     def run(self, program: Program) -> bool:
         """Rewrite the splices, and add the inputs ``difference.<slot>.left``, ``.core`` and ``.right``."""
         splices = [node for node in program.graph.nodes if node.target == vlcache.splice_rows.default]
+        slots = {node: slot for slot, node in program.slots.items()}
         sizes: FakeInputs | None = None
         for node in splices:
             table, fresh, source, dim, *batch = node.args
-            slot, level = _slot_of(program, table), _slot_of(program, source)
+            slot, level = slots.get(table), slots.get(source)
             if not isinstance(slot, Donor) or not isinstance(slot.stored, Key | Value):
                 continue
             assert isinstance(level, Source)
             sizes = sizes or FakeInputs(beside=table.meta["val"])
             shared = [
-                _input(program, DonorRow(), source.meta["val"]),
-                _input(program, LeftRow(), source.meta["val"]),
+                program.add_input(DonorRow(), source.meta["val"]),
+                program.add_input(LeftRow(), source.meta["val"]),
                 *_factors(program, sizes, slot.stored, table, dim, *batch),
             ]
             args = (table, fresh, source, program.slots[Rows(level.level)], *shared, dim, *batch)
@@ -81,16 +81,6 @@ def _factors(
     }
     made = {part: sizes.tensor(shape, value.dtype, value.device) for part, shape in shapes.items()}
     return [
-        *(_input(program, Difference(slot, part), made[part]) for part in Difference.parts),
-        _input(program, LeftDonor(), sizes.tensor([blocks], torch.int64, value.device)),
+        *(program.add_input(Difference(slot, part), made[part]) for part in Difference.parts),
+        program.add_input(LeftDonor(), sizes.tensor([blocks], torch.int64, value.device)),
     ]
-
-
-def _slot_of(program: Program, node: Any) -> InputSlot | None:
-    return next((slot for slot, own in program.slots.items() if own is node), None)
-
-
-def _input(program: Program, slot: InputSlot, value: torch.Tensor) -> Node:
-    node = program.add_input(slot)
-    node.meta["val"] = value
-    return node

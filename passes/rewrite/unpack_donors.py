@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 import torch
-from torch.fx import Node
 
 from vlcache_fx.passes.base import Pass, Program
 from vlcache_fx.spec.slots import Donor, Key, Packed
@@ -43,12 +42,12 @@ class UnpackDonors(Pass):
             last = value.dim() - 1
             shared = dim if isinstance(slot.stored, Key) else last - (dim == last)
             sizes = [1 if at == shared else size for at, size in enumerate(value.shape)]
-            rows = self._input(program, Packed(slot.stored, "rows"), value.to(self.dtype))
-            scale = self._input(program, Packed(slot.stored, "scale"), value.new_empty(sizes))
+            rows = program.add_input(Packed(slot.stored, "rows"), value.to(self.dtype))
+            scale = program.add_input(Packed(slot.stored, "scale"), value.new_empty(sizes))
             with program.graph.inserting_before(reader):
                 own = program.graph.call_function(aten.to.dtype, (rows, value.dtype))
                 if isinstance(slot.stored, Key) and self.dtype == torch.int8:
-                    offset = self._input(program, Packed(slot.stored, "offset"), value.new_empty(sizes))
+                    offset = program.add_input(Packed(slot.stored, "offset"), value.new_empty(sizes))
                     whole = program.graph.call_function(aten.addcmul.default, (offset, own, scale))
                 else:
                     whole = program.graph.call_function(aten.mul.Tensor, (own, scale))
@@ -57,8 +56,3 @@ class UnpackDonors(Pass):
             program.graph.erase_node(table)
             del program.slots[slot]
         return bool(tables)
-
-    def _input(self, program: Program, slot: Packed, value: torch.Tensor) -> Node:
-        node = program.add_input(slot)
-        node.meta["val"] = value
-        return node

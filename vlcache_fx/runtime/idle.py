@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from vlcache_fx.errors import VlcacheError
 from vlcache_fx.runtime.programs.lowered import ProgramInterruptedError, between_steps
@@ -43,9 +43,12 @@ class IdleTime:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self) -> AbstractContextManager[None]:
         """Tell that a request runs in the body: work that runs is interrupted, none begins."""
+        return self._request() if self.share else nullcontext()  # decoding steps call this, too
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
         with self._changed:
             self._running += 1
         try:

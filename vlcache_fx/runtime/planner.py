@@ -41,7 +41,8 @@ class Planner:
                 profile = self._engine.settings.profile_for(
                     request.model_fingerprint, self._spec.dtype, strict=strict
                 )
-                if profile is not None and profile.donor_rank != self._engine.options.donor_rank:
+                rank = self._engine.options.donor_rank
+                if profile is not None and profile.curves_by_contexts and profile.donor_rank != rank:
                     profile = profile.for_contexts(1)  # those of several were measured on other donors
                 for sample in request.samples:
                     plans.append(

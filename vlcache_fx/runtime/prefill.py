@@ -91,9 +91,14 @@ class DecoderRunner:
         self._donors = DonorIndex(spec, engine, self._pace)
         self._admission = Admission(spec, engine, self._pace)
         self._planner = Planner(spec, engine)
-        weights, plans = self._requests.weights, self._planner.plans
         self._refiner = IdleRefiner(
-            spec, engine, cold, device, weights=weights, plans=plans, admit=self._admit
+            spec,
+            engine,
+            cold.spec,
+            device,
+            weights=self._requests.weights,
+            compute=self._compute,
+            admit=self._admit,
         )
 
     def __call__(
@@ -273,7 +278,7 @@ class DecoderRunner:
             several = fitted_donors(request, specs)
             if several and variants.fitted().ready():
                 inputs = fitting_tables(several, request, specs, device)
-                return variants.fitted(), functools.cache(lambda: {**self._tables(request), **inputs})
+                return variants.fitted(), functools.cache(lambda: {**tables(), **inputs})
         if not self._spec.states and not needs_probe(policy, request):
             alone = donors.single_packed(request.donors, specs, device)
             if alone is not None:
@@ -303,18 +308,24 @@ class DecoderRunner:
             return None
         with request.clock.measure("shadow"):
             full = replace(request.without_donors(), clock=Clock())
-            plans = self._planner.plans(full)
-            if plans is None or not self._cold.ready():
+            found = self._compute(full)
+            if found is None:
                 return None
-            positions = request.positions
-            exact = self._cold.run(full.args, self._cold.bind(stack_if_batched(plans), positions, dict))
-            if exact is None:
-                return None
+            exact, plans = found
             num_rows = exact[self._logits][..., 0].numel() // len(request.samples)
-            rows, last = compared_rows(request, positions, num_rows)
+            rows, last = compared_rows(request, request.positions, num_rows)
             comparison = compare(exact[self._logits], reused[self._logits], rows, last)
             self._admit(full, self._cold.spec.recorded, exact, plans)
         return exact, comparison
+
+    def _compute(self, request: Request) -> tuple[Sequence[Any], Sequence[Plan]] | None:
+        """Return the cold program's results for a request without donors, and its plans; None if it fails."""
+        plans = self._planner.plans(request)
+        if plans is None or not self._cold.ready():
+            return None
+        bound = self._cold.bind(stack_if_batched(plans), request.positions, dict)
+        results = self._cold.run(request.args, bound)
+        return None if results is None else (results, plans)
 
     def _give_up(self, request: Request, code: Reason, text: str | None = None) -> Sequence[Any]:
         """Run without reuse after the lookup; requests that wait for this one need not wait for that."""

@@ -13,11 +13,11 @@ from vlcache_fx.keys.numerics import numerics
 from vlcache_fx.plan.types import Plan
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.in_flight import Claim
-from vlcache_fx.runtime.programs.run import ProgramRunner
 from vlcache_fx.runtime.requests.host_inputs import on_host
-from vlcache_fx.runtime.requests.request import Request, stack_if_batched
+from vlcache_fx.runtime.requests.request import Request
 from vlcache_fx.runtime.state import ServingState
 from vlcache_fx.spec.decoder import DecoderSpec
+from vlcache_fx.spec.program import ProgramSpec
 from vlcache_fx.spec.slots import StoredSlot
 
 LARGEST_COPY_BYTES = 256 << 20
@@ -30,26 +30,27 @@ class IdleRefiner:
     Args:
         spec: spec of the graph.
         engine: has the idle time.
-        cold: the cold program.
+        cold: spec of the cold program.
         device: its device.
         weights: returns the fingerprints of the weights among a graph's inputs at present.
-        plans: returns the plans of a request without donors; None without valid ones.
-        admit: stores what a cold run recorded.
+        compute: runs the cold program for a request without donors; returns its results and plans, None if
+            it fails.
+        admit: stores what it recorded.
     """
 
     def __init__(
         self,
         spec: DecoderSpec,
         engine: ServingState,
-        cold: ProgramRunner,
+        cold: ProgramSpec,
         device: torch.device,
         *,
         weights: Callable[[Sequence[Any]], tuple[str, str]],
-        plans: Callable[[Request], Sequence[Plan] | None],
+        compute: Callable[[Request], tuple[Sequence[Any], Sequence[Plan]] | None],
         admit: Callable[[Request, Sequence[StoredSlot], Sequence[Any], Sequence[Plan]], None],
     ) -> None:
         self._spec, self._engine, self._cold, self._device = spec, engine, cold, device
-        self._weights, self._plans, self._admit = weights, plans, admit
+        self._weights, self._compute, self._admit = weights, compute, admit
 
     def offer(self, request: Request) -> None:
         """Compute the prompt of a warm request again when no request runs, if a donor would learn from it."""
@@ -68,25 +69,23 @@ class IdleRefiner:
             return self._weights(own.args)[1] == own.weights and numerics(self._device.type) == state
 
         def compute() -> None:
-            plans = self._plans(own)
-            if plans is None or not is_current() or not self._cold.ready():
+            if not is_current():
                 return
             # Caches to which the program writes. It reads nothing of them: the request ignores the past.
             written = {
-                index: torch.zeros_like(own.args[index], device=self._device)
-                for index in self._cold.spec.in_place
+                index: torch.zeros_like(own.args[index], device=self._device) for index in self._cold.in_place
             }
             args = [written.get(index, value) for index, value in enumerate(own.args)]
-            results = self._cold.run(args, self._cold.bind(stack_if_batched(plans), own.positions, dict))
-            if results is not None and is_current():
-                self._admit(own, self._cold.spec.recorded, results, plans)
+            found = self._compute(replace(own, args=args))
+            if found is not None and is_current():
+                self._admit(own, self._cold.recorded, *found)
                 self._engine.count("idle_refinements")
 
         self._engine.idle.offer(" ".join(span.key for span in request.spans), compute)
 
     def _copied(self, request: Request) -> Request:
         """Return the request without donors, with tensors of its own: the caller may write to its tensors."""
-        copied, written = self._copied_inputs(), self._cold.spec.in_place
+        copied, written = self._copied_inputs(), self._cold.in_place
         args = [
             value.to("meta") if index in written else _copy(value) if index in copied else value
             for index, value in enumerate(request.args)
@@ -106,7 +105,7 @@ class IdleRefiner:
         )
 
     def _copied_inputs(self) -> set[int]:
-        return {*self._spec.data} - {*self._cold.spec.in_place}
+        return {*self._spec.data} - {*self._cold.in_place}
 
     def _copied_bytes(self, request: Request) -> int:
         values = [request.args[index] for index in self._copied_inputs()]
