@@ -15,6 +15,7 @@ from tests.store.tiers import OTHER, TENANT, SlowStore, entry, key, mark
 from vlcache_fx.errors import DamagedEntryError, StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store import Entry, HostStore, MemoryStore, Store, TieredStore
+from vlcache_fx.store.recheck import RECHECK_S, Recheck
 
 TIMEOUT_S = 60.0
 
@@ -481,3 +482,92 @@ def test_threads_under_pressure(seed: int) -> None:
     assert sampled[2] <= 150
     assert stats.failures == 0
     assert min(stats.promotions, stats.write_downs, stats.queue_drops) > 0
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(tiered: TieredStore) -> Clock:
+    clock = Clock()
+    tiered._recheck = Recheck(clock)
+    return clock
+
+
+def donor(mark: int, contexts: int) -> Entry:
+    return entry(10, mark, contexts=[str(number) for number in range(contexts)])
+
+
+def test_donor_that_another_process_refined(
+    tiered: TieredStore, memory: MemoryStore, slow: SlowStore, clock: Clock
+) -> None:
+    """It replaces the one in memory, in the background, once it was looked up again."""
+    tiered.put(key(1), donor(1, 1))
+    assert mark(tiered.get(key(1))) == 1
+    assert tiered.flush(TIMEOUT_S)
+    slow.memory.put(key(1), donor(2, 3))
+    assert mark(tiered.get(key(1))) == 1
+    assert tiered.flush(TIMEOUT_S)
+    assert mark(memory.get(key(1))) == 1  # not yet due
+    clock.now += RECHECK_S
+    assert mark(tiered.get(key(1))) == 1
+    assert tiered.flush(TIMEOUT_S)
+    assert mark(tiered.get(key(1))) == 2
+    assert tiered.stats().promotions == 1
+
+
+@pytest.mark.parametrize("contexts", [0, 1, 2])
+def test_donor_that_is_no_better_stays(
+    tiered: TieredStore, slow: SlowStore, clock: Clock, contexts: int
+) -> None:
+    tiered.put(key(1), donor(1, 2))
+    tiered.get(key(1))
+    assert tiered.flush(TIMEOUT_S)
+    slow.memory.put(key(1), donor(2, contexts))
+    clock.now += RECHECK_S
+    tiered.get(key(1))
+    assert tiered.flush(TIMEOUT_S)
+    assert mark(tiered.get(key(1))) == 1
+
+
+def test_search_for_a_better_donor_brings_nothing_back(
+    tiered: TieredStore, memory: MemoryStore, slow: SlowStore, clock: Clock
+) -> None:
+    """Nor does it replace what was stored while it searched."""
+    tiered.put(key(1), donor(1, 1))
+    tiered.get(key(1))
+    assert tiered.flush(TIMEOUT_S)
+    slow.memory.put(key(1), donor(2, 3))
+    clock.now += RECHECK_S
+    hold(slow, tiered)
+    tiered.get(key(1))  # queues the search
+    tiered.clear(Selection(key=key(1)))
+    release(slow, tiered)
+    assert key(1) not in memory
+
+
+def test_other_entries_are_not_looked_up_again(tiered: TieredStore, slow: SlowStore, clock: Clock) -> None:
+    tiered.put(key(1), entry(10, 1))
+    for _ in range(3):
+        clock.now += RECHECK_S
+        tiered.get(key(1))
+    assert tiered.flush(TIMEOUT_S)
+    assert slow.reads == 0
+
+
+def test_failing_search_costs_nothing(tiered: TieredStore, slow: SlowStore, clock: Clock) -> None:
+    tiered.put(key(1), donor(1, 1))
+    tiered.get(key(1))
+    assert tiered.flush(TIMEOUT_S)
+    clock.now += RECHECK_S
+    slow.error = StoreError("gone")
+    assert mark(tiered.get(key(1))) == 1
+    assert tiered.flush(TIMEOUT_S)
+    assert mark(tiered.get(key(1))) == 1

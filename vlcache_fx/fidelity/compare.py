@@ -75,3 +75,11 @@ def average(values: Sequence[float]) -> Interval:
     mean = fmean(values)
     spread = Z * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return Interval(mean, max(0.0, mean - spread), mean + spread)
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """Return the mean of ``first - second``, in pairs, with the interval of the normal approximation."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    mean = fmean(differences)
+    spread = Z * stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.inf
+    return Interval(mean, mean - spread, mean + spread)

@@ -52,17 +52,32 @@ def fitted(entries: Sequence[Entry], exact: Entry, rows: int, ridge: float = RID
         ridge: regularisation, as a multiple of the mean square of the contexts' differences.
     """
 
+    first = torch.arange(rows)
+
     def fit(contexts: Tensor, wanted: Tensor) -> Tensor:
-        middle = contexts.mean(0)
-        parts = contexts - middle
-        sample = parts[:, :rows].flatten(1)
-        gram = sample @ sample.T
-        added = ridge * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
-        weights = torch.linalg.solve(gram + added, sample @ (wanted - middle)[:rows].flatten())
-        blended: Tensor = middle + torch.tensordot(weights, parts, 1)
-        return blended
+        return blend(contexts, first, wanted[first], ridge)
 
     return _combine(entries, exact, fit)
+
+
+def blend(contexts: Tensor, rows: Tensor, exact: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Return the combination of contexts that is closest to exact rows; see ``fitted``.
+
+    Args:
+        contexts: [contexts, n, ...].
+        rows: which rows are known, int64 [R].
+        exact: those rows, [R, ...].
+        ridge: see ``fitted``.
+    """
+    middle = contexts.mean(0)
+    parts = contexts - middle
+    sample = parts[:, rows].flatten(1).double()
+    gram = sample @ sample.T
+    added = ridge * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+    wanted = (exact - middle[rows]).flatten().double()
+    weights = torch.linalg.solve(gram + added, sample @ wanted).to(parts.dtype)
+    blended: Tensor = middle + torch.tensordot(weights, parts, 1)
+    return blended
 
 
 def cut(parts: Tensor, rank: int) -> Tensor:

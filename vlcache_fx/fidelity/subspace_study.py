@@ -8,6 +8,7 @@ costs. Each row of the table is one donor at one budget, on the same prompts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import VlcacheError
+from vlcache_fx.errors import OptionError, VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean
 from vlcache_fx.fidelity.donor_study import another, record
@@ -52,6 +53,18 @@ class Combination:
 
     contexts: int
     rank: int | None = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Combination:
+        """Read ``8`` (the mean of 8 contexts), ``8x16`` (with differences of rank 16) or ``8xwhole``.
+
+        Raises:
+            OptionError: another text.
+        """
+        found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*|whole))?", text)
+        if found is None or (found[1] == "1" and found[2]):
+            raise OptionError(f"donor {text!r} is not valid: it must be like 1, 8, 8x16 or 8xwhole")
+        return cls(int(found[1]), None if found[2] == "whole" else int(found[2] or 0))
 
     @property
     def label(self) -> str:
@@ -191,18 +204,23 @@ def main(
     budget: Annotated[
         list[float] | None, typer.Option(help="shares of an item's first rows that are recomputed")
     ] = None,
+    donor: Annotated[
+        list[str] | None, typer.Option(help="contexts, and rank of their differences: 1, 8, 8x16, 8xwhole")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts per call")] = 4,
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare donors of one context, means, and fitted donors."""
     try:
         check_name(model, STUDIED)
+        combinations = tuple(map(Combination.parse, donor)) if donor else COMBINATIONS
         subject = load_subject(model, None, OPTIONS)
         found, byte_shares = study(
             subject,
             import_module(STUDIED[model]),
             items,
             budget or (0.02, 0.05),
+            combinations=combinations,
             batch=batch,
             seed=seed,
             progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),

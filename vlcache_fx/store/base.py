@@ -127,6 +127,15 @@ class Store(ABC):
             StoreError: the store cannot be read.
         """
 
+    def info_of(self, key: str) -> Mapping[str, Json] | None:
+        """Return an entry's JSON data, or None. Reads no tensor and counts nothing where that is possible.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        entry = self.get(key)
+        return None if entry is None else entry.info
+
     @abstractmethod
     def put(self, key: str, entry: Entry) -> bool:
         """Store the entry, replacing an entry with the same key. Return False if it is too large.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
 from types import MappingProxyType
 from typing import TypeAlias
@@ -124,6 +124,31 @@ class _Pending(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def contexts_in(info: Mapping[str, Json]) -> int:
+    """Return the number of contexts in a donor's mean; 0 for other entries."""
+    contexts = info.get("contexts")
+    return len(contexts) if isinstance(contexts, list) else 0
+
+
+def main_names(names: Iterable[str]) -> list[str]:
+    """Return the names of tensors that are no part of another: ``0.k``, but not ``0.k.left`` beside it."""
+    found = set(names)
+    return [name for name in sorted(found) if name.rpartition(".")[0] not in found]
+
+
+def is_better(found: Entry, new: Entry) -> bool:
+    """Return whether a stored donor serves instead of a new one: the same tensors, of more contexts."""
+    names = main_names(new.tensors)
+    return (
+        contexts_in(found.info) > contexts_in(new.info) > 0
+        and names == main_names(found.tensors)
+        and all(
+            (found.peek(name).dtype, found.peek(name).shape) == (new.peek(name).dtype, new.peek(name).shape)
+            for name in names
+        )
+    )
 
 
 def _own(name: str, tensor: Tensor, copy: bool) -> Tensor:

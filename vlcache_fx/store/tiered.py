@@ -12,7 +12,8 @@ import torch
 from vlcache_fx.errors import StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, contexts_in
+from vlcache_fx.store.recheck import Recheck
 from vlcache_fx.store.tier_health import TierHealth
 from vlcache_fx.store.write_queue import Job, Kind, WriteQueue
 
@@ -27,6 +28,9 @@ class TieredStore(Store):
     the background. What a tier in memory evicts is written to the lower ones that lack it. What the queue
     cannot take is dropped and counted. A tier that fails costs what it has, never the request: each kind of
     failure is logged once.
+
+    Other processes may refine a donor that is in memory here. A donor that is read is looked up again in the
+    other tiers, in the background and every ``recheck.RECHECK_S`` seconds; one of more contexts replaces it.
 
     Args:
         tiers: the stores, which this one owns: ``close`` closes them.
@@ -56,6 +60,7 @@ class TieredStore(Store):
         self._queue = WriteQueue(queue_bytes, queue_entries, close_timeout_s)
         self._close_timeout_s = close_timeout_s
         self._lock = threading.Lock()
+        self._recheck = Recheck()
         self._unwritten: set[str] = set()  # in the first tier; the queue did not take their latest value
         self._this = threading.local()  # .generation: that of the put or job in progress in this thread
         self._closed = False
@@ -83,6 +88,8 @@ class TieredStore(Store):
             with self._health.tolerating(0, "read"):
                 entry = self._first.get(key)
                 if entry is not None:
+                    if self._recheck.is_due(key, entry):
+                        self._look_for_better(key, entry)
                     return entry
         generation = self._queue.generation
         queued = self._queue.find(key)
@@ -124,6 +131,32 @@ class TieredStore(Store):
         prepare = None if kind is Kind.PROMOTION else _recorded(entry)
         job = Job(kind, key, entry, targets, generation, self._run, prepare)
         return self._queue.offer(job) and bool(targets)
+
+    def _look_for_better(self, key: str, entry: Entry) -> None:
+        """Queue a search for a donor of more contexts; the job holds no tensors."""
+        bare = Entry({}, entry.info)
+        job = Job(Kind.PROMOTION, key, bare, [0], self._queue.generation, self._replace_by_better)
+        if any(not self._tiers[index].is_memory for index in self._below):
+            self._queue.offer(job)
+
+    def _replace_by_better(self, job: Job) -> None:
+        """Do such a job, in the thread of the queue."""
+        first, contexts = self._tiers[0], contexts_in(job.entry.info)
+        for index in self._below:
+            tier = self._tiers[index]
+            if tier.is_memory:
+                continue
+            with self._health.tolerating(index, "read", everything=True):
+                info = tier.info_of(job.key)
+                better = tier.get(job.key) if info is not None and contexts_in(info) > contexts else None
+                if better is None:
+                    continue
+                better.wait()
+                better = better.materialized()
+                with self._queue.unless_cancelled(job) as is_wanted, self._as_of(job.generation):
+                    if is_wanted and first.put(job.key, better):
+                        self._health.count("promotions", 0)
+                return
 
     def _write_down(self, index: int, key: str, entry: Entry) -> None:
         """Queue what a tier evicted; whether lower tiers have it is found out in the background."""

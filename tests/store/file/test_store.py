@@ -292,3 +292,35 @@ def test_bound_and_contents(
         assert not writes or found is not None
         assert store.stats().used_bytes == bytes_on_disk(directory) <= capacity
     store.close()
+
+
+def donor(contexts: int, mark: int, **parts: int) -> Entry:
+    """A donor of so many contexts; ``parts`` are sizes of tensors that belong to the first."""
+    tensors = {"0.k": torch.full((4,), mark)} | {
+        f"0.k.{name}": torch.ones(size) for name, size in parts.items()
+    }
+    return Entry(tensors, {"contexts": [str(number) for number in range(contexts)]})
+
+
+@pytest.mark.parametrize("parts", [{}, {"left": 3}])
+def test_better_donor_stays(store: FileStore, parts: dict[str, int]) -> None:
+    """Another process stored it meanwhile; its differences do not count."""
+    store.put("a", donor(3, 3, **parts))
+    assert store.put("a", donor(1, 1))
+    assert same(store.get("a"), donor(3, 3, **parts))
+    store.put("a", donor(4, 4))
+    assert same(store.get("a"), donor(4, 4))
+
+
+def test_donor_of_another_layout_is_replaced(store: FileStore) -> None:
+    store.put("a", donor(3, 3))
+    other = Entry({"0.k": torch.zeros(5)}, {"contexts": ["0"]})
+    store.put("a", other)
+    assert same(store.get("a"), other)
+
+
+def test_info_without_tensors(store: FileStore) -> None:
+    store.put("a", donor(2, 1))
+    assert store.info_of("a") == {"contexts": ["0", "1"]}
+    assert store.info_of("b") is None
+    assert store.stats().hits == store.stats().misses == 0

@@ -92,3 +92,16 @@ def test_check_value_depends_on_the_secret() -> None:
     assert secret_check(SECRET) != secret_check(b"t" * 32)
     assert SECRET not in secret_check(SECRET)
     assert torch.Size(PARTS[1].shape).numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("parts", "same"),
+    [
+        ((*PARTS, Part("v.0.left", "float32", (7, 2), "cc")), True),
+        ((PARTS[0],), False),
+        ((replace(PARTS[0], shape=(2, 4)), PARTS[1]), False),
+    ],
+)
+def test_differences_do_not_change_the_layout(parts: tuple[Part, ...], same: bool) -> None:
+    """So a donor of one context, which has none, replaces no better donor."""
+    assert MANIFEST.has_layout_of(replace(MANIFEST, parts=parts)) is same

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from vlcache_fx.errors import DamagedEntryError, StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.base import EntryInfo, Eviction, Store, StoreStats
-from vlcache_fx.store.entry import Entry, Json
+from vlcache_fx.store.entry import Entry, Json, contexts_in, is_better
 from vlcache_fx.store.file.entry_file import Writer, encode, read_metadata
 from vlcache_fx.store.file.folder import Folder
 from vlcache_fx.store.file.index import FileIndex
@@ -111,6 +111,12 @@ class FileStore(Store):
             self._jobs.submit(self._tell_touches)
         return opened.entry(self.tier)
 
+    def info_of(self, key: str) -> Mapping[str, Json] | None:
+        """See ``Store.info_of``."""
+        self._check_open()
+        opened = self._opened(key)
+        return None if opened is None else opened.info
+
     def _opened(self, key: str) -> OpenedFile | None:
         path = self._folder.path_of(key)
         try:
@@ -170,6 +176,10 @@ class FileStore(Store):
             raise StoreError("the folder is read-only")
         if entry.nbytes > self._index.totals()[2]:
             return False
+        if contexts_in(entry.info) and self._folder.path_of(key).exists():
+            found = self._opened(key)
+            if found is not None and is_better(found.entry(self.tier), entry):
+                return True
         encoded = encode(key, entry, self._secret)
         self._tell_touches()
         with self._folder.new_file() as (handle, path):

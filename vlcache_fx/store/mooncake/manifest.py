@@ -21,7 +21,7 @@ import torch
 
 from vlcache_fx.errors import DamagedEntryError
 from vlcache_fx.keys.entry_key import Selection
-from vlcache_fx.store.entry import Entry, Json
+from vlcache_fx.store.entry import Entry, Json, contexts_in, main_names
 from vlcache_fx.store.secret import authentication_code
 
 PREFIX = "vlcache1"
@@ -107,9 +107,13 @@ class Manifest:
         return sum(part.nbytes for part in self.parts)
 
     def has_layout_of(self, other: Manifest) -> bool:
-        """Return whether another entry has tensors of the same names, dtypes and shapes."""
-        mine, others = ([(part.name, part.dtype, part.shape) for part in m.parts] for m in (self, other))
-        return mine == others
+        """Return whether another entry has the same tensors but for their parts, see ``main_names``."""
+        return self._layout == other._layout
+
+    @property
+    def _layout(self) -> set[tuple[str, str, tuple[int, ...]]]:
+        names = set(main_names(part.name for part in self.parts))
+        return {(part.name, part.dtype, tuple(part.shape)) for part in self.parts if part.name in names}
 
     def has_content_of(self, other: Manifest) -> bool:
         """Return whether another entry is equal."""
@@ -118,8 +122,7 @@ class Manifest:
 
 def rank_of(entry: Entry) -> int:
     """Return the number of contexts in a donor's mean; 0 for other entries."""
-    contexts = entry.info.get("contexts")
-    return min(len(contexts), LARGEST_RANK) if isinstance(contexts, list) else 0
+    return min(contexts_in(entry.info), LARGEST_RANK)
 
 
 def manifest_name(key: str, rank: int) -> str:

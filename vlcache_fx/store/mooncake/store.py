@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from vlcache_fx.errors import StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
 from vlcache_fx.store.base import EntryInfo, Store, StoreStats
-from vlcache_fx.store.entry import Entry
+from vlcache_fx.store.entry import Entry, Json
 from vlcache_fx.store.mooncake import admin, values
 from vlcache_fx.store.mooncake.client import MooncakeClient
 from vlcache_fx.store.mooncake.link import FIRST_REST_S, MooncakeLink
@@ -182,6 +182,17 @@ class MooncakeStore(Store):
                     manifest, _ = values.find(client, key, self._secret, deadline)
             if manifest is not None:
                 yield EntryInfo(key, self.tier, manifest.nbytes, own.get(key, 0.0), manifest.info)
+
+    def info_of(self, key: str) -> Mapping[str, Json] | None:
+        """See ``Store.info_of``."""
+        self._check_open()
+        with self._using() as client:
+            if client is None:
+                return None
+            deadline = time.monotonic() + self._timeout_s
+            manifest, damaged = values.find(client, key, self._secret, deadline)
+            self._tally.count("damaged", int(damaged))
+            return None if manifest is None else manifest.info
 
     def close(self) -> None:
         """See ``Store.close``. The entries stay in the Mooncake Store, for others."""
