@@ -64,6 +64,35 @@ def test_check_sets_the_smallest_passing_budget(vlm: Pair) -> None:
     assert vlm.run(**prompt(0, 9))[1]["mode"] == "warm"
 
 
+def test_check_tries_donors_that_learn(vlm: Pair) -> None:
+    """Each budget with few exact returns, then with more; what passes is set."""
+    before = vlm.engine.options
+    try:
+        report = check(vlm.model, TRAFFIC, max_kl=1e-9, budgets=(0.1, 1.0), exact_returns=(1, 0))
+        tried = [(trial.budget, trial.exact_returns, trial.num_warm) for trial in report.trials]
+        assert tried == [(0.1, 0, 6), (0.1, 1, 4), (1.0, 0, 6)]
+        assert [trial.donor_contexts for trial in report.trials] == [1.0, 2.0, 1.0]
+        assert (report.budget, report.exact_returns) == (1.0, 0)
+        learnt = check(vlm.model, TRAFFIC, min_agreement=0.0, budgets=(0.1,), exact_returns=(2,))
+        assert (learnt.exact_returns, learnt.trials[0].donor_contexts) == (2, 3.0)
+        assert vlm.engine.options.exact_returns == 2
+        assert vlm.run(**prompt(0, 9))[1]["spans"][0]["donor_contexts"] == 3
+    finally:
+        vlm.engine.set_options(before)
+
+
+def test_check_failed_keeps_the_options(vlm: Pair) -> None:
+    before = vlm.engine.options
+    assert not check(vlm.model, TRAFFIC, max_kl=1e-9, budgets=(0.0, 0.1), exact_returns=(0, 1, 2)).passed
+    assert vlm.engine.options == before
+
+
+def test_check_needs_more_returns(vlm: Pair) -> None:
+    with pytest.raises(OptionError, match=r"first returns are computed.*more often than its exact returns"):
+        check(vlm.model, TRAFFIC, exact_returns=(3,))
+    assert vlm.engine.options.exact_returns == 0
+
+
 def test_check_failed_bypasses_the_model(vlm: Pair) -> None:
     report = vlcache_fx.gate(vlm.model, TRAFFIC, max_kl=1e-9, budgets=(0.0, 0.1))
     assert (report.passed, report.budget) == (False, None)
@@ -93,8 +122,15 @@ def test_check_traffic_without_reuse(vlm: Pair, prompts: Any, message: str) -> N
 
 @pytest.mark.parametrize(
     "bad",
-    [{"min_agreement": 1.1}, {"max_kl": -1.0}, {"budgets": ()}, {"budgets": (0.1, 2)}],
-    ids=lambda bad: next(iter(bad)),
+    [
+        {"min_agreement": 1.1},
+        {"max_kl": -1.0},
+        {"budgets": ()},
+        {"budgets": (0.1, 2)},
+        {"exact_returns": ()},
+        {"exact_returns": (-1,)},
+    ],
+    ids=str,
 )
 def test_check_bad_arguments(vlm: Pair, bad: dict[str, Any]) -> None:
     (name,) = bad

@@ -1,14 +1,17 @@
-"""The gate: finds the smallest budget that is accurate enough on sample traffic."""
+"""The gate: finds the smallest budget, and the fewest contexts, that are accurate enough on traffic."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlcache_fx.errors import OptionError
+from vlcache_fx.options import Options
 from vlcache_fx.runtime.engine import ServingEngine
 from vlcache_fx.runtime.guards.shadow import kl_per_row
 
@@ -17,10 +20,12 @@ BUDGETS = (0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True)
 class Trial:
-    """Results of one budget.
+    """Results of one budget and number of exact returns.
 
     Attributes:
         budget: share of the spans' token-layers that may be recomputed.
+        exact_returns: value of the option: how often a reused item was computed in full when it returned.
+        donor_contexts: number of contexts in the donors of the warm prompts, mean.
         num_warm: number of prompts with approximate reuse; only these are compared.
         agreement: share of next tokens that equal those of the full recompute.
         mean_kl, max_kl: KL divergence of the next token's distribution from the full recompute, in nats.
@@ -29,6 +34,8 @@ class Trial:
     """
 
     budget: float
+    exact_returns: int
+    donor_contexts: float
     num_warm: int
     agreement: float
     mean_kl: float
@@ -42,14 +49,16 @@ class GateReport:
     """Decision of the gate and its measurements: plain data.
 
     Attributes:
-        passed: whether a budget passed; it is set now.
+        passed: whether a trial passed; its budget and exact returns are set now.
         budget: the budget that passed; None if none did.
-        trials: results per budget, lowest first.
+        exact_returns: the number that passed; None if none did.
+        trials: results, in the order of the trials.
         min_agreement, max_kl: the bounds.
     """
 
     passed: bool
     budget: float | None
+    exact_returns: int | None
     trials: tuple[Trial, ...]
     min_agreement: float
     max_kl: float | None
@@ -66,6 +75,7 @@ def check(
     min_agreement: float = 0.99,
     max_kl: float | None = None,
     budgets: Sequence[float] = BUDGETS,
+    exact_returns: Sequence[int] | None = None,
     engine: ServingEngine | None = None,
 ) -> GateReport:
     """Find the smallest budget that is accurate enough for ``model`` and set it; otherwise turn reuse off.
@@ -75,6 +85,10 @@ def check(
     full recompute. The first budget within the bounds is set on the engine, for all its models
     (``Engine.set_budget``), and an earlier bypass of this model is lifted. If no budget passes, the model is
     bypassed until ``Engine.resume()``.
+
+    Donors of several contexts err less (option ``donor_contexts``), and with them a smaller budget may do.
+    Pass ``exact_returns`` to try, for each budget, donors that learn from so many returns of an item, fewest
+    first; the number that passes is set as well, with ``donor_contexts`` large enough for it.
 
     Run it before deployment: it clears the store, and calls of other threads would interfere. If a budget
     passes, the donors of its replay remain, as this traffic would record them anyway; otherwise they are
@@ -88,6 +102,8 @@ def check(
         min_agreement: share in [0, 1] of next tokens that must agree.
         max_kl: bound of the mean KL divergence, in nats; None for no bound.
         budgets: shares in [0, 1].
+        exact_returns: values of the option of this name, each at least 0; None for the engine's. Items must
+            recur more often in ``prompts`` than the largest.
         engine: the model's engine; by default ``model.vlcache``. For models compiled with ``torch.compile``
             pass ``vlcache_fx.backend.engine_for(options)``.
 
@@ -99,70 +115,104 @@ def check(
         raise OptionError(f"this {type(model).__name__} has no engine: compile it with vlcache_fx.compile")
     calls = [dict(prompt) for prompt in prompts]
     _check_bounds(min_agreement, max_kl, budgets)
+    before = engine.options
+    counts = (before.exact_returns,) if exact_returns is None else sorted(set(exact_returns))
+    learning = [_learning(before, count) for count in counts]
+    if not learning:
+        raise OptionError(f"exact_returns={exact_returns!r} is not valid: it must be numbers, at least one")
     trials: list[Trial] = []
     models: dict[str, None] = {}
-    with engine.guards.off(), torch.no_grad():
-        for budget in sorted(budgets):
-            found = _replay(model, calls, engine, budget)
-            models.update(found.models)
-            trials.append(found.trial(budget, min_agreement, max_kl))
-            if trials[-1].passed:
-                break
-    passed = trials[-1].passed
+    passed = False
+    try:
+        with engine.guards.off(), torch.no_grad():
+            for budget, options in product(sorted(budgets), learning):
+                engine.set_options(options)
+                found = _replay(model, calls, engine, budget)
+                models.update(found.models)
+                trials.append(found.trial(budget, options.exact_returns, min_agreement, max_kl))
+                passed = trials[-1].passed
+                if passed:
+                    break
+    finally:
+        if not passed:
+            engine.set_options(before)
     if passed:
         engine.set_budget(trials[-1].budget)
         engine.guards.resume(models)
     else:
         engine.clear()
-        tried = ", ".join(f"{trial.budget:g}" for trial in trials)
+        tried = ", ".join(dict.fromkeys(f"{trial.budget:g}" for trial in trials))
         for name in models:
             engine.guards.bypass(
                 name, f"no budget of {tried} passed the gate; engine.resume() lifts this bypass"
             )
-    return GateReport(passed, trials[-1].budget if passed else None, tuple(trials), min_agreement, max_kl)
+    best = trials[-1] if passed else None
+    return GateReport(
+        passed,
+        None if best is None else best.budget,
+        None if best is None else best.exact_returns,
+        tuple(trials),
+        min_agreement,
+        max_kl,
+    )
+
+
+def _learning(options: Options, exact_returns: int) -> Options:
+    """Return options with so many exact returns, and room for their contexts in a donor."""
+    if exact_returns == options.exact_returns:
+        return options
+    changed = replace(options, exact_returns=exact_returns)  # checks the number
+    return replace(changed, donor_contexts=max(options.donor_contexts, exact_returns + 1))
 
 
 @dataclass(frozen=True)
 class _Replayed:
-    """Per warm prompt: share of agreeing samples, their mean KL, recomputed share; fingerprints of models."""
+    """Per warm prompt: share of agreeing samples, mean KL, recomputed share, contexts; and the models."""
 
     agree: list[float]
     kl: list[float]
     fractions: list[float]
+    contexts: list[float]
     models: dict[str, None]
 
-    def trial(self, budget: float, min_agreement: float, max_kl: float | None) -> Trial:
+    def trial(self, budget: float, exact_returns: int, min_agreement: float, max_kl: float | None) -> Trial:
         num_warm = len(self.kl)
         agreement, mean_kl = sum(self.agree) / num_warm, sum(self.kl) / num_warm
         passed = agreement >= min_agreement and (max_kl is None or mean_kl <= max_kl)
-        fraction = sum(self.fractions) / num_warm
-        return Trial(budget, num_warm, agreement, mean_kl, max(self.kl), fraction, passed)
+        fraction, contexts = (sum(values) / num_warm for values in (self.fractions, self.contexts))
+        return Trial(
+            budget, exact_returns, contexts, num_warm, agreement, mean_kl, max(self.kl), fraction, passed
+        )
 
 
 def _replay(
     model: Callable[..., Any], calls: Sequence[Mapping[str, Any]], engine: ServingEngine, budget: float
 ) -> _Replayed:
     engine.clear()
-    found, seen = _Replayed([], [], [], {}), Counter[str]()
+    found, seen = _Replayed([], [], [], [], {}), Counter[str]()
     for call in calls:
         with engine.using(budget=budget):
             reused = _next_logits(model(**call))
         no_call = {"mode": "no", "reason": "the engine was not called", "spans": ()}
         report: Mapping[str, Any] = engine.last_report or no_call
         seen[f"{report['mode']} ({report['reason']})" if report["reason"] else report["mode"]] += 1
-        if not any(span["hit"] and span["start"] >= report["prefix_tokens"] for span in report["spans"]):
+        reused_spans = [
+            span for span in report["spans"] if span["hit"] and span["start"] >= report["prefix_tokens"]
+        ]
+        if report["mode"] != "warm" or not reused_spans:
             continue  # cold, unmodified, or an exact prefix
         with engine.using(policy="full"):  # recomputes everything, stores nothing
             exact = _next_logits(model(**call))
         found.agree.append(float((exact.argmax(-1) == reused.argmax(-1)).double().mean()))
         found.kl.append(float(kl_per_row(exact, reused).mean()))
         found.fractions.append(report["token_layer_fraction"])
+        found.contexts.append(fmean(span["donor_contexts"] for span in reused_spans))
         found.models[report["model_fingerprint"]] = None
     if not found.kl:
         modes = ", ".join(f"{count} {mode}" for mode, count in seen.items()) or "there were none"
         raise OptionError(
             f"none of the {len(calls)} prompts reuses an image after another beginning ({modes}): "
-            "pass at least one image twice, after different texts"
+            "pass at least one image twice, after different texts, and more often than its exact returns"
         )
     return found
 
