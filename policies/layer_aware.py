@@ -14,6 +14,7 @@ from vlcache_fx.plan.allocate import Gain, allocate
 from vlcache_fx.plan.budget import token_layer_allowance
 from vlcache_fx.policies.base import Policy, SpanContext
 from vlcache_fx.policies.profile import Profile
+from vlcache_fx.policies.uniform import Uniform
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LayerAware(Policy):
     ``vlcache_fx.plan.allocate`` has the objective under this constraint, and its solution. Models with
     sensitive late layers get equal counts; insensitive last layers get no rows.
 
-    Without a profile, all layers count the same, and the choice equals ``uniform``.
+    Without a profile, the choice is that of ``uniform``.
     """
 
     name: ClassVar[str] = "layer_aware"
@@ -36,18 +37,18 @@ class LayerAware(Policy):
         Raises:
             PolicyError: the profile has another number of layers.
         """
+        if span.profile is None:
+            return Uniform().select(span)
         allowance = token_layer_allowance(span.budget, span.length, span.num_layers)
         return earliest(row_counts(span.length, span.num_layers, span.profile, allowance))
 
 
-def row_counts(span_length: int, num_layers: int, profile: Profile | None, allowance: int) -> list[int]:
+def row_counts(span_length: int, num_layers: int, profile: Profile, allowance: int) -> list[int]:
     """Distribute ``allowance`` token-layers: return the number of rows per layer.
 
     Raises:
         PolicyError: the profile has another number of layers.
     """
-    if profile is None:
-        return allocate([1.0] * num_layers, Gain.of_length(span_length), allowance, span_length)
     if len(profile.sensitivities) != num_layers:
         raise PolicyError(f"the profile has {len(profile.sensitivities)} layers, the model has {num_layers}")
     measured = Gain.of_curve(profile.error_curve, span_length)
