@@ -57,6 +57,19 @@ class Profile:
         if not _is_count(self.donor_rank):
             raise PolicyError(f"a profile's donor_rank must be an integer >= 0, not {self.donor_rank!r}")
 
+    def __repr__(self) -> str:
+        values = f"sensitivities {min(self.sensitivities):.2g} to {max(self.sensitivities):.2g}"
+        flat = len(set(self.sensitivities)) == 1
+        shares = ", ".join(f"{error:.2g} at {100 * share:g} %" for share, error in self.error_curve[:-1])
+        contexts = ", ".join(str(count) for count, _ in self.curves_by_contexts)
+        parts = [
+            f"{len(self.sensitivities)} layers of {self.model_fingerprint[:8]} in {self.dtype}",
+            "flat" if flat else values,
+            *([f"error {shares}"] if shares else []),
+            *([f"also for {contexts} contexts"] if contexts else []),
+        ]
+        return f"<Profile {', '.join(parts)}>"
+
     def for_contexts(self, contexts: int) -> Profile:
         """Return the profile for donors of so many contexts: with the curve of the next smaller number."""
         curve = self.error_curve

@@ -36,6 +36,7 @@ PUBLIC = {
     "__version__",
     "compile",
     "compile_exported",
+    "engine_for",
     "export",
     "gate",
     "mark_spans",

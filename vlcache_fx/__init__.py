@@ -12,6 +12,7 @@ from vlcache_fx.version import VERSION as __version__  # noqa: N811 - the name t
 
 if TYPE_CHECKING:
     from vlcache_fx.api import compile, mark_spans  # noqa: A004 - named after torch.compile
+    from vlcache_fx.backend import engine_for
     from vlcache_fx.compiler.engine import Engine
     from vlcache_fx.compiler.exported_program import compile_exported
     from vlcache_fx.deploy.engines import EngineOptions
@@ -65,6 +66,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_exported",
+    "engine_for",
     "export",
     "gate",
     "mark_spans",
@@ -79,6 +81,7 @@ _HOMES = {
     "Options": "vlcache_fx.options",
     "compile": "vlcache_fx.api",
     "compile_exported": "vlcache_fx.compiler.exported_program",
+    "engine_for": "vlcache_fx.backend",
     "export": "vlcache_fx.deploy.export",
     "gate": "vlcache_fx.fidelity.gate:check",
     "mark_spans": "vlcache_fx.api",

@@ -7,7 +7,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from vlcache_fx.errors import OptionError
@@ -105,7 +105,7 @@ class Options:
     shadow: float = 0.0
     shadow_max_kl: float | None = 0.1
     shadow_max_violations: int = 3
-    salt: str = ""
+    salt: str = field(default="", repr=False)
     strict: bool = False
     cuda_graphs: bool = False
     dynamic: bool | None = None

@@ -82,6 +82,9 @@ class Session:
         )
         self._encoders = {spec.graph: self._encoder(spec.graph, spec.features) for spec in manifest.encoders}
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.manifest.model} ({self.manifest.dtype}), {self.vlcache!r}>"
+
     def prefill(self, **inputs: Any) -> dict[str, Tensor]:
         """Run one prompt.
 

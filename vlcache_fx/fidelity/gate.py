@@ -105,7 +105,7 @@ def check(
         exact_returns: values of the option of this name, each at least 0; None for the engine's. Items must
             recur more often in ``prompts`` than the largest.
         engine: the model's engine; by default ``model.vlcache``. For models compiled with ``torch.compile``
-            pass ``vlcache_fx.backend.engine_for(options)``.
+            pass ``vlcache_fx.engine_for(options)``.
 
     Raises:
         OptionError: an argument is not valid, the model has no engine, or no prompt reuses an image.

@@ -138,6 +138,11 @@ class Plan:
     jumps: tuple[Jump, ...] = ()
     records: tuple[Record, ...] = ()
 
+    def __repr__(self) -> str:
+        rows = f"rows per layer {self.rows_per_layer[0]} to {self.rows_per_layer[-1]}"
+        share = f"{100 * self.token_layer_fraction:.1f} % of the spans recomputed"
+        return f"<Plan {self.num_tokens} tokens, {len(self.keep)} layers, {rows}, {share}>"
+
     @property
     def num_layers(self) -> int:
         """Number of layers, L."""

@@ -43,6 +43,14 @@ class ServingEngine(ServingState):
         super().__init__(options)
         self._explained: weakref.ref[Callable[..., Any]] | None = None
 
+    def __repr__(self) -> str:
+        with self._lock:
+            calls = ", ".join(f"{self._counts[mode]} {mode}" for mode in ("cold", "warm", "bypass"))
+        policy, budget = self.settings.current.policy, self.settings.current.budget
+        return (
+            f"<{type(self).__name__} policy={policy!r} budget={budget:g} store={self.store!r} calls: {calls}>"
+        )
+
     @property
     def last_report(self) -> ReportView | None:
         """Report of this thread's last prefill, as plain data with attributes; None before its first call.

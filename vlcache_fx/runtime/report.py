@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from vlcache_fx.errors import Reason
+from vlcache_fx.runtime.report_text import as_html, summary
 
 Mode = Literal["cold", "warm", "bypass"]
 
@@ -109,6 +110,15 @@ class ReportView(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"a report has no {name!r}; it has {', '.join(self)}") from None
+
+    def __repr__(self) -> str:
+        if "mode" not in self:  # of a span
+            return dict.__repr__(self)
+        return f"<Report {summary(self)}>"
+
+    def _repr_html_(self) -> str | None:
+        """Return tables for notebooks."""
+        return as_html(self) if "mode" in self else None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as JSON-serializable data."""

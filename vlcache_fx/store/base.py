@@ -111,6 +111,11 @@ class Store(ABC):
     is_local: ClassVar[bool] = False
     is_memory: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        stats = self.stats()
+        tiers = "; ".join(_described(tier) for tier in stats.tiers or (stats,))
+        return f"<{type(self).__name__} {tiers}>"
+
     @property
     def fastest(self) -> Store:
         """The first tier; a store of one tier itself."""
@@ -186,3 +191,8 @@ class Store(ABC):
     @abstractmethod
     def stats(self) -> StoreStats:
         """Return the current counts and sizes."""
+
+
+def _described(stats: StoreStats) -> str:
+    sizes = f"{stats.used_bytes / 2**20:,.1f} of {stats.capacity_bytes / 2**20:,.1f} MiB"
+    return f"{stats.tier}: {stats.entries} entries, {sizes}"
