@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vlcache_fx.version import VERSION
+
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FOLDERS = {"vlcache_fx": "vlcache_fx", "passes": "vlcache_fx.passes", "policies": "vlcache_fx.policies"}
@@ -88,3 +90,8 @@ def test_wheel_contains_every_module(tmp_path: Path) -> None:
         expected |= {f"{package.replace('.', '/')}/{path.name}" for path in sources}
     assert held == expected
     assert wheel.stat().st_size < 1e6
+
+
+def test_citation_has_the_version() -> None:
+    lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {VERSION}" in lines
