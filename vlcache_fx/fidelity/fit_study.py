@@ -188,7 +188,10 @@ def study(
     for start in progress(range(0, items - GROUP + 1, GROUP)):
         asked = questions[start : start + GROUP]
         stored = [
-            [recorded(subject, rows, source, another(source, question, rng)) for _ in range(CONTEXTS)]
+            [
+                _without_hidden(recorded(subject, rows, source, another(source, question, rng)))
+                for _ in range(CONTEXTS)
+            ]
             for question in asked
         ]
         means = [Item.stack([context for _, context, _ in own]) for own in stored]
@@ -197,7 +200,7 @@ def study(
             again = [
                 dataclasses.replace(question, system_prompt=again[0].system_prompt) for question in again
             ]
-            new = [recorded(subject, rows, source, question) for question in again]
+            new = [_without_hidden(recorded(subject, rows, source, question)) for question in again]
             changes = [change(item, context) for item, (_, context, _) in zip(means, new, strict=True)]
             for index, (prompt, _, exact) in enumerate(new):
                 others = [other for at, other in enumerate(changes) if at != index]
@@ -209,6 +212,12 @@ def study(
                     for group in ("all", name):
                         found.setdefault(group, {}).setdefault(label, []).append(answer)
     return found
+
+
+def _without_hidden(computed: Recorded) -> Recorded:
+    """Drop the hidden states, the largest part: no alternative skips layers."""
+    prompt, item, logits = computed
+    return prompt, Item(item.keys, item.values, item.hidden[:, :, :0].clone()), logits
 
 
 def main(
