@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.compatibility import Writer
+
 # The same examples in every run, and no time limit per example, for slow machines.
 settings.register_profile("reproducible", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("reproducible")
@@ -27,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--thorough", action="store_true", help="run the long tests as well, mostly covered by others"
     )
     parser.addoption("--all-families", action="store_true", help="test every family of docs/families.md")
+    parser.addoption("--write-compatibility", metavar="PAGE", help="write what works with what, see -m works")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.write_compatibility:
+        config.pluginmanager.register(Writer(Path(config.option.write_compatibility)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,6 +72,7 @@ def test_compile_two_models_two_engines() -> None:
     assert two.engine.stats()["calls"]["warm"] == 0
 
 
+@pytest.mark.works("torch.compile", "`dynamic=False`")
 def test_compile_static_graphs() -> None:
     pair = with_api(tiny_vlm(last_only=False), policy="full", dynamic=False)
     for place, inputs in enumerate((FIRST, SECOND)):
@@ -88,6 +89,7 @@ def test_strict_raises_refusal() -> None:
     assert refused.value.reason is Reason.POSITION_IN_STREAM
 
 
+@pytest.mark.works("torch.compile", "`inference_mode` and `no_grad`")
 def test_inference_mode_shares_donors() -> None:
     pair = with_api(tiny_vlm(last_only=False), policy="full")
     with torch.inference_mode():
@@ -149,6 +151,7 @@ def embeddings(before: int, seed: int) -> Tensor:
     return torch.cat([text[:, :before], item, text[:, before:]], 1)
 
 
+@pytest.mark.works("Inputs", "spans that the caller marks (`mark_spans`)")
 def test_mark_spans_reuses_spans() -> None:
     pair = with_api(tiny_vlm(last_only=False).decoder, policy="full")
     seen = []

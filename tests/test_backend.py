@@ -118,6 +118,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.works("torch.compile", '`backend="vlcache"` without an import', "found")
 def test_backend_found_without_import() -> None:
     code = """
 import sys, torch
@@ -171,6 +172,7 @@ def test_backend_unknown_option() -> None:
     assert isinstance(failed.value.inner_exception, OptionError)
 
 
+@pytest.mark.works("torch.compile", "`mode=`", "taken; a wrong value is an error")
 def test_backend_mode() -> None:
     model, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with torch.no_grad():
@@ -273,6 +275,7 @@ def test_bidirectional_attention_not_split() -> None:
         assert (encoder["hits"], encoder["misses"]) == encoded
 
 
+@pytest.mark.works("Training", "calls that record gradients", "run unmodified (`grad_required`)")
 def test_gradients_refused_and_correct() -> None:
     pair = with_backend(tiny_vlm(last_only=False))
     for inputs in (FIRST, SECOND):
@@ -374,6 +377,7 @@ def test_other_value_of_folded_number_runs_model() -> None:
 
 @inductor
 @pytest.mark.slow
+@pytest.mark.works("torch.compile", "Inductor, other lengths and budgets", "reused; compiled once")
 def test_inductor_equals_model_and_compiles_once() -> None:
     """Depth and other lengths, budgets, policies or images cause no compilation."""
     store = vlcache_store()

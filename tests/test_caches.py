@@ -141,12 +141,17 @@ def check_turns(start: Callable[[], Conversation]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "dynamic",
-        pytest.param("int8 per token", marks=pytest.mark.thorough),
-        pytest.param("static, sliding", marks=pytest.mark.thorough),
-        pytest.param("hybrid", marks=pytest.mark.thorough),
-        pytest.param("static, allocated", marks=pytest.mark.thorough),
-        pytest.param("int8 per channel, read back", marks=pytest.mark.thorough),
+        pytest.param(
+            name, marks=[pytest.mark.works("Caches", name), *[pytest.mark.thorough] * (name != "dynamic")]
+        )
+        for name in (
+            "dynamic",
+            "int8 per token",
+            "static, sliding",
+            "hybrid",
+            "static, allocated",
+            "int8 per channel, read back",
+        )
     ],
 )
 def test_turns_with_compile(name: str) -> None:
@@ -182,6 +187,7 @@ def test_prefill_without_cache(door: Callable[..., Pair]) -> None:
         assert start().say(prompt(before, 0, seed=before))["mode"] == mode
 
 
+@pytest.mark.works("Caches", "prefill in chunks on one cache")
 def test_chunked_prefill() -> None:
     """Text, an image and a question in three calls on one cache."""
     start = conversations(KINDS["dynamic"], with_api)
@@ -414,6 +420,7 @@ def test_failing_program_keeps_cache(has_written: bool, monkeypatch: pytest.Monk
 
 # test_turns_with_compile has turns; runtime/requests/test_blocks.py generates on an earlier turn's cache.
 @pytest.mark.thorough
+@pytest.mark.works("Caches", "a conversation on one cache by `generate()`")
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_generate_over_several_turns(implementation: str | None) -> None:
     pair = with_api(llava(), policy="full")

@@ -131,6 +131,7 @@ def test_store_closed_by_other_user() -> None:
     pair.engine.clear()
 
 
+@pytest.mark.works("Weights", "`save_pretrained` of a compiled model", "saves the plain model")
 def test_compiled_model_saves(tmp_path: Path) -> None:
     model = vlcache_fx.compile(tiny_qwen2_5_vl(1), lowering="eager")
     model.save_pretrained(tmp_path)

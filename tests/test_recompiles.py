@@ -35,6 +35,7 @@ def ask(pair: Pair, seed: int, num_images: int) -> None:
         pair.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
+@pytest.mark.works("torch.compile", "requests of many lengths, with `dynamic` and without", "compile nothing")
 @pytest.mark.parametrize("dynamic", [pytest.param(True, marks=pytest.mark.thorough), None])
 def test_varied_requests_compile_nothing(dynamic: bool | None) -> None:
     pair = with_api(tiny_qwen2_5_vl(1), dynamic=dynamic, min_span_tokens=4)

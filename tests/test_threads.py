@@ -55,6 +55,7 @@ def check(pairs: list[Pair], offs: list[float]) -> None:
 
 
 @pytest.mark.parametrize("compiled", [with_api, with_backend])
+@pytest.mark.works("torch.compile", "threads")
 def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
     pairs = models(compiled)
     # Settings of Dynamo are per thread.
@@ -64,6 +65,7 @@ def test_eight_threads_start_at_once(compiled: Callable[..., Pair]) -> None:
         check(pairs, [one.result() for one in work])
 
 
+@pytest.mark.works("torch.compile", "asyncio")
 def test_calls_from_coroutines() -> None:
     pairs = models(with_api)
 

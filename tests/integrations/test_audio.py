@@ -49,6 +49,7 @@ def speech(before: int, after: int, *sounds: int, text: int = 0) -> dict[str, Te
     return {"input_ids": ids, "input_features": features, "attention_mask": torch.ones_like(ids)}
 
 
+@pytest.mark.works("Inputs", "audio")
 def test_sounds_are_reused() -> None:
     with own_compiler_state():
         pair = with_api(voxtral(), policy="full", min_span_tokens=2, strict=True)

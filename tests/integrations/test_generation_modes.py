@@ -67,7 +67,13 @@ LONG = ("several answers", "penalties", "assistant", "static cache", "no cache")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name in LONG)) for name in MODES]
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.works("Generation", name), *[pytest.mark.thorough] * (name in LONG)]
+        )
+        for name in MODES
+    ],
 )
 def test_answers_equal_those_of_the_model(
     name: str, pair: Pair, processor: Any, questions: list[Question]
@@ -98,6 +104,7 @@ def test_donors_of_plain_calls_serve(
     assert pair.engine.stats()["calls"]["cold"] >= 1
 
 
+@pytest.mark.works("Generation", "`TextIteratorStreamer`")
 def test_streamer(pair: Pair, processor: Any, questions: list[Question]) -> None:
     texts = []
     for model in (pair.model, pair.reference):
@@ -112,6 +119,7 @@ def test_streamer(pair: Pair, processor: Any, questions: list[Question]) -> None
     assert "".join(texts[0]).strip() == questions[0].answer
 
 
+@pytest.mark.works("Generation", '`pipeline("image-text-to-text")`')
 def test_pipeline(pair: Pair, processor: Any, questions: list[Question]) -> None:
     """``pipeline("image-text-to-text")`` with a chat of the picture and the question."""
     question = questions[0]

@@ -70,6 +70,7 @@ def reused(_compiler: None) -> Pair:
     return Pair(["q_proj", "v_proj"])
 
 
+@pytest.mark.works("Adapters", "LoRA of PEFT")
 def test_compile_unwraps_the_peft_model(reused: Pair) -> None:
     assert [reused.run(seed) for seed in range(2)] == ["cold", "warm"]
     assert reused.model.vlcache is reused.model.get_base_model().vlcache
@@ -81,6 +82,7 @@ def test_compile_unwraps_the_peft_model(reused: Pair) -> None:
     assert reused.model.vlcache.last_report["mode"] == "warm"
 
 
+@pytest.mark.works("Adapters", "`disable_adapter()` for some calls")
 def test_peft_adapters_disabled_temporarily(reused: Pair) -> None:
     reused.run(0)
     with reused.model.disable_adapter(), reused.reference.disable_adapter():
@@ -94,7 +96,13 @@ def changed(_compiler: None) -> Pair:
     return Pair(["q_proj", "v_proj"])
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change, id=name, marks=pytest.mark.works("Adapters", f"adapter {name} between calls"))
+        for name, change in CHANGES.items()
+    ],
+)
 def test_peft_adapters_changed_between_calls(changed: Pair, change: Callable[[Any], Any]) -> None:
     pair = changed
     pair.run(0)
@@ -106,6 +114,7 @@ def test_peft_adapters_changed_between_calls(changed: Pair, change: Callable[[An
 VISION = r".*visual.*\.(qkv|proj)"
 
 
+@pytest.mark.works("Adapters", "LoRA in the encoder")
 @pytest.mark.parametrize("change", ["disabled", "scaled"])
 def test_peft_adapters_of_the_encoder(change: str) -> None:
     pair = Pair(VISION)

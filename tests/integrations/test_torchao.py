@@ -78,7 +78,13 @@ def compiled(config: Any, **options: Any) -> Pair:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
-@pytest.mark.parametrize("name", ["int8", "int4", "int4 packed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.works("Quantisation", f"torchao, {name} weights"))
+        for name in ("int8", "int4", "int4 packed")
+    ],
+)
 def test_answers_are_those_of_the_quantised_model(name: str, lowering: str) -> None:
     pair = compiled(CONFIGS[name](), lowering=lowering)
     modes = []
@@ -89,6 +95,7 @@ def test_answers_are_those_of_the_quantised_model(name: str, lowering: str) -> N
     assert modes == ["cold", "warm", "warm"]
 
 
+@pytest.mark.works("Quantisation", "torchao, int8 activations", "runs unmodified (`unknown_op`)")
 def test_quantised_activations_are_refused() -> None:
     """How torchao quantises them is not known to work token by token."""
     pair = compiled(int8_activations(), lowering="eager")

@@ -90,6 +90,7 @@ def test_repeated_prompts_are_exact(fresh: Pair, left: bool) -> None:
         assert report["rows_per_layer"][0] < 20
 
 
+@pytest.mark.works("Inputs", "hit and miss in one batch", "the hit is reused")
 def test_hit_and_miss_in_one_batch(fresh: Pair) -> None:
     on_real_tokens(fresh, batch_of(prompt(5, 6, 0), prompt(9, 3, 1, text=1)))
     call = batch_of(prompt(7, 5, 0, text=2), prompt(4, 6, 3, text=3))
@@ -220,6 +221,7 @@ def llava_batch(*prompts: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.works("Inputs", "padded batches by `generate()`")
 def test_llava_generate_equals_unmodified() -> None:
     pair = with_api(tiny_llava(1), policy="full")
     calls = [

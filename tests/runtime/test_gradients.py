@@ -109,6 +109,7 @@ def test_gradients_of_pixels() -> None:
     assert pair.report["mode"] == "bypass"
 
 
+@pytest.mark.works("Training", "a frozen model in grad mode")
 def test_frozen_model_is_reused_in_grad_mode() -> None:
     pair = with_api(tiny_qwen2_5_vl(2).requires_grad_(False), min_span_tokens=4, policy="full")
     for before, mode in ((4, "cold"), (9, "warm")):
@@ -130,6 +131,7 @@ def test_gradients_of_values_from_hook() -> None:
 
 
 @pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+@pytest.mark.works("Training", "training after serving", "gradients are the model's")
 def test_training_after_unfreezing(lowering: str) -> None:
     pair = with_backend(tiny_vlm(num_layers=2, last_only=False), policy="full", lowering=lowering)
     for model in (pair.model, pair.reference):

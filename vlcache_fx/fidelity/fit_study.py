@@ -6,7 +6,7 @@ rows in every layer. The combination of contexts is
 - ``mean``: their mean;
 - ``fitted``: fitted to the recomputed rows by ridge regression, as programs do, with whole differences;
 - ``rank 16``, ``rank 16, int8``: likewise, with differences of that rank, and with 8-bit factors; ``ridge``
-  is stronger regularisation;
+  is other regularisation than theirs;
 - ``per head``: with weights per head;
 - ``nearest prompts``: weighted by the distance of embeddings of the text in front (as KVCOMM does, arXiv
   2510.12872);
@@ -160,7 +160,7 @@ def alternatives(
         "fitted": (item, first, blend),
         f"rank {RANK}": (low_rank(item, RANK), first, blend),
         f"rank {RANK}, int8": (low_rank(item, RANK, packed=True), first, blend),
-        f"rank {RANK}, ridge 3": (low_rank(item, RANK), first, functools.partial(blend, ridge=3.0)),
+        f"rank {RANK}, ridge 1": (low_rank(item, RANK), first, functools.partial(blend, ridge=1.0)),
         f"rank {RANK}, ridge 10": (low_rank(item, RANK), first, functools.partial(blend, ridge=10.0)),
         "per head": (item, first, per_head),
         "nearest prompts": (item, first, by_distance([prompt for prompt, _, _ in stored], new[0])),

@@ -3,11 +3,11 @@
 BLOCK_ROWS = 128
 """Rows of ``left`` that belong to one donor, see ``ops.fit``. Each donor's rows begin at a new block."""
 
-RIDGE = 1.0
+RIDGE = 3.0
 """Regularisation of the weights of contexts, as a multiple of the mean square of their differences.
 
-Prompts unlike all stored ones need it: with 0.01, the errors behind short prompts grow eightfold (measured on
-SmolLM2, docs/measurements-fidelity.md), and others change little.
+Prompts unlike all stored ones need it (measured on SmolLM2 and the hybrid VLM, docs/measurements-fidelity.md):
+with 1, single prompts err more than with one context; with 10, others gain less.
 """
 
 LEAST_RIDGE = 1e-12
