@@ -30,7 +30,7 @@ ORDER = [
     ["testing"],
     ["bench"],
     ["fidelity"],
-    ["serve"],
+    ["serve", "doctor"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

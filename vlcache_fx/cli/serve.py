@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.output import examples, print_json
 from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.cli.values import bytes_of
 from vlcache_fx.errors import OptionError
+
+EPILOG = examples(
+    "vlcache serve reference --port 8000",
+    "vlcache serve /models/qwen --store memory:// --store file:///var/cache/vlcache --capacity 16GiB",
+)
 
 NOTHING_REUSED = {"min_span_tokens": 1 << 30, "capacity_bytes": 1}
 """No span is that long, and no features of an encoder fit."""
@@ -104,6 +111,9 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="a Ray cluster that runs, or auto (default: one on this machine)")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object to stdout when the server is ready")
+    ] = False,
 ) -> None:
     """Serve models with the OpenAI API: chat completions and responses, with pictures."""
     with readable_errors():
@@ -159,7 +169,7 @@ def serve(
         if replicas is None:
             if max_replicas is not None or ray_address is not None:
                 raise OptionError("--max-replicas and --ray-address need --replicas")
-            _run(options)
+            _run(options, as_json)
             return
         from vlcache_fx.serve.cluster.options import ClusterOptions
         from vlcache_fx.serve.extra import require_ray
@@ -168,10 +178,10 @@ def serve(
         cluster = ClusterOptions(
             replicas, max_replicas, cpus_per_replica, gpus_per_replica, threads, imbalance, ray_address
         )
-        _run_cluster(options, cluster)
+        _run_cluster(options, cluster, as_json)
 
 
-def _run(options: Any) -> None:
+def _run(options: Any, as_json: bool) -> None:
     from vlcache_fx.serve.server import Server
 
     begin = time.perf_counter()
@@ -179,7 +189,7 @@ def _run(options: Any) -> None:
 
     def ready(url: str) -> None:
         progress.close()
-        _say_ready(f"serving {', '.join(server.service.models.sources)} at {url}/v1", begin)
+        _say_ready(server.service.models.sources, url, begin, as_json)
 
     server = Server(options, ready)
     typer.echo(f"listening at {server.url}; loading and compiling", err=True)
@@ -188,13 +198,13 @@ def _run(options: Any) -> None:
         server.run()
 
 
-def _run_cluster(options: Any, cluster: Any) -> None:
+def _run_cluster(options: Any, cluster: Any, as_json: bool) -> None:
     from vlcache_fx.serve.cluster.run import Cluster
 
     begin = time.perf_counter()
 
     def ready(url: str) -> None:
-        _say_ready(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", begin)
+        _say_ready(options.models, url, begin, as_json, cluster.replicas)
 
     running = Cluster(options, cluster, ready)
     many = "replica" if cluster.replicas == 1 else "replicas"
@@ -202,8 +212,16 @@ def _run_cluster(options: Any, cluster: Any) -> None:
     running.run()
 
 
-def _say_ready(text: str, begin: float) -> None:
-    typer.echo(f"{text} (ready after {time.perf_counter() - begin:.1f} s)")
+def _say_ready(
+    models: Iterable[str], url: str, begin: float, as_json: bool, replicas: int | None = None
+) -> None:
+    seconds, names = time.perf_counter() - begin, list(models)
+    if as_json:
+        found = {"url": f"{url}/v1", "models": names, "replicas": replicas, "seconds": round(seconds, 3)}
+        print_json(found, indent=None)
+        return
+    more = "" if replicas is None else f", replicas: {replicas}"
+    typer.echo(f"serving {', '.join(names)} at {url}/v1{more} (ready after {seconds:.1f} s)")
 
 
 def _keys_in(path: Path | None) -> tuple[str, ...]:

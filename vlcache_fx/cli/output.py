@@ -1,0 +1,87 @@
+"""What commands print: results on stdout, progress and logs on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+from rich.console import Console
+
+from vlcache_fx.errors import OptionError
+
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="print the result as JSON to stdout, and nothing else")
+]
+
+PIPE_WIDTH = 10_000
+"""Characters per line of files and pipes: no column of a table is cut, and no line is wrapped."""
+
+
+def result_console() -> Console:
+    """Return a console on stdout; as wide as its tables for files and pipes."""
+    return Console() if Console().is_terminal else Console(width=PIPE_WIDTH)
+
+
+def progress_console() -> Console:
+    """Return a console on stderr."""
+    return Console(stderr=True)
+
+
+def print_json(data: Any, *, indent: int | None = 1) -> None:
+    """Print JSON to stdout.
+
+    Args:
+        data: what the standard library can write.
+        indent: spaces per level; None for one line.
+    """
+    typer.echo(json.dumps(data, indent=indent))
+
+
+@contextmanager
+def stdout_for_json(as_json: bool) -> Iterator[None]:
+    """With ``as_json``, send to stderr what the body and its libraries print."""
+    if not as_json:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def check_output_file(path: Path) -> None:
+    """Check that a result can be written to a file, before the work that makes it. Creates its folder.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    check_output_folder(path.parent)
+    problem = "it is a folder" if path.is_dir() else None
+    if path.exists() and not os.access(path, os.W_OK):
+        problem = "no permission"
+    if problem is not None:
+        raise OptionError(f"the file {str(path)!r} cannot be written: {problem}")
+
+
+def check_output_folder(path: Path) -> None:
+    """Check that results can be written to a folder, before the work that makes them. Creates it.
+
+    Raises:
+        OptionError: it cannot be created or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OptionError(f"the folder {str(path)!r} cannot be written to: {error.strerror}") from error
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a command's help: lines that a user can copy."""
+    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
