@@ -12,8 +12,8 @@ from vlcache_fx.cli.errors import readable_errors
 from vlcache_fx.cli.output import Json, examples, print_json, stdout_for_json
 
 EPILOG = examples(
-    "vlcache bench --preset cpu --budget 0.02 --budget 0.1 --output-dir bench-output",
-    "vlcache bench --preset qwen2.5-vl-7b --vision-tokens 1024 --dtype bfloat16 --json",
+    "vlcache bench --preset cpu --budget 0.02 --budget 0.1",
+    "vlcache bench --preset qwen2.5-vl-7b --vision-tokens 1024 --json",
 )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "vlcache calibrate reference --output profile.json",
-    "vlcache calibrate path/to/model --data prompts.jsonl --contexts 4 --donor-rank 0 --donor-rank 16",
+    "vlcache calibrate path/to/model --data prompts.jsonl --contexts 4",
 )
 
 
@@ -75,6 +75,7 @@ def calibrate(
                     donor_ranks=[Options(donor_rank=rank).donor_rank for rank in donor_rank or (0, 16)],
                     after_batch=advance,
                 )
+            output.parent.mkdir(parents=True, exist_ok=True)
             found.profile.save(output)
         if as_json:
             print_json(asdict(found.profile))

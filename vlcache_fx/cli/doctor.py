@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "vlcache doctor",
-    "vlcache doctor --store file:///var/cache/vlcache --store mooncake://10.0.0.1:50051",
+    "vlcache doctor --store file:///cache --store mooncake://10.0.0.1:50051",
     "vlcache doctor --json",
 )
 

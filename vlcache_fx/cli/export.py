@@ -11,7 +11,14 @@ from rich.table import Table
 
 import vlcache_fx
 from vlcache_fx.cli.errors import readable_errors
-from vlcache_fx.cli.output import Json, examples, print_json, result_console, stdout_for_json
+from vlcache_fx.cli.output import (
+    Json,
+    check_output_folder,
+    examples,
+    print_json,
+    result_console,
+    stdout_for_json,
+)
 from vlcache_fx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "vlcache export reference exported/",
-    "vlcache export path/to/model engines/ --data prompts.jsonl --format tensorrt --dtype float16",
+    "vlcache export path/to/model engines/ --data prompts.jsonl --format tensorrt",
 )
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -61,6 +68,7 @@ def export(
         with stdout_for_json(as_json):
             if dtype not in DTYPES:
                 raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
+            check_output_folder(directory)
             loaded, inputs = _example(model, data, dtype)
             engine = None
             if output_format == "tensorrt":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "vlcache fidelity reference --count 30 --budget 0.02 --budget 0.1",
-    "vlcache fidelity path/to/model --data prompts.jsonl --policy layer_aware --json",
+    "vlcache fidelity path/to/model --data prompts.jsonl --json",
 )
 
 POLICIES = ("layer_aware", "uniform", "first_k", "cacheblend", "random")
@@ -112,6 +112,7 @@ def _write(scores: list[Score], model: str, seed: int, output_dir: Path) -> dict
     from vlcache_fx.fidelity.plot import plot_scores
 
     machine = machine_line(describe_machine())
+    output_dir.mkdir(parents=True, exist_ok=True)
     record = {"model": model, "machine": machine, "seed": seed, "scores": [asdict(score) for score in scores]}
     (output_dir / "fidelity.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (output_dir / "fidelity.md").write_text(table.markdown(scores), encoding="utf-8")

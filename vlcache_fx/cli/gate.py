@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "vlcache gate reference --count 10 --min-agreement 0.95",
-    "vlcache gate path/to/model --data prompts.jsonl --max-kl 0.01 --budget 0.05 --budget 0.1",
-    "vlcache gate path/to/model --data prompts.jsonl --exact-returns 0 --exact-returns 2 --json",
+    "vlcache gate path/to/model --data prompts.jsonl --max-kl 0.01 --json",
+    "vlcache gate reference --exact-returns 0 --exact-returns 2",
 )
 
 NOT_PASSED = 2
@@ -81,10 +81,11 @@ def gate(
     with readable_errors():
         with stdout_for_json(as_json):
             # deferred: importing torch takes a second
-            from vlcache_fx.fidelity.gate import BUDGETS, check
+            from vlcache_fx.fidelity.gate import BUDGETS, check, check_bounds
             from vlcache_fx.fidelity.models import load_cases, load_subject
 
-            # Before it loads a model: budgets and returns are checked where they are used.
+            budgets = tuple(budget or BUDGETS)
+            check_bounds(min_agreement, max_kl, budgets)  # before it loads a model
             most = max(exact_returns or (0,))
             cases = load_cases(
                 model, data, tuple(family or ()), count, split="test", seed=seed, contexts=1 + most
@@ -98,7 +99,7 @@ def gate(
                     prompts,
                     min_agreement=min_agreement,
                     max_kl=max_kl,
-                    budgets=tuple(budget or BUDGETS),
+                    budgets=budgets,
                     exact_returns=exact_returns,
                 )
             chosen = None

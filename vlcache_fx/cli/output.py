@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -55,31 +54,29 @@ def stdout_for_json(as_json: bool) -> Iterator[None]:
 
 
 def check_output_file(path: Path) -> None:
-    """Check that a result can be written to a file, before the work that makes it. Creates its folder.
+    """Check that a result can be written to a file, before the work that makes it; nothing is created.
 
     Raises:
         OptionError: it cannot be written.
     """
-    check_output_folder(path.parent)
-    problem = "it is a folder" if path.is_dir() else None
-    if path.exists() and not os.access(path, os.W_OK):
-        problem = "no permission"
-    if problem is not None:
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        problem = "it is a folder" if path.is_dir() else "no permission"
         raise OptionError(f"the file {str(path)!r} cannot be written: {problem}")
+    check_output_folder(path.parent)
 
 
 def check_output_folder(path: Path) -> None:
-    """Check that results can be written to a folder, before the work that makes them. Creates it.
+    """Check that results can be written to a folder, or that it can be created; nothing is created.
 
     Raises:
-        OptionError: it cannot be created or written to.
+        OptionError: neither.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OptionError(f"the folder {str(path)!r} cannot be written to: {error.strerror}") from error
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "no permission to write to" if there.is_dir() else "this is no folder:"
+        raise OptionError(f"the folder {str(path)!r} cannot be written to: {problem} {str(there)!r}")
 
 
 def examples(*lines: str) -> str:

@@ -18,7 +18,8 @@ from vlcache_fx.errors import OptionError
 
 EPILOG = examples(
     "vlcache serve reference --port 8000",
-    "vlcache serve /models/qwen --store memory:// --store file:///var/cache/vlcache --capacity 16GiB",
+    "vlcache serve /models/qwen --capacity 8GiB --api-key-file keys.txt",
+    "vlcache serve /models/qwen --store memory:// --store file:///cache",
 )
 
 NOTHING_REUSED = {"min_span_tokens": 1 << 30, "capacity_bytes": 1}

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
-from vlcache_fx.cli.output import Json, examples, print_json, stdout_for_json
+from vlcache_fx.cli.output import Json, check_output_folder, examples, print_json, stdout_for_json
 from vlcache_fx.cli.progress import showing_progress
 
 EPILOG = examples(
@@ -42,6 +42,7 @@ def warm_up(
             from vlcache_fx.serve.extra import require_serve
 
             require_serve()
+            check_output_folder(output)
             from vlcache_fx.serve.options import ServeOptions
             from vlcache_fx.serve.warm_up import warm_up
 
