@@ -16,6 +16,7 @@ from vlcache_fx.doctor.check import Check, Status, checked
 from vlcache_fx.doctor.storage import check_store
 from vlcache_fx.errors import OptionError, StoreError
 from vlcache_fx.store import FileStore, MemoryStore
+from vlcache_fx.testing import mooncake_cluster
 from vlcache_fx.testing.assets import MissingAssetsError
 
 from ..runtime.helpers import own_compiler_state
@@ -194,6 +195,17 @@ def test_mooncake_without_a_master() -> None:
     assert check.status == Status.FAILED
     assert "nothing answers at mooncake://127.0.0.1:1" in check.found
     assert "its master runs at this address" in check.advice
+
+
+@pytest.mark.slow
+def test_mooncake(tmp_path: Path) -> None:
+    reason = mooncake_cluster.missing()
+    if reason:
+        pytest.skip(reason)
+    with mooncake_cluster.MooncakeCluster(tmp_path) as cluster:
+        check = check_store(cluster.url())
+    assert check.status == Status.OK, check
+    assert "written, read and dropped an entry" in check.found
 
 
 class _Broken(MemoryStore):

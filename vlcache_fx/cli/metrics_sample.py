@@ -89,7 +89,7 @@ def fetch(url: str, timeout_s: float = TIMEOUT_S) -> str:
         reason = str(error.reason)
     except (OSError, http.client.HTTPException, UnicodeDecodeError) as error:
         reason = str(error) or type(error).__name__
-    raise OptionError(f"cannot read metrics from {url}: {reason}")
+    raise OptionError(f"cannot read metrics from {url}: {' '.join(reason.split())}")
 
 
 def parse_sample(text: str, taken_s: float) -> Sample:
