@@ -95,6 +95,7 @@ class ReadyAtOnce:
         self.service = SimpleNamespace(models=models)
 
     def run(self) -> None:
+        print("a library says")  # noqa: T201
         self._ready(self.url)
 
 
@@ -111,7 +112,7 @@ def test_ready(more: tuple[str, ...], replicas: int | None) -> None:
     text = CliRunner().invoke(app, ["serve", "reference", *more])
     assert text.exit_code == 0, text.output
     start = "serving reference at http://127.0.0.1:1/v1" + (", replicas: 2" if replicas else "")
-    assert text.stdout.startswith(f"{start} (ready after ")
+    assert text.stdout.startswith(f"a library says\n{start} (ready after ")
     as_json = CliRunner().invoke(app, ["serve", "reference", "photo", *more, "--json"])
     assert len(as_json.stdout.splitlines()) == 1
     found = json.loads(as_json.stdout)

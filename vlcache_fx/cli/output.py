@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TextIO, TypeAlias
 
 import typer
 from rich.console import Console
@@ -33,14 +33,15 @@ def progress_console() -> Console:
     return Console(stderr=True)
 
 
-def print_json(data: Any, *, indent: int | None = 1) -> None:
+def print_json(data: Any, *, indent: int | None = 1, file: TextIO | None = None) -> None:
     """Print JSON to stdout.
 
     Args:
         data: what the standard library can write.
         indent: spaces per level; None for one line.
+        file: the stdout of before ``stdout_for_json``, in its body.
     """
-    typer.echo(json.dumps(data, indent=indent))
+    typer.echo(json.dumps(data, indent=indent), file=file)
 
 
 @contextmanager
