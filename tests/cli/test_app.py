@@ -75,6 +75,13 @@ def test_every_command_has_examples_in_its_help(names: tuple[str, ...]) -> None:
         assert context.params
 
 
+def test_manual_names_every_command() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+    for name, *below in COMMANDS:
+        assert f"`vlcache {name}`" in page
+        assert all(f"`{word}`" in page for word in below)
+
+
 def test_help_names_the_commands() -> None:
     output = run("--help")
     for names in COMMANDS:
