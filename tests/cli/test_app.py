@@ -142,6 +142,19 @@ def test_output_of_pipes_is_plain_and_whole(monkeypatch: pytest.MonkeyPatch) -> 
         assert f" {entry.value} " in line
 
 
+def test_log_variable() -> None:
+    """The script applies it: a bad value is a warning, and the level debug has tracebacks of errors."""
+    bad = script("version", stdout=subprocess.PIPE, env={**os.environ, "VLCACHE_LOG": "loud"})
+    assert bad.stdout == f"{vlcache_fx.__version__}\n"
+    assert bad.stderr.count("must be one of debug, info, warning") == 1
+    wrong = ("top", "ftp://host")
+    for level, has_traceback in [("debug", True), ("info", False)]:
+        done = script(*wrong, stdout=subprocess.PIPE, env={**os.environ, "VLCACHE_LOG": level})
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) is has_traceback
+        assert done.stderr.splitlines()[-1].startswith("error: url='ftp://host' is not valid")
+
+
 @pytest.mark.slow
 def test_interrupt_ends_with_status_130(tmp_path: Path) -> None:
     """Ctrl-C while a command works."""
