@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A package imports from itself and from the lines above, never from other packages of its line or below.
 ORDER = [
-    ["errors", "version", "compiling"],
+    ["errors", "version", "compiling", "log_output"],
     ["inserted_pass"],
     ["option_checks"],
     ["plan", "keys", "options"],
@@ -30,14 +30,14 @@ ORDER = [
     ["testing"],
     ["bench"],
     ["fidelity"],
-    ["serve"],
+    ["serve", "doctor"],
     ["cli"],
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # The packages that serve without graphs, independent of torch.fx. They import only each other.
 NO_GRAPHS = ["plan", "keys", "spec", "store", "policies", "runtime"]
-SERVES = {*NO_GRAPHS, "errors", "inserted_pass", "option_checks", "options", "version"}
+SERVES = {*NO_GRAPHS, "errors", "inserted_pass", "log_output", "option_checks", "options", "version"}
 GRAPHS = ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
 
 

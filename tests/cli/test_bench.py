@@ -48,6 +48,18 @@ def test_bench_tables_record_and_picture(tmp_path: Path) -> None:
     assert measured["hash"]["nbytes"] == 24 * 128 * 4
 
 
+@pytest.mark.usefixtures("quick")
+def test_bench_as_json(tmp_path: Path) -> None:
+    """Stdout has the record that is written, and no table."""
+    arguments = ("--vision-tokens", "24", "--dtype", "float32", "--device", "cpu", "--store-entries", "10")
+    result = CliRunner().invoke(
+        app, [*QUICK, *arguments, "--no-encoder", "--output-dir", str(tmp_path), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert "Time to first token" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from vlcache_fx.cli import app
 
@@ -79,6 +82,46 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("vlcache_fx.serve.extra.find_spec", find)
     assert "serving needs uvicorn: pip install 'vlcache_fx[serve]'" in fails("reference")
+
+
+class ReadyAtOnce:
+    """In the place of a server, or of replicas."""
+
+    replicas = 2
+
+    def __init__(self, options: Any, *given: Any) -> None:
+        self.url, self._ready = "http://127.0.0.1:1", given[-1]
+        models = SimpleNamespace(sources=dict.fromkeys(options.models))
+        self.service = SimpleNamespace(models=models)
+
+    def run(self) -> None:
+        print("a library says")  # noqa: T201
+        self._ready(self.url)
+
+
+@pytest.fixture
+def _ready_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlcache_fx.serve.server.Server", ReadyAtOnce)
+    monkeypatch.setattr("vlcache_fx.serve.cluster.run.Cluster", ReadyAtOnce)
+
+
+@pytest.mark.usefixtures("_ready_at_once")
+@pytest.mark.parametrize(("more", "replicas"), [((), None), (("--replicas", "2"), 2)])
+def test_ready(more: tuple[str, ...], replicas: int | None) -> None:
+    """A line, or one JSON object; the rest goes to stderr."""
+    text = CliRunner().invoke(app, ["serve", "reference", *more])
+    assert text.exit_code == 0, text.output
+    start = "serving reference at http://127.0.0.1:1/v1" + (", replicas: 2" if replicas else "")
+    assert text.stdout.startswith(f"a library says\n{start} (ready after ")
+    as_json = CliRunner().invoke(app, ["serve", "reference", "photo", *more, "--json"])
+    assert len(as_json.stdout.splitlines()) == 1
+    found = json.loads(as_json.stdout)
+    assert found.pop("seconds") >= 0
+    assert found == {
+        "url": "http://127.0.0.1:1/v1",
+        "models": ["reference", "photo"],
+        "replicas": replicas,
+    }
 
 
 def test_manual_names_every_option() -> None:

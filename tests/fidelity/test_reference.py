@@ -148,6 +148,11 @@ def test_commands_calibrate_then_fidelity(
     assert made.exit_code == 0, made.output
     assert len(Profile.load(profile).sensitivities) == 6
     assert "Nearly the best donor: " in made.output
+    again = CliRunner().invoke(
+        app, ["calibrate", "reference", *arguments, "--output", str(profile), "--json"]
+    )
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == json.loads(profile.read_text())
     assert str(profile) in made.output.replace("\n", "")
     chosen = ["--policy", "layer_aware", "--budget", "0.02", "--profile", str(profile)]
     compared = CliRunner().invoke(
@@ -155,6 +160,11 @@ def test_commands_calibrate_then_fidelity(
     )
     assert compared.exit_code == 0, compared.output
     assert "layer_aware" in compared.output
+    as_json = CliRunner().invoke(
+        app, ["fidelity", "reference", *arguments, *chosen, "--output-dir", str(output), "--json"]
+    )
+    assert as_json.exit_code == 0, as_json.output
+    assert json.loads(as_json.stdout) == json.loads((output / "fidelity.json").read_text())
     record = json.loads((output / "fidelity.json").read_text())
     assert {(one["policy"], one["family"], one["prompts"]) for one in record["scores"]} == {
         ("layer_aware", "single_hop", 3), ("layer_aware", "all", 3)

@@ -249,6 +249,21 @@ def test_stop_refuses_and_ends(model: CountingModel) -> None:
     assert isinstance(running.finished.exception(), RequestError)
 
 
+def test_a_client_that_leaves_with_its_answer_is_counted(model: CountingModel) -> None:
+    """The answer can be with the client before the batch ends and is counted."""
+
+    async def main() -> Job:
+        with batcher(model) as queue:
+            job = make_job(1, loop=asyncio.get_running_loop())
+            job.first_token_s = job.ended_s = 1.0
+            queue.cancel(job)
+            return job
+
+    job, metrics = asyncio.run(main()), ServeMetrics()
+    metrics.saw_answer("m", job)
+    assert 'vlcache_serve_request_seconds_count{model="m"} 1.0' in metrics.text()
+
+
 @pytest.mark.parametrize("is_example", [True, False])
 def test_examples_are_in_no_metric(is_example: bool) -> None:
     """Their times are those of compilations."""

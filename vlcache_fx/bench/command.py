@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,8 @@ from vlcache_fx.bench.settings import Settings, require_packages
 from vlcache_fx.bench.systems import Variant
 from vlcache_fx.errors import OptionError
 
-WIDTH = 140
-"""Characters per line of output to files and pipes."""
+WIDTH = 10_000
+"""Characters per line of output to files and pipes: no column of a table is cut."""
 
 
 def choose_model(preset: str, config: Path | None, model_class: str | None, layers: int | None) -> ModelSpec:
@@ -52,8 +53,10 @@ def combine(
     return tuple(dict.fromkeys(itertools.starmap(Variant, itertools.product(*lists))))
 
 
-def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: Any) -> None:
-    """Measure, print tables, write ``bench.json`` and ``bench.png``.
+def bench(
+    spec: ModelSpec, output_dir: Path, *, compile_time: bool, prints: bool = True, **settings: Any
+) -> BenchResult:
+    """Measure, print tables, write ``bench.json`` and ``bench.png``; return what the first one holds.
 
     Each point is printed and appended to ``points.jsonl`` when it is measured: an interrupted run keeps its
     points.
@@ -62,6 +65,7 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
         spec: the model.
         output_dir: created if it does not exist.
         compile_time: time compilation, at the model's depth unless ``compile_layers`` is given.
+        prints: print tables to stdout. Progress goes to stderr, unless stdout is a terminal.
         **settings: see ``Settings``.
 
     Raises:
@@ -77,13 +81,16 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
     asked = Settings(**settings)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
     except OSError as error:
-        raise OptionError(f"output_dir={str(output_dir)!r} cannot be created: {error}") from error
+        raise OptionError(f"output_dir={str(output_dir)!r} cannot be written to: {error}") from error
     points = output_dir / "points.jsonl"
     points.unlink(missing_ok=True)
-    console = Console() if Console().is_terminal else Console(width=WIDTH)
+    console = Console(width=None if Console().is_terminal else WIDTH, quiet=not prints)
+    shown = console if prints and console.is_terminal else Console(stderr=True)
     columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with _quiet(), Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    with _quiet(), Progress(*columns, TimeElapsedColumn(), console=shown) as progress:
         task = progress.add_task("", total=None)
 
         def show(description: str, done: int, total: int) -> None:
@@ -99,6 +106,7 @@ def bench(spec: ModelSpec, output_dir: Path, *, compile_time: bool, **settings: 
         result = run_bench(spec, asked, show, keep)
     _print(result, console)
     _write(result, output_dir, console)
+    return result
 
 
 def _print(result: BenchResult, console: Console) -> None:

@@ -5,21 +5,55 @@ No other package imports this one. Its modules import torch inside functions: ``
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, serve, store, version, warm_up
+from vlcache_fx.cli import (
+    bench,
+    calibrate,
+    doctor,
+    export,
+    fidelity,
+    gate,
+    policies,
+    serve,
+    store,
+    top,
+    version,
+    warm_up,
+)
+from vlcache_fx.log_output import apply_log_variable
 
 app = typer.Typer(
     help="Reuse vision encoder outputs and KV caches of vision-language models.",
     no_args_is_help=True,
-    add_completion=False,
 )
-app.command()(version.version)
-app.command()(policies.policies)
-app.command()(bench.bench)
-app.command()(fidelity.fidelity)
-app.command()(calibrate.calibrate)
-app.command()(export.export)
-app.command()(serve.serve)
-app.command()(warm_up.warm_up)
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="print the version, and exit", is_eager=True, callback=version.print_version
+        ),
+    ] = False,
+) -> None:
+    """Reuse vision encoder outputs and KV caches of vision-language models."""
+    del show_version
+    apply_log_variable()
+
+
+app.command(epilog=doctor.EPILOG)(doctor.doctor)
+app.command(epilog=version.EPILOG)(version.version)
+app.command(epilog=policies.EPILOG)(policies.policies)
+app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=fidelity.EPILOG)(fidelity.fidelity)
+app.command(epilog=calibrate.EPILOG)(calibrate.calibrate)
+app.command(epilog=gate.EPILOG, cls=gate.GateCommand)(gate.gate)
+app.command(epilog=export.EPILOG)(export.export)
+app.command(epilog=warm_up.EPILOG)(warm_up.warm_up)
+app.command(epilog=serve.EPILOG)(serve.serve)
+app.command(epilog=top.EPILOG)(top.top)
 app.add_typer(store.app, name="store")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.output import Json, examples, print_json, stdout_for_json
+
+EPILOG = examples(
+    "vlcache bench --preset cpu --budget 0.02 --budget 0.1",
+    "vlcache bench --preset qwen2.5-vl-7b --vision-tokens 1024 --json",
+)
 
 
 def bench(
@@ -57,6 +64,7 @@ def bench(
     output_dir: Annotated[Path, typer.Option(help="folder for bench.json and bench.png")] = Path(
         "bench-output"
     ),
+    as_json: Json = False,
 ) -> None:
     """Measure time to first token with and without reuse, for a model with random weights and real photos.
 
@@ -72,21 +80,25 @@ def bench(
         "store_entries": store_entries,
     }
     with readable_errors():
-        from vlcache_fx.bench import command  # deferred: importing torch takes a second
+        with stdout_for_json(as_json):
+            from vlcache_fx.bench import command  # deferred: importing torch takes a second
 
-        command.bench(
-            command.choose_model(preset, config, model_class, layers),
-            output_dir,
-            compile_time=compile_time,
-            variants=command.combine(policy, budget, store, donor_dtype),
-            text_before=text_before,
-            text_after=text_after,
-            dtype=dtype,
-            device=device,
-            lowering=lowering,
-            cuda_graphs=cuda_graphs,
-            rounds=rounds,
-            eager_rounds=eager_rounds,
-            encoder=encoder,
-            **{name: tuple(values) for name, values in given.items() if values},
-        )
+            result = command.bench(
+                command.choose_model(preset, config, model_class, layers),
+                output_dir,
+                compile_time=compile_time,
+                prints=not as_json,
+                variants=command.combine(policy, budget, store, donor_dtype),
+                text_before=text_before,
+                text_after=text_after,
+                dtype=dtype,
+                device=device,
+                lowering=lowering,
+                cuda_graphs=cuda_graphs,
+                rounds=rounds,
+                eager_rounds=eager_rounds,
+                encoder=encoder,
+                **{name: tuple(values) for name, values in given.items() if values},
+            )
+        if as_json:
+            print_json(asdict(result))

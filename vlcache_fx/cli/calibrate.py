@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
-from vlcache_fx.cli.prompts import DATA, POSITIONS, progress, wide_console
+from vlcache_fx.cli.output import (
+    Json,
+    check_output_file,
+    examples,
+    print_json,
+    result_console,
+    stdout_for_json,
+)
+from vlcache_fx.cli.prompts import DATA, POSITIONS, progress
+
+if TYPE_CHECKING:
+    from vlcache_fx.fidelity.calibrate import Calibration
+
+EPILOG = examples(
+    "vlcache calibrate reference --output profile.json",
+    "vlcache calibrate path/to/model --data prompts.jsonl --contexts 4",
+)
 
 
 def calibrate(
@@ -31,42 +48,53 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
     lowering: Annotated[str, typer.Option(help="inductor, eager")] = "eager",
     output: Annotated[Path, typer.Option(help="file for the profile")] = Path("profile.json"),
+    as_json: Json = False,
 ) -> None:
     """Measure the worth of recomputing in each layer of a model; write the profile."""
     with readable_errors():
-        # deferred: importing torch takes a second
-        from vlcache_fx.bench.machine import describe_machine, machine_line
-        from vlcache_fx.fidelity import table
-        from vlcache_fx.fidelity.calibrate import calibrate as measure
-        from vlcache_fx.fidelity.models import load_cases, load_subject
-        from vlcache_fx.options import Options
+        with stdout_for_json(as_json):
+            # deferred: importing torch takes a second
+            from vlcache_fx.fidelity.calibrate import calibrate as measure
+            from vlcache_fx.fidelity.models import load_cases, load_subject
+            from vlcache_fx.options import Options
 
-        # `vlcache fidelity` uses the split "test": the prompts must differ.
-        most = max(contexts or (1,))
-        cases = load_cases(model, data, tuple(family or ()), count, split="train", seed=seed, contexts=most)
-        subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
-        console = wide_console()
-        with progress(console, "calibrating", len(cases)) as advance:
-            found = measure(
-                subject,
-                cases,
-                batch=batch,
-                depth_share=depth_share,
-                contexts=contexts or (),
-                donor_ranks=[Options(donor_rank=rank).donor_rank for rank in donor_rank or (0, 16)],
-                after_batch=advance,
+            check_output_file(output)
+            # `vlcache fidelity` uses the split "test": the prompts must differ.
+            most = max(contexts or (1,))
+            cases = load_cases(
+                model, data, tuple(family or ()), count, split="train", seed=seed, contexts=most
             )
-        console.print(table.calibration_table(found))
-        if found.is_flat:
-            console.print(
-                "Equal counts were no worse on held-out prompts: the profile treats all layers alike."
-            )
-        if found.by_donor:
-            chosen, rank = found.donor
-            console.print(
-                f"Nearly the best donor: {chosen} contexts, rank {rank} "
-                f"(options donor_contexts={chosen}, donor_rank={rank})."
-            )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        found.profile.save(output)
-        console.print(f"{machine_line(describe_machine())}; wrote {output}", highlight=False)
+            subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+            with progress("calibrating", len(cases)) as advance:
+                found = measure(
+                    subject,
+                    cases,
+                    batch=batch,
+                    depth_share=depth_share,
+                    contexts=contexts or (),
+                    donor_ranks=[Options(donor_rank=rank).donor_rank for rank in donor_rank or (0, 16)],
+                    after_batch=advance,
+                )
+            output.parent.mkdir(parents=True, exist_ok=True)
+            found.profile.save(output)
+        if as_json:
+            print_json(asdict(found.profile))
+        else:
+            _show(found, output)
+
+
+def _show(found: Calibration, output: Path) -> None:
+    from vlcache_fx.bench.machine import describe_machine, machine_line
+    from vlcache_fx.fidelity import table
+
+    console = result_console()
+    console.print(table.calibration_table(found))
+    if found.is_flat:
+        console.print("Equal counts were no worse on held-out prompts: the profile treats all layers alike.")
+    if found.by_donor:
+        chosen, rank = found.donor
+        console.print(
+            f"Nearly the best donor: {chosen} contexts, rank {rank} "
+            f"(options donor_contexts={chosen}, donor_rank={rank})."
+        )
+    console.print(f"{machine_line(describe_machine())}; wrote {output}", highlight=False)

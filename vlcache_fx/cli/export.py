@@ -7,16 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import vlcache_fx
 from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.output import (
+    Json,
+    check_output_folder,
+    examples,
+    print_json,
+    result_console,
+    stdout_for_json,
+)
 from vlcache_fx.errors import OptionError
 
 if TYPE_CHECKING:
     from vlcache_fx.deploy.describe import ExportReport
     from vlcache_fx.deploy.engines import EngineOptions
+
+EPILOG = examples(
+    "vlcache export reference exported/",
+    "vlcache export path/to/model engines/ --data prompts.jsonl --format tensorrt",
+)
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -49,27 +61,33 @@ def export(
     tokens: Annotated[
         int | None, typer.Option(help="maximum prompt length of engines (default: 8192)")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Export encoder, cold and warm prefill and decoding step as ONNX graphs or TensorRT engines."""
     with readable_errors():
-        if dtype not in DTYPES:
-            raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
-        loaded, inputs = _example(model, data, dtype)
-        engine = None
-        if output_format == "tensorrt":
-            engine = _engine_options(compute_capability or (), package, tokens)
-        report = vlcache_fx.export(
-            loaded,
-            inputs,
-            directory,
-            format=output_format,
-            opset=opset,
-            engine=engine,
-            policy=policy,
-            budget=budget,
-            profile=profile,
-        )
-        _show(report)
+        with stdout_for_json(as_json):
+            if dtype not in DTYPES:
+                raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
+            check_output_folder(directory)
+            loaded, inputs = _example(model, data, dtype)
+            engine = None
+            if output_format == "tensorrt":
+                engine = _engine_options(compute_capability or (), package, tokens)
+            report = vlcache_fx.export(
+                loaded,
+                inputs,
+                directory,
+                format=output_format,
+                opset=opset,
+                engine=engine,
+                policy=policy,
+                budget=budget,
+                profile=profile,
+            )
+        if as_json:
+            print_json(report.as_dict())
+        else:
+            _show(report)
 
 
 def _example(model: str, data: Path | None, dtype: str) -> tuple[Any, dict[str, Any]]:
@@ -107,7 +125,7 @@ def _show(report: ExportReport) -> None:
     seconds = {f"{name}.engine": values["build_seconds"] for name, values in report.engines.items()}
     for name, size in report.files.items():
         table.add_row(name, f"{size / 1e3:,.0f}", f"{seconds[name]:.1f}" if name in seconds else "")
-    console = Console()
+    console = result_console()
     console.print(table)
     console.print(
         f"{len(report.lookups)} lookups in {len(report.restricted)} layers; "

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from vlcache_fx.log_output import apply_log_variable
+
 COMPILING = re.compile(r"vlcache: compiling (.+)$")
 ENDED = ("vlcache: compiled ", "vlcache: loaded ")
 REFRESH_S = 0.5
@@ -24,6 +26,9 @@ def showing_progress(what: str) -> Iterator[None]:
     Args:
         what: what the body does, such as ``starting``.
     """
+    if apply_log_variable():  # it goes there already, from the level that the user chose
+        yield
+        return
     console = Console(stderr=True)
     handler: logging.Handler = _Line(console, what) if console.is_terminal else logging.StreamHandler()
     level = LOG.level

@@ -1,4 +1,4 @@
-"""Shared by ``vlcache fidelity`` and ``vlcache calibrate``: options for prompts, and a progress bar."""
+"""Shared by ``vlcache fidelity``, ``calibrate`` and ``gate``: options for prompts, and a progress bar."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlcache_fx.cli.output import progress_console
 
 DATA = typer.Option(
     help="prompts, one JSON object per line: images (paths), prompt, answer; repeated images are reused "
@@ -18,15 +19,10 @@ POSITIONS = typer.Option(
 )
 
 
-def wide_console() -> Console:
-    """Return a console; 120 characters wide for files and pipes."""
-    return Console() if Console().is_terminal else Console(width=120)
-
-
 @contextmanager
-def progress(console: Console, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a transient progress bar; yield the function that advances it."""
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a transient progress bar on stderr; yield the function that advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=progress_console(), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.advance(task, done)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
+from vlcache_fx.cli.output import examples, print_json, stdout_for_json
 from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.cli.values import bytes_of
 from vlcache_fx.errors import OptionError
+
+EPILOG = examples(
+    "vlcache serve reference --port 8000",
+    "vlcache serve /models/qwen --capacity 8GiB --api-key-file keys.txt",
+    "vlcache serve /models/qwen --store memory:// --store file:///cache",
+)
 
 NOTHING_REUSED = {"min_span_tokens": 1 << 30, "capacity_bytes": 1}
 """No span is that long, and no features of an encoder fit."""
@@ -104,9 +113,13 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help="a Ray cluster that runs, or auto (default: one on this machine)")
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object to stdout when the server is ready")
+    ] = False,
 ) -> None:
     """Serve models with the OpenAI API: chat completions and responses, with pictures."""
-    with readable_errors():
+    json_to = sys.stdout if as_json else None
+    with readable_errors(), stdout_for_json(as_json):
         # deferred: importing torch takes a second
         from vlcache_fx.serve.extra import require_serve
 
@@ -159,7 +172,7 @@ def serve(
         if replicas is None:
             if max_replicas is not None or ray_address is not None:
                 raise OptionError("--max-replicas and --ray-address need --replicas")
-            _run(options)
+            _run(options, json_to)
             return
         from vlcache_fx.serve.cluster.options import ClusterOptions
         from vlcache_fx.serve.extra import require_ray
@@ -168,10 +181,10 @@ def serve(
         cluster = ClusterOptions(
             replicas, max_replicas, cpus_per_replica, gpus_per_replica, threads, imbalance, ray_address
         )
-        _run_cluster(options, cluster)
+        _run_cluster(options, cluster, json_to)
 
 
-def _run(options: Any) -> None:
+def _run(options: Any, json_to: TextIO | None) -> None:
     from vlcache_fx.serve.server import Server
 
     begin = time.perf_counter()
@@ -179,7 +192,7 @@ def _run(options: Any) -> None:
 
     def ready(url: str) -> None:
         progress.close()
-        _say_ready(f"serving {', '.join(server.service.models.sources)} at {url}/v1", begin)
+        _say_ready(server.service.models.sources, url, begin, json_to)
 
     server = Server(options, ready)
     typer.echo(f"listening at {server.url}; loading and compiling", err=True)
@@ -188,13 +201,13 @@ def _run(options: Any) -> None:
         server.run()
 
 
-def _run_cluster(options: Any, cluster: Any) -> None:
+def _run_cluster(options: Any, cluster: Any, json_to: TextIO | None) -> None:
     from vlcache_fx.serve.cluster.run import Cluster
 
     begin = time.perf_counter()
 
     def ready(url: str) -> None:
-        _say_ready(f"serving {', '.join(options.models)} at {url}/v1, replicas: {cluster.replicas}", begin)
+        _say_ready(options.models, url, begin, json_to, cluster.replicas)
 
     running = Cluster(options, cluster, ready)
     many = "replica" if cluster.replicas == 1 else "replicas"
@@ -202,8 +215,16 @@ def _run_cluster(options: Any, cluster: Any) -> None:
     running.run()
 
 
-def _say_ready(text: str, begin: float) -> None:
-    typer.echo(f"{text} (ready after {time.perf_counter() - begin:.1f} s)")
+def _say_ready(
+    models: Iterable[str], url: str, begin: float, json_to: TextIO | None, replicas: int | None = None
+) -> None:
+    seconds, names = time.perf_counter() - begin, list(models)
+    if json_to is not None:
+        found = {"url": f"{url}/v1", "models": names, "replicas": replicas, "seconds": round(seconds, 3)}
+        print_json(found, indent=None, file=json_to)
+        return
+    more = "" if replicas is None else f", replicas: {replicas}"
+    typer.echo(f"serving {', '.join(names)} at {url}/v1{more} (ready after {seconds:.1f} s)")
 
 
 def _keys_in(path: Path | None) -> tuple[str, ...]:

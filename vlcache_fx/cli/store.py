@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vlcache_fx.cli.errors import readable_errors
-from vlcache_fx.cli.prompts import progress, wide_console
+from vlcache_fx.cli.output import Json, examples, print_json, result_console
+from vlcache_fx.cli.prompts import progress
 from vlcache_fx.cli.store_access import (
     VARIABLE,
     as_row,
@@ -48,13 +47,15 @@ Url = Annotated[
     ),
 ]
 Key = Annotated[str | None, typer.Argument(help="key of an entry, or the beginning of it or of its digest")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Salt = Annotated[str | None, typer.Option(help="entries of this salt, or tag of a salt")]
 Model = Annotated[str | None, typer.Option(help="entries of this fingerprint of weights, or its tag")]
 Kind = Annotated[str | None, typer.Option(help="donor, exact, text, features")]
 
 
-@app.command("ls")
+FOLDER = "file:///var/cache/vlcache"
+
+
+@app.command("ls", epilog=examples(f"vlcache store ls {FOLDER} --salt tenant-a --limit 20"))
 def list_entries(
     url: Url = None,
     salt: Salt = None,
@@ -68,20 +69,20 @@ def list_entries(
         entries = selected(store, salt, model, kind)
     shown, nbytes = entries[:limit], sum(entry.nbytes for entry in entries)
     if as_json:
-        _print_json({"entries": [as_row(entry) for entry in shown], "count": len(entries), "nbytes": nbytes})
+        print_json({"entries": [as_row(entry) for entry in shown], "count": len(entries), "nbytes": nbytes})
         return
     table = Table("kind", "salt", "model", "digest", "tier", "size", "last used")
     for entry in shown:
         own_kind, own_salt, own_model, digest = names_of(entry.key)
         size = as_size(entry.nbytes)
         table.add_row(own_kind, own_salt, own_model, digest[:12], entry.tier, size, as_time(entry.used_at))
-    console = wide_console()
+    console = result_console()
     console.print(table)
     more = f" ({len(shown)} shown)" if len(shown) < len(entries) else ""
     console.print(f"{counted(len(entries))}, {as_size(nbytes)}{more}", highlight=False)
 
 
-@app.command()
+@app.command(epilog=examples(f"vlcache store stats {FOLDER} --json"))
 def stats(url: Url = None, as_json: Json = False) -> None:
     """Print sizes and bounds; counts begin when a store is opened."""
     with readable_errors(BAD_INPUT), opened(url) as store:
@@ -92,20 +93,20 @@ def stats(url: Url = None, as_json: Json = False) -> None:
             of_kind[1] += entry.nbytes
     if as_json:
         by_kind = {kind: {"entries": count, "nbytes": size} for kind, (count, size) in kinds.items()}
-        _print_json({**asdict(found), "kinds": by_kind})
+        print_json({**asdict(found), "kinds": by_kind})
         return
     table = Table("tier", "entries", "used", "bound", "evictions", "failures", "damaged")
     for tier in found.tiers or (found,):
         used, bound = as_size(tier.used_bytes), as_size(tier.capacity_bytes)
         counts = (tier.evictions, tier.failures, tier.damaged)
         table.add_row(tier.tier, str(tier.entries), used, bound, *map(str, counts))
-    console = wide_console()
+    console = result_console()
     console.print(table)
     for kind, (count, size) in sorted(kinds.items()):
         console.print(f"{kind}: {counted(count)}, {as_size(size)}", highlight=False)
 
 
-@app.command()
+@app.command(epilog=examples("vlcache store verify mooncake://10.0.0.1:50051"))
 def verify(
     url: Url = None, salt: Salt = None, model: Model = None, kind: Kind = None, as_json: Json = False
 ) -> None:
@@ -113,14 +114,14 @@ def verify(
     with readable_errors(BAD_INPUT), opened(url) as store:
         entries = selected(store, salt, model, kind)
         found: dict[str, list[str]] = {"intact": [], "damaged": [], "unreadable": [], "gone": []}
-        with progress(Console(stderr=True), "reading", len(entries)) as advance:
+        with progress("reading", len(entries)) as advance:
             for entry in entries:
                 found[_checked(store, entry.key)].append(entry.key)
                 advance(1)
     counts = {state: len(keys) for state, keys in found.items()}
     bad = found["damaged"] + found["unreadable"]
     if as_json:
-        _print_json({"counts": counts, "damaged": found["damaged"], "unreadable": found["unreadable"]})
+        print_json({"counts": counts, "damaged": found["damaged"], "unreadable": found["unreadable"]})
     else:
         for state in ("damaged", "unreadable"):
             for key in found[state]:
@@ -130,7 +131,9 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=examples(f"vlcache store evict {FOLDER} --to 20GiB", f"vlcache store evict {FOLDER} donor-41f2")
+)
 def evict(
     url: Url = None,
     key: Key = None,
@@ -159,7 +162,7 @@ def evict(
     _print_dropped(count, dropped, as_json)
 
 
-@app.command()
+@app.command(epilog=examples(f"vlcache store clear {FOLDER} --model 8c1f00d2a9b3e477 --yes"))
 def clear(
     url: Url = None,
     salt: Salt = None,
@@ -184,7 +187,7 @@ def clear(
     _print_dropped(count, dropped, as_json)
 
 
-@app.command()
+@app.command(epilog=examples(f"vlcache store why {FOLDER} donor-41f2"))
 def why(url: Url = None, key: Key = None, as_json: Json = False) -> None:
     """Say where an entry is, or why a key is not found: evicted, or what the nearest entry has otherwise."""
     from vlcache_fx.runtime.donors.explain_miss import explain_key, notes_of
@@ -197,7 +200,7 @@ def why(url: Url = None, key: Key = None, as_json: Json = False) -> None:
             explanation = explain_key(key, store)
     if as_json:
         stored = [{**as_row(entry), "parts": notes_of(entry)} for entry in entries]
-        _print_json({**explanation.as_dict(), "stored": stored})
+        print_json({**explanation.as_dict(), "stored": stored})
         return
     for entry in entries:
         typer.echo(f"{key}\n{entry.tier}: {as_size(entry.nbytes)}, last used {as_time(entry.used_at)}")
@@ -238,10 +241,6 @@ def _checked(store: Store, key: str) -> str:
 def _print_dropped(count: int, dropped: list[EntryInfo], as_json: bool) -> None:
     nbytes = sum(entry.nbytes for entry in dropped)
     if as_json:
-        _print_json({"dropped": count, "nbytes": nbytes, "keys": [entry.key for entry in dropped]})
+        print_json({"dropped": count, "nbytes": nbytes, "keys": [entry.key for entry in dropped]})
     else:
         typer.echo(f"dropped {counted(count)}, {as_size(nbytes)}")
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=1))

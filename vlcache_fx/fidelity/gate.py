@@ -114,7 +114,7 @@ def check(
     if not isinstance(engine, ServingEngine):
         raise OptionError(f"this {type(model).__name__} has no engine: compile it with vlcache_fx.compile")
     calls = [dict(prompt) for prompt in prompts]
-    _check_bounds(min_agreement, max_kl, budgets)
+    check_bounds(min_agreement, max_kl, budgets)
     before = engine.options
     counts = (before.exact_returns,) if exact_returns is None else sorted(set(exact_returns))
     learning = [_learning(before, count) for count in counts]
@@ -227,7 +227,8 @@ def _next_logits(output: Any) -> Tensor:
     return last.to(torch.promote_types(last.dtype, torch.float32))
 
 
-def _check_bounds(min_agreement: float, max_kl: float | None, budgets: Sequence[float]) -> None:
+def check_bounds(min_agreement: float, max_kl: float | None, budgets: Sequence[float]) -> None:
+    """Raise OptionError if a bound or a budget of ``check`` is not valid."""
     if not 0 <= min_agreement <= 1:
         raise OptionError(f"min_agreement={min_agreement!r} is not valid: it must be a share in [0, 1]")
     if max_kl is not None and not max_kl >= 0:

@@ -87,6 +87,17 @@ class Subject:
             del given["input_ids"]
         return Question(given, tuple(answers))
 
+    def ask(self, prompt: Prompt) -> dict[str, Any]:
+        """Convert a prompt without its answer to inputs: the next token is the first of an answer."""
+        given = dict(
+            self.processor(text=[prompt.text], images=list(prompt.images), return_tensors="pt").to(
+                self.model.device
+            )
+        )
+        if "inputs_embeds" in given:  # marked passages; models take one of the two
+            del given["input_ids"]
+        return given
+
     def record(self, cases: Sequence[Case], contexts: int = 1) -> None:
         """Clear the store, then compute the donors' prompts to record their images, in ``contexts`` of them.
 

@@ -21,6 +21,7 @@ from vlcache_fx.errors import (
     UnsupportedGraphError,
 )
 from vlcache_fx.keys.entry_key import Selection
+from vlcache_fx.log_output import apply_log_variable
 from vlcache_fx.options import Options
 from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
@@ -68,6 +69,7 @@ class ServingState:
     """
 
     def __init__(self, options: Options | None = None) -> None:
+        apply_log_variable()
         self.options = options or Options()
         self.settings = ContextSettings(_settings(self.options))
         self.store = open_store(self.options.store, self.options.capacity_bytes, strict=self.options.strict)

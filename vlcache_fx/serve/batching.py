@@ -106,6 +106,8 @@ class Batcher:
     def cancel(self, job: Job) -> None:
         """The client is gone: take the job from the queue, or end its row."""
         with self._changed:
+            if job.ended_s:  # the client has its answer, which may not be counted yet
+                return
             job.is_cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)

@@ -166,6 +166,20 @@ def open_store(store: StoreChoice, capacity_bytes: int, *, strict: bool = False)
     return _open(store, capacity_bytes, strict, _OPENERS)
 
 
+def open_tier(url: str, capacity_bytes: int) -> Store:
+    """Open the tier of a URL by itself: writes are done when they return, and failures are raised.
+
+    Raises:
+        OptionError: it is no URL of a known form.
+        StoreError: the tier cannot be opened.
+    """
+    parsed = _parsed(url, _OPENERS)
+    assert isinstance(parsed, StoreURL)
+    tier = _opened(parsed, capacity_bytes, True, _OPENERS)
+    assert tier is not None  # strict
+    return tier
+
+
 def _open(store: StoreChoice, capacity_bytes: int, strict: bool, openers: Mapping[str, Opener]) -> Store:
     if isinstance(store, Store):
         return store

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+from vlcache_fx.log_output import apply_log_variable
 from vlcache_fx.serve.asgi import ends_answer, mark_seen, replay
 from vlcache_fx.serve.cluster.route import Route
 from vlcache_fx.serve.exchange import SCOPE_ENTRY
@@ -138,6 +139,8 @@ class Replica:
 
 def _show_log() -> None:
     """Let the package's log go to stderr, which Ray collects and shows."""
+    if apply_log_variable():
+        return
     logger = logging.getLogger("vlcache_fx")
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
