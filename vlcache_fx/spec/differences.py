@@ -6,8 +6,8 @@ BLOCK_ROWS = 128
 RIDGE = 3.0
 """Regularisation of the weights of contexts, as a multiple of the mean square of their differences.
 
-Prompts unlike all stored ones need it (measured on SmolLM2 and the hybrid VLM, docs/measurements-fidelity.md):
-with 1, single prompts err more than with one context; with 10, others gain less.
+Prompts unlike all stored ones need it: with 1, single prompts err more than with one context; with 10, others
+gain less (measured on SmolLM2 and the hybrid VLM, docs/measurements-fidelity.md).
 """
 
 LEAST_RIDGE = 1e-12
