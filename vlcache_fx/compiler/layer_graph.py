@@ -1,0 +1,162 @@
+"""One layer of a decoder before and after the passes, as plain data for explanations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from vlcache_fx.analysis import DecoderFacts
+from vlcache_fx.ir import Captured
+from vlcache_fx.ir.nodes import NO_BOUND, packet_of
+from vlcache_fx.ir.refusal import source_line, without_folders
+from vlcache_fx.passes import Program
+from vlcache_fx.spec.slots import Keep, Positions, Results, Rows
+
+SPLICES = frozenset({torch.ops.vlcache.lookup, torch.ops.vlcache.splice_rows, torch.ops.vlcache.fit_rows})
+"""Operators at which stored rows enter a layer."""
+
+LONGEST_LINE = 240
+
+
+@dataclass(frozen=True)
+class NodeLine:
+    """One node of a graph.
+
+    Attributes:
+        name: its name; a node that passes keep has the same name before and after.
+        text: what it computes, such as ``aten.linear(rms_norm, weight)``.
+        shape: shape of its result, such as ``1 x tokens x 64``; empty for results that are no tensors.
+        source: line of the traced code, ``"file.py", line 3, in forward: code``; empty where unknown.
+        marks: of ``frontier`` (its rows are stored), ``lookup`` (stored rows enter), ``attention``,
+            ``recurrent`` and ``rows`` (gathers active rows).
+    """
+
+    name: str
+    text: str
+    shape: str = ""
+    source: str = ""
+    marks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """A layer before and after the passes of the warm program.
+
+    Attributes:
+        index: index of the layer, from 0: the first that recurs with the same operators.
+        repeats: number of layers with the same operators.
+        before: its nodes after clean-up.
+        after: its nodes in the warm program, with the inputs that passes added for it.
+    """
+
+    index: int
+    repeats: int
+    before: tuple[NodeLine, ...]
+    after: tuple[NodeLine, ...]
+
+
+def layer_graph(captured: Captured, facts: DecoderFacts, warm: Program) -> LayerGraph | None:
+    """Return the first layer that recurs, or the first one; None for programs that are not cut into layers.
+
+    Args:
+        captured: the decoder's graph after clean-up.
+        facts: its analysis.
+        warm: its warm program; kept nodes have the names that they have in ``captured``.
+    """
+    layers = [_of_layer(warm.graph, index) for index in range(facts.num_layers)]
+    operators = [tuple(str(node.target) for node in nodes) for nodes in layers]
+    counts = Counter(operators)
+    index = next((number for number, own in enumerate(operators) if counts[own] > 1), 0)
+    if not layers or not layers[index]:
+        return None
+    inputs = {node: slot for slot, node in warm.slots.items()}
+    read = {used for node in layers[index] for used in node.all_input_nodes if used in inputs}
+    added = [node for node in warm.graph.nodes if node in read]
+    gathers = {node for node, slot in inputs.items() if isinstance(slot, Rows | Keep | Positions | Results)}
+    marks = _marks(facts, index)
+    by_name = {node.name: own for node, own in marks.items()}
+    kept = {node.name for node in layers[index]} | {node.name for node in facts.stream.members[index]}
+    before = [
+        node for node in captured.graph_module.graph.nodes if node.op == "call_function" and node.name in kept
+    ]
+    return LayerGraph(
+        index,
+        counts[operators[index]],
+        _lines(before, {node: by_name.get(node.name, ()) for node in before}),
+        _lines(
+            [*added, *layers[index]],
+            {node: by_name.get(node.name, ()) + _added_marks(node, gathers) for node in layers[index]},
+        ),
+    )
+
+
+def _of_layer(graph: fx.Graph, index: int) -> list[Node]:
+    segment = f"layer.{index}"
+    return [node for node in graph.nodes if node.meta.get("segment") == segment]
+
+
+def _marks(facts: DecoderFacts, index: int) -> dict[Node, tuple[str, ...]]:
+    """Return what analysis found at nodes of a layer."""
+    layer = facts.layers[index]
+    found: dict[Node, tuple[str, ...]] = {}
+    for node in (layer.key_frontier, layer.value_frontier):
+        if node is not None:
+            found[node] = ("frontier",)
+    for mixer in (*layer.recurrences, *layer.convolutions):
+        found[mixer.node] = (*found.get(mixer.node, ()), "recurrent")
+    if layer.site is not None:
+        found[layer.site.node] = (*found.get(layer.site.node, ()), "attention")
+    return found
+
+
+def _added_marks(node: Node, gathers: set[Node]) -> tuple[str, ...]:
+    if packet_of(node) in SPLICES:
+        return ("lookup",)
+    return ("rows",) if any(used in gathers for used in node.all_input_nodes) else ()
+
+
+def _lines(nodes: Sequence[Node], marks: dict[Node, tuple[str, ...]]) -> tuple[NodeLine, ...]:
+    return tuple(
+        NodeLine(
+            node.name,
+            node_text(node),
+            _shape(node.meta.get("val")),
+            without_folders(source_line(node)) or "",
+            marks.get(node, ()),
+        )
+        for node in nodes
+    )
+
+
+def node_text(node: Node) -> str:
+    """Return what a node computes, in one line."""
+    if node.op != "call_function":
+        return "input" if node.op == "placeholder" else f"{node.op} {node.target}"
+    target = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        target = str(node.target)
+    named = [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
+    text = f"{target.removesuffix('.default')}({', '.join([*map(_argument, node.args), *named])})"
+    return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 4]} ..."
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_argument, value))}]"
+    if isinstance(value, Node):
+        return value.name
+    return "end" if value == NO_BOUND else str(value)
+
+
+def _shape(value: Any) -> str:
+    return " x ".join(_sizes(value.shape)) if isinstance(value, Tensor) else ""
+
+
+def _sizes(sizes: Iterable[Any]) -> list[str]:
+    return [str(size) for size in sizes]
