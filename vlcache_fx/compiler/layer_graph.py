@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ SPLICES = frozenset({torch.ops.vlcache.lookup, torch.ops.vlcache.splice_rows, to
 
 LONGEST_LINE = 240
 
+TORCH = "/torch/nn/"
+"""Part of the paths of torch's own modules, which are not the model's code."""
+
 
 @dataclass(frozen=True)
 class NodeLine:
@@ -31,7 +34,8 @@ class NodeLine:
     Attributes:
         name: its name; a node that passes keep has the same name before and after.
         text: what it computes, such as ``aten.linear(rms_norm, weight)``.
-        shape: shape of its result, such as ``1 x tokens x 64``; empty for results that are no tensors.
+        shape: shape of its result, such as ``1 x s27 x 64``; empty for results that are no tensors, and after
+            passes, which change it.
         source: line of the traced code, ``"file.py", line 3, in forward: code``; empty where unknown.
         marks: of ``frontier`` (its rows are stored), ``lookup`` (stored rows enter), ``attention``,
             ``recurrent`` and ``rows`` (gathers active rows).
@@ -61,13 +65,16 @@ class LayerGraph:
     after: tuple[NodeLine, ...]
 
 
-def layer_graph(captured: Captured, facts: DecoderFacts, warm: Program) -> LayerGraph | None:
+def layer_graph(
+    captured: Captured, facts: DecoderFacts, warm: Program, names: Mapping[str, str]
+) -> LayerGraph | None:
     """Return the first layer that recurs, or the first one; None for programs that are not cut into layers.
 
     Args:
         captured: the decoder's graph after clean-up.
         facts: its analysis.
         warm: its warm program; kept nodes have the names that they have in ``captured``.
+        names: names of weights in the model, by name of their nodes.
     """
     layers = [_of_layer(warm.graph, index) for index in range(facts.num_layers)]
     operators = [tuple(str(node.target) for node in nodes) for nodes in layers]
@@ -85,14 +92,18 @@ def layer_graph(captured: Captured, facts: DecoderFacts, warm: Program) -> Layer
     before = [
         node for node in captured.graph_module.graph.nodes if node.op == "call_function" and node.name in kept
     ]
+    after = [
+        replace(line, shape=line.shape if node in read else "")
+        for node, line in (
+            (node, _line(node, names, by_name.get(node.name, ()) + _added_marks(node, gathers)))
+            for node in [*added, *layers[index]]
+        )
+    ]
     return LayerGraph(
         index,
         counts[operators[index]],
-        _lines(before, {node: by_name.get(node.name, ()) for node in before}),
-        _lines(
-            [*added, *layers[index]],
-            {node: by_name.get(node.name, ()) + _added_marks(node, gathers) for node in layers[index]},
-        ),
+        tuple(_line(node, names, by_name.get(node.name, ())) for node in before),
+        tuple(after),
     )
 
 
@@ -121,42 +132,30 @@ def _added_marks(node: Node, gathers: set[Node]) -> tuple[str, ...]:
     return ("rows",) if any(used in gathers for used in node.all_input_nodes) else ()
 
 
-def _lines(nodes: Sequence[Node], marks: dict[Node, tuple[str, ...]]) -> tuple[NodeLine, ...]:
-    return tuple(
-        NodeLine(
-            node.name,
-            node_text(node),
-            _shape(node.meta.get("val")),
-            without_folders(source_line(node)) or "",
-            marks.get(node, ()),
-        )
-        for node in nodes
-    )
+def _line(node: Node, names: Mapping[str, str], marks: tuple[str, ...]) -> NodeLine:
+    source = without_folders(source_line(node, skipped=TORCH)) or ""
+    return NodeLine(node.name, node_text(node, names), _shape(node.meta.get("val")), source, marks)
 
 
-def node_text(node: Node) -> str:
-    """Return what a node computes, in one line."""
+def node_text(node: Node, names: Mapping[str, str]) -> str:
+    """Return what a node computes, in one line. ``names`` replaces names of its arguments."""
     if node.op != "call_function":
         return "input" if node.op == "placeholder" else f"{node.op} {node.target}"
-    target = getattr(node.target, "__name__", str(node.target)) if callable(node.target) else str(node.target)
-    if isinstance(node.target, torch._ops.OpOverload):
-        target = str(node.target)
-    named = [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
-    text = f"{target.removesuffix('.default')}({', '.join([*map(_argument, node.args), *named])})"
+    is_operator = isinstance(node.target, torch._ops.OpOverload)
+    target = str(node.target) if is_operator else getattr(node.target, "__name__", str(node.target))
+    named = [f"{name}={_argument(value, names)}" for name, value in node.kwargs.items()]
+    shown = [_argument(value, names) for value in node.args]
+    text = f"{target.removesuffix('.default')}({', '.join([*shown, *named])})"
     return text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE - 4]} ..."
 
 
-def _argument(value: Any) -> str:
+def _argument(value: Any, names: Mapping[str, str]) -> str:
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_argument, value))}]"
+        return f"[{', '.join(_argument(item, names) for item in value)}]"
     if isinstance(value, Node):
-        return value.name
+        return names.get(value.name, value.name)
     return "end" if value == NO_BOUND else str(value)
 
 
 def _shape(value: Any) -> str:
-    return " x ".join(_sizes(value.shape)) if isinstance(value, Tensor) else ""
-
-
-def _sizes(sizes: Iterable[Any]) -> list[str]:
-    return [str(size) for size in sizes]
+    return " x ".join(map(str, value.shape)) if isinstance(value, Tensor) else ""

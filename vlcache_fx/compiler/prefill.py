@@ -103,7 +103,7 @@ class Prefill:
             nodes=tuple(len(graph.nodes) for graph in graphs),
             engines=engines.engines,
             outside_engines=dict(engines.outside),
-            layer=layer_graph(self.decoder, self.decoder_facts, warm),
+            layer=layer_graph(self.decoder, self.decoder_facts, warm, self.graph.input_names),
         )
 
 
