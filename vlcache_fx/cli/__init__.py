@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import typer
 
-from vlcache_fx.cli import bench, calibrate, export, fidelity, policies, serve, store, version, warm_up
+from vlcache_fx.cli import (
+    bench,
+    calibrate,
+    explain,
+    export,
+    fidelity,
+    policies,
+    serve,
+    store,
+    version,
+    warm_up,
+)
 
 app = typer.Typer(
     help="Reuse vision encoder outputs and KV caches of vision-language models.",
@@ -17,6 +28,7 @@ app = typer.Typer(
 app.command()(version.version)
 app.command()(policies.policies)
 app.command()(bench.bench)
+app.command()(explain.explain)
 app.command()(fidelity.fidelity)
 app.command()(calibrate.calibrate)
 app.command()(export.export)

@@ -119,8 +119,9 @@ def _marks(facts: DecoderFacts, index: int) -> dict[Node, tuple[str, ...]]:
     for node in (layer.key_frontier, layer.value_frontier):
         if node is not None:
             found[node] = ("frontier",)
-    for mixer in (*layer.recurrences, *layer.convolutions):
-        found[mixer.node] = (*found.get(mixer.node, ()), "recurrent")
+    recurrent = [recurrence.node for recurrence in layer.recurrences]
+    for node in [*recurrent, *(convolution.node for convolution in layer.convolutions)]:
+        found[node] = (*found.get(node, ()), "recurrent")
     if layer.site is not None:
         found[layer.site.node] = (*found.get(layer.site.node, ()), "attention")
     return found

@@ -129,19 +129,31 @@ class Explanation(Sequence[GraphExplanation]):
             found.append(Refusal(subject, reason, f"{reason.text}{detail}", reason.advice))
         return tuple(found)
 
-    def with_texts(self, decode: Callable[[list[int]], str]) -> Explanation:
+    def with_texts(
+        self, decode: Callable[[list[int]], str], token_ids: Sequence[Sequence[int]] | None = None
+    ) -> Explanation:
         """Return the explanation with the texts of tokens.
 
         Args:
             decode: text of token ids, such as ``tokenizer.decode``.
+            token_ids: ids of each prompt's tokens, where the call had embeddings instead. Prompts of other
+                lengths keep theirs.
         """
-        ids = {token: "" for sample in self.samples for token in sample.token_ids}
-        texts = {token: str(decode([token])) for token in ids}
-        samples = (
-            replace(sample, texts=tuple(texts[token] for token in sample.token_ids))
-            for sample in self.samples
+        given = list(map(tuple, token_ids or ()))
+        samples = [
+            replace(sample, token_ids=given[index])
+            if index < len(given) and len(given[index]) == sample.num_tokens
+            else sample
+            for index, sample in enumerate(self.samples)
+        ]
+        texts = {token: "" for sample in samples for token in sample.token_ids}
+        texts |= {token: str(decode([token])) for token in texts}
+        return replace(
+            self,
+            samples=tuple(
+                replace(sample, texts=tuple(texts[token] for token in sample.token_ids)) for sample in samples
+            ),
         )
-        return replace(self, samples=tuple(samples))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the explanation as JSON-serializable data."""

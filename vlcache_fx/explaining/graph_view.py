@@ -41,7 +41,9 @@ def layer_section(graph: GraphExplanation) -> str:
         return ""
     marks = {mark for line in (*layer.before, *layer.after) for mark in line.marks}
     legend = "".join(f"<li>{_mark(name)}{text}</li>" for name, text in MARKS.items() if name in marks)
-    same = f", as in {layer.repeats} of {graph.num_layers} layers" if layer.repeats > 1 else ""
+    same = (
+        f"; {layer.repeats} of {graph.num_layers} layers have the same operators" if layer.repeats > 1 else ""
+    )
     rows = "".join(_rows(list(pairs(layer))))
     sizes = f"{len(layer.before)} nodes captured, {len(layer.after)} in the warm program{same}"
     return (

@@ -111,7 +111,7 @@ def _sample(sample: SampleExplanation, index: int, number: int) -> str:
     if sample.rows:
         layers = len(sample.rows)
         heat = (
-            f"<h3>Rows that each of the {layers} layers computes (dark: all tokens of a cell)</h3>"
+            f"<h3>Rows that each of the {layers} layers computes</h3>"
             f"{svg(sample.rows, sample.num_tokens)}"
             f'<div class="axis"><span>layer 0 at the top, layer {layers - 1} at the bottom</span>'
             f"<span>{_row_counts(sample)}</span></div>"

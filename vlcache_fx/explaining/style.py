@@ -41,14 +41,15 @@ svg.bar rect{fill:var(--c)}
 svg.heat{background:var(--panel);border:1px solid var(--line);border-radius:4px}
 svg.heat path{fill:var(--heat)}
 SHADES
-.axis{display:flex;justify-content:space-between;color:var(--muted);font-size:12px;margin:2px 0 6px}
+.axis{display:flex;justify-content:space-between;gap:14px;color:var(--muted);font-size:12px;margin:2px 0 6px}
 .flow{line-height:2;overflow-wrap:anywhere}
 .t{background:color-mix(in srgb,var(--c) 20%,transparent);border-bottom:2px solid var(--c);
-  border-radius:3px;padding:1px 1px;margin-right:1px;white-space:pre-wrap}
+  border-radius:3px;padding:0 1px;margin-right:1px;white-space:pre-wrap;display:inline-block;
+  line-height:1.45;max-width:100%}
 .image{display:inline-block;border:1px solid var(--line);border-radius:6px;padding:2px 8px;
   margin:2px 4px;line-height:1.5;background:var(--panel);font-size:13px;vertical-align:middle}
 .image b{color:var(--c)}
-.image svg{height:6px;border-radius:3px;margin:1px 0 4px;min-width:150px}
+.image svg{height:6px;border-radius:3px;margin:1px 0 4px;width:240px;max-width:100%}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
@@ -94,9 +95,9 @@ h1{font-size:19px}
 .diff .chg>div:first-child,.diff .del>div:first-child{background:var(--del)}
 .diff .chg>div+div{background:var(--add)}
 .diff .head{display:none}
-.bars{grid-template-columns:1fr max-content}
-.bars .track{grid-column:1/3;grid-row:auto;order:0}
-.bars .num{grid-column:2;grid-row:auto}
+.bars{grid-template-columns:1fr max-content;grid-auto-flow:row dense}
+.bars .track{grid-column:1/3}
+.bars .num{grid-column:2}
 .stack thead{display:none}
 .stack tr{display:block;border-bottom:1px solid var(--line);padding:6px 0}
 .stack td{display:block;border:0;padding:1px 0}

@@ -142,9 +142,9 @@ class Observations:
 
 
 def _sample(sample: Sample, plan: Plan) -> SampleObservation:
-    rows: list[Ranges] = []
-    for before, now in pairwise((None, *plan.rows)):
-        rows.append(rows[-1] if rows and now is before else ranges_of(now))
+    rows = [ranges_of(plan.rows[0])]
+    for before, now in pairwise(plan.rows):
+        rows.append(rows[-1] if now is before else ranges_of(now))
     return SampleObservation(
         plan.num_tokens,
         sample.prefix,
