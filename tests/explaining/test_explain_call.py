@@ -194,7 +194,7 @@ def test_batch() -> None:
     found = pair.engine.explain(**two)
     report = pair.run(**two)[1]
     assert found.mode == report["mode"] == "warm"
-    assert [sum(count(sample.runs).values()) for sample in found.samples] == [25, 25]
+    assert [sum(count(sample.ranges).values()) for sample in found.samples] == [25, 25]
     assert [donor.sample for donor in found.donors] == [0, 1]
     assert "Prompt 1: " in checked(found).text
 

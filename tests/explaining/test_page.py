@@ -19,7 +19,7 @@ from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
 from vlcache_fx.explaining.graph_view import layer_section, pairs
 from vlcache_fx.explaining.numbers import bytes_text, flops_text, ms_text, seconds_text, short_key
 from vlcache_fx.explaining.prediction import Prediction, Predictions
-from vlcache_fx.explaining.tokens import TokenClass, TokenRun
+from vlcache_fx.explaining.tokens import TokenClass, TokenRange
 from vlcache_fx.runtime.observation import ranges_of
 
 from .examples import COUNTS, hand_made
@@ -138,8 +138,8 @@ def test_long_prompt_has_a_small_page() -> None:
     torch.manual_seed(0)
     rows = tuple(ranges_of(torch.randperm(8000)[:2000].sort().values) for _ in range(60))
     kinds = (TokenClass.TEXT, TokenClass.REUSED, TokenClass.RECOMPUTED)
-    runs = tuple(TokenRun(kinds[index % 3], 4 * index, 4 * index + 4) for index in range(2000))
-    sample = SampleExplanation(8000, 0, runs, rows, tuple(range(8000)), ("token ",) * 8000)
+    ranges = tuple(TokenRange(kinds[index % 3], 4 * index, 4 * index + 4) for index in range(2000))
+    sample = SampleExplanation(8000, 0, ranges, rows, tuple(range(8000)), ("token ",) * 8000)
     page = Explanation((), samples=(sample,)).to_html()
     assert len(page) < 1_000_000
     assert counts_of(page) == {"text": 2668, "reused": 2668, "recomputed": 2664}

@@ -36,7 +36,7 @@ def with_predictions(explanation: Explanation, model: Any, rates: Rates | None =
         note = "not predicted: the rows of each layer are unknown for this call"
         return replace(explanation, predictions=Predictions(note=note))
     found = rates or _measured(model)
-    text = [token for run in sample.runs if run.kind not in MEDIA for token in range(run.start, run.end)]
+    text = [token for run in sample.ranges if run.kind not in MEDIA for token in range(run.start, run.end)]
     rows = tuple(report.rows_per_layer)
     predictions = Predictions(
         _predict(size, found, (sample.num_tokens,) * size.layers + rows[-1:], text, explanation),

@@ -26,6 +26,9 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     policy: Annotated[str, typer.Option(help="see vlcache policies")] = "layer_aware",
     budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
+    profile: Annotated[
+        Path | None, typer.Option(help="profile of this model, from vlcache calibrate")
+    ] = None,
     lowering: Annotated[str, typer.Option(help="eager, inductor")] = "eager",
     predict: Annotated[
         bool, typer.Option(help="measure the rates of this machine, to predict times (seconds)")
@@ -47,7 +50,8 @@ def explain(
         families = () if data is not None else ("single_hop",)
         case = load_cases(model, data, families, 1, split="test", seed=seed)[0]
         typer.echo(f"loading {model}", err=True)
-        subject = load_subject(model, None, {"lowering": lowering, "policy": policy, "budget": budget})
+        options = {"lowering": lowering, "policy": policy, "budget": budget, "profile": profile}
+        subject = load_subject(model, None, options)
         found = _explained(subject, case)
         if predict:
             typer.echo("measuring the rates of this machine", err=True)

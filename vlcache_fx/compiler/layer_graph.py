@@ -21,6 +21,9 @@ from vlcache_fx.spec.slots import Keep, Positions, Results, Rows
 SPLICES = frozenset({torch.ops.vlcache.lookup, torch.ops.vlcache.splice_rows, torch.ops.vlcache.fit_rows})
 """Operators at which stored rows enter a layer."""
 
+GATHERS = frozenset({torch.ops.aten.index_select, torch.ops.aten.index, torch.ops.vlcache.take_rows})
+"""Operators that gather rows."""
+
 LONGEST_LINE = 240
 
 TORCH = "/torch/nn/"
@@ -85,7 +88,7 @@ def layer_graph(
     inputs = {node: slot for slot, node in warm.slots.items()}
     read = {used for node in layers[index] for used in node.all_input_nodes if used in inputs}
     added = [node for node in warm.graph.nodes if node in read]
-    gathers = {node for node, slot in inputs.items() if isinstance(slot, Rows | Keep | Positions | Results)}
+    indices = {node for node, slot in inputs.items() if isinstance(slot, Rows | Keep | Positions | Results)}
     marks = _marks(facts, index)
     by_name = {node.name: own for node, own in marks.items()}
     kept = {node.name for node in layers[index]} | {node.name for node in facts.stream.members[index]}
@@ -95,7 +98,7 @@ def layer_graph(
     after = [
         replace(line, shape=line.shape if node in read else "")
         for node, line in (
-            (node, _line(node, names, by_name.get(node.name, ()) + _added_marks(node, gathers)))
+            (node, _line(node, names, by_name.get(node.name, ()) + _added_marks(node, indices)))
             for node in [*added, *layers[index]]
         )
     ]
@@ -127,10 +130,11 @@ def _marks(facts: DecoderFacts, index: int) -> dict[Node, tuple[str, ...]]:
     return found
 
 
-def _added_marks(node: Node, gathers: set[Node]) -> tuple[str, ...]:
+def _added_marks(node: Node, indices: set[Node]) -> tuple[str, ...]:
     if packet_of(node) in SPLICES:
         return ("lookup",)
-    return ("rows",) if any(used in gathers for used in node.all_input_nodes) else ()
+    gathers = packet_of(node) in GATHERS and any(used in indices for used in node.all_input_nodes)
+    return ("rows",) if gathers else ()
 
 
 def _line(node: Node, names: Mapping[str, str], marks: tuple[str, ...]) -> NodeLine:

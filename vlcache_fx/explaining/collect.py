@@ -70,7 +70,7 @@ def _samples(
         length = 0 if report is None else report.num_tokens
         lengths = [len(own) for own in ids] or [length] * (0 if report is None else report.num_samples)
         return tuple(
-            SampleExplanation(number, runs=unmodified(number), token_ids=own)
+            SampleExplanation(number, ranges=unmodified(number), token_ids=own)
             for number, own in zip(lengths, ids or [()] * len(lengths), strict=True)
         )
     fits = len(ids) == len(call.samples) and len(ids[0]) == call.samples[0].num_tokens

@@ -16,7 +16,7 @@ from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.errors import Reason
 from vlcache_fx.explaining.prediction import Predictions
 from vlcache_fx.explaining.stages import Stage
-from vlcache_fx.explaining.tokens import TokenClass, TokenRun, count
+from vlcache_fx.explaining.tokens import TokenClass, TokenRange, count
 from vlcache_fx.runtime.donors.explain_miss import MissExplanation
 from vlcache_fx.runtime.observation import DonorFacts, Ranges
 from vlcache_fx.runtime.report import ReportView
@@ -46,7 +46,7 @@ class SampleExplanation:
     Attributes:
         num_tokens: its tokens, padding included; 0 where unknown.
         prefix: leading tokens that were reused exactly.
-        runs: what became of its tokens.
+        ranges: what became of its tokens.
         rows: tokens that each layer computes; empty for a call that ran unmodified.
         token_ids: ids of its tokens; empty where unknown.
         texts: texts of its tokens; empty without a tokenizer.
@@ -54,7 +54,7 @@ class SampleExplanation:
 
     num_tokens: int
     prefix: int = 0
-    runs: tuple[TokenRun, ...] = ()
+    ranges: tuple[TokenRange, ...] = ()
     rows: tuple[Ranges, ...] = ()
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class Explanation(Sequence[GraphExplanation]):
     @property
     def counts(self) -> dict[TokenClass, int]:
         """Number of tokens of each class that occurs, in all prompts."""
-        return count(run for sample in self.samples for run in sample.runs)
+        return count(run for sample in self.samples for run in sample.ranges)
 
     @property
     def mode(self) -> str:

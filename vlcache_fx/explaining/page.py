@@ -69,8 +69,9 @@ def _summary(explanation: Explanation) -> str:
     cards = [(explanation.mode, "mode")]
     if total:
         cards += [(f"{total:,}", "tokens"), (f"{reused:,}", "tokens reused")]
-    if TokenClass.RECOMPUTED in counts:
-        cards.append((f"{counts[TokenClass.RECOMPUTED]:,}", "image tokens recomputed"))
+    if explanation.report is not None and explanation.mode == "warm" and explanation.donors:
+        share = explanation.report.token_layer_fraction
+        cards.append((f"{share:.1%}", "of reused images' token-layers recomputed"))
     if explanation.stages:
         cards.append((ms_text(sum(stage.ms for stage in explanation.stages)), "measured, all stages"))
     if explanation.donors:
@@ -105,7 +106,7 @@ def _tokens(explanation: Explanation) -> str:
 def _sample(sample: SampleExplanation, index: int, number: int) -> str:
     head = ""
     if number > 1:
-        own = ", ".join(f"{value:,} {kind.label}" for kind, value in count(sample.runs).items())
+        own = ", ".join(f"{value:,} {kind.label}" for kind, value in count(sample.ranges).items())
         head = f"<h3>Prompt {index}: {escape(own)}</h3>"
     heat = ""
     if sample.rows:
@@ -117,7 +118,7 @@ def _sample(sample: SampleExplanation, index: int, number: int) -> str:
             f"<span>{_row_counts(sample)}</span></div>"
         )
     return (
-        f"{head}{bar(sample.runs)}"
+        f"{head}{bar(sample.ranges)}"
         f'<div class="axis"><span>token 0</span><span>token {sample.num_tokens - 1:,}</span></div>'
         f"{heat}<h3>The prompt</h3>{flow(sample)}"
     )

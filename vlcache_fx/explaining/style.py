@@ -2,11 +2,11 @@
 
 CSS = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--muted:#5b6472;--line:#d9dee6;--panel:#f6f7f9;
-  --text:#3b6fd4;--prefix:#0f8f83;--reused:#5fae57;--recomputed:#d6336c;--computed:#d9900f;
+  --text:#3b6fd4;--prefix:#0f8f83;--reused:#5fae57;--partly:#e79ab8;--recomputed:#d6336c;--computed:#d9900f;
   --padding:#a5acb8;--unmodified:#7a6fc4;--heat:#46536a;--add:#e3f5e6;--del:#fbe6ea;--chg:#fdf3da}
 @media (prefers-color-scheme:dark){
 :root{--bg:#12161d;--fg:#e4e8ef;--muted:#98a2b3;--line:#2d3542;--panel:#1a202a;--text:#7aa5ff;
-  --prefix:#3cc5b6;--reused:#69b561;--recomputed:#ff6f9f;--computed:#f0b240;--padding:#6b7484;
+  --prefix:#3cc5b6;--reused:#69b561;--partly:#a34a6c;--recomputed:#ff6f9f;--computed:#f0b240;--padding:#6b7484;
   --unmodified:#a99ff0;--heat:#b6c2d6;--add:#16301e;--del:#3a1a23;--chg:#332a12}
 }
 *{box-sizing:border-box}
@@ -31,6 +31,7 @@ code,.mono{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,monospace;font-size
 .text{--c:var(--text)}
 .prefix{--c:var(--prefix)}
 .reused{--c:var(--reused)}
+.partly{--c:var(--partly)}
 .recomputed{--c:var(--recomputed)}
 .computed{--c:var(--computed)}
 .padding{--c:var(--padding)}

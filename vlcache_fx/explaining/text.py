@@ -17,12 +17,13 @@ COLOURS = {
     TokenClass.TEXT: "blue",
     TokenClass.PREFIX: "cyan",
     TokenClass.REUSED: "green",
+    TokenClass.PARTLY: "bright_red",
     TokenClass.RECOMPUTED: "red",
     TokenClass.COMPUTED: "yellow",
     TokenClass.PADDING: "bright_black",
     TokenClass.UNMODIFIED: "magenta",
 }
-LETTERS = dict(zip(TokenClass, "TPR!C-U", strict=True))
+LETTERS = dict(zip(TokenClass, "TP.+!C-U", strict=True))
 """A letter per class: terminals may lack colours."""
 
 WIDTH = 80
@@ -65,12 +66,12 @@ def _parts(explanation: Explanation) -> Iterator[RenderableType]:
 
 
 def _sample(sample: SampleExplanation, head: str) -> Iterator[RenderableType]:
-    if not sample.runs:
+    if not sample.ranges:
         return
     columns = min(WIDTH, sample.num_tokens)
     yield Text(f"\n{head}tokens 0 to {sample.num_tokens - 1:,}", "bold")
     strip = Text()
-    for run in by_column(sample.runs, columns):
+    for run in by_column(sample.ranges, columns):
         strip.append(LETTERS[run.kind] * run.length, f"{COLOURS[run.kind]} reverse")
     yield strip
     if sample.rows:

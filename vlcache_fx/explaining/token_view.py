@@ -7,19 +7,19 @@ from html import escape
 from itertools import groupby
 
 from vlcache_fx.explaining.explanation import SampleExplanation
-from vlcache_fx.explaining.tokens import MEDIA, TokenRun, by_column, count
+from vlcache_fx.explaining.tokens import MEDIA, TokenRange, by_column, count
 
 MOST_COLUMNS = 800
 MOST_TEXTS = 120
 """Tokens of text in a row that are shown; of more, the first and the last."""
 
 
-def bar(runs: Sequence[TokenRun]) -> str:
-    """Return the runs as a bar in SVG."""
-    columns = min(MOST_COLUMNS, runs[-1].end)
+def bar(ranges: Sequence[TokenRange]) -> str:
+    """Return the ranges as a bar in SVG."""
+    columns = min(MOST_COLUMNS, ranges[-1].end)
     drawn = "".join(
         f'<rect class="{run.kind.value}" x="{run.start}" width="{run.length}" height="1"/>'
-        for run in by_column(runs, columns)
+        for run in by_column(ranges, columns)
     )
     return (
         f'<svg class="bar" role="img" aria-label="tokens by class" viewBox="0 0 {columns} 1" '
@@ -30,24 +30,24 @@ def bar(runs: Sequence[TokenRun]) -> str:
 def flow(sample: SampleExplanation) -> str:
     """Return the prompt: text token by token, each image as a box with its counts."""
     parts: list[str] = []
-    for is_media, group in groupby(sample.runs, key=lambda run: run.kind in MEDIA):
-        runs = list(group)
-        parts.append(_image(runs) if is_media else "".join(_text(run, sample.texts) for run in runs))
+    for is_media, group in groupby(sample.ranges, key=lambda run: run.kind in MEDIA):
+        ranges = list(group)
+        parts.append(_image(ranges) if is_media else "".join(_text(run, sample.texts) for run in ranges))
     return f'<div class="flow">{"".join(parts)}</div>'
 
 
-def _image(runs: Sequence[TokenRun]) -> str:
-    first = runs[0].start
-    moved = [TokenRun(run.kind, run.start - first, run.end - first) for run in runs]
+def _image(ranges: Sequence[TokenRange]) -> str:
+    first = ranges[0].start
+    moved = [TokenRange(run.kind, run.start - first, run.end - first) for run in ranges]
     counts = ", ".join(
         f'<b class="{kind.value}">{number:,}</b> {escape(kind.label.removeprefix("image, "))}'
-        for kind, number in count(runs).items()
+        for kind, number in count(ranges).items()
     )
-    total = runs[-1].end - first
+    total = ranges[-1].end - first
     return f'<span class="image">{bar(moved)}image, {total:,} tokens: {counts}</span>'
 
 
-def _text(run: TokenRun, texts: Sequence[str]) -> str:
+def _text(run: TokenRange, texts: Sequence[str]) -> str:
     """Return a run of text; without texts, as one box."""
     if not texts:
         number = f'<b class="{run.kind.value}">{run.length:,}</b>'
@@ -60,7 +60,7 @@ def _text(run: TokenRun, texts: Sequence[str]) -> str:
     )
 
 
-def _shown(run: TokenRun) -> Iterator[int]:
+def _shown(run: TokenRange) -> Iterator[int]:
     """Yield the tokens that are shown, and minus the number of those that are left out."""
     if run.length <= MOST_TEXTS:
         yield from range(run.start, run.end)

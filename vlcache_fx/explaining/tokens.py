@@ -29,18 +29,19 @@ class TokenClass(StrEnum):
     TEXT = "text", "text, computed"
     PREFIX = "prefix", "exact prefix, reused exactly"
     REUSED = "reused", "image, reused"
+    PARTLY = "partly", "image, recomputed in the first layers"
     RECOMPUTED = "recomputed", "image, recomputed"
     COMPUTED = "computed", "image, computed (no donor)"
     PADDING = "padding", "padding, not computed"
     UNMODIFIED = "unmodified", "computed in full"
 
 
-MEDIA = frozenset({TokenClass.REUSED, TokenClass.RECOMPUTED, TokenClass.COMPUTED})
+MEDIA = frozenset({TokenClass.REUSED, TokenClass.PARTLY, TokenClass.RECOMPUTED, TokenClass.COMPUTED})
 """Classes of tokens of media items."""
 
 
 @dataclass(frozen=True)
-class TokenRun:
+class TokenRange:
     """Consecutive tokens of one class, ``start`` to ``end`` (exclusive)."""
 
     kind: TokenClass
@@ -53,55 +54,57 @@ class TokenRun:
         return self.end - self.start
 
 
-def classify(sample: SampleObservation) -> tuple[TokenRun, ...]:
-    """Return what became of each token, as consecutive runs from 0 to ``num_tokens``.
+def classify(sample: SampleObservation) -> tuple[TokenRange, ...]:
+    """Return what became of each token, as consecutive ranges from 0 to ``num_tokens``.
 
-    A token of a reused span counts as recomputed if the first layer computes it, even if no other does.
+    Rows are nested: a token that the last layer computes is computed in all.
     """
     kinds = [TokenClass.TEXT] * sample.num_tokens
-    computed = set(_tokens(sample.rows[0])) if sample.rows else set(range(sample.num_tokens))
+    computed, last = set(_tokens(sample.rows[0])), set(_tokens(sample.rows[:-1][-1]))
     for token in set(range(sample.num_tokens)) - computed:
         kinds[token] = TokenClass.PADDING
     for token in _tokens(sample.media):
         kinds[token] = TokenClass.COMPUTED
     for token in _tokens(sample.reused):
-        kinds[token] = TokenClass.RECOMPUTED if token in computed else TokenClass.REUSED
+        kinds[token] = TokenClass.PARTLY if token in computed else TokenClass.REUSED
+        if token in last:
+            kinds[token] = TokenClass.RECOMPUTED
     kinds[: sample.prefix] = [TokenClass.PREFIX] * min(sample.prefix, sample.num_tokens)
-    return runs_of(kinds)
+    return ranges_of_kinds(kinds)
 
 
-def unmodified(num_tokens: int) -> tuple[TokenRun, ...]:
-    """Return the runs of a prompt that the unmodified model computed."""
-    return (TokenRun(TokenClass.UNMODIFIED, 0, num_tokens),) if num_tokens else ()
+def unmodified(num_tokens: int) -> tuple[TokenRange, ...]:
+    """Return the ranges of a prompt that the unmodified model computed."""
+    return (TokenRange(TokenClass.UNMODIFIED, 0, num_tokens),) if num_tokens else ()
 
 
-def runs_of(kinds: Sequence[TokenClass]) -> tuple[TokenRun, ...]:
-    """Return the runs of a class per token."""
-    found: list[TokenRun] = []
+def ranges_of_kinds(kinds: Sequence[TokenClass]) -> tuple[TokenRange, ...]:
+    """Return the ranges of a class per token."""
+    found: list[TokenRange] = []
     start = 0
     for end in range(1, len(kinds) + 1):
         if end == len(kinds) or kinds[end] is not kinds[start]:
-            found.append(TokenRun(kinds[start], start, end))
+            found.append(TokenRange(kinds[start], start, end))
             start = end
     return tuple(found)
 
 
-def count(runs: Iterable[TokenRun]) -> dict[TokenClass, int]:
+def count(ranges: Iterable[TokenRange]) -> dict[TokenClass, int]:
     """Return the number of tokens of each class that occurs, in the order of ``TokenClass``."""
     counts: Counter[TokenClass] = Counter()
-    for run in runs:
+    for run in ranges:
         counts[run.kind] += run.length
     return {kind: counts[kind] for kind in TokenClass if counts[kind]}
 
 
-def by_column(runs: Sequence[TokenRun], columns: int) -> tuple[TokenRun, ...]:
-    """Return runs over ``columns`` columns of equal numbers of tokens, for drawings.
+def by_column(ranges: Sequence[TokenRange], columns: int) -> tuple[TokenRange, ...]:
+    """Return ranges over ``columns`` columns of equal numbers of tokens, for drawings.
 
     A column has the class of most of its tokens, but a recomputed token is never hidden: few tokens are.
     """
-    total = runs[-1].end if runs else 0
+    total = ranges[-1].end if ranges else 0
     tallies: list[Counter[TokenClass]] = [Counter() for _ in range(columns)]
-    for run in runs:
+    for run in ranges:
         for column in range(run.start * columns // total, (run.end * columns - 1) // total + 1):
             first, last = column * total / columns, (column + 1) * total / columns
             tallies[column][run.kind] += max(0.0, min(run.end, last) - max(run.start, first))  # type: ignore[assignment]
@@ -109,7 +112,7 @@ def by_column(runs: Sequence[TokenRun], columns: int) -> tuple[TokenRun, ...]:
         TokenClass.RECOMPUTED if tally[TokenClass.RECOMPUTED] else max(tally, key=lambda kind: tally[kind])
         for tally in tallies
     ]
-    return runs_of(kinds)
+    return ranges_of_kinds(kinds)
 
 
 def _tokens(ranges: Ranges) -> Iterable[int]:
