@@ -218,5 +218,8 @@ def test_sequence_of_graphs() -> None:
     assert graph.layer is not None
     assert [line.marks for line in graph.layer.before].count(("frontier",)) == 2
     assert [line.marks for line in graph.layer.after].count(("lookup",)) == 2
+    gathers = [line.text for line in graph.layer.after if "rows" in line.marks]
+    assert len(gathers) > 2
+    assert all(text.startswith("aten.index_select(") for text in gathers)
     assert any("decoder.layers.0.attention.key.weight" in line.text for line in graph.layer.before)
     assert any("tiny_attention.py" in line.source for line in graph.layer.before)
