@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A package imports from itself and from the lines above, never from other packages of its line or below.
 ORDER = [
+    ["reasons"],
     ["errors", "version", "compiling", "log_output"],
     ["inserted_pass"],
     ["option_checks"],
@@ -25,7 +26,7 @@ ORDER = [
     ["lowering"],
     ["integrations"],
     ["compiler"],
-    ["backend"],
+    ["backend", "explaining"],
     ["api", "deploy", "entry"],
     ["testing"],
     ["bench"],
@@ -37,7 +38,16 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 
 # The packages that serve without graphs, independent of torch.fx. They import only each other.
 NO_GRAPHS = ["plan", "keys", "spec", "store", "policies", "runtime"]
-SERVES = {*NO_GRAPHS, "errors", "inserted_pass", "log_output", "option_checks", "options", "version"}
+SERVES = {
+    *NO_GRAPHS,
+    "errors",
+    "reasons",
+    "inserted_pass",
+    "log_output",
+    "option_checks",
+    "options",
+    "version",
+}
 GRAPHS = ("torch.fx", "torch._dynamo", "torch._inductor", "torch._functorch")
 
 

@@ -46,6 +46,7 @@ def test_parse_defaults() -> None:
         "mode": None,
         "passes": (),
         "dump_graphs": None,
+        "dry_run": False,
     }
     assert Options.parse(None) == Options.parse({}) == Options()
 
@@ -79,6 +80,7 @@ def test_parse_defaults() -> None:
         ("passes", ()),
         ("passes", (InsertedPass(Nothing(), "warm", after="trim_tail"),)),
         ("dump_graphs", Path("graphs")),
+        ("dry_run", True),
         ("mode", "max-autotune"),
         ("mode", "default"),
         ("mode", None),
@@ -116,6 +118,8 @@ def test_parse_valid_values(name: str, value: Any) -> None:
         ("min_span_tokens", 0),
         ("donor_contexts", 0),
         ("donor_contexts", 2.0),
+        ("dry_run", 1),
+        ("dry_run", "yes"),
         ("donor_rank", 1),
         ("donor_rank", -2),
         ("donor_rank", True),

@@ -214,6 +214,7 @@ def test_reasons_are_covered() -> None:
         Reason.UNCOMPILED,  # of calls without a graph: tests/runtime/test_regions.py
         Reason.WEIGHTS_UNREADABLE,  # refuses calls: tests/capture/test_wrapped.py
     }
+    elsewhere.add(Reason.DRY_RUN)  # of all calls with the option: tests/test_dry_run.py
     of_calls_and_spans = {  # tests/runtime/test_reasons.py
         Reason.NO_SPAN, Reason.ONE_TOKEN, Reason.MISMATCH, Reason.CANNOT_WRITE, Reason.TOO_FEW_ROWS,
         Reason.GUARDED, Reason.NO_PLAN, Reason.PROGRAM_FAILED, Reason.NEW_ITEM, Reason.NOT_RECORDED,

@@ -13,12 +13,14 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from vlcache_fx.backend import compile_graph
 from vlcache_fx.capture.dynamo_settings import DYNAMO_CONFIG
 from vlcache_fx.compiler.engine import Engine
-from vlcache_fx.compiler.explain import Arguments, GraphExplanation, explain
+from vlcache_fx.compiler.explain import Arguments
 from vlcache_fx.compiler.regions import uncompiled_refusal, untraced_refusal
 from vlcache_fx.compiler.turns import Turns
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.compiling import dynamo_settings
 from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.explaining.collect import explain_call
+from vlcache_fx.explaining.explanation import Explanation
 from vlcache_fx.integrations.caches import order_dimensions
 from vlcache_fx.integrations.recurrences import substitute_recurrences, takes_recurrences
 from vlcache_fx.integrations.transformers import (
@@ -75,8 +77,8 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
         args, kwargs = encoders_first.prepare(args, kwargs)
         return args, concat_encoder_outputs(kwargs)
 
-    def explanation(inputs: dict[str, Any]) -> tuple[GraphExplanation, ...]:
-        return explain(plain, inputs, prepared, engine.options.dynamic, pipelines)
+    def explanation(inputs: dict[str, Any]) -> Explanation:
+        return explain_call(plain, inputs, prepared, engine, pipelines)
 
     def traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the compiled model; where Dynamo cannot trace it, without its encoders, or else unmodified."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx
 
+from vlcache_fx.compiler.dry_run import explain_only
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.kinds import compile_traced
 from vlcache_fx.compiler.regions import raise_limits, watch
@@ -69,9 +70,8 @@ def _engine(options: Options) -> Engine:
 
 def compile_graph(graph_module: fx.GraphModule, example_inputs: Sequence[Any], engine: Engine) -> Compiled:
     """Compile a graph for ``engine`` into a function from the graph's inputs to its outputs."""
-    compiled = compile_traced(
-        Traced.by_dynamo(graph_module, example_inputs, configured(engine.options)), engine
-    )
+    traced = Traced.by_dynamo(graph_module, example_inputs, configured(engine.options))
+    compiled = (explain_only if engine.options.dry_run else compile_traced)(traced, engine)
     with_gradients = records_gradients(example_inputs)
 
     def run(*args: Any) -> Sequence[Any]:

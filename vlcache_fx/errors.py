@@ -25,8 +25,8 @@ without this package, and the report states the reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Self
+
+from vlcache_fx.reasons import Reason as Reason
 
 
 class VlcacheError(Exception):
@@ -70,96 +70,6 @@ class UnreadableWeightsError(StoreError):
 
 class CopyError(VlcacheError, TypeError):
     """A compiled model cannot be copied or pickled; the message names the alternative."""
-
-
-class Reason(StrEnum):
-    """Reasons for refusing a graph, or for computing a call or a span without reuse.
-
-    The values are stable and appear in reports and metrics. Calls of a refused graph have the graph's reason.
-
-    Attributes:
-        text: the reason in words.
-    """
-
-    text: str
-
-    def __new__(cls, value: str, text: str = "") -> Self:
-        """Create a member with its text."""
-        reason = str.__new__(cls, value)
-        reason._value_, reason.text = value, text
-        return reason
-
-    # Of graphs. The refusal names the node and its source line.
-    NO_ATTENTION = "no_attention", "the graph has no attention"
-    NO_MERGE = "no_merge", "no encoder features enter the token embeddings, and no spans are marked"
-    NO_STREAM = "no_stream", "no residual stream is found between two attention calls"
-    UNKNOWN_OP = "unknown_op", "an operator on the token dimension is not known to be token-wise"
-    TOKEN_AXIS_LOST = "token_axis_lost", "an operator merges, flattens or permutes the token dimension away"
-    TOKEN_MIXING = "token_mixing", "tokens mix outside attention, in a form that is not known as a recurrence"
-    POSITION_IN_STREAM = "position_in_stream", "learned position embeddings are added to the residual stream"
-    BATCHED = "batched", "rows cannot be gathered for each sample of a batch"
-    MUTATED_INPUTS = "mutated_inputs", "the graph writes to its inputs in a way that cannot be repeated"
-    PAST_KEYS = "past_keys", "a decoding step: it continues a KV cache and has nothing to reuse"
-    ATTENTION_FORM = "attention_form", "an attention cannot be brought to the canonical form"
-    MASK_FORM = "mask_form", "an attention mask cannot be cut to rows"
-    CAPTURE_FAILED = "capture_failed", "the graph cannot be brought to functional ATen"
-    GRAD_REQUIRED = "grad_required", "gradients are recorded, and reused values have none"
-    LOWERING_FAILED = "lowering_failed", "the rewritten graph did not compile"
-    RANDOM = "random", "the graph draws random numbers"
-    NO_COMPILER = "no_compiler", "no C++ compiler or Triton: eager kernels run, with reuse"
-    DATA_DEPENDENT = "data_dependent", "shapes or control flow depend on tensor values"
-    WEIGHTS_UNREADABLE = "weights_unreadable", "the bytes of a weight cannot be read, so keys cannot cover it"
-    UNCOMPILED = "uncompiled", "Dynamo ran the call uncompiled: no graph reached the backend"
-    NO_LOGITS = "no_logits", "no result is the logits: reuse without shadow runs"
-
-    # Of calls, where the graph allows reuse.
-    NO_SPAN = "no_span", "no media span"
-    ONE_TOKEN = "one_token", "a sequence of one token"
-    MISMATCH = "mismatch", "placeholders and encoder features do not agree in number or width"
-    CANNOT_WRITE = (
-        "cannot_write",
-        "a mutated input shares memory with another input, or is not contiguous",
-    )
-    TOO_FEW_ROWS = (
-        "too_few_rows",
-        "results need fewer than two tokens, in a graph for any number of tokens",
-    )
-    GUARDED = "guarded", "shadow runs or the gate turned reuse off for the model"
-    NO_PLAN = "no_plan", "the policy's rows make no plan"
-    PROGRAM_FAILED = "program_failed", "the rewritten graph did not compile"
-
-    # Of spans, and of calls without any reused span.
-    NEW_ITEM = "new_item", "its content is new"
-    NOT_RECORDED = "not_recorded", "seen before, but not recorded or no longer stored"
-    OTHER_WEIGHTS = "other_weights", "seen before, but only with other weights"
-    OTHER_ENCODING = (
-        "other_encoding",
-        "its pixels were seen before, but with another grid, other settings or another encoder",
-    )
-    OTHER_POSITIONS = "other_positions", "seen before, but only at other positions or under another mask"
-    OTHER_TEXT = "other_text", "seen before, but its tokens attend to the question, which was another"
-    NO_PREFIX = (
-        "no_prefix",
-        "its tokens attend to the question, so it is reused in an exact prefix only, and there is none",
-    )
-    OTHER_COMPUTATION = (
-        "other_computation",
-        "seen before, but only in another dtype, numeric mode or kind of attention",
-    )
-    EVICTED = "evicted", "its donor was evicted to make room"
-    DAMAGED_ENTRY = "damaged_entry", "its donor was damaged and set aside"
-    TOO_LARGE = "too_large", "its donor is too large for the store"
-    STORE_CLOSED = "store_closed", "the store is closed"
-    STORE_FAILED = "store_failed", "the store failed"
-    INCOMPATIBLE_ENTRY = "incompatible_entry", "its donor does not fit the graph"
-    RECOMPUTED_TO_RECORD = (
-        "recomputed_to_record",
-        "it has a donor, but is recomputed to record another context",
-    )
-    RECOMPUTED_TO_REFINE = (
-        "recomputed_to_refine",
-        "it has a donor, but its first returns are computed, as the option exact_returns says",
-    )
 
 
 LONGEST_DETAIL = 300

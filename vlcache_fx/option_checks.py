@@ -158,4 +158,5 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "mode": _mode,
     "passes": _inserted,
     "dump_graphs": _path,
+    "dry_run": _flag,
 }

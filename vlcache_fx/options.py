@@ -85,6 +85,9 @@ class Options:
         dump_graphs: folder to which the graphs before and after each pass are written, or None. The
             environment variable ``VLCACHE_DUMP_GRAPHS`` sets the folder where the option is None.
             Default: None.
+        dry_run: True to trace, analyse and rewrite graphs, and log and keep their explanations
+            (``engine.explanations``), but to compile and store nothing: calls run the unmodified model, also
+            with ``strict``. Default: False.
 
     Raises:
         OptionError: an option has a bad value; the message names the valid ones.
@@ -112,6 +115,7 @@ class Options:
     mode: str | None = None
     passes: tuple[InsertedPass, ...] = ()
     dump_graphs: str | os.PathLike[str] | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         for name, check in CHECKS.items():

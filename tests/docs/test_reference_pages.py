@@ -29,6 +29,15 @@ def test_troubleshooting_has_one_entry_for_each_reason() -> None:
     assert [value for value in values if listed.count(value) != 1] == []
 
 
+def test_troubleshooting_has_the_advice_of_reasons() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = dict(re.findall(r"^\| `([a-z_]+)` \| [^\n]* \| ([^|\n]*) \|$", text, re.MULTILINE))
+    advice = {value: re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", cell) for value, cell in cells.items()}
+    assert {reason.value: advice.get(reason.value) for reason in Reason} == {
+        reason.value: reason.advice for reason in Reason
+    }
+
+
 def test_metrics_has_a_row_for_each_metric() -> None:
     names = [f"{family.name}_total" if family.is_counter else family.name for family in FAMILIES]
     listed = first_cells("metrics.md")

@@ -160,6 +160,7 @@ def test_reason_values() -> None:
         "mismatch", "cannot_write",
         "too_few_rows", "guarded", "no_plan", "program_failed", "other_encoding", "other_positions",
         "other_computation", "evicted", "damaged_entry", "other_text", "no_prefix",
+        "dry_run",
     ]  # fmt: skip
     assert sorted(str(one) for one in Reason) == sorted(of_graphs + of_calls_and_spans)
     assert len(set(of_graphs + of_calls_and_spans)) == len(Reason.__members__)

@@ -13,6 +13,7 @@ from vlcache_fx.cli import (
     bench,
     calibrate,
     doctor,
+    explain,
     export,
     fidelity,
     gate,
@@ -49,6 +50,7 @@ app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command(epilog=version.EPILOG)(version.version)
 app.command(epilog=policies.EPILOG)(policies.policies)
 app.command(epilog=bench.EPILOG)(bench.bench)
+app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=fidelity.EPILOG)(fidelity.fidelity)
 app.command(epilog=calibrate.EPILOG)(calibrate.calibrate)
 app.command(epilog=gate.EPILOG, cls=gate.GateCommand)(gate.gate)

@@ -51,4 +51,4 @@ class DecodeStep:
 
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
-        return GraphExplanation(self.name, str(self.refusal))
+        return GraphExplanation(self.name, str(self.refusal), reason_code=self.refusal.reason)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import (
     CompileCache,
@@ -39,6 +40,7 @@ class Engine(ServingEngine):
     Attributes:
         lowering: the lowering of the option; ``eager`` after Inductor was found to lack a compiler.
         compile_cache: the code that Inductor compiled.
+        explanations: the graphs of a dry run, in the order in which they were traced.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
@@ -48,6 +50,7 @@ class Engine(ServingEngine):
         super().__init__(options)
         self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
         self.lowering = _lowering(self.options, self.compile_cache)
+        self.explanations: list[GraphExplanation] = []
 
     def stats(self) -> dict[str, Any]:
         """See ``ServingEngine.stats``."""

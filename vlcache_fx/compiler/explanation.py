@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vlcache_fx.compiler.layer_graph import LayerGraph
+from vlcache_fx.errors import Reason
+
 
 @dataclass(frozen=True)
 class GraphExplanation:
@@ -23,6 +26,9 @@ class GraphExplanation:
         nodes: number of graph nodes captured, and in the cold and warm programs.
         engines: of the warm program under ``lowering="tensorrt"``, the nodes of each engine.
         outside_engines: the reason for each node outside the engines.
+        reason_code: the typed reason of the refusal; its ``advice`` says what to do. None for a kind with
+            reuse.
+        layer: the first layer that recurs, before and after the passes; None for other graphs.
     """
 
     kind: str
@@ -37,7 +43,19 @@ class GraphExplanation:
     nodes: tuple[int, ...] = ()
     engines: tuple[tuple[str, ...], ...] = ()
     outside_engines: dict[str, str] = field(default_factory=dict)
+    reason_code: Reason | None = None
+    layer: LayerGraph | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the explanation as JSON-serializable data."""
         return asdict(self)
+
+    def summary(self) -> str:
+        """Return the explanation in one line."""
+        if self.reason is not None:
+            return f"{self.kind}: {self.reason}"
+        if not self.num_layers:
+            return f"{self.kind}, {self.nodes[0] if self.nodes else 0} nodes"
+        mixers = ", ".join(f"{self.attention.count(name)} {name}" for name in dict.fromkeys(self.attention))
+        sizes = ", ".join(map(str, self.nodes))
+        return f"{self.kind} of {self.num_layers} layers ({mixers}); nodes captured, cold, warm: {sizes}"

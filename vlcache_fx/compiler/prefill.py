@@ -18,6 +18,7 @@ from vlcache_fx.analysis import DecoderFacts, LayerSplit, analyze
 from vlcache_fx.compiler.builders.runners import decoder_programs, decoder_runner, encoder_runner
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
+from vlcache_fx.compiler.layer_graph import layer_graph
 from vlcache_fx.compiler.traced import Traced
 from vlcache_fx.compiler.unmodified import Compiled
 from vlcache_fx.errors import Reason, UnsupportedGraphError
@@ -102,6 +103,7 @@ class Prefill:
             nodes=tuple(len(graph.nodes) for graph in graphs),
             engines=engines.engines,
             outside_engines=dict(engines.outside),
+            layer=layer_graph(self.decoder, self.decoder_facts, warm, self.graph.input_names),
         )
 
 

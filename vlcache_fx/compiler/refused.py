@@ -63,7 +63,7 @@ class Refused:
 
     def explain(self) -> GraphExplanation:
         """See ``Kind``."""
-        return GraphExplanation(self.name, str(self.refusal))
+        return GraphExplanation(self.name, str(self.refusal), reason_code=self.refusal.reason)
 
     def _continues(self) -> bool:
         """Return True for text that continues a growing cache: a draft to verify, a chunk of a prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from vlcache_fx.capture.decode_step import attends, is_decode_step
 from vlcache_fx.capture.wrapped import Unwrapped
 from vlcache_fx.compiler.unmodified import Compiled, DynamoGraph, Rewrapped, Unmodified
 from vlcache_fx.errors import Reason, UnsupportedGraphError
-from vlcache_fx.ir import Captured
+from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
@@ -29,6 +30,7 @@ class Traced:
         is_decode_step: True for a decoding step that Dynamo traced.
         unwrapped: inner tensors of inputs that are tensor subclasses; the captured graph takes these.
         pipelines: the passes for the graph.
+        input_names: names of the captured graph's inputs in the traced code; empty where unknown.
     """
 
     def __init__(
@@ -39,7 +41,9 @@ class Traced:
         is_decode_step: bool = False,
         unwrapped: Unwrapped | None = None,
         pipelines: Pipelines = STANDARD,
+        input_names: Sequence[str] = (),
     ) -> None:
+        self._input_names = tuple(input_names)
         self.unmodified, self.is_decode_step, self.pipelines = unmodified, is_decode_step, pipelines
         self._capture, self._unwrapped = capture, unwrapped
         self._outcome: Captured | UnsupportedGraphError | None = None
@@ -61,6 +65,7 @@ class Traced:
                 plain,
                 is_decode_step=is_step,
                 pipelines=pipelines,
+                input_names=[node.name for node in graph_module.graph.nodes if node.op == "placeholder"],
             )
         return cls(
             lambda: _capture_unwrapped(unwrapped),
@@ -89,6 +94,14 @@ class Traced:
         if isinstance(self._outcome, UnsupportedGraphError):
             raise self._outcome
         return self._outcome
+
+    @property
+    def input_names(self) -> dict[str, str]:
+        """Names of weights in the traced code, by their names in the captured graph."""
+        if len(self._input_names) != len(self.captured.placeholders):
+            return {}
+        found = zip(self.captured.placeholders, self.captured.kinds, self._input_names, strict=True)
+        return {node.name: _readable(name) for node, kind, name in found if kind is InputKind.WEIGHT}
 
     def rewritten(self, compiled: Compiled) -> Compiled:
         """Return ``compiled``, with the unmodified graph for calls outside its specialization."""
@@ -127,3 +140,9 @@ def _raising(error: UnsupportedGraphError) -> Callable[[], Captured]:
         raise error
 
     return capture
+
+
+def _readable(name: str) -> str:
+    """Return Dynamo's name of a weight without its words for modules and parameters."""
+    short = re.sub(r"_?(modules|parameters|buffers)_", ".", re.sub(r"^l_(\w*?_)?self_", "", name))
+    return short.strip("._").replace("..", ".")

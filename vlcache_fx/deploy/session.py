@@ -28,7 +28,7 @@ from vlcache_fx.runtime.requests.prologue import Prologue
 from vlcache_fx.runtime.requests.spans import Identifier
 from vlcache_fx.spec.program import EncoderSpec
 
-COMPILE_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs")
+COMPILE_OPTIONS = ("lowering", "dynamic", "cuda_graphs", "mode", "passes", "dump_graphs", "dry_run")
 """Options of the backend that do not apply to exported graphs."""
 
 

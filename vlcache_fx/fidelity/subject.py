@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,13 +68,7 @@ class Subject:
                     f"the answer {prompt.answer!r} has {len(ids)} tokens: it must have 1 to {self.positions}"
                 )
             answers.append(torch.tensor(ids))
-        inputs = self.processor(
-            text=[prompt.text + prompt.answer for prompt in prompts],
-            images=[image for prompt in prompts for image in prompt.images],
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.model.device)
+        inputs = self.inputs([replace(prompt, text=prompt.text + prompt.answer) for prompt in prompts])
         ids = inputs["input_ids"].cpu()
         for row, prompt, answer in zip(ids, prompts, answers, strict=True):
             if not torch.equal(row[-len(answer) :], answer):
@@ -82,10 +76,18 @@ class Subject:
                     f"the answer {prompt.answer!r} has other tokens after its prompt than alone: start it, "
                     "or end the prompt, with a space or a line break as the chat template does"
                 )
-        given = dict(inputs)
-        if "inputs_embeds" in given:  # marked passages; models take one of the two
-            del given["input_ids"]
-        return Question(given, tuple(answers))
+        return Question(without_ids(inputs), tuple(answers))
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return what the processor makes of prompts without their answers, padded on the left."""
+        made = self.processor(
+            text=[prompt.text for prompt in prompts],
+            images=[image for prompt in prompts for image in prompt.images],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        return dict(made.to(self.model.device))
 
     def ask(self, prompt: Prompt) -> dict[str, Any]:
         """Convert a prompt without its answer to inputs: the next token is the first of an answer."""
@@ -162,3 +164,11 @@ class Subject:
             result = run(**question.inputs, logits_to_keep=self.positions + 1)
         logits: Tensor = result.logits[:, -self.positions - 1 : -1]
         return logits.float()
+
+
+def without_ids(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs for a model: marked passages are embeddings, and models take one of the two."""
+    given = dict(inputs)
+    if "inputs_embeds" in given:
+        del given["input_ids"]
+    return given

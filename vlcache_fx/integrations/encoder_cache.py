@@ -77,7 +77,8 @@ class EncoderCache:
         # Before the encoder runs: reading a tensor on a GPU would wait for it.
         patches = grids.tolist() if isinstance(grids, Tensor) and grids.dim() == 2 else ()
         self._engine.pending.note_parts(self._modality, ())
-        output = self._encoded(args, kwargs)
+        with self._engine.stage("encoder"):
+            output = self._encoded(args, kwargs)
         features = getattr(output, "pooler_output", None)
         if isinstance(features, list | tuple) and all(isinstance(item, Tensor) for item in features):
             items = MediaItems.of_patches([item.shape[0] for item in features], patches)
@@ -90,6 +91,8 @@ class EncoderCache:
         return output
 
     def _encoded(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self._engine.options.dry_run:
+            return self.encode(*args, **kwargs)
         call = self.arguments(args, kwargs)
         pixels = call.get(self._pixels_name)
         if len(args) > 2 or not isinstance(pixels, Tensor) or torch.is_grad_enabled():

@@ -7,8 +7,13 @@ from torch.fx import Node
 from vlcache_fx.errors import Reason, UnsupportedGraphError
 
 
-def source_line(node: Node) -> str | None:
-    """Return ``file:line in function: code`` of the traced code of a node; None if tracing kept none."""
+def source_line(node: Node, skipped: str | None = None) -> str | None:
+    """Return ``file:line in function: code`` of the traced code of a node; None if tracing kept none.
+
+    Args:
+        node: a node.
+        skipped: a part of paths; the code of such files is left out where other code calls it.
+    """
     trace = node.meta.get("stack_trace")
     if not trace:
         return None
@@ -16,7 +21,8 @@ def source_line(node: Node) -> str | None:
     frames = [index for index, line in enumerate(lines) if line.startswith("File ")]
     if not frames:
         return None
-    last = frames[-1]
+    wanted = [index for index in frames if skipped is not None and skipped not in lines[index]]
+    last = (wanted or frames)[-1]
     code = lines[last + 1] if last + 1 < len(lines) else ""
     return f"{lines[last].removeprefix('File ')}: {code}".rstrip(": ")
 

@@ -32,6 +32,10 @@ class EncoderRunner:
 
     def __call__(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         """Return ``(results, hit)`` for the graph's inputs. Waits for a request that computes the same."""
+        with self._engine.stage("encoder"):
+            return self._results(args)
+
+    def _results(self, args: Sequence[Any]) -> tuple[Sequence[Any], bool]:
         engine, began = self._engine, self._engine.clears.number
         try:
             keys = self._keys(args)

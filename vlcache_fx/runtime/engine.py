@@ -21,7 +21,7 @@ from vlcache_fx.runtime.settings import CallSettings
 from vlcache_fx.runtime.state import ServingState
 
 if TYPE_CHECKING:
-    from vlcache_fx.compiler.explanation import GraphExplanation
+    from vlcache_fx.explaining.explanation import Explanation
 
 EXPLANATION = "_vlcache_explanation"
 """Attribute of a compiled ``forward`` with the function that explains its graphs."""
@@ -87,13 +87,13 @@ class ServingEngine(ServingState):
     def explains(
         self,
         forward: Callable[..., Any],
-        explanation: Callable[[dict[str, Any]], "tuple[GraphExplanation, ...]"],
+        explanation: Callable[[dict[str, Any]], "Explanation"],
     ) -> None:
         """Set the model's compiled ``forward``. The engine keeps only a weak reference.
 
         Args:
             forward: wraps the original ``forward``, and owns ``explanation``.
-            explanation: explains its graphs, given the keyword arguments of a call.
+            explanation: explains a call, given its keyword arguments.
         """
         setattr(forward, EXPLANATION, explanation)
         self._explained = weakref.ref(forward)
@@ -145,8 +145,15 @@ class ServingEngine(ServingState):
         view = report.as_view() if isinstance(report, Report) else report or {"spans": ()}
         return tuple(explain_spans(view["spans"], self.store, self.misses))
 
-    def explain(self, **inputs: Any) -> "tuple[GraphExplanation, ...]":
-        """Explain the graphs of ``model(**inputs)``: how each is rewritten, or why not.
+    def explain(self, **inputs: Any) -> "Explanation":
+        """Explain ``model(**inputs)``: its tokens, rows, times, graphs, donors and misses.
+
+        The call is traced and computed as the next one would be, but no donor is stored, and nothing is
+        counted or reported. The result is a sequence of explanations of the graphs: how each is rewritten, or
+        why not. It renders itself (``rich.print``, notebooks), and ``save(path)`` writes a page.
+
+        Before the model's first call, nothing is compiled: eager kernels run. A cache in ``inputs`` is
+        written to, as in a call.
 
         Raises:
             OptionError: the engine serves many models, as with ``torch.compile``, or its model is gone.
@@ -157,7 +164,7 @@ class ServingEngine(ServingState):
                 "this engine has no model to explain; compile the model with vlcache_fx.compile"
             )
         try:
-            found: tuple[GraphExplanation, ...] = getattr(forward, EXPLANATION)(inputs)
+            found: Explanation = getattr(forward, EXPLANATION)(inputs)
             return found
         finally:  # the next call's report must not include this trace
             self.pending.take()

@@ -216,10 +216,10 @@ class DecoderRunner:
             self._admit(request, self._cold.spec.recorded, results, plans)
             missed = [(span.miss, span.miss_detail) for span in request.found if span.miss is not None]
             reason, code = why_cold([miss for miss, _ in missed], [detail for _, detail in missed])
-            self.engine.report(request.report("cold", reason, plans, 1.0, code))
+            self._report(request, plans, request.report("cold", reason, plans, 1.0, code))
         else:
             report = request.report("bypass", Reason.NO_SPAN.text, plans, 1.0, Reason.NO_SPAN)
-            self.engine.report(report, continues=self._spec.continues_prompts)
+            self._report(request, plans, report, continues=self._spec.continues_prompts)
         return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
 
     def _admit(
@@ -261,8 +261,17 @@ class DecoderRunner:
             results, comparison = shadow
             report = replace(report, shadow_kl=comparison.kl)
             self.engine.guards.record(request.model_fingerprint, comparison)
-        self.engine.report(report)
+        self._report(request, plans, report)
         return apply_input_mutations(self._spec.writes, request.args, results, self._spec.num_results)
+
+    def _report(
+        self, request: Request, plans: Sequence[Plan], report: Report, *, continues: bool = False
+    ) -> None:
+        """Report a planned call; ``continues`` as in ``ServingState.report``."""
+        self.engine.report(report, continues=continues)
+        observations = self.engine.observed.get()
+        if observations is not None:
+            observations.add(request, plans, report)
 
     def _warm_program(self, request: Request, policy: Policy) -> tuple[ProgramRunner, Tables]:
         """Return the warm program of a call, and what binds its donors.

@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from vlcache_fx.errors import (
@@ -27,11 +27,13 @@ from vlcache_fx.policies.profile import Profile
 from vlcache_fx.policies.registry import get_policy
 from vlcache_fx.runtime.call_context import PendingContext
 from vlcache_fx.runtime.collected import ContextReports
+from vlcache_fx.runtime.context_value import ContextValue
 from vlcache_fx.runtime.donors.miss_log import MissLog
 from vlcache_fx.runtime.donors.recent_keys import Fingerprints, RecentKeys, ReturnCounts
 from vlcache_fx.runtime.guards.guards import Guards
 from vlcache_fx.runtime.idle import IdleTime
 from vlcache_fx.runtime.in_flight import Claim, InFlight, Missing
+from vlcache_fx.runtime.observation import Observations
 from vlcache_fx.runtime.pace import Pace
 from vlcache_fx.runtime.report import Report, one_line
 from vlcache_fx.runtime.settings import CallSettings, ContextSettings
@@ -63,6 +65,7 @@ class ServingState:
         returns: how often recent items were computed exactly when they returned.
         idle: work for times in which no request runs.
         clears: the latest calls of ``clear``.
+        observed: what is collected of this context's calls; only in ``observing``.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
@@ -87,6 +90,7 @@ class ServingState:
         self.misses = MissLog()
         self.pending = PendingContext()
         self.in_flight, self.clears = InFlight(), Clears()
+        self.observed: ContextValue[Observations] = ContextValue()
         self._call = threading.local()
         self.returns = ReturnCounts()
         self.idle = IdleTime(self.options.idle_refinement)
@@ -121,6 +125,21 @@ class ServingState:
         with self._lock:
             self._counts[report.mode] += 1
             self._usage.add(report, self.num_compilations)
+
+    @contextmanager
+    def observing(self) -> Iterator[Observations]:
+        """Collect rows, spans and donors of the calls in the body, in this context and in copies of it."""
+        used_at: dict[str, float] = {}
+        with suppress(StoreError):
+            used_at = {entry.key: entry.used_at for entry in self.store.entries()}
+        observations = Observations(used_at)
+        with self.observed.using(observations):
+            yield observations
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Measure the body in ``observing``; elsewhere do nothing."""
+        observations = self.observed.get()
+        return nullcontext() if observations is None else observations.clock.measure(name)
 
     def count(self, event: str) -> None:
         """Count an event."""

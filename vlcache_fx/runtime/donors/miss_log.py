@@ -70,6 +70,14 @@ class MissLog:
         """Return the latest miss of a key; None if it is unknown."""
         return self._misses.get(key)
 
+    def copy(self) -> MissLog:
+        """Return a copy that changes on its own."""
+        copied = MissLog()
+        copied.lookups = self.lookups.copy()
+        with self._lock:
+            copied._misses = self._misses.copy()
+        return copied
+
     def clear(self, selection: Selection | None = None) -> None:
         """Remove the lookups and misses of selected keys, by default all."""
         self.lookups.clear(selection)

@@ -41,6 +41,13 @@ class RecentKeys:
     def __contains__(self, key: object) -> bool:
         return key in self._keys
 
+    def copy(self) -> "RecentKeys":
+        """Return a copy that changes on its own."""
+        copied = RecentKeys(self._max_keys)
+        with self._lock:
+            copied._keys = self._keys.copy()
+        return copied
+
     def clear(self, selection: Selection | None = None) -> None:
         """Remove the selected keys, by default all."""
         with self._lock:
@@ -65,6 +72,13 @@ class ReturnCounts:
             self._counts[key] = self._counts.pop(key, 0) + 1
             while len(self._counts) > MAX_KEYS:
                 self._counts.popitem(last=False)
+
+    def copy(self) -> "ReturnCounts":
+        """Return a copy that changes on its own."""
+        copied = ReturnCounts()
+        with self._lock:
+            copied._counts = self._counts.copy()
+        return copied
 
     def clear(self, selection: Selection | None = None) -> None:
         """Forget the selected keys, by default all."""
@@ -126,6 +140,15 @@ class RecentLookups:
         """Return the lookups before a number, earliest first."""
         with self._lock:
             return [lookup for lookup in self._lookups.values() if lookup.number < number]
+
+    def copy(self) -> "RecentLookups":
+        """Return a copy that changes on its own."""
+        copied = RecentLookups()
+        with self._lock:
+            copied._lookups, copied._by_subject = self._lookups.copy(), self._by_subject.copy()
+            last = max((lookup.number for lookup in self._lookups.values()), default=-1)
+        copied._numbers = itertools.count(last + 1)
+        return copied
 
     def clear(self, selection: Selection | None = None) -> None:
         """Remove the contents whose keys are selected, by default all."""

@@ -1,5 +1,6 @@
 """Guards: select warm requests for shadow runs, and bypass models after violations."""
 
+import copy
 import logging
 import math
 import threading
@@ -104,6 +105,12 @@ class Guards:
         with self._lock:
             for model in list(self._models) if models is None else models:
                 self._models.pop(model, None)
+
+    def without_runs(self) -> "Guards":
+        """Return guards with the same bypassed models that ask for no shadow runs."""
+        others = copy.copy(self)
+        others._share = Fraction(0)
+        return others
 
     @contextmanager
     def off(self) -> Iterator[None]:
