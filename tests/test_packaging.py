@@ -89,7 +89,7 @@ def test_wheel_contains_every_module(tmp_path: Path) -> None:
         sources = [*directory.glob("*.py"), *directory.glob("*.cpp")]
         expected |= {f"{package.replace('.', '/')}/{path.name}" for path in sources}
     assert held == expected
-    assert wheel.stat().st_size < 1e6
+    assert wheel.stat().st_size < 2e6  # sources: 1.0 MB in 2026; the smallest weights have 5 MB
 
 
 def test_citation_has_the_version() -> None:

@@ -25,7 +25,7 @@ pytest.importorskip("sklearn", reason="the reference model is asked about digits
         (["reference", "--lowering", "fast"], "option lowering='fast' is not valid"),
         (["reference", "--policy", "best"], "unknown policy 'best'"),
         (["reference", "--data", "no.jsonl"], "cannot read the prompts 'no.jsonl'"),
-        (["reference", "--html", "no/such/page.html"], "there is no such folder"),
+        (["reference", "--html", "/dev/null/page.html"], "cannot be written to"),
     ],
 )
 def test_explain_bad_arguments(arguments: list[str], message: str) -> None:

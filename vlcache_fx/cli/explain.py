@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "vlcache explain reference",
     "vlcache explain path/to/model --data prompts.jsonl --html page.html",
-    "vlcache explain reference --json > explanation.json",
+    "vlcache explain reference --json",
 )
 
 
