@@ -110,6 +110,7 @@ def study(
     *,
     combinations: Sequence[Combination] = COMBINATIONS,
     batch: int = 4,
+    split: str = "test",
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[Found, dict[Combination, float]]:
@@ -125,7 +126,7 @@ def study(
     asked = [
         question
         for kind, share in zip(kinds, shares(items, len(kinds)), strict=True)
-        for question in source.make_questions("test", kind, share, seed=seed + 1)
+        for question in source.make_questions(split, kind, share, seed=seed + 1)
     ]
     for start in progress(range(0, items, batch)):
         first = asked[start : start + batch]
@@ -208,6 +209,7 @@ def main(
         list[str] | None, typer.Option(help="contexts, and rank of their differences: 1, 8, 8x16, 8xwhole")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts per call")] = 4,
+    split: Annotated[str, typer.Option(help="items: test or train")] = "test",
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare donors of one context, means, and fitted donors."""
@@ -222,6 +224,7 @@ def main(
             budget or (0.02, 0.05),
             combinations=combinations,
             batch=batch,
+            split=split,
             seed=seed,
             progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
         )
