@@ -203,7 +203,7 @@ def test_mooncake(tmp_path: Path) -> None:
     if reason:
         pytest.skip(reason)
     with mooncake_cluster.MooncakeCluster(tmp_path) as cluster:
-        check = check_store(cluster.url())
+        check = check_store(cluster.url("timeout_ms=5000&transfer_ms=10000"))
     assert check.status == Status.OK, check
     assert "written, read and dropped an entry" in check.found
 

@@ -29,9 +29,9 @@ def run(source: str, names: dict[str, Any]) -> Any:
 
 
 def test_notebook_is_stored_without_outputs() -> None:
-    assert {
-        (cell["execution_count"], *cell["outputs"]) for cell in NOTEBOOK["cells"] if "outputs" in cell
-    } == {(None,)}
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 5
+    assert [(cell["execution_count"], cell["outputs"]) for cell in cells] == [(None, [])] * len(cells)
 
 
 @pytest.mark.slow

@@ -38,7 +38,13 @@ class _Question:
         return f"{type(self.policy).__name__}.{name}"
 
     def __str__(self) -> str:
-        facts = [f"{name}={value}" for name, value in vars(self.span).items() if name != "deviation"]
+        span, profile = self.span, self.span.profile
+        facts = [
+            f"{name}={value}" for name, value in vars(span).items() if name not in ("deviation", "profile")
+        ]
+        if profile is not None:  # all that is needed to ask again
+            fields = ", ".join(f"{name}={value!r}" for name, value in vars(profile).items())
+            facts.append(f"profile=Profile({fields})")
         return f"{self.method}({', '.join(facts)})"
 
     def ask(self, seed: int = 0) -> Sequence[Tensor]:
