@@ -104,7 +104,7 @@ def test_donors_of_plain_calls_serve(
     assert pair.engine.stats()["calls"]["cold"] >= 1
 
 
-@pytest.mark.works("Generation", "`TextIteratorStreamer`")
+@pytest.mark.works("Generation", "`TextIteratorStreamer`", "the model's answer")
 def test_streamer(pair: Pair, processor: Any, questions: list[Question]) -> None:
     texts = []
     for model in (pair.model, pair.reference):
@@ -119,7 +119,7 @@ def test_streamer(pair: Pair, processor: Any, questions: list[Question]) -> None
     assert "".join(texts[0]).strip() == questions[0].answer
 
 
-@pytest.mark.works("Generation", '`pipeline("image-text-to-text")`')
+@pytest.mark.works("Generation", '`pipeline("image-text-to-text")`', "the model's answer")
 def test_pipeline(pair: Pair, processor: Any, questions: list[Question]) -> None:
     """``pipeline("image-text-to-text")`` with a chat of the picture and the question."""
     question = questions[0]
