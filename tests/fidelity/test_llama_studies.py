@@ -15,6 +15,7 @@ from vlcache_fx.fidelity.donor_kinds import blend
 from vlcache_fx.fidelity.llama_rows import Item, LlamaRows
 from vlcache_fx.fidelity.paired import Answer, paired_table
 from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.policies import Profile
 
 from . import passages
 
@@ -38,7 +39,7 @@ def item(contexts: int, length: int = 12, seed: int = 0) -> Item:
 
 def test_schedules_cost_the_same(subject: Subject) -> None:
     rows = LlamaRows(subject.model)
-    measured = layer_study.Measured((1.0, 1.0, 0.5, 0.0), ((0.0, 1.0), (0.1, 0.2), (1.0, 0.0)))
+    measured = Profile("", "float32", (1.0, 1.0, 0.5, 0.0), ((0.0, 1.0), (0.1, 0.2), (1.0, 0.0)))
     found = layer_study.schedules(400, rows, 0.1, measured)
     costs = {name: schedule.cost(400, rows.key_value_share) for name, schedule in found.items()}
     assert costs.pop("none") == 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.clock import Clock
 from tests.store.tiers import OTHER, TENANT, SlowStore, entry, key, mark
 from vlcache_fx.errors import DamagedEntryError, StoreClosedError, StoreError
 from vlcache_fx.keys.entry_key import Selection
@@ -482,16 +483,6 @@ def test_threads_under_pressure(seed: int) -> None:
     assert sampled[2] <= 150
     assert stats.failures == 0
     assert min(stats.promotions, stats.write_downs, stats.queue_drops) > 0
-
-
-class Clock:
-    """Seconds that a test sets."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

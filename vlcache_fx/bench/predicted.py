@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from vlcache_fx.bench.model import DecoderSize, decoder_size
 from vlcache_fx.bench.rates import Rates, measure_rates
-from vlcache_fx.bench.roofline import bound
+from vlcache_fx.bench.roofline import Bound, bound
 from vlcache_fx.errors import OptionError
 from vlcache_fx.explaining import Explanation, Prediction, Predictions
 from vlcache_fx.explaining.tokens import MEDIA
@@ -38,9 +37,10 @@ def with_predictions(explanation: Explanation, model: Any, rates: Rates | None =
     found = rates or _measured(model)
     text = [token for run in sample.ranges if run.kind not in MEDIA for token in range(run.start, run.end)]
     rows = tuple(report.rows_per_layer)
+    prompt = sample.num_tokens, text, len(explanation.samples)
     predictions = Predictions(
-        _predict(size, found, (sample.num_tokens,) * size.layers + rows[-1:], text, explanation),
-        _predict(size, found, rows, text, explanation),
+        _predicted(bound(size, found, (sample.num_tokens,) * size.layers + rows[-1:], *prompt)),
+        _predicted(bound(size, found, rows, *prompt)),
         f"Lower bounds of the decoder alone, at {found.matmul_flops / 1e9:,.0f} GFLOP/s and "
         f"{found.copy_bytes / 2**30:,.1f} GiB/s, measured on this machine.",
     )
@@ -69,11 +69,7 @@ def _measured(model: Any) -> Rates:
     return measure_rates(model.dtype, device)
 
 
-def _predict(
-    size: DecoderSize, rates: Rates, rows: Sequence[int], text: Sequence[int], explanation: Explanation
-) -> Prediction | None:
-    sample = next(sample for sample in explanation.samples if sample.rows)
-    found = bound(size, rates, rows, sample.num_tokens, text, len(explanation.samples))
+def _predicted(found: Bound | None) -> Prediction | None:
     if found is None:
         return None
     return Prediction(found.flops, found.nbytes, found.seconds * 1e3, found.limited_by)

@@ -37,6 +37,21 @@ def flops_text(flops: float) -> str:
     return f"{flops:,.1f} TFLOP"
 
 
+def tokens_text(start: int, length: int) -> str:
+    """Return a span: ``tokens 6 to 1,205``."""
+    return f"tokens {start:,} to {start + length - 1:,}"
+
+
+def rank_text(rank: int) -> str:
+    """Return the rank of a donor's differences."""
+    return str(rank) if rank else "mean only"
+
+
+def ago_text(seconds: float | None) -> str:
+    """Return how long ago something was: ``3 min ago``; ``unknown`` for None."""
+    return "unknown" if seconds is None else f"{seconds_text(seconds)} ago"
+
+
 def short_key(key: str) -> str:
     """Return the kind of a key and the first 12 digits of its digest."""
     kind, _, rest = key.partition("-")

@@ -9,7 +9,15 @@ from html import escape
 from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
 from vlcache_fx.explaining.graph_view import layer_section
 from vlcache_fx.explaining.heat_map import svg
-from vlcache_fx.explaining.numbers import bytes_text, flops_text, ms_text, seconds_text, short_key
+from vlcache_fx.explaining.numbers import (
+    ago_text,
+    bytes_text,
+    flops_text,
+    ms_text,
+    rank_text,
+    short_key,
+    tokens_text,
+)
 from vlcache_fx.explaining.style import CSS
 from vlcache_fx.explaining.token_view import bar, flow
 from vlcache_fx.explaining.tokens import TokenClass, count
@@ -183,15 +191,14 @@ def _donors(explanation: Explanation) -> str:
     head = ("image", "donor", "tier", "contexts", "dtype", "rank", "bytes", "last used", "")
     rows = [
         (
-            f"tokens {donor.start:,} to {donor.start + donor.length - 1:,}"
-            + (f" of prompt {donor.sample}" if donor.sample else ""),
+            tokens_text(donor.start, donor.length) + (f" of prompt {donor.sample}" if donor.sample else ""),
             f"<code>{escape(short_key(donor.key))}</code>",
             escape(donor.tier),
             f"{donor.contexts}",
             escape(", ".join(donor.dtypes)),
-            f"{donor.rank}" if donor.rank else "mean only",
+            rank_text(donor.rank),
             bytes_text(donor.nbytes),
-            "unknown" if donor.unused_s is None else f"{seconds_text(donor.unused_s)} ago",
+            ago_text(donor.unused_s),
             "exact prefix" if donor.is_exact else "",
         )
         for donor in explanation.donors

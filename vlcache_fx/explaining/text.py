@@ -10,7 +10,7 @@ from rich.text import Text
 
 from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
 from vlcache_fx.explaining.heat_map import blocks
-from vlcache_fx.explaining.numbers import bytes_text, ms_text, seconds_text, short_key
+from vlcache_fx.explaining.numbers import ago_text, bytes_text, ms_text, rank_text, short_key, tokens_text
 from vlcache_fx.explaining.tokens import TokenClass, by_column
 
 COLOURS = {
@@ -103,13 +103,13 @@ def _donors(explanation: Explanation) -> Table:
     table = Table("image", "donor", "tier", "contexts", "dtype", "rank", "bytes", "last used")
     for donor in explanation.donors:
         table.add_row(
-            f"tokens {donor.start:,} to {donor.start + donor.length - 1:,}",
+            tokens_text(donor.start, donor.length),
             short_key(donor.key) + (" (exact prefix)" if donor.is_exact else ""),
             donor.tier,
             str(donor.contexts),
             ", ".join(donor.dtypes),
-            str(donor.rank) if donor.rank else "mean only",
+            rank_text(donor.rank),
             bytes_text(donor.nbytes),
-            "unknown" if donor.unused_s is None else f"{seconds_text(donor.unused_s)} ago",
+            ago_text(donor.unused_s),
         )
     return table

@@ -130,7 +130,7 @@ def calibrate(
         scores = run(subject, prompts, compared, batch=batch, after_batch=after_batch)
         return [score.kl.mean for score in scores if score.family == ALL]
 
-    depths = _depths(num_layers)
+    depths = depths_of(num_layers)
     by_share = [Setting(UpTo(share), 1.0) for share in SHARES]
     by_depth = [Setting(UpTo(depth_share, depth), 1.0) for depth in depths]
     found = errors(measured, [*by_share, *by_depth])
@@ -175,7 +175,7 @@ def _identity(subject: Subject) -> tuple[str, str, int]:
     return report["model_fingerprint"], dtype, len(report["rows_per_layer"]) - 1
 
 
-def _depths(num_layers: int) -> list[int]:
+def depths_of(num_layers: int) -> list[int]:
     """Return depths from 0 to all layers in at most ``MAX_DEPTHS`` even steps."""
     steps = min(MAX_DEPTHS, num_layers)
     return [round(step * num_layers / steps) for step in range(steps + 1)]

@@ -22,17 +22,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean, nearest, patched
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.prompts import Case
 from vlcache_fx.fidelity.questions import Questions, make_prompt
+from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
 from vlcache_fx.runtime.donors.donor_dtype import length_of
@@ -158,7 +155,7 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
 ) -> None:
     """Compare donors: one context, means, the nearest context, a typical context, and corrections."""
-    try:
+    with readable_errors():
         check_name(model, STUDIED)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
         found = study(
@@ -168,14 +165,9 @@ def main(
             budget=budget,
             batch=batch,
             seed=seed,
-            progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
+            progress=asking,
         )
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(results_table(found, f"{model}, {100 * budget:g} % budget"))
-    console.print(machine_line(describe_machine()), highlight=False)
+    print_results(results_table(found, f"{model}, {100 * budget:g} % budget"))
 
 
 if __name__ == "__main__":

@@ -27,12 +27,8 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import VlcacheError
 from vlcache_fx.fidelity.donor_kinds import blend
 from vlcache_fx.fidelity.donor_study import another
 from vlcache_fx.fidelity.layer_study import CONTEXTS
@@ -41,6 +37,7 @@ from vlcache_fx.fidelity.llama_rows import Fit, Item, LlamaRows, Schedule
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.paired import Answer, Groups, paired_table
 from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.subspace_study import PROMPTS
 
@@ -227,7 +224,7 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare ways to fit donors."""
-    try:
+    with readable_errors():
         check_name(model, STUDIED)
         subject = load_subject(model, None, {"lowering": "eager"})
         found = study(
@@ -236,14 +233,9 @@ def main(
             items,
             budget,
             seed=seed,
-            progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
+            progress=asking,
         )
-    except (VlcacheError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(paired_table(found, "fitted", f"{model}, {items} items, {100 * budget:g} % of the rows"))
-    console.print(machine_line(describe_machine()), highlight=False)
+    print_results(paired_table(found, "fitted", f"{model}, {items} items, {100 * budget:g} % of the rows"))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def check(
     try:
         with engine.guards.off(), torch.no_grad():
             for budget, options in product(sorted(budgets), learning):
-                engine.set_options(options)
+                if options is not engine.options:
+                    engine.set_options(options)
                 found = _replay(model, calls, engine, budget)
                 models.update(found.models)
                 trials.append(found.trial(budget, options.exact_returns, min_agreement, max_kl))
@@ -134,7 +135,7 @@ def check(
                 if passed:
                     break
     finally:
-        if not passed:
+        if not passed and engine.options is not before:
             engine.set_options(before)
     if passed:
         engine.set_budget(trials[-1].budget)

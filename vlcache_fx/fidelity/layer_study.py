@@ -16,19 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from statistics import fmean
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 
-from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import VlcacheError
-from vlcache_fx.fidelity.calibrate import SHARES, falling, sensitivities
+from vlcache_fx.fidelity.calibrate import SHARES, depths_of, falling, sensitivities
 from vlcache_fx.fidelity.donor_kinds import blend
 from vlcache_fx.fidelity.donor_study import another
 from vlcache_fx.fidelity.llama_prompts import compared, one_item_questions, recorded
@@ -36,25 +31,19 @@ from vlcache_fx.fidelity.llama_rows import Fit, Item, LlamaRows, Schedule
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.paired import Answer, Groups, paired_table
 from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.subspace_study import PROMPTS
-from vlcache_fx.plan.allocate import Gain, allocate
+from vlcache_fx.policies.layer_aware import row_counts
+from vlcache_fx.policies.profile import Profile
 
 CONTEXTS = 8
 DONORS: Mapping[str, tuple[int, Fit | None]] = {"one context": (1, None), "8 fitted": (CONTEXTS, blend)}
-DEPTH_SHARE, DEPTHS = 0.05, 10
-"""Share of rows that stop at each depth, and number of depths, as ``calibrate`` measures them."""
+DEPTH_SHARE = 0.05
+"""Share of rows that stop at each depth, as ``calibrate`` measures them."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a calibration measured: see ``policies.profile``."""
-
-    sensitivities: tuple[float, ...]
-    error_curve: tuple[tuple[float, float], ...]
-
-
-def schedules(length: int, rows: LlamaRows, budget: float, measured: Measured) -> dict[str, Schedule]:
+def schedules(length: int, rows: LlamaRows, budget: float, measured: Profile) -> dict[str, Schedule]:
     """Return the schedules for an item of ``length`` rows, by name."""
     layers, share = rows.num_layers, rows.key_value_share
     first = int(budget * length)
@@ -71,8 +60,7 @@ def schedules(length: int, rows: LlamaRows, budget: float, measured: Measured) -
     def delta(start: int, end: int) -> Schedule:
         return at_equal_cost(lambda count: Schedule.of_counts((count,) * layers, range(start, end)))
 
-    gain = Gain.of_curve(measured.error_curve, length)
-    counts = allocate(measured.sensitivities, gain, first * layers, length)
+    counts = row_counts(length, layers, measured, first * layers)
     found = {"none": Schedule.of_counts((0,) * layers), "uniform": uniform}
     found |= {f"until {depth}": until(depth) for depth in (round(layers * part) for part in (0.9, 0.8, 0.67))}
     found["calibrated"] = Schedule.of_counts(counts)
@@ -84,10 +72,10 @@ def schedules(length: int, rows: LlamaRows, budget: float, measured: Measured) -
 
 def measure(
     subject: Subject, rows: LlamaRows, source: Questions, questions: Sequence[Any], rng: np.random.Generator
-) -> Measured:
+) -> Profile:
     """Measure error by rows and by depth, as ``fidelity.calibrate`` does, with donors of one context."""
     layers = rows.num_layers
-    depths = [round(step * layers / DEPTHS) for step in range(DEPTHS + 1)]
+    depths = depths_of(layers)
     tried = [(share, layers) for share in SHARES] + [(DEPTH_SHARE, depth) for depth in depths]
     errors: list[list[float]] = [[] for _ in tried]
     for question in questions:
@@ -101,7 +89,7 @@ def measure(
     means = [fmean(found) for found in errors]
     by_depth = means[len(SHARES) :]
     curve = falling([(0.0, by_depth[0]), *zip(SHARES, means, strict=False), (1.0, 0.0)])
-    return Measured(sensitivities(depths, by_depth), curve)
+    return Profile("", "float32", sensitivities(depths, by_depth), curve)
 
 
 def study(
@@ -113,7 +101,7 @@ def study(
     calibration_items: int = 12,
     seed: int = 0,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> tuple[Groups, Measured]:
+) -> tuple[Groups, Profile]:
     """Compare schedules with the unmodified decoder, on the same prompts."""
     rng = np.random.default_rng(seed)
     rows = LlamaRows(subject.model)
@@ -143,7 +131,7 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare schedules of rows over layers at equal cost."""
-    try:
+    with readable_errors():
         check_name(model, STUDIED)
         subject = load_subject(model, None, {"lowering": "eager"})
         found, measured = study(
@@ -153,17 +141,14 @@ def main(
             budget,
             calibration_items=calibration_items,
             seed=seed,
-            progress=lambda asked: track(asked, "asking", console=Console(stderr=True), transient=True),
+            progress=asking,
         )
-    except (VlcacheError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = Console(width=None if Console().is_terminal else 140)
     title = f"{model}, {items} items, three prompts each, {100 * budget:g} %"
-    console.print(paired_table(found, "uniform", title))
-    console.print("sensitivities:", " ".join(f"{value:.2g}" for value in measured.sensitivities))
-    console.print("error by share:", " ".join(f"{share:g}:{kl:.2g}" for share, kl in measured.error_curve))
-    console.print(machine_line(describe_machine()), highlight=False)
+    values = " ".join(f"{value:.2g}" for value in measured.sensitivities)
+    curve = " ".join(f"{share:g}:{kl:.2g}" for share, kl in measured.error_curve)
+    print_results(
+        paired_table(found, "uniform", title), f"sensitivities: {values}", f"error by share: {curve}"
+    )
 
 
 if __name__ == "__main__":

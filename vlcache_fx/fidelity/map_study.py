@@ -18,16 +18,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.models import check_name, load_cases, load_subject
 from vlcache_fx.fidelity.prompts import Case, batches
+from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
 from vlcache_fx.spec.slots import Factor, StoredSlot, Term
@@ -137,7 +135,7 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of the questions")] = 0,
 ) -> None:
     """Compare donors with and without parts of their maps, and measure the maps."""
-    try:
+    with readable_errors():
         check_name(model)
         cases = load_cases(model, data, (), count, split="test", seed=seed)
         subject = load_subject(model, positions, {"lowering": "eager", "strict": True})
@@ -146,15 +144,12 @@ def main(
             cases,
             budget=budget,
             batch=batch,
-            progress=lambda parts: track(parts, "asking", console=Console(stderr=True), transient=True),
+            progress=asking,
         )
-    except VlcacheError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(answers_table(found, f"{model}, {100 * budget:g} % budget"))
-    console.print(norms_table(norms, f"{model}, medians over items"))
-    console.print(machine_line(describe_machine()), highlight=False)
+    print_results(
+        answers_table(found, f"{model}, {100 * budget:g} % budget"),
+        norms_table(norms, f"{model}, medians over items"),
+    )
 
 
 if __name__ == "__main__":

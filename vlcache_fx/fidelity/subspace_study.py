@@ -17,17 +17,15 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from vlcache_fx.bench.machine import describe_machine, machine_line
-from vlcache_fx.errors import OptionError, VlcacheError
+from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean
 from vlcache_fx.fidelity.donor_study import another, record
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
+from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
 from vlcache_fx.runtime.donors.donor_dtype import length_of
@@ -213,7 +211,7 @@ def main(
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare donors of one context, means, and fitted donors."""
-    try:
+    with readable_errors():
         check_name(model, STUDIED)
         combinations = tuple(map(Combination.parse, donor)) if donor else COMBINATIONS
         subject = load_subject(model, None, OPTIONS)
@@ -226,14 +224,9 @@ def main(
             batch=batch,
             split=split,
             seed=seed,
-            progress=lambda starts: track(starts, "asking", console=Console(stderr=True), transient=True),
+            progress=asking,
         )
-    except (VlcacheError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(results_table(found, byte_shares, f"{model}, {items} items, three prompts each"))
-    console.print(machine_line(describe_machine()), highlight=False)
+    print_results(results_table(found, byte_shares, f"{model}, {items} items, three prompts each"))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from torch import Tensor
 from vlcache_fx.plan.types import Plan, Span
 from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.donors import refine
-from vlcache_fx.runtime.donors.donor_dtype import length_of
+from vlcache_fx.runtime.donors.donor_dtype import length_of, slots_of
 from vlcache_fx.runtime.report import Report
 from vlcache_fx.runtime.requests.request import Request, Sample
 from vlcache_fx.spec.slots import Difference
-from vlcache_fx.store.entry import Entry, main_names
+from vlcache_fx.store.entry import Entry
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Tokens as sorted ranges ``(start, end)``."""
@@ -124,7 +124,7 @@ class Observations:
 
     def _facts(self, span: Span, entry: Entry, *, is_exact: bool) -> DonorFacts:
         used_at = self.used_at.get(span.key)
-        names = main_names(entry.tensors)
+        names = slots_of(entry)
         left = [name for name in entry.tensors if name.endswith(f".{Difference.parts[0]}")]
         return DonorFacts(
             key=str(span.key),

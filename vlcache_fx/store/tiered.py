@@ -60,6 +60,7 @@ class TieredStore(Store):
         self._queue = WriteQueue(queue_bytes, queue_entries, close_timeout_s)
         self._close_timeout_s = close_timeout_s
         self._lock = threading.Lock()
+        self._shared = [index for index in self._below if not tiers[index].is_memory]  # others write to them
         self._recheck = Recheck()
         self._unwritten: set[str] = set()  # in the first tier; the queue did not take their latest value
         self._this = threading.local()  # .generation: that of the put or job in progress in this thread
@@ -88,7 +89,7 @@ class TieredStore(Store):
             with self._health.tolerating(0, "read"):
                 entry = self._first.get(key)
                 if entry is not None:
-                    if self._recheck.is_due(key, entry):
+                    if self._shared and self._recheck.is_due(key, entry):
                         self._look_for_better(key, entry)
                     return entry
         generation = self._queue.generation
@@ -134,18 +135,14 @@ class TieredStore(Store):
 
     def _look_for_better(self, key: str, entry: Entry) -> None:
         """Queue a search for a donor of more contexts; the job holds no tensors."""
-        bare = Entry({}, entry.info)
-        job = Job(Kind.PROMOTION, key, bare, [0], self._queue.generation, self._replace_by_better)
-        if any(not self._tiers[index].is_memory for index in self._below):
-            self._queue.offer(job)
+        bare, generation = Entry({}, entry.info), self._queue.generation
+        self._queue.offer(Job(Kind.PROMOTION, key, bare, [0], generation, self._replace_by_better))
 
     def _replace_by_better(self, job: Job) -> None:
         """Do such a job, in the thread of the queue."""
         first, contexts = self._tiers[0], contexts_in(job.entry.info)
-        for index in self._below:
+        for index in self._shared:
             tier = self._tiers[index]
-            if tier.is_memory:
-                continue
             with self._health.tolerating(index, "read", everything=True):
                 info = tier.info_of(job.key)
                 better = tier.get(job.key) if info is not None and contexts_in(info) > contexts else None
