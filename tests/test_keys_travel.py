@@ -61,7 +61,7 @@ def test_entries_of_another_version_are_not_found(monkeypatch: pytest.MonkeyPatc
     store = MemoryStore(1 << 26)
 
     def ask() -> tuple[str, Any]:
-        pair = with_backend(tiny_vlm(), store=store, policy="full", min_span_tokens=4)
+        pair = with_backend(tiny_vlm(last_only=False), store=store, policy="full", min_span_tokens=4)
         off, report = pair.run(**tiny_vlm_inputs(7, 5, [(20, 0)], text_seed=1))
         assert off == 0.0
         return report["mode"], report["encoder_hit"]

@@ -43,7 +43,8 @@ def test_records_states_at_the_ends_of_records() -> None:
     captured, graph, want, model = small("da")
     program = CASE.program(captured, warm=False)
     plan = plan_of(program, 0, RECORDS, hit=False)
-    assert torch.equal(run(program, graph.calls[0], plan)[0], want)
+    # Records cut the scan, and kernels for few rows round otherwise on some CPUs.
+    torch.testing.assert_close(run(program, graph.calls[0], plan)[0], want, atol=2e-6, rtol=1e-5)
     got = recorded(program, graph.calls[0], plan)
     with torch.no_grad():
         mixer, normed, inputs = first_operands(model)
