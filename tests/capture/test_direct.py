@@ -28,8 +28,11 @@ def operators(module: torch.fx.GraphModule) -> list[str]:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
     ("model", "call"),
-    [(tiny_vlm(), PROMPT), (tiny_vlm(explicit_mask=True), PROMPT), (tiny_llava(2), llava_inputs(3, 4, [0]))],
-    ids=["causal", "mask", "llava"],
+    [
+        pytest.param(tiny_vlm(), PROMPT, id="causal"),
+        pytest.param(tiny_vlm(explicit_mask=True), PROMPT, id="mask"),
+        pytest.param(tiny_llava(2), llava_inputs(3, 4, [0]), id="llava", marks=pytest.mark.thorough),
+    ],
 )
 def test_trace_without_writes_equals_export(
     model: nn.Module, call: dict[str, Tensor], dynamic: bool, monkeypatch: pytest.MonkeyPatch

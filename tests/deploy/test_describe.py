@@ -67,7 +67,10 @@ def test_report_hoisted_inputs_of_the_warm_graph(
 
 @pytest.mark.parametrize(
     ("any_export", "rows"),
-    [("tiny", {"0", "tail"}), ("tiny_blended", {"0", "1", "2", "tail"})],
+    [
+        ("tiny", {"0", "tail"}),
+        pytest.param("tiny_blended", {"0", "1", "2", "tail"}, marks=pytest.mark.thorough),
+    ],
     indirect=["any_export"],
 )
 def test_one_rows_input_per_layer_group(any_export: Exported, rows: set[str]) -> None:

@@ -287,6 +287,7 @@ def test_no_reuse_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # cli/test_doctor.py::test_this_installation runs it, too
 def test_reuse_of_the_reference_model() -> None:
     pytest.importorskip("transformers")
     check = self_test.check_reuse()

@@ -78,6 +78,7 @@ def test_fitted_donors_are_closer_with_one_program(kl_of_means: float) -> None:
     assert pair.engine.stats()["compilations"] == before
 
 
+@pytest.mark.thorough  # with Inductor's above; ops/test_fit.py compares kernels
 def test_fitted_donors_with_eager_kernels(kl_of_means: float) -> None:
     assert mean_kl(learning(4, **SHADOW)) < 0.6 * kl_of_means
 
