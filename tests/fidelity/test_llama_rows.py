@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.donor_kinds import blend
-from vlcache_fx.fidelity.llama_prompts import compared, embed, one_item_questions, recorded
+from vlcache_fx.fidelity.llama_prompts import compared, embed, recorded
 from vlcache_fx.fidelity.llama_rows import Item, LlamaRows, Schedule
 from vlcache_fx.fidelity.prompts import Case
-from vlcache_fx.fidelity.questions import make_prompt
+from vlcache_fx.fidelity.questions import make_prompt, one_item_questions
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.policies.first_k import FirstK
 

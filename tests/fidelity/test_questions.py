@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlcache_fx.errors import OptionError
-from vlcache_fx.fidelity.questions import FAMILIES, make_cases, make_prompt
+from vlcache_fx.fidelity.questions import FAMILIES, make_cases, make_prompt, one_item_questions
 from vlcache_fx.testing import reference_vlm
 
 
@@ -38,6 +38,17 @@ def test_make_cases_unknown_family() -> None:
         OptionError, match=r"family='two_hop' is not valid: it must be one of single_hop, .*asked_again"
     ):
         make_cases(reference_vlm, "two_hop", 1)
+
+
+def test_skipped_questions_are_those_of_a_smaller_count() -> None:
+    def texts(count: int, skip: int = 0) -> list[str]:
+        return [question.text for question in one_item_questions(reference_vlm, "test", count, 1, skip)]
+
+    kinds = len(reference_vlm.FAMILIES) - 1  # without "same"
+    first, rest, whole = texts(2 * kinds), texts(3 * kinds, 2 * kinds), texts(5 * kinds)
+    for kind in range(kinds):
+        own = first[2 * kind : 2 * kind + 2] + rest[3 * kind : 3 * kind + 3]
+        assert own == whole[5 * kind : 5 * kind + 5]
 
 
 def test_make_prompt_answer_format() -> None:

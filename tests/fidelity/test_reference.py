@@ -205,4 +205,9 @@ def test_study_donors_of_several_contexts(subject: Subject) -> None:
         for combination in combinations
     ]
     assert len(set(errors)) == len(combinations)
-    assert subspace_table(found, shares, "a title").row_count == len(combinations)
+    table = subspace_table(found, shares, "a title")
+    assert table.row_count == len(combinations)
+    (closer,) = (list(column.cells) for column in table.columns if column.header == "closer")
+    wins = sum(other < one for one, other in zip(errors[0], errors[1], strict=True))
+    assert closer[0] == ""
+    assert str(closer[1]).startswith(f"{100 * wins / len(errors[0]):.1f} % (")

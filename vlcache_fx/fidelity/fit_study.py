@@ -32,11 +32,11 @@ from torch import Tensor
 from vlcache_fx.fidelity.donor_kinds import blend
 from vlcache_fx.fidelity.donor_study import another
 from vlcache_fx.fidelity.layer_study import CONTEXTS
-from vlcache_fx.fidelity.llama_prompts import Embedded, compared, one_item_questions, recorded
+from vlcache_fx.fidelity.llama_prompts import Embedded, compared, recorded
 from vlcache_fx.fidelity.llama_rows import Fit, Item, LlamaRows, Schedule
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.paired import Answer, Groups, paired_table
-from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.questions import Questions, one_item_questions
 from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.subspace_study import PROMPTS

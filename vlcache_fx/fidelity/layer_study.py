@@ -26,11 +26,11 @@ import typer
 from vlcache_fx.fidelity.calibrate import SHARES, depths_of, falling, sensitivities
 from vlcache_fx.fidelity.donor_kinds import blend
 from vlcache_fx.fidelity.donor_study import another
-from vlcache_fx.fidelity.llama_prompts import compared, one_item_questions, recorded
+from vlcache_fx.fidelity.llama_prompts import compared, recorded
 from vlcache_fx.fidelity.llama_rows import Fit, Item, LlamaRows, Schedule
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
 from vlcache_fx.fidelity.paired import Answer, Groups, paired_table
-from vlcache_fx.fidelity.questions import Questions
+from vlcache_fx.fidelity.questions import Questions, one_item_questions
 from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.subspace_study import PROMPTS

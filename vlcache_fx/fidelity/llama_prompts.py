@@ -11,7 +11,7 @@ from torch import Tensor
 from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.compare import Comparison, compare
 from vlcache_fx.fidelity.llama_rows import Item, LlamaRows
-from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
+from vlcache_fx.fidelity.questions import Questions, make_prompt
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.runtime.requests.marked_spans import marked_spans
 
@@ -70,16 +70,6 @@ def embed(subject: Subject, rows: LlamaRows, source: Questions, question: Any) -
         raise OptionError(f"a prompt with {len(spans)} items: it must have one")
     (start, length), (answer,) = spans[0], prepared.answers
     return Embedded(read[0][0], start, length, answer, subject.positions)
-
-
-def one_item_questions(source: Questions, split: str, count: int, seed: int) -> list[Any]:
-    """Make questions about one item each, of all kinds."""
-    kinds = [kind for kind in source.FAMILIES if kind != "same"]
-    return [
-        question
-        for kind, share in zip(kinds, shares(count, len(kinds)), strict=True)
-        for question in source.make_questions(split, kind, share, seed=seed)
-    ]
 
 
 def recorded(

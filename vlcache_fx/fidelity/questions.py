@@ -75,6 +75,25 @@ def make_cases(
     return cases
 
 
+def one_item_questions(source: Questions, split: str, count: int, seed: int, skip: int = 0) -> list[Any]:
+    """Make questions about one item each, of all kinds.
+
+    Args:
+        source: the model's module.
+        split: ``"test"`` or ``"train"``.
+        count: number of questions.
+        seed: seed of the choice.
+        skip: leave out as many, those of a call with this count.
+    """
+    kinds = [kind for kind in source.FAMILIES if kind != "same"]
+    numbers = zip(kinds, shares(skip, len(kinds)), shares(skip + count, len(kinds)), strict=True)
+    return [
+        question
+        for kind, before, end in numbers
+        for question in source.make_questions(split, kind, end, seed=seed)[before:]
+    ]
+
+
 def shares(count: int, parts: int) -> list[int]:
     """Divide ``count`` into parts that differ by one at most."""
     return [count // parts + (index < count % parts) for index in range(parts)]

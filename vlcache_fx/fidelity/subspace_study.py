@@ -24,7 +24,7 @@ from vlcache_fx.fidelity.compare import Comparison, average, compare, proportion
 from vlcache_fx.fidelity.donor_kinds import fitted, mean
 from vlcache_fx.fidelity.donor_study import another, record
 from vlcache_fx.fidelity.models import STUDIED, check_name, load_subject
-from vlcache_fx.fidelity.questions import Questions, make_prompt, shares
+from vlcache_fx.fidelity.questions import Questions, make_prompt, one_item_questions
 from vlcache_fx.fidelity.study_output import asking, print_results, readable_errors
 from vlcache_fx.fidelity.subject import Subject
 from vlcache_fx.fidelity.table import nats, percent
@@ -109,6 +109,7 @@ def study(
     combinations: Sequence[Combination] = COMBINATIONS,
     batch: int = 4,
     split: str = "test",
+    skip: int = 0,
     seed: int = 0,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[Found, dict[Combination, float]]:
@@ -118,14 +119,9 @@ def study(
         The comparisons, and each combination's bytes as a share of a donor of one context (mean).
     """
     rng = np.random.default_rng(seed)
-    kinds = [kind for kind in source.FAMILIES if kind != "same"]
     found: Found = {}
     sizes: dict[Combination, list[float]] = {combination: [] for combination in combinations}
-    asked = [
-        question
-        for kind, share in zip(kinds, shares(items, len(kinds)), strict=True)
-        for question in source.make_questions(split, kind, share, seed=seed + 1)
-    ]
+    asked = one_item_questions(source, split, items, seed + 1, skip)
     for start in progress(range(0, items, batch)):
         first = asked[start : start + batch]
         contexts = [
@@ -168,10 +164,19 @@ def study(
 
 
 def results_table(found: Found, byte_shares: Mapping[Combination, float], title: str) -> Table:
-    """Create a table with one row per budget and donor."""
+    """Create a table with one row per budget and donor; ``closer`` counts prompts, beside one context."""
     names = list(dict.fromkeys(name for _, _, name in found))
     table = Table(
-        "budget", "donor", "bytes", "KL (nats)", "of one", "median", *names, "agreement", title=title
+        "budget",
+        "donor",
+        "bytes",
+        "KL (nats)",
+        "of one",
+        "median",
+        "closer",
+        *names,
+        "agreement",
+        title=title,
     )
     for budget in dict.fromkeys(budget for _, budget, _ in found):
         base = _all(found, Combination(1), budget, names)
@@ -186,11 +191,18 @@ def results_table(found: Found, byte_shares: Mapping[Combination, float], title:
                 nats(average(kls)),
                 f"{of_one:.2f}",
                 f"{median(kls):.2g}",
+                _closer(kls, [comparison.kl for comparison in base]) if combination != Combination(1) else "",
                 *(f"{fmean(one.kl for one in found[combination, budget, name]):.2g}" for name in names),
                 percent(proportion([comparison.agrees for comparison in own])),
             )
         table.add_section()
     return table
+
+
+def _closer(kls: Sequence[float], of_one: Sequence[float]) -> str:
+    if not of_one:
+        return ""
+    return percent(proportion([own < one for own, one in zip(kls, of_one, strict=True)]))
 
 
 def _all(found: Found, combination: Combination, budget: float, names: Sequence[str]) -> list[Comparison]:
@@ -208,6 +220,7 @@ def main(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="prompts per call")] = 4,
     split: Annotated[str, typer.Option(help="items: test or train")] = "test",
+    skip: Annotated[int, typer.Option(min=0, help="leave out so many items, the first ones")] = 0,
     seed: Annotated[int, typer.Option(help="seed of items and prompts")] = 0,
 ) -> None:
     """Compare donors of one context, means, and fitted donors."""
@@ -223,6 +236,7 @@ def main(
             combinations=combinations,
             batch=batch,
             split=split,
+            skip=skip,
             seed=seed,
             progress=asking,
         )
