@@ -8,21 +8,22 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help env test check typecheck format demo docs figures gpu-check clean
+.PHONY: help env test check typecheck format demo docs figures gpu-check release-check clean
 
 help:
-	@echo "make env        create or update $(VENV) with the pinned versions"
-	@echo "make test       run the tests (ARGS='-k plan' to choose)"
-	@echo "make check      formatting, lint and types"
-	@echo "make format     format, and fix what the linter can"
-	@echo "make demo       run examples/demo.py"
-	@echo "make docs       build the manual into site/, strictly"
-	@echo "make figures    draw the manual's pictures and graphs anew (after make demo)"
-	@echo "make gpu-check  tests and times on a GPU, within ten minutes (ARGS='--output DIR')"
+	@echo "make env            create or update $(VENV) with the pinned versions"
+	@echo "make test           run the tests (ARGS='-k plan' to choose)"
+	@echo "make check          formatting, lint and types"
+	@echo "make format         format, and fix what the linter can"
+	@echo "make demo           run examples/demo.py"
+	@echo "make docs           build the manual into site/, strictly"
+	@echo "make figures        draw the manual's pictures and graphs anew (after make demo)"
+	@echo "make release-check  build the wheel and the sdist, and use the wheel elsewhere (ARGS='--output dist')"
+	@echo "make gpu-check      tests and times on a GPU, within ten minutes (ARGS='--output DIR')"
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt vlcache_fx/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# Modules are compiled when they are imported: compiling all of them takes longer than the rest.
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[transformers,tensorrt-rtx,mooncake-cpu,dev,demo,docs]'
@@ -68,6 +69,9 @@ demo: env
 gpu-check: CHECK_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 gpu-check:
 	$(CHECK_PYTHON) -m vlcache_fx.bench.gpu_check $(ARGS)
+
+release-check: env
+	$(BIN)/python .ci/release_check.py $(ARGS)
 
 clean:
 	rm -rf build dist site .docs-tree .typecheck .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -180,8 +180,14 @@ def restore_items(result: Any, kwargs: dict[str, Any]) -> None:
     """Undo ``concat_encoder_outputs(kwargs)`` in the features that ``result`` returns unchanged."""
     outputs = kwargs.get(OUTPUTS)
     for modality, output in outputs.items() if isinstance(outputs, dict) else ():
-        name, features = f"{modality}_hidden_states", getattr(output, "pooler_output", None)
-        if isinstance(getattr(result, name, None), tuple) and isinstance(features, list | tuple):
+        features = getattr(output, "pooler_output", None)
+        if not isinstance(features, list | tuple):
+            continue
+        # From transformers 5.24 on, results have the encoder's whole output instead of the features.
+        whole, name = f"{modality}_outputs", f"{modality}_hidden_states"
+        if getattr(result, whole, None) is not None:
+            setattr(result, whole, output)
+        elif isinstance(getattr(result, name, None), tuple):
             setattr(result, name, features)
 
 
