@@ -189,8 +189,9 @@ class Reason(StrEnum):
     )
     PROGRAM_FAILED = _call(
         "program_failed",
-        "the rewritten graph did not compile, or failed when it ran",
+        "the rewritten graph did not compile",
         'the log has the error; try `lowering="eager"`',
+        "Or it failed when it ran.",
     )
 
     # Of spans, and of calls without any reused span.
