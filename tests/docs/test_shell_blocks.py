@@ -51,6 +51,7 @@ TRANSCRIPTS = {
     "recurrent-layers.md": "a picture, no output",
     "serve.md": "times of one machine; tests/cli/test_serve.py compares the lines",
     "store.md": "files of a folder; tests/store/file compares them",
+    "troubleshooting.md": "times of one machine; tests/compiler/test_compile_clock.py compares the line",
     "torch-compile.md": "a refusal with paths of one machine; tests/test_refusals.py compares refusals",
 }
 
