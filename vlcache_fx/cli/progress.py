@@ -59,11 +59,11 @@ def showing_progress(
         total: number of its parts.
         console: of results that the body prints. If it is a terminal, the bar is on it, below them.
     """
-    if apply_log_variable():  # the log goes to stderr already, and would tear a bar apart
-        steps, handler = Steps(), None
-    else:
+    steps: Steps = Steps()
+    handler: logging.Handler | None = None
+    if not apply_log_variable():  # otherwise the log goes to stderr already, and would tear a bar apart
         shown = console if console is not None and console.is_terminal else progress_console()
-        steps = _Bars(shown) if shown.is_terminal else Steps()
+        steps = _Bars(shown) if shown.is_terminal else steps
         handler = _AboveBar(steps) if isinstance(steps, _Bars) else _Lines()
     with _logging_to(handler):
         steps.begin(what, total)
