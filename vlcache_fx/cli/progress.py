@@ -79,7 +79,7 @@ class _Bars(Steps):
 
     def __init__(self, console: Console) -> None:
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             _Count(),
             TimeElapsedColumn(),
