@@ -17,7 +17,7 @@ help:
 	@echo "make format         format, and fix what the linter can"
 	@echo "make demo           run examples/demo.py"
 	@echo "make docs           build the manual into site/, strictly"
-	@echo "make figures        draw the manual's pictures and graphs anew (after make demo)"
+	@echo "make figures        draw the manual's pictures and graphs anew (after make demo; needs Chromium)"
 	@echo "make release-check  build the wheel and the sdist, and use the wheel elsewhere (ARGS='--output dist')"
 	@echo "make gpu-check      tests and times on a GPU, within ten minutes (ARGS='--output DIR')"
 
@@ -56,6 +56,7 @@ docs: env
 figures: env
 	$(BIN)/python docs/figures/request.py
 	$(BIN)/python docs/figures/graphs.py
+	$(BIN)/python docs/figures/explain.py
 
 format: env
 	$(BIN)/ruff format .

@@ -68,6 +68,7 @@ def compile(model: Model, **options: Any) -> Model:  # noqa: A001 - named after 
     if isinstance(vars(inner).get("vlcache"), Engine):
         raise OptionError(f"this {type(inner).__name__} is compiled already; its engine is model.vlcache")
     pipelines, engine = configured(parsed), Engine(parsed)
+    engine.model = type(inner).__name__
     plain = inner.forward
     encoders_first = EncodersFirst(inner)
     turns = Turns(engine)

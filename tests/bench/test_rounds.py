@@ -66,6 +66,12 @@ def test_paired_ratio_fewer_rounds() -> None:
     assert paired_ratio([4], [1, 100]) == Summary(4, 4, 4)
 
 
+def test_fastest_seconds_has_a_limit() -> None:
+    runs: list[None] = []
+    fastest_seconds(lambda: runs.append(None), 5, limit_s=0.0)
+    assert len(runs) == 2  # the first is not counted
+
+
 def test_fastest_seconds_ignores_the_first_run(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 1.0, 0.0, 5.0, 0.0, 3.0, 0.0, 4.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(times))

@@ -72,7 +72,8 @@ def test_explain_prompts_of_a_file(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "<script" not in page.read_text(encoding="utf-8")
-    result = CliRunner().invoke(app, ["explain", "reference", "--data", str(data), "--no-predict"])
+    result = CliRunner().invoke(app, ["explain", "reference", "--data", str(data), "--no-predict", "--graph"])
     assert result.exit_code == 0, result.output
+    assert "\n+ [lookup] splice_rows_default = vlcache.splice_rows(" in result.stdout
     assert "image, reused" in result.stdout
     assert "Store hits" in result.stdout

@@ -63,6 +63,7 @@ def test_passed(loaded: list[dict[str, Any]]) -> None:
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells[:4] == ["5 %", "0", "1.0", "1"]
     assert cells[-1] == "yes"
+    assert "replaying prompts: 4" in result.stderr.splitlines()  # two, with two budgets
     assert "Passed (agreement of at least 0 %). Options for vlcache serve:\n--budget 0.05 " in result.stdout
     assert loaded[0]["policy"] == "layer_aware"
     assert loaded[0]["strict"] is True

@@ -82,3 +82,15 @@ def test_main_draws_from_what_the_demo_wrote(tmp_path: Path) -> None:
     output = tmp_path / "request.svg"
     load("request").main(["--record", str(tmp_path / "demo.json"), "--output", str(output)])
     assert output.read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_layer_of_a_page() -> None:
+    page = "<h2>Times</h2>1<h2>Layer 0, before</h2>the layer<h2>Graphs</h2>2"
+    section = load("explain").layer_of(page)
+    assert section.endswith("<main><h2>Layer 0, before</h2>the layer</main>")
+
+
+def test_pictures_need_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(SystemExit, match="need one of chromium"):
+        load("explain").main([])

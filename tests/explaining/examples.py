@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from vlcache_fx.errors import Reason
-from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
+from vlcache_fx.explaining.explained_call import SampleExplanation
+from vlcache_fx.explaining.explanation import Explanation
 from vlcache_fx.explaining.stages import stages_of
 from vlcache_fx.explaining.tokens import classify
 from vlcache_fx.runtime.observation import DonorFacts, SampleObservation

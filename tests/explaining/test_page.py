@@ -15,7 +15,8 @@ from rich.console import Console
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.layer_graph import LayerGraph, NodeLine
 from vlcache_fx.errors import Reason
-from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
+from vlcache_fx.explaining.explained_call import SampleExplanation
+from vlcache_fx.explaining.explanation import Explanation
 from vlcache_fx.explaining.graph_view import layer_section, pairs
 from vlcache_fx.explaining.numbers import bytes_text, flops_text, ms_text, seconds_text, short_key
 from vlcache_fx.explaining.prediction import Prediction, Predictions

@@ -11,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vlcache_fx.bench.presets import ModelSpec, find_preset, read_spec
-from vlcache_fx.bench.run import BenchResult, MeasuredPoint, run_bench
+from vlcache_fx.bench.run import BenchResult, MeasuredPoint, Progress, run_bench
 from vlcache_fx.bench.settings import Settings, require_packages
 from vlcache_fx.bench.systems import Variant
 from vlcache_fx.errors import OptionError
-
-WIDTH = 10_000
-"""Characters per line of output to files and pipes: no column of a table is cut."""
+from vlcache_fx.integrations.transformers_output import without_bars
 
 
 def choose_model(preset: str, config: Path | None, model_class: str | None, layers: int | None) -> ModelSpec:
@@ -54,7 +51,13 @@ def combine(
 
 
 def bench(
-    spec: ModelSpec, output_dir: Path, *, compile_time: bool, prints: bool = True, **settings: Any
+    spec: ModelSpec,
+    output_dir: Path,
+    *,
+    compile_time: bool,
+    console: Console | None = None,
+    progress: Progress = lambda *_: None,
+    **settings: Any,
 ) -> BenchResult:
     """Measure, print tables, write ``bench.json`` and ``bench.png``; return what the first one holds.
 
@@ -65,7 +68,8 @@ def bench(
         spec: the model.
         output_dir: created if it does not exist.
         compile_time: time compilation, at the model's depth unless ``compile_layers`` is given.
-        prints: print tables to stdout. Progress goes to stderr, unless stdout is a terminal.
+        console: for tables; None prints none.
+        progress: see ``bench.run.Progress``.
         **settings: see ``Settings``.
 
     Raises:
@@ -87,23 +91,17 @@ def bench(
         raise OptionError(f"output_dir={str(output_dir)!r} cannot be written to: {error}") from error
     points = output_dir / "points.jsonl"
     points.unlink(missing_ok=True)
-    console = Console(width=None if Console().is_terminal else WIDTH, quiet=not prints)
-    shown = console if prints and console.is_terminal else Console(stderr=True)
-    columns = (TextColumn("{task.description:<56}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with _quiet(), Progress(*columns, TimeElapsedColumn(), console=shown) as progress:
-        task = progress.add_task("", total=None)
+    console = console or Console(quiet=True)
 
-        def show(description: str, done: int, total: int) -> None:
-            progress.update(task, description=description, completed=done, total=total)
+    def keep(measured: MeasuredPoint) -> None:
+        from vlcache_fx.bench.report import time_table
 
-        def keep(measured: MeasuredPoint) -> None:
-            from vlcache_fx.bench.report import time_table
+        console.print(time_table(measured))
+        with points.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(dataclasses.asdict(measured)) + "\n")
 
-            console.print(time_table(measured))
-            with points.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(dataclasses.asdict(measured)) + "\n")
-
-        result = run_bench(spec, asked, show, keep)
+    with _quiet():
+        result = run_bench(spec, asked, progress, keep)
     _print(result, console)
     _write(result, output_dir, console)
     return result
@@ -134,18 +132,13 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as untyped
 
     transformers_logging: Any = untyped
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "vlcache_fx")]
-    levels = [logger.level for logger in loggers]
+    verbosity, dynamo = transformers_logging.get_verbosity(), logging.getLogger("torch._dynamo")
+    level = dynamo.level
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    dynamo.setLevel(logging.ERROR)
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        dynamo.setLevel(level)

@@ -17,6 +17,9 @@ from vlcache_fx.explaining.tokens import MEDIA
 WIDTH, SIZE_BYTES = 1024, 2**26
 """Sizes for rates on a CPU that are measured in seconds, and are larger than most caches."""
 
+LIMIT_S = 2.0
+"""Time for each of these rates: on a machine that is busy with other work, all runs would take minutes."""
+
 
 def with_predictions(explanation: Explanation, model: Any, rates: Rates | None = None) -> Explanation:
     """Return the explanation with the bounds of full computation and of its call.
@@ -65,7 +68,7 @@ def _size(model: Any) -> DecoderSize | str:
 def _measured(model: Any) -> Rates:
     device: torch.device = model.device
     if device.type == "cpu":
-        return measure_rates(model.dtype, device, WIDTH, SIZE_BYTES)
+        return measure_rates(model.dtype, device, WIDTH, SIZE_BYTES, LIMIT_S)
     return measure_rates(model.dtype, device)
 
 

@@ -1,5 +1,6 @@
 """Rates of this machine: matrix products, copies and reads per second."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +28,11 @@ class Rates:
 
 
 def measure_rates(
-    dtype: torch.dtype, device: torch.device, width: int | None = None, size_bytes: int | None = None
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int | None = None,
+    size_bytes: int | None = None,
+    limit_s: float = math.inf,
 ) -> Rates:
     """Measure the rates; needs an idle machine.
 
@@ -36,13 +41,14 @@ def measure_rates(
         device: device of the product and the copy.
         width: width of the square product; by default large enough to keep the device busy.
         size_bytes: size of the copied and read tensors; by default larger than caches.
+        limit_s: time for each rate; after it, no further run begins.
     """
     on_gpu = device.type == "cuda"
     width = width or (8192 if on_gpu else 2048)
     size_bytes = size_bytes or (2**30 if on_gpu else 2**28)
 
     def seconds(run: Callable[[], object]) -> float:
-        return fastest_seconds(run, REPEATS, synchronizer(device))
+        return fastest_seconds(run, REPEATS, synchronizer(device), limit_s)
 
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     product = seconds(lambda: left @ right)

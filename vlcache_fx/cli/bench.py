@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from vlcache_fx.cli.errors import readable_errors
-from vlcache_fx.cli.output import Json, examples, print_json, stdout_for_json
+from vlcache_fx.cli.output import Json, examples, print_json, result_console, stdout_for_json
+from vlcache_fx.cli.progress import showing_progress
 
 EPILOG = examples(
     "vlcache bench --preset cpu --budget 0.02 --budget 0.1",
@@ -83,22 +84,25 @@ def bench(
         with stdout_for_json(as_json):
             from vlcache_fx.bench import command  # deferred: importing torch takes a second
 
-            result = command.bench(
-                command.choose_model(preset, config, model_class, layers),
-                output_dir,
-                compile_time=compile_time,
-                prints=not as_json,
-                variants=command.combine(policy, budget, store, donor_dtype),
-                text_before=text_before,
-                text_after=text_after,
-                dtype=dtype,
-                device=device,
-                lowering=lowering,
-                cuda_graphs=cuda_graphs,
-                rounds=rounds,
-                eager_rounds=eager_rounds,
-                encoder=encoder,
-                **{name: tuple(values) for name, values in given.items() if values},
-            )
+            console = None if as_json else result_console()
+            with showing_progress("reading the settings", console=console) as steps:
+                result = command.bench(
+                    command.choose_model(preset, config, model_class, layers),
+                    output_dir,
+                    compile_time=compile_time,
+                    console=console,
+                    progress=steps.show,
+                    variants=command.combine(policy, budget, store, donor_dtype),
+                    text_before=text_before,
+                    text_after=text_after,
+                    dtype=dtype,
+                    device=device,
+                    lowering=lowering,
+                    cuda_graphs=cuda_graphs,
+                    rounds=rounds,
+                    eager_rounds=eager_rounds,
+                    encoder=encoder,
+                    **{name: tuple(values) for name, values in given.items() if values},
+                )
         if as_json:
             print_json(asdict(result))

@@ -17,7 +17,8 @@ from vlcache_fx.cli.output import (
     result_console,
     stdout_for_json,
 )
-from vlcache_fx.cli.prompts import DATA, POSITIONS, progress
+from vlcache_fx.cli.progress import showing_progress
+from vlcache_fx.cli.prompts import DATA, POSITIONS
 
 if TYPE_CHECKING:
     from vlcache_fx.fidelity.calibrate import Calibration
@@ -56,6 +57,7 @@ def calibrate(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.calibrate import calibrate as measure
             from vlcache_fx.fidelity.models import load_cases, load_subject
+            from vlcache_fx.integrations.transformers_output import without_bars
             from vlcache_fx.options import Options
 
             check_output_file(output)
@@ -64,8 +66,10 @@ def calibrate(
             cases = load_cases(
                 model, data, tuple(family or ()), count, split="train", seed=seed, contexts=most
             )
-            subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
-            with progress("calibrating", len(cases)) as advance:
+            with showing_progress(f"loading {model}") as steps:
+                with without_bars():
+                    subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+                steps.begin("measuring with prompts", len(cases))
                 found = measure(
                     subject,
                     cases,
@@ -73,7 +77,7 @@ def calibrate(
                     depth_share=depth_share,
                     contexts=contexts or (),
                     donor_ranks=[Options(donor_rank=rank).donor_rank for rank in donor_rank or (0, 16)],
-                    after_batch=advance,
+                    after_batch=steps.advance,
                 )
             output.parent.mkdir(parents=True, exist_ok=True)
             found.profile.save(output)

@@ -13,10 +13,10 @@ from vlcache_fx.cli.output import (
     Json,
     examples,
     print_json,
-    progress_console,
     result_console,
     stdout_for_json,
 )
+from vlcache_fx.cli.progress import showing_progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,8 @@ def doctor(
     with readable_errors():
         console = result_console()
         found: list[Check] = []
-        with progress_console().status("checking"), stdout_for_json(as_json):
+        shown = None if as_json else console
+        with showing_progress("checking", console=shown), stdout_for_json(as_json):
             from vlcache_fx.doctor import checklist  # deferred: importing torch takes a second
 
             for check in checklist(tuple(store or ("memory://",))):

@@ -9,6 +9,7 @@ import typer
 
 from vlcache_fx.cli.errors import readable_errors
 from vlcache_fx.cli.output import Json, check_output_file, examples, result_console, stdout_for_json
+from vlcache_fx.cli.progress import Steps, showing_progress
 from vlcache_fx.cli.prompts import DATA
 from vlcache_fx.errors import OptionError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "vlcache explain reference",
     "vlcache explain path/to/model --data prompts.jsonl --html page.html",
+    "vlcache explain reference --graph",
     "vlcache explain reference --json",
 )
 
@@ -31,6 +33,9 @@ def explain(
     ],
     data: Annotated[Path | None, DATA] = None,
     html: Annotated[Path | None, typer.Option(help="write a page to this file")] = None,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="print one layer's graph before and after the passes, too")
+    ] = False,
     as_json: Json = False,
     policy: Annotated[str, typer.Option(help="see vlcache policies")] = "layer_aware",
     budget: Annotated[float, typer.Option(help="share of token-layers to recompute")] = 0.02,
@@ -52,36 +57,38 @@ def explain(
         # deferred: importing torch takes a second
         from vlcache_fx.bench.predicted import with_predictions
         from vlcache_fx.fidelity.models import load_cases, load_subject
+        from vlcache_fx.integrations.transformers_output import without_bars
 
         if html is not None:
             check_output_file(html)
         families = () if data is not None else ("single_hop",)
         case = load_cases(model, data, families, 1, split="test", seed=seed)[0]
-        typer.echo(f"loading {model}", err=True)
         options = {"lowering": lowering, "policy": policy, "budget": budget, "profile": profile}
-        subject = load_subject(model, None, options)
-        found = _explained(subject, case)
-        if predict:
-            typer.echo("measuring the rates of this machine", err=True)
-            found = with_predictions(found, subject.model)
+        with showing_progress(f"loading {model}") as steps:
+            with without_bars():
+                subject = load_subject(model, None, options)
+            found = _explained(subject, case, steps)
+            if predict:
+                steps.begin("measuring the rates of this machine")
+                found = with_predictions(found, subject.model)
         if html is not None:
             _save(found, html)
     if as_json:
         typer.echo(found.to_json())
     elif html is None:
-        result_console().print(found)
+        result_console().print(found, *([found.layers()] if graph else []))
 
 
-def _explained(subject: Subject, case: Case) -> Explanation:
+def _explained(subject: Subject, case: Case, steps: Steps) -> Explanation:
     """Run the first prompt of a case, and explain the second."""
     import torch
 
     from vlcache_fx.fidelity.subject import without_ids
 
-    typer.echo("compiling and running the first prompt, which records the images", err=True)
+    steps.begin("compiling and running the first prompt, which records the images")
     with torch.no_grad():
         subject.model(**without_ids(subject.inputs([case.donor])), logits_to_keep=1)
-    typer.echo("explaining the second prompt", err=True)
+    steps.begin("explaining the second prompt")
     inputs = subject.inputs([case.asked])
     found = subject.engine.explain(**without_ids(inputs), logits_to_keep=1)
     return found.with_texts(subject.processor.tokenizer.decode, inputs["input_ids"].tolist())

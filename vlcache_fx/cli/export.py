@@ -19,6 +19,7 @@ from vlcache_fx.cli.output import (
     result_console,
     stdout_for_json,
 )
+from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -69,21 +70,23 @@ def export(
             if dtype not in DTYPES:
                 raise OptionError(f"dtype {dtype!r} is not valid: it must be one of {', '.join(DTYPES)}")
             check_output_folder(directory)
-            loaded, inputs = _example(model, data, dtype)
             engine = None
             if output_format == "tensorrt":
                 engine = _engine_options(compute_capability or (), package, tokens)
-            report = vlcache_fx.export(
-                loaded,
-                inputs,
-                directory,
-                format=output_format,
-                opset=opset,
-                engine=engine,
-                policy=policy,
-                budget=budget,
-                profile=profile,
-            )
+            with showing_progress(f"loading {model}") as steps:
+                loaded, inputs = _example(model, data, dtype)
+                steps.begin(f"exporting to {directory}")
+                report = vlcache_fx.export(
+                    loaded,
+                    inputs,
+                    directory,
+                    format=output_format,
+                    opset=opset,
+                    engine=engine,
+                    policy=policy,
+                    budget=budget,
+                    profile=profile,
+                )
         if as_json:
             print_json(report.as_dict())
         else:
@@ -95,10 +98,12 @@ def _example(model: str, data: Path | None, dtype: str) -> tuple[Any, dict[str, 
     import torch
 
     from vlcache_fx.fidelity.models import check_name, load_cases, load_model
+    from vlcache_fx.integrations.transformers_output import without_bars
 
     check_name(model)
     example = load_cases(model, data, (), 1, split="test", seed=0)[0].asked
-    loaded, processor = load_model(model)
+    with without_bars():
+        loaded, processor = load_model(model)
     loaded = loaded.to(getattr(torch, dtype))
     inputs = dict(processor(text=[example.text], images=list(example.images), return_tensors="pt"))
     for name, value in inputs.items():

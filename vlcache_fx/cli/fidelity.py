@@ -19,7 +19,8 @@ from vlcache_fx.cli.output import (
     result_console,
     stdout_for_json,
 )
-from vlcache_fx.cli.prompts import DATA, POSITIONS, progress
+from vlcache_fx.cli.progress import showing_progress
+from vlcache_fx.cli.prompts import DATA, POSITIONS
 from vlcache_fx.errors import OptionError
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def fidelity(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.models import load_cases, load_subject
             from vlcache_fx.fidelity.run import BUDGETS, run, settings
+            from vlcache_fx.integrations.transformers_output import without_bars
             from vlcache_fx.options import Options
             from vlcache_fx.policies import Profile, get_policy
 
@@ -95,9 +97,11 @@ def fidelity(
                 model, data, tuple(family or ()), count, split="test", seed=seed, contexts=most
             )
             check_output_folder(output_dir)
-            subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
-            with progress("asking", len(cases)) as advance:
-                scores = run(subject, cases, compared, batch=batch, after_batch=advance)
+            with showing_progress(f"loading {model}") as steps:
+                with without_bars():
+                    subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+                steps.begin("asking prompts", len(cases))
+                scores = run(subject, cases, compared, batch=batch, after_batch=steps.advance)
             record = _write(scores, model, seed, output_dir)
         if as_json:
             print_json(record)

@@ -83,6 +83,7 @@ def gate(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.gate import BUDGETS, check, check_bounds
             from vlcache_fx.fidelity.models import load_cases, load_subject
+            from vlcache_fx.integrations.transformers_output import without_bars
 
             budgets = tuple(budget or BUDGETS)
             check_bounds(min_agreement, max_kl, budgets)  # before it loads a model
@@ -91,9 +92,11 @@ def gate(
                 model, data, tuple(family or ()), count, split="test", seed=seed, contexts=1 + most
             )
             options = {"policy": policy, "profile": profile, "donor_rank": donor_rank, "lowering": lowering}
-            subject = load_subject(model, None, {**options, "strict": True})
-            prompts = [subject.ask(prompt) for prompt in replayed(cases)]
-            with showing_progress(f"replaying {len(prompts)} prompts"):
+            with showing_progress(f"loading {model}") as steps:
+                with without_bars():
+                    subject = load_subject(model, None, {**options, "strict": True})
+                prompts = [subject.ask(prompt) for prompt in replayed(cases)]
+                steps.begin("replaying prompts", len(prompts) * len(budgets) * len(exact_returns or (0,)))
                 report = check(
                     subject.model,
                     prompts,
@@ -101,6 +104,7 @@ def gate(
                     max_kl=max_kl,
                     budgets=budgets,
                     exact_returns=exact_returns,
+                    after_prompt=steps.advance,
                 )
             chosen = None
             if report.passed:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vlcache_fx.cli.errors import readable_errors
 from vlcache_fx.cli.output import Json, examples, print_json, result_console
-from vlcache_fx.cli.prompts import progress
+from vlcache_fx.cli.progress import showing_progress
 from vlcache_fx.cli.store_access import (
     VARIABLE,
     as_row,
@@ -114,10 +114,10 @@ def verify(
     with readable_errors(BAD_INPUT), opened(url) as store:
         entries = selected(store, salt, model, kind)
         found: dict[str, list[str]] = {"intact": [], "damaged": [], "unreadable": [], "gone": []}
-        with progress("reading", len(entries)) as advance:
+        with showing_progress("reading entries", len(entries)) as steps:
             for entry in entries:
                 found[_checked(store, entry.key)].append(entry.key)
-                advance(1)
+                steps.advance()
     counts = {state: len(keys) for state, keys in found.items()}
     bad = found["damaged"] + found["unreadable"]
     if as_json:

@@ -43,6 +43,7 @@ def warm_up(
 
             require_serve()
             check_output_folder(output)
+            from vlcache_fx.integrations.transformers_output import without_bars
             from vlcache_fx.serve.options import ServeOptions
             from vlcache_fx.serve.warm_up import warm_up
 
@@ -54,7 +55,7 @@ def warm_up(
                 dtype=dtype,
                 batch_size=batch_size,
             )
-            with showing_progress("compiling"):
+            with showing_progress(f"loading and compiling {', '.join(model)}"), without_bars():
                 manifest = warm_up(options, output)
         nbytes = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
         seconds = time.perf_counter() - begin_s

@@ -42,7 +42,7 @@ class CrossAttention:
 
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
-        encoder = encoder_runner(self.split, engine)
+        encoder = encoder_runner(self.split, engine, self.graph.clock)
         decoder = engine.lower(self.split.decoder.graph_module, name=self.name)
         return self.graph.rewritten(CrossAttendingRunner(encoder, decoder, engine))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vlcache_fx.compiler.builders.runners import decode_step_runner
+from vlcache_fx.compiler.compile_clock import CompileClock
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.compiler.traced import Traced
@@ -42,8 +43,11 @@ class DecodeStep:
             return unmodified.prepare(engine)
         try:
             captured = self.graph.captured
-            program = decode_step_program(captured, self.graph.pipelines.decode)
-            runner = decode_step_runner(captured, program, engine, unmodified)
+            clock = CompileClock(self.graph.clock)
+            with clock.measure("passes"):
+                program = decode_step_program(captured, self.graph.pipelines.decode)
+            clock.num_layers = len(program.layered.sites)
+            runner = decode_step_runner(captured, program, engine, unmodified, clock)
         except (UnsupportedGraphError, PassError, LoweringError) as failure:
             _log.debug("vlcache: compiling a decoding step as a whole: %s", failure)
             return unmodified.prepare(engine)

@@ -45,10 +45,10 @@ class Encoder:
 
     def compile(self, engine: Engine) -> Compiled:
         """See ``Kind``."""
-        split, encoder = self.split, encoder_runner(self.split, engine)
+        split, encoder = self.split, encoder_runner(self.split, engine, self.graph.clock)
         if not split.other_indices:
             return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], ()))
-        others = engine.lower(split.others, name="encoder")
+        others = engine.lower(split.others, name="rest of the encoder's graph")
         return self.graph.rewritten(lambda *args: split.joined(encoder(args)[0], others(args)))
 
     def explain(self) -> GraphExplanation:

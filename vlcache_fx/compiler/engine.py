@@ -1,10 +1,13 @@
 """The engine of models that are compiled in this process: serving and lowering."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 
+from vlcache_fx.compiler.compile_clock import CompileClock, compile_line
 from vlcache_fx.compiler.explanation import GraphExplanation
 from vlcache_fx.errors import NoCompilerError, Reason, UnsupportedGraphError
 from vlcache_fx.lowering import (
@@ -41,6 +44,7 @@ class Engine(ServingEngine):
         lowering: the lowering of the option; ``eager`` after Inductor was found to lack a compiler.
         compile_cache: the code that Inductor compiled.
         explanations: the graphs of a dry run, in the order in which they were traced.
+        model: class of the compiled model, for the log; empty where several models may share the engine.
 
     Raises:
         OptionError, PolicyError: an option names something that does not exist.
@@ -51,6 +55,7 @@ class Engine(ServingEngine):
         self.compile_cache = CompileCache({"config_patches": self.options.inductor_config})
         self.lowering = _lowering(self.options, self.compile_cache)
         self.explanations: list[GraphExplanation] = []
+        self.model = ""
 
     def stats(self) -> dict[str, Any]:
         """See ``ServingEngine.stats``."""
@@ -69,18 +74,33 @@ class Engine(ServingEngine):
         # Whoever holds the lock must not wait: others may need it to compile what they compute.
         return super()._may_wait() and not compile_lock._is_owned()  # type: ignore[attr-defined]
 
-    def lower(self, program: fx.GraphModule, *, name: str) -> Lowered:
-        """Lower a program; with eager kernels if Inductor lacks a compiler.
+    def lower(self, program: fx.GraphModule, *, name: str, clock: CompileClock | None = None) -> Lowered:
+        """Lower a program, and log what was compiled; with eager kernels if Inductor lacks a compiler.
+
+        Args:
+            program: the program.
+            name: its name in logs and errors.
+            clock: times of earlier steps.
 
         Raises:
             LoweringError: see ``Lowering.lower``.
             UnsupportedGraphError: NO_COMPILER, in strict mode.
         """
-        try:
-            return self.lowering.lower(program, name=name)
-        except NoCompilerError as error:
-            self.continue_without_compiler(error)
-            return self.lowering.lower(program, name=name)
+        with self.logging_compilation(name, clock):
+            try:
+                return self.lowering.lower(program, name=name)
+            except NoCompilerError as error:
+                self.continue_without_compiler(error)
+                return self.lowering.lower(program, name=name)
+
+    @contextmanager
+    def logging_compilation(self, name: str, clock: CompileClock | None = None) -> Iterator[None]:
+        """Measure the body as the lowering of a program; log a line if it returns."""
+        clock, before = clock or CompileClock(), self.compile_cache.stats.counts
+        with clock.measure("lowering"):
+            yield
+        segments = self.compile_cache.stats.since(before) if self.lowering.name == "inductor" else ""
+        log.info("%s", compile_line(name, self.model, self.lowering.name, clock, segments))
 
     def continue_without_compiler(self, error: NoCompilerError) -> None:
         """Use eager kernels from now on, with reuse. Log it once, or raise in strict mode."""

@@ -70,8 +70,10 @@ def classify(graph: Traced) -> Kind:
         UnsupportedGraphError: the graph is of no kind with reuse.
         PassError: a clean-up pass failed.
     """
-    matches = (kind.match(graph) for kind in KINDS)
-    return next(found for found in matches if found is not None)  # the last kind refuses all others
+    graph.ensure_captured()
+    with graph.clock.measure("analysis"):
+        matches = (kind.match(graph) for kind in KINDS)
+        return next(found for found in matches if found is not None)  # the last kind refuses all others
 
 
 def without_reuse(graph: Traced, refusal: UnsupportedGraphError) -> Classified:

@@ -32,6 +32,7 @@ def observer_of(engine: Engine) -> Engine:
             dry_run=False,
         )
     )
+    observer.model = engine.model
     if lowering == options.lowering:
         observer.lowering, observer.compile_cache = engine.lowering, engine.compile_cache
     observer.settings, observer.fingerprints, observer.pending = (

@@ -70,6 +70,7 @@ class Prefill:
             lambda *args: unmodified(*args[:original]),
             self.graph.pipelines,
             self.decoder_facts,
+            self.graph.clock,
         )
         if not self.facts.merges:
             unmodified.prepare(engine)  # serves calls without marked spans

@@ -16,6 +16,7 @@ from vlcache_fx.errors import Reason, UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
 from vlcache_fx.passes import Program
 from vlcache_fx.passes.configured import Pipelines
+from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.gradients import gradient_refusal, records_gradients
 
 STANDARD = Pipelines()
@@ -31,6 +32,9 @@ class Traced:
         unwrapped: inner tensors of inputs that are tensor subclasses; the captured graph takes these.
         pipelines: the passes for the graph.
         input_names: names of the captured graph's inputs in the traced code; empty where unknown.
+
+    Attributes:
+        clock: times of the steps that come before programs: ``capture``, ``analysis``, ``passes``.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Traced:
         self.unmodified, self.is_decode_step, self.pipelines = unmodified, is_decode_step, pipelines
         self._capture, self._unwrapped = capture, unwrapped
         self._outcome: Captured | UnsupportedGraphError | None = None
+        self.clock = Clock()
 
     @classmethod
     def by_dynamo(
@@ -85,15 +90,21 @@ class Traced:
         """
         if self._outcome is None:
             try:
-                captured = self._capture()
+                with self.clock.measure("capture"):
+                    captured = self._capture()
             except UnsupportedGraphError as error:
                 self._outcome = error
             else:
-                self.pipelines.cleanup.run(Program(captured.graph_module))
+                with self.clock.measure("passes"):
+                    self.pipelines.cleanup.run(Program(captured.graph_module))
                 self._outcome = captured
         if isinstance(self._outcome, UnsupportedGraphError):
             raise self._outcome
         return self._outcome
+
+    def ensure_captured(self) -> None:
+        """Capture the graph; raises what ``captured`` raises."""
+        _ = self.captured
 
     @property
     def input_names(self) -> dict[str, str]:

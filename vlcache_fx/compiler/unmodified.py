@@ -51,7 +51,7 @@ class DynamoGraph:
         # Inductor modifies the graph, and may fail half-way.
         copied = copy_module(self._graph_module)
         try:
-            with compiling():
+            with compiling(), engine.logging_compilation("graph without reuse"):
                 compiled: Any = compile_fx(
                     copied,
                     list(self._example_inputs),

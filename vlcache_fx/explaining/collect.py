@@ -11,7 +11,8 @@ from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiler.explain import Arguments, explain
 from vlcache_fx.compiler.observer import observer_of
 from vlcache_fx.errors import StoreError
-from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
+from vlcache_fx.explaining.explained_call import SampleExplanation
+from vlcache_fx.explaining.explanation import Explanation
 from vlcache_fx.explaining.stages import stages_of
 from vlcache_fx.explaining.tokens import classify, unmodified
 from vlcache_fx.passes.configured import Pipelines

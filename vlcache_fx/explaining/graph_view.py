@@ -1,9 +1,10 @@
-"""One layer's graph before and after the passes, side by side, in HTML."""
+"""One layer's graph before and after the passes: its lines, and side by side in HTML."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
 from vlcache_fx.compiler.explanation import GraphExplanation
@@ -34,6 +35,27 @@ def pairs(layer: LayerGraph) -> Iterator[Pair]:
             yield from ((None, line) for line in after[start:end])
 
 
+def lines_of(layer: LayerGraph) -> Iterator[tuple[str, NodeLine]]:
+    """Yield the nodes as lines of a diff, each with its sign: ``-``, ``+``, or a blank for equal ones."""
+    for before, after in pairs(layer):
+        if before is not None and after is not None and before.text == after.text:
+            yield " ", replace(before, marks=tuple(dict.fromkeys((*before.marks, *after.marks))))
+            continue
+        if before is not None:
+            yield "-", before
+        if after is not None:
+            yield "+", after
+
+
+def layer_title(graph: GraphExplanation, layer: LayerGraph) -> tuple[str, str]:
+    """Return the title of a graph's layer, and its numbers of nodes in words."""
+    same = (
+        f"; {layer.repeats} of {graph.num_layers} layers have the same operators" if layer.repeats > 1 else ""
+    )
+    sizes = f"{len(layer.before)} nodes captured, {len(layer.after)} in the warm program{same}"
+    return f"Layer {layer.index}, before and after the passes", sizes
+
+
 def layer_section(graph: GraphExplanation) -> str:
     """Return the section of a graph's layer; empty without one."""
     layer = graph.layer
@@ -41,13 +63,10 @@ def layer_section(graph: GraphExplanation) -> str:
         return ""
     marks = {mark for line in (*layer.before, *layer.after) for mark in line.marks}
     legend = "".join(f"<li>{_mark(name)}{text}</li>" for name, text in MARKS.items() if name in marks)
-    same = (
-        f"; {layer.repeats} of {graph.num_layers} layers have the same operators" if layer.repeats > 1 else ""
-    )
     rows = "".join(_rows(list(pairs(layer))))
-    sizes = f"{len(layer.before)} nodes captured, {len(layer.after)} in the warm program{same}"
+    title, sizes = layer_title(graph, layer)
     return (
-        f"<h2>Layer {layer.index}, before and after the passes</h2>"
+        f"<h2>{title}</h2>"
         f'<p class="muted">{sizes}.</p>'
         f'<ul class="legend">{legend}</ul><div class="diff">'
         f'<div class="row head"><div>captured</div><div>warm program</div></div>{rows}</div>'
@@ -61,7 +80,7 @@ def _rows(found: Sequence[Pair]) -> Iterator[str]:
         assert line is not None  # one of the two is there
         if line.source and line.source != source:
             source = line.source
-            yield f'<div class="src">{escape(_short(source))}</div>'
+            yield f'<div class="src">{escape(short_source(source))}</div>'
         kind = "del" if after is None else "add" if before is None else "same"
         if before is not None and after is not None and before.text != after.text:
             kind = "chg"
@@ -79,6 +98,6 @@ def _mark(name: str) -> str:
     return f'<span class="mark m-{escape(name)}">{escape(name)}</span>'
 
 
-def _short(source: str) -> str:
+def short_source(source: str) -> str:
     """Return ``file.py:3 in forward: code`` for ``"file.py", line 3, in forward: code``."""
     return source.replace('", line ', ":", 1).replace('"', "", 1).replace(", in ", " in ", 1)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
+from vlcache_fx.explaining.explained_call import ExplainedCall, SampleExplanation
 from vlcache_fx.explaining.graph_view import layer_section
 from vlcache_fx.explaining.heat_map import svg
 from vlcache_fx.explaining.numbers import (
@@ -21,12 +21,13 @@ from vlcache_fx.explaining.numbers import (
 from vlcache_fx.explaining.style import CSS
 from vlcache_fx.explaining.token_view import bar, flow
 from vlcache_fx.explaining.tokens import TokenClass, count
+from vlcache_fx.runtime.html_table import html_table
 
 MOST_SAMPLES = 4
 """Prompts of a batch that are drawn."""
 
 
-def page(explanation: Explanation) -> str:
+def page(explanation: ExplainedCall) -> str:
     """Return the page."""
     title = f"vlcache: a {explanation.mode} call"
     sections = [
@@ -48,22 +49,7 @@ def page(explanation: Explanation) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> str:
     """Return a table of cells in HTML; columns in ``numbers`` are aligned to the right."""
-
-    def kind(name: str) -> str:
-        return ' class="num"' if name in numbers else ""
-
-    titles = "".join(f"<th{kind(name)}>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td{kind(name)} data-label="{escape(name)}">{cell}</td>'
-            for name, cell in zip(head, row, strict=True)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    whole = f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table class="stack">{whole}</table></div>'
+    return f'<div class="scroll">{html_table(head, rows, "stack", numbers)}</div>'
 
 
 def code(text: str) -> str:
@@ -71,7 +57,7 @@ def code(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
-def _summary(explanation: Explanation) -> str:
+def _summary(explanation: ExplainedCall) -> str:
     counts, total = explanation.counts, sum(explanation.counts.values())
     reused = counts.get(TokenClass.REUSED, 0) + counts.get(TokenClass.PREFIX, 0)
     cards = [(explanation.mode, "mode")]
@@ -96,7 +82,7 @@ def _summary(explanation: Explanation) -> str:
     )
 
 
-def _tokens(explanation: Explanation) -> str:
+def _tokens(explanation: ExplainedCall) -> str:
     shown = [sample for sample in explanation.samples if sample.num_tokens]
     if not shown:
         return ""
@@ -139,7 +125,7 @@ def _row_counts(sample: SampleExplanation) -> str:
     return f"{rows[0]:,} rows in layer 0, {rows[-1]:,} in the last"
 
 
-def _stages(explanation: Explanation) -> str:
+def _stages(explanation: ExplainedCall) -> str:
     if not explanation.stages:
         return ""
     total = sum(stage.ms for stage in explanation.stages)
@@ -185,7 +171,7 @@ def _bar(name: str, ms: float, most: float, text: str, kind: str) -> str:
     )
 
 
-def _donors(explanation: Explanation) -> str:
+def _donors(explanation: ExplainedCall) -> str:
     if not explanation.donors:
         return ""
     head = ("image", "donor", "tier", "contexts", "dtype", "rank", "bytes", "last used", "")
@@ -206,7 +192,7 @@ def _donors(explanation: Explanation) -> str:
     return f"<h2>Store hits</h2>{table(head, rows, ('contexts', 'bytes'))}"
 
 
-def _refusals(explanation: Explanation) -> str:
+def _refusals(explanation: ExplainedCall) -> str:
     parts = []
     if explanation.refusals:
         rows = [
@@ -225,7 +211,7 @@ def _refusals(explanation: Explanation) -> str:
     return f"<h2>Not reused, and why</h2>{''.join(parts)}" if parts else ""
 
 
-def _graphs(explanation: Explanation) -> str:
+def _graphs(explanation: ExplainedCall) -> str:
     if not explanation.graphs:
         return ""
     rows = [(f"{index}", escape(graph.summary())) for index, graph in enumerate(explanation.graphs)]

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from vlcache_fx.explaining.explanation import Explanation, SampleExplanation
+from vlcache_fx.explaining.explained_call import ExplainedCall, SampleExplanation
 from vlcache_fx.explaining.heat_map import blocks
 from vlcache_fx.explaining.numbers import ago_text, bytes_text, ms_text, rank_text, short_key, tokens_text
 from vlcache_fx.explaining.tokens import TokenClass, by_column
@@ -30,12 +30,12 @@ WIDTH = 80
 MOST_SAMPLES = 4
 
 
-def text(explanation: Explanation) -> RenderableType:
+def text(explanation: ExplainedCall) -> RenderableType:
     """Return the explanation for ``rich``."""
     return Group(*_parts(explanation))
 
 
-def _parts(explanation: Explanation) -> Iterator[RenderableType]:
+def _parts(explanation: ExplainedCall) -> Iterator[RenderableType]:
     settings = ", ".join(f"{name} {value}" for name, value in explanation.settings.items())
     yield Text.assemble(("mode ", "bold"), (explanation.mode, "bold"), f"   {settings}" if settings else "")
     if explanation.report is not None and explanation.report.reason:
@@ -80,7 +80,7 @@ def _sample(sample: SampleExplanation, head: str) -> Iterator[RenderableType]:
         yield Text("\n".join(lines), "red")
 
 
-def _stages(explanation: Explanation) -> Table:
+def _stages(explanation: ExplainedCall) -> Table:
     table = Table.grid(padding=(0, 2))
     most = max(stage.ms for stage in explanation.stages) or 1.0
     for stage in explanation.stages:
@@ -99,7 +99,7 @@ def _stages(explanation: Explanation) -> Table:
     return table
 
 
-def _donors(explanation: Explanation) -> Table:
+def _donors(explanation: ExplainedCall) -> Table:
     table = Table("image", "donor", "tier", "contexts", "dtype", "rank", "bytes", "last used")
     for donor in explanation.donors:
         table.add_row(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
 
-from vlcache_fx.explaining.explanation import SampleExplanation
+from vlcache_fx.explaining.explained_call import SampleExplanation
 from vlcache_fx.explaining.tokens import MEDIA, TokenRange, by_column, count
 
 MOST_COLUMNS = 800

@@ -1,7 +1,7 @@
 """The gate: finds the smallest budget, and the fewest contexts, that are accurate enough on traffic."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from statistics import fmean
@@ -77,6 +77,7 @@ def check(
     budgets: Sequence[float] = BUDGETS,
     exact_returns: Sequence[int] | None = None,
     engine: ServingEngine | None = None,
+    after_prompt: Callable[[], None] = lambda: None,
 ) -> GateReport:
     """Find the smallest budget that is accurate enough for ``model`` and set it; otherwise turn reuse off.
 
@@ -106,6 +107,7 @@ def check(
             recur more often in ``prompts`` than the largest.
         engine: the model's engine; by default ``model.vlcache``. For models compiled with ``torch.compile``
             pass ``vlcache_fx.engine_for(options)``.
+        after_prompt: called after each replayed prompt; a bar needs it.
 
     Raises:
         OptionError: an argument is not valid, the model has no engine, or no prompt reuses an image.
@@ -128,7 +130,7 @@ def check(
             for budget, options in product(sorted(budgets), learning):
                 if options is not engine.options:
                     engine.set_options(options)
-                found = _replay(model, calls, engine, budget)
+                found = _replay(model, calls, engine, budget, after_prompt)
                 models.update(found.models)
                 trials.append(found.trial(budget, options.exact_returns, min_agreement, max_kl))
                 passed = trials[-1].passed
@@ -187,11 +189,15 @@ class _Replayed:
 
 
 def _replay(
-    model: Callable[..., Any], calls: Sequence[Mapping[str, Any]], engine: ServingEngine, budget: float
+    model: Callable[..., Any],
+    calls: Sequence[Mapping[str, Any]],
+    engine: ServingEngine,
+    budget: float,
+    after_prompt: Callable[[], None],
 ) -> _Replayed:
     engine.clear()
     found, seen = _Replayed([], [], [], [], {}), Counter[str]()
-    for call in calls:
+    for call in _counted(calls, after_prompt):
         with engine.using(budget=budget):
             reused = _next_logits(model(**call))
         no_call = {"mode": "no", "reason": "the engine was not called", "spans": ()}
@@ -216,6 +222,12 @@ def _replay(
             "pass at least one image twice, after different texts, and more often than its exact returns"
         )
     return found
+
+
+def _counted(calls: Sequence[Mapping[str, Any]], after: Callable[[], None]) -> Iterator[Mapping[str, Any]]:
+    for call in calls:
+        yield call
+        after()
 
 
 def _next_logits(output: Any) -> Tensor:

@@ -34,12 +34,14 @@ class CompileStats:
     Attributes:
         compilations: ``(segment, seconds)`` of every compilation, variants included.
         hits: number of segments whose structure was compiled before.
+        loaded: number of compilations whose code came from torch's cache on disk.
         variants: number of compilations for sizes that broke a condition of an earlier one.
         conditions: per compiled segment, the conditions on sizes that its code assumes, besides "at least 2".
     """
 
     compilations: list[tuple[str, float]] = field(default_factory=list)
     hits: int = 0
+    loaded: int = 0
     variants: int = 0
     conditions: dict[str, list[str]] = field(default_factory=dict)
 
@@ -47,6 +49,20 @@ class CompileStats:
     def seconds(self) -> float:
         """Total time of the compilations."""
         return sum(seconds for _, seconds in self.compilations)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Numbers of compilations, of those that were loaded, and of hits."""
+        return len(self.compilations), self.loaded, self.hits
+
+    def since(self, before: tuple[int, int, int]) -> str:
+        """Return in words what was compiled since ``counts`` was ``before``; empty if no segment was."""
+        compiled, loaded, hits = (now - then for now, then in zip(self.counts, before, strict=True))
+        if not compiled + hits:
+            return ""
+        words = [f"{compiled - loaded} of {compiled + hits} segments compiled"]
+        words += [f"{loaded} loaded from disk"] if loaded else []
+        return ", ".join(words)
 
 
 class CompileCache:
@@ -152,11 +168,12 @@ class CompiledStructure:
 
     def _compile(self, examples: Mapping[sympy.Symbol, int]) -> Variant:
         start, programs = time.perf_counter(), Compilations()
-        _log.info("vlcache: compiling %s", self.name)
+        _log.debug("vlcache: compiling %s", self.name)
         made = compile_variant(self.structure, examples, self.decompositions, self.cache.options)
         stats, elapsed_s = self.cache.stats, time.perf_counter() - start
-        how = "loaded" if programs.num_found else "compiled"
-        _log.info("vlcache: %s %s in %.1f s", how, self.name, elapsed_s)
+        is_loaded = bool(programs.num_found)
+        stats.loaded += is_loaded
+        _log.debug("vlcache: %s %s in %.1f s", "loaded" if is_loaded else "compiled", self.name, elapsed_s)
         stats.compilations.append((self.name, elapsed_s))
         stats.conditions.setdefault(self.name, []).extend(map(str, made.conditions))
         return made

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from vlcache_fx.runtime.html_table import html_table
+
 
 def summary(report: Mapping[str, Any]) -> str:
     """Return a report in one line: mode, tokens, and what was reused or why nothing was."""
@@ -61,9 +63,7 @@ def as_html(report: Mapping[str, Any]) -> str:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{body}</tbody></table>"
+    return html_table(headings, ([escape(str(cell)) for cell in row] for row in rows))
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from vlcache_fx.compiler.compile_clock import CompileClock
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.compiling import compiling
 from vlcache_fx.errors import LoweringError
@@ -22,7 +23,9 @@ def program_spec(program: Program) -> ProgramSpec:
     return ProgramSpec(tuple(program.slots), tuple(program.recorded), tuple(program.in_place))
 
 
-def program_runner(name: str, program: Program, device: torch.device, engine: Engine) -> ProgramRunner:
+def program_runner(
+    name: str, program: Program, device: torch.device, engine: Engine, clock: CompileClock | None = None
+) -> ProgramRunner:
     """Return the runner of a rewritten program, with the engine's lowering.
 
     Args:
@@ -30,6 +33,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
         program: the program.
         device: device of its inputs.
         engine: has the lowering.
+        clock: times of the steps that built the program.
 
     Raises:
         LoweringError: passes that lowerings require have not run.
@@ -38,7 +42,7 @@ def program_runner(name: str, program: Program, device: torch.device, engine: En
     program.check_complete()
 
     def lower() -> Lowered:
-        lowered = engine.lower(program.graph_module, name=name)
+        lowered = engine.lower(program.graph_module, name=name, clock=clock)
         is_recorded = name != "cold" and device.type == "cuda" and engine.options.cuda_graphs
         is_recorded = is_recorded and JumpAt() not in program.slots  # `vlcache.recur` reads them on the host
         return CudaGraphs(lowered, in_place=program.in_place) if is_recorded else lowered
@@ -57,6 +61,7 @@ class WarmVariants:
 
     def __init__(self, warm: Program, device: torch.device, engine: Engine) -> None:
         self._warm, self._device, self._engine = warm, device, engine
+        self._num_layers = warm.decoder.num_layers
         self._runners: dict[torch.dtype | None, ProgramRunner] = {}
 
     def packed(self, dtype: torch.dtype) -> ProgramRunner:
@@ -71,7 +76,10 @@ class WarmVariants:
         if key not in self._runners:
             with compiling():
                 if key not in self._runners:
-                    self._runners[key] = program_runner(name, build(), self._device, self._engine)
+                    clock = CompileClock(num_layers=self._num_layers)
+                    with clock.measure("passes"):
+                        program = build()
+                    self._runners[key] = program_runner(name, program, self._device, self._engine, clock)
         return self._runners[key]
 
 

@@ -9,6 +9,7 @@ from vlcache_fx.analysis import DecoderFacts
 from vlcache_fx.compiler.builders.decoder import Decoder, describe_decoder
 from vlcache_fx.compiler.builders.logits import find_logits
 from vlcache_fx.compiler.builders.programs import WarmVariants, program_runner
+from vlcache_fx.compiler.compile_clock import CompileClock
 from vlcache_fx.compiler.engine import Engine
 from vlcache_fx.errors import UnsupportedGraphError
 from vlcache_fx.ir import Captured, InputKind
@@ -16,6 +17,7 @@ from vlcache_fx.passes import Program
 from vlcache_fx.passes.configured import Pipelines
 from vlcache_fx.passes.partition.split_encoder import SplitEncoder, SplitResults
 from vlcache_fx.passes.standard import cold_program, warm_program
+from vlcache_fx.runtime.clock import Clock
 from vlcache_fx.runtime.decode_step import DecodeStepRunner
 from vlcache_fx.runtime.encode import EncoderRunner
 from vlcache_fx.runtime.prefill import DecoderRunner
@@ -29,6 +31,7 @@ def decoder_runner(
     unmodified: Callable[..., Sequence[Any]],
     pipelines: Pipelines,
     facts: DecoderFacts,
+    clock: Clock | None = None,
 ) -> DecoderRunner:
     """Return the runner of a decoder graph whose encoder features are inputs.
 
@@ -41,17 +44,20 @@ def decoder_runner(
         unmodified: computes the graph's results without reuse.
         pipelines: the passes for the graph.
         facts: analysis of the graph.
+        clock: times of the steps before.
 
     Raises:
         UnsupportedGraphError: the graph cannot be rewritten.
     """
-    decoder, cold, warm = decoder_programs(captured, pipelines, facts)
+    clock = clock or Clock()
+    clocks = CompileClock(clock, facts.num_layers), CompileClock(clock, facts.num_layers)
+    decoder, cold, warm = decoder_programs(captured, pipelines, facts, *clocks)
     variants = WarmVariants(warm, decoder.device, engine) if engine.lowering.name != "tensorrt" else None
     return DecoderRunner(
         decoder.spec,
         decoder.prologue(),
-        program_runner("cold", cold, decoder.device, engine),
-        program_runner("warm", warm, decoder.device, engine),
+        program_runner("cold", cold, decoder.device, engine, clocks[0]),
+        program_runner("warm", warm, decoder.device, engine, clocks[1]),
         decoder.device,
         engine,
         unmodified,
@@ -61,27 +67,45 @@ def decoder_runner(
 
 
 def decoder_programs(
-    captured: Captured, pipelines: Pipelines, facts: DecoderFacts
+    captured: Captured,
+    pipelines: Pipelines,
+    facts: DecoderFacts,
+    cold_clock: Clock | None = None,
+    warm_clock: Clock | None = None,
 ) -> tuple[Decoder, Program, Program]:
-    """Return the description of a decoder graph, its cold and its warm program; see ``decoder_runner``."""
-    cold = cold_program(captured, pipelines.cold, facts)
-    warm = warm_program(captured, pipelines.warm, facts)
-    return describe_decoder(captured, facts, cold.recorded), cold, warm
+    """Return the description of a decoder graph, its cold and its warm program; see ``decoder_runner``.
+
+    The clocks measure the passes of each program, and the description with the cold one.
+    """
+    cold_clock, warm_clock = cold_clock or Clock(), warm_clock or Clock()
+    with cold_clock.measure("passes"):
+        cold = cold_program(captured, pipelines.cold, facts)
+    with warm_clock.measure("passes"):
+        warm = warm_program(captured, pipelines.warm, facts)
+    with cold_clock.measure("analysis"):
+        decoder = describe_decoder(captured, facts, cold.recorded)
+    return decoder, cold, warm
 
 
-def encoder_runner(split: SplitEncoder | SplitResults, engine: Engine) -> EncoderRunner:
-    """Return the runner of an encoder, lowered now.
+def encoder_runner(
+    split: SplitEncoder | SplitResults, engine: Engine, clock: Clock | None = None
+) -> EncoderRunner:
+    """Return the runner of an encoder, lowered now. ``clock`` has the times of the steps before.
 
     Raises:
         LoweringError: the lowering failed.
     """
-    lowered = engine.lower(split.encoder, name="encoder")
+    lowered = engine.lower(split.encoder, name="encoder", clock=CompileClock(clock))
     spec = EncoderSpec(tuple(split.inputs), tuple(split.weights), tuple(split.computations))
     return EncoderRunner(lambda *args: lowered(args), spec, engine)
 
 
 def decode_step_runner(
-    captured: Captured, program: Program, engine: Engine, unmodified: Callable[..., Sequence[Any]]
+    captured: Captured,
+    program: Program,
+    engine: Engine,
+    unmodified: Callable[..., Sequence[Any]],
+    clock: CompileClock | None = None,
 ) -> DecodeStepRunner:
     """Return the runner of a decoding step, lowered now.
 
@@ -90,12 +114,13 @@ def decode_step_runner(
         program: the rewritten graph.
         engine: has the lowering.
         unmodified: serves calls whose inputs overlap or are not contiguous.
+        clock: times of the steps before.
 
     Raises:
         LoweringError: the lowering failed, or passes that it requires have not run.
     """
     program.check_complete()
-    lowered = engine.lower(program.graph_module, name="decoding step")
+    lowered = engine.lower(program.graph_module, name="decoding step", clock=clock)
     return DecodeStepRunner(decode_step_spec(captured, program), lowered, unmodified)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from vlcache_fx.log_output import VARIABLE
 from vlcache_fx.serve.cluster.options import ClusterOptions
 from vlcache_fx.serve.options import ServeOptions
 
@@ -55,7 +57,7 @@ def build_application(
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=options.shutdown_timeout_s + 10,
-        ray_actor_options={"num_cpus": cluster.cpus_per_replica, "num_gpus": gpus_per_replica},
+        ray_actor_options=replica_actor_options(cluster, gpus_per_replica),
         request_router_config=RequestRouterConfig(
             request_router_class=f"{router.__name__}:{router.PictureRouter.__name__}",
             request_router_kwargs={"imbalance": imbalance},
@@ -73,6 +75,16 @@ def build_application(
         ray_actor_options={"num_cpus": 0},
     )
     return entrance.bind(replicas.bind(options, threads), options)
+
+
+def replica_actor_options(cluster: ClusterOptions, gpus_per_replica: float) -> dict[str, Any]:
+    """Return Ray's options for the processes of replicas: what each gets, and ``VLCACHE_LOG`` of this one.
+
+    A process on a machine of a running cluster has the environment of that cluster, not of this process.
+    """
+    level = os.environ.get(VARIABLE)
+    found: dict[str, Any] = {"num_cpus": cluster.cpus_per_replica, "num_gpus": gpus_per_replica}
+    return found if level is None else found | {"runtime_env": {"env_vars": {VARIABLE: level}}}
 
 
 class _Entrance:

@@ -138,9 +138,9 @@ class Replica:
 
 
 def _show_log() -> None:
-    """Let the package's log go to stderr, which Ray collects and shows."""
-    if apply_log_variable():
-        return
+    """Let the package's log go to stderr, which Ray collects and shows; unless it goes somewhere already."""
     logger = logging.getLogger("vlcache_fx")
+    if apply_log_variable() or logger.hasHandlers():
+        return
     logger.addHandler(logging.StreamHandler())
     logger.setLevel(logging.INFO)
