@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from vlcache_fx.cli import app
+from vlcache_fx.explaining import Explanation
 
 from ..explaining.test_page import counts_of
 from .helpers import failure
 
 pytest.importorskip("transformers", reason="the reference model is one of transformers")
 pytest.importorskip("sklearn", reason="the reference model is asked about digits of scikit-learn")
+
+command = import_module("vlcache_fx.cli.explain")  # `cli` has a function of this name
 
 
 @pytest.mark.parametrize(
@@ -53,9 +58,19 @@ def test_explain_reference(tmp_path: Path) -> None:
     assert data["predictions"]["full"] is None
 
 
-def test_explain_prompts_of_a_file(tmp_path: Path) -> None:
+def test_explain_prompts_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text of the file is escaped in the page, and default output is text."""
     from vlcache_fx.testing import reference_vlm
+
+    explanations: list[Explanation] = []
+
+    def once(*given: Any) -> Explanation:
+        if not explanations:
+            explanations.append(explained(*given))
+        return explanations[0]
+
+    explained = command._explained
+    monkeypatch.setattr(command, "_explained", once)
 
     question = reference_vlm.make_questions(count=1)[0]
     question.images[0].save(tmp_path / "a.png")
