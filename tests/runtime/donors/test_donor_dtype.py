@@ -443,10 +443,10 @@ def test_table_program_serves_where_the_other_fails(
     pair = with_backend(tiny_vlm(), policy="none", donor_dtype="int8", lowering="eager")
     names, lower = programs_run(pair, monkeypatch), pair.engine.lower
 
-    def fail(program: Any, *, name: str) -> Any:
+    def fail(program: Any, *, name: str, **given: Any) -> Any:
         if name == "packed":
             raise LoweringError("no")
-        return lower(program, name=name)
+        return lower(program, name=name, **given)
 
     monkeypatch.setattr(pair.engine, "lower", fail)
     for seed, before in ((0, 40), (1, 30), (2, 20)):
