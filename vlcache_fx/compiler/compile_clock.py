@@ -52,7 +52,7 @@ def compile_line(name: str, model: str, lowering: str, clock: CompileClock, segm
         clock: has the times, which are taken.
         segments: what the lowering compiled; empty for one that compiles nothing.
     """
-    layers = f", {clock.num_layers} layers" if clock.num_layers else ""
+    layers = f", {clock.num_layers} layer{'s' * (clock.num_layers > 1)}" if clock.num_layers else ""
     program = PROGRAMS.get(name, name) + (f" of {model}" if model else "") + layers
     found = clock.take()
     elapsed_s = sum(found.values()) / 1e3
