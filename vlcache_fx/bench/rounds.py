@@ -95,18 +95,18 @@ def fastest_seconds(
         synchronize: waits for the device.
         limit_s: after so many seconds no further run begins.
     """
+    return min(_repeated(run, repeats, synchronize, limit_s))
+
+
+def _repeated(
+    run: Callable[[], object], repeats: int, synchronize: Callable[[], None], limit_s: float = math.inf
+) -> list[float]:
     system = System(run, synchronize=synchronize)
     time_once(system)
     end_s, found = time.monotonic() + limit_s, [time_once(system)]
     while len(found) < repeats and time.monotonic() < end_s:
         found.append(time_once(system))
-    return min(found)
-
-
-def _repeated(run: Callable[[], object], repeats: int, synchronize: Callable[[], None]) -> list[float]:
-    system = System(run, synchronize=synchronize)
-    time_once(system)
-    return [time_once(system) for _ in range(repeats)]
+    return found
 
 
 def interleave(

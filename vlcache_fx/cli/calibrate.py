@@ -57,7 +57,6 @@ def calibrate(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.calibrate import calibrate as measure
             from vlcache_fx.fidelity.models import load_cases, load_subject
-            from vlcache_fx.integrations.transformers_output import without_bars
             from vlcache_fx.options import Options
 
             check_output_file(output)
@@ -67,8 +66,7 @@ def calibrate(
                 model, data, tuple(family or ()), count, split="train", seed=seed, contexts=most
             )
             with showing_progress(f"loading {model}") as steps:
-                with without_bars():
-                    subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+                subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
                 steps.begin("measuring with prompts", len(cases))
                 found = measure(
                     subject,

@@ -57,7 +57,6 @@ def explain(
         # deferred: importing torch takes a second
         from vlcache_fx.bench.predicted import with_predictions
         from vlcache_fx.fidelity.models import load_cases, load_subject
-        from vlcache_fx.integrations.transformers_output import without_bars
 
         if html is not None:
             check_output_file(html)
@@ -65,8 +64,7 @@ def explain(
         case = load_cases(model, data, families, 1, split="test", seed=seed)[0]
         options = {"lowering": lowering, "policy": policy, "budget": budget, "profile": profile}
         with showing_progress(f"loading {model}") as steps:
-            with without_bars():
-                subject = load_subject(model, None, options)
+            subject = load_subject(model, None, options)
             found = _explained(subject, case, steps)
             if predict:
                 steps.begin("measuring the rates of this machine")

@@ -76,7 +76,6 @@ def fidelity(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.models import load_cases, load_subject
             from vlcache_fx.fidelity.run import BUDGETS, run, settings
-            from vlcache_fx.integrations.transformers_output import without_bars
             from vlcache_fx.options import Options
             from vlcache_fx.policies import Profile, get_policy
 
@@ -98,8 +97,7 @@ def fidelity(
             )
             check_output_folder(output_dir)
             with showing_progress(f"loading {model}") as steps:
-                with without_bars():
-                    subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
+                subject = load_subject(model, positions, {"lowering": lowering, "strict": True})
                 steps.begin("asking prompts", len(cases))
                 scores = run(subject, cases, compared, batch=batch, after_batch=steps.advance)
             record = _write(scores, model, seed, output_dir)

@@ -83,7 +83,6 @@ def gate(
             # deferred: importing torch takes a second
             from vlcache_fx.fidelity.gate import BUDGETS, check, check_bounds
             from vlcache_fx.fidelity.models import load_cases, load_subject
-            from vlcache_fx.integrations.transformers_output import without_bars
 
             budgets = tuple(budget or BUDGETS)
             check_bounds(min_agreement, max_kl, budgets)  # before it loads a model
@@ -93,8 +92,7 @@ def gate(
             )
             options = {"policy": policy, "profile": profile, "donor_rank": donor_rank, "lowering": lowering}
             with showing_progress(f"loading {model}") as steps:
-                with without_bars():
-                    subject = load_subject(model, None, {**options, "strict": True})
+                subject = load_subject(model, None, {**options, "strict": True})
                 prompts = [subject.ask(prompt) for prompt in replayed(cases)]
                 steps.begin("replaying prompts", len(prompts) * len(budgets) * len(exact_returns or (0,)))
                 report = check(

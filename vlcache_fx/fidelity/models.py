@@ -12,6 +12,7 @@ from vlcache_fx.errors import OptionError
 from vlcache_fx.fidelity.prompts import Case, read_cases
 from vlcache_fx.fidelity.questions import FAMILIES, make_cases
 from vlcache_fx.fidelity.subject import Subject
+from vlcache_fx.integrations.transformers_output import without_bars
 
 NAMED: Mapping[str, str] = {
     "reference": "vlcache_fx.testing.reference_vlm",
@@ -27,6 +28,8 @@ STUDIED: Mapping[str, str] = {**NAMED, "smollm2": "vlcache_fx.testing.smollm2"}
 def load_subject(model: str, positions: int | None, options: Mapping[str, Any]) -> Subject:
     """The model, compiled with ``options`` (``dynamic`` and on top of it), and its processor.
 
+    Shows no bars of transformers: commands and studies have their own.
+
     Args:
         model: a name, or a folder.
         positions: maximum number of answer tokens; None for those of the model's own answers, or else 1.
@@ -35,7 +38,8 @@ def load_subject(model: str, positions: int | None, options: Mapping[str, Any]) 
     Raises:
         OptionError: see ``load_model``.
     """
-    loaded, processor = load_model(model, STUDIED)
+    with without_bars():
+        loaded, processor = load_model(model, STUDIED)
     if positions is None:
         source = import_module(STUDIED[model]) if model in STUDIED else None
         positions = getattr(source, "ANSWER_TOKENS", 1)
